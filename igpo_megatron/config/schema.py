@@ -1,0 +1,444 @@
+"""Every setting of a run, with its meaning written under it. Unknown keys and unknown enum values are errors.
+
+Sections follow the path of a question: data -> search -> rollout -> reward -> advantage -> loss -> optim, then what carries them.
+Secrets are never stored: a field ending in `_env` names the environment variable that holds one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+PUBLISHED_PROBE = "\nNow there's enough information to answer\n</think>\n<answer>\n{answer}\n</answer><|im_end|>"
+"""Probe text of the published IGPO code; it continues a forced `<think>`."""
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, strict about names, documented by the strings under its fields."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+
+class Run(Section):
+    """Where a run lives and how long it goes on."""
+
+    name: str = "run"
+    """Name of the run; its folder is `<folder>/<name>`."""
+
+    folder: Path = Path("runs")
+    """Parent of all run folders."""
+
+    seed: NonNegativeInt = 0
+    """Seed of question order, sampling and initial state."""
+
+    steps: PositiveInt = 100
+    """Training steps."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` uses CUDA when torch sees a GPU. `cpu` also works on a machine that has GPUs."""
+
+    threads: PositiveInt = 1
+    """CPU threads of each rank; 1 is safest when ranks and engines share cores."""
+
+    resume: Literal["auto", "never"] = "auto"
+    """`auto` continues from the newest complete checkpoint of this run; `never` refuses a folder that already holds a run."""
+
+    replay: Path | None = None
+    """Train from this rollout file (parquet) without engines: RL on recorded rollouts, or supervised on demonstrations."""
+
+    stop_after: Literal["none", "rollout"] = "none"
+    """`rollout` writes the rollouts of each step and trains nothing: the other half of `replay`."""
+
+
+class Model(Section):
+    """The policy."""
+
+    path: Path
+    """Hugging Face folder with config.json, safetensors and tokenizer."""
+
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    """Parameter and activation type; gradients are accumulated and reduced in fp32."""
+
+    backend: Literal["auto", "local", "te"] = "auto"
+    """Layer implementation: Megatron's local layers, or TransformerEngine; `auto` takes te on CUDA when importable."""
+
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation recomputation: core attention only (selective) or every layer (full)."""
+
+    vocab_multiple: PositiveInt = 128
+    """Vocabulary rows are padded to a multiple of this, so that every tensor-parallel degree up to it can share them."""
+
+
+class Parallel(Section):
+    """How the policy is spread over ranks: world size = tensor x pipeline x data."""
+
+    tensor: PositiveInt = 1
+    """Tensor-parallel degree."""
+
+    pipeline: PositiveInt = 1
+    """Pipeline-parallel degree (1F1B)."""
+
+    data: PositiveInt | None = None
+    """Data-parallel degree; null takes what the world size leaves (1 when `igpo train` starts the ranks itself)."""
+
+    sequence: bool = False
+    """Sequence parallelism inside the tensor-parallel group."""
+
+    distributed_optimizer: bool = True
+    """Shard optimizer state over data-parallel ranks."""
+
+    timeout_s: PositiveFloat = 1800
+    """A collective that waits longer than this ends the job."""
+
+
+class Data(Section):
+    """Questions."""
+
+    train: tuple[Path, ...] = ()
+    """Parquet files of training questions (IGPO, ARPO or Search-R1 layout, recognised by their columns)."""
+
+    eval: tuple[Path, ...] = ()
+    """Parquet files of held-out questions."""
+
+    shuffle: bool = True
+    """Shuffle each epoch with `run.seed`; the order depends on seed and epoch only."""
+
+    balance: Literal["none", "source"] = "none"
+    """`source` draws every source equally often instead of in proportion to its rows."""
+
+
+class Search(Section):
+    """The tool the policy calls."""
+
+    backend: Literal["bm25", "retriever"] = "bm25"
+    """`bm25`: in-process index over `corpus`; `retriever`: a server that speaks Search-R1's POST /retrieve."""
+
+    corpus: Path | None = None
+    """bm25: JSON lines of {id, title, text} or {id, contents}."""
+
+    url: str | None = None
+    """retriever: address such as http://127.0.0.1:8000/retrieve."""
+
+    api_key_env: str | None = None
+    """Environment variable that holds the back-end's key, sent as a bearer token; null if it needs none."""
+
+    top_k: PositiveInt = 5
+    """Passages shown per query. More raises recall and prompt length together."""
+
+    max_queries: PositiveInt = 3
+    """Queries of one tool call that are used; further ones are dropped."""
+
+    timeout_s: PositiveFloat = 30
+    """Deadline of one attempt."""
+
+    attempts: PositiveInt = 4
+    """Tries per call, with exponential back-off, before the result counts as failed."""
+
+    max_concurrency: PositiveInt = 64
+    """Requests in flight at once."""
+
+
+class Engine(Section):
+    """One kind of vLLM engine, placed by Ray."""
+
+    count: PositiveInt = 1
+    """Engines."""
+
+    tensor: PositiveInt = 1
+    """Tensor-parallel degree of each engine."""
+
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """`auto` takes the model's."""
+
+    max_num_seqs: PositiveInt = 256
+    """Sequences decoded at once per engine."""
+
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """CUDA: share of each engine GPU that vLLM may take."""
+
+    kv_cache_mib: PositiveInt = 256
+    """CPU: KV-cache size of each engine."""
+
+    threads: PositiveInt = 1
+    """CPU: OpenMP threads of each engine."""
+
+    gpu_ids: tuple[NonNegativeInt, ...] = ()
+    """CUDA: devices the engines may use on this node; must not overlap the ranks' devices."""
+
+    ray_address: str | None = None
+    """Ray cluster to join (host:port); null starts one on this machine, bound to loopback."""
+
+    start_timeout_s: PositiveFloat = 600
+    """An engine that is not ready by then stops the run."""
+
+
+class Rollout(Section):
+    """Multi-turn trajectories."""
+
+    prompts_per_step: PositiveInt = 32
+    """Questions per training step."""
+
+    samples_per_prompt: PositiveInt = 16
+    """Trajectories per question (the group)."""
+
+    max_turns: PositiveInt = 10
+    """Turns per trajectory; a tool call in the last one ends it without running the tool."""
+
+    max_tokens_per_turn: PositiveInt = 2000
+    """Sampled tokens per turn."""
+
+    max_context: PositiveInt = 32768
+    """Tokens of prompt and all turns together, the probe included."""
+
+    max_observation_tokens: PositiveInt = 4096
+    """Tokens of one tool result; longer text is cut by tokens and its closing kept."""
+
+    temperature: NonNegativeFloat = 1.0
+    """Sampling temperature; policy log-probs are taken at the same temperature."""
+
+    force_think: bool = True
+    """Append `<think>` to every turn's prompt, as published; forced tokens are never trained."""
+
+    system_prompt: str | None = None
+    """System message; null sends none. `{date}` becomes the date of the run's start."""
+
+    tool_name: str = "web_search"
+    """Name of the search tool in the prompt and in tool calls."""
+
+    tool_in_prompt: bool = True
+    """Describe the tool through the chat template's `tools`; false for a policy that was taught the format."""
+
+    max_failed_fraction: Annotated[float, Field(ge=0, le=1)] = 0.2
+    """A step in which more than this share of trajectories ends in TOOL_FAILED or ENGINE_FAILED stops the run."""
+
+    deadline_s: PositiveFloat = 1800
+    """Wall time of one trajectory."""
+
+    engine: Engine = Engine()
+    """The engines."""
+
+
+class Reward(Section):
+    """Outcome reward and information gain."""
+
+    outcome: Literal["f1", "em"] = "f1"
+    """Score of a well-formed answer, best over all aliases (algorithm: set F1 on words, as published)."""
+
+    format_penalty: float = -2.0
+    """Reward of a malformed trajectory."""
+
+    gain: Literal["log_prob_diff", "prob_diff", "none"] = "log_prob_diff"
+    """Value whose rise over a turn is the turn's gain: mean log-prob of the answer, its exponential, or no gains at all."""
+
+    probe_template: str = PUBLISHED_PROBE
+    """Text appended to the context to ask for the answer; `{answer}` is the ground truth and only its tokens are scored."""
+
+    probe_alias: Literal["first", "shortest", "max"] = "first"
+    """Which alias is probed: the first, the one with fewest tokens, or every alias with the best value taken."""
+
+    probe_max_tokens: PositiveInt = 64
+    """Ground-truth tokens probed at most; longer answers are cut (whole-page aliases exist in NQ)."""
+
+    scorer: Literal["fold", "sequential"] = "fold"
+    """`fold`: probes are leaves of the packed tree in the old-log-prob pass; `sequential`: one pass per probe (reference)."""
+
+
+class Igpo(Section):
+    """IGPO (arXiv 2510.14967): turn gains and outcome, normalised over the group, summed over the remaining turns."""
+
+    name: Literal["igpo"] = "igpo"
+    normalise: Literal["separate", "joint"] = "separate"
+    """z-score gains and outcomes each among themselves (paper) or in one population (code default)."""
+
+    divide_by_std: bool = True
+    """False subtracts the mean only."""
+
+    gamma: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Discount per turn."""
+
+    gain_weight: tuple[float, float] = (1.0, 1.0)
+    """Weight of gains at the first and last step, linear between; applied after normalisation."""
+
+    outcome_weight: tuple[float, float] = (1.0, 1.0)
+    """Weight of the outcome at the first and last step."""
+
+
+class IgpoLoo(Section):
+    """IGPO with a leave-one-out baseline per turn index instead of mean subtraction before summing."""
+
+    name: Literal["igpo_loo"] = "igpo_loo"
+    gamma: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Discount per turn."""
+
+    gain_weight: tuple[float, float] = (1.0, 1.0)
+    """Weight of gains at the first and last step, linear between."""
+
+    outcome_weight: tuple[float, float] = (1.0, 1.0)
+    """Weight of the outcome at the first and last step."""
+
+
+class Grpo(Section):
+    """GRPO (arXiv 2402.03300): group z-score of the outcome, the same for every turn."""
+
+    name: Literal["grpo"] = "grpo"
+    divide_by_std: bool = True
+    """False subtracts the mean only (Dr. GRPO, arXiv 2503.20783)."""
+
+
+class Rloo(Section):
+    """RLOO (arXiv 2402.14740): outcome minus the mean outcome of the other samples."""
+
+    name: Literal["rloo"] = "rloo"
+
+
+Advantage = Annotated[Igpo | IgpoLoo | Grpo | Rloo, Field(discriminator="name")]
+
+
+class Ppo(Section):
+    """Clipped policy gradient (PPO, arXiv 1707.06347) with dual clip (arXiv 1912.09729) and asymmetric bounds."""
+
+    name: Literal["ppo"] = "ppo"
+    clip_low: NonNegativeFloat = 0.2
+    """Ratios below 1 - clip_low get no gradient when the advantage is negative."""
+
+    clip_high: NonNegativeFloat = 0.2
+    """Ratios above 1 + clip_high get no gradient when the advantage is positive."""
+
+    dual_clip: Annotated[float, Field(gt=1)] | None = 3.0
+    """With a negative advantage the ratio counts at most this much; null turns it off."""
+
+    kl_coef: NonNegativeFloat = 0.001
+    """Weight of the k3 KL estimate to the reference policy; 0 keeps no reference."""
+
+    entropy_coef: NonNegativeFloat = 0.0
+    """Weight of the entropy bonus."""
+
+    aggregation: Literal["token_mean", "sequence_mean", "sequence_sum"] = "sequence_mean"
+    """Mean over all trained tokens; mean over trajectories of the token mean (paper) or of the token sum (published code)."""
+
+
+class Sft(Section):
+    """Cross-entropy on the action tokens of demonstrations."""
+
+    name: Literal["sft"] = "sft"
+
+
+Loss = Annotated[Ppo | Sft, Field(discriminator="name")]
+
+
+class Optim(Section):
+    """Optimizer (Adam with decoupled weight decay) and schedule."""
+
+    lr: PositiveFloat = 1e-6
+    """Peak learning rate."""
+
+    min_lr: NonNegativeFloat = 0.0
+    """Learning rate at the end of the decay."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Adam's moment decay rates."""
+
+    eps: PositiveFloat = 1e-8
+    """Adam's epsilon."""
+
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay."""
+
+    clip_grad: NonNegativeFloat = 1.0
+    """Global gradient-norm clip; 0 turns it off."""
+
+    warmup_steps: NonNegativeInt = 0
+    """Steps of linear warm-up."""
+
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the decay from `lr` to `min_lr`."""
+
+    decay_from: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the steps after which the decay begins."""
+
+    minibatches: PositiveInt = 1
+    """Optimizer steps per batch of rollouts."""
+
+    max_skipped: PositiveInt = 3
+    """This many steps in a row skipped for a non-finite loss or gradient stop the run."""
+
+
+class Packing(Section):
+    """Rows of the packed batch."""
+
+    row_tokens: PositiveInt = 8192
+    """Token budget of a row; a tree longer than this is cut by repeating the path to the cut."""
+
+
+class Sync(Section):
+    """Weight transfer to the engines."""
+
+    canary_tokens: PositiveInt = 64
+    """Fixed tokens scored by policy and engine after every sync."""
+
+    max_gap: PositiveFloat = 0.15
+    """Largest |log-prob difference| allowed on the canary; a larger one stops the run. fp32 on both sides: about 1e-5."""
+
+
+class Checkpoint(Section):
+    """Saving."""
+
+    every: NonNegativeInt = 10
+    """Steps between checkpoints; 0 saves only at the end."""
+
+    keep: PositiveInt = 2
+    """Newest checkpoints kept."""
+
+
+class Eval(Section):
+    """Held-out evaluation."""
+
+    every: NonNegativeInt = 0
+    """Steps between evaluations; 0 evaluates only where `at_ends` says so."""
+
+    at_ends: bool = False
+    """Evaluate before the first and after the last step."""
+
+    questions: NonNegativeInt = 0
+    """Questions used, the first of a fixed shuffle; 0 uses all."""
+
+    samples: NonNegativeInt = 1
+    """Samples per question at `rollout.temperature` (pass@k needs k of them); 0 for none."""
+
+    greedy: bool = True
+    """Also answer every question once at temperature 0."""
+
+
+class Track(Section):
+    """Metrics."""
+
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Weights & Biases; `online` without WANDB_API_KEY falls back to offline."""
+
+    project: str = "igpo-megatron"
+    """Weights & Biases project."""
+
+    dump_every: NonNegativeInt = 1
+    """Steps between rollout files; 0 writes none."""
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: Run = Run()
+    model: Model
+    parallel: Parallel = Parallel()
+    data: Data = Data()
+    search: Search = Search()
+    rollout: Rollout = Rollout()
+    reward: Reward = Reward()
+    advantage: Advantage = Igpo()
+    loss: Loss = Ppo()
+    optim: Optim = Optim()
+    packing: Packing = Packing()
+    sync: Sync = Sync()
+    checkpoint: Checkpoint = Checkpoint()
+    eval: Eval = Eval()
+    track: Track = Track()

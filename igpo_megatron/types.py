@@ -1,0 +1,185 @@
+"""The data that flows from a question to a training step: one question is one tree of token segments.
+
+    prompt ── forced ── action ── observation ── forced ── action          a trajectory is a path, root to leaf
+       │        └─ probe (v_0)         └───────────── └─ probe (v_1)       a probe is a leaf nobody samples from
+       └──── forced ── action ...                                          samples of one question share the prompt
+
+Tokens live on nodes, turns and rewards on trajectories. This module imports the standard library only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Literal, Protocol
+
+NodeKind = Literal["prompt", "forced", "action", "observation", "probe"]
+"""Source of a node's tokens: rendered prompt, forced text, sampled by the policy, tool result, ground-truth probe."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One question with every accepted answer."""
+
+    id: str
+    """Unique within its file, e.g. `train-17`."""
+
+    question: str
+    answers: tuple[str, ...]
+    """All aliases, in file order; never rewritten (the published code overwrites them with the first)."""
+
+    source: str
+    """Benchmark name, e.g. `hotpotqa`; evaluation averages per source."""
+
+
+class Status(StrEnum):
+    """How a trajectory ended."""
+
+    FINISHED = "finished"
+    """The policy gave an answer in the required format."""
+
+    TRUNCATED_TOKENS = "truncated_tokens"
+    """A turn reached `rollout.max_tokens_per_turn` before its end-of-turn token."""
+
+    TRUNCATED_CONTEXT = "truncated_context"
+    """No room was left in `rollout.max_context` for another turn."""
+
+    TRUNCATED_TURNS = "truncated_turns"
+    """The policy called a tool in its last allowed turn."""
+
+    BAD_FORMAT = "bad_format"
+    """A turn was neither a tool call nor an answer."""
+
+    TOOL_FAILED = "tool_failed"
+    """The search back-end failed after its retries; the policy never sees this as an empty result."""
+
+    ENGINE_FAILED = "engine_failed"
+    """The rollout engine failed or the trajectory's deadline passed."""
+
+    @property
+    def is_trainable(self) -> bool:
+        """False for ends that say nothing about the policy: they are counted and left out of the loss."""
+        return self not in (Status.TOOL_FAILED, Status.ENGINE_FAILED)
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A parsed tool call, e.g. `ToolCall("search", ("currency of Iran",))`."""
+
+    name: str
+    queries: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class Completion:
+    """What an engine sampled for one turn."""
+
+    token_ids: list[int]
+    """[L], the end-of-turn token included when it was sampled."""
+
+    logprobs: list[float]
+    """[L], nats, under the sampling temperature."""
+
+    finish: Literal["stop", "length", "abort"]
+    weight_version: int
+    """Version of the weights that sampled these tokens."""
+
+
+@dataclass(slots=True)
+class Node:
+    """A run of tokens with one source."""
+
+    parent: int | None
+    """Index of the parent in `RolloutGroup.nodes`; None for the prompt."""
+
+    kind: NodeKind
+    token_ids: list[int]
+    """[L]"""
+
+    turn: int = 0
+    """1 for the first turn; 0 for the prompt. A probe that closes turn t (before turn t + 1) carries t."""
+
+    text: str = ""
+    """Decoded text, for people; never tokenised again."""
+
+    weight_version: int | None = None
+    """Weights that sampled an action; None elsewhere."""
+
+    behavior_logprobs: list[float] = field(default_factory=list)
+    """[L] for actions, by the engine; empty elsewhere."""
+
+    old_logprobs: list[float] = field(default_factory=list)
+    """[L] for actions and probes once the actor has scored them (before the step); empty until then."""
+
+    ref_logprobs: list[float] = field(default_factory=list)
+    """[L] for actions, by the reference policy; empty where no KL term is used."""
+
+    call: ToolCall | None = None
+    """The tool call an action makes."""
+
+    scored: tuple[int, int] | None = None
+    """Probes only: [start, stop) of the ground-truth tokens inside `token_ids`."""
+
+
+@dataclass(slots=True)
+class Trajectory:
+    """One root-to-leaf path through a group's tree."""
+
+    path: list[int]
+    """Node indices from the prompt to the last segment; probes are not on a path."""
+
+    status: Status
+    answer: str | None = None
+    """Text between the answer tags of the last turn; None where there is none."""
+
+    reason: str = ""
+    """One sentence for a failed end, e.g. the search provider's error."""
+
+    reward: float = 0.0
+    """Outcome reward (F1 or EM, or the format penalty)."""
+
+    reward_parts: dict[str, float] = field(default_factory=dict)
+    """f1, em and format_ok behind the reward."""
+
+    gains: list[float | None] = field(default_factory=list)
+    """[num_turns] information gain of each turn; None where it was not measured (the answer turn), 0.0 means zero."""
+
+    turn_advantages: list[float] = field(default_factory=list)
+    """[num_turns]; every token sampled in turn t is trained with turn_advantages[t - 1]."""
+
+
+@dataclass(slots=True)
+class RolloutGroup:
+    """All trajectories of one question, as a tree that shares what they share."""
+
+    prompt: Prompt
+    nodes: list[Node]
+    trajectories: list[Trajectory] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def add(self, node: Node) -> int:
+        """Append a node and return its index."""
+        self.nodes.append(node)
+        return len(self.nodes) - 1
+
+    def actions(self, trajectory: Trajectory) -> list[Node]:
+        """The sampled turns of a trajectory, in order. [num_turns]"""
+        return [self.nodes[index] for index in trajectory.path if self.nodes[index].kind == "action"]
+
+    def context(self, index: int) -> list[int]:
+        """All token ids from the root up to and including node `index`."""
+        segments: list[list[int]] = []
+        cursor: int | None = index
+        while cursor is not None:
+            segments.append(self.nodes[cursor].token_ids)
+            cursor = self.nodes[cursor].parent
+        return [token for segment in reversed(segments) for token in segment]
+
+
+class WeightSink(Protocol):
+    """Whatever receives new weights: the engine pool, or a test."""
+
+    def update_weights(self, named_tensors: Iterable[tuple[str, Any]], version: int) -> None:
+        """Replace all weights by `(hf_name, tensor)` pairs and serve them as `version` from now on."""
+        ...

