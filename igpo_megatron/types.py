@@ -177,6 +177,15 @@ class RolloutGroup:
         return [token for segment in reversed(segments) for token in segment]
 
 
+@dataclass(frozen=True, slots=True)
+class StepCounts:
+    """Sums over all ranks of one training step, fixed before its first micro-batch; losses are divided by them."""
+
+    trained_tokens: int
+    trajectories: int
+    groups: int
+
+
 class WeightSink(Protocol):
     """Whatever receives new weights: the engine pool, or a test."""
 

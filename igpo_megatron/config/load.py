@@ -1,23 +1,28 @@
 """YAML file + dotted overrides -> Config; every mistake named at once, with the nearest valid name.
 
-    load("run.yaml", ["optim.lr=1e-5", "advantage.name=grpo"])
+load("run.yaml", ["optim.lr=1e-5", "advantage.name=grpo"])
 """
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from igpo_megatron.config.schema import Config
+
+ALGORITHMS = {"advantage": "igpo", "loss": "ppo"}
+"""Sections whose keys depend on their `name`, and the name taken where none is given."""
 
 
 class ConfigError(ValueError):
@@ -30,6 +35,13 @@ class ConfigError(ValueError):
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads `1e-6` as a string and forgets repeated keys; people mean a number, and a mistake."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for index, key in enumerate(keys):
+            if key.value in {earlier.value for earlier in keys[:index]}:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} is given twice", key.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -46,7 +58,7 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError([f"{path}: no such configuration file; the examples/ folder has complete ones"])
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError([f"{path}: not valid YAML: {error}"]) from None
     if not isinstance(values, dict):
         raise ConfigError([f"{path}: expected sections such as `model:` at the top, found {type(values).__name__}"])
@@ -54,17 +66,20 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
 
 
 def build(values: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
-    """Validate nested values after applying dotted overrides. Raises ConfigError."""
+    """Validate nested values after applying dotted overrides; `values` itself is left alone. Raises ConfigError."""
+    # A section whose lines are all commented out reads as null and means its defaults.
+    values = {key: {} if value is None else copy.deepcopy(value) for key, value in values.items()}
     problems = [problem for override in overrides if (problem := _apply(values, override))]
-    if problems:
-        raise ConfigError(problems)
-    for section, default in (("advantage", "igpo"), ("loss", "ppo")):
+    for section, default in ALGORITHMS.items():
         if isinstance(values.get(section), dict):
             values[section] = {"name": default, **values[section]}
     try:
-        return Config.model_validate(values)
+        config = Config.model_validate(values)
     except ValidationError as error:
-        raise ConfigError([_describe(detail) for detail in error.errors()]) from None
+        raise ConfigError(problems + [_describe(detail) for detail in error.errors()]) from None
+    if problems:
+        raise ConfigError(problems)
+    return config
 
 
 def to_json(config: Config) -> str:
@@ -84,10 +99,31 @@ def differing_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -
     return rows
 
 
+def explain(name: str | None = None) -> str:
+    """Help from the schema's own docstrings: all sections, one section such as `rollout.engine`, or one key such as `optim.lr`.
+
+    Raises ConfigError for a name that does not exist.
+    """
+    if name is None:
+        return "\n".join(f"{section:<12}{_section_summary(section)}" for section in Config.model_fields)
+    *parents, last = name.split(".")
+    models: list[type[BaseModel]] = [Config]
+    for part in parents:
+        models = [inner for model in models for inner in _members(model, part)]
+    holders = [model for model in models if last in model.model_fields]
+    if not holders:
+        near = _nearest(name, _dotted_keys(Config))
+        raise ConfigError([f"{name}: no such section or key; " + (f"did you mean {near!r}?" if near else "`igpo config` lists them")])
+    inner_models = [inner for model in holders for inner in _members(model, last)]
+    if inner_models:
+        return "\n\n".join(_explain_model(name, model, chosen_by_name=len(inner_models) > 1) for model in inner_models)
+    return "\n".join(_explain_field(name, holders[0].model_fields[last]))
+
+
 def _apply(values: dict[str, Any], override: str) -> str | None:
     """Set one `a.b=value` in place; return the problem, if any."""
     key, equals, text = override.partition("=")
-    if not equals or not key:
+    if not equals or not key.strip():
         return f"override {override!r}: expected section.key=value, e.g. optim.lr=1e-5"
     *sections, name = key.strip().split(".")
     try:
@@ -100,47 +136,90 @@ def _apply(values: dict[str, Any], override: str) -> str | None:
             return f"override {override!r}: {section} is a value, not a section"
         values = inner
     # Choosing another algorithm must not inherit the settings of the one named in the file.
-    if name == "name" and sections in (["advantage"], ["loss"]) and values.get("name", value) != value:
+    if name == "name" and len(sections) == 1 and sections[0] in ALGORITHMS and values.get("name", ALGORITHMS[sections[0]]) != value:
         values.clear()
     values[name] = value
     return None
 
 
 def _describe(detail: ErrorDetails) -> str:
-    """One pydantic error as one sentence with the dotted key."""
-    parts = [str(part) for part in detail["loc"]]
-    section: type[BaseModel] | None = Config
-    shown: list[str] = []
-    for part in parts[:-1] if detail["type"] == "extra_forbidden" else parts:
-        inner = _section(section, part) if section else None
-        if inner is None and section and part not in section.model_fields and shown:
-            # The tag of a discriminated union appears in the location but not in the file.
-            section = _section_named(section, part) or section
-            continue
-        shown.append(part)
-        section = inner
+    """One pydantic error as one sentence with the dotted key: what was found, what was expected."""
+    shown, model = _walk([str(part) for part in detail["loc"]])
     key = ".".join(shown)
-    if detail["type"] == "extra_forbidden":
-        key = ".".join([*shown, parts[-1]])
-        tagged = _tagged(parts)
-        known = list((tagged or section or Config).model_fields)
-        near = difflib.get_close_matches(parts[-1], known, n=1, cutoff=0.5)
-        return f"{key}: unknown key; " + (f"did you mean {'.'.join([*shown, near[0]])!r}?" if near else f"known keys are {', '.join(known)}")
     found = detail.get("input")
+    context = detail.get("ctx", {})
+    match detail["type"]:
+        case "extra_forbidden":
+            return _describe_unknown(shown, model)
+        case "literal_error" | "union_tag_invalid":
+            expected = re.findall(r"'([^']*)'", str(context.get("expected") or context.get("expected_tags")))
+            tag = context.get("tag")
+            near = _nearest(str(found if tag is None else tag), expected)
+            left = f"{key}={found!r}" if tag is None else f"{key}.name={tag!r}"
+            return f"{left}: expected one of {', '.join(expected)}" + (f"; did you mean {near!r}?" if near else "")
+        case "missing":
+            return f"{key}: required, but not set"
+        case "model_type" | "model_attributes_type":
+            if key in ALGORITHMS:
+                return f"{key}={found!r}: expected a section; write {key}.name={found}"
+            return f"{key}={found!r}: expected a section with keys {', '.join((model or Config).model_fields)}"
+        case "tuple_type":
+            return f"{key}={found!r}: expected a list, e.g. {key}=[{found}]"
     message = detail["msg"]
-    if detail["type"] in ("literal_error", "union_tag_invalid"):
-        context = detail.get("ctx", {})
-        expected = [text.strip(" '") for text in str(context.get("expected") or context.get("expected_tags")).replace(" or ", ", ").split(",")]
-        given = str(context.get("tag", found))
-        near = difflib.get_close_matches(given, expected, n=1, cutoff=0.4)
-        return f"{key}={given!r}: expected one of {', '.join(expected)}" + (f"; did you mean {near[0]!r}?" if near else "")
-    if detail["type"] == "missing":
-        return f"{key}: required, but not set"
     return f"{key}={found!r}: {message[0].lower()}{message[1:]}"
 
 
+def _describe_unknown(shown: list[str], model: type[BaseModel] | None) -> str:
+    """An unknown key, with the nearest key beside it, or the places where a key of that name exists."""
+    key, known = ".".join(shown), list((model or Config).model_fields)
+    near = _nearest(shown[-1], known)
+    if near:
+        return f"{key}: unknown key; did you mean {'.'.join([*shown[:-1], near])!r}?"
+    algorithms = [
+        other.model_fields["name"].default
+        for other in (_members(Config, shown[0]) if shown[0] in ALGORITHMS else [])
+        if _nearest(shown[-1], other.model_fields)
+    ]
+    elsewhere = [other for other in _dotted_keys(Config) if other.split(".")[-1] == shown[-1] and other.split(".")[0] != shown[0]]
+    if algorithms and model is not None:
+        hint = f"a key like it belongs to {shown[0]}.name={' or '.join(algorithms)}, not {model.model_fields['name'].default}; "
+    else:
+        hint = f"did you mean {' or '.join(elsewhere)}? " if elsewhere else ""
+    return f"{key}: unknown key; {hint}known here: {', '.join(known)}"
+
+
+def _walk(location: Sequence[str]) -> tuple[list[str], type[BaseModel] | None]:
+    """pydantic's location -> (keys as written in the file, model class that holds the last key).
+
+    The location of (advantage, grpo, gama) has the algorithm's name in it, which the file's key advantage.gama has not.
+    """
+    shown: list[str] = []
+    holder: type[BaseModel] | None = None
+    candidates: list[type[BaseModel]] = [Config]
+    for part in location:
+        named = [model for model in candidates if len(candidates) > 1 and model.model_fields["name"].default == part]
+        if named:
+            candidates = named
+            continue
+        shown.append(part)
+        holder = candidates[0] if len(candidates) == 1 else None
+        candidates = [inner for model in candidates for inner in _members(model, part)]
+    # An error about a section itself is described by that section's keys.
+    return shown, candidates[0] if len(candidates) == 1 else holder
+
+
+def _nearest(name: str, known: Iterable[str]) -> str | None:
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return near[0] if near else None
+
+
+def _members(model: type[BaseModel], field: str) -> list[type[BaseModel]]:
+    """The section classes a field may hold: one for a section, several for a choice of algorithms, none for a plain value."""
+    info = model.model_fields.get(field)
+    return _models(info.annotation) if info else []
+
+
 def _models(annotation: Any) -> list[type[BaseModel]]:
-    """All model classes inside an annotation such as `Annotated[A | B, ...]`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     if get_origin(annotation) in (Union, UnionType, Annotated):
@@ -148,23 +227,57 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
     return []
 
 
-def _section(section: type[BaseModel], field: str) -> type[BaseModel] | None:
-    """The first model class of a field; None for plain values."""
-    info = section.model_fields.get(field)
-    models = _models(info.annotation) if info else []
-    return models[0] if models else None
+def _dotted_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Every section and key as it is written in an override."""
+    keys: dict[str, None] = {}
+    for name in model.model_fields:
+        keys[prefix + name] = None
+        for inner in _members(model, name):
+            keys.update(dict.fromkeys(_dotted_keys(inner, f"{prefix}{name}.")))
+    return list(keys)
 
 
-def _section_named(section: type[BaseModel], tag: str) -> type[BaseModel] | None:
-    return section if section.model_fields.get("name") and section.model_fields["name"].default == tag else None
+def _section_summary(section: str) -> str:
+    models = _members(Config, section)
+    if len(models) > 1:
+        return f"One of {', '.join(model.model_fields['name'].default for model in models)}, chosen by `name`."
+    return (models[0].__doc__ or "").strip()
 
 
-def _tagged(parts: list[str]) -> type[BaseModel] | None:
-    """The member of a discriminated union that a location such as (advantage, grpo, key) points into."""
-    if len(parts) < 3 or parts[0] not in Config.model_fields:
-        return None
-    for model in _models(Config.model_fields[parts[0]].annotation):
-        name = model.model_fields.get("name")
-        if name is not None and name.default == parts[1]:
-            return model
-    return None
+def _explain_model(name: str, model: type[BaseModel], *, chosen_by_name: bool) -> str:
+    title = f"{name}.name={model.model_fields['name'].default}" if chosen_by_name else name
+    lines = [f"{title}: {(model.__doc__ or '').strip()}"]
+    for key, info in model.model_fields.items():
+        lines += [f"  {line}" for line in _explain_field(key, info)]
+    return "\n".join(lines)
+
+
+def _explain_field(name: str, info: FieldInfo) -> list[str]:
+    bounds = "".join(
+        f" {sign} {getattr(rule, word)}" for rule in info.metadata for word, sign in _SIGNS if getattr(rule, word, None) is not None
+    )
+    default = "required" if info.is_required() else f"default {_plain(info.default)}"
+    return [f"{name}  ({_type_name(info.annotation)}{bounds}, {default})", *([f"    {info.description}"] if info.description else [])]
+
+
+_SIGNS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
+
+
+def _plain(value: Any) -> str:
+    """A default as it would be written in YAML."""
+    if isinstance(value, BaseModel):
+        return "its own defaults"
+    return json.dumps(value, default=str)
+
+
+def _type_name(annotation: Any) -> str:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _type_name(arguments[0])
+    if origin is Literal:
+        return " | ".join(map(str, arguments))
+    if origin in (Union, UnionType):
+        return " | ".join(_type_name(part) for part in arguments)
+    if origin is tuple:
+        return "list of " + _type_name(arguments[0])
+    return {NoneType: "null", Path: "path", str: "text"}.get(annotation) or annotation.__name__

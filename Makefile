@@ -1,0 +1,44 @@
+# make venv        make or complete .venv, with the `igpo` command in it
+# make test        everything that CI runs; `make check` is its static part
+# make quickstart  train the demo policy and write runs/quickstart/report.html (ARGS="section.key=value ..." changes settings)
+# make warmstart   rebuild the shipped starting policy from scratch
+# make lock        resolve requirements.lock anew
+
+# Any Python from 3.11 on; the lock was resolved for 3.11.
+PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3; do \
+  $$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$name && break; done)
+
+# Asked only where no configured package index has torch's CPU build.
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+
+# auto, cpu or gpu: with a GPU the CUDA builds of torch and vLLM are installed instead of the lock.
+ACCELERATOR ?= auto
+
+export OMP_NUM_THREADS ?= 1
+export HF_HUB_OFFLINE = 1
+
+BIN := .venv/bin
+INSTALL = $(or $(PYTHON),$(error no Python 3.11 or newer was found; name one with PYTHON=...)) tools/install.py
+
+.PHONY: venv lock check test quickstart warmstart
+
+venv:
+	@$(INSTALL) venv --accelerator $(ACCELERATOR) --torch-cpu-index $(TORCH_CPU_INDEX)
+
+lock:
+	@$(INSTALL) lock --torch-cpu-index $(TORCH_CPU_INDEX)
+
+check: venv
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+test: check
+	@$(BIN)/python -m pytest
+
+quickstart: venv
+	@test -e runs/world-facts || $(BIN)/python tools/prepare_data.py world-facts --out runs/world-facts
+	@$(BIN)/igpo train examples/quickstart/igpo.yaml $(ARGS)
+
+warmstart: venv
+	@$(BIN)/python tools/make_demo_policy.py

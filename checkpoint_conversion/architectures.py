@@ -1,0 +1,256 @@
+"""One table per architecture, keyed by `config.json: model_type`: which rule makes each Megatron tensor of which HF tensors.
+
+folder/config.json --read_shape--> ModelShape --rules_for--> {Megatron name: Rule} --check_total--> nothing forgotten, nothing twice
+
+The tables use the names of Megatron's local layers; `te_name` and `local_name` translate to TransformerEngine's, which fuses
+each norm into the linear layer behind it. Megatron stores checkpoints of both kinds under TransformerEngine's names.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from checkpoint_conversion.rules import ConversionError, Copy, GateUp, PadVocab, Qkv, Row, Rule, Tied
+
+Table = Mapping[str, tuple[type[Rule], tuple[str, ...]]]
+"""Megatron name -> (rule, HF names). In a layer's table both sides leave out the layer's prefix."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The tensors of one model family."""
+
+    model: Table
+    """Tensors outside the layers."""
+
+    layer: Table
+    """Tensors of every layer."""
+
+
+MODEL: Table = {
+    "embedding.word_embeddings.weight": (PadVocab, ("model.embed_tokens.weight",)),
+    "decoder.final_layernorm.weight": (Copy, ("model.norm.weight",)),
+    "output_layer.weight": (PadVocab, ("lm_head.weight",)),
+}
+TIED: Table = {"output_layer.weight": (Tied, ("model.embed_tokens.weight",))}
+LAYER: Table = {
+    "input_layernorm.weight": (Copy, ("input_layernorm.weight",)),
+    "self_attention.linear_qkv.weight": (Qkv, ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight")),
+    "self_attention.linear_proj.weight": (Row, ("self_attn.o_proj.weight",)),
+    "pre_mlp_layernorm.weight": (Copy, ("post_attention_layernorm.weight",)),
+    "mlp.linear_fc1.weight": (GateUp, ("mlp.gate_proj.weight", "mlp.up_proj.weight")),
+    "mlp.linear_fc2.weight": (Row, ("mlp.down_proj.weight",)),
+}
+QKV_BIAS: Table = {"self_attention.linear_qkv.bias": (Qkv, ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"))}
+QK_NORM: Table = {
+    "self_attention.q_layernorm.weight": (Copy, ("self_attn.q_norm.weight",)),
+    "self_attention.k_layernorm.weight": (Copy, ("self_attn.k_norm.weight",)),
+}
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": Architecture(MODEL, LAYER),
+    "qwen2": Architecture(MODEL, {**LAYER, **QKV_BIAS}),
+    "qwen3": Architecture(MODEL, {**LAYER, **QK_NORM}),
+}
+
+TE_NAMES = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
+"""Local layer name -> TransformerEngine's name, where they differ."""
+
+_LOCAL_NAMES = {te: local for local, te in TE_NAMES.items()}
+_LAYER_NAME = re.compile(r"(decoder\.layers\.\d+\.)(.+)")
+# Buffers that old checkpoints carry and every implementation recomputes from the config.
+_DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What config.json says of a model, in one spelling for all versions of the format."""
+
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    """Rows of the embedding in the HF folder, without padding."""
+    tied_embeddings: bool
+    qkv_bias: bool
+    qk_norm: bool
+    rope_theta: float
+    rope_scaling_factor: float | None
+    """Factor of llama3 rope scaling; None for plain rope."""
+    rms_norm_eps: float
+    max_position_embeddings: int
+    dtype: str | None
+    """Such as "bfloat16"; None where config.json does not say."""
+
+
+def read_shape(folder: str | Path) -> ModelShape:
+    """The shape of the model in an HF folder.
+
+    Raises ConversionError with everything that is wrong or unsupported: no folder, no config.json, an unknown architecture, a
+    rope scaling that Megatron-Core cannot do, sliding windows, biases or activations without a rule, quantized weights.
+    """
+    path = Path(folder) / "config.json"
+    if not Path(folder).is_dir():
+        raise ConversionError(f"model folder {folder} does not exist; give a folder with config.json and *.safetensors")
+    if not path.is_file():
+        raise ConversionError(f"{folder} holds no config.json; give the folder of a Hugging Face model")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ConversionError(f"{path} is not JSON: {error}") from error
+    return shape_of(config, where=str(path))
+
+
+def shape_of(config: Mapping[str, Any], where: str = "config.json") -> ModelShape:
+    """The shape that a parsed config.json describes; raises as `read_shape` does."""
+    model_type = config.get("model_type")
+    architecture = ARCHITECTURES.get(str(model_type))
+    if architecture is None:
+        raise ConversionError(
+            f"{where}: model_type {model_type!r} is not supported, because no table says how its tensors map to Megatron-Core; "
+            f"supported are {', '.join(ARCHITECTURES)}"
+        )
+    required = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+    missing = [key for key in required if not isinstance(config.get(key), int)]
+    if missing:
+        raise ConversionError(f"{where} does not give {', '.join(missing)} as integers")
+    rope = _rope(config)
+    problems = [*_unsupported(config), *_unsupported_rope(rope)]
+    if problems:
+        raise ConversionError(f"{where} asks for what is not supported: " + "; ".join(problems))
+    heads = config["num_attention_heads"]
+    return ModelShape(
+        model_type=str(model_type),
+        num_layers=config["num_hidden_layers"],
+        hidden_size=config["hidden_size"],
+        ffn_hidden_size=config["intermediate_size"],
+        num_heads=heads,
+        num_kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        vocab_size=config["vocab_size"],
+        tied_embeddings=bool(config.get("tie_word_embeddings")),
+        qkv_bias="self_attention.linear_qkv.bias" in architecture.layer,
+        qk_norm="self_attention.q_layernorm.weight" in architecture.layer,
+        rope_theta=float(rope["rope_theta"]),
+        rope_scaling_factor=float(rope["factor"]) if rope["rope_type"] == "llama3" else None,
+        rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        max_position_embeddings=int(config.get("max_position_embeddings", 2048)),
+        dtype=config.get("dtype") or config.get("torch_dtype"),
+    )
+
+
+def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Rope settings in the spelling of transformers 5: `rope_parameters`, where earlier versions had `rope_theta` and `rope_scaling`."""
+    rope = {"rope_theta": config.get("rope_theta", 10000.0), **(config.get("rope_parameters") or config.get("rope_scaling") or {})}
+    return {**rope, "rope_type": rope.get("rope_type") or rope.get("type") or "default"}
+
+
+def _unsupported_rope(rope: Mapping[str, Any]) -> list[str]:
+    # Megatron-Core's rope_scaling is Llama 3's with these three written into its code.
+    fixed = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
+    if rope["rope_type"] == "llama3":
+        return [
+            f"llama3 rope scaling with {key}={rope.get(key)} (Megatron-Core has {value} written into its code)"
+            for key, value in fixed.items()
+            if rope.get(key) != value
+        ] + ([] if rope.get("factor") else ["llama3 rope scaling without a factor"])
+    if rope["rope_type"] != "default":
+        return [f"rope scaling {rope['rope_type']!r} (Megatron-Core's GPTModel has plain rope and llama3 scaling)"]
+    nested = [key for key, value in rope.items() if isinstance(value, Mapping)]
+    return [f"rope settings per kind of layer ({', '.join(nested)}; one for all layers is supported)"] if nested else []
+
+
+def _unsupported(config: Mapping[str, Any]) -> list[str]:
+    """Everything in a config that the tables would silently get wrong."""
+    problems = []
+    kinds = sorted(set(config.get("layer_types") or ()) - {"full_attention"})
+    windowed = config.get("use_sliding_window") and config.get("sliding_window") is not None
+    if kinds:
+        problems.append(f"layers with {', '.join(kinds)} (every layer must attend to all earlier tokens)")
+    elif not config.get("layer_types") and windowed and config.get("max_window_layers", 0) < config["num_hidden_layers"]:
+        problems.append(f"a sliding window of {config['sliding_window']} tokens (every layer must attend to all earlier tokens)")
+    for key, what in (("attention_bias", "bias on the attention's output projection"), ("mlp_bias", "bias in the MLP")):
+        # Qwen2's query, key and value biases are in its table and need no key; this key adds one to o_proj as well.
+        if config.get(key):
+            problems.append(f"{key}=true ({what} has no rule)")
+    if config.get("hidden_act", "silu") != "silu":
+        problems.append(f"hidden_act={config['hidden_act']!r} (the gated MLP is built with silu)")
+    if config.get("quantization_config"):
+        problems.append("quantized weights (convert the unquantized model)")
+    return problems
+
+
+def rules_for(shape: ModelShape, vocab_multiple: int) -> dict[str, Rule]:
+    """Every Megatron tensor of the model by its global name, with the rule that makes it.
+
+    The vocabulary is padded to a multiple of `vocab_multiple`, which tensor parallelism must divide. A tied model has a rule for
+    `output_layer.weight`, too: the last pipeline stage may hold a copy of the embedding; it exports nothing.
+    """
+    architecture = ARCHITECTURES[shape.model_type]
+    model = {**architecture.model, **TIED} if shape.tied_embeddings else architecture.model
+    rules = [_bind(kind, name, hf, shape, vocab_multiple) for name, (kind, hf) in model.items()]
+    for layer in range(shape.num_layers):
+        for name, (kind, hf) in architecture.layer.items():
+            hf_names = tuple(f"model.layers.{layer}.{part}" for part in hf)
+            rules.append(_bind(kind, f"decoder.layers.{layer}.{name}", hf_names, shape, vocab_multiple))
+    return {rule.megatron_name: rule for rule in rules}
+
+
+def _bind(kind: type[Rule], name: str, hf_names: tuple[str, ...], shape: ModelShape, vocab_multiple: int) -> Rule:
+    if issubclass(kind, Qkv):
+        return kind(name, hf_names, num_kv_heads=shape.num_kv_heads, head_dim=shape.head_dim)
+    if issubclass(kind, PadVocab):
+        return kind(name, hf_names, vocab_size=shape.vocab_size, multiple=vocab_multiple)
+    return kind(name, hf_names)
+
+
+def check_total(rules: Mapping[str, Rule], *, hf_names: Iterable[str] | None = None, megatron_names: Iterable[str] | None = None) -> None:
+    """Raise ConversionError with the full list unless every tensor of each side given is claimed by exactly one rule.
+
+    Megatron names may be of either layer kind. Not counted are rotary buffers, which are recomputed, and on tied models
+    a second copy of the embedding: `lm_head.weight` in the HF folder (compared when the folder is converted), `output_layer.weight`
+    on the Megatron side, which only a last pipeline stage holds.
+    """
+    problems: list[str] = []
+    tied = {name for name, rule in rules.items() if not rule.exports}
+    if hf_names is not None:
+        claims = Counter(name for rule in rules.values() for name in rule.exports)
+        copies = {"lm_head.weight"} if tied else set()
+        found = {name for name in hf_names if not _DERIVED.fullmatch(name)} - copies
+        problems += [f"{name}: in the HF folder, but no rule claims it" for name in sorted(found - set(claims))]
+        problems += [f"{name}: expected by the table, but not in the HF folder" for name in sorted(set(claims) - found)]
+        problems += [f"{name}: claimed by {count} rules" for name, count in sorted(claims.items()) if count > 1]
+    if megatron_names is not None:
+        counts = Counter(local_name(name) for name in megatron_names)
+        problems += [f"{name}: in the Megatron model, but no rule claims it" for name in sorted(set(counts) - set(rules))]
+        problems += [f"{name}: expected by the table, but not in the Megatron model" for name in sorted(set(rules) - tied - set(counts))]
+        problems += [f"{name}: there {count} times in the Megatron model" for name, count in sorted(counts.items()) if count > 1]
+    if problems:
+        raise ConversionError(f"the tables do not cover this model ({len(problems)} tensors):\n  " + "\n  ".join(problems))
+
+
+def te_name(name: str) -> str:
+    """The name that a TransformerEngine layer gives the tensor with this local name."""
+    return _translate(name, TE_NAMES)
+
+
+def local_name(name: str) -> str:
+    """The local name of a tensor that may have a TransformerEngine layer's name."""
+    return _translate(name, _LOCAL_NAMES)
+
+
+def _translate(name: str, names: Mapping[str, str]) -> str:
+    match = _LAYER_NAME.fullmatch(name)
+    return name if match is None else match[1] + names.get(match[2], match[2])

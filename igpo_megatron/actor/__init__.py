@@ -1,0 +1,1 @@
+"""The policy on Megatron-Core: the only package that knows Megatron."""

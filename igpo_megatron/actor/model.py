@@ -1,0 +1,237 @@
+"""A Hugging Face folder as a Megatron `GPTModel` whose head returns log-probs of chosen tokens instead of logits.
+
+    config.json ──ModelShape──> TransformerConfig ──> PolicyModel(GPTModel) <──shards── safetensors
+
+Megatron-Core is used as it is. Ours are the norm, the attention (`TreeAttention`), explicit positions and the head.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from checkpoint_conversion.architectures import ModelShape, rules_for
+from checkpoint_conversion.streams import HfReader
+from igpo_megatron.actor.attention import TreeAttention, TreeRotaryEmbedding
+from igpo_megatron.config.schema import Config
+from igpo_megatron.kernels.linear_logprob import linear_logprob
+
+logger = logging.getLogger(__name__)
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """RMS norm that takes part in sequence parallelism; Megatron's torch wrapper refuses to."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+@dataclass(slots=True)
+class HeadInputs:
+    """What the last stage computes: log-probs of `targets`, each predicted by hidden row `predictor`."""
+
+    predictor: torch.Tensor
+    """[N] int64, index into the row's T tokens."""
+
+    targets: torch.Tensor
+    """[N] int64"""
+
+    temperature: float
+
+
+class PolicyModel(GPTModel):
+    """GPTModel with tree positions; `labels` takes `HeadInputs` and the output is [N, 2]: log-prob and entropy, fp32."""
+
+    def __init__(self, config: TransformerConfig, spec: Any, shape: ModelShape, padded_vocab: int, **stage: Any) -> None:
+        scaled = shape.rope_scaling is not None
+        super().__init__(
+            config,
+            spec,
+            vocab_size=padded_vocab,
+            max_sequence_length=shape.max_positions,
+            position_embedding_type="rope",
+            rotary_base=shape.rope_theta,
+            rope_scaling=scaled,
+            rope_scaling_factor=shape.rope_scaling["factor"] if scaled else 1.0,
+            share_embeddings_and_output_weights=shape.tied,
+            parallel_output=True,
+            **stage,
+        )
+        self.real_vocab = shape.vocab_size
+        self.rotary_pos_emb.__class__ = TreeRotaryEmbedding
+
+    def _preprocess(self, input_ids: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        # Megatron computes angles for 0..T-1 whatever position_ids says; a tree needs the depth of each token.
+        output = list(super()._preprocess(input_ids, position_ids, *args, **kwargs))
+        output[1] = self.rotary_pos_emb.at(position_ids)
+        return tuple(output)
+
+    def _postprocess(self, hidden_states: torch.Tensor, *args: Any, labels: HeadInputs | None = None, **kwargs: Any) -> torch.Tensor:
+        if not self.post_process or labels is None:
+            return hidden_states
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
+        hidden = select_rows(hidden_states[:, 0], labels.predictor, self.config.sequence_parallel)
+        logp, entropy, _ = linear_logprob(
+            hidden,
+            weight,
+            labels.targets,
+            vocab_start=parallel_state.get_tensor_model_parallel_rank() * weight.shape[0],
+            vocab_size=self.real_vocab,
+            temperature=labels.temperature,
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+        )
+        return torch.stack((logp, entropy), dim=-1)
+
+
+def select_rows(hidden: torch.Tensor, rows: torch.Tensor, sequence_parallel: bool) -> torch.Tensor:
+    """Rows of the hidden states as every tensor-parallel rank needs them for its vocabulary shard: [M, H], [N] -> [N, H].
+
+    Under sequence parallelism each rank holds T / tp rows; only the selected ones are gathered. The gradient is summed over
+    the group either way, because every rank's head sees the same rows.
+    """
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    if size == 1:
+        return hidden.index_select(0, rows)
+    if not sequence_parallel:
+        return tensor_parallel.copy_to_tensor_model_parallel_region(hidden.index_select(0, rows))
+    owner = rows // len(hidden)
+    counts = torch.bincount(owner, minlength=size)
+    most = max(int(counts.max()), 1)
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    mine = rows[owner == rank] - rank * len(hidden)
+    padded = F.pad(mine, (0, most - len(mine)))
+    gathered = tensor_parallel.gather_from_sequence_parallel_region(hidden.index_select(0, padded), tensor_parallel_output_grad=True)
+    # Target n is the k-th of its owner's rows: find k by counting earlier targets of the same owner.
+    order = torch.argsort(owner, stable=True)
+    offsets = torch.cumsum(counts, 0) - counts
+    slot = torch.empty_like(rows)
+    slot[order] = torch.arange(len(rows), device=rows.device) - offsets[owner[order]]
+    return gathered.index_select(0, owner * most + slot)
+
+
+def transformer_config(shape: ModelShape, config: Config) -> TransformerConfig:
+    """Megatron's description of the model and its layout."""
+    dtype = torch.bfloat16 if config.model.dtype == "bf16" else torch.float32
+    recompute: dict[str, Any] = {}
+    if config.model.recompute == "full":
+        recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    elif config.model.recompute == "selective":
+        recompute = {"recompute_granularity": "selective"}
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        num_attention_heads=shape.num_heads,
+        num_query_groups=shape.num_kv_heads,
+        kv_channels=shape.head_dim,
+        ffn_hidden_size=shape.ffn_size,
+        layernorm_epsilon=shape.norm_eps,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=shape.qkv_bias,
+        qk_layernorm=shape.qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        tensor_model_parallel_size=config.parallel.tensor,
+        pipeline_model_parallel_size=config.parallel.pipeline,
+        sequence_parallel=config.parallel.sequence,
+        variable_seq_lengths=True,
+        # Megatron demands this dispatcher with variable lengths even for dense models.
+        moe_token_dispatcher_type="alltoall",
+        batch_p2p_comm=False,
+        # Summed losses: what they are divided by is known before the first micro-batch.
+        calculate_per_token_loss=True,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        **recompute,
+    )
+
+
+def layer_spec(config: TransformerConfig, backend: str) -> TransformerBlockSubmodules:
+    """Layers with our attention (and, in the local backend, our norm)."""
+    if backend == "te":
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    else:
+        spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+        spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
+        # Names in checkpoints are the modules' own, not TransformerEngine's.
+        spec.submodules.sharded_state_dict_keys_map = {}
+    attention = spec.submodules.self_attention
+    attention.params = {**attention.params, "attn_mask_type": AttnMaskType.arbitrary}
+    attention.submodules.core_attention = TreeAttention
+    if config.qk_layernorm and backend == "local":
+        attention.submodules.q_layernorm = attention.submodules.k_layernorm = RMSNorm
+    norm = RMSNorm
+    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=norm)
+
+
+def resolve_backend(backend: str, cuda: bool) -> str:
+    """`auto` takes TransformerEngine on CUDA when it is importable; asking for it where it is not is an error."""
+    available = importlib.util.find_spec("transformer_engine") is not None
+    if backend == "te" and not available:
+        raise ValueError("model.backend=te, but transformer_engine is not importable; install the [te] extra or use model.backend=local")
+    chosen = ("te" if cuda and available else "local") if backend == "auto" else backend
+    logger.info("model.backend=%s: using %s layers", backend, chosen)
+    return chosen
+
+
+def build_model(shape: ModelShape, config: Config, device: torch.device) -> PolicyModel:
+    """This rank's part of the policy, on `device`, with uninitialised weights."""
+    megatron = transformer_config(shape, config)
+    stage = {"pre_process": parallel_state.is_pipeline_first_stage(), "post_process": parallel_state.is_pipeline_last_stage()}
+    spec = layer_spec(megatron, resolve_backend(config.model.backend, device.type == "cuda"))
+    return PolicyModel(megatron, spec, shape, padded_vocab(shape, config), **stage).to(device)
+
+
+def padded_vocab(shape: ModelShape, config: Config) -> int:
+    """Vocabulary rows including padding; the same at every tensor-parallel degree, so checkpoints reshard."""
+    multiple = config.model.vocab_multiple
+    return -(-shape.vocab_size // multiple) * multiple
+
+
+def global_names(model: PolicyModel) -> list[tuple[str, torch.nn.Parameter]]:
+    """Parameters of this rank under their names in the whole model: local layer numbers become global ones."""
+    named = []
+    for name, parameter in model.named_parameters():
+        if name.startswith("decoder.layers."):
+            local = name.split(".")[2]
+            number = model.decoder.layers[int(local)].layer_number - 1
+            name = name.replace(f"decoder.layers.{local}.", f"decoder.layers.{number}.", 1)
+        named.append((name, parameter))
+    return named
+
+
+@torch.no_grad()
+def load_weights(model: PolicyModel, shape: ModelShape, folder: Path, vocab_multiple: int) -> None:
+    """Stream this rank's shards out of a Hugging Face folder, one tensor at a time."""
+    rules = rules_for(shape, vocab_multiple)
+    reader = HfReader(folder)
+    rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+    for name, parameter in global_names(model):
+        rule = rules[name]
+        shard = rule.shard(rule.to_megatron([reader.get(hf_name) for hf_name in rule.hf_names]), size, rank)
+        assert shard.shape == parameter.shape, f"{name}: shard {tuple(shard.shape)} for parameter {tuple(parameter.shape)}"
+        parameter.copy_(shard)

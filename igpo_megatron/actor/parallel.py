@@ -1,0 +1,115 @@
+"""Process groups, devices and seeds: the only initialisation code of the ranks."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from igpo_megatron.config.schema import Config
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """Where this process stands among the ranks."""
+
+    rank: int
+    world: int
+    data_rank: int
+    data_size: int
+    tensor_rank: int
+    tensor_size: int
+    pipeline_rank: int
+    pipeline_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """The one rank that talks to engines, files and people."""
+        return self.rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Holds the output layer."""
+        return self.pipeline_rank == self.pipeline_size - 1
+
+
+def wants_cuda(device: str) -> bool:
+    """Resolve `run.device`; asking for CUDA where there is none is an error."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("run.device=cuda, but torch sees no GPU; use run.device=cpu or install a CUDA build of torch")
+    return device == "cuda" or (device == "auto" and torch.cuda.is_available())
+
+
+def init(config: Config) -> Ranks:
+    """Join the process group described by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, and make Megatron's groups.
+
+    A process started without a launcher becomes a world of one.
+    """
+    cuda = wants_cuda(config.run.device)
+    if not cuda:
+        from igpo_megatron.actor import cpu
+
+        cpu.install()
+    from igpo_megatron.actor import megatron_fixes
+
+    megatron_fixes.install()
+    from megatron.core import parallel_state, tensor_parallel
+
+    torch.set_num_threads(config.run.threads)
+    timeout = timedelta(seconds=config.parallel.timeout_s)
+    if not dist.is_initialized():
+        if cuda:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        backend = "nccl" if cuda else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(backend, timeout=timeout, rank=0, world_size=1, store=dist.HashStore())
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.parallel.tensor,
+        pipeline_model_parallel_size=config.parallel.pipeline,
+        distributed_timeout_minutes=max(1, round(config.parallel.timeout_s / 60)),
+        create_gloo_process_groups=cuda,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(config.run.seed + 1)
+    return Ranks(
+        rank=dist.get_rank(),
+        world=dist.get_world_size(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        device=torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"),
+    )
+
+
+def shutdown() -> None:
+    """Leave all groups."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def broadcast(value: Any) -> Any:
+    """The main rank's value, on every rank. Others pass None."""
+    if dist.get_world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's value, in rank order, on every rank."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

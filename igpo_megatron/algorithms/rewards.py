@@ -1,0 +1,148 @@
+"""Outcome rewards: how well a trajectory's answer matches, and whether its text is well-formed.
+
+The rules are those of the published IGPO code: set F1 on words, exact match after normalisation, tags that open as often as they close.
+One difference in training: the format check reads the model's own text only, so a tool result that contains a tag is harmless.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import string
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from igpo_megatron.config.schema import Reward
+from igpo_megatron.types import RolloutGroup, Status, Trajectory
+
+ALIAS_SEPARATOR = "<|answer_split|>"
+"""Joins the accepted answers in the published ground-truth strings."""
+
+PUBLISHED_FORMAT_PENALTY = -2.0
+"""Reward of malformed text in the published rule (`reward.format_penalty` sets it for training)."""
+
+TAGS = ("code", "tool_call", "think", "answer")
+
+_PUNCTUATION_TO_SPACE = str.maketrans(string.punctuation, " " * len(string.punctuation))
+
+
+def normalise(text: str) -> str:
+    """Lower case, ASCII punctuation to spaces, whitespace collapsed; articles stay: `"The U.S.A."` -> `"the u s a"`."""
+    return " ".join(text.lower().translate(_PUNCTUATION_TO_SPACE).split())
+
+
+def exact_match(prediction: str, answers: Sequence[str]) -> float:
+    """1.0 if the prediction equals any alias after `normalise`, else 0.0."""
+    return float(normalise(prediction) in {normalise(answer) for answer in answers})
+
+
+def f1(prediction: str, answers: Sequence[str]) -> float:
+    """Best F1 over aliases between the *sets* of words, so repeated words count once; an empty side scores 0."""
+    predicted = set(normalise(prediction).split())
+    best = 0.0
+    for answer in answers:
+        expected = set(normalise(answer).split())
+        if shared := len(predicted & expected):
+            # 2PR / (P + R) with P = shared / |predicted| and R = shared / |expected|.
+            best = max(best, 2 * shared / (len(predicted) + len(expected)))
+    return best
+
+
+REWARDS: dict[str, Callable[[str, Sequence[str]], float]] = {"f1": f1, "em": exact_match}
+
+
+def tags_balanced(text: str) -> bool:
+    """True if every tag of `TAGS` opens as often as it closes and every opening has a closing after it."""
+    for tag in TAGS:
+        opening, closing = f"<{tag}>", f"</{tag}>"
+        if text.count(opening) != text.count(closing) or text.rfind(opening) > text.rfind(closing):
+            return False
+    return True
+
+
+def well_formed_answer(text: str) -> str | None:
+    """Text inside the first answer tags of a well-formed text, in lower case as published; None where the format check fails."""
+    # The check ignores case: the published code lowers the whole response first.
+    text = text.lower()
+    found = re.search(r"<answer>(.*?)</answer>", text, re.DOTALL)
+    return found.group(1) if found and tags_balanced(text) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Result of the published rule on one text."""
+
+    f1: float
+    """0 where the format check fails."""
+
+    em: float
+    """0 where the format check fails."""
+
+    format_ok: bool
+    reward: float
+    """f1, or `PUBLISHED_FORMAT_PENALTY` where the format check fails."""
+
+
+def published_score(text: str, ground_truth: str) -> Score:
+    """Score a whole response, tool results included, as the published code does; `ground_truth` joins aliases by `ALIAS_SEPARATOR`."""
+    answer = well_formed_answer(text)
+    if answer is None:
+        return Score(f1=0.0, em=0.0, format_ok=False, reward=PUBLISHED_FORMAT_PENALTY)
+    aliases = ground_truth.lower().split(ALIAS_SEPARATOR)
+    value = f1(answer, aliases)
+    return Score(f1=value, em=exact_match(answer, aliases), format_ok=True, reward=value)
+
+
+def score_lines(path: str | Path) -> Iterator[dict[str, float | bool]]:
+    """Score a JSON-lines file of `{"solution", "ground_truth"}`: one dict of f1, em, format_ok and reward per line, blank lines skipped.
+
+    Raises ValueError naming file and line where a line is not a JSON object with both strings.
+    """
+    with Path(path).open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                score = published_score(*_solution_and_truth(line, where=f"{path}, line {number}"))
+                yield {"f1": score.f1, "em": score.em, "format_ok": score.format_ok, "reward": score.reward}
+
+
+def _solution_and_truth(line: bytes, where: str) -> tuple[str, str]:
+    expected = 'expected {"solution": "...", "ground_truth": "..."}'
+    try:
+        row = json.loads(line)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{where}: not JSON ({error}); {expected}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: found a JSON {type(row).__name__}; {expected}")
+    problems = [f"{key!r} is missing" for key in ("solution", "ground_truth") if key not in row]
+    problems += [
+        f"{key!r} is a {type(row[key]).__name__}, not a string"
+        for key in ("solution", "ground_truth")
+        if key in row and not isinstance(row[key], str)
+    ]
+    if problems:
+        raise ValueError(f"{where}: {' and '.join(problems)}; {expected}")
+    return row["solution"], row["ground_truth"]
+
+
+def own_text(group: RolloutGroup, trajectory: Trajectory) -> str:
+    """The text the format check may read: forced and sampled segments, never the prompt or a tool result."""
+    return "".join(group.nodes[index].text for index in trajectory.path if group.nodes[index].kind in ("forced", "action"))
+
+
+def score(group: RolloutGroup, config: Reward) -> None:
+    """Fill `reward` and `reward_parts` (f1, em, format_ok) of every trainable trajectory; the others keep 0 and no parts.
+
+    Well-formed means: status FINISHED, and tags balanced in the model's own text. Anything else earns `config.format_penalty`.
+    """
+    answers = group.prompt.answers
+    for trajectory in group.trajectories:
+        if not trajectory.status.is_trainable:
+            continue
+        answer = well_formed_answer(own_text(group, trajectory)) if trajectory.status == Status.FINISHED else None
+        if answer is None:
+            trajectory.reward = config.format_penalty
+            trajectory.reward_parts = {"f1": 0.0, "em": 0.0, "format_ok": 0.0}
+        else:
+            trajectory.reward = REWARDS[config.outcome](answer, answers)
+            trajectory.reward_parts = {"f1": f1(answer, answers), "em": exact_match(answer, answers), "format_ok": 1.0}

@@ -1,0 +1,232 @@
+"""Checks across settings: what one field cannot know, looked at before any process starts. Imports no torch.
+
+Config + world size + config.json of the model ──check──> every problem at once, each saying what was found and what to change
+
+What only the actor can know (which architectures it builds) is checked there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from igpo_megatron.config.load import ConfigError
+from igpo_megatron.config.schema import Config, Igpo, IgpoLoo, Ppo, Sft
+
+
+def require(config: Config, world_size: int | None, local_world_size: int | None = None) -> None:
+    """Raise ConfigError with every problem that `check` finds."""
+    problems = check(config, world_size=world_size, local_world_size=local_world_size)
+    if problems:
+        raise ConfigError(problems)
+
+
+def check(config: Config, *, world_size: int | None, local_world_size: int | None = None) -> list[str]:
+    """Every problem between settings, files and machine; empty when the run may start.
+
+    `world_size`: number of ranks, None where it is not known yet. `local_world_size`: ranks on this machine, `world_size` if None.
+    """
+    shape = _model_shape(config.model.path)
+    return [
+        *_model_files(config.model.path),
+        *_other_files(config),
+        *_layout(config, world_size),
+        *_shape(config, shape),
+        *_context(config, shape),
+        *_devices(config, local_world_size or world_size),
+        *_search(config),
+        *_algorithm(config),
+        *_schedule(config),
+    ]
+
+
+def divisors(number: int) -> list[int]:
+    """`divisors(12) == [1, 2, 3, 4, 6, 12]`"""
+    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
+
+
+def _needs_engines(config: Config) -> bool:
+    return config.run.replay is None
+
+
+def _evaluates(config: Config) -> bool:
+    return bool(config.eval.every or config.eval.at_ends)
+
+
+def _model_shape(folder: Path) -> dict[str, Any]:
+    """config.json of the model; empty where it cannot be read, which `_model_files` reports."""
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _model_files(folder: Path) -> Iterator[str]:
+    if not folder.is_dir():
+        yield f"model.path={folder}: no such folder; expected a Hugging Face model folder (config.json, *.safetensors, tokenizer)"
+        return
+    if not (folder / "config.json").is_file():
+        yield f"model.path={folder}: no config.json in it; expected a Hugging Face model folder"
+    elif not _model_shape(folder):
+        yield f"model.path={folder}: config.json is not a JSON object; fetch the model again"
+    if not any(folder.glob("*.safetensors")):
+        yield f"model.path={folder}: no *.safetensors in it; older checkpoints in other formats must be saved as safetensors first"
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        yield f"model.path={folder}: no tokenizer.json or tokenizer_config.json in it; put the model's tokenizer files there"
+
+
+def _other_files(config: Config) -> Iterator[str]:
+    if config.run.replay is not None:
+        if not config.run.replay.is_file():
+            yield f"run.replay={config.run.replay}: no such file; expected a rollout file (parquet) of an earlier run"
+    elif not config.data.train:
+        yield "data.train is empty; name at least one parquet file of questions (tools/prepare_data.py makes a demo set)"
+    if _evaluates(config) and not config.data.eval:
+        yield "data.eval is empty, but eval.every or eval.at_ends asks for evaluations; name a parquet file, or set both to 0 and false"
+    for key, paths in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+        for path in paths:
+            if not path.is_file():
+                yield f"{key}: {path}: no such file"
+
+
+def _layout(config: Config, world_size: int | None) -> Iterator[str]:
+    layout = config.parallel
+    model_ranks = layout.tensor * layout.pipeline
+    product = f"parallel.tensor={layout.tensor} x parallel.pipeline={layout.pipeline}"
+    if layout.sequence and layout.tensor == 1:
+        yield "parallel.sequence=true needs parallel.tensor of 2 or more; set it to false"
+    if config.model.vocab_multiple % layout.tensor:
+        yield (
+            f"model.vocab_multiple={config.model.vocab_multiple} is no multiple of parallel.tensor={layout.tensor}, "
+            f"so the vocabulary cannot be shared evenly; use {config.model.vocab_multiple * layout.tensor}"
+        )
+    if world_size is None:
+        return
+    if world_size % model_ranks:
+        yield f"{world_size} ranks are no multiple of {product} = {model_ranks}; start a multiple of it, or change the layout"
+    elif layout.data is not None and model_ranks * layout.data != world_size:
+        yield (
+            f"{product} x parallel.data={layout.data} = {model_ranks * layout.data} ranks, but {world_size} were started; "
+            f"set parallel.data to {world_size // model_ranks} or null"
+        )
+
+
+def _shape(config: Config, shape: dict[str, Any]) -> Iterator[str]:
+    heads = shape.get("num_attention_heads")
+    key_heads = shape.get("num_key_value_heads") or heads
+    layers = shape.get("num_hidden_layers")
+    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+    for count, name in ((heads, "attention heads"), (key_heads, "key-value heads")):
+        if isinstance(count, int) and count % tensor:
+            yield f"parallel.tensor={tensor} does not divide the model's {count} {name}; use one of {divisors(count)}"
+            break
+    if isinstance(layers, int) and layers % pipeline:
+        yield f"parallel.pipeline={pipeline} does not divide the model's {layers} layers; use one of {divisors(layers)}"
+    engine_tensor = config.rollout.engine.tensor
+    if _needs_engines(config) and isinstance(heads, int) and heads % engine_tensor:
+        yield f"rollout.engine.tensor={engine_tensor} does not divide the model's {heads} attention heads; use one of {divisors(heads)}"
+
+
+def _context(config: Config, shape: dict[str, Any]) -> Iterator[str]:
+    rollout = config.rollout
+    longest = shape.get("max_position_embeddings")
+    if isinstance(longest, int) and rollout.max_context > longest:
+        yield f"rollout.max_context={rollout.max_context} is more than the model's max_position_embeddings={longest}; use at most {longest}"
+    probe = config.reward.probe_max_tokens if config.reward.gain != "none" else 0
+    needed = rollout.max_tokens_per_turn + probe
+    if needed >= rollout.max_context:
+        yield (
+            f"rollout.max_context={rollout.max_context} leaves no room for a question: one turn (rollout.max_tokens_per_turn="
+            f"{rollout.max_tokens_per_turn}) and a probe ({probe}) take {needed}; raise max_context or shorten the turn"
+        )
+    if config.packing.row_tokens < rollout.max_tokens_per_turn:
+        yield (
+            f"packing.row_tokens={config.packing.row_tokens} is less than one turn "
+            f"(rollout.max_tokens_per_turn={rollout.max_tokens_per_turn}), so turns could not share a row; use a few turns' worth"
+        )
+
+
+def _devices(config: Config, local_ranks: int | None) -> Iterator[str]:
+    engine = config.rollout.engine
+    if config.run.device == "cpu":
+        if engine.gpu_ids:
+            yield f"rollout.engine.gpu_ids={list(engine.gpu_ids)} with run.device=cpu; leave it empty, or set run.device=cuda"
+        return
+    repeated = sorted({gpu for gpu in engine.gpu_ids if engine.gpu_ids.count(gpu) > 1})
+    if repeated:
+        yield f"rollout.engine.gpu_ids names {repeated} more than once; name each GPU once"
+    shared = sorted(set(engine.gpu_ids) & set(range(local_ranks or 0)))
+    if shared:
+        yield (
+            f"rollout.engine.gpu_ids={list(engine.gpu_ids)} overlaps the GPUs of the {local_ranks} ranks on this machine, "
+            f"which take 0 to {(local_ranks or 0) - 1}; give the engines GPUs from {local_ranks} on"
+        )
+    # A Ray cluster that is joined brings its own GPUs, and its launch script restricted them.
+    if engine.ray_address is not None or not _needs_engines(config):
+        return
+    wanted = engine.count * engine.tensor
+    if (engine.gpu_ids or config.run.device == "cuda") and len(set(engine.gpu_ids)) < wanted:
+        yield (
+            f"rollout.engine: count={engine.count} x tensor={engine.tensor} needs {wanted} GPUs, gpu_ids names {len(set(engine.gpu_ids))}; "
+            "name more GPUs, or join a Ray cluster by ray_address"
+        )
+
+
+def _search(config: Config) -> Iterator[str]:
+    search = config.search
+    if not _needs_engines(config):
+        return
+    match search.backend:
+        case "bm25" if search.corpus is None:
+            yield "search.backend=bm25 needs search.corpus, a file of JSON lines {id, title, text}"
+        case "bm25" if search.corpus is not None and not search.corpus.is_file():
+            yield f"search.corpus={search.corpus}: no such file; expected JSON lines {{id, title, text}}"
+        case "retriever" if not (search.url or "").startswith(("http://", "https://")):
+            yield f"search.backend=retriever needs search.url, such as http://127.0.0.1:8000/retrieve; found {search.url!r}"
+    if search.api_key_env is not None and not os.environ.get(search.api_key_env):
+        yield f"search.api_key_env={search.api_key_env}: that environment variable is not set; export it, or set search.api_key_env=null"
+
+
+def _algorithm(config: Config) -> Iterator[str]:
+    reward, advantage = config.reward, config.advantage
+    reinforced = isinstance(config.loss, Ppo)
+    replayed = config.run.replay is not None
+    if isinstance(config.loss, Sft) and not replayed:
+        yield "loss.name=sft learns from demonstrations; set run.replay to a file of them"
+    if replayed and config.run.stop_after == "rollout":
+        yield "run.replay trains from recorded rollouts and run.stop_after=rollout writes new ones; set only one of them"
+    if replayed and _evaluates(config):
+        yield "run.replay starts no engines to evaluate with; set eval.every=0 and eval.at_ends=false and use `igpo eval` afterwards"
+    samples = config.rollout.samples_per_prompt
+    if reinforced and not replayed and samples < 2:
+        yield f"rollout.samples_per_prompt={samples}: advantage.name={advantage.name} compares the samples of a question; use 2 or more"
+    if reinforced and isinstance(advantage, Igpo | IgpoLoo) and reward.gain == "none":
+        yield f"reward.gain=none leaves advantage.name={advantage.name} without gains; measure them, or set advantage.name=grpo"
+    if reward.gain == "none" and reward.scorer == "sequential":
+        yield "reward.scorer=sequential scores probes, reward.gain=none asks for none; leave reward.scorer at its default"
+    if reward.gain != "none" and reward.probe_template.count("{answer}") != 1:
+        found = reward.probe_template.count("{answer}")
+        yield f"reward.probe_template={reward.probe_template!r}: expected {{answer}} exactly once, found it {found} times"
+    if reinforced and not replayed and config.rollout.temperature == 0:
+        yield "rollout.temperature=0 makes all samples of a question alike, so nothing can be learnt; use 1.0 (eval.greedy evaluates at 0)"
+
+
+def _schedule(config: Config) -> Iterator[str]:
+    optim, steps = config.optim, config.run.steps
+    if optim.minibatches > config.rollout.prompts_per_step:
+        yield (
+            f"optim.minibatches={optim.minibatches} is more than rollout.prompts_per_step={config.rollout.prompts_per_step}: "
+            "each optimizer step needs at least one question"
+        )
+    if optim.min_lr > optim.lr:
+        yield f"optim.min_lr={optim.min_lr} is above optim.lr={optim.lr}"
+    if optim.warmup_steps > steps:
+        yield f"optim.warmup_steps={optim.warmup_steps} is more than run.steps={steps}; the peak would never be reached"
+    if not all(0 <= beta < 1 for beta in optim.betas):
+        yield f"optim.betas={list(optim.betas)}: expected two numbers from 0 up to, not including, 1"
+    if _evaluates(config) and not config.eval.samples and not config.eval.greedy:
+        yield "eval.samples=0 and eval.greedy=false leave nothing to evaluate; set one of them"

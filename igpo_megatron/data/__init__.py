@@ -1,0 +1,1 @@
+"""Questions and corpora: reading, ordering and checking them. Needs pyarrow, never torch."""

@@ -1,0 +1,81 @@
+"""Read a corpus of JSON lines into passages.
+
+Two line formats are understood and may be mixed:
+
+    {"id": "country:IR", "title": "Iran", "text": "Iran is a country in Asia."}     this project's
+    {"id": "17", "contents": "\\"Iran\\"\\nIran is a country in Asia."}                 Search-R1's (wiki-18)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """One retrievable text."""
+
+    doc_id: str
+    """Identifier within its corpus; a web result uses its address."""
+
+    title: str
+    text: str
+
+
+def read_corpus(path: Path | str) -> Iterator[Passage]:
+    """Yield every passage of a JSON-lines file; blank lines are skipped.
+
+    ValueError names file and line where the file is missing, a line is no JSON object, or fields are absent or not strings.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such corpus file; expected JSON lines of {{id, title, text}} or {{id, contents}}")
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield _parse(line, f"{path}:{number}")
+
+
+def _parse(line: bytes, place: str) -> Passage:
+    """One line -> Passage. `place` is `file:line` for the error."""
+    try:
+        record = json.loads(line)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{place}: not UTF-8 text ({error.reason} at byte {error.start}); save the corpus as UTF-8") from None
+    except json.JSONDecodeError as error:
+        start = line[:60].decode(errors="replace").rstrip()
+        raise ValueError(f"{place}: not JSON ({error.msg} at column {error.colno}); found {start!r}, expected one object per line") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{place}: found a JSON {type(record).__name__}, expected an object with id, title and text (or id and contents)")
+    if isinstance(record.get("id"), int):
+        record["id"] = str(record["id"])
+    if "contents" in record:
+        title, text = split_contents(_string(record, "contents", place))
+    else:
+        title, text = _string(record, "title", place), _string(record, "text", place)
+    return Passage(_string(record, "id", place), title, text)
+
+
+def _string(record: dict[str, Any], field: str, place: str) -> str:
+    if field not in record:
+        fields = ", ".join(record) or "none"
+        raise ValueError(f"{place}: field {field!r} is missing (found {fields}); expected id, title and text, or id and contents")
+    value = record[field]
+    if not isinstance(value, str):
+        raise ValueError(f"{place}: field {field!r} is {json.dumps(value)[:60]}, expected a string")
+    return value
+
+
+def split_contents(contents: str) -> tuple[str, str]:
+    """Search-R1 `"Title"\\nbody` -> (title, body); contents of one line are all body, without a title."""
+    first, newline, body = contents.partition("\n")
+    return (first.strip().strip('"'), body) if newline else ("", contents)
+
+
+def join_contents(passage: Passage) -> str:
+    """Passage -> Search-R1 `"Title"\\nbody`, the inverse of `split_contents`."""
+    return f'"{passage.title}"\n{passage.text}'

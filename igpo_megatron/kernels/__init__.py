@@ -1,0 +1,1 @@
+"""Numerical cores that know nothing of Megatron: plain tensors and process groups in, tensors out."""

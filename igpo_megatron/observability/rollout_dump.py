@@ -1,0 +1,264 @@
+"""Rollout groups as parquet: one row per group, everything kept, so that a file can be looked at or trained from again.
+
+    step | prompt {id, ...} | nodes [{parent, kind, token_ids, ...}] | trajectories [{path, status, gains, ...}] | metrics {name: value}
+
+Both directions work on columns: a file of 30 thousand demonstrations is written or read in seconds.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, ToolCall, Trajectory
+
+ROWS = 1024
+"""Groups per row group: what a writer holds in memory as columns, and what a reader decodes at once."""
+
+PROMPT = pa.struct([("id", pa.string()), ("question", pa.string()), ("answers", pa.list_(pa.string())), ("source", pa.string())])
+CALL = pa.struct([("name", pa.string()), ("queries", pa.list_(pa.string()))])
+# Log-probs are Python floats: 64 bits keep them exactly, and byte-stream-split makes the zero bits of a former float32 free.
+LOGPROBS = pa.list_(pa.float64())
+NUMBERS = pa.map_(pa.string(), pa.float64())
+
+NODE = pa.struct(
+    [
+        ("parent", pa.int32()),
+        ("kind", pa.string()),
+        ("token_ids", pa.list_(pa.int32())),
+        ("turn", pa.int32()),
+        ("text", pa.string()),
+        ("weight_version", pa.int64()),
+        ("behavior_logprobs", LOGPROBS),
+        ("old_logprobs", LOGPROBS),
+        ("ref_logprobs", LOGPROBS),
+        ("call", CALL),
+        ("scored", pa.list_(pa.int32())),
+    ]
+)
+TRAJECTORY = pa.struct(
+    [
+        ("path", pa.list_(pa.int32())),
+        ("status", pa.string()),
+        ("answer", pa.string()),
+        ("reason", pa.string()),
+        ("reward", pa.float64()),
+        ("reward_parts", NUMBERS),
+        ("gains", pa.list_(pa.float64())),
+        ("turn_advantages", pa.list_(pa.float64())),
+    ]
+)
+SCHEMA = pa.schema(
+    [
+        ("step", pa.int64()),
+        ("prompt", PROMPT),
+        ("nodes", pa.list_(NODE)),
+        ("trajectories", pa.list_(TRAJECTORY)),
+        ("metrics", NUMBERS),
+    ]
+)
+SPLIT_COLUMNS = [f"nodes.list.element.{name}.list.element" for name in ("behavior_logprobs", "old_logprobs", "ref_logprobs")]
+DICTIONARY_COLUMNS = [
+    "prompt.source",
+    "nodes.list.element.kind",
+    "nodes.list.element.token_ids.list.element",
+    "trajectories.list.element.status",
+]
+
+
+def write_rollouts(path: Path, step: int, groups: Iterable[RolloutGroup]) -> None:
+    """Write all groups of a step. `path` appears complete or not at all: a killed write leaves only a `.tmp` file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    remaining = iter(groups)
+    try:
+        with pq.ParquetWriter(
+            temporary, SCHEMA, compression="zstd", use_dictionary=DICTIONARY_COLUMNS, use_byte_stream_split=SPLIT_COLUMNS
+        ) as writer:
+            while chunk := list(islice(remaining, ROWS)):
+                writer.write_batch(_columns(step, chunk))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_rollouts(path: Path, max_groups: int | None = None) -> Iterator[tuple[int, list[RolloutGroup]]]:
+    """Yield `(step, groups)` in file order, decoding about a thousand groups at a time.
+
+    Consecutive groups of one step come together; with `max_groups`, in parts of at most that many.
+    Raises ValueError at once for a file that is missing, not parquet, or not a rollout file.
+    """
+    return _steps(_open(path), max_groups)
+
+
+def _steps(file: pq.ParquetFile, max_groups: int | None) -> Iterator[tuple[int, list[RolloutGroup]]]:
+    with file:
+        step: int | None = None
+        ready: list[RolloutGroup] = []
+        for batch in file.iter_batches(batch_size=min(ROWS, max_groups or ROWS), columns=SCHEMA.names):
+            for row_step, group in zip(batch.column("step").to_pylist(), _groups(batch), strict=True):
+                if step is not None and (row_step != step or len(ready) == max_groups):
+                    yield step, ready
+                    ready = []
+                step = row_step
+                ready.append(group)
+        if step is not None:
+            yield step, ready
+
+
+def count_groups(path: Path) -> int:
+    """Groups in a rollout file, from its footer. Raises ValueError as `read_rollouts` does."""
+    with _open(path) as file:
+        return file.metadata.num_rows
+
+
+def _open(path: Path) -> pq.ParquetFile:
+    """Open a parquet file and check that it is one of ours."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such rollout file; training writes them to <run>/rollouts/step_*.parquet")
+    try:
+        file = pq.ParquetFile(path)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path}: not a parquet file ({error}); expected a rollout file written by a run or by write_rollouts") from None
+    found = file.schema_arrow
+    problems = []
+    for field in SCHEMA:
+        if field.name not in found.names:
+            problems.append(f"column {field.name!r} is missing")
+        elif not found.field(field.name).type.equals(field.type):
+            problems.append(f"column {field.name!r} is {found.field(field.name).type}, expected {field.type}")
+    if problems:
+        file.close()
+        columns = ", ".join(found.names)
+        raise ValueError(
+            f"{path}: not a rollout file: {'; '.join(problems)} (its columns: {columns}). Question files go to data.train, not to run.replay"
+        )
+    return file
+
+
+# ---- groups -> columns
+
+
+def _columns(step: int, groups: Sequence[RolloutGroup]) -> pa.RecordBatch:
+    """One record batch of `len(groups)` rows."""
+    prompts = [{"id": p.id, "question": p.question, "answers": p.answers, "source": p.source} for p in (group.prompt for group in groups)]
+    nodes = [node for group in groups for node in group.nodes]
+    trajectories = [trajectory for group in groups for trajectory in group.trajectories]
+    return pa.record_batch(
+        [
+            pa.array([step] * len(groups), pa.int64()),
+            pa.array(prompts, PROMPT),
+            _nested([len(group.nodes) for group in groups], _struct(NODE, [_node_row(node) for node in nodes])),
+            _nested([len(group.trajectories) for group in groups], _struct(TRAJECTORY, [_trajectory_row(t) for t in trajectories])),
+            pa.array([list(group.metrics.items()) for group in groups], NUMBERS),
+        ],
+        schema=SCHEMA,
+    )
+
+
+def _node_row(node: Node) -> tuple[Any, ...]:
+    """The fields of NODE, in order."""
+    return (
+        node.parent,
+        node.kind,
+        node.token_ids,
+        node.turn,
+        node.text,
+        node.weight_version,
+        node.behavior_logprobs,
+        node.old_logprobs,
+        node.ref_logprobs,
+        None if node.call is None else {"name": node.call.name, "queries": node.call.queries},
+        node.scored,
+    )
+
+
+def _trajectory_row(trajectory: Trajectory) -> tuple[Any, ...]:
+    """The fields of TRAJECTORY, in order."""
+    return (
+        trajectory.path,
+        trajectory.status.value,
+        trajectory.answer,
+        trajectory.reason,
+        trajectory.reward,
+        list(trajectory.reward_parts.items()),
+        trajectory.gains,
+        trajectory.turn_advantages,
+    )
+
+
+def _struct(kind: pa.StructType, rows: Sequence[tuple[Any, ...]]) -> pa.StructArray:
+    """Rows -> struct array, one field after the other."""
+    columns: Iterable[tuple[Any, ...]] = zip(*rows, strict=True) if rows else [()] * kind.num_fields
+    return pa.StructArray.from_arrays(
+        [pa.array(column, field.type) for column, field in zip(columns, kind, strict=True)], fields=list(kind)
+    )
+
+
+def _nested(lengths: Sequence[int], values: pa.Array) -> pa.ListArray:
+    """Cut `values` into consecutive lists of the given lengths."""
+    offsets = [0]
+    for length in lengths:
+        offsets.append(offsets[-1] + length)
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values)
+
+
+# ---- columns -> groups
+
+
+def _groups(batch: pa.RecordBatch) -> Iterator[RolloutGroup]:
+    """The groups of a record batch."""
+    prompts = [Prompt(p["id"], p["question"], tuple(p["answers"]), p["source"]) for p in batch.column("prompt").to_pylist()]
+    metrics = [dict(pairs) for pairs in batch.column("metrics").to_pylist()]
+    nodes = _cut(batch.column("nodes"), _nodes)
+    trajectories = _cut(batch.column("trajectories"), _trajectories)
+    for prompt, group_nodes, group_trajectories, numbers in zip(prompts, nodes, trajectories, metrics, strict=True):
+        yield RolloutGroup(prompt, group_nodes, group_trajectories, numbers)
+
+
+def _nodes(array: pa.StructArray) -> list[Node]:
+    """All nodes of a batch."""
+    columns = {field.name: array.field(position) for position, field in enumerate(NODE)}
+    rows = zip(
+        columns["parent"].to_pylist(),
+        columns["kind"].to_pylist(),
+        _cut(columns["token_ids"], _plain),
+        columns["turn"].to_pylist(),
+        columns["text"].to_pylist(),
+        columns["weight_version"].to_pylist(),
+        _cut(columns["behavior_logprobs"], _plain),
+        _cut(columns["old_logprobs"], _plain),
+        _cut(columns["ref_logprobs"], _plain),
+        (call and ToolCall(call["name"], tuple(call["queries"])) for call in columns["call"].to_pylist()),
+        (None if scored is None else (scored[0], scored[1]) for scored in columns["scored"].to_pylist()),
+        strict=True,
+    )
+    return [Node(*row) for row in rows]
+
+
+def _trajectories(array: pa.StructArray) -> list[Trajectory]:
+    """All trajectories of a batch."""
+    columns = [array.field(position).to_pylist() for position in range(len(TRAJECTORY))]
+    return [
+        Trajectory(path, Status(status), answer, reason, reward, dict(parts), gains, advantages)
+        for path, status, answer, reason, reward, parts, gains, advantages in zip(*columns, strict=True)
+    ]
+
+
+def _plain(values: pa.Array) -> list[Any]:
+    """Numbers without nulls, ten times faster than `to_pylist`."""
+    return values.to_numpy(zero_copy_only=False).tolist()
+
+
+def _cut(array: pa.ListArray, decode: Callable[[Any], list[Any]]) -> list[list[Any]]:
+    """Decode the values of a list column in one go, then cut them into its lists."""
+    offsets = array.offsets.to_pylist()
+    first = offsets[0]
+    values = decode(array.values.slice(first, offsets[-1] - first))
+    return [values[start - first : stop - first] for start, stop in pairwise(offsets)]

@@ -1,0 +1,1 @@
+"""Rollout trees to packed rows and back."""

@@ -1,0 +1,302 @@
+"""Flatten question trees into packed rows, and carry per-token results back to their nodes.
+
+    RolloutGroup ──pieces──> trees under a token budget ──rows──> PackedRow ──actor──> log-probs ──scatter──> Node.old_logprobs
+
+A tree is laid out depth first. One integer per token, `subtree_end`, is the whole attention mask:
+
+    query i may see key j   <=>   j <= i < subtree_end[j]
+
+so packed sequences, shared prompts, branches and probes are one mechanism. A token's position is its depth in the tree, and
+the hidden state that predicts a token is its predecessor on its own path (`predictor`), so nothing is ever shifted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from igpo_megatron.packing.batches import first_fit
+from igpo_megatron.types import Node, RolloutGroup, StepCounts, Trajectory
+
+
+@dataclass(slots=True)
+class PackedRow:
+    """One row of one micro-batch: T packed tokens, of which N are scored or trained."""
+
+    token_ids: torch.Tensor
+    """[T] int64, depth first, padding at the end."""
+
+    position_ids: torch.Tensor
+    """[T] int64, depth in the tree."""
+
+    subtree_end: torch.Tensor
+    """[T] int64, one past the last token below token t: the attention mask."""
+
+    predictor: torch.Tensor
+    """[N] int64, index in [0, T) of the hidden state that predicts target n; repeats where branches start."""
+
+    targets: torch.Tensor
+    """[N] int64, the predicted token ids."""
+
+    weight: torch.Tensor
+    """[N] fp32, sum over the trajectories through the token of their loss weight; used by KL, entropy and SFT terms."""
+
+    advantages: torch.Tensor
+    """[N, 2] fp32, sums of the positive and of the negative parts (as a positive number) of weight x advantage."""
+
+    old_logprobs: torch.Tensor
+    """[N] fp32, by the actor before the step."""
+
+    ref_logprobs: torch.Tensor
+    """[N] fp32, by the reference policy; zeros where there is none."""
+
+    origin: list[tuple[int, int, int, int]] = field(default_factory=list)
+    """(group, node, start, stop): targets [start, stop) are that node's tokens."""
+
+    @property
+    def num_tokens(self) -> int:
+        """T, padding included."""
+        return len(self.token_ids)
+
+
+@dataclass(slots=True)
+class Piece:
+    """The part of one group that goes into a row: some trajectories and probes, with all their ancestors."""
+
+    group: int
+    nodes: list[int]
+    """Node indices, depth first; every parent comes before its children."""
+
+    trajectories: list[Trajectory]
+    num_tokens: int
+
+
+def step_counts(groups: Sequence[RolloutGroup]) -> StepCounts:
+    """Global sums that every loss is divided by, fixed before the first micro-batch so that packing cannot change the gradient."""
+    trained = [(group, trajectory) for group in groups for trajectory in group.trajectories if trajectory.status.is_trainable]
+    return StepCounts(
+        trained_tokens=sum(len(node.token_ids) for group, trajectory in trained for node in group.actions(trajectory)),
+        trajectories=len(trained),
+        groups=len(groups),
+    )
+
+
+def pack_for_scoring(groups: Sequence[RolloutGroup], *, row_tokens: int, multiple: int = 1, fold: bool = True) -> list[PackedRow]:
+    """Rows whose targets are all action tokens and all probe tokens.
+
+    With `fold` probes are leaves of the trees they hang from. Without it every probe gets a sequence of its own, context
+    repeated: the published sequential scheme, kept as a reference.
+    """
+    pieces = [piece for index, group in enumerate(groups) for piece in _pieces(index, group, row_tokens, with_probes=fold)]
+    if not fold:
+        for index, group in enumerate(groups):
+            for number, node in enumerate(group.nodes):
+                if node.kind == "probe":
+                    nodes = _ancestors(group, number)
+                    pieces.append(Piece(index, nodes, [], sum(len(group.nodes[n].token_ids) for n in nodes)))
+    scored = ("action", "probe")
+
+    def wanted(piece: Piece, number: int, node: Node) -> bool:
+        return node.kind in scored and bool(piece.trajectories or node.kind == "probe")
+
+    return _rows(groups, pieces, row_tokens, multiple, wanted, lambda trajectory, turns: 1.0)
+
+
+def pack_for_training(
+    groups: Sequence[RolloutGroup], *, row_tokens: int, multiple: int = 1, token_weight: Callable[[int], float]
+) -> list[PackedRow]:
+    """Rows whose targets are the action tokens of trainable trajectories, with their weights and advantages.
+
+    `token_weight(n)` is the loss weight of each token of a trajectory with n trained tokens.
+    """
+    pieces = [piece for index, group in enumerate(groups) for piece in _pieces(index, group, row_tokens, with_probes=False)]
+    return _rows(
+        groups,
+        pieces,
+        row_tokens,
+        multiple,
+        lambda piece, number, node: node.kind == "action",
+        lambda trajectory, tokens: token_weight(tokens),
+    )
+
+
+def scatter(rows: Sequence[PackedRow], logprobs: Sequence[torch.Tensor], groups: Sequence[RolloutGroup], field_name: str) -> None:
+    """Write per-target results ([N] for each row) to `field_name` (old_logprobs or ref_logprobs) of the nodes they came from."""
+    for row, values in zip(rows, logprobs, strict=True):
+        flat = values.tolist()
+        assert len(flat) == len(row.targets), f"{len(flat)} results for {len(row.targets)} targets"
+        for group, node, start, stop in row.origin:
+            setattr(groups[group].nodes[node], field_name, flat[start:stop])
+
+
+def _ancestors(group: RolloutGroup, number: int) -> list[int]:
+    """Node indices from the root to `number`."""
+    path: list[int] = []
+    cursor: int | None = number
+    while cursor is not None:
+        path.append(cursor)
+        cursor = group.nodes[cursor].parent
+    return path[::-1]
+
+
+def _pieces(index: int, group: RolloutGroup, row_tokens: int, *, with_probes: bool) -> Iterable[Piece]:
+    """Cut a group into trees under the budget, repeating the path to each cut; a single longer trajectory stays whole."""
+    probes: dict[int, list[int]] = {}
+    for number, node in enumerate(group.nodes):
+        if with_probes and node.kind == "probe" and node.parent is not None:
+            probes.setdefault(node.parent, []).append(number)
+    done: set[int] = set()  # probes already in a piece: their parents may be repeated in a later one
+    chosen: dict[int, None] = {}
+    members: list[Trajectory] = []
+    tokens = 0
+    for trajectory in group.trajectories:
+        if not trajectory.status.is_trainable:
+            continue
+
+        def added(trajectory: Trajectory = trajectory) -> list[int]:
+            leaves = [probe for number in trajectory.path for probe in probes.get(number, []) if probe not in done]
+            return [number for number in [*trajectory.path, *leaves] if number not in chosen]
+
+        new = added()
+        size = sum(len(group.nodes[number].token_ids) for number in new)
+        if members and tokens + size > row_tokens:
+            yield Piece(index, _depth_first(group, chosen), members, tokens)
+            done |= {number for number in chosen if group.nodes[number].kind == "probe"}
+            chosen, members, tokens = {}, [], 0
+            new = added()
+            size = sum(len(group.nodes[number].token_ids) for number in new)
+        chosen |= dict.fromkeys(new)
+        members = [*members, trajectory]
+        tokens += size
+    if members:
+        yield Piece(index, _depth_first(group, chosen), members, tokens)
+
+
+def _depth_first(group: RolloutGroup, chosen: Iterable[int]) -> list[int]:
+    children: dict[int | None, list[int]] = {}
+    for number in sorted(chosen):
+        children.setdefault(group.nodes[number].parent, []).append(number)
+    order: list[int] = []
+    stack = children[None][::-1]
+    while stack:
+        number = stack.pop()
+        order.append(number)
+        stack.extend(children.get(number, [])[::-1])
+    return order
+
+
+class _RowBuilder:
+    """Collects one row's tokens and targets as plain lists."""
+
+    def __init__(self) -> None:
+        self.token_ids: list[int] = []
+        self.position_ids: list[int] = []
+        self.subtree_end: list[int] = []
+        self.predictor: list[int] = []
+        self.targets: list[int] = []
+        self.weight: list[float] = []
+        self.advantages: list[tuple[float, float]] = []
+        self.old_logprobs: list[float] = []
+        self.ref_logprobs: list[float] = []
+        self.origin: list[tuple[int, int, int, int]] = []
+
+    def add_piece(
+        self,
+        group: RolloutGroup,
+        piece: Piece,
+        wanted: Callable[[Piece, int, Node], bool],
+        token_weight: Callable[[Trajectory, int], float],
+    ) -> None:
+        shares = _shares(group, piece, token_weight)
+        ends: dict[int, tuple[int, int]] = {}  # node -> (index of its last token, depth after it)
+        spans: dict[int, tuple[int, int]] = {}
+        for number in piece.nodes:
+            node = group.nodes[number]
+            before, depth = ends[node.parent] if node.parent is not None else (-1, 0)
+            start, length = len(self.token_ids), len(node.token_ids)
+            self.token_ids += node.token_ids
+            self.position_ids += range(depth, depth + length)
+            self.subtree_end += [0] * length
+            spans[number] = (start, start + length)
+            ends[number] = (start + length - 1 if length else before, depth + length)
+            if length and wanted(piece, number, node):
+                self._add_targets(piece.group, number, node, before, start, shares.get(number, (0.0, 0.0, 0.0)))
+        # Children follow their parents, so walking backwards closes every subtree before the one around it.
+        last: dict[int, int] = {}
+        for number in reversed(piece.nodes):
+            start, stop = spans[number]
+            end = max(stop, last.get(number, 0))
+            self.subtree_end[start:stop] = [end] * (stop - start)
+            parent = group.nodes[number].parent
+            if parent is not None:
+                last[parent] = max(last.get(parent, 0), end)
+
+    def _add_targets(self, group: int, number: int, node: Node, before: int, start: int, share: tuple[float, float, float]) -> None:
+        assert before >= 0, "a root token has no predictor and cannot be a target"
+        length = len(node.token_ids)
+        first = len(self.targets)
+        self.predictor += [before, *range(start, start + length - 1)]
+        self.targets += node.token_ids
+        weight, positive, negative = share
+        self.weight += [weight] * length
+        self.advantages += [(positive, negative)] * length
+        self.old_logprobs += node.old_logprobs or [0.0] * length
+        self.ref_logprobs += node.ref_logprobs or [0.0] * length
+        self.origin.append((group, number, first, first + length))
+
+    def build(self, multiple: int) -> PackedRow:
+        padding = -len(self.token_ids) % multiple
+        total = len(self.token_ids) + padding
+        return PackedRow(
+            token_ids=torch.tensor(self.token_ids + [0] * padding, dtype=torch.int64),
+            position_ids=torch.tensor(self.position_ids + list(range(padding)), dtype=torch.int64),
+            subtree_end=torch.tensor(self.subtree_end + [total] * padding, dtype=torch.int64),
+            predictor=torch.tensor(self.predictor, dtype=torch.int64),
+            targets=torch.tensor(self.targets, dtype=torch.int64),
+            weight=torch.tensor(self.weight, dtype=torch.float32),
+            advantages=torch.tensor(self.advantages, dtype=torch.float32).reshape(-1, 2),
+            old_logprobs=torch.tensor(self.old_logprobs, dtype=torch.float32),
+            ref_logprobs=torch.tensor(self.ref_logprobs, dtype=torch.float32),
+            origin=self.origin,
+        )
+
+
+def _shares(
+    group: RolloutGroup, piece: Piece, token_weight: Callable[[Trajectory, int], float]
+) -> dict[int, tuple[float, float, float]]:
+    """Per action node: summed weight, and summed positive and negative parts of weight x advantage, over the piece's trajectories."""
+    shares: dict[int, tuple[float, float, float]] = {}
+    for trajectory in piece.trajectories:
+        actions = [number for number in trajectory.path if group.nodes[number].kind == "action"]
+        weight = token_weight(trajectory, sum(len(group.nodes[number].token_ids) for number in actions))
+        advantages = trajectory.turn_advantages or [0.0] * len(actions)
+        for number, advantage in zip(actions, advantages, strict=True):
+            total, positive, negative = shares.get(number, (0.0, 0.0, 0.0))
+            shares[number] = (total + weight, positive + max(weight * advantage, 0.0), negative + max(-weight * advantage, 0.0))
+    return shares
+
+
+def _rows(
+    groups: Sequence[RolloutGroup],
+    pieces: Sequence[Piece],
+    row_tokens: int,
+    multiple: int,
+    wanted: Callable[[Piece, int, Node], bool],
+    token_weight: Callable[[Trajectory, int], float],
+) -> list[PackedRow]:
+    rows = []
+    for members in first_fit([piece.num_tokens for piece in pieces], row_tokens):
+        builder = _RowBuilder()
+        for member in members:
+            builder.add_piece(groups[pieces[member].group], pieces[member], wanted, token_weight)
+        rows.append(builder.build(multiple))
+    return rows
+
+
+def blank_row(multiple: int) -> PackedRow:
+    """A row without targets, for a data-parallel rank that would otherwise have fewer rows than the others."""
+    builder = _RowBuilder()
+    builder.token_ids, builder.position_ids, builder.subtree_end = [0], [0], [max(multiple, 1)]
+    return builder.build(multiple)

