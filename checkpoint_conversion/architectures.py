@@ -77,20 +77,20 @@ class ModelShape:
     model_type: str
     num_layers: int
     hidden_size: int
-    ffn_hidden_size: int
+    ffn_size: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
     vocab_size: int
     """Rows of the embedding in the HF folder, without padding."""
-    tied_embeddings: bool
+    tied: bool
     qkv_bias: bool
     qk_norm: bool
     rope_theta: float
-    rope_scaling_factor: float | None
-    """Factor of llama3 rope scaling; None for plain rope."""
-    rms_norm_eps: float
-    max_position_embeddings: int
+    rope_scaling: dict[str, float] | None
+    """{"factor": ...} of llama3 rope scaling, whose other numbers are fixed; None for plain rope."""
+    norm_eps: float
+    max_positions: int
     dtype: str | None
     """Such as "bfloat16"; None where config.json does not say."""
 
@@ -135,18 +135,18 @@ def shape_of(config: Mapping[str, Any], where: str = "config.json") -> ModelShap
         model_type=str(model_type),
         num_layers=config["num_hidden_layers"],
         hidden_size=config["hidden_size"],
-        ffn_hidden_size=config["intermediate_size"],
+        ffn_size=config["intermediate_size"],
         num_heads=heads,
         num_kv_heads=config.get("num_key_value_heads") or heads,
         head_dim=config.get("head_dim") or config["hidden_size"] // heads,
         vocab_size=config["vocab_size"],
-        tied_embeddings=bool(config.get("tie_word_embeddings")),
+        tied=bool(config.get("tie_word_embeddings")),
         qkv_bias="self_attention.linear_qkv.bias" in architecture.layer,
         qk_norm="self_attention.q_layernorm.weight" in architecture.layer,
         rope_theta=float(rope["rope_theta"]),
-        rope_scaling_factor=float(rope["factor"]) if rope["rope_type"] == "llama3" else None,
-        rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-        max_position_embeddings=int(config.get("max_position_embeddings", 2048)),
+        rope_scaling={"factor": float(rope["factor"])} if rope["rope_type"] == "llama3" else None,
+        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        max_positions=int(config.get("max_position_embeddings", 2048)),
         dtype=config.get("dtype") or config.get("torch_dtype"),
     )
 
@@ -199,7 +199,7 @@ def rules_for(shape: ModelShape, vocab_multiple: int) -> dict[str, Rule]:
     `output_layer.weight`, too: the last pipeline stage may hold a copy of the embedding; it exports nothing.
     """
     architecture = ARCHITECTURES[shape.model_type]
-    model = {**architecture.model, **TIED} if shape.tied_embeddings else architecture.model
+    model = {**architecture.model, **TIED} if shape.tied else architecture.model
     rules = [_bind(kind, name, hf, shape, vocab_multiple) for name, (kind, hf) in model.items()]
     for layer in range(shape.num_layers):
         for name, (kind, hf) in architecture.layer.items():

@@ -21,7 +21,7 @@ import pickle
 import re
 import shutil
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -402,12 +402,12 @@ def write_megatron(folder: Path, tensors: Iterable[tuple[str, Tensor]], *, num_l
                     f"{list(entry.size[1:])}; Megatron stores all layers in one tensor"
                 )
             entry.chunks.append(ChunkStorageMetadata(offsets, stored.shape))
-            places[MetadataIndex(key, offsets)] = file.write(lambda stream, stored=stored: _save_tensor(stored, stream))
+            places[MetadataIndex(key, offsets)] = file.save(_compact(stored))
         for module in _EXTRA_STATE_MODULES:
             for layer in range(num_layers):
                 key = f"decoder.layers.{module}._extra_state/shard_{layer}_{num_layers}"
                 entries[key] = BytesStorageMetadata()
-                places[MetadataIndex(key)] = file.write(lambda stream: torch.save([None], stream))
+                places[MetadataIndex(key)] = file.save([None])
     (folder / ".metadata").write_bytes(pickle.dumps(Metadata(entries, storage_data=places, version="1.0.0")))
     content = {"singleton_local_shards": False, "non_homogeneous_layers": False}
     torch.save({"content_metadata": content}, folder / "common.pt")
@@ -429,20 +429,19 @@ class _ShardedFile:
         if self.stream is not None:
             self.stream.close()
 
-    def write(self, write: Callable[[BinaryIO], None]) -> _StorageInfo:
-        """Let `write` append one object; returns where it lies."""
+    def save(self, content: Any) -> _StorageInfo:
+        """Append one object; returns where it lies."""
         if self.stream is None or self.stream.tell() >= self.max_bytes:
             self.__exit__()
             self.stream = (self.folder / f"__0_{self.count}.distcp").open("wb")
             self.count += 1
         start = self.stream.tell()
-        # torch.save counts offsets from the start of its stream, so each object gets a stream of its own within the file.
-        write(_From(self.stream))  # type: ignore[arg-type]
+        torch.save(content, _Tail(self.stream))
         return _StorageInfo(Path(self.stream.name).name, start, self.stream.tell() - start)
 
 
-class _From(io.RawIOBase):
-    """Append-only view of an open file that torch.save may close."""
+class _Tail(io.RawIOBase):
+    """The end of an open file as a stream of its own, because torch.save writes offsets from the start of its stream."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
@@ -454,10 +453,10 @@ class _From(io.RawIOBase):
         return self._stream.write(data)
 
 
-def _save_tensor(tensor: Tensor, stream: BinaryIO) -> None:
-    # A view would save all of the storage it looks into.
+def _compact(tensor: Tensor) -> Tensor:
+    """The tensor with a storage of just its size: saving a view saves all of the storage it looks into."""
     is_view = tensor.untyped_storage().nbytes() != tensor.nbytes or not tensor.is_contiguous()
-    torch.save(tensor.clone(memory_format=torch.contiguous_format) if is_view else tensor, stream)
+    return tensor.clone(memory_format=torch.contiguous_format) if is_view else tensor
 
 
 def _nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:

@@ -22,7 +22,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from checkpoint_conversion.architectures import ModelShape, rules_for
+from checkpoint_conversion.architectures import ModelShape, local_name, rules_for
 from checkpoint_conversion.streams import HfReader
 from igpo_megatron.actor.attention import TreeAttention, TreeRotaryEmbedding
 from igpo_megatron.config.schema import Config
@@ -56,7 +56,6 @@ class PolicyModel(GPTModel):
     """GPTModel with tree positions; `labels` takes `HeadInputs` and the output is [N, 2]: log-prob and entropy, fp32."""
 
     def __init__(self, config: TransformerConfig, spec: Any, shape: ModelShape, padded_vocab: int, **stage: Any) -> None:
-        scaled = shape.rope_scaling is not None
         super().__init__(
             config,
             spec,
@@ -64,8 +63,8 @@ class PolicyModel(GPTModel):
             max_sequence_length=shape.max_positions,
             position_embedding_type="rope",
             rotary_base=shape.rope_theta,
-            rope_scaling=scaled,
-            rope_scaling_factor=shape.rope_scaling["factor"] if scaled else 1.0,
+            rope_scaling=shape.rope_scaling is not None,
+            rope_scaling_factor=shape.rope_scaling["factor"] if shape.rope_scaling else 1.0,
             share_embeddings_and_output_weights=shape.tied,
             parallel_output=True,
             **stage,
@@ -177,15 +176,12 @@ def layer_spec(config: TransformerConfig, backend: str) -> TransformerBlockSubmo
     else:
         spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
         spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
-        # Names in checkpoints are the modules' own, not TransformerEngine's.
-        spec.submodules.sharded_state_dict_keys_map = {}
     attention = spec.submodules.self_attention
     attention.params = {**attention.params, "attn_mask_type": AttnMaskType.arbitrary}
     attention.submodules.core_attention = TreeAttention
     if config.qk_layernorm and backend == "local":
         attention.submodules.q_layernorm = attention.submodules.k_layernorm = RMSNorm
-    norm = RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=norm)
+    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=RMSNorm)
 
 
 def resolve_backend(backend: str, cuda: bool) -> str:
@@ -213,14 +209,14 @@ def padded_vocab(shape: ModelShape, config: Config) -> int:
 
 
 def global_names(model: PolicyModel) -> list[tuple[str, torch.nn.Parameter]]:
-    """Parameters of this rank under their names in the whole model: local layer numbers become global ones."""
+    """Parameters of this rank under their names in the whole model, whatever the layer backend calls them."""
     named = []
     for name, parameter in model.named_parameters():
         if name.startswith("decoder.layers."):
             local = name.split(".")[2]
             number = model.decoder.layers[int(local)].layer_number - 1
             name = name.replace(f"decoder.layers.{local}.", f"decoder.layers.{number}.", 1)
-        named.append((name, parameter))
+        named.append((local_name(name), parameter))
     return named
 
 

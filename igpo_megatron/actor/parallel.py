@@ -74,7 +74,6 @@ def init(config: Config) -> Ranks:
         tensor_model_parallel_size=config.parallel.tensor,
         pipeline_model_parallel_size=config.parallel.pipeline,
         distributed_timeout_minutes=max(1, round(config.parallel.timeout_s / 60)),
-        create_gloo_process_groups=cuda,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(config.run.seed + 1)
     return Ranks(

@@ -95,7 +95,7 @@ def pack_for_scoring(groups: Sequence[RolloutGroup], *, row_tokens: int, multipl
             for number, node in enumerate(group.nodes):
                 if node.kind == "probe":
                     nodes = _ancestors(group, number)
-                    pieces.append(Piece(index, nodes, [], sum(len(group.nodes[n].token_ids) for n in nodes)))
+                    pieces.append(Piece(index, nodes, [], _num_tokens(group, nodes)))
     scored = ("action", "probe")
 
     def wanted(piece: Piece, number: int, node: Node) -> bool:
@@ -154,24 +154,24 @@ def _pieces(index: int, group: RolloutGroup, row_tokens: int, *, with_probes: bo
     for trajectory in group.trajectories:
         if not trajectory.status.is_trainable:
             continue
-
-        def added(trajectory: Trajectory = trajectory) -> list[int]:
-            leaves = [probe for number in trajectory.path for probe in probes.get(number, []) if probe not in done]
-            return [number for number in [*trajectory.path, *leaves] if number not in chosen]
-
-        new = added()
-        size = sum(len(group.nodes[number].token_ids) for number in new)
+        whole = [*trajectory.path, *(probe for number in trajectory.path for probe in probes.get(number, []))]
+        new = [number for number in whole if number not in chosen and number not in done]
+        size = _num_tokens(group, new)
         if members and tokens + size > row_tokens:
             yield Piece(index, _depth_first(group, chosen), members, tokens)
             done |= {number for number in chosen if group.nodes[number].kind == "probe"}
             chosen, members, tokens = {}, [], 0
-            new = added()
-            size = sum(len(group.nodes[number].token_ids) for number in new)
+            new = [number for number in whole if number not in done]
+            size = _num_tokens(group, new)
         chosen |= dict.fromkeys(new)
         members = [*members, trajectory]
         tokens += size
     if members:
         yield Piece(index, _depth_first(group, chosen), members, tokens)
+
+
+def _num_tokens(group: RolloutGroup, numbers: Iterable[int]) -> int:
+    return sum(len(group.nodes[number].token_ids) for number in numbers)
 
 
 def _depth_first(group: RolloutGroup, chosen: Iterable[int]) -> list[int]:
@@ -263,9 +263,7 @@ class _RowBuilder:
         )
 
 
-def _shares(
-    group: RolloutGroup, piece: Piece, token_weight: Callable[[Trajectory, int], float]
-) -> dict[int, tuple[float, float, float]]:
+def _shares(group: RolloutGroup, piece: Piece, token_weight: Callable[[Trajectory, int], float]) -> dict[int, tuple[float, float, float]]:
     """Per action node: summed weight, and summed positive and negative parts of weight x advantage, over the piece's trajectories."""
     shares: dict[int, tuple[float, float, float]] = {}
     for trajectory in piece.trajectories:

@@ -1,0 +1,201 @@
+"""The policy: log-probs of packed rows, training steps, a reference copy. Owns the model, its gradients and its optimizer.
+
+Rows are given to every rank; each takes its data-parallel share, and results come back in the order of the rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.transformer.module import Float16Module
+
+from checkpoint_conversion.architectures import ModelShape, read_shape
+from igpo_megatron.actor import parallel, schedule
+from igpo_megatron.actor.model import PolicyModel, build_model, load_weights
+from igpo_megatron.actor.parallel import Ranks
+from igpo_megatron.actor.schedule import RowLoss
+from igpo_megatron.config.schema import Config, Optim
+from igpo_megatron.packing.batches import balance, row_cost
+from igpo_megatron.packing.tree import PackedRow, blank_row
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """One optimizer step."""
+
+    loss: float
+    grad_norm: float
+    """Global norm before clipping; NaN or inf where the step was skipped for it."""
+
+    skipped: bool
+    """The update was left out because loss or gradient was not finite."""
+
+    metrics: dict[str, float]
+    """Sums over all targets of all ranks, as the loss reports them."""
+
+
+class NonFiniteSteps(RuntimeError):
+    """Too many steps in a row had a non-finite loss or gradient."""
+
+
+def learning_rate(step: int, steps: int, optim: Optim) -> float:
+    """Rate of optimizer step `step` (0-based) of `steps`: linear warm-up, then constant, then the chosen decay to min_lr."""
+    if step < optim.warmup_steps:
+        return optim.lr * (step + 1) / optim.warmup_steps
+    if optim.decay == "constant":
+        return optim.lr
+    begin = max(optim.decay_from * steps, optim.warmup_steps)
+    progress = min(max((step - begin) / max(steps - begin, 1), 0.0), 1.0)
+    share = 1 - progress if optim.decay == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return optim.min_lr + (optim.lr - optim.min_lr) * share
+
+
+class Policy:
+    """This rank's part of the policy."""
+
+    def __init__(self, config: Config, ranks: Ranks) -> None:
+        self.config, self.ranks = config, ranks
+        self.shape: ModelShape = read_shape(config.model.path)
+        self.module: PolicyModel = build_model(self.shape, config, ranks.device)
+        load_weights(self.module, self.shape, config.model.path, config.model.vocab_multiple)
+        self.model, self.optimizer = _for_training(self.module, config)
+        self.steps_taken = 0
+        """Optimizer steps since the run's start; the learning-rate schedule is a function of it."""
+
+        self.total_steps = config.run.steps * config.optim.minibatches
+        self._skipped_in_a_row = 0
+        needs_reference = config.loss.name == "ppo" and config.loss.kl_coef > 0
+        self._reference = {name: p.detach().to("cpu", copy=True) for name, p in self.module.named_parameters()} if needs_reference else None
+
+    @property
+    def row_multiple(self) -> int:
+        """Rows are padded to a multiple of this many tokens."""
+        return self.config.parallel.tensor if self.config.parallel.sequence else 1
+
+    def log_probs(self, rows: Sequence[PackedRow]) -> list[torch.Tensor]:
+        """[N, 2] log-prob and entropy per row at `rollout.temperature`, on every rank, in the order of `rows`."""
+        mine, share = self._share(rows)
+        temperature = self.config.rollout.temperature or 1.0
+        results = schedule.forward_only(self.model, mine, temperature=temperature, device=self.ranks.device)
+        keeps = self.ranks.is_last_stage and self.ranks.tensor_rank == 0
+        found = {index: result for index, result in zip(share, results, strict=True) if index >= 0} if keeps else {}
+        merged = {index: result for part in parallel.gather(found) for index, result in part.items()}
+        return [merged[index] for index in range(len(rows))]
+
+    @contextlib.contextmanager
+    def as_reference(self) -> Iterator[None]:
+        """Inside, the model has the weights the run began with."""
+        assert self._reference is not None, "no reference was kept: loss.kl_coef is 0"
+        current = {name: p.detach().clone() for name, p in self.module.named_parameters()}
+        _copy_weights(self.module, self._reference)
+        try:
+            yield
+        finally:
+            _copy_weights(self.module, current)
+
+    def train_step(self, rows: Sequence[PackedRow], loss: RowLoss) -> StepResult:
+        """One optimizer step on all rows. Raises NonFiniteSteps after `optim.max_skipped` skipped steps in a row."""
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        mine, _ = self._share(rows)
+        temperature = self.config.rollout.temperature or 1.0
+        per_row = schedule.forward_backward(self.model, mine, loss, temperature=temperature, device=self.ranks.device)
+        metrics = self._sum_metrics(per_row)
+        value = metrics.pop("loss")
+        overflow = bool(self.optimizer.prepare_grads())
+        grad_norm = float(self.optimizer.get_grad_norm())
+        finite = not overflow and math.isfinite(grad_norm) and math.isfinite(value)
+        if finite:
+            rate = learning_rate(self.steps_taken, self.total_steps, self.config.optim)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate * group.get("lr_mult", 1.0)
+            if self.config.optim.clip_grad > 0:
+                _clip(self.optimizer, self.config.optim.clip_grad, grad_norm)
+            self.optimizer.step_with_ready_grads()
+        self.steps_taken += 1
+        self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
+        if self._skipped_in_a_row >= self.config.optim.max_skipped:
+            raise NonFiniteSteps(
+                f"{self._skipped_in_a_row} steps in a row had a non-finite loss ({value}) or gradient norm ({grad_norm}); "
+                "lower optim.lr, or look at the last rollouts for extreme log-probs"
+            )
+        return StepResult(loss=value, grad_norm=grad_norm, skipped=not finite, metrics=metrics)
+
+    def _share(self, rows: Sequence[PackedRow]) -> tuple[list[PackedRow], list[int]]:
+        """This data-parallel rank's rows and their indices; -1 marks a blank row."""
+        if not rows:
+            raise ValueError("no rows to run: every trajectory of the step ended in a tool or engine failure")
+        shape = self.shape
+        width = shape.num_heads * shape.head_dim
+        per_token = 2.0 * shape.num_layers * (2 * shape.hidden_size * width + 3 * shape.hidden_size * shape.ffn_size)
+        costs = [row_cost(row.num_tokens, 2 * shape.num_layers * width, per_token) for row in rows]
+        share = balance(costs, self.ranks.data_size)[self.ranks.data_rank]
+        return [rows[index] if index >= 0 else blank_row(self.row_multiple) for index in share], share
+
+    def _sum_metrics(self, per_row: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+        sums: dict[str, float] = {}
+        if self.ranks.is_last_stage and self.ranks.tensor_rank == 0:
+            for metrics in per_row:
+                for name, metric in metrics.items():
+                    sums[name] = sums.get(name, 0.0) + float(metric)
+        total: dict[str, float] = {}
+        for part in parallel.gather(sums):
+            for name, number in part.items():
+                total[name] = total.get(name, 0.0) + number
+        return total
+
+
+def _for_training(module: PolicyModel, config: Config) -> tuple[DistributedDataParallel, Any]:
+    """Wrap the model for data parallelism and make its optimizer."""
+    megatron = module.config
+    wrapped: torch.nn.Module = Float16Module(megatron, module) if megatron.bf16 else module
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=False,
+        use_distributed_optimizer=config.parallel.distributed_optimizer,
+    )
+    model = DistributedDataParallel(megatron, ddp, wrapped)
+    if dist.get_world_size() > 1:
+        model.broadcast_params()
+    optim = config.optim
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=optim.lr,
+            min_lr=optim.min_lr,
+            weight_decay=optim.weight_decay,
+            adam_beta1=optim.betas[0],
+            adam_beta2=optim.betas[1],
+            adam_eps=optim.eps,
+            clip_grad=optim.clip_grad,
+            bf16=megatron.bf16,
+            params_dtype=megatron.params_dtype,
+            use_distributed_optimizer=config.parallel.distributed_optimizer,
+        ),
+        [model],
+    )
+    # Gradients are sums already divided by global counts: finalising must not divide by a token count again.
+    megatron.finalize_model_grads_func = lambda model, num_tokens=None, **kwargs: finalize_model_grads(model, None, **kwargs)
+    megatron.grad_scale_func = optimizer.scale_loss
+    return model, optimizer
+
+
+def _clip(optimizer: Any, max_norm: float, grad_norm: float) -> None:
+    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        clip_grad_by_total_norm_fp32(part.get_parameters(), max_norm=max_norm, total_norm=grad_norm)
+
+
+@torch.no_grad()
+def _copy_weights(module: PolicyModel, source: dict[str, torch.Tensor]) -> None:
+    for name, parameter in module.named_parameters():
+        parameter.copy_(source[name])

@@ -1,0 +1,81 @@
+"""Run packed rows through Megatron's pipeline schedules: one row is one micro-batch.
+
+Every pipeline stage of a data-parallel rank is given the same rows; only the last one computes log-probs and losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from igpo_megatron.actor.model import HeadInputs
+from igpo_megatron.packing.tree import PackedRow
+
+RowLoss = Callable[[PackedRow, torch.Tensor, torch.Tensor], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+"""(row, logprobs [N], entropy [N]) -> (loss scalar, metric sums)."""
+
+
+def forward_only(model: torch.nn.Module, rows: Sequence[PackedRow], *, temperature: float, device: torch.device) -> list[torch.Tensor]:
+    """[N, 2] log-prob and entropy of every target of every row, on the last stage; an empty list on the others."""
+
+    def keep(output: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
+        return output.detach().cpu()
+
+    model.eval()
+    with torch.no_grad():
+        results = _run(model, rows, lambda row: keep, temperature, device, forward_only=True, collect_non_loss_data=True)
+    return list(results)
+
+
+def forward_backward(
+    model: torch.nn.Module, rows: Sequence[PackedRow], loss: RowLoss, *, temperature: float, device: torch.device
+) -> list[dict[str, torch.Tensor]]:
+    """Accumulate gradients over all rows; metric sums per row (with `loss`) on the last stage, an empty list on the others."""
+
+    def loss_of(row: PackedRow, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        value, metrics = loss(row, output[:, 0], output[:, 1])
+        sums = {name: metric.detach().cpu() for name, metric in metrics.items()}
+        # The second item is Megatron's token count, which is not used: losses are already divided by global counts.
+        return value, torch.zeros((), dtype=torch.int, device=output.device), {**sums, "loss": value.detach().cpu()}
+
+    model.train()
+    return list(_run(model, rows, lambda row: partial(loss_of, row), temperature, device, forward_only=False))
+
+
+def _run(
+    model: torch.nn.Module,
+    rows: Sequence[PackedRow],
+    loss_for: Callable[[PackedRow], Callable[..., Any]],
+    temperature: float,
+    device: torch.device,
+    **options: Any,
+) -> list[Any]:
+    def step(iterator: Iterator[PackedRow], stage: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
+        row = to_device(next(iterator), device)
+        head = HeadInputs(predictor=row.predictor, targets=row.targets, temperature=temperature)
+        output = stage(
+            input_ids=row.token_ids[None], position_ids=row.position_ids[None], attention_mask=row.subtree_end.cpu(), labels=head
+        )
+        return output, loss_for(row)
+
+    return get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=iter(rows),
+        model=model,
+        num_microbatches=len(rows),
+        seq_length=max(row.num_tokens for row in rows),
+        micro_batch_size=1,
+        **options,
+    )
+
+
+def to_device(row: PackedRow, device: torch.device) -> PackedRow:
+    """The row with its tensors on `device`."""
+    if device.type == "cpu":
+        return row
+    tensors = ("token_ids", "position_ids", "subtree_end", "predictor", "targets", "weight", "advantages", "old_logprobs", "ref_logprobs")
+    return PackedRow(**{name: getattr(row, name).to(device, non_blocking=True) for name in tensors}, origin=row.origin)
