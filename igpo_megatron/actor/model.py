@@ -22,7 +22,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from checkpoint_conversion.architectures import ModelShape, local_name, rules_for
+from checkpoint_conversion.architectures import ModelShape, check_total, local_name, rules_for
 from checkpoint_conversion.streams import HfReader
 from igpo_megatron.actor.attention import TreeAttention, TreeRotaryEmbedding
 from igpo_megatron.config.schema import Config
@@ -222,12 +222,18 @@ def global_names(model: PolicyModel) -> list[tuple[str, torch.nn.Parameter]]:
 
 @torch.no_grad()
 def load_weights(model: PolicyModel, shape: ModelShape, folder: Path, vocab_multiple: int) -> None:
-    """Stream this rank's shards out of a Hugging Face folder, one tensor at a time."""
+    """Stream this rank's shards out of a Hugging Face folder, one tensor at a time; every tensor of the folder must have a rule."""
     rules = rules_for(shape, vocab_multiple)
     reader = HfReader(folder)
+    check_total(rules, hf_names=reader.names())
     rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
     for name, parameter in global_names(model):
         rule = rules[name]
         shard = rule.shard(rule.to_megatron([reader.get(hf_name) for hf_name in rule.hf_names]), size, rank)
         assert shard.shape == parameter.shape, f"{name}: shard {tuple(shard.shape)} for parameter {tuple(parameter.shape)}"
         parameter.copy_(shard)
+        # Megatron sets these while initialising, which we skip; without them the gradient norm counts shards as duplicates.
+        split = rule.split_dim is not None
+        parameter.tensor_model_parallel = split  # type: ignore[attr-defined]
+        parameter.partition_dim = rule.split_dim if split else -1  # type: ignore[attr-defined]
+        parameter.partition_stride = 1  # type: ignore[attr-defined]

@@ -80,10 +80,10 @@ class Policy:
         """Rows are padded to a multiple of this many tokens."""
         return self.config.parallel.tensor if self.config.parallel.sequence else 1
 
-    def log_probs(self, rows: Sequence[PackedRow]) -> list[torch.Tensor]:
-        """[N, 2] log-prob and entropy per row at `rollout.temperature`, on every rank, in the order of `rows`."""
+    def log_probs(self, rows: Sequence[PackedRow], temperature: float | None = None) -> list[torch.Tensor]:
+        """[N, 2] log-prob and entropy per row, on every rank, in the order of `rows`; temperature None means `rollout.temperature`."""
         mine, share = self._share(rows)
-        temperature = self.config.rollout.temperature or 1.0
+        temperature = temperature or self.config.rollout.temperature or 1.0
         results = schedule.forward_only(self.model, mine, temperature=temperature, device=self.ranks.device)
         keeps = self.ranks.is_last_stage and self.ranks.tensor_rank == 0
         found = {index: result for index, result in zip(share, results, strict=True) if index >= 0} if keeps else {}

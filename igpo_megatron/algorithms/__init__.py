@@ -1,6 +1,6 @@
 """What a run optimises: outcome rewards, information gains, advantages (plain lists here) and losses (torch, in `losses` only).
 
-    RolloutGroup ── score ── add_probes ──(actor scores probes)── turn_gains ── ADVANTAGES[name] ──> trajectory.turn_advantages
+RolloutGroup ── score ── add_probes ──(actor scores probes)── turn_gains ── ADVANTAGES[name] ──> trajectory.turn_advantages
 """
 
 from __future__ import annotations

@@ -62,7 +62,9 @@ def turn_gains(group: RolloutGroup, config: Reward) -> None:
     for trajectory in group.trajectories:
         if not trajectory.status.is_trainable:
             continue
-        seen = [values[parent] for parent in _action_parents(group, trajectory)]
+        parents = list(_action_parents(group, trajectory))
+        assert values.keys() >= set(parents), f"group {group.prompt.id} has actions without a probe; call add_probes first"
+        seen = [values[parent] for parent in parents]
         for turn in range(len(seen) - 1):
             gain = seen[turn + 1] - seen[turn]
             if math.isfinite(gain):

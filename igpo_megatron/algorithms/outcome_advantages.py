@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from statistics import fmean
 
 from igpo_megatron.config.schema import Grpo, Rloo
 from igpo_megatron.types import RolloutGroup, Trajectory
 
-_VARIANCE_FLOOR = 1e-8
-_STD_FLOOR = 1e-6
 
+def zscore(population: list[float], *, divide_by_std: bool) -> Callable[[float], float]:
+    """value -> (value - mean) / (std + 1e-6), where std = sqrt(population variance + 1e-8) as in the published IGPO code.
 
-def mean_and_std(values: list[float]) -> tuple[float, float]:
-    """Mean and sqrt(population variance + 1e-8) as in the published IGPO code; the latter is 1 for fewer than two values."""
-    if len(values) < 2:
-        return (values[0] if values else 0.0), 1.0
-    mean = fmean(values)
-    return mean, math.sqrt(fmean((value - mean) ** 2 for value in values) + _VARIANCE_FLOOR)
-
-
-def zscore(value: float, population: list[float], *, divide_by_std: bool) -> float:
-    """(value - mean) / (std + 1e-6) under `mean_and_std` of the population; only the mean is subtracted without `divide_by_std`."""
-    mean, std = mean_and_std(population)
-    return (value - mean) / (std + _STD_FLOOR) if divide_by_std else value - mean
+    std is 1 for fewer than two values; without `divide_by_std` only the mean is subtracted.
+    """
+    mean = fmean(population) if population else 0.0
+    std = math.sqrt(fmean((value - mean) ** 2 for value in population) + 1e-8) if len(population) > 1 else 1.0
+    scale = 1.0 / (std + 1e-6) if divide_by_std else 1.0
+    return lambda value: (value - mean) * scale
 
 
 def grpo_advantages(rewards: list[float], *, divide_by_std: bool = True) -> list[float]:
@@ -32,7 +27,7 @@ def grpo_advantages(rewards: list[float], *, divide_by_std: bool = True) -> list
     std is the population one, as in the IGPO code, so that grpo is igpo without gains; other code divides by n - 1.
     `divide_by_std=False` is Dr. GRPO (arXiv 2503.20783).
     """
-    return [zscore(reward, rewards, divide_by_std=divide_by_std) for reward in rewards]
+    return [*map(zscore(rewards, divide_by_std=divide_by_std), rewards)]
 
 
 def rloo_advantages(rewards: list[float]) -> list[float]:

@@ -1,13 +1,14 @@
 """Advantages with one number per turn, from the information gains of the tool turns and the outcome of the answer turn.
 
-    gains g_1 .. g_K and outcome o of a trajectory ──normalise over the group──> rewards of turns 1 .. K+1 ──sum over the rest──> A_1 .. A_(K+1)
+gains g_1 .. g_K and outcome o of a trajectory ──normalise over the group──> rewards of turns 1 .. K+1 ──sum over the rest──> A_1 .. A_(K+1)
 """
 
 from __future__ import annotations
 
 import math
+from statistics import pstdev
 
-from igpo_megatron.algorithms.outcome_advantages import mean_and_std, trained_trajectories, zscore
+from igpo_megatron.algorithms.outcome_advantages import trained_trajectories, zscore
 from igpo_megatron.config.schema import Igpo, IgpoLoo
 from igpo_megatron.types import RolloutGroup, Trajectory
 
@@ -15,7 +16,7 @@ Gains = list[list[float | None]]
 """Per trajectory the gains of its tool turns; None was not measured and contributes nothing, 0.0 is a measured zero."""
 
 _DEGENERATE_STD = 1e-4
-"""igpo_loo: spread below this says nothing about scale; the published z-score has its floor at the same place."""
+"""igpo_loo: a spread below this says nothing about scale; the published z-score has its floor, sqrt(1e-8), at the same place."""
 
 
 def igpo_turn_advantages(
@@ -47,12 +48,12 @@ def igpo_turn_advantages(
     else:
         raise ValueError(f"normalise={normalise!r} is unknown; use 'separate' or 'joint'")
 
+    z_gain = zscore(gain_population, divide_by_std=divide_by_std)
+    z_outcome = zscore(outcome_population, divide_by_std=divide_by_std)
     advantages = []
     for turns, outcome in zip(gains, outcomes, strict=True):
-        rewards = [
-            0.0 if gain is None else gain_weight * zscore(gain, gain_population, divide_by_std=divide_by_std) for gain in turns
-        ]
-        rewards.append(outcome_weight * zscore(outcome, outcome_population, divide_by_std=divide_by_std))
+        rewards = [0.0 if gain is None else gain_weight * z_gain(gain) for gain in turns]
+        rewards.append(outcome_weight * z_outcome(outcome))
         advantages.append(discounted_returns(rewards, gamma))
     return advantages
 
@@ -149,9 +150,9 @@ def _measured(gains: Gains) -> list[float]:
 
 
 def _scale(values: list[float]) -> float:
-    _, std = mean_and_std(values)
-    # Identical values leave sqrt(1e-8): dividing by that would blow them up instead of scaling them.
-    return std if std > 2 * _DEGENERATE_STD else 1.0
+    """Population standard deviation, 1 where degenerate."""
+    std = pstdev(values) if len(values) > 1 else 0.0
+    return std if std > _DEGENERATE_STD else 1.0
 
 
 def _check_finite_and_aligned(gains: Gains, outcomes: list[float]) -> None:

@@ -1,0 +1,121 @@
+"""Training checkpoints: Megatron's resharding format plus what a run needs to go on, complete or absent, never half.
+
+    <run>/checkpoints/step_000010/
+        model/          dist_checkpointing: weights, optimizer, RNG state; loads at any TP x PP x DP
+        hf/             config, tokenizer and chat template of the policy
+        metadata.json   what this folder is (read by checkpoint_conversion)
+        state.json      step, prompt stream, optimizer steps; written last
+
+A save goes to a `.partial` folder that is renamed when all ranks are done, so a killed save never hurts the last good one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing import ShardedObject
+from megatron.core.dist_checkpointing.validation import StrictHandling
+
+from checkpoint_conversion.convert import write_metadata
+from checkpoint_conversion.streams import copy_config
+from igpo_megatron.actor import megatron_fixes
+from igpo_megatron.actor.policy import Policy
+
+SHARDING = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": False,
+    "singleton_local_shards": False,
+    "chained_optim_avoid_prefix": True,
+}
+
+
+def folder_of(checkpoints: Path, step: int) -> Path:
+    """Folder of the checkpoint taken after `step` steps."""
+    return checkpoints / f"step_{step:06d}"
+
+
+def complete(checkpoints: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(folder for folder in checkpoints.glob("step_??????") if (folder / "state.json").is_file())
+
+
+def save(policy: Policy, checkpoints: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+    """Write a checkpoint from all ranks and remove all but the newest `keep`. `state` is JSON-able and the same on every rank."""
+    final = folder_of(checkpoints, step)
+    partial = final.with_suffix(".partial")
+    if policy.ranks.is_main:
+        for stale in checkpoints.glob("*.partial"):
+            shutil.rmtree(stale)
+        (partial / "model").mkdir(parents=True)
+    dist.barrier()
+    dist_checkpointing.save(_sharded_state(policy, loading=False), str(partial / "model"), content_metadata=SHARDING)
+    dist.barrier()
+    if policy.ranks.is_main:
+        (partial / "hf").mkdir()
+        copy_config(policy.config.model.path, partial / "hf")
+        write_metadata(partial, model_type=policy.shape.model_type, vocab_multiple=policy.config.model.vocab_multiple)
+        layout = [policy.ranks.tensor_size, policy.ranks.pipeline_size, policy.ranks.data_size]
+        own = {"step": step, "optimizer_steps": policy.steps_taken, "layout": layout}
+        (partial / "state.json").write_text(json.dumps({**own, "run": state}, indent=2), encoding="utf-8")
+        _sync_to_disk(partial)
+        if final.exists():  # the same step saved again after a resume
+            shutil.rmtree(final)
+        partial.rename(final)
+        _sync_to_disk(checkpoints)
+        for old in complete(checkpoints)[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+    return final
+
+
+def load(policy: Policy, folder: Path) -> tuple[int, dict[str, Any]]:
+    """Restore all ranks from a checkpoint taken at any layout; returns its step and the run's state."""
+    stored = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    megatron_fixes.prime(policy.optimizer)
+    ranks = policy.ranks
+    same_grid = stored["layout"][:2] == [ranks.tensor_size, ranks.pipeline_size]
+    request = _sharded_state(policy, loading=True, with_rng=same_grid)
+    loaded = dist_checkpointing.load(request, str(folder / "model"), strict=StrictHandling.ASSUME_OK_UNEXPECTED)
+    policy.module.load_state_dict(loaded["model"], strict=False)
+    policy.optimizer.load_state_dict(loaded["optimizer"])
+    if same_grid:
+        rng = loaded["rng_state"][0]
+        torch.set_rng_state(rng["cpu"])
+        if ranks.device.type == "cuda":
+            torch.cuda.set_rng_state(rng["cuda"])
+    policy.steps_taken = stored["optimizer_steps"]
+    return stored["step"], stored["run"]
+
+
+def _sharded_state(policy: Policy, *, loading: bool, with_rng: bool = True) -> dict[str, Any]:
+    metadata = {**SHARDING, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    state: dict[str, Any] = {"model": policy.module.sharded_state_dict(metadata=metadata)}
+    state["optimizer"] = policy.optimizer.sharded_state_dict(state["model"], is_loading=loading, metadata=metadata)
+    if with_rng:
+        ranks = policy.ranks
+        rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if ranks.device.type == "cuda" else None}
+        # One state for each place in the tensor x pipeline grid: at another grid there is nothing to restore.
+        state["rng_state"] = ShardedObject(
+            "rng_state",
+            [rng],
+            (ranks.pipeline_size, ranks.tensor_size),
+            (ranks.pipeline_rank, ranks.tensor_rank),
+            replica_id=ranks.data_rank,
+        )
+    return state
+
+
+def _sync_to_disk(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

