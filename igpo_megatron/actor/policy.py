@@ -76,6 +76,11 @@ class Policy:
         self._reference = {name: p.detach().to("cpu", copy=True) for name, p in self.module.named_parameters()} if needs_reference else None
 
     @property
+    def has_reference(self) -> bool:
+        """A copy of the first weights is kept for the KL term."""
+        return self._reference is not None
+
+    @property
     def row_multiple(self) -> int:
         """Rows are padded to a multiple of this many tokens."""
         return self.config.parallel.tensor if self.config.parallel.sequence else 1

@@ -48,7 +48,9 @@ def _parse(line: bytes, place: str) -> Passage:
         raise ValueError(f"{place}: not UTF-8 text ({error.reason} at byte {error.start}); save the corpus as UTF-8") from None
     except json.JSONDecodeError as error:
         start = line[:60].decode(errors="replace").rstrip()
-        raise ValueError(f"{place}: not JSON ({error.msg} at column {error.colno}); found {start!r}, expected one object per line") from None
+        raise ValueError(
+            f"{place}: not JSON ({error.msg} at column {error.colno}); found {start!r}, expected one object per line"
+        ) from None
     if not isinstance(record, dict):
         raise ValueError(f"{place}: found a JSON {type(record).__name__}, expected an object with id, title and text (or id and contents)")
     if isinstance(record.get("id"), int):

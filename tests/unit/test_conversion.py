@@ -156,7 +156,7 @@ def test_missing_head_dim_and_key_value_heads_follow_from_the_rest():
 
 
 def test_an_unknown_architecture_is_refused_with_the_list_of_known_ones():
-    with pytest.raises(ConversionError, match="'mamba' is not supported.*llama, qwen2, qwen3"):
+    with pytest.raises(ConversionError, match=r"'mamba' is not supported.*llama, qwen2, qwen3"):
         shape_of({**SMALL, "model_type": "mamba"})
 
 
@@ -215,7 +215,7 @@ def test_a_name_claimed_by_two_rules_is_listed():
     rules = rules_for(shape_of({**SMALL, **CONFIGS["qwen2"]}), 128)
     names = [name for rule in rules.values() for name in rule.exports]
     rules["output_layer.weight"] = replace(rules["output_layer.weight"], hf_names=("model.norm.weight",))
-    with pytest.raises(ConversionError, match="model.norm.weight: claimed by 2 rules"):
+    with pytest.raises(ConversionError, match=r"model.norm.weight: claimed by 2 rules"):
         check_total(rules, hf_names=names)
 
 
@@ -318,7 +318,7 @@ def test_a_tied_model_may_repeat_its_embedding_but_not_contradict_it(tmp_path):
     hf_to_megatron(hf, tmp_path / "megatron")
     tensors["lm_head.weight"][0, 0] += 1
     save_file(tensors, hf / "model.safetensors")
-    with pytest.raises(ConversionError, match="tie_word_embeddings=true, but lm_head.weight differs"):
+    with pytest.raises(ConversionError, match=r"tie_word_embeddings=true, but lm_head.weight differs"):
         hf_to_megatron(hf, tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
@@ -364,7 +364,7 @@ def test_a_tensor_that_no_rule_knows_stops_the_conversion_and_leaves_nothing(tmp
     hf = hf_folder(tmp_path / "hf", "qwen2")
     tensors = load_file(hf / "model.safetensors")
     save_file({**tensors, "model.layers.0.adapter.weight": torch.ones(2)}, hf / "model.safetensors")
-    with pytest.raises(ConversionError, match="model.layers.0.adapter.weight"):
+    with pytest.raises(ConversionError, match=r"model.layers.0.adapter.weight"):
         hf_to_megatron(hf, tmp_path / "megatron")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
 
@@ -389,7 +389,7 @@ def test_a_damaged_megatron_checkpoint_is_named(tmp_path):
     with pytest.raises(ConversionError, match=r"__0_0.distcp has \d+ bytes, but the checkpoint's index expects"):
         MegatronReader(tmp_path / "megatron" / "model")
     data.unlink()
-    with pytest.raises(ConversionError, match="__0_0.distcp is missing"):
+    with pytest.raises(ConversionError, match=r"__0_0.distcp is missing"):
         MegatronReader(tmp_path / "megatron" / "model")
     (tmp_path / "megatron" / "model" / ".metadata").write_bytes(b"\x80")
     with pytest.raises(ConversionError, match="is damaged"):
@@ -400,7 +400,7 @@ def test_a_checkpoint_of_another_architecture_than_its_config_is_refused(tmp_pat
     hf_to_megatron(hf_folder(tmp_path / "hf", "qwen2"), tmp_path / "megatron")
     config = tmp_path / "megatron" / "hf" / "config.json"
     config.write_text(config.read_text().replace('"qwen2"', '"qwen3"'))
-    with pytest.raises(ConversionError, match="linear_qkv.bias: in the Megatron model, but no rule claims it"):
+    with pytest.raises(ConversionError, match=r"linear_qkv.bias: in the Megatron model, but no rule claims it"):
         megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
 
 

@@ -1,0 +1,165 @@
+"""The `igpo` command: a thin front door over the modules.
+
+igpo train | eval | score | convert | report | doctor | config
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from igpo_megatron.config.check import require
+from igpo_megatron.config.load import explain, load
+from igpo_megatron.config.schema import Config
+from igpo_megatron.run import open_folder, read_summary
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train search agents with information-gain rewards on Megatron-Core, vLLM and Ray.",
+)
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="Settings that replace those of the file, e.g. optim.lr=1e-5.")]
+
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "DO_NOT_TRACK": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""Nothing a run starts looks anything up or reports anywhere, unless its environment says otherwise."""
+
+
+@contextmanager
+def _one_sentence() -> Iterator[None]:
+    """The user's mistakes end with their message and exit code 2, not with a traceback."""
+    try:
+        yield
+    except ValueError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+@app.command()
+def train(config: Annotated[Path, typer.Argument(help="YAML file of the run.")], overrides: Overrides = None) -> None:
+    """Start or resume a run. Starts the ranks itself (torchrun on this machine); inside torchrun use -m igpo_megatron.train."""
+    with _one_sentence():
+        settings = load(config, overrides or [])
+        folder = open_folder(settings)
+        summary = read_summary(folder)
+        if summary is not None:
+            from igpo_megatron.train import show_finished
+
+            show_finished(summary, folder.report)
+            typer.echo(f"this run is finished; to train again choose another run.name, or remove {folder.root}")
+            return
+        ranks = world_size(settings)
+        require(settings, ranks)
+    raise typer.Exit(_torchrun(ranks, [str(config), *(overrides or [])]))
+
+
+def world_size(config: Config) -> int:
+    """Ranks of a run that is started on one machine."""
+    return config.parallel.tensor * config.parallel.pipeline * (config.parallel.data or 1)
+
+
+def _torchrun(ranks: int, arguments: list[str]) -> int:
+    """Run the ranks to their end; an interrupt is passed on to them once and waited for."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "-m", "igpo_megatron.train", *arguments]
+    loopback = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
+    env = {**OFFLINE, **loopback, "OMP_NUM_THREADS": "1", **os.environ}
+    process = subprocess.Popen(command, env=env, start_new_session=True)
+
+    def forward(number: int, frame: object) -> None:
+        if process.poll() is None:
+            process.send_signal(number)
+
+    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return process.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@app.command("eval")
+def eval_command(
+    config: Annotated[Path, typer.Argument(help="YAML file that says how to search and roll out; its data.eval is the default data.")],
+    model: Annotated[Path | None, typer.Option(help="Hugging Face folder or Megatron checkpoint; default: the file's model.path.")] = None,
+    data: Annotated[list[Path] | None, typer.Option(help="Parquet file of questions; may be repeated.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the scores (JSON) and the rollouts (parquet).")] = Path("runs/eval"),
+    overrides: Overrides = None,
+) -> None:
+    """Score a checkpoint on benchmark files: EM, F1, format, turns, searches; greedy, sampled and pass@k; per source."""
+    from igpo_megatron.evaluate import evaluate_checkpoint
+
+    with _one_sentence():
+        changes = [*(overrides or [])]
+        if data:
+            changes.append(f"data.eval={json.dumps([str(path) for path in data])}")
+        report = evaluate_checkpoint(load(config, changes), model, out)
+    typer.echo(json.dumps(report, indent=2))
+
+
+@app.command("score")
+def score_command(file: Annotated[Path, typer.Argument(help='JSON lines of {"solution", "ground_truth"}.')]) -> None:
+    """Apply the published outcome rule to whole texts; prints one JSON line each with f1, em, format_ok and reward."""
+    from igpo_megatron.algorithms.rewards import score_lines
+
+    with _one_sentence():
+        for row in score_lines(file):
+            typer.echo(json.dumps(row))
+
+
+@app.command("report")
+def report_command(run: Annotated[Path, typer.Argument(help="Folder of a run.")]) -> None:
+    """Write a run's HTML report again."""
+    from igpo_megatron.report import write_report
+
+    with _one_sentence():
+        typer.echo(write_report(run))
+
+
+@app.command("config")
+def config_command(section: Annotated[str | None, typer.Argument(help="Section such as rollout; default: all.")] = None) -> None:
+    """Explain every setting and its default."""
+    with _one_sentence():
+        typer.echo(explain(section))
+
+
+@app.command("doctor")
+def doctor_command() -> None:
+    """Say what this machine can run, and what is missing."""
+    from igpo_megatron import doctor
+
+    raise typer.Exit(doctor.main())
+
+
+def _mount_convert() -> None:
+    from checkpoint_conversion.convert import app as convert_app
+
+    app.add_typer(convert_app, name="convert", help="Move checkpoints between Hugging Face and Megatron formats.")
+
+
+def main() -> None:
+    """Entry point of the `igpo` command."""
+    if sys.argv[1:2] == ["convert"] or "--help" in sys.argv[1:2]:
+        _mount_convert()  # imports torch, which no other command needs at once
+    app()
+
+
+if __name__ == "__main__":
+    main()

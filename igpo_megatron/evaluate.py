@@ -1,0 +1,185 @@
+"""Answer held-out questions and score them: used by the trainer and by `igpo eval`.
+
+questions ──Rollouter (sampled n times, greedy once)──> groups ──score──> EM, F1, format, turns, searches; per source and pass@k
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, Protocol
+
+from igpo_megatron.algorithms.rewards import score
+from igpo_megatron.config.schema import Config, Reward
+from igpo_megatron.data.prompts import read_prompts
+from igpo_megatron.observability.metrics import status_counts
+from igpo_megatron.observability.rollout_dump import write_rollouts
+from igpo_megatron.types import Prompt, RolloutGroup
+
+GREEDY_STEP, SAMPLED_STEP = -1, -2
+"""Step numbers that keep evaluation's sampling seeds apart from training's."""
+
+
+class RunsRollouts(Protocol):
+    """What evaluation needs of a Rollouter."""
+
+    def run_sync(
+        self, prompts: Sequence[Prompt], *, samples: int, step: int, temperature: float | None, on_progress: Callable[[float], None] | None
+    ) -> list[RolloutGroup]: ...
+
+
+def questions(config: Config) -> list[Prompt]:
+    """The held-out questions of a run: all, or the first `eval.questions` of a fixed shuffle that does not depend on the seed."""
+    prompts = [prompt for path in config.data.eval for prompt in read_prompts(path)]
+    if 0 < config.eval.questions < len(prompts):
+        random.Random(0).shuffle(prompts)
+        by_source: dict[str, list[Prompt]] = {}
+        for prompt in prompts:
+            by_source.setdefault(prompt.source, []).append(prompt)
+        # In turn over sources, so that a small set still holds every kind of question.
+        order = [row for rank in range(max(map(len, by_source.values()))) for row in (s[rank : rank + 1] for s in by_source.values())]
+        prompts = [prompt for row in order for prompt in row][: config.eval.questions]
+    return prompts
+
+
+def evaluate(
+    rollouter: RunsRollouts,
+    prompts: Sequence[Prompt],
+    config: Config,
+    *,
+    step: int,
+    folder: Path,
+    on_progress: Callable[[float], None] | None = None,
+) -> dict[str, Any]:
+    """Score the current weights; writes `<folder>/step_NNNNNN.json` and the rollouts behind it, and returns the JSON's content."""
+    report: dict[str, Any] = {"step": step}
+    runs = [("sampled", config.eval.samples, None, SAMPLED_STEP), ("greedy", int(config.eval.greedy), 0.0, GREEDY_STEP)]
+    total = sum(samples for _, samples, _, _ in runs)
+    done = 0
+    for name, samples, temperature, seed_step in runs:
+        if not samples:
+            continue
+
+        def advance(fraction: float, done: int = done, samples: int = samples) -> None:
+            if on_progress:
+                on_progress((done + fraction * samples) / total)
+
+        groups = rollouter.run_sync(prompts, samples=samples, step=seed_step, temperature=temperature, on_progress=advance)
+        done += samples
+        for group in groups:
+            score(group, config.reward)
+        write_rollouts(folder / f"step_{step:06d}_{name}.parquet", step, groups)
+        report[name] = summarise(groups, config.reward)
+    path = folder / f"step_{step:06d}.json"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(report, indent=2), encoding="utf-8")
+    os.replace(temporary, path)
+    return report
+
+
+def summarise(groups: Sequence[RolloutGroup], config: Reward) -> dict[str, Any]:
+    """Averages over questions of averages over samples; failed trajectories are left out and counted.
+
+    `f1` counts a malformed answer as 0, `f1_with_penalty` as `reward.format_penalty`; `f1_se` is the standard error over questions.
+    """
+    result = _scores(groups, config)
+    sources = sorted({group.prompt.source for group in groups})
+    result["per_source"] = {s: _scores([group for group in groups if group.prompt.source == s], config) for s in sources}
+    result["status"] = status_counts(groups)
+    samples = min((len(group.trajectories) for group in groups), default=0)
+    if samples > 1:
+        result["pass_at_k"] = {str(k): fmean(pass_at_k(_correct(group), k) for group in groups) for k in _powers_of_two(samples)}
+    return result
+
+
+def pass_at_k(correct: Sequence[bool], k: int) -> float:
+    """Unbiased estimate of the chance that one of k samples is right, from n >= k samples (arXiv 2107.03374, equation 1)."""
+    n, c = len(correct), sum(correct)
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def _correct(group: RolloutGroup) -> list[bool]:
+    return [trajectory.reward_parts.get("em", 0.0) == 1.0 for trajectory in group.trajectories]
+
+
+def _powers_of_two(limit: int) -> list[int]:
+    return [2**power for power in range(limit.bit_length()) if 2**power <= limit]
+
+
+def _scores(groups: Sequence[RolloutGroup], config: Reward) -> dict[str, float]:
+    rows = []
+    for group in groups:
+        ends = [trajectory for trajectory in group.trajectories if trajectory.status.is_trainable]
+        if not ends:
+            continue
+        row = {name: fmean(end.reward_parts[name] for end in ends) for name in ("f1", "em", "format_ok")}
+        row["f1_with_penalty"] = fmean(end.reward_parts["f1"] if end.reward_parts["format_ok"] else config.format_penalty for end in ends)
+        actions = [group.actions(end) for end in ends]
+        row["turns"] = fmean(len(nodes) for nodes in actions)
+        row["searches"] = fmean(sum(node.call is not None for node in nodes) for nodes in actions)
+        rows.append(row)
+    result = {name: fmean(row[name] for row in rows) for name in rows[0]} if rows else {}
+    result["questions"] = len(rows)
+    result["samples"] = sum(len(group.trajectories) for group in groups) / max(len(groups), 1)
+    result["f1_se"] = stdev(row["f1"] for row in rows) / math.sqrt(len(rows)) if len(rows) > 1 else 0.0
+    return result
+
+
+def headline(report: dict[str, Any]) -> dict[str, Any]:
+    """The few numbers that a run's summary quotes from an evaluation; None for what was not run."""
+    sampled, greedy = report.get("sampled", {}), report.get("greedy", {})
+    shown = sampled or greedy
+    return {
+        "f1_sampled": sampled.get("f1"),
+        "f1_greedy": greedy.get("f1"),
+        "em_greedy": greedy.get("em"),
+        "format_valid": shown.get("format_ok"),
+        "searches_per_question": shown.get("searches"),
+        "questions": shown.get("questions"),
+        "f1_sampled_se": sampled.get("f1_se"),
+    }
+
+
+def evaluate_checkpoint(config: Config, model: Path | None, out: Path) -> dict[str, Any]:
+    """`igpo eval`: start engines on a Hugging Face folder or a Megatron checkpoint, evaluate `data.eval`, write to `out`.
+
+    A Megatron checkpoint is converted to a temporary Hugging Face folder first.
+    """
+    import tempfile
+    from contextlib import ExitStack
+
+    from rich.progress import Progress
+    from transformers import AutoTokenizer
+
+    from igpo_megatron.config.check import require
+    from igpo_megatron.rollout.chat import ChatFormat
+    from igpo_megatron.rollout.engines import EnginePool
+    from igpo_megatron.rollout.rollouter import Rollouter
+    from igpo_megatron.search.client import make_client
+
+    if not config.data.eval:
+        raise ValueError("no questions to evaluate: give --data FILE.parquet or set data.eval")
+    with ExitStack() as stack:
+        folder = model or config.model.path
+        if (folder / "model").is_dir() and not (folder / "config.json").is_file():
+            from checkpoint_conversion.convert import megatron_to_hf
+
+            converted = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="igpo-eval-"))) / "hf"
+            megatron_to_hf(folder, converted)
+            folder = converted
+        config = config.model_copy(update={"model": config.model.model_copy(update={"path": folder})})
+        require(config, None)
+        out.mkdir(parents=True, exist_ok=True)
+        chat = ChatFormat(AutoTokenizer.from_pretrained(folder), config.rollout, config.reward)
+        prompts = questions(config)
+        progress = stack.enter_context(Progress(transient=True))
+        task = progress.add_task("starting engines", total=1.0)
+        engines = stack.enter_context(EnginePool(config))
+        rollouter = stack.enter_context(Rollouter(engines, make_client(config.search), chat, config.rollout, seed=config.run.seed))
+        progress.update(task, description=f"answering {len(prompts)} questions")
+        return evaluate(rollouter, prompts, config, step=0, folder=out, on_progress=lambda share: progress.update(task, completed=share))

@@ -1,0 +1,73 @@
+"""One step's rollouts as numbers: plain floats that the tracker, the report and people read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from statistics import fmean, pstdev
+
+from igpo_megatron.types import RolloutGroup, Status, Trajectory
+
+_SAME = 1e-9
+
+
+def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
+    """Means over trajectories (or groups); a name is absent where nothing was measured."""
+    ends = [trajectory for group in groups for trajectory in group.trajectories]
+    scored = [trajectory for trajectory in ends if trajectory.status.is_trainable]
+    metrics = {
+        "failed": _share(ends, lambda end: not end.status.is_trainable),
+        "truncated": _share(ends, lambda end: end.status.value.startswith("truncated")),
+        "zero_std_groups": fmean(float(_identical(group)) for group in groups) if groups else 0.0,
+        "prompt_questions": float(len(groups)),
+    }
+    if not scored:
+        return metrics
+    metrics["reward"] = fmean(end.reward for end in scored)
+    for part in ("f1", "em", "format_ok"):
+        metrics[part] = fmean(end.reward_parts.get(part, 0.0) for end in scored)
+    actions = [group.actions(end) for group in groups for end in group.trajectories if end.status.is_trainable]
+    metrics["turns"] = fmean(len(nodes) for nodes in actions)
+    metrics["searches"] = fmean(sum(node.call is not None for node in nodes) for nodes in actions)
+    metrics["response_tokens"] = fmean(sum(len(node.token_ids) for node in nodes) for nodes in actions)
+    gains = [gain for end in scored for gain in end.gains if gain is not None]
+    if gains:
+        metrics["gain"] = fmean(gains)
+        for turn, values in enumerate(_by_turn(scored), start=1):
+            metrics[f"gain_turn_{turn}"] = fmean(values)
+    return metrics
+
+
+def logprob_gap(groups: Sequence[RolloutGroup]) -> dict[str, float]:
+    """|engine - trainer| over sampled tokens that both scored: `logprob_gap_mean` and `logprob_gap_max`; empty if there are none."""
+    gaps = [
+        abs(left - right)
+        for group in groups
+        for node in group.nodes
+        if node.kind == "action" and len(node.old_logprobs) == len(node.behavior_logprobs)
+        for left, right in zip(node.behavior_logprobs, node.old_logprobs, strict=True)
+    ]
+    return {"logprob_gap_mean": fmean(gaps), "logprob_gap_max": max(gaps)} if gaps else {}
+
+
+def status_counts(groups: Sequence[RolloutGroup]) -> dict[str, int]:
+    """Trajectories per way of ending."""
+    return {
+        status.value: count
+        for status in Status
+        if (count := sum(trajectory.status is status for group in groups for trajectory in group.trajectories))
+    }
+
+
+def _by_turn(ends: Sequence[Trajectory]) -> list[list[float]]:
+    longest = max(len(end.gains) for end in ends)
+    columns = [[gain for end in ends if turn < len(end.gains) and (gain := end.gains[turn]) is not None] for turn in range(longest)]
+    return [column for column in columns if column]
+
+
+def _identical(group: RolloutGroup) -> bool:
+    rewards = [trajectory.reward for trajectory in group.trajectories if trajectory.status.is_trainable]
+    return len(rewards) < 2 or pstdev(rewards) < _SAME
+
+
+def _share(ends: Sequence[Trajectory], test: Callable[[Trajectory], bool]) -> float:
+    return fmean(float(test(end)) for end in ends) if ends else 0.0

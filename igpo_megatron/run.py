@@ -1,0 +1,124 @@
+"""A run's folder: where everything lies, and whether a run may start, resume or is already finished.
+
+runs/<name>/
+    config.json      resolved configuration (no secrets)
+    metrics.jsonl    one line per step
+    rollouts/        step_000001.parquet ...    everything needed to replay a step
+    eval/            step_000000.json and the rollouts behind each
+    checkpoints/     step_000010/ ...
+    summary.json     written last: its presence means the run is finished
+    report.html
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from igpo_megatron.config.load import ConfigError, differing_keys, to_json
+from igpo_megatron.config.schema import Config
+
+MAY_CHANGE = ("parallel.", "rollout.engine.", "run.threads", "run.resume", "track.", "checkpoint.keep")
+"""Settings that say how a run is executed, not what it computes: they may differ when it resumes."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """Paths of one run."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.json"
+
+    @property
+    def rollouts(self) -> Path:
+        return self.root / "rollouts"
+
+    @property
+    def eval(self) -> Path:
+        return self.root / "eval"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def summary(self) -> Path:
+        return self.root / "summary.json"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+
+def folder_for(config: Config) -> RunFolder:
+    """The folder a configuration names."""
+    return RunFolder(config.run.folder / config.run.name)
+
+
+def open_folder(config: Config) -> RunFolder:
+    """Check that the run may start or resume in its folder. Raises ConfigError. Writes nothing.
+
+    A folder made with other settings is refused with the keys that differ; with `run.resume=never` any used folder is.
+    """
+    folder = folder_for(config)
+    if not folder.config.is_file():
+        return folder
+    how = f"choose another run.name, or remove {folder.root} to start again"
+    if config.run.resume == "never":
+        raise ConfigError([f"run.resume=never, but {folder.root} already holds a run; {how}"])
+    old = json.loads(folder.config.read_text(encoding="utf-8"))
+    new = json.loads(to_json(config))
+    changed = [row for row in differing_keys(old, new) if not row.startswith(MAY_CHANGE)]
+    if changed:
+        raise ConfigError([f"{folder.root} was made with other settings ({how}):", *changed])
+    return folder
+
+
+def claim(folder: RunFolder, config: Config) -> None:
+    """Make the folder and save the resolved configuration in it."""
+    for path in (folder.rollouts, folder.eval, folder.checkpoints):
+        path.mkdir(parents=True, exist_ok=True)
+    folder.config.write_text(to_json(config), encoding="utf-8")
+
+
+def read_summary(folder: RunFolder) -> dict[str, Any] | None:
+    """The finished run's summary; None while it is not finished."""
+    return json.loads(folder.summary.read_text(encoding="utf-8")) if folder.summary.is_file() else None
+
+
+ROWS = (
+    ("F1, sampled", "f1_sampled"),
+    ("F1, greedy", "f1_greedy"),
+    ("EM, greedy", "em_greedy"),
+    ("format valid", "format_valid"),
+    ("searches per question", "searches_per_question"),
+)
+
+
+def summary_table(summary: dict[str, Any]) -> Table:
+    """Held-out scores before and after, gain by turn and time by phase."""
+    table = Table(title=f"{summary['steps']} steps in {summary['wall_s'] / 60:.1f} min", title_justify="left")
+    for heading in ("held-out questions", "before", "after", "change"):
+        table.add_column(heading, justify="left" if heading.startswith("held") else "right")
+    before, after = summary.get("before"), summary.get("after")
+    if before and after:
+        for label, key in ROWS:
+            if before.get(key) is None or after.get(key) is None:
+                continue
+            error = f" ± {after['f1_sampled_se']:.3f}" if key == "f1_sampled" else ""
+            table.add_row(label, f"{before[key]:.3f}", f"{after[key]:.3f}{error}", f"{after[key] - before[key]:+.3f}")
+        table.add_section()
+    for turn, gain in enumerate(summary.get("gain_by_turn", []), start=1):
+        table.add_row(f"mean gain of turn {turn}", f"{gain['first']:+.3f}", f"{gain['last']:+.3f}", f"{gain['last'] - gain['first']:+.3f}")
+    table.add_section()
+    for phase, seconds in summary["phases_s"].items():
+        table.add_row(f"time: {phase}", "", f"{seconds:.1f} s", "")
+    table.add_row("largest engine/trainer log-prob gap", "", f"{summary['max_logprob_gap']:.1e}", "")
+    return table
