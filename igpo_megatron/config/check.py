@@ -53,7 +53,8 @@ def _needs_engines(config: Config) -> bool:
 
 
 def _evaluates(config: Config) -> bool:
-    return bool(config.eval.every or config.eval.at_ends)
+    """A replay starts no engines, so it evaluates nothing."""
+    return _needs_engines(config) and bool(config.eval.every or config.eval.at_ends)
 
 
 def _model_shape(folder: Path) -> dict[str, Any]:
@@ -132,6 +133,9 @@ def _shape(config: Config, shape: dict[str, Any]) -> Iterator[str]:
 
 
 def _context(config: Config, shape: dict[str, Any]) -> Iterator[str]:
+    # Recorded rollouts have the lengths they have.
+    if not _needs_engines(config):
+        return
     rollout = config.rollout
     longest = shape.get("max_position_embeddings")
     if isinstance(longest, int) and rollout.max_context > longest:
@@ -199,8 +203,6 @@ def _algorithm(config: Config) -> Iterator[str]:
         yield "loss.name=sft learns from demonstrations; set run.replay to a file of them"
     if replayed and config.run.stop_after == "rollout":
         yield "run.replay trains from recorded rollouts and run.stop_after=rollout writes new ones; set only one of them"
-    if replayed and _evaluates(config):
-        yield "run.replay starts no engines to evaluate with; set eval.every=0 and eval.at_ends=false and use `igpo eval` afterwards"
     samples = config.rollout.samples_per_prompt
     if reinforced and not replayed and samples < 2:
         yield f"rollout.samples_per_prompt={samples}: advantage.name={advantage.name} compares the samples of a question; use 2 or more"

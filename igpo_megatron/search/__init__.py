@@ -1,0 +1,1 @@
+"""The tool the policy calls: search clients behind one protocol. Never imports torch."""

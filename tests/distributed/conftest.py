@@ -1,0 +1,127 @@
+"""Real Megatron-Core ranks over gloo: forked from a process that has imported Megatron once, so four of them start in a second."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import socket
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from igpo_megatron.actor import cpu
+
+cpu.install()
+
+from igpo_megatron.actor import checkpoint, parallel, policy, weight_sync  # noqa: E402, F401  (imported before forking)
+from igpo_megatron.config.load import build  # noqa: E402
+from igpo_megatron.config.schema import Config  # noqa: E402
+
+torch.set_num_threads(1)
+
+ARCHITECTURES = ("qwen2", "qwen2_tied", "qwen3", "llama3")
+VOCAB = 150  # not a multiple of anything the padding uses
+
+
+def make_hf_folder(folder: Path, name: str) -> Path:
+    """A two-layer random model as transformers saves it; every bias and norm is random, so that none can be forgotten unseen."""
+    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+
+    common: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": name.endswith("tied"),
+        "dtype": "float32",
+    }
+    plain = {"rope_type": "default", "rope_theta": 10000.0}
+    scaled = {
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    config = {
+        "qwen2": lambda: Qwen2Config(**common, rope_parameters=plain),
+        "qwen2_tied": lambda: Qwen2Config(**common, rope_parameters=plain),
+        "qwen3": lambda: Qwen3Config(**common, head_dim=32, rope_parameters=plain),
+        "llama3": lambda: LlamaConfig(**common, head_dim=16, rope_parameters=scaled),
+    }[name]()
+    torch.manual_seed(len(name))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def hf_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Architecture name -> folder."""
+    root = tmp_path_factory.mktemp("hf")
+    return {name: make_hf_folder(root / name, name) for name in ARCHITECTURES}
+
+
+def make_config(model: Path, **overrides: Any) -> Config:
+    """A small fp32 CPU configuration; keyword `parallel__tensor=2` means `parallel.tensor=2`."""
+    values: dict[str, Any] = {
+        "model": {"path": str(model), "dtype": "fp32"},
+        "run": {"device": "cpu", "steps": 10},
+        "loss": {"kl_coef": 0.0},
+        "optim": {"lr": 1e-2, "weight_decay": 0.01},
+        "parallel": {"timeout_s": 60},
+    }
+    for key, value in overrides.items():
+        section, name = key.split("__")
+        values.setdefault(section, {})[name] = value
+    return build(values)
+
+
+def run_ranks(function: Callable[..., Any], config: Config, *arguments: Any) -> list[Any]:
+    """Call `function(policy, *arguments)` on every rank of the configuration's layout; the results in rank order."""
+    layout = config.parallel
+    world = layout.tensor * layout.pipeline * (layout.data or 1)
+    context = multiprocessing.get_context("fork")
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    queue = context.Queue()
+    ranks = [context.Process(target=_rank, args=(rank, world, port, config, function, arguments, queue)) for rank in range(world)]
+    for process in ranks:
+        process.start()
+    results: dict[int, Any] = {}
+    try:
+        for _ in ranks:
+            rank, value, error = queue.get(timeout=120)
+            if error:
+                raise AssertionError(f"rank {rank} failed:\n{error}")
+            results[rank] = pickle.loads(value)
+    finally:
+        for process in ranks:
+            process.join(timeout=10)
+            if process.is_alive():
+                process.kill()
+    return [results[rank] for rank in range(world)]
+
+
+def _rank(rank: int, world: int, port: int, config: Config, function: Callable[..., Any], arguments: tuple[Any, ...], queue: Any) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+    try:
+        ranks = parallel.init(config)
+        value = function(policy.Policy(config, ranks), *arguments)
+        parallel.shutdown()
+        queue.put((rank, pickle.dumps(value), None))  # as bytes: tensors would be shared by handles that die with this process
+    except BaseException:  # noqa: BLE001  the parent reports whatever it was
+        queue.put((rank, None, traceback.format_exc()))

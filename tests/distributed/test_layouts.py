@@ -1,0 +1,258 @@
+"""One model, many layouts: log-probs, losses, gradients and updates must be those of transformers, whatever the layout."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import ARCHITECTURES, make_config, run_ranks
+from groups import hf_logprobs, load_hf, random_groups
+from megatron.core import parallel_state
+
+from checkpoint_conversion.architectures import rules_for
+from igpo_megatron.actor import schedule
+from igpo_megatron.actor.model import global_names
+from igpo_megatron.actor.policy import Policy
+from igpo_megatron.actor.weight_sync import named_weights
+from igpo_megatron.algorithms.losses import ppo, token_weight
+from igpo_megatron.config.schema import Ppo
+from igpo_megatron.packing.tree import PackedRow, pack_for_scoring, pack_for_training, scatter, step_counts
+from igpo_megatron.types import RolloutGroup
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "tp1": {},
+    "tp2": {"parallel__tensor": 2},
+    "pp2": {"parallel__pipeline": 2},
+    "tp2_pp2": {"parallel__tensor": 2, "parallel__pipeline": 2},
+}
+TRAINING_LAYOUTS: dict[str, dict[str, Any]] = {
+    **LAYOUTS,
+    "dp2": {"parallel__data": 2},
+    "tp2_sp": {"parallel__tensor": 2, "parallel__sequence": True},
+    "tp2_dp2_sp": {"parallel__tensor": 2, "parallel__data": 2, "parallel__sequence": True},
+    "tp2_pp2_sp": {"parallel__tensor": 2, "parallel__pipeline": 2, "parallel__sequence": True},
+    "pp2_recompute": {"parallel__pipeline": 2, "model__recompute": "full"},
+}
+LOSS = Ppo(kl_coef=0.01, entropy_coef=0.003, aggregation="sequence_mean")
+ROW_TOKENS = 60
+
+
+def scored_nodes(policy: Policy, groups: list[RolloutGroup], fold: bool = True) -> list[list[float]]:
+    """Log-probs of every action and probe node."""
+    rows = pack_for_scoring(groups, row_tokens=ROW_TOKENS, multiple=policy.row_multiple, fold=fold)
+    scatter(rows, [result[:, 0] for result in policy.log_probs(rows)], groups, "old_logprobs")
+    return [node.old_logprobs for group in groups for node in group.nodes]
+
+
+def reference_logprobs(folder: Path, groups: list[RolloutGroup]) -> list[list[float]]:
+    """The same by transformers, one sequence at a time."""
+    model = load_hf(folder)
+    return [
+        hf_logprobs(model, group.context(node.parent), node.token_ids).tolist() if node.kind in ("action", "probe") else []
+        for group in groups
+        for node in group.nodes
+    ]
+
+
+def worst(left: list[list[float]], right: list[list[float]]) -> float:
+    return max(abs(a - b) for x, y in zip(left, right, strict=True) for a, b in zip(x, y, strict=True))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_log_probs_equal_those_of_transformers_at_every_layout(hf_folders: dict[str, Path], architecture: str) -> None:
+    groups = random_groups(seed=1)
+    expected = reference_logprobs(hf_folders[architecture], groups)
+    for name, layout in LAYOUTS.items():
+        for found in run_ranks(scored_nodes, make_config(hf_folders[architecture], **layout), groups):
+            assert worst(found, expected) < 1e-4, name
+
+
+def test_wrong_weights_fail_the_tolerance(hf_folders: dict[str, Path]) -> None:
+    groups = random_groups(seed=1)
+    expected = reference_logprobs(hf_folders["qwen2"], groups)
+    (found,) = run_ranks(scored_nodes, make_config(hf_folders["qwen2_tied"]), groups)
+    assert worst(found, expected) > 1e-2
+
+
+def row_loss(counts: Any, row: PackedRow, logprobs: torch.Tensor, entropy: torch.Tensor) -> Any:
+    return ppo(
+        logprobs=logprobs,
+        entropy=entropy,
+        old_logprobs=row.old_logprobs,
+        ref_logprobs=row.ref_logprobs,
+        advantages=row.advantages,
+        weight=row.weight,
+        counts=counts,
+        config=LOSS,
+    )
+
+
+def gradients(policy: Policy) -> dict[str, torch.Tensor]:
+    """Gradients under HF names, gathered over tensor-parallel ranks; only this pipeline stage's."""
+    rules = rules_for(policy.shape, policy.config.model.vocab_multiple)
+    found = {}
+    for name, parameter in global_names(policy.module):
+        rule = rules[name]
+        shards = [torch.empty_like(parameter.main_grad) for _ in range(policy.ranks.tensor_size)]
+        dist.all_gather(shards, parameter.main_grad.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
+        found |= dict(zip(rule.exports, rule.to_hf(rule.unshard(shards)), strict=bool(rule.exports)))
+    return found
+
+
+def one_step(policy: Policy, groups: list[RolloutGroup]) -> tuple[dict[str, torch.Tensor], float, float, dict[str, torch.Tensor]]:
+    """(gradients, loss, gradient norm, weights after the update)."""
+    rows = pack_for_training(
+        groups, row_tokens=ROW_TOKENS, multiple=policy.row_multiple, token_weight=partial(token_weight, LOSS.aggregation)
+    )
+    loss = partial(row_loss, step_counts(groups))
+    grads: dict[str, torch.Tensor] = {}
+    if not policy.config.parallel.distributed_optimizer:
+        policy.model.zero_grad_buffer()
+        mine, _ = policy._share(rows)
+        schedule.forward_backward(policy.model, mine, loss, temperature=1.0, device=policy.ranks.device)
+        grads = gradients(policy)
+    result = policy.train_step(rows, loss)
+    return grads, result.loss, result.grad_norm, {name: tensor.clone() for name, tensor in named_weights(policy)}
+
+
+def with_off_policy_logprobs(groups: list[RolloutGroup]) -> list[RolloutGroup]:
+    """Old and reference log-probs away from the current ones, so that ratios clip and the KL term pulls."""
+    generator = torch.Generator().manual_seed(3)
+    for group in groups:
+        for node in group.nodes:
+            if node.kind == "action":
+                node.old_logprobs = (-4.5 + torch.randn(len(node.token_ids), generator=generator)).tolist()
+                node.ref_logprobs = (-4.5 + 0.5 * torch.randn(len(node.token_ids), generator=generator)).tolist()
+    return groups
+
+
+def hf_step(folder: Path, groups: list[RolloutGroup]) -> tuple[dict[str, torch.Tensor], float]:
+    """Loss and gradients by autograd through transformers, trajectory by trajectory, no packing, no sharing."""
+    model = load_hf(folder)
+    counts = step_counts(groups)
+    total = torch.zeros(())
+    for group in groups:
+        for trajectory in group.trajectories:
+            actions = group.actions(trajectory)
+            weight = token_weight(LOSS.aggregation, sum(len(node.token_ids) for node in actions))
+            ids = [token for index in trajectory.path for token in group.nodes[index].token_ids]
+            logits = torch.log_softmax(model(torch.tensor([ids])).logits[0].float(), -1)
+            position = 0
+            advantages = iter(trajectory.turn_advantages)
+            for index in trajectory.path:
+                node = group.nodes[index]
+                if node.kind == "action":
+                    rows = logits[position - 1 : position - 1 + len(node.token_ids)]
+                    n, advantage = len(node.token_ids), next(advantages)
+                    part, _ = ppo(
+                        logprobs=rows.gather(-1, torch.tensor(node.token_ids)[:, None])[:, 0],
+                        entropy=-(rows.exp() * rows).sum(-1),
+                        old_logprobs=torch.tensor(node.old_logprobs),
+                        ref_logprobs=torch.tensor(node.ref_logprobs),
+                        advantages=torch.tensor([[max(weight * advantage, 0.0), max(-weight * advantage, 0.0)]] * n),
+                        weight=torch.full((n,), weight),
+                        counts=counts,
+                        config=LOSS,
+                    )
+                    total = total + part
+                position += len(node.token_ids)
+    total.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}, float(total.detach())
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
+
+
+@pytest.mark.parametrize("architecture", ["qwen2_tied", "qwen3"])
+def test_loss_gradients_and_update_do_not_depend_on_the_layout(hf_folders: dict[str, Path], architecture: str) -> None:
+    folder = hf_folders[architecture]
+    groups = with_off_policy_logprobs(random_groups(seed=2, probes=False))
+    expected, expected_loss = hf_step(folder, groups)
+    updated: dict[str, torch.Tensor] = {}
+    norm = 0.0
+    for name, layout in TRAINING_LAYOUTS.items():
+        plain = {"parallel__distributed_optimizer": False}
+        results = run_ranks(one_step, make_config(folder, **layout, **plain), groups)
+        found = {key: tensor for grads, *_ in results for key, tensor in grads.items()}
+        assert results[0][1] == pytest.approx(expected_loss, abs=1e-5), name
+        for key, tensor in found.items():
+            assert relative_error(tensor, expected[key]) < 2e-5, f"{name}: {key}"
+        assert set(found) >= set(expected) - {"lm_head.weight"}, name
+        weights = results[0][3]
+        updated, norm = updated or weights, norm or results[0][2]
+        assert results[0][2] == pytest.approx(norm, rel=1e-5), name
+        for key, tensor in weights.items():
+            # Adam divides by the gradient's own size, so where a gradient is almost zero its rounding decides the sign.
+            settled = expected[key].abs() > 1e-5 if key in expected else torch.ones_like(tensor, dtype=torch.bool)
+            assert float((tensor - updated[key])[settled].abs().max() if settled.any() else 0.0) < 2e-4, f"{name}: {key}"
+
+
+def test_the_distributed_optimizer_updates_as_the_plain_one_does(hf_folders: dict[str, Path]) -> None:
+    groups = with_off_policy_logprobs(random_groups(seed=2, probes=False))
+    folder = hf_folders["qwen3"]
+    plain = run_ranks(one_step, make_config(folder, parallel__distributed_optimizer=False), groups)[0]
+    sharded = run_ranks(one_step, make_config(folder, parallel__data=2), groups)[0]
+    assert sharded[2] == pytest.approx(plain[2], rel=1e-5)
+    gradients_of, _, _, weights = plain
+    for key, tensor in weights.items():
+        settled = gradients_of[key].abs() > 1e-5
+        assert float((tensor - sharded[3][key])[settled].abs().max() if settled.any() else 0.0) < 2e-4, key
+
+
+def test_folded_probes_score_as_sequential_ones_do(hf_folders: dict[str, Path]) -> None:
+    groups = random_groups(seed=4, count=4, turns=(1, 4))
+    for name, layout in (("tp1", {}), ("tp2_pp2", LAYOUTS["tp2_pp2"])):
+        config = make_config(hf_folders["qwen3"], **layout)
+        fold = run_ranks(scored_nodes, config, groups)[0]
+        sequential = run_ranks(partial(scored_nodes, fold=False), config, groups)[0]
+        assert worst(fold, sequential) < 1e-5, name
+
+
+def misplaced(policy: Policy, groups: list[RolloutGroup]) -> list[list[float]]:
+    """Score with sequential instead of tree positions: the published code's position fault."""
+    rows = pack_for_scoring(groups, row_tokens=ROW_TOKENS, multiple=1)
+    for row in rows:
+        row.position_ids = torch.arange(row.num_tokens)
+    scatter(rows, [result[:, 0] for result in policy.log_probs(rows)], groups, "old_logprobs")
+    return [node.old_logprobs for group in groups for node in group.nodes]
+
+
+def test_wrong_probe_positions_fail_the_comparison(hf_folders: dict[str, Path]) -> None:
+    groups = random_groups(seed=4, count=4, turns=(1, 4))
+    config = make_config(hf_folders["qwen3"])
+    (wrong,) = run_ranks(misplaced, config, groups)
+    (sequential,) = run_ranks(partial(scored_nodes, fold=False), config, groups)
+    assert worst(wrong, sequential) > 1e-3
+
+
+def exported(policy: Policy) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in named_weights(policy)}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_weights_come_back_bit_equal_from_any_layout(hf_folders: dict[str, Path], architecture: str) -> None:
+    original = {name: parameter.detach() for name, parameter in load_hf(hf_folders[architecture]).named_parameters()}
+    for name in ("tp2", "tp2_pp2"):
+        found = run_ranks(exported, make_config(hf_folders[architecture], **LAYOUTS[name]))[0]
+        assert set(found) == set(original), name
+        for key, tensor in original.items():
+            assert torch.equal(found[key], tensor), f"{name}: {key}"
+
+
+def without_finite_loss(policy: Policy, groups: list[RolloutGroup]) -> tuple[bool, int, bool]:
+    """(skipped, steps counted, weights unchanged) of a step whose loss is not a number."""
+    before = exported(policy)
+    rows = pack_for_training(groups, row_tokens=ROW_TOKENS, token_weight=lambda n: 1.0)
+    result = policy.train_step(rows, lambda row, logprobs, entropy: ((logprobs * float("nan")).sum(), {"tokens": torch.tensor(1.0)}))
+    after = exported(policy)
+    return result.skipped, policy.steps_taken, all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_step_with_a_non_finite_loss_is_skipped_and_counted(hf_folders: dict[str, Path]) -> None:
+    (found,) = run_ranks(without_finite_loss, make_config(hf_folders["qwen3"]), random_groups(seed=5, probes=False))
+    assert found == (True, 1, True)

@@ -1,0 +1,163 @@
+"""Cross-field checks: each mistake has its sentence, a sound configuration has none, and all come at once."""
+
+import json
+
+import pytest
+
+from igpo_megatron.config.check import check, divisors, require
+from igpo_megatron.config.load import ConfigError, build
+from igpo_megatron.config.schema import Config
+
+SHAPE = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 6, "max_position_embeddings": 1024}
+
+
+@pytest.fixture
+def sound(tmp_path) -> list[str]:
+    """Overrides of a run that may start, with its files in tmp_path."""
+    model = tmp_path / "policy"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(SHAPE), encoding="utf-8")
+    for name in ("model.safetensors", "tokenizer.json", "../train.parquet", "../test.parquet", "../corpus.jsonl", "../replay.parquet"):
+        (model / name).touch()
+    return [
+        f"model.path={model}",
+        "run.device=cpu",
+        f"data.train=[{tmp_path}/train.parquet]",
+        f"data.eval=[{tmp_path}/test.parquet]",
+        f"search.corpus={tmp_path}/corpus.jsonl",
+        "rollout.max_context=768",
+        "rollout.max_tokens_per_turn=48",
+        "packing.row_tokens=512",
+    ]
+
+
+def problems(sound: list[str], *overrides: str, world_size: int | None = 1, local_world_size: int | None = None) -> list[str]:
+    return check(build({}, [*sound, *overrides]), world_size=world_size, local_world_size=local_world_size)
+
+
+def test_a_sound_configuration_has_no_problems(sound):
+    assert problems(sound) == []
+    assert problems(sound, "parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=3", "parallel.data=2", world_size=12) == []
+    assert problems(sound, "parallel.tensor=2", world_size=None) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "expected"),
+    [
+        (["parallel.tensor=2", "parallel.pipeline=2"], 6, "6 ranks are no multiple of parallel.tensor=2 x parallel.pipeline=2 = 4"),
+        (["parallel.tensor=2", "parallel.data=2"], 2, "parallel.data=2 = 4 ranks, but 2 were started; set parallel.data to 1"),
+        (
+            ["parallel.tensor=3", "model.vocab_multiple=3"],
+            3,
+            "parallel.tensor=3 does not divide the model's 8 attention heads; use one of [1, 2, 4, 8]",
+        ),
+        (["parallel.tensor=8"], 8, "parallel.tensor=8 does not divide the model's 4 key-value heads; use one of [1, 2, 4]"),
+        (["parallel.pipeline=4"], 4, "parallel.pipeline=4 does not divide the model's 6 layers; use one of [1, 2, 3, 6]"),
+        (["parallel.sequence=true"], 1, "parallel.sequence=true needs parallel.tensor of 2 or more"),
+        (["model.vocab_multiple=5", "parallel.tensor=2"], 2, "model.vocab_multiple=5 is no multiple of parallel.tensor=2"),
+        (["rollout.engine.tensor=3"], 1, "rollout.engine.tensor=3 does not divide the model's 8 attention heads"),
+        (["rollout.max_context=2048"], 1, "rollout.max_context=2048 is more than the model's max_position_embeddings=1024"),
+        (["rollout.max_context=100"], 1, "one turn (rollout.max_tokens_per_turn=48) and a probe (64) take 112"),
+        (["packing.row_tokens=32"], 1, "packing.row_tokens=32 is less than one turn (rollout.max_tokens_per_turn=48)"),
+        (["run.device=cuda", "rollout.engine.gpu_ids=[1,2]"], 2, "overlaps the GPUs of the 2 ranks on this machine, which take 0 to 1"),
+        (["run.device=auto", "rollout.engine.gpu_ids=[0]"], 1, "give the engines GPUs from 1 on"),
+        (["run.device=cuda", "rollout.engine.gpu_ids=[4]", "rollout.engine.count=2"], 1, "needs 2 GPUs, gpu_ids names 1"),
+        (["run.device=cuda", "rollout.engine.gpu_ids=[4,4]"], 1, "names [4] more than once"),
+        (["run.device=cuda"], 1, "needs 1 GPUs, gpu_ids names 0"),
+        (["rollout.engine.gpu_ids=[4]"], 1, "rollout.engine.gpu_ids=[4] with run.device=cpu"),
+        (["model.path=nowhere"], 1, "model.path=nowhere: no such folder"),
+        (["data.train=[]"], 1, "data.train is empty"),
+        (["data.train=[gone.parquet]"], 1, "data.train: gone.parquet: no such file"),
+        (["data.eval=[]", "eval.at_ends=true"], 1, "data.eval is empty"),
+        (["search.corpus=null"], 1, "search.backend=bm25 needs search.corpus"),
+        (["search.corpus=gone.jsonl"], 1, "search.corpus=gone.jsonl: no such file"),
+        (["search.backend=retriever"], 1, "search.backend=retriever needs search.url, such as http://127.0.0.1:8000/retrieve; found None"),
+        (["search.backend=retriever", "search.url='host:1'"], 1, "found 'host:1'"),
+        (["run.replay=gone.parquet"], 1, "run.replay=gone.parquet: no such file"),
+        (["rollout.samples_per_prompt=1"], 1, "rollout.samples_per_prompt=1: advantage.name=igpo compares the samples"),
+        (["reward.gain=none"], 1, "reward.gain=none leaves advantage.name=igpo without gains"),
+        (["reward.gain=none", "reward.scorer=sequential", "advantage.name=grpo"], 1, "reward.scorer=sequential scores probes"),
+        (["reward.probe_template=answer"], 1, "reward.probe_template='answer': expected {answer} exactly once, found it 0 times"),
+        (["rollout.temperature=0"], 1, "rollout.temperature=0 makes all samples"),
+        (["loss.name=sft"], 1, "loss.name=sft learns from demonstrations; set run.replay"),
+        (["optim.minibatches=64"], 1, "optim.minibatches=64 is more than rollout.prompts_per_step=32"),
+        (["optim.min_lr=1"], 1, "optim.min_lr=1.0 is above optim.lr=1e-06"),
+        (["optim.warmup_steps=101"], 1, "optim.warmup_steps=101 is more than run.steps=100"),
+        (["optim.betas=[0.9, 1.0]"], 1, "optim.betas=[0.9, 1.0]"),
+        (["eval.at_ends=true", "eval.samples=0", "eval.greedy=false"], 1, "leave nothing to evaluate"),
+    ],
+)
+def test_each_mistake_has_its_own_sentence(sound, overrides, world_size, expected):
+    (problem,) = problems(sound, *overrides, world_size=world_size)
+    assert expected in problem
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("config.json", "no config.json"), ("model.safetensors", "no *.safetensors"), ("tokenizer.json", "no tokenizer")]
+)
+def test_an_incomplete_model_folder_is_told_what_it_lacks(sound, tmp_path, name, expected):
+    (tmp_path / "policy" / name).unlink()
+    (problem,) = problems(sound)
+    assert expected in problem
+
+
+def test_a_broken_model_configuration_is_a_sentence_and_no_traceback(sound, tmp_path):
+    (tmp_path / "policy" / "config.json").write_text("{", encoding="utf-8")
+    (problem,) = problems(sound)
+    assert "config.json is not a JSON object" in problem
+
+
+def test_a_missing_key_variable_is_named(sound, monkeypatch):
+    overrides = ["search.backend=retriever", "search.url=http://127.0.0.1:8000/retrieve", "search.api_key_env=SOME_SEARCH_KEY"]
+    monkeypatch.delenv("SOME_SEARCH_KEY", raising=False)
+    (problem,) = problems(sound, *overrides)
+    assert "search.api_key_env=SOME_SEARCH_KEY: that environment variable is not set" in problem
+    monkeypatch.setenv("SOME_SEARCH_KEY", "secret")
+    assert problems(sound, *overrides) == []
+
+
+def test_engines_and_ranks_overlap_by_the_ranks_of_this_machine(sound):
+    split = ["run.device=cuda", "rollout.engine.gpu_ids=[4,5]", "rollout.engine.count=2"]
+    assert problems(sound, *split, world_size=8, local_world_size=4) == []
+    (problem,) = problems(sound, *split, world_size=8)
+    assert "overlaps the GPUs of the 8 ranks" in problem
+
+
+def test_a_joined_ray_cluster_brings_its_own_gpus(sound):
+    assert problems(sound, "run.device=cuda", "rollout.engine.ray_address=10.0.0.1:6379", "rollout.engine.count=8") == []
+
+
+def test_a_replay_needs_no_questions_no_corpus_and_no_engines(sound, tmp_path):
+    replay = [
+        f"run.replay={tmp_path}/replay.parquet",
+        "data.train=[]",
+        "search.corpus=null",
+        "rollout.max_context=4096",
+        "packing.row_tokens=16",
+    ]
+    assert problems(sound, *replay, "loss.name=sft") == []
+    (problem,) = problems(sound, *replay, "run.stop_after=rollout")
+    assert "set only one of them" in problem
+
+
+def test_every_problem_is_listed_at_once(sound):
+    config = build(
+        {}, [*sound, "model.path=nowhere", "data.train=[gone.parquet]", "parallel.tensor=2", "reward.gain=none", "optim.min_lr=1"]
+    )
+    with pytest.raises(ConfigError) as error:
+        require(config, 3)
+    assert [problem.split(":")[0].split("=")[0] for problem in error.value.problems] == [
+        "model.path",
+        "data.train",
+        "3 ranks are no multiple of parallel.tensor",
+        "reward.gain",
+        "optim.min_lr",
+    ]
+
+
+def test_a_value_from_the_default_configuration_is_complete_enough_to_check():
+    assert all(isinstance(problem, str) for problem in check(Config.model_validate({"model": {"path": "nowhere"}}), world_size=1))
+
+
+def test_divisors_of_twelve():
+    assert divisors(12) == [1, 2, 3, 4, 6, 12]

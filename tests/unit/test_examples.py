@@ -1,0 +1,98 @@
+"""Every example configuration loads, the published one fits its model, and the scripts print the commands they say they run."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from igpo_megatron.config.check import check
+from igpo_megatron.config.load import load
+from igpo_megatron.config.schema import Igpo, Ppo
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+CONFIGS = sorted(EXAMPLES.rglob("*.yaml"))
+SCRIPTS = sorted(EXAMPLES.rglob("*.sh"))
+QWEN_7B = {"num_attention_heads": 28, "num_key_value_heads": 4, "num_hidden_layers": 28, "max_position_embeddings": 32768}
+
+
+def dry_run(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a script with DRY_RUN and nothing else of this environment that it reads."""
+    keep = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    command = ["bash", str(EXAMPLES / script), *arguments]
+    env = {**keep, "DRY_RUN": "1", **environment}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=30, check=False)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_example_configuration_loads(path):
+    assert load(path).run.name
+
+
+def test_the_published_settings_are_the_papers():
+    config = load(EXAMPLES / "igpo_qwen2.5_7b.yaml")
+    rollout = config.rollout
+    assert (rollout.prompts_per_step, rollout.samples_per_prompt, rollout.max_turns) == (32, 16, 10)
+    assert (rollout.max_context, rollout.max_tokens_per_turn, rollout.temperature) == (32768, 2000, 1.0)
+    assert config.advantage == Igpo(normalise="separate", gamma=1.0, divide_by_std=True)
+    assert config.loss == Ppo(clip_low=0.2, clip_high=0.2, dual_clip=3.0, kl_coef=0.001, entropy_coef=0.0, aggregation="sequence_mean")
+    assert (config.optim.lr, config.optim.decay, config.optim.minibatches) == (1e-6, "constant", 1)
+    assert (config.reward.outcome, config.reward.format_penalty, config.reward.gain) == ("f1", -2.0, "log_prob_diff")
+
+
+def test_the_published_layout_fits_its_model_and_lacks_only_files_of_the_user(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(QWEN_7B), encoding="utf-8")
+    for name in ("model.safetensors", "tokenizer.json"):
+        (tmp_path / name).touch()
+    config = load(EXAMPLES / "igpo_qwen2.5_7b.yaml", [f"model.path={tmp_path}"])
+    assert check(config, world_size=4) == ["data.train: data/train.parquet: no such file", "data.eval: data/dev.parquet: no such file"]
+    assert any("overlaps" in problem for problem in check(config, world_size=8))
+
+
+def test_there_are_scripts_and_bash_can_read_them():
+    assert {path.name for path in SCRIPTS} >= {"train_1node.sh", "train_multinode.sh", "start_ray.sh"}
+    for path in SCRIPTS:
+        assert os.access(path, os.X_OK), f"{path.name} is not executable"
+        subprocess.run(["bash", "-n", str(path)], check=True, timeout=30)
+        assert "pkill" not in path.read_text(encoding="utf-8")
+
+
+def test_one_node_starts_one_torchrun_on_loopback():
+    result = dry_run("train_1node.sh", "a.yaml", "optim.lr=1e-5", RANKS="2")
+    assert result.stdout.split() == [
+        *["torchrun", "--nnodes", "1", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"],
+        *["--local-addr", "127.0.0.1", "-m", "igpo_megatron.train", "a.yaml", "optim.lr=1e-5"],
+    ]
+
+
+def test_each_node_of_several_starts_torchrun_at_the_same_meeting_point():
+    place = {"NNODES": "3", "RDZV_ENDPOINT": "10.0.0.1:29400", "RANKS": "8"}
+    first, second = (dry_run("train_multinode.sh", "a.yaml", **place, NODE_RANK=rank, NODE_IP="10.0.0.9").stdout for rank in ("0", "1"))
+    assert "--nnodes 3 --node-rank 0 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint 10.0.0.1:29400" in first
+    assert "is_host=true" in first and "is_host=false" in second
+    assert second.rstrip().endswith("--local-addr 10.0.0.9 -m igpo_megatron.train a.yaml")
+
+
+@pytest.mark.parametrize("missing", ["NNODES", "NODE_RANK", "RDZV_ENDPOINT"])
+def test_several_nodes_need_their_three_variables(missing):
+    place = {"NNODES": "2", "NODE_RANK": "0", "RDZV_ENDPOINT": "h:1"}
+    del place[missing]
+    result = dry_run("train_multinode.sh", "a.yaml", **place)
+    assert result.returncode != 0 and missing in result.stderr
+
+
+@pytest.mark.parametrize("script", ["train_1node.sh", "train_multinode.sh", "start_ray.sh"])
+def test_a_script_without_arguments_prints_its_usage(script):
+    result = dry_run(script)
+    assert result.returncode == 2 and result.stderr.startswith("usage: ")
+
+
+def test_ray_sees_only_the_engines_gpus_and_stays_on_loopback_unless_told_an_address():
+    head = dry_run("start_ray.sh", "head", ENGINE_GPUS="4,5,6").stdout
+    assert head.startswith("CUDA_VISIBLE_DEVICES=4,5,6 ray start --block --node-ip-address 127.0.0.1 --num-gpus 3 ")
+    assert "--head --port 6379 --include-dashboard false" in head and "--disable-usage-stats" in head
+    worker = dry_run("start_ray.sh", "worker", NODE_IP="10.0.0.2", RAY_HEAD="10.0.0.1:6379").stdout
+    assert worker.startswith("CUDA_VISIBLE_DEVICES= ray start --block --node-ip-address 10.0.0.2 --num-gpus 0 ")
+    assert "--address 10.0.0.1:6379" in worker
+    assert "RAY_HEAD" in dry_run("start_ray.sh", "worker").stderr

