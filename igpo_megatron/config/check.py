@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,26 @@ def require(config: Config, world_size: int | None, local_world_size: int | None
 def check(config: Config, *, world_size: int | None, local_world_size: int | None = None) -> list[str]:
     """Every problem between settings, files and machine; empty when the run may start.
 
-    `world_size`: number of ranks, None where it is not known yet. `local_world_size`: ranks on this machine, `world_size` if None.
+    `world_size`: ranks that train; None where none do (evaluation), which asks only for what engines, search and questions need.
+    `local_world_size`: ranks on this machine, `world_size` if None.
     """
     shape = _model_shape(config.model.path)
+    if world_size is None:
+        config = config.model_copy(update={"run": config.run.model_copy(update={"replay": None})})
+        return [
+            *_model_files(config.model.path),
+            *_question_files("data.eval", config.data.eval),
+            *_engine_shape(config, shape),
+            *_context(config, shape),
+            *_devices(config, 0),
+            *_search(config),
+        ]
     return [
         *_model_files(config.model.path),
-        *_other_files(config),
+        *_training_files(config),
         *_layout(config, world_size),
         *_shape(config, shape),
+        *_engine_shape(config, shape),
         *_context(config, shape),
         *_devices(config, local_world_size or world_size),
         *_search(config),
@@ -80,21 +92,27 @@ def _model_files(folder: Path) -> Iterator[str]:
         yield f"model.path={folder}: no tokenizer.json or tokenizer_config.json in it; put the model's tokenizer files there"
 
 
-def _other_files(config: Config) -> Iterator[str]:
+def _training_files(config: Config) -> Iterator[str]:
     if config.run.replay is not None:
         if not config.run.replay.is_file():
             yield f"run.replay={config.run.replay}: no such file; expected a rollout file (parquet) of an earlier run"
-    elif not config.data.train:
-        yield "data.train is empty; name at least one parquet file of questions (tools/prepare_data.py makes a demo set)"
+    else:
+        yield from _question_files("data.train", config.data.train)
     if _evaluates(config) and not config.data.eval:
         yield "data.eval is empty, but eval.every or eval.at_ends asks for evaluations; name a parquet file, or set both to 0 and false"
-    for key, paths in (("data.train", config.data.train), ("data.eval", config.data.eval)):
-        for path in paths:
-            if not path.is_file():
-                yield f"{key}: {path}: no such file"
+    elif config.data.eval:
+        yield from _question_files("data.eval", config.data.eval)
 
 
-def _layout(config: Config, world_size: int | None) -> Iterator[str]:
+def _question_files(key: str, paths: Sequence[Path]) -> Iterator[str]:
+    if not paths:
+        yield f"{key} is empty; name at least one parquet file of questions (tools/prepare_data.py makes a demo set)"
+    for path in paths:
+        if not path.is_file():
+            yield f"{key}: {path}: no such file"
+
+
+def _layout(config: Config, world_size: int) -> Iterator[str]:
     layout = config.parallel
     model_ranks = layout.tensor * layout.pipeline
     product = f"parallel.tensor={layout.tensor} x parallel.pipeline={layout.pipeline}"
@@ -105,8 +123,6 @@ def _layout(config: Config, world_size: int | None) -> Iterator[str]:
             f"model.vocab_multiple={config.model.vocab_multiple} is no multiple of parallel.tensor={layout.tensor}, "
             f"so the vocabulary cannot be shared evenly; use {config.model.vocab_multiple * layout.tensor}"
         )
-    if world_size is None:
-        return
     if world_size % model_ranks:
         yield f"{world_size} ranks are no multiple of {product} = {model_ranks}; start a multiple of it, or change the layout"
     elif layout.data is not None and model_ranks * layout.data != world_size:
@@ -127,7 +143,10 @@ def _shape(config: Config, shape: dict[str, Any]) -> Iterator[str]:
             break
     if isinstance(layers, int) and layers % pipeline:
         yield f"parallel.pipeline={pipeline} does not divide the model's {layers} layers; use one of {divisors(layers)}"
-    engine_tensor = config.rollout.engine.tensor
+
+
+def _engine_shape(config: Config, shape: dict[str, Any]) -> Iterator[str]:
+    heads, engine_tensor = shape.get("num_attention_heads"), config.rollout.engine.tensor
     if _needs_engines(config) and isinstance(heads, int) and heads % engine_tensor:
         yield f"rollout.engine.tensor={engine_tensor} does not divide the model's {heads} attention heads; use one of {divisors(heads)}"
 
@@ -147,14 +166,9 @@ def _context(config: Config, shape: dict[str, Any]) -> Iterator[str]:
             f"rollout.max_context={rollout.max_context} leaves no room for a question: one turn (rollout.max_tokens_per_turn="
             f"{rollout.max_tokens_per_turn}) and a probe ({probe}) take {needed}; raise max_context or shorten the turn"
         )
-    if config.packing.row_tokens < rollout.max_tokens_per_turn:
-        yield (
-            f"packing.row_tokens={config.packing.row_tokens} is less than one turn "
-            f"(rollout.max_tokens_per_turn={rollout.max_tokens_per_turn}), so turns could not share a row; use a few turns' worth"
-        )
 
 
-def _devices(config: Config, local_ranks: int | None) -> Iterator[str]:
+def _devices(config: Config, local_ranks: int) -> Iterator[str]:
     engine = config.rollout.engine
     if config.run.device == "cpu":
         if engine.gpu_ids:
@@ -163,11 +177,11 @@ def _devices(config: Config, local_ranks: int | None) -> Iterator[str]:
     repeated = sorted({gpu for gpu in engine.gpu_ids if engine.gpu_ids.count(gpu) > 1})
     if repeated:
         yield f"rollout.engine.gpu_ids names {repeated} more than once; name each GPU once"
-    shared = sorted(set(engine.gpu_ids) & set(range(local_ranks or 0)))
+    shared = sorted(set(engine.gpu_ids) & set(range(local_ranks)))
     if shared:
         yield (
             f"rollout.engine.gpu_ids={list(engine.gpu_ids)} overlaps the GPUs of the {local_ranks} ranks on this machine, "
-            f"which take 0 to {(local_ranks or 0) - 1}; give the engines GPUs from {local_ranks} on"
+            f"which take 0 to {local_ranks - 1}; give the engines GPUs from {local_ranks} on"
         )
     # A Ray cluster that is joined brings its own GPUs, and its launch script restricted them.
     if engine.ray_address is not None or not _needs_engines(config):
@@ -223,6 +237,12 @@ def _schedule(config: Config) -> Iterator[str]:
         yield (
             f"optim.minibatches={optim.minibatches} is more than rollout.prompts_per_step={config.rollout.prompts_per_step}: "
             "each optimizer step needs at least one question"
+        )
+    rollout = config.rollout
+    if _needs_engines(config) and config.packing.row_tokens < rollout.max_tokens_per_turn:
+        yield (
+            f"packing.row_tokens={config.packing.row_tokens} is less than one turn "
+            f"(rollout.max_tokens_per_turn={rollout.max_tokens_per_turn}), so turns could not share a row; use a few turns' worth"
         )
     if optim.min_lr > optim.lr:
         yield f"optim.min_lr={optim.min_lr} is above optim.lr={optim.lr}"

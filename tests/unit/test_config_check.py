@@ -140,6 +140,21 @@ def test_a_replay_needs_no_questions_no_corpus_and_no_engines(sound, tmp_path):
     assert "set only one of them" in problem
 
 
+def test_an_evaluation_asks_for_questions_engines_and_search_only(sound):
+    training_only = [
+        "data.train=[]",
+        "parallel.tensor=3",
+        "rollout.samples_per_prompt=1",
+        "packing.row_tokens=16",
+        "run.replay=gone.parquet",
+    ]
+    assert problems(sound, *training_only, world_size=None) == []
+    found = problems(sound, "data.eval=[]", "search.corpus=null", "rollout.engine.tensor=3", "model.path=nowhere", world_size=None)
+    assert [problem.split(" ")[0].split("=")[0] for problem in found] == ["model.path", "data.eval", "search.backend"]
+    (problem,) = problems(sound, "rollout.engine.tensor=3", world_size=None)
+    assert "rollout.engine.tensor=3 does not divide" in problem
+
+
 def test_every_problem_is_listed_at_once(sound):
     config = build(
         {}, [*sound, "model.path=nowhere", "data.train=[gone.parquet]", "parallel.tensor=2", "reward.gain=none", "optim.min_lr=1"]

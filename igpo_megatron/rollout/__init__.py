@@ -1,0 +1,1 @@
+"""Multi-turn trajectories: chat format, agent loop, engines and the rollouter that runs many at once."""

@@ -1,0 +1,119 @@
+"""One trajectory: think, search, read, think again, answer. The loop every reader should see first."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Protocol
+
+from igpo_megatron.config.schema import Rollout
+from igpo_megatron.rollout.chat import Answer, ChatFormat, Malformed
+from igpo_megatron.search.results import SearchClient, SearchResult
+from igpo_megatron.types import Completion, Node, RolloutGroup, Status, ToolCall, Trajectory
+
+
+class EngineError(RuntimeError):
+    """An engine cannot serve; the message names it and says why."""
+
+
+class Engine(Protocol):
+    """Whatever continues a token sequence."""
+
+    async def generate(self, token_ids: list[int], *, max_tokens: int, temperature: float, seed: int, key: str) -> Completion:
+        """Sample one turn. Requests with the same `key` go to the same engine, whose prefix cache knows them. Raises EngineError."""
+        ...
+
+
+async def run_trajectory(
+    group: RolloutGroup,
+    *,
+    engine: Engine,
+    search: SearchClient,
+    chat: ChatFormat,
+    config: Rollout,
+    temperature: float,
+    probe_tokens: int,
+    seed: int,
+    step: int,
+    sample: int,
+) -> Trajectory:
+    """Grow one path of `group`, whose node 0 is the prompt, and say how it ended.
+
+    `probe_tokens` are kept free at the end of the context, so that every state can be probed.
+    """
+    path = [0]
+    used = len(group.nodes[0].token_ids)
+    room = config.max_context - probe_tokens
+    for turn in range(1, config.max_turns + 1):
+        if chat.forced_ids:
+            path.append(_forced_child(group, path[-1], chat, turn))
+            used += len(chat.forced_ids)
+        max_tokens = min(config.max_tokens_per_turn, room - used)
+        if max_tokens < 1:
+            return Trajectory(path, Status.TRUNCATED_CONTEXT)
+        completion = await engine.generate(
+            group.context(path[-1]),
+            max_tokens=max_tokens,
+            temperature=temperature,
+            seed=counter_seed(seed, step, group.prompt.id, sample, turn),
+            key=group.prompt.id,
+        )
+        text = chat.decode(completion.token_ids)
+        action = Node(path[-1], "action", completion.token_ids, turn, text, completion.weight_version, completion.logprobs)
+        path.append(group.add(action))
+        used += len(completion.token_ids)
+        if completion.finish == "abort":
+            return Trajectory(path, Status.ENGINE_FAILED, reason="the engine aborted the request")
+        if completion.finish == "length":
+            return Trajectory(path, Status.TRUNCATED_TOKENS if max_tokens == config.max_tokens_per_turn else Status.TRUNCATED_CONTEXT)
+        wanted = chat.parse(chat.forced_text + text)
+        if isinstance(wanted, Answer):
+            return Trajectory(path, Status.FINISHED, answer=wanted.text)
+        if isinstance(wanted, Malformed):
+            return Trajectory(path, Status.BAD_FORMAT, reason=wanted.reason)
+        action.call = wanted
+        if turn == config.max_turns:
+            return Trajectory(path, Status.TRUNCATED_TURNS)
+        shown = await _use_tool(wanted, search, config)
+        if isinstance(shown, SearchResult):
+            return Trajectory(path, Status.TOOL_FAILED, reason=f"{shown.provider}: {shown.status}: {shown.error}")
+        budget = min(config.max_observation_tokens + chat.frame_tokens, room - used - len(chat.forced_ids) - 1)
+        if budget <= chat.frame_tokens:
+            return Trajectory(path, Status.TRUNCATED_CONTEXT)
+        ids, cut = chat.observation(shown, budget)
+        path.append(group.add(Node(path[-1], "observation", ids, turn, cut)))
+        used += len(ids)
+    raise AssertionError("the last turn always ends the trajectory")
+
+
+async def _use_tool(call: ToolCall, search: SearchClient, config: Rollout) -> str | SearchResult:
+    """Text for the policy, or the first failed result: a failure is never shown as an empty one."""
+    if call.name != config.tool_name:
+        return f"There is no tool named {call.name}. The only tool is {config.tool_name}."
+    results = await search.search(call.queries)
+    failed = [result for result in results if not result.status.is_answer]
+    return failed[0] if failed else render_results(results)
+
+
+def render_results(results: Sequence[SearchResult]) -> str:
+    """Numbered passages, one per line; several queries get a heading each."""
+    blocks = []
+    for result in results:
+        lines = [f"({rank}) {passage.text}" for rank, passage in enumerate(result.passages, start=1)]
+        body = "\n".join(lines) or "No results."
+        blocks.append(body if len(results) == 1 else f"Results for: {result.query}\n{body}")
+    return "\n\n".join(blocks)
+
+
+def counter_seed(*parts: object) -> int:
+    """A sampling seed that depends on what is sampled, not on what was sampled before: [0, 2^31)."""
+    digest = hashlib.blake2b("|".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % 2**31
+
+
+def _forced_child(group: RolloutGroup, parent: int, chat: ChatFormat, turn: int) -> int:
+    """The forced opening below `parent`, shared by all samples that continue from there."""
+    for number, node in enumerate(group.nodes):
+        if node.parent == parent and node.kind == "forced":
+            return number
+    return group.add(Node(parent, "forced", list(chat.forced_ids), turn, chat.forced_text))

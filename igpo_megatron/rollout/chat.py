@@ -1,0 +1,178 @@
+"""The conversation as tokens: rendered once, then only appended to; no text is ever tokenised twice.
+
+    open(question) ─┬─> prompt ids          chat template, once
+    forced ─────────┤   `<think>`            never trained
+    (sampled) ──────┤   the engine's own ids
+    observation() ──┴─> tool message ids     its frame from the template, its content alone, cut by tokens
+
+The frame around a tool result is found by rendering the template with placeholders, so it fits any template that has a tool role.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from igpo_megatron.config.schema import Reward, Rollout
+from igpo_megatron.types import ToolCall
+
+FORCED_TEXT = "<think>"
+_ASSISTANT, _TOOL, _USER = "PLACEHOLDER-OF-ASSISTANT", "PLACEHOLDER-OF-TOOL", "PLACEHOLDER-OF-USER"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The policy answered."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Malformed:
+    """The policy wrote neither a tool call nor an answer."""
+
+    reason: str
+
+
+Action = ToolCall | Answer | Malformed
+
+
+class ChatFormat:
+    """One tokenizer's way of writing questions, tool results and probes."""
+
+    def __init__(self, tokenizer: Any, rollout: Rollout, reward: Reward, now: datetime | None = None) -> None:
+        """`tokenizer`: a fast Hugging Face tokenizer with a chat template. Raises ValueError where the template cannot be used."""
+        if not getattr(tokenizer, "chat_template", None):
+            raise ValueError("the model's tokenizer has no chat template; add chat_template.jinja to model.path")
+        if tokenizer.eos_token_id is None:
+            raise ValueError("the model's tokenizer has no eos token, so a turn could never end; set eos_token in tokenizer_config.json")
+        self._tokenizer = tokenizer
+        self._rollout, self._reward = rollout, reward
+        date = (now or datetime.now(UTC)).date().isoformat()
+        self._system = rollout.system_prompt.replace("{date}", date) if rollout.system_prompt is not None else None
+        self.end_of_turn: int = tokenizer.eos_token_id
+        self.forced_ids: list[int] = self._encode(FORCED_TEXT) if rollout.force_think else []
+        self._before_tool, self._after_tool = self._tool_frame()
+        self._probes: dict[str, tuple[list[int], tuple[int, int]]] = {}
+
+    @property
+    def forced_text(self) -> str:
+        """Text put at the start of every turn; empty where nothing is forced."""
+        return FORCED_TEXT if self.forced_ids else ""
+
+    def open(self, question: str) -> tuple[list[int], str]:
+        """The prompt's ids and text: system message, tools, question and the opening of the first assistant turn."""
+        text = self._render([*self._head(), {"role": "user", "content": question}], generate=True)
+        return self._encode(text), text
+
+    def observation(self, text: str, budget: int) -> tuple[list[int], str]:
+        """Ids and shown text of a tool message with `text`, followed by the opening of the next assistant turn.
+
+        At most `budget` ids: the content is cut from its end and the frame kept. Control tokens inside `text` are read as plain
+        characters. Raises ValueError if not even the frame fits.
+        """
+        room = budget - len(self._before_tool) - len(self._after_tool)
+        if room < 0:
+            raise ValueError(f"a tool message needs {budget - room} tokens for its frame alone, the budget is {budget}")
+        content = self._encode(text, split_special_tokens=True)
+        if len(content) > room:
+            content = content[:room]
+            text = self._tokenizer.decode(content, clean_up_tokenization_spaces=False)
+        return [*self._before_tool, *content, *self._after_tool], text
+
+    @property
+    def frame_tokens(self) -> int:
+        """Ids of an empty tool message."""
+        return len(self._before_tool) + len(self._after_tool)
+
+    def render_probe(self, answer: str) -> tuple[list[int], tuple[int, int]]:
+        """Ids of the probe text with `answer` in it, and the [start, stop) of the answer's tokens, which alone are scored.
+
+        A token that straddles the border counts as the answer's. The answer is cut to `reward.probe_max_tokens` tokens.
+        """
+        if answer not in self._probes:
+            head, tail = self._reward.probe_template.split("{answer}")
+            capped = self._encode(answer)[: self._reward.probe_max_tokens]
+            shown = self._tokenizer.decode(capped, clean_up_tokenization_spaces=False) if capped != self._encode(answer) else answer
+            begin, end = len(head), len(head) + len(shown)
+            encoded = self._tokenizer(head + shown + tail, add_special_tokens=False, return_offsets_mapping=True)
+            inside = [number for number, (left, right) in enumerate(encoded["offset_mapping"]) if right > begin and left < end]
+            if not inside:
+                raise ValueError(f"the ground truth {answer!r} has no tokens to score")
+            self._probes[answer] = list(encoded["input_ids"]), (inside[0], inside[-1] + 1)
+        return self._probes[answer]
+
+    def decode(self, token_ids: list[int]) -> str:
+        """Text of sampled tokens, without the end-of-turn token."""
+        body = token_ids[:-1] if token_ids and token_ids[-1] == self.end_of_turn else token_ids
+        return self._tokenizer.decode(body, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def parse(self, text: str) -> Action:
+        """What a turn asks for; `text` includes the forced opening."""
+        return parse_action(text, self._rollout.max_queries)
+
+    def _head(self) -> list[dict[str, str]]:
+        return [{"role": "system", "content": self._system}] if self._system is not None else []
+
+    def _encode(self, text: str, **options: Any) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False, **options)
+
+    def _render(self, messages: list[dict[str, str]], *, generate: bool) -> str:
+        tools = [tool_schema(self._rollout.tool_name)] if self._rollout.tool_in_prompt else None
+        return self._tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=generate, tokenize=False)
+
+    def _tool_frame(self) -> tuple[list[int], list[int]]:
+        """Ids before and after the content of a tool message, the next assistant opening included."""
+        messages = [{"role": "user", "content": _USER}, {"role": "assistant", "content": _ASSISTANT}, {"role": "tool", "content": _TOOL}]
+        text = self._render([*self._head(), *messages], generate=True)
+        if _TOOL not in text or _ASSISTANT not in text:
+            raise ValueError("the chat template drops tool or assistant messages; a template with a `tool` role is needed")
+        before, after = text.split(_ASSISTANT, 1)[1].split(_TOOL, 1)
+        ids = self._encode(before)
+        if ids[:1] == [self.end_of_turn]:  # the policy has sampled it already
+            ids = ids[1:]
+        return ids, self._encode(after)
+
+
+def tool_schema(name: str) -> dict[str, Any]:
+    """The search tool as chat templates want it."""
+    query = {"type": "array", "items": {"type": "string"}, "description": "One to three search queries."}
+    parameters = {"type": "object", "properties": {"query": query}, "required": ["query"]}
+    description = "Search for passages that help to answer the question."
+    return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
+
+
+_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
+
+
+def parse_action(text: str, max_queries: int) -> Action:
+    """First match wins, as published: think + answer, think + tool call, anything else is malformed."""
+    if not re.search(r"<think>.*?</think>", text, re.DOTALL):
+        return Malformed("no closed <think> block")
+    if "<answer>" in text:
+        found = _ANSWER.search(text)
+        return Answer(found.group(1).strip()) if found else Malformed("<answer> is not closed")
+    if "<tool_call>" in text:
+        found = _CALL.search(text)
+        return _parse_call(found.group(1), max_queries) if found else Malformed("<tool_call> is not closed")
+    return Malformed("neither <answer> nor <tool_call>")
+
+
+def _parse_call(body: str, max_queries: int) -> Action:
+    try:
+        call = json.loads(body)
+    except json.JSONDecodeError as error:
+        return Malformed(f"the tool call is not JSON: {error.msg}")
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str) or not call["name"] or "arguments" not in call:
+        return Malformed("the tool call needs a name and arguments")
+    arguments = call["arguments"]
+    given = arguments.get("query") if isinstance(arguments, dict) else None
+    queries = [given] if isinstance(given, str) else given if isinstance(given, list) else []
+    texts = [query.strip() for query in queries if isinstance(query, str) and query.strip()]
+    if not texts:
+        return Malformed("the tool call has no query")
+    return ToolCall(call["name"], tuple(texts[:max_queries]))

@@ -1,0 +1,129 @@
+"""Many trajectories at once: one asyncio task each, no barrier between turns.
+
+prompts ──> groups ──gather(run_trajectory, ...)──> groups with trajectories in order of their sample number
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import Counter
+from collections.abc import Callable, Coroutine, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from igpo_megatron.config.schema import Rollout
+from igpo_megatron.rollout.agent import Engine, EngineError, run_trajectory
+from igpo_megatron.rollout.chat import ChatFormat
+from igpo_megatron.search.results import SearchClient
+from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, Trajectory
+
+Result = TypeVar("Result")
+
+
+class RolloutFailure(RuntimeError):
+    """Too many trajectories of a step failed for reasons outside the policy."""
+
+
+class Rollouter:
+    """Runs rollouts on an event loop of its own, so that callers need not be asynchronous."""
+
+    def __init__(self, engine: Engine, search: SearchClient, chat: ChatFormat, config: Rollout, *, seed: int) -> None:
+        self._engine, self._search, self._chat, self._config, self._seed = engine, search, chat, config, seed
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="rollouts", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._wait_for(self._search.close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def run_sync(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        samples: int,
+        step: int,
+        temperature: float | None,
+        on_progress: Callable[[float], None] | None = None,
+    ) -> list[RolloutGroup]:
+        """`run`, waited for."""
+        return self._wait_for(self.run(prompts, samples=samples, step=step, temperature=temperature, on_progress=on_progress))
+
+    async def run(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        samples: int,
+        step: int,
+        temperature: float | None,
+        on_progress: Callable[[float], None] | None = None,
+    ) -> list[RolloutGroup]:
+        """One group of `samples` trajectories per prompt; `temperature` None takes the configured one.
+
+        Raises RolloutFailure when more than `rollout.max_failed_fraction` of the trajectories failed.
+        """
+        groups = [self._open(prompt) for prompt in prompts]
+        done = 0
+
+        async def one(group: RolloutGroup, sample: int) -> Trajectory:
+            nonlocal done
+            trajectory = await self._bounded(group, sample, step, self._config.temperature if temperature is None else temperature)
+            done += 1
+            if on_progress:
+                on_progress(done / (len(groups) * samples))
+            return trajectory
+
+        ends = await asyncio.gather(*(one(group, sample) for group in groups for sample in range(samples)))
+        for number, group in enumerate(groups):
+            group.trajectories = ends[number * samples : (number + 1) * samples]
+        _check_failures(ends, self._config.max_failed_fraction)
+        return groups
+
+    def _open(self, prompt: Prompt) -> RolloutGroup:
+        ids, text = self._chat.open(prompt.question)
+        if len(ids) >= self._config.max_context:
+            raise ValueError(
+                f"question {prompt.id} takes {len(ids)} tokens, rollout.max_context is {self._config.max_context}; raise it or drop the row"
+            )
+        return RolloutGroup(prompt, [Node(None, "prompt", ids, text=text)])
+
+    async def _bounded(self, group: RolloutGroup, sample: int, step: int, temperature: float) -> Trajectory:
+        """A trajectory within its deadline; trouble of the engine ends this one and no other."""
+        probe_tokens = max(len(self._chat.render_probe(answer)[0]) for answer in group.prompt.answers)
+        try:
+            async with asyncio.timeout(self._config.deadline_s):
+                return await run_trajectory(
+                    group,
+                    engine=self._engine,
+                    search=self._search,
+                    chat=self._chat,
+                    config=self._config,
+                    temperature=temperature,
+                    probe_tokens=probe_tokens,
+                    seed=self._seed,
+                    step=step,
+                    sample=sample,
+                )
+        except TimeoutError:
+            return Trajectory([0], Status.ENGINE_FAILED, reason=f"not done within rollout.deadline_s={self._config.deadline_s:g}")
+        except EngineError as error:
+            return Trajectory([0], Status.ENGINE_FAILED, reason=str(error))
+
+    def _wait_for(self, work: Coroutine[Any, Any, Result]) -> Result:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+
+def _check_failures(ends: Sequence[Trajectory], allowed: float) -> None:
+    failed = [end for end in ends if not end.status.is_trainable]
+    if failed and len(failed) > allowed * len(ends):
+        reason, count = Counter(end.reason for end in failed).most_common(1)[0]
+        raise RolloutFailure(
+            f"{len(failed)} of {len(ends)} trajectories failed, more than rollout.max_failed_fraction={allowed:g}; "
+            f"most often ({count}): {reason}"
+        )

