@@ -127,9 +127,6 @@ class Search(Section):
     top_k: PositiveInt = 5
     """Passages shown per query. More raises recall and prompt length together."""
 
-    max_queries: PositiveInt = 3
-    """Queries of one tool call that are used; further ones are dropped."""
-
     timeout_s: PositiveFloat = 30
     """Deadline of one attempt."""
 
@@ -206,6 +203,9 @@ class Rollout(Section):
 
     tool_name: str = "web_search"
     """Name of the search tool in the prompt and in tool calls."""
+
+    max_queries: PositiveInt = 3
+    """Queries of one tool call that are used; further ones are dropped."""
 
     tool_in_prompt: bool = True
     """Describe the tool through the chat template's `tools`; false for a policy that was taught the format."""

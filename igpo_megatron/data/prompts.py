@@ -96,7 +96,10 @@ def inspect(path: Path) -> tuple[Layout | None, list[Prompt], list[Problem]]:
         expected = "a string (IGPO, ARPO) or a struct with a list of strings `target` (Search-R1)"
         return None, [], [Problem(f"found type {found}, expected {expected}", column="reward_model.ground_truth")]
     used = [name for name in ("data_source", "prompt", "reward_model", "extra_info", "question") if name in schema.names]
-    rows = pq.read_table(path, columns=used).to_pylist()
+    try:
+        rows = pq.read_table(path, columns=used).to_pylist()
+    except (pa.ArrowInvalid, OSError) as error:
+        return layout, [], [Problem(f"the parquet file is damaged ({str(error).splitlines()[0]})")]
     if not rows:
         return layout, [], [Problem("the file has no rows; expected at least one question")]
     prompts: list[Prompt] = []

@@ -137,7 +137,7 @@ def _open(path: Path) -> pq.ParquetFile:
         file.close()
         columns = ", ".join(found.names)
         raise ValueError(
-            f"{path}: not a rollout file: {'; '.join(problems)} (its columns: {columns}). Question files go to data.train, not to run.replay"
+            f"{path}: not a rollout file: {'; '.join(problems)} (its columns: {columns}). Questions go to data.train, not run.replay"
         )
     return file
 

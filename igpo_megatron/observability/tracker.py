@@ -351,7 +351,7 @@ def _duration(seconds: float) -> str:
 
 
 def _start_wandb(folder: Path, config: Track, name: str) -> Any:
-    """A wandb run that writes inside the run folder and sends nothing but metrics and the public configuration, and that only with a key."""
+    """A wandb run inside the run folder. Only with a key does anything leave: metrics and the public configuration."""
     # Read by wandb when it is imported: its caches stay in the run folder, and crash reports stay home.
     for variable, value in {
         "WANDB_DIR": str(folder),

@@ -101,6 +101,14 @@ def test_a_missing_file_an_empty_one_and_one_that_is_no_parquet_say_so(tmp_path)
         read_prompts(text)
 
 
+def test_a_damaged_file_is_reported_and_not_raised(tmp_path):
+    content = bytearray(sized(tmp_path, nq=500).read_bytes())
+    content[4:2000] = b"\xff" * 1996
+    damaged = tmp_path / "damaged.parquet"
+    damaged.write_bytes(content)
+    assert "the parquet file is damaged" in check_file(damaged).problems[0].message
+
+
 def test_missing_and_mistyped_columns_are_named_with_what_was_expected(tmp_path):
     rows = [{"question": "Who?", "prompt": "Who?", "reward_model": {"ground_truth": 3}}]
     with pytest.raises(ValueError) as caught:
