@@ -87,7 +87,7 @@ def summarise(groups: Sequence[RolloutGroup], config: Reward) -> dict[str, Any]:
 
     `f1` counts a malformed answer as 0, `f1_with_penalty` as `reward.format_penalty`; `f1_se` is the standard error over questions.
     """
-    result = _scores(groups, config)
+    result: dict[str, Any] = {**_scores(groups, config)}
     sources = sorted({group.prompt.source for group in groups})
     result["per_source"] = {s: _scores([group for group in groups if group.prompt.source == s], config) for s in sources}
     result["status"] = status_counts(groups)

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 
 from igpo_megatron.evaluate import headline
 from igpo_megatron.observability.rollout_dump import count_groups, read_rollouts
-from igpo_megatron.observability.tracker import public_config, read_metrics, sum_phases
+from igpo_megatron.observability.tracker import PHASES, Phase, public_config, read_metrics, sum_phases
 from igpo_megatron.types import Node, RolloutGroup, Trajectory
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -91,12 +91,11 @@ CHARTS = (
         {"failed": "failed trajectories", "truncated": "truncated trajectories", "zero_std_groups": "groups with equal rewards"},
         "shares",
     ),
-    Chart("Skipped updates", {"skipped": "non-finite steps"}),
     Chart("Tokens per second", {"tokens_per_s": "tokens/s"}, "all tokens of a step over its time"),
     Chart("Learning rate", {"lr": "learning rate"}),
 )
 
-STEP_PHASES = ("rollout", "score", "advantage", "train", "sync", "checkpoint")
+STEP_PHASES: tuple[Phase, ...] = ("rollout", "score", "advantage", "train", "sync", "checkpoint")
 """What a step's time is stacked from; start-up and evaluation would hide it."""
 
 OUTCOMES = (
@@ -144,7 +143,7 @@ def collect(run_folder: Path, limits: Limits) -> dict[str, Any]:
         "outcomes": _outcomes(summary, evals),
         "questions": _questions(summary, evals),
         "sources": _sources(evals),
-        "phases": [{"name": name, "seconds": seconds} for name, seconds in phases.items() if seconds],
+        "phases": [{"name": name, "seconds": seconds, "colour": PHASES.index(name)} for name, seconds in phases.items() if name in PHASES],
         "config_text": json.dumps(config, indent=2) if config else "",
         "data": {"charts": _charts(rows, limits), "files": [_file(path, label, tokenizer, limits) for path, label in files]},
     }
@@ -177,6 +176,7 @@ def _facts(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], summary
     steps = rows[-1]["step"] if rows else None
     gaps = [row[name] for row in rows for name in ("logprob_gap_max", "canary_gap") if row.get(name) is not None]
     gap = summary["max_logprob_gap"] if summary else max(gaps, default=None)
+    skipped = [row["skipped"] for row in rows if row.get("skipped") is not None]
     wall = summary["wall_s"] if summary else sum(sum_phases(rows).values())
     facts = [
         ("Policy", at["model.path"] and Path(at["model.path"]).name),
@@ -186,16 +186,22 @@ def _facts(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], summary
         ("Per step", at["rollout.prompts_per_step"] and f"{at['rollout.prompts_per_step']} questions x {at['rollout.samples_per_prompt']}"),
         (
             "Ranks",
-            at["parallel.tensor"] and f"TP {at['parallel.tensor']} · PP {at['parallel.pipeline']} · DP {at['parallel.data'] or 'rest'}",
+            at["parallel.tensor"] and _layout(at),
         ),
         ("Engines", at["rollout.engine.count"] and f"{at['rollout.engine.count']} vLLM, TP {at['rollout.engine.tensor']}"),
         ("Precision", at["model.dtype"] and f"{at['model.dtype']} on {at['run.device']}"),
         ("Learning rate", at["optim.lr"]),
         ("Seed", at["run.seed"]),
         ("Time in phases", _duration(wall) if wall else None),
+        ("Skipped updates", f"{sum(skipped):.0f}" if skipped else None),
         ("Largest log-prob gap", None if gap is None else f"{gap:.1e}"),
     ]
     return [(label, str(value)) for label, value in facts if value is not None and value is not False]
+
+
+def _layout(at: Mapping[str, Any]) -> str:
+    data = f" · DP {at['parallel.data']}" if at["parallel.data"] else ""
+    return f"TP {at['parallel.tensor']} · PP {at['parallel.pipeline']}{data}"
 
 
 FACT_KEYS = (
@@ -210,7 +216,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def _ends(summary: Mapping[str, Any] | None, evals: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+def _ends(summary: Mapping[str, Any] | None, evals: Sequence[dict[str, Any]]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """Held-out scores before and after (or so far), in the names of summary.json; empty where there are none."""
     if summary:
         return summary.get("before") or {}, summary.get("after") or {}
@@ -219,7 +225,7 @@ def _ends(summary: Mapping[str, Any] | None, evals: Sequence[Mapping[str, Any]])
     return headline(evals[0]), headline(evals[-1]) if len(evals) > 1 else {}
 
 
-def _outcomes(summary: Mapping[str, Any] | None, evals: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _outcomes(summary: Mapping[str, Any] | None, evals: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows of the before/after table; a missing side is None."""
     before, after = _ends(summary, evals)
     rows = []
@@ -233,12 +239,12 @@ def _outcomes(summary: Mapping[str, Any] | None, evals: Sequence[Mapping[str, An
     return rows
 
 
-def _questions(summary: Mapping[str, Any] | None, evals: Sequence[Mapping[str, Any]]) -> int | None:
+def _questions(summary: Mapping[str, Any] | None, evals: Sequence[dict[str, Any]]) -> int | None:
     before, after = _ends(summary, evals)
     return before.get("questions") or after.get("questions")
 
 
-def _sources(evals: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _sources(evals: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """F1 per benchmark in the first and last evaluation (sampled where it was run, else greedy); empty for fewer than two benchmarks."""
     if not evals:
         return []
@@ -265,18 +271,17 @@ def _charts(rows: Sequence[Mapping[str, Any]], limits: Limits) -> list[dict[str,
     panels = []
     for chart in CHARTS:
         series = [
-            {"label": label, "points": points}
-            for name, label in _expand(chart.series, names)
+            {"label": label, "colour": index, "points": points}
+            for index, (name, label) in enumerate(_expand(chart.series, names))
             if (points := _points(rows, name, limits.points))
         ]
         if series:
             panels.append({"title": chart.title, "note": chart.note, "log": chart.log, "stacked": False, "series": series})
     timed = [row for row in rows if row["phases_s"].get("train")]
     stacked = [
-        {"label": phase, "points": points}
+        {"label": phase, "colour": PHASES.index(phase), "points": times}
         for phase in STEP_PHASES
-        if (points := _bins([(row["step"], row["phases_s"].get(phase, 0.0)) for row in timed], limits.points))
-        and any(point[1] for point in points)
+        if (times := _bins([(row["step"], row["phases_s"].get(phase, 0.0)) for row in timed], limits.points)) and any(y for _, y in times)
     ]
     if stacked:
         note = "seconds; evaluation and start-up are not part of a step"
@@ -318,7 +323,7 @@ def _short(value: float | None) -> float | None:
 
 
 def _rollout_files(run_folder: Path) -> list[tuple[Path, str]]:
-    """(file, label): first and last evaluation of each kind, then the first, middle and last training step."""
+    """(file, label): the first, middle and last training step, then the first and last evaluation of each kind."""
     training = sorted((run_folder / "rollouts").glob("step_*.parquet"))
     picked = [(path, f"Training, step {_step_of(path)}") for path in _spread(training, 3)]
     kinds: dict[str, list[Path]] = {}
@@ -329,7 +334,7 @@ def _rollout_files(run_folder: Path) -> list[tuple[Path, str]]:
         for kind, paths in kinds.items()
         for path in _spread(paths, 2)
     ]
-    return evaluations + picked
+    return picked + evaluations
 
 
 def _spread(paths: Sequence[Path], count: int) -> list[Path]:
@@ -358,7 +363,7 @@ def _file(path: Path, label: str, tokenizer: Tokenizer | None, limits: Limits) -
                 break
             groups.append(shown)
         break
-    return {"id": path.stem, "label": label, "total": count_groups(path), "groups": groups}
+    return {"id": f"{path.parent.name}-{path.stem}", "label": label, "total": count_groups(path), "groups": groups}
 
 
 def _group(group: RolloutGroup, tokenizer: Tokenizer | None, limits: Limits) -> dict[str, Any]:

@@ -12,16 +12,13 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable
 from functools import cache
 from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from igpo_megatron.rollout.agent import render_results
-from igpo_megatron.rollout.chat import ChatFormat
-from igpo_megatron.search.client import make_client
 from rich.progress import track
 from transformers import PreTrainedTokenizerFast
 
@@ -31,6 +28,9 @@ from demonstrations import Demonstrator, copy_exercises
 from igpo_megatron.config.load import load
 from igpo_megatron.config.schema import Config
 from igpo_megatron.observability.rollout_dump import write_rollouts
+from igpo_megatron.rollout.agent import render_results
+from igpo_megatron.rollout.chat import ChatFormat
+from igpo_megatron.search.client import make_client
 from igpo_megatron.types import RolloutGroup
 from prepare_data import write_corpus
 
@@ -67,7 +67,7 @@ def main(
     typer.echo(f"the starting policy is in {out}")
 
 
-def demonstrations(world: world_facts.World, tokenizer: PreTrainedTokenizerFast, warm: Config) -> Iterator[RolloutGroup]:
+def demonstrations(world: world_facts.World, tokenizer: PreTrainedTokenizerFast, warm: Config) -> Iterable[RolloutGroup]:
     """All groups of the warm start in the order of training: copy exercises, then demonstrations."""
     demo = load(Path("examples/quickstart/igpo.yaml"), [f"search.corpus={DATA / 'corpus.jsonl'}"])
     chat = ChatFormat(tokenizer, demo.rollout, demo.reward)

@@ -159,12 +159,12 @@ class Tracker:
         if self._wandb is not None:
             self._wandb.log({**metrics, **{f"phase_s/{name}": seconds for name, seconds in times.items()}}, step=step)
         for line in self._summaries(step, metrics, sum(times.values())):
-            self._console.print(line)
+            self._console.print(line, soft_wrap=True)
 
     def message(self, text: str) -> None:
         """Print a line for people, above the live display."""
         if not self.quiet:
-            self._console.print(Text(text))
+            self._console.print(Text(text), soft_wrap=True)
 
     def _write(self, step: int, metrics: Mapping[str, float], times: Mapping[str, float]) -> None:
         """Append the step's row, or replace the last row when it is the same step's."""

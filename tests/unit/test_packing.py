@@ -1,0 +1,147 @@
+"""Trees to rows: masks, positions, predictors, weights and the way back, against small trees worked out by hand."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+
+from igpo_megatron.packing.batches import balance, first_fit
+from igpo_megatron.packing.tree import PackedRow, blank_row, pack_for_scoring, pack_for_training, scatter, step_counts
+from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, Trajectory
+
+
+def small_group() -> RolloutGroup:
+    """prompt [1 2] -> probe [90 91], action A [3 4] -> observation [5] -> action B [6], and a second sample: action C [7 8 9].
+
+    depth first: 1 2 | 90 91 | 3 4 5 6 | 7 8 9
+    """
+    group = RolloutGroup(Prompt("q", "?", ("a",), "test"), [Node(None, "prompt", [1, 2])])
+    group.add(Node(0, "action", [3, 4], 1))
+    group.add(Node(1, "observation", [5], 1))
+    group.add(Node(2, "action", [6], 2))
+    group.add(Node(0, "action", [7, 8, 9], 1))
+    group.add(Node(0, "probe", [90, 91], 0, scored=(1, 2)))
+    group.trajectories = [
+        Trajectory([0, 1, 2, 3], Status.FINISHED, turn_advantages=[0.5, -2.0]),
+        Trajectory([0, 4], Status.FINISHED, turn_advantages=[1.0]),
+    ]
+    return group
+
+
+def mask(row: PackedRow) -> torch.Tensor:
+    index = torch.arange(row.num_tokens)
+    return (index[None] <= index[:, None]) & (index[:, None] < row.subtree_end[None])
+
+
+def test_a_tree_is_laid_out_depth_first_with_depth_as_position() -> None:
+    (row,) = pack_for_scoring([small_group()], row_tokens=100)
+    assert row.token_ids.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 90, 91]
+    assert row.position_ids.tolist() == [0, 1, 2, 3, 4, 5, 2, 3, 4, 2, 3]
+    assert row.subtree_end.tolist() == [11, 11, 6, 6, 6, 6, 9, 9, 9, 11, 11]
+    assert row.targets.tolist() == [3, 4, 6, 7, 8, 9, 90, 91]
+    assert row.predictor.tolist() == [1, 2, 4, 1, 6, 7, 1, 9]
+
+
+def test_a_token_sees_exactly_its_ancestors() -> None:
+    (row,) = pack_for_scoring([small_group()], row_tokens=100)
+    seen = {row.token_ids[i].item(): row.token_ids[mask(row)[i]].tolist() for i in range(row.num_tokens)}
+    assert seen[6] == [1, 2, 3, 4, 5, 6]
+    assert seen[9] == [1, 2, 7, 8, 9]
+    assert seen[91] == [1, 2, 90, 91]
+
+
+def test_two_trees_in_a_row_do_not_see_each_other_and_padding_sees_nothing_of_them() -> None:
+    (row,) = pack_for_scoring([small_group(), small_group()], row_tokens=100, multiple=8)
+    assert row.num_tokens == 24
+    visible = mask(row)
+    assert not visible[11:22, :11].any() and not visible[22:, :22].any()
+    assert visible.diagonal().all()
+
+
+def test_training_targets_are_actions_with_the_parts_of_weight_times_advantage() -> None:
+    (row,) = pack_for_training([small_group()], row_tokens=100, token_weight=lambda tokens: 1.0 / tokens)
+    assert row.token_ids.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert row.targets.tolist() == [3, 4, 6, 7, 8, 9]
+    third = 1 / 3
+    assert torch.allclose(row.weight, torch.tensor([third] * 6))
+    expected = [[0.5 * third, 0.0]] * 2 + [[0.0, 2.0 * third]] + [[third, 0.0]] * 3
+    assert torch.allclose(row.advantages, torch.tensor(expected))
+
+
+def test_a_turn_shared_by_two_trajectories_sums_their_parts_also_when_the_tree_is_cut_between_them() -> None:
+    group = small_group()
+    group.add(Node(2, "action", [10, 11], 2))
+    group.trajectories.append(Trajectory([0, 1, 2, 6], Status.FINISHED, turn_advantages=[-3.0, 4.0]))
+    for row_tokens in (100, 6):
+        rows = pack_for_training([group], row_tokens=row_tokens, token_weight=lambda tokens: 1.0)
+        parts = {3: torch.zeros(2), 6: torch.zeros(2), 10: torch.zeros(2)}
+        for row in rows:
+            for target, advantages in zip(row.targets.tolist(), row.advantages, strict=True):
+                if target in parts:
+                    parts[target] += advantages
+        assert parts[3].tolist() == [0.5, 3.0]
+        assert parts[6].tolist() == [0.0, 2.0] and parts[10].tolist() == [4.0, 0.0]
+    assert len(rows) > 1
+
+
+def test_a_cut_tree_scores_every_probe_once() -> None:
+    rows = pack_for_scoring([small_group()], row_tokens=8)
+    assert len(rows) == 2
+    assert sorted(token for row in rows for token in row.targets.tolist()) == [3, 4, 6, 7, 8, 9, 90, 91]
+
+
+def test_sequential_scoring_gives_each_probe_its_own_context() -> None:
+    rows = pack_for_scoring([small_group()], row_tokens=5, fold=False)
+    probe = next(row for row in rows if 90 in row.targets.tolist())
+    assert probe.token_ids.tolist() == [1, 2, 90, 91] and probe.position_ids.tolist() == [0, 1, 2, 3]
+
+
+def test_results_find_their_way_back_to_the_nodes() -> None:
+    groups = [small_group(), small_group()]
+    rows = pack_for_scoring(groups, row_tokens=12)
+    scatter(rows, [-row.targets.float() for row in rows], groups, "old_logprobs")
+    for group in groups:
+        for node in group.nodes:
+            wanted = [-float(token) for token in node.token_ids] if node.kind in ("action", "probe") else []
+            assert node.old_logprobs == wanted
+
+
+def test_failed_trajectories_are_not_packed_and_not_counted() -> None:
+    group = small_group()
+    group.trajectories[0].status = Status.TOOL_FAILED
+    (row,) = pack_for_training([group], row_tokens=100, token_weight=lambda tokens: 1.0)
+    assert row.targets.tolist() == [7, 8, 9]
+    counts = step_counts([group])
+    assert (counts.trained_tokens, counts.trajectories, counts.groups) == (3, 1, 1)
+
+
+def test_weights_add_up_to_the_counts_whatever_the_row_size() -> None:
+    rng = random.Random(0)
+    groups = []
+    for number in range(5):
+        group = RolloutGroup(Prompt(str(number), "?", ("a",), "t"), [Node(None, "prompt", [1] * rng.randint(1, 5))])
+        for _ in range(4):
+            action = group.add(Node(0, "action", [2] * rng.randint(1, 9), 1))
+            group.trajectories.append(Trajectory([0, action], Status.FINISHED, turn_advantages=[rng.gauss(0, 1)]))
+        groups.append(group)
+    for row_tokens in (4, 16, 1000):
+        rows = pack_for_training(groups, row_tokens=row_tokens, token_weight=lambda tokens: 1.0 / tokens)
+        assert abs(sum(float(row.weight.sum()) for row in rows) - step_counts(groups).trajectories) < 1e-4
+
+
+def test_a_blank_row_has_no_targets() -> None:
+    row = blank_row(4)
+    assert row.num_tokens == 4 and len(row.targets) == 0 and mask(row).diagonal().all()
+
+
+def test_first_fit_fills_bins_and_gives_an_oversized_item_its_own() -> None:
+    assert first_fit([5, 3, 9, 2, 4], 7) == [[2], [0, 3], [4, 1]]
+
+
+def test_balance_gives_every_rank_as_many_rows_and_about_as_much_work() -> None:
+    shares = balance([8.0, 1.0, 7.0, 2.0, 3.0], 2)
+    assert sorted(index for share in shares for index in share) == [-1, 0, 1, 2, 3, 4]
+    assert {len(share) for share in shares} == {3}
+    loads = [sum([8.0, 1.0, 7.0, 2.0, 3.0][index] for index in share if index >= 0) for share in shares]
+    assert max(loads) - min(loads) <= 3.0
