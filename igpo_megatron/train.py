@@ -33,7 +33,7 @@ from igpo_megatron.observability.metrics import logprob_gap, rollout_metrics
 from igpo_megatron.observability.rollout_dump import read_rollouts, write_rollouts
 from igpo_megatron.observability.tracker import Tracker, read_metrics
 from igpo_megatron.run import RunFolder, claim, open_folder, summary_table
-from igpo_megatron.types import Prompt, RolloutGroup
+from igpo_megatron.types import Prompt, RolloutGroup, RunStopped
 
 if TYPE_CHECKING:
     from igpo_megatron.actor.policy import Policy
@@ -219,7 +219,7 @@ def evaluate_now(config: Config, side: Side, tracker: Tracker, step: int, due: b
 
 
 def replayed(path: Path, config: Config, first_step: int) -> Iterator[list[RolloutGroup]]:
-    """Groups for each step from `first_step` on: recorded steps as they are, demonstrations by `prompts_per_step`; again from the start at the end."""
+    """Groups of each step from `first_step` on: recorded steps whole, demonstrations by `prompts_per_step`, over and over."""
     size = config.rollout.prompts_per_step if config.loss.name == "sft" else None
 
     def endless() -> Iterator[list[RolloutGroup]]:
@@ -353,6 +353,9 @@ def main(arguments: Sequence[str]) -> int:
         if int(os.environ.get("RANK", 0)) == 0:
             sys.stderr.write(f"error: {error}\n")
         return 2
+    except RunStopped as stop:
+        sys.stderr.write(f"stopped: {stop}\nresume with the same command\n")
+        return 1
     return 0
 
 

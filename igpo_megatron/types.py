@@ -186,6 +186,10 @@ class StepCounts:
     groups: int
 
 
+class RunStopped(RuntimeError):
+    """The run cannot go on; the message names the culprit in one sentence. What was saved stays, and the run can be resumed."""
+
+
 class WeightSink(Protocol):
     """Whatever receives new weights: the engine pool, or a test."""
 

@@ -25,6 +25,7 @@ from igpo_megatron.actor.schedule import RowLoss
 from igpo_megatron.config.schema import Config, Optim
 from igpo_megatron.packing.batches import balance, row_cost
 from igpo_megatron.packing.tree import PackedRow, blank_row
+from igpo_megatron.types import RunStopped
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ class StepResult:
     """Sums over all targets of all ranks, as the loss reports them."""
 
 
-class NonFiniteSteps(RuntimeError):
+class NonFiniteSteps(RunStopped):
     """Too many steps in a row had a non-finite loss or gradient."""
 
 

@@ -17,10 +17,10 @@ from checkpoint_conversion.architectures import rules_for
 from igpo_megatron.actor.model import global_names
 from igpo_megatron.actor.policy import Policy
 from igpo_megatron.packing.tree import pack_for_scoring
-from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, Trajectory, WeightSink
+from igpo_megatron.types import Node, Prompt, RolloutGroup, RunStopped, Status, Trajectory, WeightSink
 
 
-class SyncError(RuntimeError):
+class SyncError(RunStopped):
     """Engines and policy disagree after a weight transfer."""
 
 

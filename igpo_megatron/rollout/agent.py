@@ -9,10 +9,10 @@ from typing import Protocol
 from igpo_megatron.config.schema import Rollout
 from igpo_megatron.rollout.chat import Answer, ChatFormat, Malformed
 from igpo_megatron.search.results import SearchClient, SearchResult
-from igpo_megatron.types import Completion, Node, RolloutGroup, Status, ToolCall, Trajectory
+from igpo_megatron.types import Completion, Node, RolloutGroup, RunStopped, Status, ToolCall, Trajectory
 
 
-class EngineError(RuntimeError):
+class EngineError(RunStopped):
     """An engine cannot serve; the message names it and says why."""
 
 

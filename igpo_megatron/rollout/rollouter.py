@@ -16,12 +16,12 @@ from igpo_megatron.config.schema import Rollout
 from igpo_megatron.rollout.agent import Engine, EngineError, run_trajectory
 from igpo_megatron.rollout.chat import ChatFormat
 from igpo_megatron.search.results import SearchClient
-from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, Trajectory
+from igpo_megatron.types import Node, Prompt, RolloutGroup, RunStopped, Status, Trajectory
 
 Result = TypeVar("Result")
 
 
-class RolloutFailure(RuntimeError):
+class RolloutFailure(RunStopped):
     """Too many trajectories of a step failed for reasons outside the policy."""
 
 
