@@ -24,7 +24,6 @@ setup(
         "megatron-core==0.16.1; python_version < '3.12'",
         "megatron-core>=0.16.1; python_version >= '3.12'",
         "numpy",
-        "plotly",
         "pyarrow",
         "pydantic>=2.10",
         "pyyaml",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from statistics import fmean, pstdev
 
-from igpo_megatron.types import RolloutGroup, Status, Trajectory
+from igpo_megatron.types import Node, RolloutGroup, Status, Trajectory
 
 _SAME = 1e-9
 
@@ -29,6 +29,8 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
     metrics["turns"] = fmean(len(nodes) for nodes in actions)
     metrics["searches"] = fmean(sum(node.call is not None for node in nodes) for nodes in actions)
     metrics["response_tokens"] = fmean(sum(len(node.token_ids) for node in nodes) for nodes in actions)
+    if values := [fmean(node.old_logprobs[start:stop]) for node, (start, stop) in _first_probes(groups)]:
+        metrics["value_0"] = fmean(values)
     gains = [gain for end in scored for gain in end.gains if gain is not None]
     if gains:
         metrics["gain"] = fmean(gains)
@@ -56,6 +58,16 @@ def status_counts(groups: Sequence[RolloutGroup]) -> dict[str, int]:
         for status in Status
         if (count := sum(trajectory.status is status for group in groups for trajectory in group.trajectories))
     }
+
+
+def _first_probes(groups: Sequence[RolloutGroup]) -> list[tuple[Node, tuple[int, int]]]:
+    """Scored probes that stand before the first turn, with the range of the ground truth."""
+    return [
+        (node, node.scored)
+        for group in groups
+        for node in group.nodes
+        if node.kind == "probe" and node.turn == 0 and node.old_logprobs and node.scored
+    ]
 
 
 def _by_turn(ends: Sequence[Trajectory]) -> list[list[float]]:
