@@ -86,7 +86,8 @@ def train(config: Config, policy: Policy, side: Side, tracker: Tracker, first_st
                 with tracker.phase("sync"):
                     metrics |= sync_weights(policy, side, version=step)
         if main and config.track.dump_every and (step % config.track.dump_every == 0 or config.run.stop_after == "rollout"):
-            write_rollouts(side.folder.rollouts / f"step_{step:06d}.parquet", step, groups)
+            with tracker.phase("rollout"):
+                write_rollouts(side.folder.rollouts / f"step_{step:06d}.parquet", step, groups)
         metrics["tokens_per_s"] = sum(len(node.token_ids) for group in groups for node in group.nodes) / (time.monotonic() - started)
         tracker.log(step, metrics)
         last = step == config.run.steps
@@ -294,13 +295,14 @@ def open_side(config: Config, folder: RunFolder, stack: ExitStack, tracker: Trac
     from igpo_megatron.search.client import make_client
 
     assert side.chat is not None
+    # What can be wrong with the user's files shows before an engine is started.
     side.stream = PromptStream(config.data.train, seed=config.run.seed, shuffle=config.data.shuffle, balance=config.data.balance)
     if state and state["prompts"]:
         side.stream.load_state(state["prompts"])
     side.held_out = evaluate.questions(config)
+    search = make_client(config.search)
     tracker.progress("starting rollout engines")
     side.engines = stack.enter_context(EnginePool(config))
-    search = make_client(config.search)
     side.rollouter = stack.enter_context(Rollouter(side.engines, search, side.chat, config.rollout, seed=config.run.seed))
     return side
 
@@ -312,8 +314,6 @@ def run(config: Config) -> None:
 
     ranks = parallel.init(config)
     folder = open_folder(config)
-    if ranks.is_main:
-        claim(folder, config)
     saved = parallel.broadcast(checkpoint.complete(folder.checkpoints) if ranks.is_main else None)
     resumed = int(saved[-1].name.removeprefix("step_")) if saved else 0
     with ExitStack() as stack:
@@ -329,6 +329,9 @@ def run(config: Config) -> None:
                 tracker.message(f"resuming from {saved[-1]}")
                 _, state = checkpoint.load(policy, saved[-1])
             side = open_side(config, folder, stack, tracker, resumed + 1, state) if ranks.is_main else Side(folder)
+            if ranks.is_main:
+                claim(folder, config)  # not before: a run that could not start leaves its name free for corrected settings
+            parallel.barrier()
         train(config, policy, side, tracker, resumed + 1)
         if ranks.is_main:
             finish(config, side, tracker)

@@ -107,6 +107,11 @@ def broadcast(value: Any) -> Any:
     return box[0]
 
 
+def barrier() -> None:
+    """Wait for every rank."""
+    dist.barrier()
+
+
 def gather(value: Any) -> list[Any]:
     """Every rank's value, in rank order, on every rank."""
     values: list[Any] = [None] * dist.get_world_size()
