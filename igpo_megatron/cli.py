@@ -6,9 +6,10 @@ igpo train | eval | score | convert | report | doctor | config
 from __future__ import annotations
 
 import json
+import logging
 import os
+import secrets
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -76,23 +77,38 @@ def world_size(config: Config) -> int:
 
 
 def _torchrun(ranks: int, arguments: list[str]) -> int:
-    """Run the ranks to their end; an interrupt is passed on to them once and waited for."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "-m", "igpo_megatron.train", *arguments]
+    """Run the ranks on this machine by torchrun's own launcher; the exit code of the first rank that failed, 0 if none did."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
     loopback = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
-    env = {**OFFLINE, **loopback, "OMP_NUM_THREADS": "1", **os.environ}
-    process = subprocess.Popen(command, env=env, start_new_session=True)
-
-    def forward(number: int, frame: object) -> None:
-        if process.poll() is None:
-            process.send_signal(number)
-
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    for name, value in {**OFFLINE, **loopback, "OMP_NUM_THREADS": "1"}.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks have said what happened
+    launch = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id=secrets.token_hex(4),
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        max_restarts=0,
+        monitor_interval=0.2,
+    )
     try:
-        return process.wait()
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        elastic_launch(launch, sys.executable)("-u", "-m", "igpo_megatron.train", *arguments)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        code = failure.exitcode
+        if code < 0:
+            typer.echo(f"stopped: rank {rank} was ended by {signal.Signals(-code).name}; the same command resumes", err=True)
+        return code if code > 0 else 128 - code
+    except SignalException as error:
+        typer.echo(f"interrupted by {error.sigval.name}; the same command resumes from the last checkpoint", err=True)
+        return 128 + error.sigval.value
+    return 0
 
 
 @app.command("eval")

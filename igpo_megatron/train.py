@@ -67,11 +67,11 @@ def train(config: Config, policy: Policy, side: Side, tracker: Tracker, first_st
         with tracker.phase("sync"):
             metrics = sync_weights(policy, side, version=first_step - 1)
         if first_step == 1:
-            evaluate_now(config, side, tracker, step=0, due=config.eval.at_ends)
+            parallel.on_main(policy.ranks, partial(evaluate_now, config, side, tracker, step=0, due=config.eval.at_ends))
     for step in range(first_step, config.run.steps + 1):
         started = time.monotonic()
         with tracker.phase("rollout"):
-            groups = parallel.broadcast(collect(config, side, tracker, step) if main else None)
+            groups = parallel.broadcast(parallel.on_main(policy.ranks, partial(collect, config, side, tracker, step)))
         metrics = rollout_metrics(groups)
         if config.run.stop_after == "none":
             if config.loss.name == "ppo":
@@ -92,7 +92,8 @@ def train(config: Config, policy: Policy, side: Side, tracker: Tracker, first_st
         tracker.log(step, metrics)
         last = step == config.run.steps
         if config.run.replay is None and config.run.stop_after == "none":
-            evaluate_now(config, side, tracker, step, due=(last and config.eval.at_ends) or _every(config.eval.every, step))
+            due = (last and config.eval.at_ends) or _every(config.eval.every, step)
+            parallel.on_main(policy.ranks, partial(evaluate_now, config, side, tracker, step=step, due=due))
         if config.run.stop_after == "none" and (last or _every(config.checkpoint.every, step)):
             with tracker.phase("checkpoint"):
                 state = parallel.broadcast({"prompts": side.stream.state() if side.stream else None} if main else None)
@@ -190,16 +191,19 @@ def _row_loss(loss: Callable[..., Any], with_reference: bool, row: PackedRow, lo
 
 def sync_weights(policy: Policy, side: Side, version: int) -> dict[str, float]:
     """Send the weights to the engines and prove by the canary that they arrived."""
-    from igpo_megatron.actor import weight_sync
+    from igpo_megatron.actor import parallel, weight_sync
 
     config = policy.config
     weight_sync.push(policy, side.engines, version)
     canary = weight_sync.canary_group(policy.shape.vocab_size, config.sync.canary_tokens, seed=config.run.seed)
     expected = weight_sync.canary_logprobs(policy, canary)
-    if side.engines is None:
-        return {}
-    served = [scores[1:] for scores in side.engines.score_on_each(canary.context(1))]
-    return {"canary_gap": weight_sync.check_canary(expected, served, config.sync.max_gap, version)}
+
+    def compare() -> dict[str, float]:
+        assert side.engines is not None
+        served = [scores[1:] for scores in side.engines.score_on_each(canary.context(1))]
+        return {"canary_gap": weight_sync.check_canary(expected, served, config.sync.max_gap, version)}
+
+    return parallel.on_main(policy.ranks, compare) or {}
 
 
 def evaluate_now(config: Config, side: Side, tracker: Tracker, step: int, due: bool) -> None:
@@ -328,10 +332,10 @@ def run(config: Config) -> None:
             if saved:
                 tracker.message(f"resuming from {saved[-1]}")
                 _, state = checkpoint.load(policy, saved[-1])
-            side = open_side(config, folder, stack, tracker, resumed + 1, state) if ranks.is_main else Side(folder)
+            opening = partial(open_side, config, folder, stack, tracker, resumed + 1, state)
+            side = parallel.on_main(ranks, opening) or Side(folder)
             if ranks.is_main:
                 claim(folder, config)  # not before: a run that could not start leaves its name free for corrected settings
-            parallel.barrier()
         train(config, policy, side, tracker, resumed + 1)
         if ranks.is_main:
             finish(config, side, tracker)
@@ -357,7 +361,8 @@ def main(arguments: Sequence[str]) -> int:
             sys.stderr.write(f"error: {error}\n")
         return 2
     except RunStopped as stop:
-        sys.stderr.write(f"stopped: {stop}\nresume with the same command\n")
+        if int(os.environ.get("RANK", 0)) == 0:
+            sys.stderr.write(f"stopped: {stop}\nthe same command resumes from the last checkpoint\n")
         return 1
     return 0
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from igpo_megatron.config.schema import Config
+from igpo_megatron.types import RunStopped
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +111,24 @@ def broadcast(value: Any) -> Any:
     return box[0]
 
 
-def barrier() -> None:
-    """Wait for every rank."""
-    dist.barrier()
+def on_main(ranks: Ranks, work: Callable[[], Value]) -> Value | None:
+    """Do `work` on the main rank while the others wait; what stops it there (ValueError, RunStopped) stops every rank alike."""
+    value: Value | None = None
+    problem: Exception | None = None
+    if ranks.is_main:
+        try:
+            value = work()
+        except (ValueError, RunStopped) as error:
+            problem = error
+    raise_together(problem)
+    return value
+
+
+def raise_together(problem: Exception | None) -> None:
+    """Raise the main rank's problem on every rank; return where it has none."""
+    problem = broadcast(problem)
+    if problem is not None:
+        raise problem
 
 
 def gather(value: Any) -> list[Any]:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from checkpoint_conversion.architectures import rules_for
+from igpo_megatron.actor import parallel
 from igpo_megatron.actor.model import global_names
 from igpo_megatron.actor.policy import Policy
 from igpo_megatron.packing.tree import pack_for_scoring
@@ -85,11 +86,15 @@ def _to_first_stage(full: torch.Tensor | None, stage: int, policy: Policy) -> to
 def push(policy: Policy, sink: WeightSink | None, version: int) -> None:
     """Send all weights to `sink` as `version`. Collective; `sink` is given on the main rank only."""
     weights = named_weights(policy)
+    problem = None
     if sink is not None:
-        sink.update_weights(weights, version)
-    for _ in weights:  # other ranks walk along; on the main rank the sink has consumed everything
+        try:
+            sink.update_weights(weights, version)
+        except RunStopped as error:
+            problem = error
+    for _ in weights:  # other ranks walk along; on the main rank the sink has consumed everything, or failed
         pass
-    dist.barrier()
+    parallel.raise_together(problem)
 
 
 def canary_group(vocab_size: int, num_tokens: int, seed: int) -> RolloutGroup:
