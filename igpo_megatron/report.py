@@ -62,12 +62,14 @@ class Chart:
 
     note: str = ""
     log: bool = False
+    smooth: bool = False
+    """Draw a moving average over the raw line, for values that scatter with a step's few questions."""
 
 
 CHARTS = (
     Chart("Held-out F1", {"eval/sampled/f1": "sampled", "eval/greedy/f1": "greedy"}, "bars: standard error over questions"),
-    Chart("Reward", {"reward": "mean reward"}, "training rollouts"),
-    Chart("F1 and exact match", {"f1": "F1", "em": "exact match"}, "training rollouts"),
+    Chart("Reward", {"reward": "mean reward"}, "training rollouts; bold: mean over 7 points", smooth=True),
+    Chart("F1 and exact match", {"f1": "F1", "em": "exact match"}, "training rollouts; bold: mean over 7 points", smooth=True),
     Chart("Information gain per turn", {"gain": "all turns", "gain_turn_*": "turn *"}, "rise in the answer's value, mean over turns"),
     Chart(
         "Format-valid share",
@@ -145,7 +147,11 @@ def collect(run_folder: Path, limits: Limits) -> dict[str, Any]:
         "sources": _sources(evals),
         "phases": [{"name": name, "seconds": seconds, "colour": PHASES.index(name)} for name, seconds in phases.items() if name in PHASES],
         "config_text": json.dumps(config, indent=2) if config else "",
-        "data": {"charts": _charts(rows, limits), "files": [_file(path, label, tokenizer, limits) for path, label in files]},
+        "data": {
+            "charts": _charts(rows, limits),
+            "files": [_file(path, label, tokenizer, limits) for path, label in files],
+            "left_out": _files_left_out(run_folder, files),
+        },
     }
 
 
@@ -276,7 +282,9 @@ def _charts(rows: Sequence[Mapping[str, Any]], limits: Limits) -> list[dict[str,
             if (points := _points(rows, name, limits.points))
         ]
         if series:
-            panels.append({"title": chart.title, "note": chart.note, "log": chart.log, "stacked": False, "series": series})
+            panels.append(
+                {"title": chart.title, "note": chart.note, "log": chart.log, "smooth": chart.smooth, "stacked": False, "series": series}
+            )
     timed = [row for row in rows if row["phases_s"].get("train")]
     stacked = [
         {"label": phase, "colour": PHASES.index(phase), "points": times}
@@ -285,7 +293,7 @@ def _charts(rows: Sequence[Mapping[str, Any]], limits: Limits) -> list[dict[str,
     ]
     if stacked:
         note = "seconds; evaluation and start-up are not part of a step"
-        panels.insert(1, {"title": "Step time by phase", "note": note, "log": False, "stacked": True, "series": stacked})
+        panels.insert(1, {"title": "Step time by phase", "note": note, "log": False, "smooth": False, "stacked": True, "series": stacked})
     return panels
 
 
@@ -335,6 +343,12 @@ def _rollout_files(run_folder: Path) -> list[tuple[Path, str]]:
         for path in _spread(paths, 2)
     ]
     return picked + evaluations
+
+
+def _files_left_out(run_folder: Path, shown: Sequence[tuple[Path, str]]) -> str:
+    """One sentence about rollout files that are not in the page; empty where all are."""
+    count = sum(len(list((run_folder / folder).glob("step_*.parquet"))) for folder in ("rollouts", "eval"))
+    return f"The page holds {len(shown)} of the run's {count} rollout files." if count > len(shown) else ""
 
 
 def _spread(paths: Sequence[Path], count: int) -> list[Path]:

@@ -205,6 +205,7 @@ class EnginePool:
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
         with _without_launcher_variables():
             if address is not None:
+                os.environ.setdefault("RAY_AUTH_MODE", "token")  # of RAY_AUTH_TOKEN, or the one Ray keeps in the home folder
                 try:
                     ray.init(address=address, **quiet)
                 except (ConnectionError, ValueError, RuntimeError) as error:
