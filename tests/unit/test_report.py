@@ -293,6 +293,27 @@ def test_size_is_bounded_and_what_is_left_out_is_counted(tmp_path):
     assert (len(small["groups"]), small["total"]) == (1, 5)
 
 
+def test_rollout_files_left_out_are_counted(tmp_path):
+    folder = make_run(tmp_path)
+    shown = len(page_of(folder).data["files"])
+    steps = sorted((folder / "rollouts").glob("step_*.parquet"))
+    for step in range(900, 904):
+        shutil.copy(steps[0], folder / "rollouts" / f"step_{step:06d}.parquet")
+    page = page_of(folder)
+    total = sum(len(list((folder / name).glob("*.parquet"))) for name in ("rollouts", "eval"))
+    assert len(page.data["files"]) == shown < total
+    assert page.data["left_out"] == f"The page holds {shown} of the run's {total} rollout files."
+    for path in (folder / "rollouts").glob("*.parquet"):
+        path.unlink()
+    shutil.copytree(folder / "eval", tmp_path / "alone" / "eval")
+    assert page_of(tmp_path / "alone").data["left_out"] == ""
+
+
+def test_noisy_scores_have_a_smoothed_line(tmp_path):
+    smooth = [panel["title"] for panel in page_of(make_run(tmp_path)).data["charts"] if panel["smooth"]]
+    assert smooth == ["Reward", "F1 and exact match"]
+
+
 def test_hostile_text_is_data_everywhere(tmp_path):
     page = page_of(make_run(tmp_path, attack=ATTACK))
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
