@@ -1,0 +1,214 @@
+"""The agent loop and the rollouter, with scripted completions and a scripted search."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+import pytest
+from test_chat import tokenizer
+
+from igpo_megatron.config.schema import Reward, Rollout
+from igpo_megatron.data.corpus import Passage
+from igpo_megatron.rollout.agent import EngineError, counter_seed, render_results
+from igpo_megatron.rollout.chat import ChatFormat
+from igpo_megatron.rollout.rollouter import Rollouter, RolloutFailure
+from igpo_megatron.search.results import SearchResult, SearchStatus
+from igpo_megatron.types import Completion, Prompt, RolloutGroup, Status
+
+WORDS = tokenizer()
+ANSWER = "<think>I can answer now.</think>\n<answer>Rome</answer>"
+SEARCH = '<think>x</think><tool_call>{"name": "search", "arguments": {"query": "capital of Italy"}}</tool_call>'
+SETTINGS = {
+    "force_think": False,
+    "tool_in_prompt": False,
+    "tool_name": "search",
+    "max_turns": 3,
+    "max_context": 400,
+    "max_tokens_per_turn": 60,
+}
+
+
+def completion(text: str, finish: str = "stop") -> Completion:
+    ids = [*WORDS.encode(text, add_special_tokens=False), *([WORDS.eos_token_id] if finish == "stop" else [])]
+    return Completion(ids, [-0.5] * len(ids), finish, weight_version=7)  # type: ignore[arg-type]
+
+
+class ScriptedEngine:
+    """Says line k of the script in turn k; remembers what it was asked."""
+
+    def __init__(self, *script: str | Completion | Exception) -> None:
+        self.script = script
+        self.calls: list[tuple[list[int], int, int]] = []
+
+    async def generate(self, token_ids: list[int], *, max_tokens: int, temperature: float, seed: int, key: str) -> Completion:
+        self.calls.append((token_ids, max_tokens, seed))
+        text = WORDS.decode(token_ids)
+        line = self.script[text.count("</tool_response>")]
+        if isinstance(line, Exception):
+            raise line
+        return line if isinstance(line, Completion) else completion(line)
+
+
+class ScriptedSearch:
+    def __init__(self, status: SearchStatus = SearchStatus.OK, text: str = "Rome is the capital of Italy.") -> None:
+        self.status, self.text = status, text
+        self.queries: list[str] = []
+
+    async def search(self, queries: Sequence[str]) -> list[SearchResult]:
+        self.queries += queries
+        found = (Passage("1", "Italy", self.text),) if self.status is SearchStatus.OK else ()
+        return [SearchResult(query, self.status, "scripted", found, None if self.status.is_answer else "HTTP 500") for query in queries]
+
+    async def close(self) -> None: ...
+
+
+def run(
+    engine: object,
+    search: ScriptedSearch | None = None,
+    *,
+    samples: int = 1,
+    prompts: int = 1,
+    reward: Reward | None = None,
+    **changes: object,
+) -> list[RolloutGroup]:
+    config = Rollout(**{"max_failed_fraction": 1.0, **SETTINGS, **changes})  # type: ignore[arg-type]
+    form = ChatFormat(WORDS, config, reward or Reward())
+    questions = [Prompt(f"q{number}", "What is the capital of Italy?", ("Rome",), "test") for number in range(prompts)]
+    with Rollouter(engine, search or ScriptedSearch(), form, config, seed=1) as rollouter:  # type: ignore[arg-type]
+        return rollouter.run_sync(questions, samples=samples, step=1, temperature=None)
+
+
+def test_a_trajectory_searches_reads_and_answers() -> None:
+    engine, search = ScriptedEngine(SEARCH, ANSWER), ScriptedSearch()
+    (group,) = run(engine, search)
+    (end,) = group.trajectories
+    assert (end.status, end.answer) == (Status.FINISHED, "Rome")
+    assert [group.nodes[index].kind for index in end.path] == ["prompt", "action", "observation", "action"]
+    assert search.queries == ["capital of Italy"]
+    first, second = group.actions(end)
+    assert (first.turn, second.turn, first.weight_version) == (1, 2, 7)
+    assert first.behavior_logprobs == [-0.5] * len(first.token_ids) and first.call is not None and second.call is None
+    # Token in, token out: the second request is exactly the first one, what was sampled, and the tool message.
+    assert engine.calls[1][0] == [*engine.calls[0][0], *first.token_ids, *group.nodes[end.path[2]].token_ids]
+
+
+@pytest.mark.parametrize(
+    ("script", "status"),
+    [
+        (["<think>x</think> no idea"], Status.BAD_FORMAT),
+        ([completion("<think>x", "length")], Status.TRUNCATED_TOKENS),
+        ([SEARCH, SEARCH, SEARCH], Status.TRUNCATED_TURNS),
+        ([EngineError("engine 0 died")], Status.ENGINE_FAILED),
+        ([completion("<think>x", "abort")], Status.ENGINE_FAILED),
+    ],
+)
+def test_every_other_end_has_its_status(script: list[str | Completion | Exception], status: Status) -> None:
+    search = ScriptedSearch()
+    (group,) = run(ScriptedEngine(*script), search)
+    assert group.trajectories[0].status is status
+    if status is Status.TRUNCATED_TURNS:
+        assert len(search.queries) == 2, "the call of the last turn is not run"
+
+
+@pytest.mark.parametrize("status", [SearchStatus.ERROR, SearchStatus.TIMEOUT, SearchStatus.RATE_LIMITED])
+def test_a_failed_search_ends_the_trajectory_and_is_never_shown_as_empty(status: SearchStatus) -> None:
+    (group,) = run(ScriptedEngine(SEARCH, ANSWER), ScriptedSearch(status))
+    (end,) = group.trajectories
+    assert end.status is Status.TOOL_FAILED and "scripted" in end.reason and "HTTP 500" in end.reason
+    assert all(node.kind != "observation" for node in group.nodes)
+
+
+def test_an_empty_result_is_shown_as_one() -> None:
+    (group,) = run(ScriptedEngine(SEARCH, ANSWER), ScriptedSearch(SearchStatus.EMPTY))
+    assert [node.text for node in group.nodes if node.kind == "observation"] == ["No results."]
+
+
+def test_an_unknown_tool_is_told_which_one_exists() -> None:
+    wrong = SEARCH.replace('"search"', '"browse"')
+    search = ScriptedSearch()
+    (group,) = run(ScriptedEngine(wrong, ANSWER), search)
+    shown = next(node.text for node in group.nodes if node.kind == "observation")
+    assert "browse" in shown and "search" in shown and search.queries == []
+
+
+@pytest.mark.parametrize("max_context", [120, 200, 300])
+def test_every_context_leaves_room_for_its_longest_probe(max_context: int) -> None:
+    engine = ScriptedEngine(*[SEARCH] * 9, ANSWER)
+    reward = Reward(probe_template="<answer>{answer}</answer>")
+    (group,) = run(engine, ScriptedSearch(text="Rome is a city. " * 40), max_context=max_context, max_turns=10, reward=reward)
+    probe = len(ChatFormat(WORDS, Rollout(), reward).render_probe("Rome")[0])
+    assert group.trajectories[0].status is Status.TRUNCATED_CONTEXT
+    for token_ids, max_tokens, _ in engine.calls:
+        assert len(token_ids) + max_tokens + probe <= max_context
+    assert all(len(group.context(index)) + probe <= max_context for index in range(len(group.nodes)) if group.nodes[index].kind != "action")
+
+
+def test_forced_tokens_are_nodes_of_their_own_and_shared_by_the_samples() -> None:
+    (group,) = run(ScriptedEngine(ANSWER.removeprefix("<think>")), force_think=True, samples=3)
+    assert [node.kind for node in group.nodes] == ["prompt", "forced", "action", "action", "action"]
+    assert all(end.status is Status.FINISHED and end.path[:2] == [0, 1] for end in group.trajectories)
+
+
+def test_seeds_depend_on_what_is_sampled_and_on_nothing_else() -> None:
+    engines = [ScriptedEngine(SEARCH, ANSWER) for _ in range(2)]
+    for engine in engines:
+        run(engine, samples=4, prompts=2)
+    seeds = [sorted(seed for _, _, seed in engine.calls) for engine in engines]
+    assert seeds[0] == seeds[1] and len(set(seeds[0])) == 16
+    assert counter_seed(1, 2, "q", 0, 1) != counter_seed(1, 2, "q", 1, 0)
+
+
+def test_a_slow_trajectory_holds_up_no_other() -> None:
+    """The first request is answered only when seven others have finished both their turns."""
+
+    class OneSlow(ScriptedEngine):
+        def __init__(self) -> None:
+            super().__init__(SEARCH, ANSWER)
+            self.fast_are_done = asyncio.Event()
+
+        async def generate(self, token_ids: list[int], **options: object) -> Completion:
+            number = len(self.calls)
+            result = await super().generate(token_ids, **options)  # type: ignore[arg-type]
+            if number == 0:
+                await self.fast_are_done.wait()
+            elif len(self.calls) == 1 + 14:
+                self.fast_are_done.set()
+            return result
+
+    (group,) = run(OneSlow(), samples=8, deadline_s=20)
+    assert all(end.status is Status.FINISHED for end in group.trajectories)
+
+
+def test_a_trajectory_past_its_deadline_fails_alone() -> None:
+    class NeverFirst(ScriptedEngine):
+        async def generate(self, token_ids: list[int], **options: object) -> Completion:
+            if not self.calls:
+                self.calls.append((token_ids, 0, 0))
+                await asyncio.Event().wait()
+            return await super().generate(token_ids, **options)  # type: ignore[arg-type]
+
+    (group,) = run(NeverFirst(ANSWER), samples=2, deadline_s=0.3)
+    assert [end.status for end in group.trajectories] == [Status.ENGINE_FAILED, Status.FINISHED]
+    assert "deadline" in group.trajectories[0].reason
+
+
+def test_too_many_failures_stop_the_run_and_name_the_culprit() -> None:
+    with pytest.raises(RolloutFailure, match=r"4 of 4 trajectories failed.*scripted.*HTTP 500"):
+        run(ScriptedEngine(SEARCH), ScriptedSearch(SearchStatus.ERROR), samples=4, max_failed_fraction=0.5)
+
+
+def test_progress_reaches_the_end() -> None:
+    seen: list[float] = []
+    report: Callable[[float], None] = seen.append
+    config = Rollout(**SETTINGS)  # type: ignore[arg-type]
+    with Rollouter(ScriptedEngine(ANSWER), ScriptedSearch(), ChatFormat(WORDS, config, Reward()), config, seed=0) as rollouter:
+        rollouter.run_sync([Prompt("q", "?", ("a",), "t")], samples=4, step=1, temperature=None, on_progress=report)
+    assert seen == [0.25, 0.5, 0.75, 1.0]
+
+
+def test_results_are_numbered_and_several_queries_have_headings() -> None:
+    one = SearchResult("a", SearchStatus.OK, "x", (Passage("1", "t", "first"), Passage("2", "t", "second")))
+    none = SearchResult("b", SearchStatus.EMPTY, "x")
+    assert render_results([one]) == "(1) first\n(2) second"
+    assert render_results([one, none]) == "Results for: a\n(1) first\n(2) second\n\nResults for: b\nNo results."
