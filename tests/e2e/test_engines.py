@@ -1,0 +1,144 @@
+"""One real vLLM engine under Ray: its log-probs, new weights, many seeded requests, its death."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from checkpoint_conversion.streams import HfReader
+from igpo_megatron.actor.weight_sync import SyncError, check_canary
+from igpo_megatron.config.load import build
+from igpo_megatron.rollout.agent import EngineError
+from igpo_megatron.rollout.engines import EnginePool
+
+POLICY = Path(__file__).parents[2] / "examples/quickstart/policy"
+PROMPT = [1, 85, 96, 110, 64, 87, 2]
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[EnginePool]:
+    config = build(
+        {
+            "model": {"path": str(POLICY), "dtype": "fp32"},
+            "run": {"device": "cpu"},
+            "rollout": {"max_context": 512, "engine": {"kv_cache_mib": 64, "max_num_seqs": 64}},
+        }
+    )
+    with EnginePool(config) as started:
+        yield started
+
+
+def policy(scale: float = 1.0) -> torch.nn.Module:
+    """The tied demo policy in transformers, its embedding (and so its head) scaled."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(POLICY, dtype=torch.float32)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(scale)
+    return model
+
+
+def logprobs(model: torch.nn.Module, token_ids: list[int], temperature: float = 1.0) -> torch.Tensor:
+    """Log-prob of every token but the first."""
+    logits = model(torch.tensor([token_ids])).logits[0, :-1].detach() / temperature
+    return torch.log_softmax(logits, -1).gather(-1, torch.tensor(token_ids[1:])[:, None])[:, 0]
+
+
+def generate(pool: EnginePool, count: int, temperature: float, max_tokens: int = 24, prompt: list[int] = PROMPT) -> list:
+    async def all_at_once() -> list:
+        return await asyncio.gather(
+            *(
+                pool.generate(prompt, max_tokens=max_tokens, temperature=temperature, seed=number, key=str(number))
+                for number in range(count)
+            )
+        )
+
+    return asyncio.run(all_at_once())
+
+
+def send(pool: EnginePool, version: int, scale: float) -> None:
+    reader = HfReader(POLICY)
+    pool.update_weights(((name, reader.get(name) * (scale if "embed_tokens" in name else 1.0)) for name in reader.names()), version)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sampled_log_probs_are_those_of_transformers_at_the_sampling_temperature(pool: EnginePool, temperature: float) -> None:
+    model = policy()
+    for done in generate(pool, 4, temperature):
+        expected = logprobs(model, [*PROMPT, *done.token_ids], temperature)[len(PROMPT) - 1 :]
+        assert torch.allclose(torch.tensor(done.logprobs), expected, atol=1e-4)
+    assert not torch.allclose(torch.tensor(done.logprobs), logprobs(model, [*PROMPT, *done.token_ids], 1.3)[len(PROMPT) - 1 :], atol=1e-2)
+
+
+def test_equal_seeds_sample_equal_tokens(pool: EnginePool) -> None:
+    first, again = (generate(pool, 6, 1.0) for _ in range(2))
+    assert [done.token_ids for done in first] == [done.token_ids for done in again]
+    assert len({tuple(done.token_ids) for done in first}) > 1
+
+
+def test_hundreds_of_seeded_requests_with_long_prompts_do_not_hurt_the_engine(pool: EnginePool) -> None:
+    found = generate(pool, 200, 1.0, max_tokens=8, prompt=PROMPT * 40)
+    assert len(found) == 200 and all(done.finish in ("stop", "length") for done in found)
+    pool.check_health()
+
+
+def test_new_weights_are_served_at_once_also_by_the_tied_head(pool: EnginePool) -> None:
+    tokens = torch.randint(3, 600, (40,), generator=torch.Generator().manual_seed(0)).tolist()
+    (before,) = pool.score_on_each(tokens)
+    assert torch.allclose(torch.tensor(before[1:]), logprobs(policy(), tokens), atol=1e-4)
+    send(pool, version=5, scale=0.9)
+    (after,) = pool.score_on_each(tokens)
+    expected = logprobs(policy(0.9), tokens)
+    assert torch.allclose(torch.tensor(after[1:]), expected, atol=1e-4)
+    # What a stale head or a stale engine would have said is far away, and the canary says so.
+    assert float((torch.tensor(before[1:]) - expected).abs().max()) > 0.05
+    assert check_canary(expected.tolist(), [after[1:]], 1e-3, version=5) < 1e-3
+    with pytest.raises(SyncError, match="engine 0"):
+        check_canary(expected.tolist(), [before[1:]], 1e-3, version=5)
+    (greedy,) = generate(pool, 1, 0.0)
+    assert greedy.weight_version == 5
+    model, context = policy(0.9), list(PROMPT)
+    for token in greedy.token_ids:
+        assert token == int(model(torch.tensor([context])).logits[0, -1].argmax())
+        context.append(token)
+    send(pool, version=6, scale=1.0)
+    (back,) = pool.score_on_each(tokens)
+    assert back == pytest.approx(before, abs=1e-5)
+
+
+def test_everything_listens_on_loopback_only(pool: EnginePool) -> None:
+    actor = psutil.Process(pool.process_ids()[0])
+    processes = [actor, *actor.children(recursive=True), *psutil.Process().children(recursive=True)]
+    open_ports = [c.laddr.ip for p in processes for c in p.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+    assert open_ports and set(open_ports) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+
+
+def test_a_killed_engine_is_named_within_seconds_and_nothing_is_left_behind(pool: EnginePool) -> None:
+    """Last of the module: the engine does not come back."""
+    actor = psutil.Process(pool.process_ids()[0])
+    engine = [actor, *actor.children(recursive=True)]
+
+    async def kill_while_generating() -> None:
+        work = asyncio.ensure_future(pool.generate(PROMPT, max_tokens=400, temperature=1.0, seed=0, key="k"))
+        await asyncio.sleep(0.05)
+        for process in engine[1:]:
+            process.kill()
+        await work
+
+    started = time.monotonic()
+    with pytest.raises(EngineError, match="engine 0"):
+        asyncio.run(kill_while_generating())
+    assert time.monotonic() - started < 30
+    with pytest.raises(EngineError, match="engine 0"):
+        pool.check_health()
+    weights, folder = pool._weights.path, pool._ray_folder
+    pool.close()
+    assert not weights.exists() and not folder.exists()
+    _, alive = psutil.wait_procs(engine, timeout=10)
+    assert alive == []
