@@ -45,6 +45,7 @@ setup(
         "dev": [
             "fastapi",
             "mypy",
+            "psutil",
             "pytest",
             "pytest-timeout",
             "ruff",
