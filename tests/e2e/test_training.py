@@ -22,6 +22,8 @@ from typer.testing import CliRunner
 from igpo_megatron.cli import app
 from igpo_megatron.data.prompts import PromptStream
 
+pytestmark = pytest.mark.timeout(600)  # the first test pays for starting the whole stack twice
+
 STEPS, QUESTIONS, SAMPLES = 3, 3, 4
 SMALL = (
     f"run.steps={STEPS}",
