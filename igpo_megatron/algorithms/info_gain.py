@@ -27,11 +27,12 @@ NONFINITE_GAINS = "nonfinite_gains"
 def add_probes(group: RolloutGroup, render_probe: RenderProbe, config: Reward) -> None:
     """Hang probe leaves at the parent of every action of every trainable trajectory: one per parent and probed alias.
 
-    `config.gain == "none"` adds nothing. Call once per group; a group read back from a file must come without its probes.
+    Probes already there, as in a group read back from a rollout file, are replaced: policy and settings may have changed since.
+    `config.gain == "none"` leaves none.
     """
+    _drop_probes(group)
     if config.gain == "none":
         return
-    assert not any(node.kind == "probe" for node in group.nodes), f"group {group.prompt.id} already has probes"
     probes = _rendered_aliases(group, render_probe, config)
     probed: set[int] = set()
     for trajectory in group.trajectories:
@@ -72,6 +73,14 @@ def turn_gains(group: RolloutGroup, config: Reward) -> None:
             else:
                 lost += 1
     group.metrics[NONFINITE_GAINS] = float(lost)
+
+
+def _drop_probes(group: RolloutGroup) -> None:
+    kinds = [node.kind for node in group.nodes]
+    first = kinds.index("probe") if "probe" in kinds else len(kinds)
+    # Paths and parents are indices, so only a tail can go.
+    assert set(kinds[first:]) <= {"probe"}, f"group {group.prompt.id} grew after its probes were added"
+    del group.nodes[first:]
 
 
 def _action_parents(group: RolloutGroup, trajectory: Trajectory) -> Iterator[int]:

@@ -1,139 +1,232 @@
-"""The clipped loss by hand, and on tokens that several trajectories share."""
+"""Losses against numbers worked by hand and against one-trajectory-at-a-time formulas."""
 
-from __future__ import annotations
-
-import math
+from functools import partial
 
 import pytest
 import torch
 
-from igpo_megatron.algorithms.losses import denominator, ppo, sft, token_weight
-from igpo_megatron.config.schema import Ppo, Sft
+from igpo_megatron.algorithms.losses import LOSSES, aggregation_of, denominator, k3, ppo, sft, token_weight
+from igpo_megatron.config.schema import Loss, Ppo, Sft
 from igpo_megatron.types import StepCounts
 
-COUNTS = StepCounts(trained_tokens=10, trajectories=4, groups=2)
+PLAIN = Ppo(kl_coef=0.0, aggregation="token_mean")
 
 
-def one_token(ratio: float, advantage: float, **settings: float | None) -> tuple[float, float]:
-    """(loss x trained tokens, its derivative by the log-prob) of a single token."""
-    logprob = torch.tensor([math.log(ratio)], requires_grad=True)
-    loss, _ = ppo(
-        logprobs=logprob,
-        entropy=None,
-        old_logprobs=torch.zeros(1),
-        ref_logprobs=None,
-        advantages=torch.tensor([[max(advantage, 0.0), max(-advantage, 0.0)]]),
-        weight=torch.ones(1),
-        counts=COUNTS,
-        config=Ppo(kl_coef=0.0, aggregation="token_mean", **settings),  # type: ignore[arg-type]
-    )
-    loss.backward()
-    return float(loss.detach()) * 10, float(logprob.grad) * 10
-
-
-@pytest.mark.parametrize(
-    ("ratio", "advantage", "loss", "slope"),
-    [
-        (1.1, 2.0, -2.2, -2.2),  # inside: -A r
-        (1.5, 2.0, -2.6, 0.0),  # above 1 + 0.3: clipped
-        (0.5, 2.0, -1.0, -1.0),  # below, but the advantage is positive: not clipped
-        (0.5, -2.0, 1.6, 0.0),  # below 1 - 0.2 with a negative advantage: clipped
-        (1.5, -2.0, 3.0, 3.0),  # above with a negative advantage: not clipped
-        (5.0, -2.0, 6.0, 0.0),  # dual clip at 3
-    ],
-)
-def test_each_side_of_the_clipped_loss(ratio: float, advantage: float, loss: float, slope: float) -> None:
-    found = one_token(ratio, advantage, clip_low=0.2, clip_high=0.3, dual_clip=3.0)
-    assert found == (pytest.approx(loss, abs=1e-5), pytest.approx(slope, abs=1e-5))
-
-
-def test_without_the_dual_clip_a_large_ratio_counts_in_full() -> None:
-    assert one_token(5.0, -2.0, dual_clip=None)[0] == pytest.approx(10.0, abs=1e-4)
-
-
-def shared(combine_wrongly: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """(|loss difference|, largest gradient difference) between shared tokens with summed parts and one loss per trajectory."""
-    generator = torch.Generator().manual_seed(0)
-    config = Ppo(kl_coef=0.1, entropy_coef=0.05, clip_low=0.1, clip_high=0.3, aggregation="sequence_mean")
-    tokens, trajectories = 50, 3
-    old = torch.randn(tokens, generator=generator)
-    logprobs = (old + torch.randn(tokens, generator=generator)).requires_grad_()
-    reference, entropy = torch.randn(tokens, generator=generator), torch.rand(tokens, generator=generator)
-    advantages, weights = torch.randn(trajectories, generator=generator), torch.rand(trajectories, generator=generator)
-    parts = torch.stack(((weights * advantages).clamp(min=0).sum(), (-weights * advantages).clamp(min=0).sum()))
-    if combine_wrongly:
-        total = (weights * advantages).sum()
-        parts = torch.stack((total.clamp(min=0), (-total).clamp(min=0)))
-
-    def loss(pair: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return ppo(
-            logprobs=logprobs,
-            entropy=entropy,
-            old_logprobs=old,
-            ref_logprobs=reference,
-            advantages=pair.expand(tokens, 2),
-            weight=weight.expand(tokens),
-            counts=COUNTS,
-            config=config,
-        )[0]
-
-    together = loss(parts, weights.sum())
-    products = (weights * advantages).tolist()
-    apart = sum((loss(torch.tensor([max(p, 0.0), max(-p, 0.0)]), w) for p, w in zip(products, weights, strict=True)), start=torch.zeros(()))
-    grads = [torch.autograd.grad(value, logprobs, retain_graph=True)[0] for value in (together, apart)]
-    return (together - apart).abs().detach(), (grads[0] - grads[1]).abs().max()
-
-
-def test_summed_parts_are_exact_on_shared_tokens() -> None:
-    value, gradient = shared()
-    assert float(value) < 1e-5 and float(gradient) < 1e-5
-
-
-def test_summing_advantages_with_their_signs_would_be_wrong() -> None:
-    value, gradient = shared(combine_wrongly=True)
-    assert float(value) > 1e-3 and float(gradient) > 1e-3
-
-
-def test_the_kl_term_is_k3_with_its_gradient() -> None:
-    """d = ref - logprob = 1: exp(1) - 1 - 1; derivative by the log-prob: 1 - exp(1)."""
-    logprob = torch.tensor([-2.0], requires_grad=True)
+def ppo_on(ratios, advantages, config=PLAIN, weight=None, tokens=None, **kwargs):
+    """Loss of tokens with given ratios (old log-prob -1) and signed advantages, with the gradient for each log-prob."""
+    old = torch.full((len(ratios),), -1.0)
+    logprobs = (old + torch.tensor(ratios).log()).requires_grad_()
+    signed = torch.tensor(advantages)
     loss, metrics = ppo(
-        logprobs=logprob,
-        entropy=None,
-        old_logprobs=torch.tensor([-2.0]),
-        ref_logprobs=torch.tensor([-1.0]),
-        advantages=torch.zeros(1, 2),
-        weight=torch.ones(1),
-        counts=COUNTS,
-        config=Ppo(kl_coef=0.5, aggregation="token_mean"),
+        logprobs=logprobs,
+        entropy=kwargs.pop("entropy", None),
+        old_logprobs=old,
+        ref_logprobs=kwargs.pop("ref_logprobs", None),
+        advantages=torch.stack([signed.clamp(min=0), (-signed).clamp(min=0)], dim=-1),
+        weight=torch.ones(len(ratios)) if weight is None else torch.tensor(weight),
+        counts=StepCounts(trained_tokens=tokens or len(ratios), trajectories=1, groups=1),
+        config=config,
     )
     loss.backward()
-    assert float(loss.detach()) == pytest.approx(0.05 * (math.e - 2), rel=1e-5)
-    assert float(logprob.grad) == pytest.approx(0.05 * (1 - math.e), rel=1e-5)
-    assert float(metrics["ref_kl"]) == pytest.approx(math.e - 2, rel=1e-5)
+    return loss.item(), logprobs.grad, {name: value.item() for name, value in metrics.items()}
 
 
-def test_extreme_ratios_leave_finite_gradients() -> None:
-    logprobs = torch.tensor([-500.0, 500.0], requires_grad=True)
+def test_ppo_clips_by_the_sign_of_the_advantage():
+    """Bounds 0.8 and 1.3, dual 3. A = +2: r 1.5 -> 1.3, r 0.5 -> 0.5. A = -2: r 0.5 -> 0.8, r 1.5 -> 1.5, r 4 -> 3.
+    Loss: (-2.6 - 1 + 1.6 + 3 + 6) / 5. Only the unclipped tokens have a gradient: -A r / 5."""
+    config = PLAIN.model_copy(update={"clip_high": 0.3})
+    loss, gradient, metrics = ppo_on([1.5, 0.5, 0.5, 1.5, 4.0], [2.0, 2.0, -2.0, -2.0, -2.0], config)
+    assert loss == pytest.approx(7.0 / 5)
+    assert gradient.tolist() == pytest.approx([0.0, -0.2, 0.0, 0.6, 0.0])
+    assert metrics["clipped"] == 3.0
+    assert metrics["dual_clipped"] == 1.0
+    assert metrics["tokens"] == 5.0
+    assert metrics["ratio"] == pytest.approx(8.0)
+
+
+def test_dual_clip_can_be_off():
+    loss, gradient, metrics = ppo_on([4.0], [-2.0], PLAIN.model_copy(update={"dual_clip": None}))
+    assert loss == pytest.approx(8.0)
+    assert gradient.item() == pytest.approx(8.0)
+    assert metrics["clipped"] == metrics["dual_clipped"] == 0.0
+
+
+def test_on_policy_tokens_keep_their_full_gradient_even_with_closed_bounds():
+    config = PLAIN.model_copy(update={"clip_low": 0.0, "clip_high": 0.0})
+    _, gradient, _ = ppo_on([1.0, 1.0], [1.0, -1.0], config)
+    assert gradient.tolist() == [-0.5, 0.5]
+
+
+def per_trajectory_ppo(logprobs, old, trajectories, config, count):
+    """The published token loss, trajectory by trajectory: `trajectories` are (token indices, weight, advantage)."""
+    ratio = (logprobs - old).exp()
+    total = logprobs.new_zeros(())
+    for indices, weight, advantage in trajectories:
+        r = ratio[indices]
+        token_loss = torch.maximum(-advantage * r, -advantage * r.clamp(1 - config.clip_low, 1 + config.clip_high))
+        if advantage < 0:
+            token_loss = torch.minimum(token_loss, torch.full_like(token_loss, -advantage * config.dual_clip))
+        total = total + weight * token_loss.sum()
+    return total / count
+
+
+def shared_tokens_case():
+    """Twelve trajectories of mixed sign through random halves of 64 tokens, ratios from far below to far above every bound."""
+    generator = torch.Generator().manual_seed(0)
+    old = -torch.rand(64, generator=generator, dtype=torch.float64) * 3
+    logprobs = old + torch.randn(64, generator=generator, dtype=torch.float64)
+    trajectories = []
+    for _ in range(12):
+        indices = torch.randperm(64, generator=generator)[:32]
+        advantage = torch.randn((), generator=generator, dtype=torch.float64).item()
+        trajectories.append((indices, token_weight("sequence_mean", len(indices)), advantage))
+    return old, logprobs, trajectories
+
+
+@pytest.mark.parametrize(("combine_by_sign", "agrees"), [(True, True), (False, False)])
+def test_shared_tokens_have_the_loss_and_gradient_of_every_trajectory_through_them(combine_by_sign, agrees):
+    """Summing positive and negative parts apart is exact; summing signed advantages first (they cancel) is not."""
+    config = Ppo(clip_low=0.2, clip_high=0.28, dual_clip=2.0, kl_coef=0.0, aggregation="sequence_mean")
+    old, values, trajectories = shared_tokens_case()
+    parts = torch.zeros(64, 2, dtype=torch.float64)
+    weight = torch.zeros(64, dtype=torch.float64)
+    for indices, share, advantage in trajectories:
+        parts[indices, 0] += share * max(advantage, 0.0)
+        parts[indices, 1] += share * max(-advantage, 0.0)
+        weight[indices] += share
+    if not combine_by_sign:
+        signed = parts[:, 0] - parts[:, 1]
+        parts = torch.stack([signed.clamp(min=0), (-signed).clamp(min=0)], dim=-1)
+
+    logprobs = values.clone().requires_grad_()
+    loss, metrics = ppo(
+        logprobs=logprobs,
+        entropy=None,
+        old_logprobs=old,
+        ref_logprobs=None,
+        advantages=parts,
+        weight=weight,
+        counts=StepCounts(trained_tokens=12 * 32, trajectories=12, groups=1),
+        config=config,
+    )
+    loss.backward()
+    reference = values.clone().requires_grad_()
+    expected = per_trajectory_ppo(reference, old, trajectories, config, 12)
+    expected.backward()
+
+    assert torch.allclose(loss, expected, rtol=1e-10) is agrees
+    assert torch.allclose(logprobs.grad, reference.grad, rtol=1e-10, atol=1e-14) is agrees
+    assert metrics["clipped"] > 10
+    assert metrics["dual_clipped"] > 0
+
+
+def test_kl_and_entropy_terms_are_weighted_and_signed():
+    """k3 of d = ref - logprob = 1 is e - 2. Weights 1 and 3, entropies 2 and 0.5: KL sum 4 (e - 2), entropy sum 3.5; over 4 tokens."""
+    config = PLAIN.model_copy(update={"kl_coef": 0.1, "entropy_coef": 0.01})
+    loss, gradient, metrics = ppo_on(
+        [1.0, 1.0], [0.0, 0.0], config, weight=[1.0, 3.0], tokens=4, ref_logprobs=torch.zeros(2), entropy=torch.tensor([2.0, 0.5])
+    )
+    e = 2.718281828
+    assert loss == pytest.approx((0.1 * 4 * (e - 2) - 0.01 * 3.5) / 4, rel=1e-5)
+    # d k3 / d logprob = 1 - e^d: minimising pulls the log-prob up towards the reference.
+    assert gradient.tolist() == pytest.approx([0.1 * (1 - e) / 4, 0.3 * (1 - e) / 4], rel=1e-5)
+    assert metrics["ref_kl"] == pytest.approx(2 * (e - 2), rel=1e-5)
+    assert metrics["entropy"] == pytest.approx(2.5)
+
+
+def test_a_coefficient_without_its_tensor_is_refused():
+    with pytest.raises(AssertionError, match="kl_coef needs"):
+        ppo_on([1.0], [1.0], PLAIN.model_copy(update={"kl_coef": 0.1}))
+    with pytest.raises(AssertionError, match="entropy_coef needs"):
+        ppo_on([1.0], [1.0], PLAIN.model_copy(update={"entropy_coef": 0.1}))
+
+
+def test_k3_is_capped_at_ten_without_gradient_beyond():
+    difference = torch.tensor([0.0, 1.0, -1.0, 5.0, -15.0, 500.0, -500.0], requires_grad=True)
+    values = k3(difference)
+    values.sum().backward()
+    assert values.tolist() == pytest.approx([0.0, 0.718282, 0.367879, 10.0, 10.0, 10.0, 10.0], abs=1e-5)
+    assert difference.grad.tolist() == pytest.approx([0.0, 1.718282, -0.632121, 0.0, 0.0, 0.0, 0.0], abs=1e-5)
+
+
+def test_extreme_log_probs_leave_finite_gradients():
+    logprobs = torch.tensor([0.0, 0.0, -300.0], requires_grad=True)
     loss, _ = ppo(
         logprobs=logprobs,
         entropy=None,
-        old_logprobs=torch.zeros(2),
-        ref_logprobs=None,
-        advantages=torch.tensor([[0.0, 1.0], [1.0, 0.0]]),
-        weight=torch.ones(2),
-        counts=COUNTS,
-        config=Ppo(kl_coef=0.0, dual_clip=None),
+        old_logprobs=torch.tensor([-300.0, -300.0, 0.0]),
+        ref_logprobs=torch.tensor([-300.0, 0.0, 0.0]),
+        advantages=torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]),
+        weight=torch.ones(3),
+        counts=StepCounts(trained_tokens=3, trajectories=1, groups=1),
+        config=Ppo(),
     )
     loss.backward()
-    assert math.isfinite(float(loss.detach())) and torch.isfinite(logprobs.grad).all()
+    assert loss.isfinite()
+    assert logprobs.grad.isfinite().all()
 
 
-def test_supervised_loss_is_the_mean_over_all_trained_tokens() -> None:
-    loss, metrics = sft(logprobs=torch.tensor([-1.0, -3.0]), weight=torch.ones(2), counts=COUNTS, config=Sft())
-    assert float(loss) == pytest.approx(0.4) and float(metrics["nll"]) == pytest.approx(4.0)
+def test_metrics_leave_out_tokens_without_weight():
+    _, _, metrics = ppo_on([2.0, 7.0], [1.0, 0.0], weight=[1.0, 0.0])
+    assert metrics["tokens"] == 1.0
+    assert metrics["ratio"] == pytest.approx(2.0)
 
 
-def test_aggregations_differ_in_token_weight_and_denominator() -> None:
-    assert [token_weight(name, 5) for name in ("token_mean", "sequence_mean", "sequence_sum")] == [1.0, 0.2, 1.0]
-    assert [denominator(name, COUNTS) for name in ("token_mean", "sequence_mean", "sequence_sum")] == [10.0, 4.0, 4.0]
+def test_losses_and_metrics_add_up_over_micro_batches():
+    ratios, advantages = [1.5, 0.5, 0.9, 2.0], [2.0, -1.0, 1.0, -3.0]
+    whole, whole_gradient, whole_metrics = ppo_on(ratios, advantages, tokens=4)
+    first, first_gradient, first_metrics = ppo_on(ratios[:1], advantages[:1], tokens=4)
+    second, second_gradient, second_metrics = ppo_on(ratios[1:], advantages[1:], tokens=4)
+    assert whole == pytest.approx(first + second)
+    assert whole_gradient.tolist() == pytest.approx([*first_gradient.tolist(), *second_gradient.tolist()])
+    assert whole_metrics == {name: pytest.approx(first_metrics[name] + second_metrics[name]) for name in whole_metrics}
+
+
+def test_a_micro_batch_without_tokens_adds_nothing():
+    logprobs = torch.zeros(0, requires_grad=True)
+    empty = torch.zeros(0)
+    shared = {"logprobs": logprobs, "entropy": None, "old_logprobs": empty, "ref_logprobs": None, "weight": empty}
+    counts = StepCounts(trained_tokens=3, trajectories=1, groups=1)
+    for loss in (partial(ppo, config=PLAIN), partial(sft, config=Sft())):
+        value, metrics = loss(**shared, advantages=torch.zeros(0, 2), counts=counts)
+        value.backward()
+        assert value.item() == 0.0
+        assert [metric.item() for metric in metrics.values()] == [0.0] * len(metrics)
+
+
+def test_aggregations_weigh_a_long_and_a_short_trajectory_as_they_say():
+    """Token losses 1 x 3 and 5 x 1: over all tokens 8 / 4, mean of means (1 + 5) / 2, mean of sums (3 + 5) / 2."""
+    counts = StepCounts(trained_tokens=4, trajectories=2, groups=1)
+    trajectories = [[1.0, 1.0, 1.0], [5.0]]
+
+    def aggregate(aggregation):
+        total = sum(token_weight(aggregation, len(tokens)) * sum(tokens) for tokens in trajectories)
+        return total / denominator(aggregation, counts)
+
+    assert aggregate("token_mean") == pytest.approx(2.0)
+    assert aggregate("sequence_mean") == pytest.approx(3.0)
+    assert aggregate("sequence_sum") == pytest.approx(4.0)
+
+
+def test_a_step_without_trained_tokens_has_no_denominator():
+    with pytest.raises(AssertionError, match="skip it"):
+        denominator("token_mean", StepCounts(trained_tokens=0, trajectories=0, groups=1))
+
+
+def test_sft_is_the_mean_negative_log_prob_of_trained_tokens():
+    logprobs = torch.tensor([-1.0, -2.0, -9.0], requires_grad=True)
+    loss, metrics = sft(
+        logprobs=logprobs, weight=torch.tensor([1.0, 1.0, 0.0]), counts=StepCounts(trained_tokens=2, trajectories=1, groups=1), config=Sft()
+    )
+    loss.backward()
+    assert loss.item() == pytest.approx(1.5)
+    assert logprobs.grad.tolist() == [-0.5, -0.5, 0.0]
+    assert metrics["nll"].item() == pytest.approx(3.0)
+    assert metrics["tokens"].item() == 2.0
+
+
+def test_every_loss_of_the_schema_is_in_the_table_and_names_its_aggregation():
+    union = Loss.__args__[0]
+    assert set(LOSSES) == {section.model_fields["name"].default for section in union.__args__}
+    assert aggregation_of(Sft()) == "token_mean"
+    assert aggregation_of(Ppo(aggregation="sequence_sum")) == "sequence_sum"

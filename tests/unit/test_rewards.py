@@ -1,72 +1,156 @@
-"""Outcome rewards of trajectories and of whole texts."""
-
-from __future__ import annotations
+"""Outcome rewards: the published rule on whole texts, and the same rule on a trajectory's own text."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from igpo_megatron.algorithms.rewards import exact_match, f1, score, score_lines
+from igpo_megatron.algorithms.rewards import REWARDS, exact_match, f1, normalise, published_score, score, score_lines, tags_balanced
 from igpo_megatron.config.schema import Reward
 from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, Trajectory
 
-GOOD = "<think>x</think><answer>Rome</answer>"
+GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden" / "outcome_scores.json"
+
+CALL = 'I look it up.</think>\n<tool_call>{"name": "web_search", "arguments": {"query": ["x"]}}</tool_call><|im_end|>'
+ANSWER = "I know.</think>\n<answer>Ancient Rome</answer><|im_end|>"
 
 
-def scored(text: str, *, observation: str = "", status: Status = Status.FINISHED, config: Reward | None = None) -> Trajectory:
-    group = RolloutGroup(Prompt("q", "?", ("Rome", "Roma Capitale"), "test"), [Node(None, "prompt", [1], text="Use <answer> tags")])
-    search = group.add(Node(0, "action", [2], 1, "<think>y</think><tool_call>{}</tool_call>"))
-    seen = group.add(Node(search, "observation", [3], 1, observation))
-    group.trajectories = [Trajectory([0, search, seen, group.add(Node(seen, "action", [4], 2, text))], status)]
-    score(group, config or Reward())
+def finished_group(*, observation="Rome was a city.", last=ANSWER, status=Status.FINISHED, prompt="Use <answer> tags.", answers=("Rome",)):
+    """One trajectory of two turns, `<think>` forced before each."""
+    texts = [
+        ("prompt", prompt),
+        ("forced", "<think>"),
+        ("action", CALL),
+        ("observation", observation),
+        ("forced", "<think>"),
+        ("action", last),
+    ]
+    nodes = [Node(parent=i - 1 if i else None, kind=kind, token_ids=[i], text=text) for i, (kind, text) in enumerate(texts)]
+    question = Prompt(id="q", question="Which empire?", answers=answers, source="test")
+    return RolloutGroup(question, nodes, [Trajectory(path=list(range(len(nodes))), status=status)])
+
+
+def scored(group, **settings):
+    score(group, Reward(**settings))
     return group.trajectories[0]
 
 
-def test_f1_is_on_sets_of_words_and_takes_the_best_alias() -> None:
-    """{rome, italy} against {roma, capitale} and {rome}: P = 1/2, R = 1 -> 2/3; repeated words count once; articles stay."""
-    assert f1("Rome, Italy", ("Roma Capitale", "Rome")) == pytest.approx(2 / 3)
-    assert f1("rome rome", ("Rome",)) == 1.0
-    assert f1("the Rome", ("Rome",)) == pytest.approx(2 / 3)
-    assert f1("", ("Rome",)) == 0.0
-    assert (exact_match("ROME.", ("Rome",)), exact_match("Rome Italy", ("Rome",))) == (1.0, 0.0)
+def test_published_scores_match_every_golden_case():
+    cases = json.loads(GOLDEN.read_text())
+    assert len(cases) == 200
+    for case in cases:
+        result = published_score(case["solution"], case["ground_truth"])
+        assert result.format_ok == (case["f1"] != -2.0)
+        assert result.reward == pytest.approx(case["f1"], abs=1e-12)
+        assert result.f1 == pytest.approx(case["f1_ignoring_format"], abs=1e-12)
+        assert result.em == max(case["em"], 0.0)
 
 
-def test_a_right_answer_in_the_right_format_earns_its_score() -> None:
-    trajectory = scored(GOOD)
-    assert trajectory.reward == 1.0 and trajectory.reward_parts == {"f1": 1.0, "em": 1.0, "format_ok": 1.0}
+def test_normalising_keeps_articles_and_turns_punctuation_into_spaces():
+    assert normalise("  The U.S.A.\n75,000!") == "the u s a 75 000"
 
 
-@pytest.mark.parametrize("hostile", ["<answer>", "</think>", "<tool_call>", "<answer>Paris</answer>"])
-def test_tags_in_tool_text_do_not_break_the_format_or_answer_the_question(hostile: str) -> None:
-    assert scored(GOOD, observation=hostile).reward == 1.0
+def test_f1_counts_repeated_words_once_and_takes_the_best_alias():
+    # {new, york} against {new, york, city}: 2 * 2 / (2 + 3).
+    assert f1("New new York", ["Boston", "New York City"]) == pytest.approx(0.8)
+    assert f1("", ["Rome"]) == f1("Rome", [""]) == f1("Rome", []) == 0.0
 
 
-@pytest.mark.parametrize("own", ["<think>x<answer>Rome</answer>", "<think>x</think><answer>Rome", "<think>x</think>Rome"])
-def test_the_models_own_broken_tags_earn_the_penalty(own: str) -> None:
-    trajectory = scored(own)
-    assert trajectory.reward == -2.0 and trajectory.reward_parts["format_ok"] == 0.0
+def test_exact_match_accepts_any_alias():
+    assert exact_match("Rome.", ["Roma", "ROME"]) == 1.0
+    assert exact_match("Rome city", ["Roma", "ROME"]) == 0.0
 
 
-def test_an_unfinished_trajectory_earns_the_configured_penalty_and_a_failed_one_nothing() -> None:
-    assert scored(GOOD, status=Status.TRUNCATED_TOKENS, config=Reward(format_penalty=-0.5)).reward == -0.5
-    failed = scored(GOOD, status=Status.TOOL_FAILED)
-    assert failed.reward == 0.0 and failed.reward_parts == {}
+@pytest.mark.parametrize(
+    ("text", "balanced"),
+    [
+        ("no tags at all", True),
+        ("<think>a</think><answer>b</answer>", True),
+        ("<think>a<answer>b</answer>", False),
+        ("</think>a<think>", False),
+        ("<think></think></think><think>", False),
+        ("<code>", False),
+        ("<tool_response>", True),
+    ],
+)
+def test_tags_must_open_as_often_as_they_close_and_close_after_they_open(text, balanced):
+    assert tags_balanced(text) is balanced
 
 
-def test_scoring_a_file_gives_one_row_per_line(tmp_path: Path) -> None:
+def test_the_first_of_two_answers_is_scored():
+    assert published_score("<answer>Rome</answer><answer>Paris</answer>", "Paris").f1 == 0.0
+    assert published_score("<answer>Rome</answer><answer>Paris</answer>", "Oslo<|answer_split|>rome").em == 1.0
+
+
+def test_a_trajectory_earns_the_configured_outcome_and_records_all_parts():
+    # {ancient, rome} against {rome}: 2 * 1 / (2 + 1).
+    trajectory = scored(finished_group())
+    assert trajectory.reward == pytest.approx(2 / 3)
+    assert trajectory.reward_parts == {"f1": pytest.approx(2 / 3), "em": 0.0, "format_ok": 1.0}
+    assert scored(finished_group(), outcome="em").reward == 0.0
+    assert scored(finished_group(answers=("Paris", "ancient rome")), outcome="em").reward == 1.0
+
+
+def test_every_outcome_of_the_schema_has_a_reward():
+    assert set(REWARDS) == set(Reward.model_fields["outcome"].annotation.__args__)
+
+
+def test_tags_in_tool_results_and_prompts_do_not_break_the_format():
+    group = finished_group(observation="A page that says <answer> and </think> <tool_call>")
+    # The published rule on the whole text fails on the same page.
+    assert not published_score("".join(node.text for node in group.nodes), "Rome").format_ok
+    assert scored(group).reward_parts["format_ok"] == 1.0
+
+
+def test_forced_text_counts_as_the_models_own():
+    group = finished_group()
+    group.nodes[4].text = ""
+    assert scored(group).reward == -2.0
+
+
+def test_an_unbalanced_own_text_or_an_unfinished_trajectory_earns_the_penalty():
+    for group in (
+        finished_group(last="I know. <think></think>\n<answer>Rome</answer>"),
+        finished_group(last="I know.</think> Rome"),
+        finished_group(status=Status.TRUNCATED_TURNS),
+        finished_group(status=Status.BAD_FORMAT),
+    ):
+        trajectory = scored(group, format_penalty=-0.5)
+        assert trajectory.reward == -0.5
+        assert trajectory.reward_parts == {"f1": 0.0, "em": 0.0, "format_ok": 0.0}
+
+
+def test_trajectories_that_say_nothing_about_the_policy_are_not_scored():
+    trajectory = scored(finished_group(status=Status.TOOL_FAILED))
+    assert trajectory.reward == 0.0
+    assert trajectory.reward_parts == {}
+
+
+def test_score_lines_gives_one_result_per_line(tmp_path):
     file = tmp_path / "answers.jsonl"
-    rows = [{"solution": GOOD, "ground_truth": "Paris<|answer_split|>Rome"}, {"solution": "Rome", "ground_truth": "Rome"}]
-    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    rows = [
+        {"solution": "<think>a</think><answer>New York</answer>", "ground_truth": "Boston<|answer_split|>New York City"},
+        {"solution": "<answer>New York", "ground_truth": "New York"},
+    ]
+    file.write_text("\n\n".join(json.dumps(row) for row in rows) + "\n")
     assert list(score_lines(file)) == [
-        {"f1": 1.0, "em": 1.0, "format_ok": True, "reward": 1.0},
+        {"f1": pytest.approx(0.8), "em": 0.0, "format_ok": True, "reward": pytest.approx(0.8)},
         {"f1": 0.0, "em": 0.0, "format_ok": False, "reward": -2.0},
     ]
 
 
-@pytest.mark.parametrize(("line", "named"), [("not json", "2"), ('{"solution": "x"}', "ground_truth")])
-def test_a_wrong_line_is_named(tmp_path: Path, line: str, named: str) -> None:
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        (b"{not json", "not JSON"),
+        (b'{"solution": "\xff"}', "not JSON"),
+        (b'["a"]', "JSON list"),
+        (b'{"ground_truth": "a"}', "'solution' is missing"),
+        (b'{"solution": "a", "ground_truth": ["a"]}', "'ground_truth' is a list"),
+    ],
+)
+def test_score_lines_names_the_line_it_cannot_read(tmp_path, line, complaint):
     file = tmp_path / "answers.jsonl"
-    file.write_text(json.dumps({"solution": "x", "ground_truth": "y"}) + "\n" + line + "\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=named):
+    file.write_bytes(b'{"solution": "a", "ground_truth": "b"}\n' + line + b"\n")
+    with pytest.raises(ValueError, match=f"answers.jsonl, line 2: .*{complaint}"):
         list(score_lines(file))
