@@ -116,7 +116,6 @@ def collect(config: Config, side: Side, tracker: Tracker, step: int) -> list[Rol
         for group in groups:
             score(group, config.reward)
             if ADVANTAGES[config.advantage.name].needs_probes:
-                group.nodes = [node for node in group.nodes if node.kind != "probe"]  # a replay file holds those of its own run
                 add_probes(group, side.chat.render_probe, config.reward)
     return groups
 
