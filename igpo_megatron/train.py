@@ -65,7 +65,7 @@ def train(config: Config, policy: Policy, side: Side, tracker: Tracker, first_st
     main = policy.ranks.is_main
     if config.run.replay is None:
         with tracker.phase("sync"):
-            metrics = sync_weights(policy, side, version=first_step - 1)
+            sync_weights(policy, side, version=first_step - 1)
         if first_step == 1:
             parallel.on_main(policy.ranks, partial(evaluate_now, config, side, tracker, step=0, due=config.eval.at_ends))
     for step in range(first_step, config.run.steps + 1):
