@@ -11,17 +11,22 @@ import os
 import secrets
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from igpo_megatron.config.check import require
 from igpo_megatron.config.load import explain, load
 from igpo_megatron.config.schema import Config
+from igpo_megatron.leftovers import claim, remove_abandoned
 from igpo_megatron.run import open_folder, read_summary
+
+if TYPE_CHECKING:
+    from torch.distributed.launcher.api import LaunchConfig
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -29,6 +34,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train search agents with information-gain rewards on Megatron-Core, vLLM and Ray.",
 )
+
+_RENDEZVOUS_PREFIX = "igpo-rendezvous-"
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings that replace those of the file, e.g. optim.lr=1e-5.")]
 
@@ -78,25 +85,36 @@ def world_size(config: Config) -> int:
 
 def _torchrun(ranks: int, arguments: list[str]) -> int:
     """Run the ranks on this machine by torchrun's own launcher; the exit code of the first rank that failed, 0 if none did."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from torch.distributed.launcher.api import LaunchConfig
 
     loopback = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
     for name, value in {**OFFLINE, **loopback, "OMP_NUM_THREADS": "1"}.items():
         os.environ.setdefault(name, value)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks have said what happened
-    launch = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=ranks,
-        run_id=secrets.token_hex(4),
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1",
-        max_restarts=0,
-        monitor_interval=0.2,
-    )
+    # One agent meets nobody: a file serves it, where torch's own rendezvous server would listen on every interface.
+    remove_abandoned(Path(tempfile.gettempdir()), _RENDEZVOUS_PREFIX)
+    with tempfile.TemporaryDirectory(prefix=_RENDEZVOUS_PREFIX) as meeting:
+        claim(Path(meeting))
+        launch = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=ranks,
+            run_id=secrets.token_hex(4),
+            rdzv_backend="c10d",
+            rdzv_endpoint=f"{meeting}/store",
+            rdzv_configs={"store_type": "file"},
+            local_addr="127.0.0.1",
+            max_restarts=0,
+            monitor_interval=0.2,
+        )
+        return _launch(launch, arguments)
+
+
+def _launch(launch: LaunchConfig, arguments: list[str]) -> int:
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+
     try:
         elastic_launch(launch, sys.executable)("-u", "-m", "igpo_megatron.train", *arguments)
     except ChildFailedError as error:

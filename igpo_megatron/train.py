@@ -127,6 +127,8 @@ def score_tokens(policy: Policy, groups: Sequence[RolloutGroup]) -> None:
     config = policy.config
     pack = partial(pack_for_scoring, groups, row_tokens=config.packing.row_tokens, multiple=policy.row_multiple)
     rows = pack(fold=config.reward.scorer == "fold")
+    if not rows:
+        return  # every trajectory failed, which rollout.max_failed_fraction allowed
     scatter(rows, [result[:, 0] for result in policy.log_probs(rows)], groups, "old_logprobs")
     if policy.has_reference:
         rows = pack(fold=True)
@@ -144,7 +146,7 @@ def assign_advantages(groups: Sequence[RolloutGroup], config: Config, progress: 
 
 
 def update(policy: Policy, groups: Sequence[RolloutGroup]) -> dict[str, float]:
-    """`optim.minibatches` optimizer steps over the groups; returns their mean metrics."""
+    """`optim.minibatches` optimizer steps over the groups; returns their mean metrics. A part without trainable tokens is skipped."""
     from igpo_megatron.actor.policy import learning_rate
     from igpo_megatron.algorithms.losses import LOSSES, aggregation_of, token_weight
     from igpo_megatron.packing.tree import pack_for_training, step_counts
@@ -152,23 +154,26 @@ def update(policy: Policy, groups: Sequence[RolloutGroup]) -> dict[str, float]:
     config = policy.config
     per_minibatch = -(-len(groups) // config.optim.minibatches)
     rate = learning_rate(policy.steps_taken, policy.total_steps, config.optim)
-    results = []
+    results, empty = [], 0
     for start in range(0, len(groups), per_minibatch):
         part = groups[start : start + per_minibatch]
+        counts = step_counts(part)
+        if not counts.trained_tokens:
+            empty += 1
+            continue
         rows = pack_for_training(
             part,
             row_tokens=config.packing.row_tokens,
             multiple=policy.row_multiple,
             token_weight=partial(token_weight, aggregation_of(config.loss)),
         )
-        loss = partial(LOSSES[config.loss.name], counts=step_counts(part), config=config.loss)
+        loss = partial(LOSSES[config.loss.name], counts=counts, config=config.loss)
         results.append(policy.train_step(rows, partial(_row_loss, loss, policy.has_reference)))
-    metrics = {
-        "loss": sum(result.loss for result in results) / len(results),
-        "grad_norm": sum(result.grad_norm for result in results) / len(results),
-        "skipped": float(sum(result.skipped for result in results)),
-        "lr": rate,
-    }
+    metrics = {"skipped": float(empty + sum(result.skipped for result in results)), "lr": rate}
+    if not results:
+        return metrics
+    metrics["loss"] = sum(result.loss for result in results) / len(results)
+    metrics["grad_norm"] = sum(result.grad_norm for result in results) / len(results)
     tokens = sum(result.metrics["tokens"] for result in results)
     names = {"clipped": "clip_fraction", "approx_kl": "kl_old", "ref_kl": "kl_ref", "entropy": "entropy", "nll": "nll"}
     for name, shown in names.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -70,10 +71,13 @@ def init(config: Config) -> Ranks:
         if cuda:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         backend = "nccl" if cuda else "gloo"
-        if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
-        else:
+        if "RANK" not in os.environ:
             dist.init_process_group(backend, timeout=timeout, rank=0, world_size=1, store=dist.HashStore())
+        elif _meets_on_loopback():
+            rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            dist.init_process_group(backend, timeout=timeout, rank=rank, world_size=world, store=_loopback_store(rank, timeout))
+        else:
+            dist.init_process_group(backend, timeout=timeout)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.parallel.tensor,
         pipeline_model_parallel_size=config.parallel.pipeline,
@@ -91,6 +95,20 @@ def init(config: Config) -> Ranks:
         pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
         device=torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"),
     )
+
+
+def _meets_on_loopback() -> bool:
+    """The ranks share one machine and no launcher's store is there to join."""
+    return os.environ["MASTER_ADDR"].startswith("127.") and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+
+
+def _loopback_store(rank: int, timeout: timedelta) -> dist.TCPStore:
+    """The ranks' meeting point, listening on loopback alone; left to itself torch listens on every interface."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if rank > 0:
+        return dist.TCPStore(host, port, is_master=False, timeout=timeout)
+    listener = socket.create_server((host, port), backlog=1024)
+    return dist.TCPStore(host, port, is_master=True, timeout=timeout, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
 def shutdown() -> None:

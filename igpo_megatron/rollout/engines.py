@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from igpo_megatron.config.schema import Config
+from igpo_megatron.leftovers import claim, remove_abandoned
 from igpo_megatron.rollout.agent import EngineError
 from igpo_megatron.rollout.weight_transfer import BACKEND, Entry, SharedWeights
 from igpo_megatron.types import Completion
@@ -40,6 +41,9 @@ _QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 _OBJECT_STORE_BYTES = 100 * 2**20
+_RAY_PREFIX = "igpo-ray-"
+_SOCKET_PATH_BYTES = 107
+_RAY_SOCKET_BYTES = len("/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store")
 _LOG_LINES = 12
 _STOP_TIMEOUT_S = 20
 _OPERATION_TIMEOUT_S = 600
@@ -211,7 +215,8 @@ class EnginePool:
                 except (ConnectionError, ValueError, RuntimeError) as error:
                     raise EngineError(f"no Ray cluster answers at rollout.engine.ray_address={address}: {error}") from None
                 return
-            self._ray_folder = Path(tempfile.mkdtemp(prefix="igpo-ray-"))
+            self._ray_folder = _ray_folder()
+            self._ray_claim = claim(self._ray_folder)
             if self._cuda and self._engine.gpu_ids:
                 os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self._engine.gpu_ids))
             ray.init(
@@ -244,6 +249,8 @@ class EnginePool:
             self._weights.close()
         if self._ray_folder is not None:
             shutil.rmtree(self._ray_folder, ignore_errors=True)
+            os.close(self._ray_claim)
+            self._ray_folder = None
 
     # ---- requests
 
@@ -348,6 +355,18 @@ def _uses_cuda(config: Config) -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def _ray_folder() -> Path:
+    """A new folder for Ray's sockets and logs; those of runs that were killed are removed."""
+    temporary = Path(tempfile.gettempdir())
+    remove_abandoned(temporary, _RAY_PREFIX)
+    folder = Path(tempfile.mkdtemp(prefix=_RAY_PREFIX))
+    length, room = len(os.fsencode(folder)), _SOCKET_PATH_BYTES - _RAY_SOCKET_BYTES
+    if length > room:
+        folder.rmdir()
+        raise EngineError(f"{folder} is too long a path for Ray's sockets ({length} bytes, at most {room}); set TMPDIR to a shorter one")
+    return folder
 
 
 def _end_of_turn(model: Path) -> int:

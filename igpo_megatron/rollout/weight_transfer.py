@@ -17,8 +17,11 @@ from typing import Any
 
 import torch
 
+from igpo_megatron.leftovers import claim, remove_abandoned
+
 BACKEND = "igpo_shm"
 _ALIGNMENT = 64
+_PREFIX = "igpo-weights-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +40,12 @@ class SharedWeights:
 
     def __init__(self) -> None:
         room = Path("/dev/shm")
-        descriptor, name = tempfile.mkstemp(prefix="igpo-weights-", dir=room if os.access(room, os.W_OK) else None)
+        folder = room if os.access(room, os.W_OK) else Path(tempfile.gettempdir())
+        remove_abandoned(folder, _PREFIX)
+        descriptor, name = tempfile.mkstemp(prefix=_PREFIX, dir=folder)
         os.close(descriptor)
         self.path = Path(name)
+        self._claim = claim(self.path)
 
     def write(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> list[Entry]:
         """Write all tensors, one in memory at a time; returns what lies where."""
@@ -56,6 +62,7 @@ class SharedWeights:
     def close(self) -> None:
         """Remove the file."""
         self.path.unlink(missing_ok=True)
+        os.close(self._claim)
 
 
 def read(path: str, entries: Iterable[Entry]) -> Iterable[tuple[str, torch.Tensor]]:

@@ -39,6 +39,8 @@ TRAINING_LAYOUTS: dict[str, dict[str, Any]] = {
 }
 LOSS = Ppo(kl_coef=0.01, entropy_coef=0.003, aggregation="sequence_mean")
 ROW_TOKENS = 60
+BF16_BOUND = 0.15
+"""Log-probs of these models by bf16 matmuls, against fp32."""
 
 
 def scored_nodes(policy: Policy, groups: list[RolloutGroup], fold: bool = True) -> list[list[float]]:
@@ -256,3 +258,38 @@ def without_finite_loss(policy: Policy, groups: list[RolloutGroup]) -> tuple[boo
 def test_a_step_with_a_non_finite_loss_is_skipped_and_counted(hf_folders: dict[str, Path]) -> None:
     (found,) = run_ranks(without_finite_loss, make_config(hf_folders["qwen3"]), random_groups(seed=5, probes=False))
     assert found == (True, 1, True)
+
+
+def test_bf16_scores_and_trains_close_to_fp32(hf_folders: dict[str, Path]) -> None:
+    folder = hf_folders["qwen3"]
+    groups = random_groups(seed=1)
+    expected = reference_logprobs(folder, groups)
+    for layout in ({}, LAYOUTS["tp2_pp2"]):
+        found = run_ranks(scored_nodes, make_config(folder, model__dtype="bf16", **layout), groups)[0]
+        assert 1e-4 < worst(found, expected) < BF16_BOUND  # the lower bound: it did not run in fp32
+    (wrong,) = run_ranks(scored_nodes, make_config(hf_folders["qwen2"], model__dtype="bf16"), groups)
+    assert worst(wrong, expected) > 4 * BF16_BOUND
+
+    groups = with_off_policy_logprobs(random_groups(seed=2, probes=False))
+    exact, loss = hf_step(folder, groups)
+    for layout in ({"parallel__distributed_optimizer": False}, {"parallel__tensor": 2, "parallel__distributed_optimizer": False}):
+        results = run_ranks(one_step, make_config(folder, model__dtype="bf16", **layout), groups)
+        assert results[0][1] == pytest.approx(loss, rel=0.05)
+        for key, gradient in results[0][0].items():
+            assert torch.cosine_similarity(gradient.float().flatten(), exact[key].flatten(), dim=0) > 0.99, key
+
+
+def two_bf16_steps(policy: Policy, groups: list[RolloutGroup]) -> tuple[bool, torch.dtype]:
+    """(weights moved, their dtype) after two steps of the distributed optimizer, whose master weights are fp32."""
+    before = exported(policy)
+    rows = pack_for_training(groups, row_tokens=ROW_TOKENS, token_weight=partial(token_weight, LOSS.aggregation))
+    for _ in range(2):
+        assert not policy.train_step(rows, partial(row_loss, step_counts(groups))).skipped
+    after = exported(policy)
+    return all(not torch.equal(before[name], after[name]) for name in before), after["lm_head.weight"].dtype
+
+
+def test_bf16_trains_with_the_distributed_optimizer(hf_folders: dict[str, Path]) -> None:
+    groups = with_off_policy_logprobs(random_groups(seed=2, probes=False))
+    for found in run_ranks(two_bf16_steps, make_config(hf_folders["qwen3"], model__dtype="bf16", parallel__data=2), groups):
+        assert found == (True, torch.bfloat16)

@@ -1,0 +1,39 @@
+"""What a killed run leaves in shared memory and in the temporary folder, and who may remove it: a file lock says whose run is alive."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import time
+from pathlib import Path
+
+_YOUNG_S = 2.0
+"""Younger paths are never removed: their owner may not have claimed them yet."""
+
+
+def claim(path: Path) -> int:
+    """Lock a file or folder until the returned descriptor is closed, at the latest when this process ends, however it ends."""
+    descriptor = os.open(path, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return descriptor
+
+
+def remove_abandoned(folder: Path, prefix: str) -> None:
+    """Remove this user's files and folders named `prefix`* in `folder` that no living process has claimed."""
+    for path in folder.glob(f"{prefix}*"):
+        try:
+            status = path.stat()
+            if status.st_uid != os.getuid() or time.time() - status.st_mtime < _YOUNG_S:
+                continue
+            descriptor = os.open(path, os.O_RDONLY)
+        except OSError:
+            continue  # another process was faster
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            continue
+        else:
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,61 @@
+"""What a killed run leaves behind goes at the next start; what a living one uses stays."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from igpo_megatron import leftovers
+from igpo_megatron.rollout import engines
+from igpo_megatron.types import RunStopped
+
+OLD = time.time() - 3600
+
+
+def make(folder: Path, name: str, age: float = OLD) -> Path:
+    path = folder / name
+    path.write_text("x")
+    os.utime(path, (age, age))
+    return path
+
+
+def test_only_abandoned_paths_of_that_prefix_go(tmp_path: Path) -> None:
+    abandoned, claimed = make(tmp_path, "igpo-weights-a"), make(tmp_path, "igpo-weights-b")
+    young, other = make(tmp_path, "igpo-weights-c", time.time()), make(tmp_path, "weights-d")
+    (tmp_path / "igpo-weights-e").mkdir()
+    make(tmp_path / "igpo-weights-e", "inside")
+    os.utime(tmp_path / "igpo-weights-e", (OLD, OLD))
+    descriptor = leftovers.claim(claimed)
+    leftovers.remove_abandoned(tmp_path, "igpo-weights-")
+    assert sorted(tmp_path.iterdir()) == sorted([claimed, young, other])
+    os.close(descriptor)
+    leftovers.remove_abandoned(tmp_path, "igpo-weights-")
+    assert sorted(tmp_path.iterdir()) == sorted([young, other])
+    assert not abandoned.exists()
+
+
+def test_the_claim_of_a_killed_process_ends_with_it(tmp_path: Path) -> None:
+    path = make(tmp_path, "igpo-weights-a")
+    code = f"from igpo_megatron import leftovers; leftovers.claim({str(path)!r}); print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as owner:
+        assert owner.stdout is not None
+        owner.stdout.readline()
+        leftovers.remove_abandoned(tmp_path, "igpo-weights-")
+        assert path.exists()
+        owner.kill()
+    leftovers.remove_abandoned(tmp_path, "igpo-weights-")
+    assert not path.exists()
+
+
+def test_a_temporary_folder_too_deep_for_sockets_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deep = tmp_path / ("d" * 60)
+    deep.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(deep))
+    with pytest.raises(RunStopped, match="set TMPDIR to a shorter one"):
+        engines._ray_folder()
+    assert list(deep.iterdir()) == []
