@@ -126,12 +126,12 @@ def score_tokens(policy: Policy, groups: Sequence[RolloutGroup]) -> None:
 
     config = policy.config
     pack = partial(pack_for_scoring, groups, row_tokens=config.packing.row_tokens, multiple=policy.row_multiple)
-    rows = pack(fold=config.reward.scorer == "fold")
+    rows = pack(scorer=config.reward.scorer)
     if not rows:
         return  # every trajectory failed, which rollout.max_failed_fraction allowed
     scatter(rows, [result[:, 0] for result in policy.log_probs(rows)], groups, "old_logprobs")
     if policy.has_reference:
-        rows = pack(fold=True)
+        rows = pack(scorer=None)
         with policy.as_reference():
             scatter(rows, [result[:, 0] for result in policy.log_probs(rows)], groups, "ref_logprobs")
 

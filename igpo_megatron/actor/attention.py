@@ -1,37 +1,30 @@
 """Attention over packed trees inside Megatron's layers: the mask is `subtree_end`, one integer per token.
 
-Megatron hands its `attention_mask` argument through untouched, so it carries `subtree_end` [T]; a row holds one batch entry.
-Trees in a row do not see each other, so attention runs tree by tree and costs the sum of squares, not the square of the sum.
+Megatron hands its `attention_mask` argument through untouched, so it carries `subtree_end` [T], on the host; a row holds one
+batch entry. On CPU every chain of the row's plan is one call of SDPA with its keys gathered; on CUDA one compiled FlexAttention
+runs over the whole row with a block mask. Neither works on pairs of tokens that do not see each other.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.transformer.module import MegatronModule
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from igpo_megatron.actor.tree_plan import PLANS, plan_of
 
-def tree_spans(subtree_end: torch.Tensor) -> list[tuple[int, int]]:
-    """[start, stop) of every tree in a row."""
-    ends = subtree_end.tolist()
-    spans, start = [], 0
-    while start < len(ends):
-        spans.append((start, ends[start]))
-        start = ends[start]
-    return spans
-
-
-def tree_mask(subtree_end: torch.Tensor) -> torch.Tensor:
-    """[T, T] bool, True where query i (rows) may see key j (columns): j <= i < subtree_end[j]."""
-    index = torch.arange(len(subtree_end), device=subtree_end.device)
-    return (index[None, :] <= index[:, None]) & (index[:, None] < subtree_end[None, :])
+BLOCK = 128
+"""Tokens per side of a block of the block mask."""
 
 
 class TreeAttention(MegatronModule):
-    """Core attention (SDPA, grouped queries) for rows of packed trees."""
+    """Core attention (grouped queries) for rows of packed trees."""
 
     def __init__(
         self,
@@ -58,23 +51,89 @@ class TreeAttention(MegatronModule):
         packed_seq_params: Any = None,
     ) -> torch.Tensor:
         """query [T, 1, heads, d], key and value [T, 1, kv_heads, d], attention_mask = subtree_end [T] -> [T, 1, heads * d]."""
-        outputs = []
-        for start, stop in tree_spans(attention_mask):
-            ends = attention_mask[start:stop] - start  # on the host: its values decide what is launched
-            q, k, v = (x[start:stop].permute(1, 2, 0, 3) for x in (query, key, value))
-            chain = bool((ends == stop - start).all())
-            outputs.append(
-                F.scaled_dot_product_attention(
-                    q,
-                    k,
-                    v,
-                    attn_mask=None if chain else tree_mask(ends).to(query.device),
-                    is_causal=chain,
-                    scale=self.scale,
-                    enable_gqa=q.shape[1] != k.shape[1],
-                )
-            )
-        return torch.cat(outputs, dim=2).permute(2, 0, 1, 3).flatten(2)
+        attend = flex_tree_attention if query.is_cuda else chain_attention
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        return attend(q, k, v, attention_mask, self.scale).permute(2, 0, 1, 3).flatten(2)
+
+
+def chain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, subtree_end: torch.Tensor, scale: float) -> torch.Tensor:
+    """q [1, heads, T, d], k and v [1, kv_heads, T, d], subtree_end [T] -> [1, heads, T, d]: SDPA chain by chain."""
+    plan = plan_of(subtree_end)
+    grouped = q.shape[1] != k.shape[1]
+    outputs = [
+        F.scaled_dot_product_attention(
+            q[:, :, chain.queries],
+            k[:, :, chain.keys],
+            v[:, :, chain.keys],
+            attn_mask=chain.mask,
+            is_causal=chain.mask is None,
+            scale=scale,
+            enable_gqa=grouped,
+        )
+        for chain in plan.chains
+    ]
+    output = torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
+    return output if plan.order is None else output[:, :, plan.order]
+
+
+def flex_tree_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, subtree_end: torch.Tensor, scale: float) -> torch.Tensor:
+    """The same by FlexAttention over the whole row, padded to one of a few lengths so that few kernels are compiled."""
+    length = q.shape[2]
+    mask = _block_mask(subtree_end.to("cpu", torch.int64).numpy().tobytes(), q.device)
+    padding = mask.seq_lengths[0] - length
+    if padding:
+        q, k, v = (F.pad(x, (0, 0, 0, padding)) for x in (q, k, v))
+    attend = _compiled_flex_attention() if q.is_cuda else flex_attention
+    return attend(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])[:, :, :length]
+
+
+def bucket(length: int) -> int:
+    """Smallest of the allowed lengths that holds `length` tokens: multiples of BLOCK, at most four to each doubling."""
+    step = max(BLOCK, 1 << max((length - 1).bit_length() - 3, 0))
+    return -(-length // step) * step
+
+
+def block_mask(subtree_end: torch.Tensor) -> BlockMask:
+    """FlexAttention's mask of a row [S], S a multiple of BLOCK, on its device, from S / BLOCK numbers instead of S^2.
+
+    Of query block i and key block j, with lo_j and hi_j the least and greatest subtree_end in j: a pair is seen iff
+    j <= i and hi_j > first query of i, and all pairs are iff j < i and lo_j > last query of i.
+    """
+    length = len(subtree_end)
+    ends = subtree_end.view(-1, BLOCK)
+    number = torch.arange(len(ends), device=subtree_end.device)
+    query, key = number[:, None], number[None, :]
+    seen = (key <= query) & (ends.amax(1)[None, :] > query * BLOCK)
+    full = (key < query) & (ends.amin(1)[None, :] > query * BLOCK + BLOCK - 1)
+
+    def allowed(batch: torch.Tensor, head: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+        return (j <= i) & (i < subtree_end[j])
+
+    partial_count, partial_index = _listed(seen & ~full)
+    full_count, full_index = _listed(full)
+    return BlockMask.from_kv_blocks(
+        partial_count, partial_index, full_count, full_index, BLOCK_SIZE=BLOCK, mask_mod=allowed, seq_lengths=(length, length)
+    )
+
+
+def _listed(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[n, n] bool -> counts [1, 1, n] and, per query block, its key blocks first in ascending order [1, 1, n, n], int32."""
+    order = torch.argsort((~blocks).to(torch.int8), dim=1, stable=True)
+    return blocks.sum(1, dtype=torch.int32)[None, None], order.to(torch.int32)[None, None]
+
+
+@lru_cache(maxsize=PLANS)
+def _block_mask(subtree_end: bytes, device: torch.device) -> BlockMask:
+    """By content, like the plans: once per row, not once per layer."""
+    row = torch.frombuffer(bytearray(subtree_end), dtype=torch.int64)
+    size = bucket(len(row))
+    padded = F.pad(row, (0, size - len(row)), value=size)
+    return block_mask(padded.to(device))
+
+
+@cache
+def _compiled_flex_attention() -> Callable[..., torch.Tensor]:
+    return torch.compile(flex_attention, dynamic=False)
 
 
 class TreeRotaryEmbedding(RotaryEmbedding):

@@ -14,11 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
 from igpo_megatron.packing.batches import first_fit
 from igpo_megatron.types import Node, RolloutGroup, StepCounts, Trajectory
+
+ProbeScorer = Literal["fold", "sequential", "batched", "engine"]
+"""Who computes the log-probs of ground-truth probes, and how."""
 
 
 @dataclass(slots=True)
@@ -83,25 +87,32 @@ def step_counts(groups: Sequence[RolloutGroup]) -> StepCounts:
     )
 
 
-def pack_for_scoring(groups: Sequence[RolloutGroup], *, row_tokens: int, multiple: int = 1, fold: bool = True) -> list[PackedRow]:
-    """Rows whose targets are all action tokens and all probe tokens.
+def pack_for_scoring(
+    groups: Sequence[RolloutGroup], *, row_tokens: int, multiple: int = 1, scorer: ProbeScorer | None = "fold"
+) -> list[PackedRow]:
+    """Rows whose targets are all action tokens, and all probe tokens where this pass scores them.
 
-    With `fold` probes are leaves of the trees they hang from. Without it every probe gets a sequence of its own, context
-    repeated: the published sequential scheme, kept as a reference.
+    `fold`: probes are leaves of the trees they hang from. The two published schemes repeat the context of every probe:
+    `sequential` in a row per probe, one forward pass each; `batched` ("vectorised") in rows filled up with such sequences.
+    With `engine` (the engines have scored the probes) and with None no probe is packed.
     """
-    pieces = [piece for index, group in enumerate(groups) for piece in _pieces(index, group, row_tokens, with_probes=fold)]
-    if not fold:
-        for index, group in enumerate(groups):
-            for number, node in enumerate(group.nodes):
-                if node.kind == "probe":
-                    nodes = _ancestors(group, number)
-                    pieces.append(Piece(index, nodes, [], _num_tokens(group, nodes)))
-    scored = ("action", "probe")
+    pieces = [piece for index, group in enumerate(groups) for piece in _pieces(index, group, row_tokens, with_probes=scorer == "fold")]
+    repeated = [
+        Piece(index, nodes := _ancestors(group, number), [], _num_tokens(group, nodes))
+        for index, group in enumerate(groups)
+        for number, node in enumerate(group.nodes)
+        if node.kind == "probe" and scorer in ("sequential", "batched")
+    ]
 
     def wanted(piece: Piece, number: int, node: Node) -> bool:
-        return node.kind in scored and bool(piece.trajectories or node.kind == "probe")
+        return node.kind == "probe" or (node.kind == "action" and bool(piece.trajectories))
 
-    return _rows(groups, pieces, row_tokens, multiple, wanted, lambda trajectory, turns: 1.0)
+    def rows(pieces: Sequence[Piece]) -> list[PackedRow]:
+        return _rows(groups, pieces, row_tokens, multiple, wanted, lambda trajectory, tokens: 1.0)
+
+    if scorer == "sequential":
+        return [*rows(pieces), *(row for piece in repeated for row in rows([piece]))]
+    return rows([*pieces, *repeated])
 
 
 def pack_for_training(

@@ -20,7 +20,7 @@ from igpo_megatron.actor.policy import Policy
 from igpo_megatron.actor.weight_sync import named_weights
 from igpo_megatron.algorithms.losses import ppo, token_weight
 from igpo_megatron.config.schema import Ppo
-from igpo_megatron.packing.tree import PackedRow, pack_for_scoring, pack_for_training, scatter, step_counts
+from igpo_megatron.packing.tree import PackedRow, ProbeScorer, pack_for_scoring, pack_for_training, scatter, step_counts
 from igpo_megatron.types import RolloutGroup
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -43,9 +43,9 @@ BF16_BOUND = 0.15
 """Log-probs of these models by bf16 matmuls, against fp32."""
 
 
-def scored_nodes(policy: Policy, groups: list[RolloutGroup], fold: bool = True) -> list[list[float]]:
+def scored_nodes(policy: Policy, groups: list[RolloutGroup], scorer: ProbeScorer = "fold") -> list[list[float]]:
     """Log-probs of every action and probe node."""
-    rows = pack_for_scoring(groups, row_tokens=ROW_TOKENS, multiple=policy.row_multiple, fold=fold)
+    rows = pack_for_scoring(groups, row_tokens=ROW_TOKENS, multiple=policy.row_multiple, scorer=scorer)
     scatter(rows, [result[:, 0] for result in policy.log_probs(rows)], groups, "old_logprobs")
     return [node.old_logprobs for group in groups for node in group.nodes]
 
@@ -206,13 +206,16 @@ def test_the_distributed_optimizer_updates_as_the_plain_one_does(hf_folders: dic
         assert float((tensor - sharded[3][key])[settled].abs().max() if settled.any() else 0.0) < 2e-4, key
 
 
-def test_folded_probes_score_as_sequential_ones_do(hf_folders: dict[str, Path]) -> None:
+def test_folded_and_batched_probes_score_as_sequential_ones_do_at_every_layout(hf_folders: dict[str, Path]) -> None:
     groups = random_groups(seed=4, count=4, turns=(1, 4))
-    for name, layout in (("tp1", {}), ("tp2_pp2", LAYOUTS["tp2_pp2"])):
-        config = make_config(hf_folders["qwen3"], **layout)
-        fold = run_ranks(scored_nodes, config, groups)[0]
-        sequential = run_ranks(partial(scored_nodes, fold=False), config, groups)[0]
-        assert worst(fold, sequential) < 1e-5, name
+    (sequential,) = run_ranks(partial(scored_nodes, scorer="sequential"), make_config(hf_folders["qwen3"]), groups)
+    for name, layout in LAYOUTS.items():
+        for recompute in ("none", "full"):
+            config = make_config(hf_folders["qwen3"], model__recompute=recompute, **layout)
+            assert worst(run_ranks(scored_nodes, config, groups)[0], sequential) < 1e-5, f"fold, {name}, recompute {recompute}"
+    config = make_config(hf_folders["qwen3"], **LAYOUTS["tp2_pp2"])
+    for scorer in ("sequential", "batched"):
+        assert worst(run_ranks(partial(scored_nodes, scorer=scorer), config, groups)[0], sequential) < 1e-5, scorer
 
 
 def misplaced(policy: Policy, groups: list[RolloutGroup]) -> list[list[float]]:
@@ -228,7 +231,7 @@ def test_wrong_probe_positions_fail_the_comparison(hf_folders: dict[str, Path]) 
     groups = random_groups(seed=4, count=4, turns=(1, 4))
     config = make_config(hf_folders["qwen3"])
     (wrong,) = run_ranks(misplaced, config, groups)
-    (sequential,) = run_ranks(partial(scored_nodes, fold=False), config, groups)
+    (sequential,) = run_ranks(partial(scored_nodes, scorer="sequential"), config, groups)
     assert worst(wrong, sequential) > 1e-3
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from typing import Literal
 
+import pytest
 import torch
 
 from igpo_megatron.packing.batches import balance, first_fit
@@ -91,10 +93,25 @@ def test_a_cut_tree_scores_every_probe_once() -> None:
     assert sorted(token for row in rows for token in row.targets.tolist()) == [3, 4, 6, 7, 8, 9, 90, 91]
 
 
-def test_sequential_scoring_gives_each_probe_its_own_context() -> None:
-    rows = pack_for_scoring([small_group()], row_tokens=5, fold=False)
-    probe = next(row for row in rows if 90 in row.targets.tolist())
-    assert probe.token_ids.tolist() == [1, 2, 90, 91] and probe.position_ids.tolist() == [0, 1, 2, 3]
+def test_published_schemes_repeat_the_context_of_every_probe() -> None:
+    for scorer in ("sequential", "batched"):
+        rows = pack_for_scoring([small_group()], row_tokens=5, scorer=scorer)
+        probe = next(row for row in rows if 90 in row.targets.tolist())
+        assert probe.token_ids.tolist() == [1, 2, 90, 91] and probe.position_ids.tolist() == [0, 1, 2, 3]
+
+
+def test_sequential_scoring_takes_a_row_per_probe_and_batched_fills_rows() -> None:
+    groups = [small_group(), small_group()]
+    for scorer, count in (("sequential", 3), ("batched", 1)):
+        rows = pack_for_scoring(groups, row_tokens=100, scorer=scorer)
+        assert len(rows) == count
+        assert sorted(token for row in rows for token in row.targets.tolist()) == sorted([3, 4, 6, 7, 8, 9, 90, 91] * 2)
+
+
+@pytest.mark.parametrize("scorer", ["engine", None])
+def test_probes_scored_elsewhere_are_not_packed(scorer: Literal["engine"] | None) -> None:
+    (row,) = pack_for_scoring([small_group()], row_tokens=100, scorer=scorer)
+    assert row.num_tokens == 9 and not {90, 91} & set(row.token_ids.tolist())
 
 
 def test_results_find_their_way_back_to_the_nodes() -> None:

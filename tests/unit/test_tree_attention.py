@@ -1,0 +1,161 @@
+"""Plans, block masks and attention of packed trees against the mask written out pair by pair."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from igpo_megatron.actor.tree_plan import Chain, chains, plan_of
+
+
+def random_row(seed: int, trees: int = 3, tokens: int = 40) -> list[int]:
+    """subtree_end of a row of random trees with branches and leaves of random lengths."""
+    rng = random.Random(seed)
+    ends: list[int] = []
+
+    def grow(budget: int) -> None:
+        start = len(ends)
+        own = rng.randint(1, max(1, budget // 2))
+        ends.extend([0] * own)
+        left = budget - own
+        while left > 0 and rng.random() < 0.8:
+            part = rng.randint(1, left)
+            grow(part)
+            left -= part
+        ends[start : start + own] = [len(ends)] * own
+
+    for _ in range(trees):
+        grow(tokens)
+    return ends
+
+
+def seen(ends: torch.Tensor) -> torch.Tensor:
+    """[T, T] bool by the definition: query i sees key j iff j <= i < subtree_end[j]."""
+    index = torch.arange(len(ends))
+    return (index[None, :] <= index[:, None]) & (index[:, None] < ends[None, :])
+
+
+def dense_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: torch.Tensor, scale: float) -> torch.Tensor:
+    groups = q.shape[1] // k.shape[1]
+    scores = (q @ k.repeat_interleave(groups, 1).transpose(-1, -2)) * scale
+    return scores.masked_fill(~seen(ends), -torch.inf).softmax(-1) @ v.repeat_interleave(groups, 1)
+
+
+def inputs(length: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((1, 4, length, 16), (1, 2, length, 16), (1, 2, length, 16))
+    return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes]
+
+
+def test_a_trunk_with_probes_is_one_causal_chain_and_its_leaves() -> None:
+    #        trunk 0 1 | probe 2 3 | trunk 4 5 6 | probe 7 | trunk 8 9 10 11
+    ends = [12, 12, 4, 4, 12, 12, 12, 8, 12, 12, 12, 12]
+    assert chains(ends) == [
+        Chain((), ((0, 2), (4, 7), (8, 12))),
+        Chain(((0, 2),), ((2, 4),)),
+        Chain(((0, 2), (4, 7)), ((7, 8),)),
+    ]
+
+
+def test_the_heaviest_child_continues_its_parent() -> None:
+    # root 0 | light 1 | heavy 2 3 4 with a leaf 5 of its own | second tree 6 7
+    assert chains([6, 2, 6, 6, 6, 6, 8, 8]) == [Chain((), ((0, 1), (2, 6))), Chain(((0, 1),), ((1, 2),)), Chain((), ((6, 8),))]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_chains_hold_every_token_once_and_see_exactly_what_the_mask_allows(seed: int) -> None:
+    ends = random_row(seed)
+    pairs = torch.zeros(len(ends), len(ends), dtype=torch.bool)
+    owned: list[int] = []
+    for chain in chains(ends):
+        before = [token for start, stop in chain.prefix for token in range(start, stop)]
+        own = [token for start, stop in chain.own for token in range(start, stop)]
+        owned += own
+        for place, token in enumerate(own):
+            pairs[token, before + own[: place + 1]] = True
+    assert sorted(owned) == list(range(len(ends)))
+    assert torch.equal(pairs, seen(torch.tensor(ends)))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_attention_by_chains_equals_dense_attention_in_values_and_gradients(seed: int) -> None:
+    from igpo_megatron.actor.attention import chain_attention
+
+    ends = torch.tensor(random_row(seed))
+    tensors = inputs(len(ends), seed)
+    upstream = torch.randn(1, 4, len(ends), 16, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    results = []
+    for attend in (chain_attention, dense_attention):
+        output = attend(*tensors, ends, 0.3)
+        results.append((output, *torch.autograd.grad((output * upstream).sum(), tensors)))
+    for found, expected in zip(*results, strict=True):
+        assert float((found - expected).detach().abs().max()) < 1e-12
+
+
+def test_a_wrong_tree_gives_other_values() -> None:
+    from igpo_megatron.actor.attention import chain_attention
+
+    ends = torch.tensor(random_row(1))
+    tensors = inputs(len(ends))
+    causal = torch.full_like(ends, len(ends))
+    assert float((chain_attention(*tensors, causal, 0.3) - chain_attention(*tensors, ends, 0.3)).detach().abs().max()) > 1e-2
+
+
+def test_a_plan_is_made_once_for_equal_rows_and_anew_for_others() -> None:
+    ends = torch.tensor(random_row(2))
+    assert plan_of(ends) is plan_of(ends.clone())
+    assert plan_of(ends) is not plan_of(torch.full_like(ends, len(ends)))
+
+
+@pytest.mark.parametrize("ends", [[1, 1], [3, 2], [2, 3, 3]])
+def test_numbers_that_are_no_trees_are_refused(ends: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"subtree_end\[\d\]"):
+        chains(ends)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_block_masks_are_those_of_the_pairwise_rule(seed: int) -> None:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    from igpo_megatron.actor.attention import BLOCK, block_mask
+
+    row = random_row(seed, trees=2, tokens=420)
+    size = -(-len(row) // BLOCK) * BLOCK
+    ends = torch.tensor(row + [size] * (size - len(row)))
+    found = block_mask(ends)
+    expected = create_block_mask(lambda b, h, i, j: (j <= i) & (i < ends[j]), 1, 1, size, size, device="cpu", BLOCK_SIZE=BLOCK)
+    for counts, indices in (("kv_num_blocks", "kv_indices"), ("full_kv_num_blocks", "full_kv_indices")):
+        for query in range(size // BLOCK):
+            number = int(getattr(found, counts)[0, 0, query])
+            assert number == int(getattr(expected, counts)[0, 0, query])
+            assert set(getattr(found, indices)[0, 0, query, :number].tolist()) == set(
+                getattr(expected, indices)[0, 0, query, :number].tolist()
+            )
+
+
+def test_flex_attention_with_that_mask_equals_dense_attention() -> None:
+    from igpo_megatron.actor.attention import flex_tree_attention
+
+    ends = torch.tensor(random_row(5, trees=2, tokens=150))
+    with torch.no_grad():
+        tensors = [x.detach().float() for x in inputs(len(ends))]
+        assert float((flex_tree_attention(*tensors, ends, 0.3) - dense_attention(*tensors, ends, 0.3)).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("length", "expected"), [(1, 128), (128, 128), (129, 256), (1000, 1024), (1025, 1280), (2049, 2560), (14240, 14336)]
+)
+def test_lengths_come_in_few_buckets(length: int, expected: int) -> None:
+    from igpo_megatron.actor.attention import bucket
+
+    assert bucket(length) == expected
+
+
+def test_four_buckets_to_each_doubling_waste_at_most_a_quarter() -> None:
+    from igpo_megatron.actor.attention import bucket
+
+    lengths = range(4097, 8193)
+    assert len({bucket(length) for length in lengths}) == 4
+    assert max(bucket(length) / length for length in lengths) < 1.26
