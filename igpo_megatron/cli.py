@@ -87,9 +87,7 @@ def _torchrun(ranks: int, arguments: list[str]) -> int:
     """Run the ranks on this machine by torchrun's own launcher; the exit code of the first rank that failed, 0 if none did."""
     from torch.distributed.launcher.api import LaunchConfig
 
-    loopback = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
-    for name, value in {**OFFLINE, **loopback, "OMP_NUM_THREADS": "1"}.items():
-        os.environ.setdefault(name, value)
+    _stay_offline()
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks have said what happened
     # One agent meets nobody: a file serves it, where torch's own rendezvous server would listen on every interface.
     remove_abandoned(Path(tempfile.gettempdir()), _RENDEZVOUS_PREFIX)
@@ -108,6 +106,13 @@ def _torchrun(ranks: int, arguments: list[str]) -> int:
             monitor_interval=0.2,
         )
         return _launch(launch, arguments)
+
+
+def _stay_offline() -> None:
+    """For this process and those it starts, unless their environment says otherwise."""
+    loopback = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
+    for name, value in {**OFFLINE, **loopback, "OMP_NUM_THREADS": "1"}.items():
+        os.environ.setdefault(name, value)
 
 
 def _launch(launch: LaunchConfig, arguments: list[str]) -> int:
@@ -174,12 +179,31 @@ def config_command(section: Annotated[str | None, typer.Argument(help="Section s
         typer.echo(explain(section))
 
 
-@app.command("doctor")
-def doctor_command() -> None:
-    """Say what this machine can run, and what is missing."""
-    from igpo_megatron import doctor
+doctor_app = typer.Typer(invoke_without_command=True, help="Say what this machine can run, and what is missing.")
+app.add_typer(doctor_app, name="doctor")
 
-    raise typer.Exit(doctor.main())
+
+@doctor_app.callback()
+def doctor_command(context: typer.Context) -> None:
+    """Say what this machine can run, and what is missing."""
+    if context.invoked_subcommand is None:
+        from igpo_megatron import doctor
+
+        raise typer.Exit(doctor.main())
+
+
+@doctor_app.command("probes")
+def doctor_probes(
+    config: Annotated[Path, typer.Argument(help="YAML file that names the model and the engine.")], overrides: Overrides = None
+) -> None:
+    """Score the same ground-truth probes by every scorer (fold, batched, sequential, engine) and show that they agree."""
+    from igpo_megatron import probe_check
+
+    _stay_offline()
+    with _one_sentence():
+        settings = load(config, overrides or [])
+        require(settings, None)
+        raise typer.Exit(probe_check.main(settings))
 
 
 def _mount_convert() -> None:

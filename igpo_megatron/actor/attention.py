@@ -52,39 +52,46 @@ class TreeAttention(MegatronModule):
     ) -> torch.Tensor:
         """query [T, 1, heads, d], key and value [T, 1, kv_heads, d], attention_mask = subtree_end [T] -> [T, 1, heads * d]."""
         attend = flex_tree_attention if query.is_cuda else chain_attention
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        return attend(q, k, v, attention_mask, self.scale).permute(2, 0, 1, 3).flatten(2)
+        return attend(query[:, 0], key[:, 0], value[:, 0], attention_mask, self.scale).flatten(1)[:, None]
 
 
 def chain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, subtree_end: torch.Tensor, scale: float) -> torch.Tensor:
-    """q [1, heads, T, d], k and v [1, kv_heads, T, d], subtree_end [T] -> [1, heads, T, d]: SDPA chain by chain."""
+    """q [T, heads, d], k and v [T, kv_heads, d], subtree_end [T] -> [T, heads, d]: SDPA chain by chain."""
     plan = plan_of(subtree_end)
-    grouped = q.shape[1] != k.shape[1]
     outputs = [
         F.scaled_dot_product_attention(
-            q[:, :, chain.queries],
-            k[:, :, chain.keys],
-            v[:, :, chain.keys],
+            _heads_first(_rows(q, chain.queries)),
+            _heads_first(_rows(k, chain.keys)),
+            _heads_first(_rows(v, chain.keys)),
             attn_mask=chain.mask,
             is_causal=chain.mask is None,
             scale=scale,
-            enable_gqa=grouped,
-        )
+            enable_gqa=q.shape[1] != k.shape[1],
+        )[0].transpose(0, 1)
         for chain in plan.chains
     ]
-    output = torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
-    return output if plan.order is None else output[:, :, plan.order]
+    output = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+    return output if plan.order is None else output.index_select(0, plan.order)
+
+
+def _rows(tokens: torch.Tensor, which: slice | torch.Tensor) -> torch.Tensor:
+    """Rows of [T, heads, d]; whole rows are copied at once, which indexing a transposed tensor would not do."""
+    return tokens[which] if isinstance(which, slice) else tokens.index_select(0, which)
+
+
+def _heads_first(tokens: torch.Tensor) -> torch.Tensor:
+    """[T, heads, d] -> [1, heads, T, d]"""
+    return tokens.transpose(0, 1)[None]
 
 
 def flex_tree_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, subtree_end: torch.Tensor, scale: float) -> torch.Tensor:
     """The same by FlexAttention over the whole row, padded to one of a few lengths so that few kernels are compiled."""
-    length = q.shape[2]
+    length = len(q)
     mask = _block_mask(subtree_end.to("cpu", torch.int64).numpy().tobytes(), q.device)
     padding = mask.seq_lengths[0] - length
-    if padding:
-        q, k, v = (F.pad(x, (0, 0, 0, padding)) for x in (q, k, v))
+    padded = (_heads_first(F.pad(x, (0, 0, 0, 0, 0, padding)) if padding else x) for x in (q, k, v))
     attend = _compiled_flex_attention() if q.is_cuda else flex_attention
-    return attend(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])[:, :, :length]
+    return attend(*padded, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])[0].transpose(0, 1)[:length]
 
 
 def bucket(length: int) -> int:

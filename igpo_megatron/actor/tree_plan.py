@@ -18,7 +18,7 @@ from functools import lru_cache
 
 import torch
 
-PLANS = 64
+PLANS = 16
 """Plans kept: more than the micro-batches in flight in any pipeline, so that recomputation finds the plan of its row."""
 
 Range = tuple[int, int]
@@ -40,7 +40,7 @@ class Gather:
     queries: slice | torch.Tensor
     keys: slice | torch.Tensor
     mask: torch.Tensor | None
-    """[q, k] bool, True where a query may see a key; None for plain causal attention."""
+    """[q, k] bool, True where a query sees a key; None for plain causal attention."""
 
 
 @dataclass(frozen=True, slots=True)

