@@ -136,7 +136,7 @@ async def _score_in_engine(engines: EnginePool, groups: Sequence[RolloutGroup]) 
     tokens = 0
     for group in groups:
         for node in group.nodes:
-            if node.kind == "probe":
+            if node.kind == "probe" and node.parent is not None:
                 context = group.context(node.parent)
                 score = await engines.score_probe(context + node.token_ids, len(context), key=group.prompt.id)
                 node.old_logprobs, node.weight_version = list(score.logprobs), score.weight_version

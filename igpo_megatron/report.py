@@ -72,6 +72,11 @@ CHARTS = (
     Chart("F1 and exact match", {"f1": "F1", "em": "exact match"}, "training rollouts; bold: mean over 7 points", smooth=True),
     Chart("Information gain per turn", {"gain": "all turns", "gain_turn_*": "turn *"}, "rise in the answer's value, mean over turns"),
     Chart(
+        "Where gains come from",
+        {"gain_evidence": "the tool result", "gain_reasoning": "own reasoning"},
+        "reward.evidence: the value with the newest result hidden lies between the two",
+    ),
+    Chart(
         "Format-valid share",
         {"format_ok": "training", "eval/sampled/format_ok": "held-out, sampled", "eval/greedy/format_ok": "held-out, greedy"},
     ),
@@ -412,6 +417,7 @@ def _sample(group: RolloutGroup, trajectory: Trajectory, values: Mapping[int, fl
         "reward": _short(trajectory.reward),
         "parts": {name: _short(value) for name, value in trajectory.reward_parts.items()},
         "gains": [_short(gain) for gain in trajectory.gains],
+        "evidence": [_short(gain) for gain in trajectory.evidence_gains],
         "advantages": [_short(advantage) for advantage in trajectory.turn_advantages],
         "values": [_short(values.get(-1 if node.parent is None else node.parent)) for node in group.actions(trajectory)],
     }

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from igpo_megatron import evaluate
 from igpo_megatron.algorithms import ADVANTAGES
-from igpo_megatron.algorithms.info_gain import add_probes, turn_gains
+from igpo_megatron.algorithms.info_gain import add_probes, rendered_probes, turn_gains
 from igpo_megatron.algorithms.rewards import score
 from igpo_megatron.config.check import require
 from igpo_megatron.config.load import ConfigError, load
@@ -109,31 +109,38 @@ def collect(config: Config, side: Side, tracker: Tracker, step: int) -> list[Rol
         assert side.stream is not None and side.rollouter is not None
         prompts = side.stream.next(config.rollout.prompts_per_step)
         groups = side.rollouter.run_sync(
-            prompts, samples=config.rollout.samples_per_prompt, step=step, temperature=None, on_progress=tracker.progress
+            prompts, samples=config.rollout.samples_per_prompt, step=step, temperature=None, probe=True, on_progress=tracker.progress
         )
     if config.loss.name == "ppo":
         assert side.chat is not None
         for group in groups:
             score(group, config.reward)
             if ADVANTAGES[config.advantage.name].needs_probes:
-                add_probes(group, side.chat.render_probe, config.reward)
+                add_probes(group, side.chat.render_probe, config.reward, side.chat.render_hidden_probe)
     return groups
 
 
 def score_tokens(policy: Policy, groups: Sequence[RolloutGroup]) -> None:
-    """Fill old (and reference) log-probs of every action and probe token."""
+    """Fill old (and reference) log-probs of every action and probe token that has none yet."""
     from igpo_megatron.packing.tree import pack_for_scoring, scatter
 
     config = policy.config
     pack = partial(pack_for_scoring, groups, row_tokens=config.packing.row_tokens, multiple=policy.row_multiple)
-    rows = pack(scorer=config.reward.scorer)
-    if not rows:
-        return  # every trajectory failed, which rollout.max_failed_fraction allowed
-    scatter(rows, [result[:, 0] for result in policy.log_probs(rows)], groups, "old_logprobs")
-    if policy.has_reference:
-        rows = pack(scorer=None)
+    if takes_engine_logprobs(config):
+        for group in groups:
+            for node in group.nodes:
+                if node.kind == "action":
+                    node.old_logprobs = list(node.behavior_logprobs)
+    elif rows := pack(scorer=config.reward.scorer):  # there are none where every trajectory failed and that was allowed
+        scatter(rows, [result[:, 0] for result in policy.log_probs(rows)], groups, "old_logprobs")
+    if policy.has_reference and (rows := pack(scorer=None)):
         with policy.as_reference():
             scatter(rows, [result[:, 0] for result in policy.log_probs(rows)], groups, "ref_logprobs")
+
+
+def takes_engine_logprobs(config: Config) -> bool:
+    """No old-log-prob pass is run."""
+    return config.loss.name == "ppo" and config.loss.old_logprobs == "engine"
 
 
 def assign_advantages(groups: Sequence[RolloutGroup], config: Config, progress: float) -> None:
@@ -227,6 +234,12 @@ def evaluate_now(config: Config, side: Side, tracker: Tracker, step: int, due: b
     )
 
 
+def engine_scores(config: Config) -> bool:
+    """Probes are scored by the engines during the rollout."""
+    wanted = config.loss.name == "ppo" and ADVANTAGES[config.advantage.name].needs_probes and config.reward.gain != "none"
+    return wanted and config.reward.scorer == "engine"
+
+
 def replayed(path: Path, config: Config, first_step: int) -> Iterator[list[RolloutGroup]]:
     """Groups of each step from `first_step` on: recorded steps whole, demonstrations by `prompts_per_step`, over and over."""
     size = config.rollout.prompts_per_step if config.loss.name == "sft" else None
@@ -311,7 +324,10 @@ def open_side(config: Config, folder: RunFolder, stack: ExitStack, tracker: Trac
     search = make_client(config.search)
     tracker.progress("starting rollout engines")
     side.engines = stack.enter_context(EnginePool(config))
-    side.rollouter = stack.enter_context(Rollouter(side.engines, search, side.chat, config.rollout, seed=config.run.seed))
+    probes_of = partial(rendered_probes, render_probe=side.chat.render_probe, config=config.reward) if engine_scores(config) else None
+    side.rollouter = stack.enter_context(
+        Rollouter(side.engines, search, side.chat, config.rollout, seed=config.run.seed, probes_of=probes_of)
+    )
     return side
 
 

@@ -86,6 +86,17 @@ class Completion:
     """Version of the weights that sampled these tokens."""
 
 
+@dataclass(frozen=True, slots=True)
+class ProbeScore:
+    """What an engine says of one probe."""
+
+    logprobs: tuple[float, ...]
+    """[L], nats, of every probe token, at temperature 1."""
+
+    weight_version: int
+    """Version of the weights that computed them, all of them."""
+
+
 @dataclass(slots=True)
 class Node:
     """A run of tokens with one source."""
@@ -104,7 +115,7 @@ class Node:
     """Decoded text, for people; never tokenised again."""
 
     weight_version: int | None = None
-    """Weights that sampled an action; None elsewhere."""
+    """Weights that sampled an action, or by which an engine scored a probe; None elsewhere."""
 
     behavior_logprobs: list[float] = field(default_factory=list)
     """[L] for actions, by the engine; empty elsewhere."""
@@ -148,6 +159,10 @@ class Trajectory:
     turn_advantages: list[float] = field(default_factory=list)
     """[num_turns]; every token sampled in turn t is trained with turn_advantages[t - 1]."""
 
+    evidence_gains: list[float | None] = field(default_factory=list)
+    """[num_turns] the part of each gain that the turn's tool result brought; the rest is the policy's own reasoning. Empty unless
+    `reward.evidence` asks for it; None where the gain is None."""
+
 
 @dataclass(slots=True)
 class RolloutGroup:
@@ -157,6 +172,8 @@ class RolloutGroup:
     nodes: list[Node]
     trajectories: list[Trajectory] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
+    probe_scores: dict[tuple[int, str], ProbeScore] = field(default_factory=dict)
+    """(node a probe continues, answer) -> its log-probs, where an engine has scored probes during the rollout."""
 
     def add(self, node: Node) -> int:
         """Append a node and return its index."""

@@ -5,46 +5,64 @@
              gain of turn 1 = v_1 - v_0,  gain of turn 2 = v_2 - v_1,  the last turn has none
 
 A probe hangs at the node an action continues, so it sees exactly the context that the action saw. Samples that share that node share its
-probe. The actor scores probes like any other leaf; nothing here depends on how.
+probe. The actor scores probes like any other leaf, or an engine does during the rollout; nothing here depends on how.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from statistics import fmean
 
 from igpo_megatron.config.schema import Reward
-from igpo_megatron.types import Node, RolloutGroup, Trajectory
+from igpo_megatron.types import Node, Prompt, RolloutGroup, Trajectory
 
 RenderProbe = Callable[[str], tuple[list[int], tuple[int, int]]]
 """answer -> (token ids of the probe text, [start, stop) of the answer's tokens in them), already capped in length."""
+
+MIXED_VERSION_GAINS = "mixed_version_gains"
+"""Key in `RolloutGroup.metrics`: gains lost because the weights changed between their two values."""
 
 NONFINITE_GAINS = "nonfinite_gains"
 """Key in `RolloutGroup.metrics`: gains lost to a log-probability that was not finite."""
 
 
-def add_probes(group: RolloutGroup, render_probe: RenderProbe, config: Reward) -> None:
+def add_probes(group: RolloutGroup, render_probe: RenderProbe, config: Reward, render_hidden: RenderProbe | None = None) -> None:
     """Hang probe leaves at the parent of every action of every trainable trajectory: one per parent and probed alias.
 
-    Probes already there, as in a group read back from a rollout file, are replaced: policy and settings may have changed since.
-    `config.gain == "none"` leaves none.
+    With `config.evidence` a second one hangs at every action that another follows, rendered by `render_hidden`: the frame of a tool
+    result with nothing in it, then the probe. It sees what the policy knew and wrote, but not what the tool returned.
+
+    What an engine has scored during the rollout is filled in. Probes already there, as in a group read back from a rollout file, are
+    replaced: policy and settings may have changed since. `config.gain == "none"` leaves none.
     """
     _drop_probes(group)
     if config.gain == "none":
         return
-    probes = _rendered_aliases(group, render_probe, config)
+    probes = rendered_probes(group.prompt, render_probe, config)
+    hidden = rendered_probes(group.prompt, render_hidden, config) if config.evidence and render_hidden else []
     probed: set[int] = set()
+
+    def hang(parent: int, finished_turns: int, leaves: Sequence[tuple[str, list[int], tuple[int, int]]]) -> None:
+        if parent in probed:
+            return
+        probed.add(parent)
+        for alias, token_ids, scored in leaves:
+            node = Node(parent=parent, kind="probe", token_ids=list(token_ids), turn=finished_turns, text=alias, scored=scored)
+            score = group.probe_scores.get((parent, alias))
+            if score is not None:
+                node.old_logprobs, node.weight_version = list(score.logprobs), score.weight_version
+            group.add(node)
+
     for trajectory in group.trajectories:
         if not trajectory.status.is_trainable:
             continue
+        actions = [number for number in trajectory.path if group.nodes[number].kind == "action"]
         for finished_turns, parent in enumerate(_action_parents(group, trajectory)):
-            if parent in probed:
-                continue
-            probed.add(parent)
-            for alias, token_ids, scored in probes:
-                node = Node(parent=parent, kind="probe", token_ids=list(token_ids), turn=finished_turns, text=alias, scored=scored)
-                group.add(node)
+            hang(parent, finished_turns, probes)
+        for turn, action in enumerate(actions[:-1], start=1):
+            hang(action, turn, hidden)
 
 
 def turn_gains(group: RolloutGroup, config: Reward) -> None:
@@ -52,27 +70,41 @@ def turn_gains(group: RolloutGroup, config: Reward) -> None:
 
     The value v of a context is the mean log-prob of the answer's tokens (log_prob_diff) or its exponential (prob_diff), the best over the
     probed aliases; turn t gains v_t - v_(t-1). None for the last turn, for trajectories that are not trainable, for `config.gain == "none"`
-    and next to a value that is not finite (counted in `group.metrics`).
+    and, counted in `group.metrics`, next to a value that is not finite and between values of different weights.
+
+    With `config.evidence`, `evidence_gains` [num_turns] is v_t - h_t, h_t the value with the newest tool result hidden; h_t - v_(t-1) is
+    what the policy's own reasoning added.
     """
     for trajectory in group.trajectories:
         trajectory.gains = [None] * len(group.actions(trajectory))
+        trajectory.evidence_gains = [None] * len(trajectory.gains) if config.evidence else []
     if config.gain == "none":
         return
     values = _context_values(group, config)
-    lost = 0
+    versions: dict[int | None, set[int | None]] = {}
+    for node in group.nodes:
+        if node.kind == "probe":
+            versions.setdefault(node.parent, set()).add(node.weight_version)
+    lost = mixed = 0
     for trajectory in group.trajectories:
         if not trajectory.status.is_trainable:
             continue
         parents = list(_action_parents(group, trajectory))
         assert values.keys() >= set(parents), f"group {group.prompt.id} has actions without a probe; call add_probes first"
-        seen = [values[parent] for parent in parents]
-        for turn in range(len(seen) - 1):
-            gain = seen[turn + 1] - seen[turn]
-            if math.isfinite(gain):
-                trajectory.gains[turn] = gain
-            else:
+        actions = [number for number in trajectory.path if group.nodes[number].kind == "action"]
+        for turn, (before, after) in enumerate(pairwise(parents)):
+            gain = values[after] - values[before]
+            if len(versions[before] | versions[after]) > 1:
+                mixed += 1
+            elif not math.isfinite(gain):
                 lost += 1
+            else:
+                trajectory.gains[turn] = gain
+                hidden = values.get(actions[turn], math.nan)
+                if config.evidence and math.isfinite(hidden):
+                    trajectory.evidence_gains[turn] = values[after] - hidden
     group.metrics[NONFINITE_GAINS] = float(lost)
+    group.metrics[MIXED_VERSION_GAINS] = float(mixed)
 
 
 def _drop_probes(group: RolloutGroup) -> None:
@@ -90,10 +122,10 @@ def _action_parents(group: RolloutGroup, trajectory: Trajectory) -> Iterator[int
         yield action.parent
 
 
-def _rendered_aliases(group: RolloutGroup, render_probe: RenderProbe, config: Reward) -> list[tuple[str, list[int], tuple[int, int]]]:
+def rendered_probes(prompt: Prompt, render_probe: RenderProbe, config: Reward) -> list[tuple[str, list[int], tuple[int, int]]]:
     """(alias, token ids, scored range) of the aliases that `config.probe_alias` selects."""
     # Duplicates after the first would only cost tokens.
-    aliases = list(dict.fromkeys(group.prompt.answers))
+    aliases = list(dict.fromkeys(prompt.answers))
     if config.probe_alias == "first":
         aliases = aliases[:1]
     rendered = [(alias, *render_probe(alias)) for alias in aliases]

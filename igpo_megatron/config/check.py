@@ -222,13 +222,35 @@ def _algorithm(config: Config) -> Iterator[str]:
         yield f"rollout.samples_per_prompt={samples}: advantage.name={advantage.name} compares the samples of a question; use 2 or more"
     if reinforced and isinstance(advantage, Igpo | IgpoLoo) and reward.gain == "none":
         yield f"reward.gain=none leaves advantage.name={advantage.name} without gains; measure them, or set advantage.name=grpo"
-    if reward.gain == "none" and reward.scorer == "sequential":
-        yield "reward.scorer=sequential scores probes, reward.gain=none asks for none; leave reward.scorer at its default"
+    if reward.gain == "none" and reward.scorer != "fold":
+        yield f"reward.scorer={reward.scorer} scores probes, reward.gain=none asks for none; leave reward.scorer at its default"
+    if reward.evidence and reward.gain == "none":
+        yield "reward.evidence=true splits gains, reward.gain=none asks for none; set one of them differently"
+    probed = reinforced and isinstance(advantage, Igpo | IgpoLoo) and reward.gain != "none"
+    if probed and reward.scorer == "engine":
+        yield from _engine_scorer(config)
+    elif probed and isinstance(config.loss, Ppo) and config.loss.old_logprobs == "engine":
+        yield (
+            f"loss.old_logprobs=engine runs no pass that reward.scorer={reward.scorer} could score probes in; "
+            "use reward.scorer=engine, or loss.old_logprobs=recompute"
+        )
     if reward.gain != "none" and reward.probe_template.count("{answer}") != 1:
         found = reward.probe_template.count("{answer}")
         yield f"reward.probe_template={reward.probe_template!r}: expected {{answer}} exactly once, found it {found} times"
     if reinforced and not replayed and config.rollout.temperature == 0:
         yield "rollout.temperature=0 makes all samples of a question alike, so nothing can be learnt; use 1.0 (eval.greedy evaluates at 0)"
+
+
+def _engine_scorer(config: Config) -> Iterator[str]:
+    if config.run.replay is not None:
+        yield "reward.scorer=engine needs engines, run.replay starts none; use reward.scorer=fold"
+    if config.rollout.temperature != 1:
+        yield (
+            f"reward.scorer=engine scores at temperature 1, rollout.temperature={config.rollout.temperature:g}; "
+            "use reward.scorer=fold, or rollout.temperature=1"
+        )
+    if config.reward.evidence:
+        yield "reward.evidence=true hides tool results in the trainer's pass; use reward.scorer=fold"
 
 
 def _schedule(config: Config) -> Iterator[str]:

@@ -241,8 +241,12 @@ class Reward(Section):
     probe_max_tokens: PositiveInt = 64
     """Ground-truth tokens probed at most; longer answers are cut (whole-page aliases exist in NQ)."""
 
-    scorer: Literal["fold", "sequential"] = "fold"
-    """`fold`: probes are leaves of the packed tree in the old-log-prob pass; `sequential`: one pass per probe (reference)."""
+    scorer: Literal["fold", "engine", "batched", "sequential"] = "fold"
+    """`fold`: probes are leaves of the packed tree in the old-log-prob pass; `engine`: vLLM scores them beside the next turn's
+    generation; `batched`, `sequential`: the published schemes, every probe with its whole context (references)."""
+
+    evidence: bool = False
+    """A second probe per turn, with the newest tool result hidden, splits each gain into evidence and own reasoning."""
 
 
 class Igpo(Section):
@@ -314,6 +318,9 @@ class Ppo(Section):
 
     entropy_coef: NonNegativeFloat = 0.0
     """Weight of the entropy bonus."""
+
+    old_logprobs: Literal["recompute", "engine"] = "recompute"
+    """Log-probs that ratios are taken against: a forward pass of the policy before the step, or those the engine sampled with (no pass)."""
 
     aggregation: Literal["token_mean", "sequence_mean", "sequence_sum"] = "sequence_mean"
     """Mean over all trained tokens; mean over trajectories of the token mean (paper) or of the token sum (published code)."""

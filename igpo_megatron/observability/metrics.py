@@ -9,6 +9,9 @@ from igpo_megatron.types import Node, RolloutGroup, Status, Trajectory
 
 _SAME = 1e-9
 
+LOST_GAINS = ("nonfinite_gains", "mixed_version_gains")
+"""Counts that `algorithms.info_gain` leaves in a group's metrics."""
+
 
 def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
     """Means over trajectories (or groups); a name is absent where nothing was measured."""
@@ -36,6 +39,13 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
         metrics["gain"] = fmean(gains)
         for turn, values in enumerate(_by_turn(scored), start=1):
             metrics[f"gain_turn_{turn}"] = fmean(values)
+    evidence = [(part, gain) for end in scored for part, gain in zip(end.evidence_gains, end.gains, strict=False) if part is not None]
+    if evidence:
+        metrics["gain_evidence"] = fmean(part for part, _ in evidence)
+        metrics["gain_reasoning"] = fmean((gain or 0.0) - part for part, gain in evidence)
+    for name in LOST_GAINS:
+        if lost := sum(group.metrics.get(name, 0.0) for group in groups):
+            metrics[name] = lost
     return metrics
 
 

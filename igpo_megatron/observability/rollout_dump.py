@@ -52,6 +52,7 @@ TRAJECTORY = pa.struct(
         ("reward_parts", NUMBERS),
         ("gains", pa.list_(pa.float64())),
         ("turn_advantages", pa.list_(pa.float64())),
+        ("evidence_gains", pa.list_(pa.float64())),
     ]
 )
 SCHEMA = pa.schema(
@@ -190,6 +191,7 @@ def _trajectory_row(trajectory: Trajectory) -> tuple[Any, ...]:
         list(trajectory.reward_parts.items()),
         trajectory.gains,
         trajectory.turn_advantages,
+        trajectory.evidence_gains,
     )
 
 
@@ -246,8 +248,8 @@ def _trajectories(array: pa.StructArray) -> list[Trajectory]:
     """All trajectories of a batch."""
     columns = [array.field(position).to_pylist() for position in range(len(TRAJECTORY))]
     return [
-        Trajectory(path, Status(status), answer, reason, reward, dict(parts), gains, advantages)
-        for path, status, answer, reason, reward, parts, gains, advantages in zip(*columns, strict=True)
+        Trajectory(path, Status(status), answer, reason, reward, dict(parts), gains, advantages, evidence)
+        for path, status, answer, reason, reward, parts, gains, advantages, evidence in zip(*columns, strict=True)
     ]
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from igpo_megatron.config.schema import Rollout
 from igpo_megatron.rollout.chat import Answer, ChatFormat, Malformed
 from igpo_megatron.search.results import SearchClient, SearchResult
-from igpo_megatron.types import Completion, Node, RolloutGroup, RunStopped, Status, ToolCall, Trajectory
+from igpo_megatron.types import Completion, Node, ProbeScore, RolloutGroup, RunStopped, Status, ToolCall, Trajectory
+
+if TYPE_CHECKING:
+    from igpo_megatron.rollout.prober import Prober
 
 
 class EngineError(RunStopped):
@@ -23,6 +26,10 @@ class Engine(Protocol):
         """Sample one turn. Requests with the same `key` go to the same engine, whose prefix cache knows them. Raises EngineError."""
         ...
 
+    async def score_probe(self, token_ids: list[int], first: int, *, key: str) -> ProbeScore:
+        """Log-probs of `token_ids[first:]` after those before them; `key` as for `generate`. Raises EngineError."""
+        ...
+
 
 async def run_trajectory(
     group: RolloutGroup,
@@ -31,6 +38,7 @@ async def run_trajectory(
     search: SearchClient,
     chat: ChatFormat,
     config: Rollout,
+    prober: Prober | None,
     temperature: float,
     probe_tokens: int,
     seed: int,
@@ -39,7 +47,8 @@ async def run_trajectory(
 ) -> Trajectory:
     """Grow one path of `group`, whose node 0 is the prompt, and say how it ended.
 
-    `probe_tokens` are kept free at the end of the context, so that every state can be probed.
+    `probe_tokens` are kept free at the end of the context, so that every state can be probed. A `prober` is told of every state
+    before the turn that continues it is sampled, and scores it meanwhile.
     """
     path = [0]
     used = len(group.nodes[0].token_ids)
@@ -51,6 +60,8 @@ async def run_trajectory(
         max_tokens = min(config.max_tokens_per_turn, room - used)
         if max_tokens < 1:
             return Trajectory(path, Status.TRUNCATED_CONTEXT)
+        if prober is not None:
+            prober.start(path[-1])
         completion = await engine.generate(
             group.context(path[-1]),
             max_tokens=max_tokens,

@@ -105,6 +105,12 @@ class ChatFormat:
             self._probes[answer] = list(encoded["input_ids"]), (inside[0], inside[-1] + 1)
         return self._probes[answer]
 
+    def render_hidden_probe(self, answer: str) -> tuple[list[int], tuple[int, int]]:
+        """The probe as `render_probe` gives it, behind an empty tool message and the next turn's forced opening."""
+        token_ids, (start, stop) = self.render_probe(answer)
+        before = [*self._before_tool, *self._after_tool, *self.forced_ids]
+        return [*before, *token_ids], (start + len(before), stop + len(before))
+
     def decode(self, token_ids: list[int]) -> str:
         """Text of sampled tokens, without the end-of-turn token."""
         body = token_ids[:-1] if token_ids and token_ids[-1] == self.end_of_turn else token_ids

@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import math
 import os
+import random
 import re
 import secrets
 import shutil
@@ -26,7 +28,7 @@ from igpo_megatron.config.schema import Config
 from igpo_megatron.leftovers import claim, remove_abandoned
 from igpo_megatron.rollout.agent import EngineError
 from igpo_megatron.rollout.weight_transfer import BACKEND, Entry, SharedWeights
-from igpo_megatron.types import Completion
+from igpo_megatron.types import Completion, ProbeScore
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +50,8 @@ _LOG_LINES = 12
 _STOP_TIMEOUT_S = 20
 _OPERATION_TIMEOUT_S = 600
 _CPU_BATCH_TOKENS = 4096
+_SELF_TEST_CONTEXT, _SELF_TEST_PROBE = 128, 12  # 128 tokens are whole KV blocks of any size in use
+_SELF_TEST_GAP = {"fp32": 1e-4, "bf16": 0.1}
 # What torchrun tells its ranks must not reach the engines: vLLM makes process groups of its own.
 _LAUNCHER_VARIABLES = re.compile(
     r"(RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|GROUP_RANK|GROUP_WORLD_SIZE|ROLE_.*|MASTER_ADDR|MASTER_PORT|TORCHELASTIC_.*)"
@@ -99,12 +103,27 @@ class EngineActor:
         logprobs = [position[token].logprob for token, position in zip(ids, output.logprobs, strict=True)]
         return ids, logprobs, output.finish_reason or "abort", version
 
-    async def score(self, token_ids: list[int]) -> list[float]:
-        """Raw log-prob of each token given those before it; 0.0 for the first. The prefix cache is not used."""
-        from vllm import SamplingParams
+    async def score(self, token_ids: list[int], first: int = 1, *, cached: bool = False) -> tuple[list[float], int, int]:
+        """Raw log-probs of `token_ids[first:]`, the weight version that computed them, and the prompt tokens taken from the prefix cache.
 
-        output = await self._last_output(token_ids, SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False))
-        return [0.0, *(row[token].logprob for token, row in zip(token_ids[1:], output.prompt_logprobs[1:], strict=True))]
+        With `cached` the prefix cache may be read. vLLM then leaves the rows of cached positions as uninitialised memory, without
+        an error: a context that ends on a block boundary, or a probe that was scored before, loses rows. Row `first` comes from the
+        hidden state of token first - 1, so it is computed iff at most first - 1 tokens were cached; otherwise the request is repeated
+        without the cache, and the last number returned still says what the first try found there. It is repeated, too, where the
+        weights changed meanwhile.
+        """
+        assert 1 <= first < len(token_ids), f"tokens from {first} on of {len(token_ids)} cannot be scored"
+        version = self.version
+        output = await self._last_output(token_ids, _scoring_params(skip_cache=not cached))
+        hits = output.num_cached_tokens
+        assert hits is not None, "vLLM does not say how much of a prompt it took from its cache"
+        if hits > first - 1:
+            output = await self._last_output(token_ids, _scoring_params(skip_cache=True))
+        if self.version != version:
+            return await self.score(token_ids, first)
+        # Some versions of vLLM return computed rows only: the end is the same in all.
+        rows = output.prompt_logprobs[first - len(token_ids) :]
+        return [row[token].logprob for token, row in zip(token_ids[first:], rows, strict=True)], version, hits
 
     async def update_weights(self, entries: list[tuple[Any, ...]], version: int) -> None:
         """Load what the shared file holds and forget everything cached under the old weights."""
@@ -150,7 +169,7 @@ class EnginePool:
         self._weights: SharedWeights | None = None
         self._ray_folder: Path | None = None
         self._group: Any = None
-        self._stop_token = _end_of_turn(config.model.path)
+        self._stop_token, self._vocab_size = _end_of_turn(config.model.path)
 
     # ---- life
 
@@ -194,6 +213,8 @@ class EnginePool:
         ]
         started = [actor.start.remote(self._options(), str(self._weights.path)) for actor in self._actors]
         self._wait_for(started, "did not start", self._engine.start_timeout_s)
+        if self._config.reward.scorer == "engine":
+            self.self_test_scoring()
 
     def _start_ray(self) -> None:
         # Read when ray is imported: without it Ray replaces 127.0.0.1 by the machine's own address and listens on it.
@@ -247,6 +268,7 @@ class EnginePool:
         self._actors, self._group = [], None
         if self._weights is not None:
             self._weights.close()
+            self._weights = None
         if self._ray_folder is not None:
             shutil.rmtree(self._ray_folder, ignore_errors=True)
             os.close(self._ray_claim)
@@ -258,7 +280,7 @@ class EnginePool:
         """Sample one turn on the engine that serves `key`. Raises EngineError when that engine cannot serve."""
         import ray
 
-        number = zlib.crc32(key.encode()) % len(self._actors)
+        number = self._serving(key)
         try:
             ids, logprobs, finish, version = await self._actors[number].generate.remote(
                 token_ids, max_tokens, temperature, seed, self._stop_token
@@ -267,9 +289,71 @@ class EnginePool:
             raise EngineError(f"engine {number} died or refused: {_cause(error)}") from None
         return Completion(ids, logprobs, finish if finish in ("stop", "length") else "abort", version)
 
+    async def score_probe(self, token_ids: list[int], first: int, *, key: str, cached: bool = True) -> ProbeScore:
+        """Log-probs of `token_ids[first:]` by the engine that serves `key`, from its prefix cache where that is safe and `cached`.
+
+        Raises EngineError when that engine cannot serve, or says something that no log-prob can be.
+        """
+        import ray
+
+        number = self._serving(key)
+        try:
+            logprobs, version, _ = await self._actors[number].score.remote(token_ids, first, cached=cached)
+        except ray.exceptions.RayError as error:
+            raise EngineError(f"engine {number} died or refused: {_cause(error)}") from None
+        if not all(-math.inf < logprob <= 0.0 for logprob in logprobs):
+            raise EngineError(f"engine {number} scored a probe with {logprobs}, which are no log-probs")
+        return ProbeScore(tuple(logprobs), version)
+
     def score_on_each(self, token_ids: Sequence[int]) -> list[list[float]]:
         """Raw log-probs of a sequence by every engine; the first token counts 0.0."""
-        return self._wait_for([actor.score.remote(list(token_ids)) for actor in self._actors], "could not score the canary")
+        found = self._wait_for([actor.score.remote(list(token_ids)) for actor in self._actors], "could not score the canary")
+        return [[0.0, *logprobs] for logprobs, _, _ in found]
+
+    def score_on(self, number: int, token_ids: list[int], first: int, *, cached: bool) -> tuple[list[float], int]:
+        """`score_probe` on engine `number`, waited for: log-probs, and the prompt tokens found in its prefix cache."""
+        reference = self._actors[number].score.remote(token_ids, first, cached=cached)
+        ((logprobs, _, hits),) = self._wait_for([reference], "could not score a probe", start=number)
+        return logprobs, hits
+
+    def self_test_scoring(self) -> float:
+        """Largest |difference| between scores with and without the prefix cache, over the cases that are known to go wrong.
+
+        Raises EngineError naming the engine where they differ by more than `_SELF_TEST_GAP`, or where no cached token was ever used.
+        """
+        draw = random.Random(0)
+
+        def tokens(count: int) -> list[int]:
+            return [draw.randrange(self._vocab_size) for _ in range(count)]
+
+        bound = _SELF_TEST_GAP[self._config.model.dtype if self._engine.dtype == "auto" else self._engine.dtype]
+        worst = 0.0
+        for number in range(len(self._actors)):
+            used = False
+            # A context of whole blocks, and one that ends inside a block; each with a probe, the same again, and another one.
+            for first in (_SELF_TEST_CONTEXT, _SELF_TEST_CONTEXT + 5):
+                context, probe, other = tokens(first), tokens(_SELF_TEST_PROBE), tokens(_SELF_TEST_PROBE)
+                for ending in (probe, probe, other):
+                    # Rows that are not computed show freed memory, which must not happen to hold the right values.
+                    self.score_on(number, tokens(first + _SELF_TEST_PROBE), first, cached=False)
+                    found, hits = self.score_on(number, context + ending, first, cached=True)
+                    plain, _ = self.score_on(number, context + ending, first, cached=False)
+                    gap = max(abs(left - right) for left, right in zip(found, plain, strict=True))
+                    if not gap <= bound:
+                        raise EngineError(
+                            f"engine {number} scores a probe differently by {gap:.3g} with its prefix cache, more than {bound:g}: "
+                            "use reward.scorer=fold with this version of vLLM"
+                        )
+                    worst, used = max(worst, gap), used or 0 < hits < first
+            if not used:
+                raise EngineError(
+                    f"engine {number} did not use its prefix cache to score: use reward.scorer=fold with this version of vLLM"
+                )
+        return worst
+
+    def _serving(self, key: str) -> int:
+        """Engine of a key: always the same, so that its prefix cache knows the context."""
+        return zlib.crc32(key.encode()) % len(self._actors)
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Any]], version: int) -> None:
         """Replace all weights in all engines; returns when they serve `version`."""
@@ -286,11 +370,12 @@ class EnginePool:
         """Process id of every actor, for tests and for people who look for them."""
         return self._wait_for([actor.process_id.remote() for actor in self._actors], "does not answer", 60)
 
-    def _wait_for(self, references: list[Any], what: str, timeout_s: float = _OPERATION_TIMEOUT_S) -> list[Any]:
+    def _wait_for(self, references: list[Any], what: str, timeout_s: float = _OPERATION_TIMEOUT_S, start: int = 0) -> list[Any]:
+        """Results of one call to each engine from number `start` on. Raises EngineError naming the first that fails."""
         import ray
 
         results = []
-        for number, reference in enumerate(references):
+        for number, reference in enumerate(references, start):
             try:
                 results.append(ray.get(reference, timeout=timeout_s))
             except ray.exceptions.GetTimeoutError:
@@ -369,10 +454,19 @@ def _ray_folder() -> Path:
     return folder
 
 
-def _end_of_turn(model: Path) -> int:
+def _scoring_params(*, skip_cache: bool) -> Any:
+    """One token is sampled because vLLM wants to; `detokenize` must stay off, since garbage rows have garbage ids."""
+    from vllm import SamplingParams
+
+    return SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False, skip_reading_prefix_cache=skip_cache)
+
+
+def _end_of_turn(model: Path) -> tuple[int, int]:
+    """End-of-turn token and number of tokens."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(model).eos_token_id
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    return tokenizer.eos_token_id, len(tokenizer)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from typing import Any, Self, TypeVar
 from igpo_megatron.config.schema import Rollout
 from igpo_megatron.rollout.agent import Engine, EngineError, run_trajectory
 from igpo_megatron.rollout.chat import ChatFormat
+from igpo_megatron.rollout.prober import Prober, RenderedProbe
 from igpo_megatron.search.results import SearchClient
 from igpo_megatron.types import Node, Prompt, RolloutGroup, RunStopped, Status, Trajectory
 
@@ -28,8 +29,19 @@ class RolloutFailure(RunStopped):
 class Rollouter:
     """Runs rollouts on an event loop of its own, so that callers need not be asynchronous."""
 
-    def __init__(self, engine: Engine, search: SearchClient, chat: ChatFormat, config: Rollout, *, seed: int) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        search: SearchClient,
+        chat: ChatFormat,
+        config: Rollout,
+        *,
+        seed: int,
+        probes_of: Callable[[Prompt], Sequence[RenderedProbe]] | None = None,
+    ) -> None:
+        """`probes_of`: the probes of a question, where the engine is to score them during training rollouts."""
         self._engine, self._search, self._chat, self._config, self._seed = engine, search, chat, config, seed
+        self._probes_of = probes_of
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollouts", daemon=True)
 
@@ -50,10 +62,12 @@ class Rollouter:
         samples: int,
         step: int,
         temperature: float | None,
+        probe: bool = False,
         on_progress: Callable[[float], None] | None = None,
     ) -> list[RolloutGroup]:
         """`run`, waited for."""
-        return self._wait_for(self.run(prompts, samples=samples, step=step, temperature=temperature, on_progress=on_progress))
+        work = self.run(prompts, samples=samples, step=step, temperature=temperature, probe=probe, on_progress=on_progress)
+        return self._wait_for(work)
 
     async def run(
         self,
@@ -62,24 +76,32 @@ class Rollouter:
         samples: int,
         step: int,
         temperature: float | None,
+        probe: bool = False,
         on_progress: Callable[[float], None] | None = None,
     ) -> list[RolloutGroup]:
         """One group of `samples` trajectories per prompt; `temperature` None takes the configured one.
 
+        With `probe` the engine scores the probes of every state, if this rollouter was given any.
+
         Raises RolloutFailure when more than `rollout.max_failed_fraction` of the trajectories failed.
         """
         groups = [self._open(prompt) for prompt in prompts]
+        probers = [Prober(self._engine, group, self._probes_of(group.prompt)) if probe and self._probes_of else None for group in groups]
         done = 0
 
-        async def one(group: RolloutGroup, sample: int) -> Trajectory:
+        async def one(group: RolloutGroup, prober: Prober | None, sample: int) -> Trajectory:
             nonlocal done
-            trajectory = await self._bounded(group, sample, step, self._config.temperature if temperature is None else temperature)
+            chosen = self._config.temperature if temperature is None else temperature
+            trajectory = await self._bounded(group, prober, sample, step, chosen)
             done += 1
             if on_progress:
                 on_progress(done / (len(groups) * samples))
             return trajectory
 
-        ends = await asyncio.gather(*(one(group, sample) for group in groups for sample in range(samples)))
+        ends = await asyncio.gather(
+            *(one(group, prober, sample) for group, prober in zip(groups, probers, strict=True) for sample in range(samples))
+        )
+        await asyncio.gather(*(prober.close() for prober in probers if prober is not None))
         for number, group in enumerate(groups):
             group.trajectories = ends[number * samples : (number + 1) * samples]
         _check_failures(ends, self._config.max_failed_fraction)
@@ -93,23 +115,27 @@ class Rollouter:
             )
         return RolloutGroup(prompt, [Node(None, "prompt", ids, text=text)])
 
-    async def _bounded(self, group: RolloutGroup, sample: int, step: int, temperature: float) -> Trajectory:
+    async def _bounded(self, group: RolloutGroup, prober: Prober | None, sample: int, step: int, temperature: float) -> Trajectory:
         """A trajectory within its deadline; trouble of the engine ends this one and no other."""
         probe_tokens = max(len(self._chat.render_probe(answer)[0]) for answer in group.prompt.answers)
         try:
             async with asyncio.timeout(self._config.deadline_s):
-                return await run_trajectory(
+                trajectory = await run_trajectory(
                     group,
                     engine=self._engine,
                     search=self._search,
                     chat=self._chat,
                     config=self._config,
+                    prober=prober,
                     temperature=temperature,
                     probe_tokens=probe_tokens,
                     seed=self._seed,
                     step=step,
                     sample=sample,
                 )
+                if prober is not None:
+                    await prober.collect(trajectory.path)
+                return trajectory
         except TimeoutError:
             return Trajectory([0], Status.ENGINE_FAILED, reason=f"not done within rollout.deadline_s={self._config.deadline_s:g}")
         except EngineError as error:

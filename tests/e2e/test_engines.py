@@ -88,6 +88,43 @@ def test_hundreds_of_seeded_requests_with_long_prompts_do_not_hurt_the_engine(po
     pool.check_health()
 
 
+def score(pool: EnginePool, token_ids: list[int], first: int, cached: bool) -> tuple[list[float], int, int]:
+    """Straight from the actor: log-probs, weight version, cached tokens."""
+    import ray
+
+    return ray.get(pool._actors[0].score.remote(token_ids, first, cached=cached), timeout=60)
+
+
+LONG = [(7 * number + number**2) % 600 + 20 for number in range(400)]
+
+
+def test_probes_are_scored_from_the_cache_as_without_it_wherever_the_context_ends(pool: EnginePool) -> None:
+    """Contexts that end before, on and after block borders, each probe three times over: the known ways to read rows nobody wrote."""
+    expected = logprobs(policy(), LONG[:170])
+    hits = []
+    for first in (*range(60, 68), *range(124, 132), 160):
+        probe = LONG[: first + 9]
+        wanted = expected[first - 1 : first + 8]
+        for _ in range(3):
+            found, _, hit = score(pool, probe, first, cached=True)
+            hits.append(hit > first - 1)
+            assert torch.allclose(torch.tensor(found), wanted, atol=1e-4), first
+    assert any(hits) and not all(hits)  # the guard had to act, and the cache was of use
+
+
+def test_a_probe_score_carries_the_weights_it_came_from(pool: EnginePool) -> None:
+    model, other = policy(), policy(1.25)
+    for version, scale, source in ((11, 1.25, other), (12, 1.0, model)):
+        send(pool, version, scale)
+        found = asyncio.run(pool.score_probe(LONG[:100], 90, key="q"))
+        assert found.weight_version == version
+        assert torch.allclose(torch.tensor(found.logprobs), logprobs(source, LONG[:100])[89:], atol=1e-3)
+
+
+def test_the_scoring_self_test_passes_on_a_sound_engine_and_says_how_close_it_was(pool: EnginePool) -> None:
+    assert pool.self_test_scoring() < 1e-4
+
+
 def test_new_weights_are_served_at_once_also_by_the_tied_head(pool: EnginePool) -> None:
     tokens = torch.randint(3, 600, (40,), generator=torch.Generator().manual_seed(0)).tolist()
     (before,) = pool.score_on_each(tokens)

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 BELOW = {"types", "leftovers", "config", "data", "search", "packing", "kernels", "algorithms", "observability", "rollout", "actor"}
-TOP = {"cli", "doctor", "train", "evaluate", "plan", "report", "run"}
+TOP = {"cli", "doctor", "probe_check", "train", "evaluate", "plan", "report", "run"}
 MAY_IMPORT = {
     "__init__": set(),
     "types": set(),

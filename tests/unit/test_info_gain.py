@@ -6,7 +6,7 @@ import pytest
 
 from igpo_megatron.algorithms.info_gain import add_probes, turn_gains
 from igpo_megatron.config.schema import Reward
-from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, Trajectory
+from igpo_megatron.types import Node, ProbeScore, Prompt, RolloutGroup, Status, Trajectory
 
 
 def group_with(turns, *, statuses=None, force_think=False, answers=("Rome",)):
@@ -79,7 +79,7 @@ def test_a_gain_is_the_rise_of_the_mean_log_prob_and_the_last_turn_has_none():
     fill(group, lambda probe: [-3.0, -2.0, -2.5][probe.turn])
     turn_gains(group, Reward())
     assert group.trajectories[0].gains == [1.0, -0.5, None]
-    assert group.metrics == {"nonfinite_gains": 0.0}
+    assert group.metrics == {"nonfinite_gains": 0.0, "mixed_version_gains": 0.0}
 
 
 def test_prob_diff_is_the_rise_of_the_geometric_mean_probability():
@@ -165,3 +165,53 @@ def test_gains_need_scored_probes():
     add_probes(group, render, Reward())
     with pytest.raises(AssertionError, match="score probes first"):
         turn_gains(group, Reward())
+
+
+def test_what_an_engine_scored_is_filled_in_with_its_weight_version():
+    group = group_with([2])
+    group.probe_scores = {(0, "Rome"): ProbeScore((-9.0, -9.0, -3.0, -9.0), 4), (2, "Rome"): ProbeScore((-9.0, -9.0, -1.0, -9.0), 4)}
+    add_probes(group, render, Reward(scorer="engine"))
+    assert [(probe.old_logprobs[2], probe.weight_version) for probe in probes(group)] == [(-3.0, 4), (-1.0, 4)]
+    turn_gains(group, Reward(scorer="engine"))
+    assert group.trajectories[0].gains == [2.0, None]
+
+
+def test_a_difference_between_two_weights_is_no_gain_and_is_counted():
+    group = group_with([3])
+    add_probes(group, render, Reward())
+    fill(group, lambda probe: -3.0 + probe.turn)
+    for probe, version in zip(probes(group), (4, 5, 5), strict=True):
+        probe.weight_version = version
+    turn_gains(group, Reward())
+    assert group.trajectories[0].gains == [None, 1.0, None]
+    assert group.metrics["mixed_version_gains"] == 1.0
+
+
+def hidden(answer):
+    """An empty tool message of three tokens before the probe."""
+    token_ids, (start, stop) = render(answer)
+    return [4, 4, 4, *token_ids], (start + 3, stop + 3)
+
+
+def test_evidence_is_what_the_newest_result_adds_to_the_value():
+    """v = -3, -1, -0.5 and with the newest result hidden -2.5 and -1.25: the results brought 1.5 and 0.75 of the gains 2 and 0.5."""
+    group = group_with([3, 1])
+    config = Reward(evidence=True)
+    add_probes(group, render, config, hidden)
+    at_actions = [probe for probe in probes(group) if group.nodes[probe.parent].kind == "action"]
+    assert [(probe.turn, probe.token_ids[:3], probe.scored) for probe in at_actions] == [(1, [4, 4, 4], (5, 6)), (2, [4, 4, 4], (5, 6))]
+    values = {"seen": [-3.0, -1.0, -0.5], "hidden": [None, -2.5, -1.25]}
+    fill(group, lambda probe: values["hidden" if probe in at_actions else "seen"][probe.turn])
+    turn_gains(group, config)
+    first, second = group.trajectories
+    assert first.gains == [2.0, 0.5, None] and first.evidence_gains == [1.5, 0.75, None]
+    assert second.gains == [None] and second.evidence_gains == [None]
+
+
+def test_evidence_is_off_by_default():
+    group = group_with([2])
+    add_probes(group, render, Reward(), hidden)
+    assert {group.nodes[probe.parent].kind for probe in probes(group)} == {"prompt", "observation"}
+    fill(group, lambda probe: -1.0)
+    turn_gains(group, Reward())
+    assert group.trajectories[0].evidence_gains == []

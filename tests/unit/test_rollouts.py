@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import pytest
 from test_chat import tokenizer
 
+from igpo_megatron.algorithms.info_gain import add_probes, rendered_probes
 from igpo_megatron.config.schema import Reward, Rollout
 from igpo_megatron.data.corpus import Passage
 from igpo_megatron.rollout.agent import EngineError, counter_seed, render_results
 from igpo_megatron.rollout.chat import ChatFormat
 from igpo_megatron.rollout.rollouter import Rollouter, RolloutFailure
 from igpo_megatron.search.results import SearchResult, SearchStatus
-from igpo_megatron.types import Completion, Prompt, RolloutGroup, Status
+from igpo_megatron.types import Completion, ProbeScore, Prompt, RolloutGroup, Status
 
 WORDS = tokenizer()
 ANSWER = "<think>I can answer now.</think>\n<answer>Rome</answer>"
@@ -40,9 +42,21 @@ class ScriptedEngine:
     def __init__(self, *script: str | Completion | Exception) -> None:
         self.script = script
         self.calls: list[tuple[list[int], int, int]] = []
+        self.probed: list[tuple[list[int], int, int]] = []
+        self.finished = 0
+        self.broken_probe: int | None = None
+
+    async def score_probe(self, token_ids: list[int], first: int, *, key: str) -> ProbeScore:
+        self.probed.append((token_ids, first, self.finished))
+        if self.broken_probe is not None and first > self.broken_probe:
+            raise EngineError("engine 0 died or refused: gone")
+        await asyncio.sleep(0.01)
+        return ProbeScore(tuple(-1.0 for _ in token_ids[first:]), 7)
 
     async def generate(self, token_ids: list[int], *, max_tokens: int, temperature: float, seed: int, key: str) -> Completion:
         self.calls.append((token_ids, max_tokens, seed))
+        await asyncio.sleep(0.005)
+        self.finished += 1
         text = WORDS.decode(token_ids)
         line = self.script[text.count("</tool_response>")]
         if isinstance(line, Exception):
@@ -70,13 +84,15 @@ def run(
     samples: int = 1,
     prompts: int = 1,
     reward: Reward | None = None,
+    probe: bool = False,
     **changes: object,
 ) -> list[RolloutGroup]:
     config = Rollout(**{"max_failed_fraction": 1.0, **SETTINGS, **changes})  # type: ignore[arg-type]
     form = ChatFormat(WORDS, config, reward or Reward())
+    probes_of = partial(rendered_probes, render_probe=form.render_probe, config=reward or Reward())
     questions = [Prompt(f"q{number}", "What is the capital of Italy?", ("Rome",), "test") for number in range(prompts)]
-    with Rollouter(engine, search or ScriptedSearch(), form, config, seed=1) as rollouter:  # type: ignore[arg-type]
-        return rollouter.run_sync(questions, samples=samples, step=1, temperature=None)
+    with Rollouter(engine, search or ScriptedSearch(), form, config, seed=1, probes_of=probes_of) as rollouter:  # type: ignore[arg-type]
+        return rollouter.run_sync(questions, samples=samples, step=1, temperature=None, probe=probe)
 
 
 def test_a_trajectory_searches_reads_and_answers() -> None:
@@ -212,3 +228,35 @@ def test_results_are_numbered_and_several_queries_have_headings() -> None:
     none = SearchResult("b", SearchStatus.EMPTY, "x")
     assert render_results([one]) == "(1) first\n(2) second"
     assert render_results([one, none]) == "Results for: a\n(1) first\n(2) second\n\nResults for: b\nNo results."
+
+
+def test_each_state_is_probed_once_beside_the_turn_that_continues_it() -> None:
+    engine = ScriptedEngine(SEARCH, ANSWER)
+    (group,) = run(engine, samples=3, probe=True)
+    probe = ChatFormat(WORDS, Rollout(**SETTINGS), Reward()).render_probe("Rome")[0]  # type: ignore[arg-type]
+    # The prompt once for all samples, and one state after each sample's search.
+    assert len(engine.probed) == 4
+    assert all(token_ids[first:] == probe for token_ids, first, _ in engine.probed)
+    asked = [token_ids for token_ids, *_ in engine.calls]
+    assert sorted(token_ids[:first] for token_ids, first, _ in engine.probed) == sorted(
+        [asked[0], *(ids for ids in asked if ids != asked[0])]
+    )
+    # Each was sent before the turn beside it had ended: the prompt's before any, the others after the three first turns.
+    assert [finished for *_, finished in engine.probed] == [0, 3, 3, 3]
+    add_probes(group, lambda answer: (probe, (0, 1)), Reward())
+    scored = [node for node in group.nodes if node.kind == "probe"]
+    assert len(scored) == 4 and all(node.old_logprobs == [-1.0] * len(probe) and node.weight_version == 7 for node in scored)
+
+
+def test_a_rollout_that_is_not_asked_to_probe_does_not() -> None:
+    engine = ScriptedEngine(SEARCH, ANSWER)
+    (group,) = run(engine)
+    assert engine.probed == [] and group.probe_scores == {}
+
+
+def test_a_failing_probe_fails_its_trajectory_as_a_failing_turn_does() -> None:
+    engine = ScriptedEngine(SEARCH, ANSWER)
+    engine.broken_probe = 60  # the prompt is shorter, the state after the search longer
+    (group,) = run(engine, probe=True)
+    (end,) = group.trajectories
+    assert end.status is Status.ENGINE_FAILED and "gone" in end.reason

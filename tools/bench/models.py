@@ -13,12 +13,25 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 POLICY = Path(__file__).resolve().parents[2] / "examples" / "quickstart" / "policy"
 CONTEXT = 32768
 
-SHAPES: dict[str, dict[str, int | bool]] = {
-    "demo": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 656, "tie_word_embeddings": True},
-    "0.5B": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True},
-    "1.5B": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True},
-    "7B": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False},
-}  # fmt: skip
+
+def _shape(hidden: int, ffn: int, layers: int, heads: int, kv_heads: int, vocab: int, tied: bool) -> dict[str, int | bool]:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocab,
+        "tie_word_embeddings": tied,
+    }
+
+
+SHAPES = {
+    "demo": _shape(128, 384, 4, 4, 4, 656, tied=True),
+    "0.5B": _shape(896, 4864, 24, 14, 2, 151936, tied=True),
+    "1.5B": _shape(1536, 8960, 28, 12, 2, 151936, tied=True),
+    "7B": _shape(3584, 18944, 28, 28, 4, 152064, tied=False),
+}
 """Qwen2.5's, and the demo's."""
 
 

@@ -11,19 +11,20 @@ from __future__ import annotations
 
 import asyncio
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
 import torch
 import typer
-
 from common import finish, interleaved, ratio
+from models import random_policy
+
 from igpo_megatron.actor import parallel
 from igpo_megatron.config.load import build
 from igpo_megatron.probe_check import gap, probe_logprobs, score_in_trainer, synthetic_group
 from igpo_megatron.types import RolloutGroup
-from models import random_policy
 
 PROMPT, TURN, PROBE = 500, 1500, 24
 """Tokens at full size; on CPU prompt and turns have a tenth of that."""
@@ -96,7 +97,7 @@ def schemes(policy: Any, group: RolloutGroup, repeats: int) -> dict[str, Any]:
             found[name] = probe_logprobs([group])
 
     names = ("none", "fold", "batched", "sequential")
-    seconds = interleaved({name: lambda name=name: run(name) for name in names}, repeats)
+    seconds = interleaved({name: partial(run, name) for name in names}, repeats)
     extra = [fold - none for fold, none in zip(seconds["fold"], seconds["none"], strict=True)]
     alone = [sequential - none for sequential, none in zip(seconds["sequential"], seconds["none"], strict=True)]
     return {
@@ -128,7 +129,7 @@ async def _turn_by_turn(engines: Any, group: RolloutGroup) -> float:
     """As in a run the engine has the context in its cache when the probe comes, because it has just generated from it."""
     total = 0.0
     for node in group.nodes:
-        if node.kind == "probe":
+        if node.kind == "probe" and node.parent is not None:
             context = group.context(node.parent)
             await engines.generate(context, max_tokens=1, temperature=0.0, seed=0, key=group.prompt.id)
             started = time.perf_counter()

@@ -1,0 +1,47 @@
+"""Ground-truth probes scored by the engine while the rollout goes on.
+
+    tool returns ── state t ──┬── generate turn t + 1
+                              └── score "answer" after state t      hidden under the decoding beside it
+
+A probe is sent with the turn that continues its state, to the same engine: whichever comes first fills the prefix cache for the other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Sequence
+
+from igpo_megatron.rollout.agent import Engine
+from igpo_megatron.types import ProbeScore, RolloutGroup
+
+RenderedProbe = tuple[str, list[int], tuple[int, int]]
+"""(answer, token ids of the probe text, [start, stop) of the answer's tokens in them)."""
+
+
+class Prober:
+    """Scores the states of one group, each (state, answer) once whatever number of samples passes through it."""
+
+    def __init__(self, engine: Engine, group: RolloutGroup, probes: Sequence[RenderedProbe]) -> None:
+        self._engine, self._group, self._probes = engine, group, probes
+        self._tasks: dict[tuple[int, str], asyncio.Task[ProbeScore]] = {}
+
+    def start(self, node: int) -> None:
+        """Score all probes that continue node `node`; returns at once."""
+        for answer, token_ids, _ in self._probes:
+            if (node, answer) not in self._tasks:
+                context = self._group.context(node)
+                scoring = self._engine.score_probe(context + token_ids, len(context), key=self._group.prompt.id)
+                self._tasks[node, answer] = asyncio.ensure_future(scoring)
+
+    async def collect(self, nodes: Iterable[int]) -> None:
+        """Wait for the probes of these nodes and write their scores to the group. Raises EngineError where one failed."""
+        for node in nodes:
+            for answer, _, _ in self._probes:
+                if (node, answer) in self._tasks:
+                    self._group.probe_scores[node, answer] = await asyncio.shield(self._tasks[node, answer])
+
+    async def close(self) -> None:
+        """Let nothing run on: what was started for trajectories that failed is cancelled."""
+        for task in self._tasks.values():
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
