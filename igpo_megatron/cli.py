@@ -89,7 +89,9 @@ def _torchrun(ranks: int, arguments: list[str]) -> int:
 
     _stay_offline()
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks have said what happened
-    # One agent meets nobody: a file serves it, where torch's own rendezvous server would listen on every interface.
+    # One agent meets nobody: a file serves it, and the ranks make their own store (actor.parallel), where the server that
+    # torch would start for both listens on every interface.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     remove_abandoned(Path(tempfile.gettempdir()), _RENDEZVOUS_PREFIX)
     with tempfile.TemporaryDirectory(prefix=_RENDEZVOUS_PREFIX) as meeting:
         claim(Path(meeting))

@@ -84,7 +84,7 @@ def score_in_trainer(policy: Policy, groups: Sequence[RolloutGroup], scorer: Pro
     from igpo_megatron.packing.tree import pack_for_scoring, scatter
 
     rows = pack_for_scoring(groups, row_tokens=policy.config.packing.row_tokens, multiple=policy.row_multiple, scorer=scorer)
-    scatter(rows, [result[:, 0] for result in policy.log_probs(rows)], groups, "old_logprobs")
+    scatter(rows, policy.log_probs(rows), groups, "old_logprobs")
     return sum(row.num_tokens for row in rows)
 
 

@@ -132,10 +132,10 @@ def score_tokens(policy: Policy, groups: Sequence[RolloutGroup]) -> None:
                 if node.kind == "action":
                     node.old_logprobs = list(node.behavior_logprobs)
     elif rows := pack(scorer=config.reward.scorer):  # there are none where every trajectory failed and that was allowed
-        scatter(rows, [result[:, 0] for result in policy.log_probs(rows)], groups, "old_logprobs")
+        scatter(rows, policy.log_probs(rows), groups, "old_logprobs")
     if policy.has_reference and (rows := pack(scorer=None)):
         with policy.as_reference():
-            scatter(rows, [result[:, 0] for result in policy.log_probs(rows)], groups, "ref_logprobs")
+            scatter(rows, policy.log_probs(rows), groups, "ref_logprobs")
 
 
 def takes_engine_logprobs(config: Config) -> bool:
@@ -346,6 +346,8 @@ def run(config: Config) -> None:
                 folder.root, config.track, name=config.run.name, total_steps=config.run.steps, resumed_step=resumed, quiet=not ranks.is_main
             )
         )
+        if ranks.is_main:
+            stack.enter_context(tracker.shows_log("igpo_megatron"))
         with tracker.phase("startup"):
             policy = Policy(config, ranks)
             state = None

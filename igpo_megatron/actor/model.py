@@ -26,7 +26,7 @@ from checkpoint_conversion.architectures import ModelShape, check_total, local_n
 from checkpoint_conversion.streams import HfReader
 from igpo_megatron.actor.attention import TreeAttention, TreeRotaryEmbedding
 from igpo_megatron.config.schema import Config
-from igpo_megatron.kernels.linear_logprob import linear_logprob
+from igpo_megatron.kernels.linear_logprob import Form, Implementation, gather_rows, linear_logprob, resolve
 
 logger = logging.getLogger(__name__)
 
@@ -50,12 +50,22 @@ class HeadInputs:
     """[N] int64"""
 
     temperature: float
+    need_entropy: bool
+    """Without it the entropies are 0."""
 
 
 class PolicyModel(GPTModel):
     """GPTModel with tree positions; `labels` takes `HeadInputs` and the output is [N, 2]: log-prob and entropy, fp32."""
 
-    def __init__(self, config: TransformerConfig, spec: Any, shape: ModelShape, padded_vocab: int, **stage: Any) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        spec: Any,
+        shape: ModelShape,
+        padded_vocab: int,
+        head: tuple[Implementation, Form],
+        **stage: Any,
+    ) -> None:
         super().__init__(
             config,
             spec,
@@ -70,6 +80,7 @@ class PolicyModel(GPTModel):
             **stage,
         )
         self.real_vocab = shape.vocab_size
+        self.head, self.head_form = head
         self.rotary_pos_emb.__class__ = TreeRotaryEmbedding
 
     def _preprocess(self, input_ids: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
@@ -91,6 +102,9 @@ class PolicyModel(GPTModel):
             vocab_size=self.real_vocab,
             temperature=labels.temperature,
             tp_group=parallel_state.get_tensor_model_parallel_group(),
+            need_entropy=labels.need_entropy,
+            implementation=self.head,
+            form=self.head_form,
         )
         return torch.stack((logp, entropy), dim=-1)
 
@@ -103,22 +117,22 @@ def select_rows(hidden: torch.Tensor, rows: torch.Tensor, sequence_parallel: boo
     """
     size = parallel_state.get_tensor_model_parallel_world_size()
     if size == 1:
-        return hidden.index_select(0, rows)
+        return gather_rows(hidden, rows)
     if not sequence_parallel:
-        return tensor_parallel.copy_to_tensor_model_parallel_region(hidden.index_select(0, rows))
+        return tensor_parallel.copy_to_tensor_model_parallel_region(gather_rows(hidden, rows))
     owner = rows // len(hidden)
     counts = torch.bincount(owner, minlength=size)
     most = max(int(counts.max()), 1)
     rank = parallel_state.get_tensor_model_parallel_rank()
     mine = rows[owner == rank] - rank * len(hidden)
     padded = F.pad(mine, (0, most - len(mine)))
-    gathered = tensor_parallel.gather_from_sequence_parallel_region(hidden.index_select(0, padded), tensor_parallel_output_grad=True)
+    gathered = tensor_parallel.gather_from_sequence_parallel_region(gather_rows(hidden, padded), tensor_parallel_output_grad=True)
     # Target n is the k-th of its owner's rows: find k by counting earlier targets of the same owner.
     order = torch.argsort(owner, stable=True)
     offsets = torch.cumsum(counts, 0) - counts
     slot = torch.empty_like(rows)
     slot[order] = torch.arange(len(rows), device=rows.device) - offsets[owner[order]]
-    return gathered.index_select(0, owner * most + slot)
+    return gather_rows(gathered, owner * most + slot)
 
 
 def transformer_config(shape: ModelShape, config: Config) -> TransformerConfig:
@@ -190,7 +204,7 @@ def resolve_backend(backend: str, cuda: bool) -> str:
     if backend == "te" and not available:
         raise ValueError("model.backend=te, but transformer_engine is not importable; install the [te] extra or use model.backend=local")
     chosen = ("te" if cuda and available else "local") if backend == "auto" else backend
-    logger.info("model.backend=%s: using %s layers", backend, chosen)
+    logger.info("layers (model.backend=%s): %s", backend, chosen)
     return chosen
 
 
@@ -199,7 +213,9 @@ def build_model(shape: ModelShape, config: Config, device: torch.device) -> Poli
     megatron = transformer_config(shape, config)
     stage = {"pre_process": parallel_state.is_pipeline_first_stage(), "post_process": parallel_state.is_pipeline_last_stage()}
     spec = layer_spec(megatron, resolve_backend(config.model.backend, device.type == "cuda"))
-    return PolicyModel(megatron, spec, shape, padded_vocab(shape, config), **stage).to(device)
+    resolve(config.model.head, device)  # an error here comes before engines are started
+    vocab = padded_vocab(shape, config)
+    return PolicyModel(megatron, spec, shape, vocab, (config.model.head, config.model.head_form), **stage).to(device)
 
 
 def padded_vocab(shape: ModelShape, config: Config) -> int:

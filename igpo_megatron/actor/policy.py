@@ -87,7 +87,7 @@ class Policy:
         return self.config.parallel.tensor if self.config.parallel.sequence else 1
 
     def log_probs(self, rows: Sequence[PackedRow], temperature: float | None = None) -> list[torch.Tensor]:
-        """[N, 2] log-prob and entropy per row, on every rank, in the order of `rows`; temperature None means `rollout.temperature`."""
+        """[N] log-probs per row, on every rank, in the order of `rows`; temperature None means `rollout.temperature`."""
         mine, share = self._share(rows)
         temperature = temperature or self.config.rollout.temperature or 1.0
         results = schedule.forward_only(self.model, mine, temperature=temperature, device=self.ranks.device)

@@ -20,10 +20,10 @@ RowLoss = Callable[[PackedRow, torch.Tensor, torch.Tensor], tuple[torch.Tensor, 
 
 
 def forward_only(model: torch.nn.Module, rows: Sequence[PackedRow], *, temperature: float, device: torch.device) -> list[torch.Tensor]:
-    """[N, 2] log-prob and entropy of every target of every row, on the last stage; an empty list on the others."""
+    """[N] log-probs of every target of every row, on the last stage; an empty list on the others."""
 
     def keep(output: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
-        return output.detach().cpu()
+        return output[:, 0].detach().cpu()
 
     model.eval()
     with torch.no_grad():
@@ -56,7 +56,7 @@ def _run(
 ) -> list[Any]:
     def step(iterator: Iterator[PackedRow], stage: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
         row = to_device(next(iterator), device)
-        head = HeadInputs(predictor=row.predictor, targets=row.targets, temperature=temperature)
+        head = HeadInputs(row.predictor, row.targets, temperature, need_entropy=not options["forward_only"])
         output = stage(
             input_ids=row.token_ids[None], position_ids=row.position_ids[None], attention_mask=row.subtree_end.cpu(), labels=head
         )

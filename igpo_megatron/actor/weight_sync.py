@@ -108,7 +108,7 @@ def canary_group(vocab_size: int, num_tokens: int, seed: int) -> RolloutGroup:
 def canary_logprobs(policy: Policy, group: RolloutGroup) -> list[float]:
     """The policy's raw log-probs (temperature 1) of the canary's tokens, on every rank."""
     rows = pack_for_scoring([group], row_tokens=len(group.context(1)), multiple=policy.row_multiple)
-    return policy.log_probs(rows, temperature=1.0)[0][:, 0].tolist()
+    return policy.log_probs(rows, temperature=1.0)[0].tolist()
 
 
 def check_canary(policy_logprobs: list[float], engine_logprobs: list[list[float]], max_gap: float, version: int) -> float:

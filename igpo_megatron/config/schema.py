@@ -64,6 +64,12 @@ class Model(Section):
     backend: Literal["auto", "local", "te"] = "auto"
     """Layer implementation: Megatron's local layers, or TransformerEngine; `auto` takes te on CUDA when importable."""
 
+    head: Literal["auto", "torch", "triton"] = "auto"
+    """What turns hidden states into log-probs; `auto` takes the Triton kernels on CUDA where triton is importable."""
+
+    head_form: Literal["auto", "fused", "chunks"] = "auto"
+    """How the Triton forward runs: one fused kernel, or cuBLAS chunks; `auto` looks the sizes up in kernels/head_forms.json."""
+
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation: core attention only (selective) or every layer (full)."""
 

@@ -1,26 +1,28 @@
 """Log-probability of chosen tokens straight from hidden states: hidden x weight -> log-prob, entropy, never an [N, V] tensor.
 
-With logits z = hidden . weight^T / temperature, each rank reduces its vocabulary shard, chunk by chunk of rows, to four numbers
-per row; one all-gather of that [N, 4] record merges the shards:
+    hidden [M, H] --rows--> [N, H] --this shard (torch_chunked | triton_head)--> record [N, 4] --one all-gather--> logp, entropy, lse
 
-    m = max z,  s = sum exp(z - m),  u = sum z exp(z - m),  t = z[target] (0 where the target lives elsewhere)
-    M = max m_r,  S = sum s_r exp(m_r - M)
-    lse = M + log S      logp = sum t_r - lse      entropy = lse - (sum u_r exp(m_r - M)) / S
-
-Backward recomputes z exactly. With p = exp(z - lse) and upstream gradients g (logp), h (entropy), e (lse):
-
-    dz = (g (1[target] - p) + e p - h p (z - lse + entropy)) / temperature
+Formulas are in torch_chunked. Backward recomputes the logits exactly. No atomics: two runs give the same bits.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import importlib.util
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
-CHUNK_BYTES = 32 * 2**20
-"""Workspace for one chunk of fp32 logits."""
+from igpo_megatron.kernels import forms, torch_chunked
+
+logger = logging.getLogger(__name__)
+
+Implementation = Literal["auto", "torch", "triton"]
+Form = Literal["auto", "fused", "chunks"]
 
 
 def linear_logprob(
@@ -33,18 +35,26 @@ def linear_logprob(
     vocab_size: int | None = None,
     temperature: float = 1.0,
     tp_group: dist.ProcessGroup | None = None,
+    need_entropy: bool = True,
+    implementation: Implementation = "auto",
+    form: Form = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Log-prob of each target, entropy of its distribution and log-sum-exp of its logits.
 
     Args:
         hidden: [M, H]; the same on every rank of `tp_group`.
-        weight: [v, H], this rank's vocabulary rows; gradients accumulate in its dtype.
-        targets: [N] int64, global token ids.
+        weight: [v, H] of the same dtype, this rank's vocabulary rows; shards may be unequal. Gradients are accumulated in fp32.
+        targets: [N] int64, global token ids. Negative (-100): ignored, all three results are 0 and no gradient flows.
+            A padding token's log-prob is -inf.
         rows: [N] int64, row of `hidden` that predicts each target, repeats allowed; None means N = M in order.
         vocab_start: global id of `weight[0]`.
         vocab_size: number of real tokens; columns from there on are padding and count as -inf. None: no padding.
         temperature: logits are divided by it, > 0.
         tp_group: ranks that share the vocabulary; None for one rank.
+        need_entropy: without it the entropy is not computed: zeros that carry no gradient.
+        implementation: `auto` is triton on CUDA where it is importable, else torch.
+        form: how triton runs forward: `fused` streams the weight through one kernel, `chunks` lets cuBLAS write chunks of logits.
+            `auto` asks head_forms.json. Without meaning for torch.
 
     Returns:
         (logp, entropy, lse), each [N] fp32, in nats.
@@ -54,97 +64,140 @@ def linear_logprob(
     """
     if temperature <= 0:
         raise ValueError(f"temperature={temperature}: expected a positive number")
+    if hidden.dtype != weight.dtype:
+        raise ValueError(f"hidden is {hidden.dtype} and weight is {weight.dtype}: expected one dtype")
     if rows is not None:
-        hidden = hidden.index_select(0, rows)
+        hidden = gather_rows(hidden, rows)
     if len(hidden) != len(targets):
         raise ValueError(f"{len(hidden)} rows of hidden states for {len(targets)} targets")
-    valid = weight.shape[0]
+    valid = len(weight)
     if vocab_size is not None:
         valid = max(0, min(valid, vocab_size - vocab_start))
-    return _LinearLogprob.apply(hidden, weight, targets, vocab_start, valid, temperature, tp_group)
+    partials, gradients = _functions(implementation, form, hidden, weight)
+    call = _Call(partials, gradients, vocab_start, valid, float(temperature), need_entropy, tp_group)
+    return _LinearLogprob.apply(hidden, weight, targets, call)
 
 
-def _logits(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:
-    """[n, v] fp32; products of low-precision inputs are accumulated and kept in fp32."""
-    if hidden.dtype == torch.float32:
-        logits = hidden @ weight.t()
-    elif hidden.is_cuda:
-        logits = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
-    else:
-        logits = hidden.float() @ weight.float().t()
-    return logits.div_(temperature)
+def resolve(implementation: str, device: torch.device) -> str:
+    """`torch` or `triton` for tensors on `device`; logged once per process. ValueError where triton is asked for and cannot run."""
+    return _resolve(implementation, device.type)
+
+
+def gather_rows(hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """hidden[rows], [M, H], [N] -> [N, H], whose gradient is the same bits every time however often a row repeats."""
+    return _GatherRows.apply(hidden, rows)
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What one call's forward and backward share besides tensors."""
+
+    partials: Callable[..., torch.Tensor]
+    gradients: Callable[..., tuple[torch.Tensor | None, torch.Tensor | None]]
+    vocab_start: int
+    valid: int
+    temperature: float
+    need_entropy: bool
+    tp_group: dist.ProcessGroup | None
 
 
 class _LinearLogprob(torch.autograd.Function):
-    """Row-chunked torch implementation; the reference of every faster one."""
+    """Merges the shards' records forward; hands every row's coefficients to the shard backward."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        targets: torch.Tensor,
-        vocab_start: int,
-        valid: int,
-        temperature: float,
-        tp_group: dist.ProcessGroup | None,
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, call: _Call
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        record = hidden.new_zeros((len(targets), 4), dtype=torch.float32)
-        record[:, 0] = -torch.inf
-        local = targets - vocab_start
-        here = (local >= 0) & (local < valid)
-        if valid:
-            for part in _chunks(len(targets), valid):
-                z = _logits(hidden[part], weight[:valid], temperature)
-                top = z.amax(-1)
-                exp = (z - top[:, None]).exp_()
-                record[part, 0] = top
-                record[part, 1] = exp.sum(-1)
-                record[part, 2] = (exp * z).sum(-1)
-                picked = z.gather(-1, local[part].clamp(0, valid - 1)[:, None])[:, 0]
-                record[part, 3] = torch.where(here[part], picked, 0.0)
-        records = _all_gather(record, tp_group)
-        top = records[..., 0].amax(0)
-        scale = (records[..., 0] - top).exp()
-        total = (records[..., 1] * scale).sum(0)
-        lse = top + total.log()
-        logp = records[..., 3].sum(0) - lse
-        entropy = lse - (records[..., 2] * scale).sum(0) / total
-        ctx.save_for_backward(hidden, weight, local, here, lse, entropy)
-        ctx.valid, ctx.temperature = valid, temperature
-        return logp, entropy, lse
+        local = targets - call.vocab_start
+        local = torch.where((local >= 0) & (local < call.valid), local, -1)
+        record = call.partials(hidden, weight, local, call.valid, call.temperature, call.need_entropy)
+        top, total, product, picked = torch_chunked.fold(_all_gather(record, call.tp_group)).unbind(-1)
+        log_total = total.log()
+        lse = top + log_total
+        entropy = log_total - product / total if call.need_entropy else torch.zeros_like(lse)
+        ignored = targets < 0
+        ctx.save_for_backward(hidden, weight, local, ignored, lse, entropy)
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        outputs = ((picked - lse).masked_fill(ignored, 0.0), entropy.masked_fill(ignored, 0.0), lse.masked_fill(ignored, 0.0))
+        if not call.need_entropy:
+            ctx.mark_non_differentiable(outputs[1])
+        return outputs
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        grad_logp, grad_entropy, grad_lse = grads
-        hidden, weight, local, here, lse, entropy = ctx.saved_tensors
-        grad_hidden = torch.zeros_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        if ctx.valid:
-            used = weight[: ctx.valid]
-            for part in _chunks(len(local), ctx.valid):
-                z = _logits(hidden[part], used, ctx.temperature)
-                log_p = z.sub_(lse[part, None])
-                p = log_p.exp()
-                slope = grad_lse[part, None] - grad_logp[part, None] - grad_entropy[part, None] * (log_p + entropy[part, None])
-                dz = p.mul_(slope)
-                at = here[part].nonzero()[:, 0]
-                dz[at, local[part][at]] += grad_logp[part][at]
-                dz.div_(ctx.temperature)
-                grad_hidden[part] = (dz @ used.float()).to(hidden.dtype)
-                grad_weight[: ctx.valid].addmm_(dz.t(), hidden[part].float())
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        hidden, weight, local, ignored, lse, entropy = ctx.saved_tensors
+        g, h, e = (torch.zeros_like(lse) if grad is None else grad.masked_fill(ignored, 0.0) for grad in grads)
+        coefficients = torch.stack((lse, g, e - g - h * entropy, h), -1)
+        call = ctx.call
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        found = call.gradients(hidden, weight, local, call.valid, call.temperature, coefficients, need_hidden, need_weight)
+        return *found, None, None
 
 
-def _chunks(rows: int, columns: int) -> list[slice]:
-    size = max(1, CHUNK_BYTES // (4 * columns))
-    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+class _GatherRows(torch.autograd.Function):
+    """index_select whose backward does not add with CUDA atomics."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(rows)
+        ctx.shape = hidden.shape
+        return hidden.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        (grad,) = grads
+        total = grad.new_zeros(ctx.shape)
+        # On CUDA index_put_ sorts the indices before it adds, index_add_ uses atomics; on CPU index_add_ is the sequential one.
+        return (total.index_put_((rows,), grad, accumulate=True) if grad.is_cuda else total.index_add_(0, rows, grad)), None
+
+
+def _functions(implementation: str, form: str, hidden: torch.Tensor, weight: torch.Tensor) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """(partials, gradients) of one vocabulary shard."""
+    if form not in ("auto", *forms.FORMS):
+        raise ValueError(f"model.head_form={form}: expected auto or one of {', '.join(forms.FORMS)}")
+    if resolve(implementation, hidden.device) == "torch":
+        return torch_chunked.partials, torch_chunked.gradients
+    from igpo_megatron.kernels import triton_head
+
+    if hidden.dtype not in triton_head.DTYPES:
+        raise ValueError(f"hidden is {hidden.dtype}: the triton implementation takes bf16, fp16 or fp32; use model.head=torch")
+    if form == "auto":
+        device = torch.cuda.get_device_name(hidden.device) if hidden.is_cuda else "cpu"
+        form = forms.choose(device, len(hidden), hidden.shape[1], len(weight))
+    return triton_head.FORWARDS[form], triton_head.gradients
+
+
+@functools.cache
+def _resolve(implementation: str, device_type: str) -> str:
+    if implementation not in ("auto", "torch", "triton"):
+        raise ValueError(f"model.head={implementation}: expected auto, torch or triton")
+    # The interpreter runs on CPU too, but only for who asks for it by name.
+    wanted = implementation == "triton" or (implementation == "auto" and device_type == "cuda")
+    problem = _why_no_triton(device_type) if wanted else None
+    if implementation == "triton" and problem:
+        raise ValueError(f"model.head=triton on {device_type}: {problem}; use auto or torch")
+    chosen = "triton" if wanted and not problem else "torch"
+    logger.info("log-probs (model.head=%s) on %s: %s", implementation, device_type, chosen)
+    return chosen
+
+
+def _why_no_triton(device_type: str) -> str | None:
+    """None where the kernels can run."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not importable"
+    from igpo_megatron.kernels import triton_head
+
+    if device_type != "cuda" and not triton_head.INTERPRETED:
+        return "the kernels are compiled for CUDA; set TRITON_INTERPRET=1 before Python starts to run them on CPU"
+    return None
 
 
 def _all_gather(record: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """[ranks, N, 4]"""
+    """[N, 4] -> [ranks, N, 4], in one collective."""
     if group is None or group.size() == 1:
         return record[None]
-    parts = [torch.empty_like(record) for _ in range(group.size())]
-    dist.all_gather(parts, record, group=group)
-    return torch.stack(parts)
+    gathered = record.new_empty((group.size() * len(record), 4))
+    dist.all_gather_into_tensor(gathered, record, group=group)
+    return gathered.view(group.size(), *record.shape)

@@ -11,6 +11,7 @@ with Tracker(folder, config.track, name=config.run.name, total_steps=40) as trac
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import re
@@ -165,6 +166,21 @@ class Tracker:
         """Print a line for people, above the live display."""
         if not self.quiet:
             self._console.print(Text(text), soft_wrap=True)
+
+    @contextmanager
+    def shows_log(self, name: str) -> Iterator[None]:
+        """Inside, what this logger and those below it say from INFO on is printed like a message."""
+        handler = logging.Handler()
+        handler.emit = lambda record: self.message(record.getMessage())  # type: ignore[method-assign]
+        logger = logging.getLogger(name)
+        level = logger.level
+        logger.setLevel(logging.INFO)
+        logger.addHandler(handler)
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+            logger.setLevel(level)
 
     def _write(self, step: int, metrics: Mapping[str, float], times: Mapping[str, float]) -> None:
         """Append the step's row, or replace the last row when it is the same step's."""

@@ -46,7 +46,7 @@ BF16_BOUND = 0.15
 def scored_nodes(policy: Policy, groups: list[RolloutGroup], scorer: ProbeScorer = "fold") -> list[list[float]]:
     """Log-probs of every action and probe node."""
     rows = pack_for_scoring(groups, row_tokens=ROW_TOKENS, multiple=policy.row_multiple, scorer=scorer)
-    scatter(rows, [result[:, 0] for result in policy.log_probs(rows)], groups, "old_logprobs")
+    scatter(rows, policy.log_probs(rows), groups, "old_logprobs")
     return [node.old_logprobs for group in groups for node in group.nodes]
 
 
@@ -223,7 +223,7 @@ def misplaced(policy: Policy, groups: list[RolloutGroup]) -> list[list[float]]:
     rows = pack_for_scoring(groups, row_tokens=ROW_TOKENS, multiple=1)
     for row in rows:
         row.position_ids = torch.arange(row.num_tokens)
-    scatter(rows, [result[:, 0] for result in policy.log_probs(rows)], groups, "old_logprobs")
+    scatter(rows, policy.log_probs(rows), groups, "old_logprobs")
     return [node.old_logprobs for group in groups for node in group.nodes]
 
 

@@ -1,133 +1,247 @@
-"""linear_logprob against a plain fp64 log-softmax, in values and gradients."""
+"""linear_logprob against a plain fp64 log-softmax, in values and gradients: the torch twin, and the kernels in Triton's interpreter.
+
+The interpreter must be chosen before triton is first imported, and in a whole test run Megatron has imported it long before:
+`test_the_kernels_pass_the_same_checks_in_the_interpreter` runs this file once more in a process of its own. By hand:
+
+    TRITON_INTERPRET=1 pytest tests/unit/test_linear_logprob.py
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import logging
+import multiprocessing
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
+import torch.distributed as dist
+from linear_logprob_checks import BF16_CHECKS, CASES, Case, Setup, differences, every_check, oracle, run
 
+from igpo_megatron.kernels import forms, torch_chunked
 from igpo_megatron.kernels import linear_logprob as module
-from igpo_megatron.kernels.linear_logprob import linear_logprob
+from igpo_megatron.kernels.linear_logprob import gather_rows, linear_logprob, resolve
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+DTYPES = (torch.float32, torch.bfloat16)
+TORCH = [Setup("torch", dtype=dtype) for dtype in DTYPES]
+TRITON = [Setup("triton", form, dtype=dtype) for form in forms.FORMS for dtype in DTYPES] if INTERPRETED else []
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter's own process")
+compiled = pytest.mark.skipif(INTERPRETED or not HAS_TRITON, reason="needs triton without its interpreter")
 
 
-def inputs(rows: int, hidden: int, vocab: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> tuple[torch.Tensor, ...]:
-    generator = torch.Generator().manual_seed(rows + hidden + vocab)
-    return (
-        (scale * torch.randn(rows, hidden, generator=generator, dtype=torch.float64)).to(dtype),
-        torch.randn(vocab, hidden, generator=generator, dtype=torch.float64).to(dtype),
-        torch.randint(0, vocab, (rows,), generator=generator),
-    )
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several chunks in every case of more than a few rows, the last one ragged."""
+    monkeypatch.setattr(torch_chunked, "CHUNK_BYTES", 4 * 123 * 7)
+    if INTERPRETED:
+        from igpo_megatron.kernels import triton_head
+
+        monkeypatch.setattr(triton_head, "CHUNK_BYTES", 4 * 32 * 256)
+        monkeypatch.setattr(triton_head, "ROW_BLOCK", 32)
+        monkeypatch.setattr(triton_head, "BLOCK", {"BLOCK_R": 32, "BLOCK": 128})
 
 
-def oracle(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    logprobs = torch.log_softmax(hidden.double() @ weight.double().t() / temperature, -1)
-    return logprobs.gather(-1, targets[:, None])[:, 0], -(logprobs.exp() * logprobs).sum(-1)
+@every_check
+@pytest.mark.parametrize("setup", TORCH + TRITON, ids=str)
+def test_of(check: Callable[[Setup], None], setup: Setup) -> None:
+    if setup.dtype == torch.bfloat16 and check not in BF16_CHECKS:
+        pytest.skip("the dtype does not matter")
+    check(setup)
 
 
-@pytest.mark.parametrize(("rows", "hidden", "vocab"), [(1, 8, 11), (47, 31, 123), (130, 16, 500)])
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_values_and_gradients_equal_log_softmax_in_fp64(
-    rows: int, hidden: int, vocab: int, temperature: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "CHUNK_BYTES", 4 * vocab * 7)  # several chunks, the last one ragged
-    h, w, targets = inputs(rows, hidden, vocab)
-    h.requires_grad_(), w.requires_grad_()
-    logp, entropy, lse = linear_logprob(h, w, targets, temperature=temperature)
-    h64, w64 = h.detach().double().requires_grad_(), w.detach().double().requires_grad_()
-    expected, expected_entropy = oracle(h64, w64, targets, temperature)
-    assert torch.allclose(logp.double(), expected, atol=2e-5)
-    assert torch.allclose(entropy.double(), expected_entropy, atol=2e-5)
-    assert torch.allclose(lse.double(), torch.logsumexp(h64 @ w64.t() / temperature, -1), atol=2e-5)
-    upstream = torch.randn(2, rows, generator=torch.Generator().manual_seed(0))
-    (upstream[0] @ logp + upstream[1] @ entropy).backward()
-    (upstream[0].double() @ expected + upstream[1].double() @ expected_entropy).backward()
-    for found, wanted in ((h.grad, h64.grad), (w.grad, w64.grad)):
-        assert float((found.double() - wanted).abs().max() / wanted.abs().max()) < 1e-5
+@pytest.mark.skipif(INTERPRETED or not HAS_TRITON, reason="is this test" if INTERPRETED else "triton is not installed")
+def test_the_kernels_pass_the_same_checks_in_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", __file__, "-k", "triton", "-x"]
+    root = Path(__file__).parents[2]
+    result = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=250, cwd=root)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-1000:]
+    assert "passed" in result.stdout
 
 
-def test_a_gradient_without_the_entropy_term_would_be_noticed() -> None:
-    h, w, targets = inputs(5, 8, 20)
-    h.requires_grad_()
-    logp, entropy, _ = linear_logprob(h, w, targets)
-    (partial,) = torch.autograd.grad(logp.sum(), h, retain_graph=True)
-    (whole,) = torch.autograd.grad((logp + entropy).sum(), h)
-    assert float((whole - partial).abs().max()) > 1e-2
+def _rank(rank: int, cuts: tuple[int, ...], setup: Setup, folder: Path) -> None:
+    """One tensor-parallel rank over gloo; leaves its answer in the folder."""
+    torch.set_num_threads(1)
+    size = len(cuts) - 1
+    dist.init_process_group("gloo", store=dist.FileStore(str(folder / f"store{size}"), size), rank=rank, world_size=size)
+    given = TP_CASE.inputs(setup)
+    start, stop = cuts[rank], cuts[rank + 1]
+    shard = type(given)(given.hidden, given.weight[start:stop], given.targets, given.rows, given.upstream)
+    answer = run(TP_CASE, setup, shard, vocab_start=start, tp_group=dist.group.WORLD)
+    dist.all_reduce(answer.grad_hidden)
+    torch.save(answer, folder / f"{size}-{rank}.pt")
+    dist.destroy_process_group()
 
 
-def test_vocabulary_shards_add_up_to_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two unequal shards, the second with padding, merged by hand the way the all-gather merges them."""
-    h, w, targets = inputs(9, 8, 30)
-    expected, expected_entropy = oracle(h, w, targets, 1.0)
-    parts = [(w[:17], 0), (torch.cat((w[17:], torch.full((5, 8), 50.0))), 17)]
-    records: list[torch.Tensor] = []
-    monkeypatch.setattr(module, "_all_gather", lambda record, group: records.append(record) or record[None])
-    for shard, start in parts:
-        linear_logprob(h, shard, targets, vocab_start=start, vocab_size=30)
-    monkeypatch.setattr(module, "_all_gather", lambda record, group: torch.stack(records))
-    logp, entropy, _ = linear_logprob(h, parts[0][0], targets, vocab_start=0, vocab_size=30)
-    assert torch.allclose(logp.double(), expected, atol=1e-5)
-    assert torch.allclose(entropy.double(), expected_entropy, atol=1e-5)
+TP_CASE = Case("tensor_parallel", 29, 20, 290, temperature=0.8, padding=60, ignored=(3,), repeated=11)
+CUTS = {2: (0, 170, 350), 4: (0, 100, 101, 300, 350)}
+"""Unequal shards; of four, one is a single column and the last is nothing but padding."""
 
 
-def test_padding_columns_count_as_minus_infinity() -> None:
-    h, w, targets = inputs(6, 8, 20)
-    padded = torch.cat((w, 100 * torch.ones(12, 8)))
-    padded.requires_grad_()
-    logp, _, _ = linear_logprob(h, padded, targets, vocab_size=20)
-    assert torch.allclose(logp, linear_logprob(h, w, targets)[0], atol=1e-6)
-    logp.sum().backward()
-    assert float(padded.grad[20:].abs().max()) == 0.0
-    assert float((linear_logprob(h, padded, targets)[0] - logp).detach().abs().max()) > 1.0
+def test_one_two_and_four_ranks_over_gloo_agree(tmp_path: Path) -> None:
+    """With the torch twin; the merge is the same for the kernels, whose shards are merged by hand in another check."""
+    setup = Setup("torch")
+    whole = run(TP_CASE, setup)
+    assert differences(whole, oracle(TP_CASE, setup), setup) == []
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=_rank, args=(rank, cuts, setup, tmp_path)) for cuts in CUTS.values() for rank in range(len(cuts) - 1)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+    assert [process.exitcode for process in ranks] == [0] * len(ranks)
+    for size in CUTS:
+        answers = [torch.load(tmp_path / f"{size}-{rank}.pt", weights_only=False) for rank in range(size)]
+        grad_weight = torch.cat([answer.grad_weight for answer in answers])
+        for answer in answers:
+            merged = type(whole)(answer.logp, answer.entropy, answer.lse, answer.grad_hidden, grad_weight)
+            assert differences(merged, whole, setup) == []
+            assert float((answer.logp - whole.logp).abs().max()) < 3e-6
 
 
-def test_rows_may_repeat_and_their_gradients_add() -> None:
-    h, w, _ = inputs(3, 8, 20)
-    h.requires_grad_()
-    targets = torch.tensor([4, 9, 4, 1])
-    logp, _, _ = linear_logprob(h, w, targets, torch.tensor([2, 2, 0, 1]))
-    expected, _ = oracle(h.detach()[[2, 2, 0, 1]], w, targets, 1.0)
-    assert torch.allclose(logp.double(), expected, atol=1e-5)
-    (one,) = torch.autograd.grad(logp[0] + logp[1], h)
-    parts = [torch.autograd.grad(linear_logprob(h, w, targets[i : i + 1], torch.tensor([2]))[0].sum(), h)[0] for i in (0, 1)]
-    assert torch.allclose(one, parts[0] + parts[1], atol=1e-6)
-
-
-def test_huge_logits_stay_finite_and_no_rows_are_allowed() -> None:
-    h, w, targets = inputs(4, 8, 20, scale=40.0)
-    logp, entropy, _ = linear_logprob(h, w, targets)
-    expected, expected_entropy = oracle(h, w, targets, 1.0)
-    assert torch.allclose(logp.double(), expected, rtol=1e-5, atol=1e-3)
-    assert torch.allclose(entropy.double(), expected_entropy, atol=1e-4)
-    empty, _, _ = linear_logprob(h.requires_grad_(), w, targets[:0], targets[:0])
-    empty.sum().backward()
-    assert float(h.grad.abs().max()) == 0.0
-
-
-def test_low_precision_inputs_are_accumulated_in_fp32() -> None:
-    h, w, targets = inputs(20, 64, 300, torch.bfloat16)
-    logp, _, _ = linear_logprob(h, w, targets)
-    expected, _ = oracle(h, w, targets, 1.0)
-    assert logp.dtype == torch.float32
-    assert float((logp.double() - expected).abs().max()) < 1e-4
-    rounded = torch.log_softmax((h @ w.t()).float(), -1).gather(-1, targets[:, None])[:, 0]
-    assert float((rounded.double() - expected).abs().max()) > 1e-2
-
-
-def test_gradcheck_in_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
-    h, w, targets = inputs(3, 4, 7, torch.float64)
-    monkeypatch.setattr(torch, "float32", torch.float64)
-    monkeypatch.setattr(module, "_logits", lambda hidden, weight, temperature: (hidden @ weight.t()) / temperature)
+def test_gradcheck_in_fp64() -> None:
+    given = Case("small", 5, 4, 8, padding=1).inputs(Setup("torch", dtype=torch.float64))
+    targets = given.targets.clone()
+    targets[2] = -100
 
     def function(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        logp, entropy, lse = linear_logprob(hidden, weight, targets, temperature=0.7)
-        return torch.stack((logp, entropy, lse))
+        rows = torch.tensor([0, 1, 2, 1, 1])
+        return torch.stack(linear_logprob(hidden, weight, targets, rows, vocab_size=8, temperature=0.7))
 
-    original = torch.Tensor.float
-    monkeypatch.setattr(torch.Tensor, "float", lambda self: self if self.dtype == torch.float64 else original(self))
-    assert torch.autograd.gradcheck(function, (h.requires_grad_(), w.requires_grad_()))
+    assert torch.autograd.gradcheck(function, (given.hidden.requires_grad_(), given.weight.requires_grad_()))
 
 
-@pytest.mark.parametrize(("temperature", "rows"), [(0.0, 4), (1.0, 3)])
-def test_bad_arguments_are_named(temperature: float, rows: int) -> None:
-    h, w, targets = inputs(4, 8, 20)
-    with pytest.raises(ValueError, match=r"temperature=0.0|3 rows of hidden states for 4 targets"):
-        linear_logprob(h[:rows], w, targets, temperature=temperature)
+def test_gather_rows_adds_the_gradients_of_repeated_rows() -> None:
+    hidden = torch.arange(6.0).view(3, 2).requires_grad_()
+    found = gather_rows(hidden, torch.tensor([2, 2, 0, 2]))
+    assert found.tolist() == [[4.0, 5.0], [4.0, 5.0], [0.0, 1.0], [4.0, 5.0]]
+    found.backward(torch.tensor([[1.0, 10.0], [2.0, 20.0], [3.0, 30.0], [4.0, 40.0]]))
+    assert hidden.grad.tolist() == [[3.0, 30.0], [0.0, 0.0], [7.0, 70.0]]
+
+
+@pytest.mark.parametrize("programs", [1, 9])
+@interpreted
+def test_triton_gives_the_same_with_any_number_of_splits(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from igpo_megatron.kernels import triton_head
+
+    case, setup = CASES[2], Setup("triton", "fused")
+    usual = run(case, setup)
+    monkeypatch.setattr(triton_head, "_programs", lambda device, block: 5 * programs)
+    other = run(case, setup)
+    assert differences(other, usual, setup) == []
+    assert float((other.logp - usual.logp).abs().max()) < 3e-6
+
+
+@interpreted
+def test_triton_auto_takes_the_form_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    from igpo_megatron.kernels import triton_head
+
+    called: list[str] = []
+    for form, function in triton_head.FORWARDS.items():
+        monkeypatch.setitem(triton_head.FORWARDS, form, lambda *args, form=form, function=function: called.append(form) or function(*args))
+    for rows in (3, 300):
+        run(Case("small", rows, 8, 20), Setup("triton"))
+    assert called == ["fused", "chunks"]
+
+
+def test_no_split_is_empty_and_together_they_cover_every_tile() -> None:
+    pytest.importorskip("triton")
+    from igpo_megatron.kernels.triton_head import _splits
+
+    for row_tiles in (1, 3, 32, 500):
+        for tiles in (1, 5, 131, 594, 1188):
+            per_split, splits = _splits(row_tiles, tiles, 132)
+            assert (splits - 1) * per_split < tiles <= splits * per_split
+    assert _splits(1, 1188, 132) == (9, 132)
+
+
+@compiled
+@pytest.mark.parametrize(("rows", "dtype"), [(10, "bf16"), (64, "bf16"), (128, "bf16"), (4096, "bf16"), (4096, "fp32")])
+def test_the_streaming_kernel_compiles_for_an_h100_without_one(rows: int, dtype: str) -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from igpo_megatron.kernels import triton_head
+
+    if "nvidia" not in triton.backends.backends:
+        pytest.skip("triton has no nvidia backend")
+    constants = triton_head._stream_blocks(rows, torch.bfloat16 if dtype == "bf16" else torch.float32)
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+    constants |= {"H": 900, "ENTROPY": True, "PRECISION": "ieee" if dtype == "fp32" else "tf32"}
+    types = {"hidden": f"*{dtype}", "weight": f"*{dtype}", "targets": "*i64", "records": "*fp32", "inverse_temperature": "fp32"}
+    names = triton_head._stream.arg_names
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    positions = {(names.index(name),): value for name, value in constants.items()}
+    kernel = triton.compile(ASTSource(triton_head._stream, signature, positions), target=GPUTarget("cuda", 90, 32), options=options)
+    assert kernel.metadata.shared < 227 * 1024
+    assert ("wgmma" in kernel.asm["ptx"]) == (dtype == "bf16" and rows >= 64)
+
+
+def test_the_table_is_read_rule_by_rule() -> None:
+    table = {
+        "default": {"rules": [{"max_rows": 256, "form": "fused"}, {"form": "chunks"}]},
+        "GPU": {"rules": [{"max_hidden": 1024, "max_vocab": 1000, "form": "fused"}, {"max_rows": 64, "form": "fused"}, {"form": "chunks"}]},
+    }
+    assert [forms.choose("other", rows, 64, 100, table) for rows in (0, 256, 257)] == ["fused", "fused", "chunks"]
+    assert forms.choose("GPU", 9999, 1024, 1000, table) == "fused"
+    assert forms.choose("GPU", 9999, 1024, 1001, table) == "chunks"
+    assert forms.choose("GPU", 64, 4096, 1001, table) == "fused"
+    with pytest.raises(ValueError, match="no rule covers N=9, H=1, v=1"):
+        forms.choose("GPU", 9, 1, 1, {"default": {"rules": [{"max_rows": 8, "form": "fused"}]}})
+
+
+def test_the_committed_table_covers_everything_and_says_where_it_comes_from() -> None:
+    table = json.loads(forms.TABLE.read_text(encoding="utf-8"))
+    assert "default" in table
+    for entry in table.values():
+        assert entry["source"].startswith(("reasoned", "measured"))
+        assert all(rule["form"] in forms.FORMS for rule in entry["rules"])
+        assert entry["rules"][-1].keys() == {"form"}
+
+
+def test_auto_is_torch_on_cpu_and_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    module._resolve.cache_clear()
+    with caplog.at_level(logging.INFO, logger=module.__name__):
+        assert [resolve("auto", torch.device("cpu")) for _ in range(3)] == ["torch"] * 3
+    assert [record.message for record in caplog.records] == ["log-probs (model.head=auto) on cpu: torch"]
+
+
+def test_asking_for_kernels_that_cannot_run_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = CASES[0].inputs(Setup("triton"))
+    if HAS_TRITON and not INTERPRETED:
+        with pytest.raises(ValueError, match=r"model\.head=triton on cpu: .* set TRITON_INTERPRET=1"):
+            linear_logprob(given.hidden, given.weight, given.targets, implementation="triton")
+    module._resolve.cache_clear()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"model\.head=triton on cuda: triton is not importable; use auto or torch"):
+        resolve("triton", torch.device("cuda"))
+    assert resolve("auto", torch.device("cuda")) == "torch"
+    module._resolve.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": 0.0}, "temperature=0.0: expected a positive number"),
+        ({"rows": torch.tensor([0, 1])}, "2 rows of hidden states for 4 targets"),
+        ({"implementation": "cuda"}, "model.head=cuda: expected auto, torch or triton"),
+        ({"form": "fast"}, "model.head_form=fast: expected auto or one of fused, chunks"),
+    ],
+)
+def test_bad_arguments_are_named(options: dict[str, object], message: str) -> None:
+    given = Case("bad", 4, 8, 20).inputs(Setup("torch"))
+    with pytest.raises(ValueError, match=message):
+        linear_logprob(given.hidden, given.weight, given.targets, **options)
+
+
+def test_two_dtypes_are_an_error() -> None:
+    given = Case("bad", 4, 8, 20).inputs(Setup("torch"))
+    with pytest.raises(ValueError, match=r"hidden is torch.bfloat16 and weight is torch.float32"):
+        linear_logprob(given.hidden.bfloat16(), given.weight, given.targets)

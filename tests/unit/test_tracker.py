@@ -1,5 +1,6 @@
 import io
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -175,6 +176,16 @@ def test_a_terminal_shows_phase_progress_numbers_and_eta_in_place(tmp_path, cloc
     assert second.rstrip() == "rollout 50% 3.0 s  reward +0.500  F1 0.125"
     assert "step 1/4  reward +0.500" in output.getvalue() and "resuming from [step 1]" in output.getvalue()
     assert "demo: startup" not in output.getvalue()
+
+
+def test_what_the_project_logs_is_printed_while_asked_for(tmp_path):
+    tracker, output = open_tracker(tmp_path)
+    log = logging.getLogger("igpo_megatron.kernels.somewhere")
+    with tracker.shows_log("igpo_megatron"):
+        log.info("log-probs on cpu: %s", "torch")
+        log.debug("details")
+    log.warning("nobody asked")
+    assert output.getvalue() == "log-probs on cpu: torch\n"
 
 
 def test_a_quiet_tracker_keeps_time_and_writes_nothing(tmp_path, clock):

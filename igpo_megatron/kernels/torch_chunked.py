@@ -1,0 +1,143 @@
+"""One vocabulary shard of `linear_logprob` in plain torch: the reference of every faster implementation, and the CPU's.
+
+With logits z = hidden . weight^T / temperature over the shard's valid columns, a row is reduced to a record of four numbers,
+
+    m = max z    s = sum exp(z - m)    u = sum (z - m) exp(z - m)    t = z[target], -inf where the target is not in this shard
+
+and records of disjoint columns fold into one (u is taken relative to m, so a large |z| costs the entropy no digits):
+
+    M = max m_r    S = sum s_r exp(m_r - M)    U = sum (u_r + s_r (m_r - M)) exp(m_r - M)    T = max t_r
+
+Backward recomputes z. With upstream gradients g of logp, h of the entropy, e of lse and log p = z - lse,
+
+    dz = (g 1[target] + p (a - h log p)) / temperature,    a = e - g - h entropy
+"""
+
+from __future__ import annotations
+
+import torch
+
+CHUNK_BYTES = 16 * 2**20
+"""Size of one chunk of logits; two are alive at a time."""
+
+
+def partials(
+    hidden: torch.Tensor, weight: torch.Tensor, local_targets: torch.Tensor, valid: int, temperature: float, need_entropy: bool
+) -> torch.Tensor:
+    """Record (m, s, u, t) of this shard for every row.
+
+    Args:
+        hidden: [N, H].
+        weight: [v, H], the same dtype.
+        local_targets: [N] int64, row of `weight`; -1 where the target is not in this shard.
+        valid: number of leading rows of `weight` that are tokens; the others count as -inf.
+        temperature: logits are divided by it.
+        need_entropy: u is 0 without it.
+
+    Returns:
+        [N, 4] in `accumulator(hidden.dtype)`, nats.
+    """
+    record = empty_records(hidden)
+    if not valid:
+        return record
+    used = _widened(weight[:valid])
+    for part in _row_chunks(len(hidden), valid):
+        z = matmul(_widened(hidden[part]), used.t()).div_(temperature)
+        target = local_targets[part]
+        picked = z.gather(-1, target.clamp(min=0)[:, None])[:, 0]
+        record[part, 3] = torch.where(target >= 0, picked, -torch.inf)
+        top = z.amax(-1)
+        exp = z.sub_(top[:, None]).exp()
+        record[part, 0] = top
+        record[part, 1] = exp.sum(-1)
+        if need_entropy:
+            record[part, 2] = exp.mul_(z).sum(-1)
+    return record
+
+
+def gradients(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    local_targets: torch.Tensor,
+    valid: int,
+    temperature: float,
+    coefficients: torch.Tensor,
+    need_hidden: bool,
+    need_weight: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """This shard's part of the gradient of `hidden` [N, H], and the gradient of `weight` [v, H]; None where not needed.
+
+    Args:
+        coefficients: [N, 4], per row (lse, g, a, h) of the formula above; the other arguments as in `partials`.
+
+    Both are accumulated in fp32 and returned in the inputs' dtype.
+    """
+    grad_hidden = torch.zeros_like(hidden) if need_hidden else None
+    grad_weight = torch.zeros_like(weight, dtype=accumulator(weight.dtype)) if need_weight else None
+    if valid and len(hidden):
+        used = _widened(weight[:valid])
+        for part in _row_chunks(len(hidden), valid):
+            rows = _widened(hidden[part])
+            lse, g, a, h = coefficients[part].unbind(-1)
+            log_p = matmul(rows, used.t()).div_(temperature).sub_(lse[:, None])
+            p = log_p.exp()
+            dz = p.mul_(log_p.mul_(-h[:, None]).add_(a[:, None]))
+            target = local_targets[part]
+            here = target >= 0
+            dz.scatter_add_(-1, target.clamp(min=0)[:, None], torch.where(here, g, 0.0)[:, None])
+            dz = dz.div_(temperature).to(rows.dtype)
+            if grad_hidden is not None:
+                grad_hidden[part] = matmul(dz, used)
+            if grad_weight is not None:
+                accumulate(grad_weight[:valid], dz.t(), rows)
+    return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
+
+
+def fold(records: torch.Tensor) -> torch.Tensor:
+    """Records of disjoint columns, [R, N, 4], as one record [N, 4]; an empty one is (-inf, 0, 0, -inf)."""
+    tops, sums, products, picked = records.unbind(-1)
+    top = tops.amax(0)
+    shift = torch.where(sums > 0, tops - top, 0.0)
+    scale = shift.exp()
+    return torch.stack((top, (sums * scale).sum(0), ((products + sums * shift) * scale).sum(0), picked.amax(0)), -1)
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """fp32 for everything but fp64, which only tests use."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def empty_records(hidden: torch.Tensor) -> torch.Tensor:
+    """[N, 4], the records of a shard without columns."""
+    record = hidden.new_zeros((len(hidden), 4), dtype=accumulator(hidden.dtype))
+    record[:, ::3] = -torch.inf
+    return record
+
+
+def matmul(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """a @ b accumulated and returned in fp32 (fp64 for fp64)."""
+    if a.dtype == accumulator(a.dtype):
+        return torch.mm(a, b, out=out)
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32, out=out) if out is not None else torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a.float(), b.float(), out=out)
+
+
+def accumulate(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """total += a @ b, with `total` in fp32 (fp64 for fp64)."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
+def _widened(tensor: torch.Tensor) -> torch.Tensor:
+    """On CPU low precision is widened once, not chunk by chunk; CUDA multiplies it as it is and accumulates in fp32."""
+    return tensor if tensor.is_cuda else tensor.to(accumulator(tensor.dtype))
+
+
+def _row_chunks(rows: int, columns: int) -> list[slice]:
+    size = max(1, CHUNK_BYTES // (4 * columns))
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
