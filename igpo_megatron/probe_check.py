@@ -70,13 +70,7 @@ def synthetic_group(*, turns: int, prompt_tokens: int, turn_tokens: int, probe_t
 
 def probe_logprobs(groups: Sequence[RolloutGroup]) -> list[float]:
     """Log-probs of the scored tokens of all probes, in order."""
-    return [
-        value
-        for group in groups
-        for node in group.nodes
-        if node.kind == "probe" and node.scored
-        for value in node.old_logprobs[slice(*node.scored)]
-    ]
+    return [value for group in groups for node in group.nodes if node.kind == "probe" for value in node.old_logprobs]
 
 
 def score_in_trainer(policy: Policy, groups: Sequence[RolloutGroup], scorer: ProbeScorer | None) -> int:
@@ -136,9 +130,9 @@ async def _score_in_engine(engines: EnginePool, groups: Sequence[RolloutGroup]) 
     tokens = 0
     for group in groups:
         for node in group.nodes:
-            if node.kind == "probe" and node.parent is not None:
+            if node.kind == "probe" and node.parent is not None and node.scored:
                 context = group.context(node.parent)
-                score = await engines.score_probe(context + node.token_ids, len(context), key=group.prompt.id)
+                score = await engines.score_probe(context + node.token_ids, len(context) + node.scored[0], key=group.prompt.id)
                 node.old_logprobs, node.weight_version = list(score.logprobs), score.weight_version
                 tokens += len(context) + len(node.token_ids)
     return tokens

@@ -427,8 +427,8 @@ def _values(group: RolloutGroup) -> dict[int, float]:
     """Mean log-prob of the answer (best alias) in the context that ends with a node, by that node's index."""
     values: dict[int, float] = {}
     for node in group.nodes:
-        if node.parent is not None and node.scored and node.old_logprobs:
-            value = fmean(node.old_logprobs[slice(*node.scored)])
+        if node.parent is not None and node.kind == "probe" and node.old_logprobs:
+            value = fmean(node.old_logprobs)
             values[node.parent] = max(value, values.get(node.parent, -math.inf))
     return values
 

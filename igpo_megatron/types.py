@@ -91,7 +91,7 @@ class ProbeScore:
     """What an engine says of one probe."""
 
     logprobs: tuple[float, ...]
-    """[L], nats, of every probe token, at temperature 1."""
+    """[stop - start], nats, of its scored tokens, at temperature 1."""
 
     weight_version: int
     """Version of the weights that computed them, all of them."""
@@ -121,7 +121,7 @@ class Node:
     """[L] for actions, by the engine; empty elsewhere."""
 
     old_logprobs: list[float] = field(default_factory=list)
-    """[L] for actions and probes once the actor has scored them (before the step); empty until then."""
+    """[L] for actions, [stop - start] for the `scored` tokens of probes, once they were scored (before the step); empty until then."""
 
     ref_logprobs: list[float] = field(default_factory=list)
     """[L] for actions, by the reference policy; empty where no KL term is used."""

@@ -1,7 +1,7 @@
 """Attention over packed trees inside Megatron's layers: the mask is `subtree_end`, one integer per token.
 
 Megatron hands its `attention_mask` argument through untouched, so it carries `subtree_end` [T], on the host; a row holds one
-batch entry. On CPU every chain of the row's plan is one call of SDPA with its keys gathered; on CUDA one compiled FlexAttention
+batch entry. On CPU the chains of the row's plan are calls of SDPA with their keys gathered; on CUDA one compiled FlexAttention
 runs over the whole row with a block mask. Neither works on pairs of tokens that do not see each other.
 """
 
@@ -56,19 +56,19 @@ class TreeAttention(MegatronModule):
 
 
 def chain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, subtree_end: torch.Tensor, scale: float) -> torch.Tensor:
-    """q [T, heads, d], k and v [T, kv_heads, d], subtree_end [T] -> [T, heads, d]: SDPA chain by chain."""
+    """q [T, heads, d], k and v [T, kv_heads, d], subtree_end [T] -> [T, heads, d]: SDPA call by call of the row's plan."""
     plan = plan_of(subtree_end)
     outputs = [
         F.scaled_dot_product_attention(
-            _heads_first(_rows(q, chain.queries)),
-            _heads_first(_rows(k, chain.keys)),
-            _heads_first(_rows(v, chain.keys)),
-            attn_mask=chain.mask,
-            is_causal=chain.mask is None,
+            _heads_first(_rows(q, call.queries)),
+            _heads_first(_rows(k, call.keys)),
+            _heads_first(_rows(v, call.keys)),
+            attn_mask=None if call.mask is None else call.mask.to(q.dtype),
+            is_causal=call.mask is None,
             scale=scale,
             enable_gqa=q.shape[1] != k.shape[1],
         )[0].transpose(0, 1)
-        for chain in plan.chains
+        for call in plan.calls
     ]
     output = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
     return output if plan.order is None else output.index_select(0, plan.order)

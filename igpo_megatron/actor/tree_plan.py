@@ -1,18 +1,19 @@
 """Who attends to whom in a row of packed trees, worked out once per row from `subtree_end` and used by every layer.
 
-    subtree_end [T] ──> runs of tokens ──> chains: a path from some token down to a leaf, always along the heaviest child
+    subtree_end [T] ──> runs of tokens ──> chains: a path from some token down to a leaf, along the heaviest child
                                              │
        trunk ─ trunk ─ trunk   chain 0:  prefix ()           causal over itself
          └ probe │             chain 1:  prefix trunk[:a]    causal over itself, all of the prefix
                  └ probe       chain 2:  prefix trunk[:b]    ...
 
-Every token is in one chain, so attention costs the sum of each chain times what it sees, with no work on masked pairs:
-a trunk with probes costs what the trunk alone costs, and the probes what they read.
+Every token is in one chain, so attention costs the sum of each chain times what it sees: a trunk with probes costs what the trunk
+alone costs, and the probes what they read. Short chains that read much the same are attended to in one call (`grouped`): a call
+and the keys gathered for it cost more than some masked pairs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -20,6 +21,15 @@ import torch
 
 PLANS = 16
 """Plans kept: more than the micro-batches in flight in any pipeline, so that recomputation finds the plan of its row."""
+
+CALL_COST, KEY_COST = 8000, 32
+"""A call of SDPA and a key gathered for it, in pairs of a query and a key; measured on a CPU at 4 heads of 32."""
+
+NEXT_BONUS = 2 * KEY_COST
+"""Tokens by which a child that follows its parent directly may be lighter and still continue the chain, which then is a slice."""
+
+GROUP = 16
+"""Chains considered for one call."""
 
 Range = tuple[int, int]
 """[start, stop) of tokens."""
@@ -35,21 +45,21 @@ class Chain:
 
 @dataclass(frozen=True, slots=True)
 class Gather:
-    """A chain as index tensors; None where a plain slice does."""
+    """The chains of one call as index tensors, or slices where those do."""
 
     queries: slice | torch.Tensor
     keys: slice | torch.Tensor
     mask: torch.Tensor | None
-    """[q, k] bool, True where a query sees a key; None for plain causal attention."""
+    """[q, k] fp32, 0 where a query sees a key and -inf elsewhere; None for plain causal attention."""
 
 
 @dataclass(frozen=True, slots=True)
 class TreePlan:
-    """All chains of a row, and how their outputs go back to the order of its tokens."""
+    """All calls for a row, and how their outputs go back to the order of its tokens."""
 
-    chains: tuple[Gather, ...]
+    calls: tuple[Gather, ...]
     order: torch.Tensor | None
-    """[T] int64: output of token t stands at order[t] in the concatenated chains; None where it stands at t."""
+    """[T] int64: output of token t stands at order[t] in the concatenated calls; None where it stands at t."""
 
 
 @dataclass(slots=True)
@@ -83,10 +93,10 @@ def chains(subtree_end: Sequence[int]) -> list[Chain]:
                 above = above.parent
             own, run = [head.tokens], head
             while run.children:
-                heaviest = max(run.children, key=lambda child: child.end - child.start)
-                heads += [child for child in run.children if child is not heaviest]
-                own.append(heaviest.tokens)
-                run = heaviest
+                next_run = max(run.children, key=lambda child: child.end - child.start + (NEXT_BONUS if child.start == run.stop else 0))
+                heads += [child for child in run.children if child is not next_run]
+                own.append(next_run.tokens)
+                run = next_run
             found.append(Chain(tuple(prefix[::-1]), tuple(own)))
     return sorted(found, key=lambda chain: chain.own)
 
@@ -117,17 +127,62 @@ def plan_of(subtree_end: torch.Tensor) -> TreePlan:
 
 @lru_cache(maxsize=PLANS)
 def _plan(subtree_end: bytes) -> TreePlan:
-    row = torch.frombuffer(bytearray(subtree_end), dtype=torch.int64).tolist()
-    split = chains(row)
-    gathers = []
-    for chain in split:
-        queries, keys = _indices(chain.own), _indices(chain.prefix + chain.own)
-        mask = torch.ones(len(queries), len(keys), dtype=torch.bool).tril(len(keys) - len(queries)) if chain.prefix else None
+    ends = torch.frombuffer(bytearray(subtree_end), dtype=torch.int64)
+    gathers, order_of_calls = [], []
+    for group in grouped(chains(ends.tolist())):
+        queries, keys = _indices(_own(group)), _indices(_read(group))
+        mask = None
+        if group[0].prefix:
+            unseen = (keys[None, :] > queries[:, None]) | (queries[:, None] >= ends[keys][None, :])
+            # Added to the logits by every layer: SDPA would turn a bool mask into this each time.
+            mask = torch.zeros(unseen.shape).masked_fill_(unseen, -torch.inf)
         gathers.append(Gather(_slice_or(queries), _slice_or(keys), mask))
-    positions = torch.cat([_indices(chain.own) for chain in split])
+        order_of_calls.append(queries)
+    positions = torch.cat(order_of_calls)
     order = torch.empty_like(positions)
     order[positions] = torch.arange(len(positions))
     return TreePlan(tuple(gathers), None if bool((order == torch.arange(len(order))).all()) else order)
+
+
+def grouped(chains: Sequence[Chain]) -> list[list[Chain]]:
+    """Split the chains into calls: every chain without a prefix alone (plain causal attention), the others as it costs least."""
+    calls = [[chain] for chain in chains if not chain.prefix]
+    rest = [chain for chain in chains if chain.prefix]
+    # best[n]: least cost of the first n chains, and where the last call among them begins.
+    best: list[tuple[float, int]] = [(0.0, 0)]
+    for stop in range(1, len(rest) + 1):
+        best.append(min((best[start][0] + _cost(rest[start:stop]), start) for start in range(max(0, stop - GROUP), stop)))
+    stop, found = len(rest), []
+    while stop:
+        found.append(rest[best[stop][1] : stop])
+        stop = best[stop][1]
+    return calls + found[::-1]
+
+
+def _cost(group: Sequence[Chain]) -> float:
+    read = _read(group)
+    keys = sum(stop - start for start, stop in read)
+    queries = sum(stop - start for start, stop in _own(group))
+    return CALL_COST + queries * keys + (KEY_COST * keys if len(read) > 1 else 0)
+
+
+def _own(group: Sequence[Chain]) -> tuple[Range, ...]:
+    return _union(tokens for chain in group for tokens in chain.own)
+
+
+def _read(group: Sequence[Chain]) -> tuple[Range, ...]:
+    return _union(tokens for chain in group for tokens in chain.prefix + chain.own)
+
+
+def _union(ranges: Iterable[Range]) -> tuple[Range, ...]:
+    """Ascending, disjoint, not adjacent."""
+    found: list[Range] = []
+    for start, stop in sorted(ranges):
+        if found and start <= found[-1][1]:
+            found[-1] = found[-1][0], max(stop, found[-1][1])
+        else:
+            found.append((start, stop))
+    return tuple(found)
 
 
 def _indices(ranges: Sequence[Range]) -> torch.Tensor:

@@ -66,7 +66,7 @@ def add_probes(group: RolloutGroup, render_probe: RenderProbe, config: Reward, r
 
 
 def turn_gains(group: RolloutGroup, config: Reward) -> None:
-    """Set `gains` [num_turns] of every trajectory from the `old_logprobs` [L] of its probes.
+    """Set `gains` [num_turns] of every trajectory from the `old_logprobs` of its probes.
 
     The value v of a context is the mean log-prob of the answer's tokens (log_prob_diff) or its exponential (prob_diff), the best over the
     probed aliases; turn t gains v_t - v_(t-1). None for the last turn, for trajectories that are not trainable, for `config.gain == "none"`
@@ -123,7 +123,7 @@ def _action_parents(group: RolloutGroup, trajectory: Trajectory) -> Iterator[int
 
 
 def rendered_probes(prompt: Prompt, render_probe: RenderProbe, config: Reward) -> list[tuple[str, list[int], tuple[int, int]]]:
-    """(alias, token ids, scored range) of the aliases that `config.probe_alias` selects."""
+    """(alias, token ids up to its last scored one, scored range) of the aliases that `config.probe_alias` selects."""
     # Duplicates after the first would only cost tokens.
     aliases = list(dict.fromkeys(prompt.answers))
     if config.probe_alias == "first":
@@ -133,7 +133,8 @@ def rendered_probes(prompt: Prompt, render_probe: RenderProbe, config: Reward) -
         assert 0 <= start < stop <= len(token_ids), f"probe of {alias!r} scores [{start}, {stop}) of {len(token_ids)} tokens"
     if config.probe_alias == "shortest":
         rendered = [min(rendered, key=lambda probe: probe[2][1] - probe[2][0])]
-    return rendered
+    # What closes the template comes after the answer and cannot change its log-probs.
+    return [(alias, token_ids[:stop], (start, stop)) for alias, token_ids, (start, stop) in rendered]
 
 
 def _context_values(group: RolloutGroup, config: Reward) -> dict[int, float]:
@@ -152,11 +153,11 @@ def _context_values(group: RolloutGroup, config: Reward) -> dict[int, float]:
 def _probe_value(probe: Node, config: Reward) -> float:
     """v of one probe; nan where the log-probs of its scored tokens are not finite."""
     assert probe.scored is not None, "a probe needs a scored range"
-    assert len(probe.old_logprobs) == len(probe.token_ids), (
-        f"probe at node {probe.parent} has {len(probe.old_logprobs)} log-probs for {len(probe.token_ids)} tokens; score probes first"
+    wanted = probe.scored[1] - probe.scored[0]
+    assert len(probe.old_logprobs) == wanted, (
+        f"probe at node {probe.parent} has {len(probe.old_logprobs)} log-probs for {wanted} scored tokens; score probes first"
     )
-    logprobs = probe.old_logprobs[slice(*probe.scored)]
-    if not all(math.isfinite(logprob) for logprob in logprobs):
+    if not all(math.isfinite(logprob) for logprob in probe.old_logprobs):
         return math.nan
-    mean = fmean(logprobs)
+    mean = fmean(probe.old_logprobs)
     return math.exp(mean) if config.gain == "prob_diff" else mean

@@ -11,9 +11,9 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-FORMS = ("fused", "chunks")
+FORMS: tuple[Literal["fused", "chunks"], ...] = ("fused", "chunks")
 TABLE = Path(__file__).with_name("head_forms.json")
 
 

@@ -32,7 +32,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
     metrics["turns"] = fmean(len(nodes) for nodes in actions)
     metrics["searches"] = fmean(sum(node.call is not None for node in nodes) for nodes in actions)
     metrics["response_tokens"] = fmean(sum(len(node.token_ids) for node in nodes) for nodes in actions)
-    if values := [fmean(node.old_logprobs[start:stop]) for node, (start, stop) in _first_probes(groups)]:
+    if values := [fmean(node.old_logprobs) for node in _first_probes(groups)]:
         metrics["value_0"] = fmean(values)
     gains = [gain for end in scored for gain in end.gains if gain is not None]
     if gains:
@@ -70,14 +70,9 @@ def status_counts(groups: Sequence[RolloutGroup]) -> dict[str, int]:
     }
 
 
-def _first_probes(groups: Sequence[RolloutGroup]) -> list[tuple[Node, tuple[int, int]]]:
-    """Scored probes that stand before the first turn, with the range of the ground truth."""
-    return [
-        (node, node.scored)
-        for group in groups
-        for node in group.nodes
-        if node.kind == "probe" and node.turn == 0 and node.old_logprobs and node.scored
-    ]
+def _first_probes(groups: Sequence[RolloutGroup]) -> list[Node]:
+    """Scored probes that stand before the first turn."""
+    return [node for group in groups for node in group.nodes if node.kind == "probe" and node.turn == 0 and node.old_logprobs]
 
 
 def _by_turn(ends: Sequence[Trajectory]) -> list[list[float]]:

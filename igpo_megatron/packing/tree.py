@@ -57,7 +57,7 @@ class PackedRow:
     """[N] fp32, by the reference policy; zeros where there is none."""
 
     origin: list[tuple[int, int, int, int]] = field(default_factory=list)
-    """(group, node, start, stop): targets [start, stop) are that node's tokens."""
+    """(group, node, start, stop): targets [start, stop) are that node's tokens, of a probe the scored ones."""
 
     @property
     def num_tokens(self) -> int:
@@ -90,7 +90,7 @@ def step_counts(groups: Sequence[RolloutGroup]) -> StepCounts:
 def pack_for_scoring(
     groups: Sequence[RolloutGroup], *, row_tokens: int, multiple: int = 1, scorer: ProbeScorer | None = "fold"
 ) -> list[PackedRow]:
-    """Rows whose targets are all action tokens, and all probe tokens where this pass scores them.
+    """Rows whose targets are all action tokens, and the scored tokens of the probes where this pass scores them.
 
     `fold`: probes are leaves of the trees they hang from. The two published schemes repeat the context of every probe:
     `sequential` in a row per probe, one forward pass each; `batched` ("vectorised") in rows filled up with such sequences.
@@ -162,7 +162,8 @@ def _pieces(index: int, group: RolloutGroup, row_tokens: int, *, with_probes: bo
     chosen: dict[int, None] = {}
     members: list[Trajectory] = []
     tokens = 0
-    for trajectory in group.trajectories:
+    # In the order of their paths those that share most stand side by side, and a cut repeats least.
+    for trajectory in sorted(group.trajectories, key=lambda trajectory: trajectory.path):
         if not trajectory.status.is_trainable:
             continue
         whole = [*trajectory.path, *(probe for number in trajectory.path for probe in probes.get(number, []))]
@@ -246,10 +247,10 @@ class _RowBuilder:
 
     def _add_targets(self, group: int, number: int, node: Node, before: int, start: int, share: tuple[float, float, float]) -> None:
         assert before >= 0, "a root token has no predictor and cannot be a target"
-        length = len(node.token_ids)
-        first = len(self.targets)
-        self.predictor += [before, *range(start, start + length - 1)]
-        self.targets += node.token_ids
+        begin, end = node.scored if node.kind == "probe" and node.scored else (0, len(node.token_ids))
+        length, first = end - begin, len(self.targets)
+        self.predictor += [start + place - 1 if place else before for place in range(begin, end)]
+        self.targets += node.token_ids[begin:end]
         weight, positive, negative = share
         self.weight += [weight] * length
         self.advantages += [(positive, negative)] * length

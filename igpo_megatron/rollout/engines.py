@@ -398,6 +398,8 @@ class EnginePool:
                 # A seeded request whose prefill is cut in chunks kills vLLM 0.32's CPU worker: its generators cannot be set back.
                 "enable_chunked_prefill": False,
                 "max_num_batched_tokens": max(rollout.max_context, _CPU_BATCH_TOKENS),
+                # The smallest that its CPU attention takes; by default 128, of which a turn computes half a block again.
+                "block_size": 32,
             }
         )
         return {

@@ -27,10 +27,11 @@ class Prober:
 
     def start(self, node: int) -> None:
         """Score all probes that continue node `node`; returns at once."""
-        for answer, token_ids, _ in self._probes:
+        for answer, token_ids, (start, stop) in self._probes:
             if (node, answer) not in self._tasks:
                 context = self._group.context(node)
-                scoring = self._engine.score_probe(context + token_ids, len(context), key=self._group.prompt.id)
+                # Scored from the answer on: the wording before it may come from the cache, and a context of whole blocks does no harm.
+                scoring = self._engine.score_probe(context + token_ids[:stop], len(context) + start, key=self._group.prompt.id)
                 self._tasks[node, answer] = asyncio.ensure_future(scoring)
 
     async def collect(self, nodes: Iterable[int]) -> None:

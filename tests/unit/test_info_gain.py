@@ -35,11 +35,11 @@ def probes(group):
     return [node for node in group.nodes if node.kind == "probe"]
 
 
-def fill(group, value_at, outside=-50.0):
-    """Give every probe log-probs with mean `value_at(probe)` on its scored tokens and `outside` elsewhere."""
+def fill(group, value_at):
+    """Give every probe log-probs with mean `value_at(probe)`."""
     for probe in probes(group):
         start, stop = probe.scored
-        probe.old_logprobs = [value_at(probe) if start <= i < stop else outside for i in range(len(probe.token_ids))]
+        probe.old_logprobs = [value_at(probe)] * (stop - start)
 
 
 def test_a_probe_hangs_where_each_action_begins_and_samples_share_the_first():
@@ -54,7 +54,7 @@ def test_a_probe_hangs_where_each_action_begins_and_samples_share_the_first():
     ]
     action_parents = {node.parent for node in group.nodes if node.kind == "action"}
     assert {probe.parent for probe in probes(group)} == action_parents
-    assert all(probe.scored == (2, 3) and probe.token_ids == [7, 7, 8, 9] for probe in probes(group))
+    assert all(probe.scored == (2, 3) and probe.token_ids == [7, 7, 8] for probe in probes(group))
 
 
 def test_with_forced_think_probes_continue_the_forced_text():
@@ -88,8 +88,8 @@ def test_prob_diff_is_the_rise_of_the_geometric_mean_probability():
     config = Reward(gain="prob_diff")
     add_probes(group, render, config)
     before, after = probes(group)
-    before.old_logprobs = [0.0, 0.0, math.log(0.1), math.log(0.4), 0.0]
-    after.old_logprobs = [0.0, 0.0, math.log(0.5), math.log(0.5), 0.0]
+    before.old_logprobs = [math.log(0.1), math.log(0.4)]
+    after.old_logprobs = [math.log(0.5), math.log(0.5)]
     turn_gains(group, config)
     assert group.trajectories[0].gains == [pytest.approx(0.3), None]
     turn_gains(group, Reward(gain="log_prob_diff"))
@@ -169,9 +169,9 @@ def test_gains_need_scored_probes():
 
 def test_what_an_engine_scored_is_filled_in_with_its_weight_version():
     group = group_with([2])
-    group.probe_scores = {(0, "Rome"): ProbeScore((-9.0, -9.0, -3.0, -9.0), 4), (2, "Rome"): ProbeScore((-9.0, -9.0, -1.0, -9.0), 4)}
+    group.probe_scores = {(0, "Rome"): ProbeScore((-3.0,), 4), (2, "Rome"): ProbeScore((-1.0,), 4)}
     add_probes(group, render, Reward(scorer="engine"))
-    assert [(probe.old_logprobs[2], probe.weight_version) for probe in probes(group)] == [(-3.0, 4), (-1.0, 4)]
+    assert [(probe.old_logprobs[0], probe.weight_version) for probe in probes(group)] == [(-3.0, 4), (-1.0, 4)]
     turn_gains(group, Reward(scorer="engine"))
     assert group.trajectories[0].gains == [2.0, None]
 

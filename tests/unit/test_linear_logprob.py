@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from linear_logprob_checks import BF16_CHECKS, CASES, Case, Setup, differences, every_check, oracle, run
+from linear_logprob_checks import BF16_CHECKS, CASES, Answer, Case, Mistake, Setup, differences, every_check, oracle, run
 
 from igpo_megatron.kernels import forms, torch_chunked
 from igpo_megatron.kernels import linear_logprob as module
@@ -148,6 +148,24 @@ def test_triton_auto_takes_the_form_of_the_table(monkeypatch: pytest.MonkeyPatch
     for rows in (3, 300):
         run(Case("small", rows, 8, 20), Setup("triton"))
     assert called == ["fused", "chunks"]
+
+
+@interpreted
+def test_the_fixed_split_peer_of_the_benchmarks_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "tools" / "bench"))
+    import fixed_split
+
+    monkeypatch.setattr(fixed_split, "TILE", {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 32})
+    monkeypatch.setattr(fixed_split, "SPLIT", 128)
+    monkeypatch.setattr(fixed_split, "GRADIENT_SPLIT", 128)
+    case, setup = Case("peer", 37, 40, 300, temperature=0.7), Setup("torch")
+    given = case.inputs(setup)
+    hidden, weight = given.hidden.requires_grad_(), given.weight.requires_grad_()
+    logp, entropy = fixed_split.fixed_split(hidden, weight, given.targets, case.temperature)
+    (given.upstream[0] * logp + given.upstream[1] * entropy).sum().backward()
+    wanted = oracle(case, setup, Mistake(dropped=(2,)))
+    found = Answer(logp.detach(), entropy.detach(), wanted.lse, hidden.grad, weight.grad)
+    assert differences(found, wanted, setup) == []
 
 
 def test_no_split_is_empty_and_together_they_cover_every_tile() -> None:

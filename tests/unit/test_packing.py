@@ -41,8 +41,8 @@ def test_a_tree_is_laid_out_depth_first_with_depth_as_position() -> None:
     assert row.token_ids.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 90, 91]
     assert row.position_ids.tolist() == [0, 1, 2, 3, 4, 5, 2, 3, 4, 2, 3]
     assert row.subtree_end.tolist() == [11, 11, 6, 6, 6, 6, 9, 9, 9, 11, 11]
-    assert row.targets.tolist() == [3, 4, 6, 7, 8, 9, 90, 91]
-    assert row.predictor.tolist() == [1, 2, 4, 1, 6, 7, 1, 9]
+    assert row.targets.tolist() == [3, 4, 6, 7, 8, 9, 91]
+    assert row.predictor.tolist() == [1, 2, 4, 1, 6, 7, 9]
 
 
 def test_a_token_sees_exactly_its_ancestors() -> None:
@@ -59,6 +59,18 @@ def test_two_trees_in_a_row_do_not_see_each_other_and_padding_sees_nothing_of_th
     visible = mask(row)
     assert not visible[11:22, :11].any() and not visible[22:, :22].any()
     assert visible.diagonal().all()
+
+
+def test_a_cut_keeps_a_branch_beside_the_trajectory_that_it_left() -> None:
+    """First trajectory, an independent one, then a branch of the first: two fit into a piece."""
+    group = RolloutGroup(Prompt("q", "?", ("a",), "test"), [Node(None, "prompt", [1])])
+    for parent, tokens in ((0, [2] * 10), (0, [3] * 10), (1, [4] * 3), (1, [5] * 3)):
+        group.add(Node(parent, "action", tokens, 1))
+    group.trajectories = [Trajectory(path, Status.FINISHED, turn_advantages=[0.0]) for path in ([0, 1, 3], [0, 2], [0, 1, 4])]
+    for trajectory in group.trajectories:
+        trajectory.turn_advantages = [0.0] * len(group.actions(trajectory))
+    rows = pack_for_training([group], row_tokens=17, token_weight=lambda tokens: 1.0)
+    assert [row.token_ids.tolist() for row in rows] == [[1, *[2] * 10, *[4] * 3, *[5] * 3], [1, *[3] * 10]]
 
 
 def test_training_targets_are_actions_with_the_parts_of_weight_times_advantage() -> None:
@@ -90,13 +102,13 @@ def test_a_turn_shared_by_two_trajectories_sums_their_parts_also_when_the_tree_i
 def test_a_cut_tree_scores_every_probe_once() -> None:
     rows = pack_for_scoring([small_group()], row_tokens=8)
     assert len(rows) == 2
-    assert sorted(token for row in rows for token in row.targets.tolist()) == [3, 4, 6, 7, 8, 9, 90, 91]
+    assert sorted(token for row in rows for token in row.targets.tolist()) == [3, 4, 6, 7, 8, 9, 91]
 
 
 def test_published_schemes_repeat_the_context_of_every_probe() -> None:
     for scorer in ("sequential", "batched"):
         rows = pack_for_scoring([small_group()], row_tokens=5, scorer=scorer)
-        probe = next(row for row in rows if 90 in row.targets.tolist())
+        probe = next(row for row in rows if 91 in row.targets.tolist())
         assert probe.token_ids.tolist() == [1, 2, 90, 91] and probe.position_ids.tolist() == [0, 1, 2, 3]
 
 
@@ -105,7 +117,7 @@ def test_sequential_scoring_takes_a_row_per_probe_and_batched_fills_rows() -> No
     for scorer, count in (("sequential", 3), ("batched", 1)):
         rows = pack_for_scoring(groups, row_tokens=100, scorer=scorer)
         assert len(rows) == count
-        assert sorted(token for row in rows for token in row.targets.tolist()) == sorted([3, 4, 6, 7, 8, 9, 90, 91] * 2)
+        assert sorted(token for row in rows for token in row.targets.tolist()) == sorted([3, 4, 6, 7, 8, 9, 91] * 2)
 
 
 @pytest.mark.parametrize("scorer", ["engine", None])
@@ -120,7 +132,8 @@ def test_results_find_their_way_back_to_the_nodes() -> None:
     scatter(rows, [-row.targets.float() for row in rows], groups, "old_logprobs")
     for group in groups:
         for node in group.nodes:
-            wanted = [-float(token) for token in node.token_ids] if node.kind in ("action", "probe") else []
+            wanted = {"action": node.token_ids, "probe": node.token_ids[1:]}.get(node.kind, [])
+            wanted = [-float(token) for token in wanted]
             assert node.old_logprobs == wanted
 
 

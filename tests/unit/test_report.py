@@ -54,7 +54,7 @@ def make_group(tokenizer: Tokenizer, name: str, step: int, samples: int = 4, att
         return index
 
     def probe(parent: int, turn: int, value: float) -> None:
-        group.add(Node(parent, "probe", [1, 2, 3, 4], turn, "Iranian Rial", old_logprobs=[-9.0, value, value, -9.0], scored=(1, 3)))
+        group.add(Node(parent, "probe", [1, 2, 3, 4], turn, "Iranian Rial", old_logprobs=[value, value], scored=(1, 3)))
 
     start = node(None, "prompt", 0, f"user: {name}{attack}")
     forced = node(start, "forced", 1, "<think>")

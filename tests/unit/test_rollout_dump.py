@@ -15,7 +15,7 @@ def full_group(name: str = "q-1") -> RolloutGroup:
     group = RolloutGroup(Prompt(name, "Währung von Iran?", ("Iranian Rial", "Rial"), "world"), [], metrics={"nonfinite_gains": 0.0})
     prompt = group.add(Node(None, "prompt", [1, 2, 3], text="Währung?"))
     forced = group.add(Node(prompt, "forced", [4], 1, "<think>"))
-    group.add(Node(forced, "probe", [9, 10, 11, 12], 0, "Rial", old_logprobs=[-1.5, -0.1, -2.25, -0.5], scored=(1, 3)))
+    group.add(Node(forced, "probe", [9, 10, 11, 12], 0, "Rial", old_logprobs=[-0.1, -2.25], scored=(1, 3)))
     search = ToolCall("search", ("currency of Iran", ""))
     logprobs = [-0.1, -1e-30]
     action = group.add(Node(forced, "action", [5, 6], 1, "x", 7, logprobs, [-0.2, -0.3], [-0.4, -0.5], search))

@@ -233,19 +233,19 @@ def test_results_are_numbered_and_several_queries_have_headings() -> None:
 def test_each_state_is_probed_once_beside_the_turn_that_continues_it() -> None:
     engine = ScriptedEngine(SEARCH, ANSWER)
     (group,) = run(engine, samples=3, probe=True)
-    probe = ChatFormat(WORDS, Rollout(**SETTINGS), Reward()).render_probe("Rome")[0]  # type: ignore[arg-type]
+    probe, (start, stop) = ChatFormat(WORDS, Rollout(**SETTINGS), Reward()).render_probe("Rome")  # type: ignore[arg-type]
     # The prompt once for all samples, and one state after each sample's search.
     assert len(engine.probed) == 4
-    assert all(token_ids[first:] == probe for token_ids, first, _ in engine.probed)
+    assert all(token_ids[first - start :] == probe[:stop] for token_ids, first, _ in engine.probed)
     asked = [token_ids for token_ids, *_ in engine.calls]
-    assert sorted(token_ids[:first] for token_ids, first, _ in engine.probed) == sorted(
+    assert sorted(token_ids[: first - start] for token_ids, first, _ in engine.probed) == sorted(
         [asked[0], *(ids for ids in asked if ids != asked[0])]
     )
     # Each was sent before the turn beside it had ended: the prompt's before any, the others after the three first turns.
     assert [finished for *_, finished in engine.probed] == [0, 3, 3, 3]
-    add_probes(group, lambda answer: (probe, (0, 1)), Reward())
+    add_probes(group, lambda answer: (probe, (start, stop)), Reward())
     scored = [node for node in group.nodes if node.kind == "probe"]
-    assert len(scored) == 4 and all(node.old_logprobs == [-1.0] * len(probe) and node.weight_version == 7 for node in scored)
+    assert len(scored) == 4 and all(node.old_logprobs == [-1.0] * (stop - start) and node.weight_version == 7 for node in scored)
 
 
 def test_a_rollout_that_is_not_asked_to_probe_does_not() -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import pytest
 import torch
 
-from igpo_megatron.actor.tree_plan import Chain, chains, plan_of
+from igpo_megatron.actor import tree_plan
+from igpo_megatron.actor.attention import chain_attention
+from igpo_megatron.actor.tree_plan import NEXT_BONUS, Chain, chains, grouped, plan_of
 
 
 def random_row(seed: int, trees: int = 3, tokens: int = 40) -> list[int]:
@@ -51,18 +54,33 @@ def inputs(length: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> li
 
 
 def test_a_trunk_with_probes_is_one_causal_chain_and_its_leaves() -> None:
-    #        trunk 0 1 | probe 2 3 | trunk 4 5 6 | probe 7 | trunk 8 9 10 11
-    ends = [12, 12, 4, 4, 12, 12, 12, 8, 12, 12, 12, 12]
+    #        trunk 0 1 | probe 2 3 | trunk 4 .. 103 | probe 104 | trunk 105 .. 199
+    ends = [200, 200, 4, 4, *[200] * 100, 105, *[200] * 95]
     assert chains(ends) == [
-        Chain((), ((0, 2), (4, 7), (8, 12))),
+        Chain((), ((0, 2), (4, 104), (105, 200))),
         Chain(((0, 2),), ((2, 4),)),
-        Chain(((0, 2), (4, 7)), ((7, 8),)),
+        Chain(((0, 2), (4, 104)), ((104, 105),)),
     ]
 
 
-def test_the_heaviest_child_continues_its_parent() -> None:
-    # root 0 | light 1 | heavy 2 3 4 with a leaf 5 of its own | second tree 6 7
-    assert chains([6, 2, 6, 6, 6, 6, 8, 8]) == [Chain((), ((0, 1), (2, 6))), Chain(((0, 1),), ((1, 2),)), Chain((), ((6, 8),))]
+def test_the_heaviest_child_continues_its_parent_and_a_little_lighter_one_that_follows_it_directly() -> None:
+    # root 0 | 1 .. 10 | heavier by `more` | second tree of two
+    for more, continued in ((NEXT_BONUS - 1, False), (NEXT_BONUS + 1, True)):
+        size = 21 + more
+        ends = [size, *[11] * 10, *[size] * (10 + more), size + 2, size + 2]
+        light, heavy = (1, 11), (11, size)
+        trunk, leaf = (((0, 1), heavy), light) if continued else (((0, 11),), heavy)
+        assert [Chain((), tuple(_joined(trunk))), Chain(((0, 1),), (leaf,)), Chain((), ((size, size + 2),))] == [
+            Chain(chain.prefix, tuple(_joined(chain.own))) for chain in chains(ends)
+        ]
+
+
+def _joined(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Adjacent ranges as one."""
+    found = [ranges[0]]
+    for start, stop in ranges[1:]:
+        found[-1:] = [(found[-1][0], stop)] if found[-1][1] == start else [found[-1], (start, stop)]
+    return found
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -80,10 +98,32 @@ def test_chains_hold_every_token_once_and_see_exactly_what_the_mask_allows(seed:
     assert torch.equal(pairs, seen(torch.tensor(ends)))
 
 
+def test_short_chains_that_read_the_same_share_a_call_and_long_ones_do_not() -> None:
+    trunk = Chain((), ((0, 1000),))
+    probes = [Chain(((0, cut),), ((start, start + 20),)) for cut, start in ((900, 1000), (880, 1020), (100, 1040))]
+    assert grouped([trunk, *probes]) == [[trunk], probes[:2], probes[2:]]
+    branches = [Chain(((0, 900),), ((start, start + 2000),)) for start in (1000, 3000)]
+    assert grouped([trunk, *branches]) == [[trunk], *([branch] for branch in branches)]
+
+
+@pytest.mark.parametrize("costs", [(0, 0), (10**9, 0), (100, 3)])
+def test_any_grouping_gives_the_same_attention(costs: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a call for every chain to as few calls as can be."""
+    monkeypatch.setattr(tree_plan, "CALL_COST", costs[0])
+    monkeypatch.setattr(tree_plan, "KEY_COST", costs[1])
+    tree_plan._plan.cache_clear()
+    ends = torch.tensor(random_row(5, trees=4))
+    tensors = inputs(len(ends))
+    found = chain_attention(*tensors, ends, 0.3)
+    alone = len(chains(ends.tolist()))
+    together = 4 + -(-(alone - 4) // tree_plan.GROUP)
+    assert len(plan_of(ends).calls) == {0: alone, 10**9: together}.get(costs[0], len(plan_of(ends).calls))
+    tree_plan._plan.cache_clear()
+    assert float((found - dense_attention(*tensors, ends, 0.3)).detach().abs().max()) < 1e-12
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_attention_by_chains_equals_dense_attention_in_values_and_gradients(seed: int) -> None:
-    from igpo_megatron.actor.attention import chain_attention
-
     ends = torch.tensor(random_row(seed))
     tensors = inputs(len(ends), seed)
     upstream = torch.randn(len(ends), 4, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
@@ -96,8 +136,6 @@ def test_attention_by_chains_equals_dense_attention_in_values_and_gradients(seed
 
 
 def test_a_wrong_tree_gives_other_values() -> None:
-    from igpo_megatron.actor.attention import chain_attention
-
     ends = torch.tensor(random_row(1))
     tensors = inputs(len(ends))
     causal = torch.full_like(ends, len(ends))

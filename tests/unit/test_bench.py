@@ -1,0 +1,80 @@
+"""What the benchmarks compute from their timings, and that their committed results are whole."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).resolve().parents[2] / "tools" / "bench"
+sys.path.insert(0, str(BENCH))
+
+from common import finish, interleaved, ratio  # noqa: E402
+from head_kernel import rules  # noqa: E402
+
+from igpo_megatron.kernels import forms  # noqa: E402
+
+
+def test_a_ratio_is_one_of_medians_and_its_interval_follows_the_spread():
+    assert ratio([2.0] * 5, [1.0] * 5) == {"median": 2.0, "low": 2.0, "high": 2.0}
+    noisy = ratio([2.0, 3.0, 2.0, 9.0, 2.0], [1.0, 1.0, 1.0, 1.0, 2.0])
+    assert noisy["median"] == 2.0
+    assert noisy["low"] < 2.0 < noisy["high"]
+
+
+def test_providers_take_turns_and_the_warm_up_is_not_counted():
+    calls: list[str] = []
+    seconds = interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=3, warmup=2)
+    assert calls == ["a", "b"] * 5
+    assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3}
+
+
+def test_the_last_line_is_the_result_that_is_written(tmp_path, capsys):
+    finish("some", {"figure": 1.5}, {"floor": 1.0}, ("numpy", "not-installed-anywhere"), tmp_path / "some.json")
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert printed == json.loads((tmp_path / "some.json").read_text())
+    assert printed.keys() == {"name", "device", "figures", "floors", "versions"}
+    assert printed["versions"].keys() == {"python", "numpy"}
+
+
+def test_rules_of_the_form_table_follow_the_measured_winners():
+    measured = {
+        (8, 64, 1000): {"fused": 1.0, "chunks": 2.0},
+        (128, 64, 1000): {"fused": 3.0, "chunks": 2.0},
+        (512, 64, 1000): {"fused": 1.0, "chunks": 2.0},  # after a loss a win is noise
+        (8, 128, 1000): {"fused": 3.0, "chunks": 2.0},
+        (8, 256, 1000): {"fused": 1.0, "chunks": 2.0},
+        (128, 256, 1000): {"fused": 1.0, "chunks": 2.0},
+    }
+    table = {"default": {"rules": rules(measured)}}
+    assert table["default"]["rules"][-1].keys() == {"form"}
+    chosen = {size: forms.choose("any", *size, table) for size in measured}
+    assert chosen == {
+        (8, 64, 1000): "fused",
+        (128, 64, 1000): "chunks",
+        (512, 64, 1000): "chunks",
+        (8, 128, 1000): "chunks",
+        (8, 256, 1000): "fused",
+        (128, 256, 1000): "fused",
+    }
+
+
+@pytest.mark.parametrize("path", sorted((BENCH / "results").glob("*/*.json")), ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_a_committed_result_is_whole_and_has_its_script(path):
+    result = json.loads(path.read_text(encoding="utf-8"))
+    assert result.keys() == {"name", "device", "figures", "floors", "versions"}
+    assert result["name"] == path.stem
+    assert (BENCH / f"{path.stem}.py").is_file()
+    assert re.sub(r"[^a-z0-9]+", "-", result["device"].lower()).strip("-") == path.parent.name
+
+
+def test_the_stated_bounds_hold_in_the_committed_results_of_the_cpu():
+    def figures(name: str):
+        return json.loads((BENCH / "results" / "cpu" / f"{name}.json").read_text(encoding="utf-8"))["figures"]
+
+    probes, engine = figures("probe_cost"), figures("vllm_score")
+    assert probes["fold_overhead"]["median"] <= 0.30
+    assert probes["fold_vs_sequential"] >= 4
+    assert engine["cached_vs_uncached_800"]["median"] >= 4
+    assert engine["invalid_rows_accepted"] == 0

@@ -1,0 +1,164 @@
+"""Claim: our log-prob head is near the speed of the matmul it contains, and ahead of the heads that people would pick instead.
+
+    python tools/bench/head_kernel.py [--rows 10,128,4096] [--write-table]     under 3 minutes on two cores
+
+Forward, and forward + backward with an own weight for every token. Heads take turns within one run; a head is timed only after its
+log-probs agreed with fp64. Floors: 2NHV operations forward and 8NHV with the recomputing backward at the matmul speed measured here,
+or reading the weight once at the copy speed measured here, whichever takes longer. `--write-table` makes kernels/head_forms.json choose
+between our two forms on this device by what was measured.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import torch
+import typer
+from common import device_name, finish, interleaved, ratio, versions
+from heads import Head, load_heads
+
+from igpo_megatron.kernels import forms
+
+SHAPES = {"7B": (3584, 152064), "0.5B": (896, 151936), "4096x131072": (4096, 131072)}
+CPU_SHAPES = {"128x16384": (128, 16384)}
+"""(H, V): Qwen2.5's, the one that published figures use, and one small enough for two cores."""
+
+ROWS = "10,32,128,512,2048,4096,16384"
+CPU_ROWS = "8,64,512"
+AGREES = 0.3
+"""Heads that round logits to bf16 are off by about 0.1; a wrong one by nats."""
+
+
+def main(
+    rows: Annotated[str | None, typer.Option(help="Comma-separated numbers of targets.")] = None,
+    repeats: Annotated[int, typer.Option(help="Timed calls of every head.")] = 15,
+    write_table: Annotated[bool, typer.Option(help="Write this device's entry of head_forms.json.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Result file; default: results/DEVICE/head_kernel.json.")] = None,
+) -> None:
+    """Time every head on every shape."""
+    cuda = torch.cuda.is_available()
+    heads, missing = load_heads(cuda)
+    ceilings = {"matmul_tflops": matmul_tflops(cuda), "copy_gb_per_s": copy_gb_per_s(cuda)}
+    by_shape: dict[str, Any] = {}
+    forms_measured: dict[tuple[int, int, int], dict[str, float]] = {}
+    for shape, (hidden, vocab) in (SHAPES if cuda else CPU_SHAPES).items():
+        for count in map(int, (rows or (ROWS if cuda else CPU_ROWS)).split(",")):
+            measured = measure(heads, count, hidden, vocab, repeats, ceilings, missing)
+            by_shape[f"{shape}, N={count}"] = measured
+            forward = measured["forward"]["seconds"]
+            forms_measured[count, hidden, vocab] = {form: forward[f"ours_{form}"] for form in forms.FORMS if f"ours_{form}" in forward}
+    figures: dict[str, Any] = {"by_shape": by_shape, "not_loaded": missing}
+    if write_table and cuda:
+        table = json.loads(forms.TABLE.read_text(encoding="utf-8"))
+        table[device_name()] = {"source": f"measured: {json.dumps(versions('torch', 'triton'))}", "rules": rules(forms_measured)}
+        forms.TABLE.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    floors = {**ceilings, "note": "the fraction of the floor is floor time / measured time; peers that only form logits in 16 bits do less"}
+    finish("head_kernel", figures, floors, ("torch", "triton", "liger-kernel", "cut-cross-entropy"), out)
+
+
+def measure(
+    heads: Mapping[str, Head],
+    count: int,
+    hidden_size: int,
+    vocab: int,
+    repeats: int,
+    ceilings: Mapping[str, float],
+    missing: dict[str, str],
+) -> dict[str, Any]:
+    """Seconds, ratios to ours and fractions of the floor, forward and forward + backward."""
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    generator = torch.Generator(device).manual_seed(count)
+    hidden = torch.randn(count, hidden_size, device=device, dtype=dtype, generator=generator).requires_grad_()
+    weight = (torch.randn(vocab, hidden_size, device=device, dtype=dtype, generator=generator) / hidden_size**0.5).requires_grad_()
+    targets = torch.randint(0, vocab, (count,), device=device, generator=generator)
+    upstream = torch.randn(count, device=device, generator=generator)
+    exact = _exact(hidden[:64].detach(), weight.detach(), targets[:64])
+
+    def forward(head: Head) -> torch.Tensor:
+        with torch.no_grad():
+            return head.logprobs(hidden, weight, targets)
+
+    def both(head: Head) -> None:
+        hidden.grad = weight.grad = None
+        (head.logprobs(hidden, weight, targets) * upstream).sum().backward()
+
+    good: dict[str, Head] = {}
+    for name, head in heads.items():
+        try:
+            wrong = float((forward(head)[:64].double() - exact).abs().max())
+        except Exception as error:  # noqa: BLE001  out of memory, or a peer that does not take these sizes
+            missing[f"{name} at N={count}, H={hidden_size}"] = f"{type(error).__name__}: {error}"[:200]
+            continue
+        if wrong <= AGREES:
+            good[name] = head
+        else:
+            missing[f"{name} at N={count}, H={hidden_size}"] = f"log-probs are off by {wrong:.2g} nats"
+    operations = 2.0 * count * hidden_size * vocab
+    read = weight.nbytes / (ceilings["copy_gb_per_s"] * 1e9)
+    result = {}
+    for mode, call, share in (("forward", forward, 1), ("forward_backward", both, 4)):
+        timed = {name: partial(call, head) for name, head in good.items() if mode == "forward" or head.differentiable}
+        seconds = interleaved(timed, repeats, warmup=2)
+        medians = {name: median(values) for name, values in seconds.items()}
+        ours = min((name for name in medians if name.startswith("ours")), key=medians.__getitem__)
+        floor = max(share * operations / (ceilings["matmul_tflops"] * 1e12), read)
+        result[mode] = {
+            "seconds": {name: round(value, 6) for name, value in medians.items()},
+            "ours": ours,
+            "peer_vs_ours": {name: ratio(values, seconds[ours]) for name, values in seconds.items() if not name.startswith("ours")},
+            "floor_s": round(floor, 6),
+            "fraction_of_floor": round(floor / medians[ours], 3),
+        }
+    return result
+
+
+def rules(measured: Mapping[tuple[int, int, int], Mapping[str, float]]) -> list[dict[str, Any]]:
+    """Rules of head_forms.json from {(N, H, V): {form: seconds}}: per H, `fused` up to the last N before it first loses."""
+    found: list[dict[str, Any]] = []
+    sizes = sorted({hidden for _, hidden, _ in measured})
+    for hidden in sizes:
+        bound = {} if hidden == sizes[-1] else {"max_hidden": hidden}
+        counts = sorted({count for count, size, _ in measured if size == hidden})
+        wins = 0
+        for count in counts:
+            seconds = [times for (rows, size, _), times in measured.items() if (rows, size) == (count, hidden)]
+            if any(times["fused"] > times["chunks"] for times in seconds):
+                break
+            wins = count
+        if wins == counts[-1]:
+            found.append({**bound, "form": "fused"})
+            continue
+        if wins:
+            found.append({"max_rows": wins, **bound, "form": "fused"})
+        found.append({**bound, "form": "chunks"})
+    return found
+
+
+def _exact(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return torch.log_softmax(hidden.double() @ weight.double().t(), -1).gather(-1, targets[:, None])[:, 0]
+
+
+def matmul_tflops(cuda: bool) -> float:
+    """Speed of a large square matmul on this device, in the heads' dtype."""
+    size = 8192 if cuda else 1024
+    a = torch.randn(size, size, device="cuda" if cuda else "cpu", dtype=torch.bfloat16 if cuda else torch.float32)
+    out = torch.empty_like(a)
+    best = min(interleaved({"matmul": partial(torch.mm, a, a, out=out)}, 20, warmup=5)["matmul"])
+    return round(2 * size**3 / best / 1e12, 4)
+
+
+def copy_gb_per_s(cuda: bool) -> float:
+    """Bytes read per second while summing a tensor much larger than any cache."""
+    data = torch.ones((2**30 if cuda else 2**26), device="cuda" if cuda else "cpu", dtype=torch.bfloat16 if cuda else torch.float32)
+    target = torch.empty_like(data)
+    best = min(interleaved({"copy": partial(target.copy_, data)}, 10, warmup=2)["copy"])
+    return round(2 * data.nbytes / best / 1e9, 2)
+
+
+if __name__ == "__main__":
+    typer.run(main)

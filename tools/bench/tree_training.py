@@ -1,0 +1,149 @@
+"""Claim: training on a group as a tree saves the time of the tokens that its trajectories share, with the same gradient.
+
+    python tools/bench/tree_training.py     under 2 minutes on two cores
+
+Groups as branching rollouts make them (16 trajectories: 8 from the prompt, 8 branched off at a uniformly drawn turn, the 7B recipe of
+arXiv 2507.19849), and as independent rollouts make them. The same optimizer step is run on the trees and on the trajectories laid out
+one by one.
+"""
+
+from __future__ import annotations
+
+import random
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import torch
+import typer
+from common import finish, interleaved, ratio
+from models import random_policy
+
+from igpo_megatron.actor import parallel
+from igpo_megatron.algorithms.losses import ppo, token_weight
+from igpo_megatron.config.load import build
+from igpo_megatron.packing.tree import PackedRow, pack_for_training, step_counts
+from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, Trajectory
+
+PROMPT, TURN, TURNS = 1000, 800, 10
+SAMPLES = {"branching": (8, 16), "independent": (16, 16)}
+"""(trajectories from the prompt, trajectories)."""
+
+ROW_TRAJECTORIES = 4
+"""Trajectories that a row holds: a tree is cut into pieces of this size, and its path to the cut is repeated."""
+
+
+def main(
+    shape: Annotated[str, typer.Option(help="demo, 0.5B, 1.5B or 7B.")] = "demo",
+    repeats: Annotated[int, typer.Option(help="Timed steps of each layout.")] = 5,
+    out: Annotated[Path | None, typer.Option(help="Result file; default: results/DEVICE/tree_training.json.")] = None,
+) -> None:
+    """Time both layouts and compare their gradients."""
+    from igpo_megatron.actor.policy import Policy
+
+    cuda = torch.cuda.is_available()
+    scale = 1 if cuda else 20
+    row_tokens = (PROMPT + TURNS * TURN) // scale * ROW_TRAJECTORIES
+    with random_policy(shape) as folder:
+        config = build(
+            {
+                "model": {"path": str(folder), "dtype": "bf16" if cuda else "fp32"},
+                "run": {"device": "cuda" if cuda else "cpu"},
+                "loss": {"name": "ppo", "kl_coef": 0.0},
+                "optim": {"lr": 1e-12, "weight_decay": 0.0},
+            }
+        )
+        policy = Policy(config, parallel.init(config))
+        figures: dict[str, Any] = {"shape": shape}
+        for name, (roots, samples) in SAMPLES.items():
+            group = branched(roots, samples, PROMPT // scale, TURN // scale, TURNS, policy.shape.vocab_size, seed=0)
+            figures[name] = measure(policy, group, row_tokens, repeats)
+        parallel.shutdown()
+    floors = {"note": "token_ratio is what the linear layers save; attention reads the shared context as often as before"}
+    finish(
+        "tree_training", figures | {"speedup_over_token_ratio": figures["branching"]["speedup_over_token_ratio"]}, floors, ("torch",), out
+    )
+
+
+def branched(roots: int, samples: int, prompt: int, turn: int, turns: int, vocab: int, seed: int) -> RolloutGroup:
+    """A group of which `samples - roots` trajectories leave an earlier one at a uniformly drawn turn."""
+    rng = random.Random(seed)
+
+    def tokens(count: int) -> list[int]:
+        return [rng.randrange(vocab) for _ in range(count)]
+
+    group = RolloutGroup(Prompt("bench", "?", ("answer",), "synthetic"), [Node(None, "prompt", tokens(prompt))])
+    for number in range(samples):
+        path, start = [0], 1
+        if number >= roots:
+            source = group.trajectories[rng.randrange(roots)].path
+            start = rng.randrange(1, turns + 1)
+            path = source[: 2 * start - 1]
+        for index in range(start, turns + 1):
+            action = Node(path[-1], "action", tokens(turn // 3), index)
+            action.old_logprobs = [-6.0] * len(action.token_ids)
+            path.append(group.add(action))
+            path.append(group.add(Node(path[-1], "observation", tokens(turn - turn // 3), index)))
+        group.trajectories.append(Trajectory(path, Status.FINISHED, turn_advantages=[rng.gauss(0, 1) for _ in range(turns)]))
+    return group
+
+
+def flattened(group: RolloutGroup) -> list[RolloutGroup]:
+    """Every trajectory as a group of its own."""
+    found = []
+    for trajectory in group.trajectories:
+        nodes = [
+            Node(parent, node.kind, node.token_ids, node.turn, old_logprobs=node.old_logprobs)
+            for parent, node in zip(
+                [None, *range(len(trajectory.path) - 1)], (group.nodes[index] for index in trajectory.path), strict=True
+            )
+        ]
+        path = list(range(len(nodes)))
+        found.append(RolloutGroup(group.prompt, nodes, [Trajectory(path, Status.FINISHED, turn_advantages=trajectory.turn_advantages)]))
+    return found
+
+
+def measure(policy: Any, group: RolloutGroup, row_tokens: int, repeats: int) -> dict[str, Any]:
+    """Seconds of a step in both layouts, their tokens, and how far their gradients are apart."""
+    counts = step_counts([group])
+    layouts = {
+        name: pack_for_training(groups, row_tokens=row_tokens, token_weight=partial(token_weight, "token_mean"))
+        for name, groups in (("tree", [group]), ("flat", flattened(group)))
+    }
+    gradients: dict[str, torch.Tensor] = {}
+
+    def step(name: str) -> None:
+        def loss(row: PackedRow, logprobs: torch.Tensor, entropy: torch.Tensor) -> Any:
+            return ppo(
+                logprobs=logprobs,
+                entropy=entropy,
+                old_logprobs=row.old_logprobs,
+                ref_logprobs=None,
+                advantages=row.advantages,
+                weight=row.weight,
+                counts=counts,
+                config=policy.config.loss,
+            )
+
+        policy.train_step(layouts[name], loss)
+        if name not in gradients:
+            gradients[name] = torch.cat([parameter.main_grad.flatten().float() for parameter in policy.module.parameters()]).clone()
+
+    seconds = interleaved({name: partial(step, name) for name in layouts}, repeats)
+    tokens = {name: sum(row.num_tokens for row in rows) for name, rows in layouts.items()}
+    token_ratio = tokens["flat"] / tokens["tree"]
+    speedup = ratio(seconds["flat"], seconds["tree"])
+    gap = (gradients["tree"] - gradients["flat"]).norm() / gradients["flat"].norm()
+    return {
+        "tokens": tokens,
+        "token_ratio": round(token_ratio, 3),
+        "seconds": {name: round(median(values), 4) for name, values in seconds.items()},
+        "speedup": speedup,
+        "speedup_over_token_ratio": round(speedup["median"] / token_ratio, 3),
+        "relative_gradient_difference": float(gap),
+    }
+
+
+if __name__ == "__main__":
+    typer.run(main)
