@@ -121,9 +121,8 @@ class EngineActor:
             output = await self._last_output(token_ids, _scoring_params(skip_cache=True))
         if self.version != version:
             return await self.score(token_ids, first)
-        # Some versions of vLLM return computed rows only: the end is the same in all.
-        rows = output.prompt_logprobs[first - len(token_ids) :]
-        return [row[token].logprob for token, row in zip(token_ids[first:], rows, strict=True)], version, hits
+        # Some versions of vLLM return computed rows only: the end is the same in all. One token a row, that of the prompt.
+        return output.prompt_logprobs.logprobs[first - len(token_ids) :], version, hits
 
     async def update_weights(self, entries: list[tuple[Any, ...]], version: int) -> None:
         """Load what the shared file holds and forget everything cached under the old weights."""
@@ -460,7 +459,14 @@ def _scoring_params(*, skip_cache: bool) -> Any:
     """One token is sampled because vLLM wants to; `detokenize` must stay off, since garbage rows have garbage ids."""
     from vllm import SamplingParams
 
-    return SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False, skip_reading_prefix_cache=skip_cache)
+    return SamplingParams(
+        max_tokens=1,
+        temperature=0.0,
+        prompt_logprobs=0,
+        flat_logprobs=True,  # not a dict for every token of the context
+        detokenize=False,
+        skip_reading_prefix_cache=skip_cache,
+    )
 
 
 def _end_of_turn(model: Path) -> tuple[int, int]:

