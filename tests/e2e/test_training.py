@@ -19,6 +19,7 @@ from demo_runs import CONFIG, POLICY, DemoRuns, alive, end, family, listening, w
 from typer.testing import CliRunner
 
 from igpo_megatron.cli import app
+from igpo_megatron.config.load import load
 from igpo_megatron.data.prompts import PromptStream
 
 pytestmark = pytest.mark.timeout(600)  # the first test pays for starting the whole stack twice
@@ -101,7 +102,7 @@ def test_a_killed_run_resumes_and_leaves_everything_a_run_should(finished: Finis
 
 def test_a_killed_and_resumed_run_trains_every_question_once_and_in_order(finished: Finished) -> None:
     asked = [group.prompt.id for _, groups in finished.demo.rollouts("whole") for group in groups]
-    order = PromptStream([finished.demo.folder / "train.parquet"], seed=0, shuffle=True, balance="source")
+    order = PromptStream([finished.demo.folder / "train.parquet"], seed=load(CONFIG).run.seed, shuffle=True, balance="source")
     assert asked == [prompt.id for prompt in order.next(STEPS * QUESTIONS)]
     for step, groups in finished.demo.rollouts("whole"):
         assert all(len(group.trajectories) == SAMPLES for group in groups)

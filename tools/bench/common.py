@@ -20,6 +20,8 @@ from rich.progress import track
 RESULTS = Path(__file__).parent / "results"
 BOOTSTRAP_SAMPLES = 2000
 
+torch.set_num_threads(1)  # on CPU as a rank of a run has; two would wait for each other where anything else runs
+
 
 def interleaved(providers: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
     """Seconds of each call of each provider, taken in turns so that a change of the machine's load meets all of them alike."""
