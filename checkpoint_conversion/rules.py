@@ -10,7 +10,7 @@ store a tensor. Rules are pure functions of tensors; they neither copy to a devi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -30,6 +30,12 @@ class Rule:
 
     hf_names: tuple[str, ...]
     """The HF tensors it is made of, in the order that `to_megatron` takes and `to_hf` returns them."""
+
+    te_name: str = field(default="", kw_only=True)
+    """The same name in TransformerEngine's layers; equal to `megatron_name` for most tensors."""
+
+    expert: int | None = field(default=None, kw_only=True)
+    """Which expert of its layer it belongs to: expert parallelism gives each rank a range of them, tensor parallelism no part."""
 
     split_dim: ClassVar[int | None] = None
     """The dimension that tensor parallelism cuts; None where every rank holds the whole tensor."""

@@ -24,7 +24,7 @@ from megatron.core.dist_checkpointing import ShardedObject
 from megatron.core.dist_checkpointing.validation import StrictHandling
 
 from checkpoint_conversion.convert import write_metadata
-from checkpoint_conversion.streams import copy_config
+from checkpoint_conversion.folders import copy_config
 from igpo_megatron.actor import megatron_fixes
 from igpo_megatron.actor.policy import Policy
 

@@ -14,7 +14,7 @@ from groups import load_hf, random_groups
 from test_layouts import row_loss, with_off_policy_logprobs
 
 from checkpoint_conversion.convert import megatron_to_hf
-from checkpoint_conversion.streams import HfReader
+from checkpoint_conversion.hf_folder import HfReader
 from igpo_megatron.actor import checkpoint
 from igpo_megatron.actor.policy import Policy
 from igpo_megatron.actor.weight_sync import named_weights
