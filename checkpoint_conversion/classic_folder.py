@@ -5,19 +5,17 @@
         mp_rank_00_000/model_optim_rng.pt  tensor-parallel rank 0, pipeline stage 0; a third number is the expert-parallel rank
         mp_rank_01_000/model_optim_rng.pt  "model" in it is the rank's state dict: layers and experts numbered from 0 on each rank
 
-Writing holds one rank's part in memory. Reading maps the files; of the Python objects that such files are full of (training
-arguments and the like) only tensors and plain values are built, the rest become empty stand-ins, so that a file can run no code.
+Writing holds one rank's part in memory. Reading maps the files, and builds none of the Python objects that they are full of (training
+arguments and the like), so that a file can run no code.
 """
 
 from __future__ import annotations
 
 import argparse
-import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -26,6 +24,7 @@ from torch import Tensor
 from checkpoint_conversion.architectures import ModelShape, local_name
 from checkpoint_conversion.folders import complete_file
 from checkpoint_conversion.rules import ConversionError, Rule
+from checkpoint_conversion.torch_file import load_mapped
 from checkpoint_conversion.units import Unit
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -73,15 +72,15 @@ def write_classic(
 ) -> None:
     """Write one file per rank; `te_names`: for TransformerEngine's layers, else for Megatron's local ones.
 
-    Files that are there already are those of an interrupted call and are kept: give (a part of) the folder of `new_folder`. Raises
-    ConversionError where the grid does not divide the model. `on_bytes` hears of progress, counting a tensor once for each reading.
+    Files that are there already are those of an interrupted call and are kept: give (a part of) the folder of `new_folder`. The grid
+    must divide the model (`check_grid`). `on_bytes` hears of progress, in bytes written.
     """
-    _check_grid(shape, grid)
     release = folder / "release"
     make = {unit.rule.megatron_name: unit for unit in units}
     for rank in grid.ranks():
         path = release / grid.folder_name(*rank) / FILE
         if path.is_file():
+            on_bytes(_bytes_on(rank, units, rules, shape, grid))
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
         state: dict[str, Any] = {}
@@ -102,17 +101,21 @@ def write_classic(
 
 def total_bytes(units: Sequence[Unit], rules: Mapping[str, Rule], shape: ModelShape, grid: Grid) -> int:
     """What `write_classic` reports by `on_bytes` in all."""
+    return sum(_bytes_on(rank, units, rules, shape, grid) for rank in grid.ranks())
+
+
+def _bytes_on(rank: tuple[int, int, int], units: Sequence[Unit], rules: Mapping[str, Rule], shape: ModelShape, grid: Grid) -> int:
     nbytes = {unit.rule.megatron_name: unit.nbytes for unit in units}
     total = 0
-    for rank in grid.ranks():
-        for name, rule in rules.items():
-            if _name_on(rank, rule, shape, grid, te_names=False) is not None:
-                size = nbytes.get(name, nbytes["embedding.word_embeddings.weight"])
-                total += size // (grid.tensor if rule.split_dim is not None else 1)
+    for name, rule in rules.items():
+        if _name_on(rank, rule, shape, grid, te_names=False) is not None:
+            size = nbytes.get(name, nbytes["embedding.word_embeddings.weight"])
+            total += size // (grid.tensor if rule.split_dim is not None else 1)
     return total
 
 
-def _check_grid(shape: ModelShape, grid: Grid) -> None:
+def check_grid(shape: ModelShape, grid: Grid) -> None:
+    """Raise ConversionError with everything that the grid does not divide."""
     experts = shape.mixture.num_experts if shape.mixture else 1
     problems = []
     if shape.num_layers % grid.pipeline:
@@ -186,7 +189,7 @@ class ClassicReader:
         self._rules, self._shape = rules, shape
         self._parts: dict[str, dict[int, Tensor]] = {}
         files = {rank: path for path in sorted(self.folder.glob(f"mp_rank_*/{FILE}")) for rank in _rank_of(path)}
-        states = {rank: _load(path) for rank, path in files.items()}
+        states = {rank: load_mapped(path) for rank, path in files.items()}
         chunks = {rank: list(_chunks(state, files[rank])) for rank, state in states.items()}
         self.grid, chunks = _grid_of(chunks)
         self._check_ranks(chunks)
@@ -287,39 +290,3 @@ def _chunks(state: Any, path: Path) -> Iterator[dict[str, Tensor]]:
         yield {name: part for name, part in model.items() if not name.endswith(_SKIPPED) and isinstance(part, Tensor)}
     if not keys:
         raise ConversionError(f"{path} holds no model; its keys are {', '.join(map(str, state)) or 'none'}")
-
-
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=False, pickle_module=_INERT)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise ConversionError(f"{path} is not a whole file of torch.save ({error}); copy the checkpoint again") from error
-
-
-class _StandIn:
-    """Takes the place of an object that is not needed."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-
-    def __setstate__(self, state: Any) -> None: ...
-
-
-_BUILT = {
-    ("argparse", "Namespace"),
-    ("collections", "OrderedDict"),
-    ("torch._utils", "_rebuild_tensor_v2"),
-    ("torch._utils", "_rebuild_parameter"),
-    ("torch", "Size"),
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _BUILT or (
-            module == "torch" and (name.endswith("Storage") or isinstance(getattr(torch, name, None), torch.dtype))
-        ):
-            return super().find_class(module, name)
-        return _StandIn
-
-
-_INERT = SimpleNamespace(Unpickler=_Unpickler, load=pickle.load, __name__="pickle")

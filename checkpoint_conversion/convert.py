@@ -26,7 +26,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 from torch import Tensor
 
 from checkpoint_conversion.architectures import check_total, read_shape, rules_for
-from checkpoint_conversion.classic_folder import TRACKER, ClassicReader, Grid, is_classic, total_bytes, write_classic
+from checkpoint_conversion.classic_folder import TRACKER, ClassicReader, Grid, check_grid, is_classic, total_bytes, write_classic
 from checkpoint_conversion.folders import copy_config, describe, new_folder
 from checkpoint_conversion.hf_folder import HfReader, raw_bytes, write_hf
 from checkpoint_conversion.rules import ConversionError, Rule
@@ -61,6 +61,8 @@ def hf_to_megatron(
     reader = HfReader(hf)
     check_total(rules, hf_names=reader.names())
     _check_copy_of_embedding(reader, rules)
+    if classic is not None:
+        check_grid(shape, classic)
     units = to_megatron(rules, reader)
     job = {
         "to": "torch_dist" if classic is None else f"classic {asdict(classic)} {te_names}",

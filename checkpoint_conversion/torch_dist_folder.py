@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 import json
+import mmap
 import pickle
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +40,7 @@ from torch.distributed.checkpoint.metadata import (
 from checkpoint_conversion.architectures import local_name
 from checkpoint_conversion.folders import complete_file
 from checkpoint_conversion.rules import ConversionError, Rule
+from checkpoint_conversion.torch_file import map_tensor
 from checkpoint_conversion.units import MAX_SHARD_BYTES, TensorInfo, Unit, shards
 
 _LAYER_KEY = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
@@ -46,6 +48,9 @@ _EXPERT_KEY = re.compile(r"(.+\.experts)\.local_experts\.(\d+)\.(.+)")
 _STORED_EXPERT = ".experts.experts."
 _MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
 # Megatron's local linear layers store an empty object each and miss it on load, because TransformerEngine keeps fp8 state there.
+_ALIGNMENT = 64
+"""Inside its archives torch.save aligns tensors so; where each archive begins so, too, tensors can be used where they lie."""
+
 _LINEAR_WEIGHT = re.compile(r"(decoder\.layers\..*linear_(?:qkv|proj|fc1|fc2)\.)weight")
 
 
@@ -84,6 +89,7 @@ class MegatronReader:
         except (pickle.UnpicklingError, EOFError) as error:
             raise ConversionError(f"{self.folder / '.metadata'} is damaged ({error}); copy the checkpoint again") from error
         self._place = dict(self._places())
+        self._files: dict[str, mmap.mmap] = {}
         self._check_files()
 
     def names(self) -> list[str]:
@@ -129,14 +135,20 @@ class MegatronReader:
 
     def _load(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
         info: _StorageInfo = self._metadata.storage_data[MetadataIndex(key, chunk.offsets)]
-        with (self.folder / info.relative_path).open("rb", buffering=0) as file:
-            try:
-                tensor = torch.load(_Section(file, info.offset, info.length), map_location="cpu", weights_only=True)
-            except (RuntimeError, pickle.UnpicklingError) as error:
-                raise ConversionError(f"{self.folder / info.relative_path} is damaged at {key} ({error}); copy it again") from error
+        try:
+            tensor = map_tensor(self._mapped(info.relative_path), info.offset, info.length)
+        except ValueError as error:
+            raise ConversionError(f"{self.folder / info.relative_path} is damaged at {key} ({error}); copy the checkpoint again") from error
         if tuple(tensor.shape) != tuple(chunk.sizes):
             raise ConversionError(f"{key} in {self.folder} is {list(tensor.shape)}, but the index says {list(chunk.sizes)}")
         return tensor
+
+    def _mapped(self, file: str) -> mmap.mmap:
+        if file not in self._files:
+            with (self.folder / file).open("rb") as stream:
+                # A private mapping: torch wants memory that it may write to, and nobody does.
+                self._files[file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+        return self._files[file]
 
     def _places(self) -> Iterator[tuple[str, Place]]:
         for key, entry in self._metadata.state_dict_metadata.items():
@@ -194,7 +206,7 @@ def write_megatron(
     for number, file in enumerate(files):
         path = folder / f"__0_{number}.distcp"
         spans = folder / f"{path.name}.spans.json"
-        if not (path.is_file() and spans.is_file()):
+        if not path.is_file():
             _write_units(path, spans, file, places, on_bytes)
         else:
             on_bytes(sum(unit.nbytes for unit in file))
@@ -249,8 +261,8 @@ def _write_units(path: Path, spans: Path, units: Sequence[Unit], places: dict[st
             found.append(_append(file, _compact(tensor.detach().cpu().reshape([1] * len(index) + list(tensor.shape)))))
             del tensor
             on_bytes(unit.nbytes)
-    with complete_file(spans) as file:
-        file.write(json.dumps(found).encode())
+        with complete_file(spans) as beside:  # before the file has its name, so that it never is there without them
+            beside.write(json.dumps(found).encode())
 
 
 def _write_extra_state(path: Path, places: Any, entries: dict[str, Any]) -> dict[MetadataIndex, _StorageInfo]:
@@ -267,8 +279,15 @@ def _write_extra_state(path: Path, places: Any, entries: dict[str, Any]) -> dict
 
 def _append(file: BinaryIO, content: Any) -> tuple[int, int]:
     """Save one object at the end of the file; (where it begins, its length)."""
+    file.write(bytes(-file.tell() % _ALIGNMENT))
     start = file.tell()
-    torch.save(content, _Tail(file))
+    # Nothing ever compares these checksums when loading, and they cost more than writing.
+    checksums = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(content, _Tail(file))
+    finally:
+        torch.serialization.set_crc32_options(checksums)
     return start, file.tell() - start
 
 
@@ -283,36 +302,6 @@ class _Tail(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         return self._stream.write(data)
-
-
-class _Section(io.RawIOBase):
-    """A part of an open, unbuffered file as a stream of its own, read straight into the tensor's memory."""
-
-    def __init__(self, file: Any, start: int, length: int) -> None:
-        self._file, self._start, self._length, self._at = file, start, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")[: max(self._length - self._at, 0)]
-        self._file.seek(self._start + self._at)
-        done = 0
-        # One call reads at most 2 GiB.
-        while done < len(view) and (count := self._file.readinto(view[done:])):
-            done += count
-        self._at += done
-        return done
 
 
 def _compact(tensor: Tensor) -> Tensor:

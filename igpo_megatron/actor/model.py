@@ -235,7 +235,13 @@ def build_model(shape: ModelShape, config: Config, device: torch.device) -> Poli
     spec = layer_spec(megatron, resolve_backend(config.model.backend, device.type == "cuda"))
     resolve(config.model.head, device)  # an error here comes before engines are started
     vocab = padded_vocab(shape, config)
-    return PolicyModel(megatron, spec, shape, vocab, (config.model.head, config.model.head_form), **stage).to(device)
+    model = PolicyModel(megatron, spec, shape, vocab, (config.model.head, config.model.head_form), **stage).to(device)
+    for name, parameter in model.named_parameters():
+        if ".experts." in name:
+            # Megatron's mark of parameters with an optimizer of their own. It leaves it out at expert parallel 1, whose
+            # checkpoints would then load at no other size.
+            parameter.allreduce = False
+    return model
 
 
 def padded_vocab(shape: ModelShape, config: Config) -> int:
