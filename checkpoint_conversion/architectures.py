@@ -109,8 +109,8 @@ ARCHITECTURES: dict[str, Architecture] = {
 """Supported families; each has a row in the parity test of tests/distributed/test_families.py."""
 
 WHY_NOT = {
-    "deepseek_v2": "its multi-latent attention computes rotary angles inside each layer, where a packed tree's positions do not reach",
-    "deepseek_v3": "its multi-latent attention computes rotary angles inside each layer, where a packed tree's positions do not reach",
+    "deepseek_v2": "Megatron-Core 0.16.1 builds multi-latent attention only where TransformerEngine is installed",
+    "deepseek_v3": "Megatron-Core 0.16.1 builds multi-latent attention only where TransformerEngine is installed",
     "gemma": "its norms add one to their weight",
     "gemma2": "its attention caps logits and alternates sliding windows",
     "gemma3_text": "its layers alternate sliding windows",

@@ -39,6 +39,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from checkpoint_conversion.architectures import local_name
 from checkpoint_conversion.folders import complete_file
+from checkpoint_conversion.hf_folder import raw_bytes
 from checkpoint_conversion.rules import ConversionError, Rule
 from checkpoint_conversion.torch_file import map_tensor
 from checkpoint_conversion.units import MAX_SHARD_BYTES, TensorInfo, Unit, shards
@@ -306,5 +307,8 @@ class _Tail(io.RawIOBase):
 
 def _compact(tensor: Tensor) -> Tensor:
     """The tensor with a storage of just its size: saving a view saves all of the storage it looks into."""
-    is_view = tensor.untyped_storage().nbytes() != tensor.nbytes or not tensor.is_contiguous()
-    return tensor.clone(memory_format=torch.contiguous_format) if is_view else tensor
+    tensor = tensor.contiguous()
+    if tensor.untyped_storage().nbytes() == tensor.nbytes or not tensor.numel():
+        return tensor
+    # A buffer over the same bytes has a storage of its own; a memory-mapped tensor is not copied.
+    return torch.frombuffer(raw_bytes(tensor), dtype=torch.uint8).view(tensor.dtype).view(tensor.shape)
