@@ -257,6 +257,9 @@ def _one_sentence_errors() -> Iterator[None]:
     except (ConversionError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
+    except KeyboardInterrupt as error:
+        typer.echo("interrupted; what is finished is kept, and the same command resumes", err=True)
+        raise typer.Exit(130) from error
 
 
 @app.command("hf-to-megatron")

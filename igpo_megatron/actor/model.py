@@ -269,8 +269,11 @@ def load_weights(model: PolicyModel, shape: ModelShape, folder: Path, vocab_mult
     rules = rules_for(shape, vocab_multiple)
     reader = HfReader(folder)
     check_total(rules, hf_names=reader.names())
+    named = global_names(model)
+    held = [name for name, _ in named]
+    check_total({name: rules[name] for name in held if name in rules}, megatron_names=held)
     rank = parallel_state.get_tensor_model_parallel_rank()
-    for name, parameter in global_names(model):
+    for name, parameter in named:
         rule = rules[name]
         size = tensor_shards(rule)
         shard = rule.shard(rule.to_megatron([reader.get(hf_name) for hf_name in rule.hf_names]), size, rank % size)
