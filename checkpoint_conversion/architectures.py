@@ -367,6 +367,43 @@ def check_total(rules: Mapping[str, Rule], *, hf_names: Iterable[str] | None = N
         raise ConversionError(f"the tables do not cover this model ({len(problems)} tensors):\n  " + "\n  ".join(problems))
 
 
+def check_sizes(rules: Mapping[str, Rule], shape: ModelShape, hf_shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ConversionError with the full list unless every HF tensor has the size that config.json gives it."""
+    problems = [
+        f"{name}: {list(hf_shapes[name])}, but config.json makes it {list(expected)}"
+        for rule in rules.values()
+        for name, expected in zip(rule.exports, _hf_shapes(rule, shape), strict=False)
+        if tuple(hf_shapes[name]) != expected
+    ]
+    if problems:
+        raise ConversionError(f"the config belongs to another model ({len(problems)} tensors differ in size):\n  " + "\n  ".join(problems))
+
+
+def _hf_shapes(rule: Rule, shape: ModelShape) -> list[tuple[int, ...]]:
+    """The shapes of a rule's HF tensors."""
+    hidden, queries, keys = shape.hidden_size, shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    ffn = shape.mixture.ffn_size if shape.mixture is not None and rule.expert is not None else shape.ffn_size
+    module, _, kind = rule.megatron_name.rpartition(".")
+    match module.rpartition(".")[2]:
+        case "word_embeddings" | "output_layer":
+            return [(shape.vocab_size, hidden)]
+        case "linear_qkv":
+            return [(rows, hidden) if kind == "weight" else (rows,) for rows in (queries, keys, keys)]
+        case "linear_proj":
+            return [(hidden, queries)]
+        case "q_layernorm" | "k_layernorm":
+            return [(shape.head_dim,)]
+        case "router":
+            return [(shape.mixture.num_experts if shape.mixture else 0, hidden)]
+        case "linear_fc1":
+            return [(ffn, hidden), (ffn, hidden)]
+        case "linear_fc2":
+            return [(hidden, ffn)]
+        case "input_layernorm" | "pre_mlp_layernorm" | "final_layernorm":
+            return [(hidden,)]
+    raise AssertionError(f"no size is known for {rule.megatron_name}")
+
+
 def local_name(name: str, first_layer: int = 0, first_expert: int = 0) -> str:
     """The name in Megatron's local layers of a tensor that may have a TransformerEngine layer's.
 

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from torch import Tensor
 
-from checkpoint_conversion.architectures import check_total, read_shape, rules_for
+from checkpoint_conversion.architectures import check_sizes, check_total, read_shape, rules_for
 from checkpoint_conversion.classic_folder import TRACKER, ClassicReader, Grid, check_grid, is_classic, total_bytes, write_classic
 from checkpoint_conversion.folders import copy_config, describe, new_folder
 from checkpoint_conversion.hf_folder import HfReader, raw_bytes, write_hf
@@ -60,6 +60,7 @@ def hf_to_megatron(
     rules = rules_for(shape, vocab_multiple)
     reader = HfReader(hf)
     check_total(rules, hf_names=reader.names())
+    check_sizes(rules, shape, {name: reader.shape(name) for name in reader.names()})
     _check_copy_of_embedding(reader, rules)
     if classic is not None:
         check_grid(shape, classic)
@@ -101,6 +102,7 @@ def megatron_to_hf(
     hf, weights = _find_megatron(Path(megatron), None if config is None else Path(config))
     rules, reader = _open_megatron(hf, weights)
     units = to_hf(rules, reader)
+    check_sizes(rules, read_shape(hf), {info.name: info.shape for unit in units for info in unit.tensors})
     files = [path for path in weights.rglob("*") if path.is_file()]
     job = {"to": "hf", "source": describe(weights, files), "options": [str(dtype), str(hf.resolve()), max_shard_bytes]}
     total = sum(unit.nbytes for unit in units)

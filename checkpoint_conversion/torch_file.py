@@ -37,7 +37,7 @@ def load_mapped(path: Path) -> Any:
 def map_tensor(file: mmap.mmap, start: int, length: int) -> Tensor:
     """The one tensor of an archive that lies inside a larger file, mapped where it lies.
 
-    Raises ValueError if there is no archive with one contiguous tensor in it.
+    Raises ValueError if there is no archive of one tensor.
     """
     view = memoryview(file)[start : start + length]
     try:
@@ -48,16 +48,18 @@ def map_tensor(file: mmap.mmap, start: int, length: int) -> Tensor:
         if not isinstance(described, _Tensor):
             raise ValueError(f"{described!r} is no tensor")
         at, size = _content(view, entries[f"data/{described.storage_key}"])
-        elements = torch.Size(described.shape).numel()
-        whole = described.offset == 0 and size == elements * described.dtype.itemsize
-        if not whole or not _is_contiguous(described.shape, described.stride):
-            raise ValueError(f"a tensor {described.shape} with strides {described.stride} in {size} bytes")
+        empty = 0 in described.shape
+        steps = zip(described.shape, described.stride, strict=True)
+        last = described.offset + sum((count - 1) * stride for count, stride in steps)
+        if not empty and (min((described.offset, *described.stride), default=0) < 0 or (last + 1) * described.dtype.itemsize > size):
+            raise ValueError(f"a tensor {described.shape} with strides {described.stride} does not fit into {size} bytes")
     except (zipfile.BadZipFile, KeyError, struct.error, pickle.UnpicklingError, EOFError, AttributeError, IndexError, TypeError) as error:
         raise ValueError(f"no archive of one tensor: {error!r}") from error
-    if elements == 0:
+    if empty:
         return torch.empty(described.shape, dtype=described.dtype)
     raw = torch.frombuffer(file, dtype=torch.uint8, count=size, offset=start + at)
-    return (raw if raw.data_ptr() % described.dtype.itemsize == 0 else raw.clone()).view(described.dtype).view(described.shape)
+    aligned = raw if raw.data_ptr() % described.dtype.itemsize == 0 else raw.clone()
+    return aligned.view(described.dtype).as_strided(described.shape, described.stride, described.offset)
 
 
 def _content(view: memoryview, entry: zipfile.ZipInfo) -> tuple[int, int]:
@@ -66,10 +68,6 @@ def _content(view: memoryview, entry: zipfile.ZipInfo) -> tuple[int, int]:
         raise ValueError(f"{entry.filename} is compressed, which torch.save never does")
     name, extra = _LOCAL_HEADER.unpack(view[entry.header_offset : entry.header_offset + _LOCAL_HEADER.size])
     return entry.header_offset + _LOCAL_HEADER.size + name + extra, entry.file_size
-
-
-def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-    return torch.empty(0, device="meta").new_empty(shape).stride() == tuple(stride)
 
 
 class _Bytes(io.RawIOBase):

@@ -22,7 +22,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from checkpoint_conversion.architectures import ModelShape, check_total, local_name, rules_for
+from checkpoint_conversion.architectures import ModelShape, check_sizes, check_total, local_name, rules_for
 from checkpoint_conversion.hf_folder import HfReader
 from checkpoint_conversion.rules import Rule
 from igpo_megatron.actor.attention import TreeAttention, TreeRotaryEmbedding
@@ -269,6 +269,7 @@ def load_weights(model: PolicyModel, shape: ModelShape, folder: Path, vocab_mult
     rules = rules_for(shape, vocab_multiple)
     reader = HfReader(folder)
     check_total(rules, hf_names=reader.names())
+    check_sizes(rules, shape, {name: reader.shape(name) for name in reader.names()})
     named = global_names(model)
     held = [name for name, _ in named]
     check_total({name: rules[name] for name in held if name in rules}, megatron_names=held)

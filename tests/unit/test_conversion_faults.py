@@ -2,10 +2,13 @@
 
 import errno
 import fcntl
+import io
 import json
+import mmap
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -26,6 +29,7 @@ from checkpoint_conversion.folders import new_folder, partial_of
 from checkpoint_conversion.hf_folder import HfReader
 from checkpoint_conversion.inspection import inspect
 from checkpoint_conversion.rules import ConversionError
+from checkpoint_conversion.torch_file import map_tensor
 
 SHARD_BYTES = 60_000
 
@@ -183,6 +187,47 @@ def test_damage_inside_a_file_of_the_right_length_is_named(hf, tmp_path):
     with pytest.raises(ConversionError, match=r"__0_0.distcp is damaged at embedding"):
         megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
     assert not (tmp_path / "back").exists() and not partial_of(tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize("key, value", [("hidden_size", 128), ("intermediate_size", 128), ("head_dim", 16), ("num_attention_heads", 8)])
+def test_a_config_of_other_sizes_is_refused_in_both_directions(hf, megatron, tmp_path, key, value):
+    changes = {key: value, **({"moe_intermediate_size": value} if key == "intermediate_size" else {})}
+    for direction, source, config in (("hf_to_megatron", hf, "config.json"), ("megatron_to_hf", megatron, "hf/config.json")):
+        folder = tmp_path / direction
+        shutil.copytree(source, folder)
+        (folder / config).write_text(json.dumps({**json.loads((folder / config).read_text()), **changes}))
+        with pytest.raises(ConversionError, match="config belongs to another model"):
+            convert(direction, folder, folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not partial_of(tmp_path / "out").exists()
+
+
+def archives(folder: Path, *contents: object) -> tuple[mmap.mmap, list[tuple[int, int]]]:
+    """Files of torch.save one behind the other, at odd places; (the mapped file, where each lies)."""
+    whole, spans = b"odd", []
+    for content in contents:
+        stream = io.BytesIO()
+        torch.save(content, stream)
+        spans.append((len(whole), stream.tell()))
+        whole += stream.getvalue() + b"!"
+    (folder / "file").write_bytes(whole)
+    with (folder / "file").open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), spans
+
+
+def test_tensors_inside_a_file_are_mapped_whatever_their_strides(tmp_path):
+    base = torch.arange(24.0).reshape(4, 6)
+    tensors = [base, base.T, base[1:3, 2:], base.bfloat16(), base.long(), torch.tensor(3.0), torch.empty(0, 5), base[:1].expand(4, 6)]
+    file, spans = archives(tmp_path, *tensors)
+    for tensor, span in zip(tensors, spans, strict=True):
+        found = map_tensor(file, *span)
+        assert found.dtype == tensor.dtype and found.shape == tensor.shape and torch.equal(found, tensor)
+
+
+def test_what_is_no_tensor_in_a_file_is_refused(tmp_path):
+    file, spans = archives(tmp_path, {"a": torch.ones(2)}, [1], torch.ones(200))
+    for start, length in [*spans[:2], (0, 10), (spans[2][0], spans[2][1] - 60), (spans[2][0] + 7, spans[2][1] - 7)]:
+        with pytest.raises(ValueError):
+            map_tensor(file, start, length)
 
 
 # ---- classic layout
