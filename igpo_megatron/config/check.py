@@ -46,6 +46,7 @@ def check(config: Config, *, world_size: int | None, local_world_size: int | Non
         *_training_files(config),
         *_layout(config, world_size),
         *_shape(config, shape),
+        *_experts(config, shape, world_size),
         *_engine_shape(config, shape),
         *_context(config, shape),
         *_devices(config, local_world_size or world_size),
@@ -143,6 +144,30 @@ def _shape(config: Config, shape: dict[str, Any]) -> Iterator[str]:
             break
     if isinstance(layers, int) and layers % pipeline:
         yield f"parallel.pipeline={pipeline} does not divide the model's {layers} layers; use one of {divisors(layers)}"
+
+
+def _experts(config: Config, shape: dict[str, Any], world_size: int) -> Iterator[str]:
+    layout = config.parallel
+    # transformers writes either key, whatever the family.
+    experts = shape.get("num_experts") or shape.get("num_local_experts")
+    if not isinstance(experts, int):
+        if layout.expert > 1 and shape:
+            yield f"parallel.expert={layout.expert}, but the model has no experts; set it to 1"
+        return
+    if experts % layout.expert:
+        yield f"parallel.expert={layout.expert} does not divide the model's {experts} experts; use one of {divisors(experts)}"
+    if layout.tensor > 1 and not layout.sequence:
+        yield f"parallel.tensor={layout.tensor} with experts needs sequence parallelism; set parallel.sequence=true"
+    if layout.expert % layout.tensor:
+        yield (
+            f"parallel.expert={layout.expert} is no multiple of parallel.tensor={layout.tensor}, but experts are spread over "
+            f"tensor-parallel ranks first; use {layout.tensor * max(1, layout.expert // layout.tensor)}"
+        )
+    elif (world_size // layout.pipeline) % layout.expert:
+        yield (
+            f"parallel.expert={layout.expert} does not divide the {world_size // layout.pipeline} ranks of a pipeline stage; "
+            f"set parallel.data to a multiple of {layout.expert // layout.tensor}"
+        )
 
 
 def _engine_shape(config: Config, shape: dict[str, Any]) -> Iterator[str]:

@@ -78,7 +78,7 @@ class Model(Section):
 
 
 class Parallel(Section):
-    """How the policy is spread over ranks: world size = tensor x pipeline x data."""
+    """How the policy is spread over ranks: world size = tensor x pipeline x data; experts share the tensor x data ranks of a stage."""
 
     tensor: PositiveInt = 1
     """Tensor-parallel degree."""
@@ -86,8 +86,11 @@ class Parallel(Section):
     pipeline: PositiveInt = 1
     """Pipeline-parallel degree (1F1B)."""
 
+    expert: PositiveInt = 1
+    """Expert-parallel degree: each rank holds 1/expert of every layer's experts, whole. A multiple of parallel.tensor."""
+
     data: PositiveInt | None = None
-    """Data-parallel degree; null takes what the world size leaves (1 when `igpo train` starts the ranks itself)."""
+    """Data-parallel degree; null takes what the world size leaves (as few as parallel.expert allows when `igpo train` starts the ranks)."""
 
     sequence: bool = False
     """Sequence parallelism inside the tensor-parallel group."""

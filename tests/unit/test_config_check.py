@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from igpo_megatron.cli import world_size
 from igpo_megatron.config.check import check, divisors, require
 from igpo_megatron.config.load import ConfigError, build
 from igpo_megatron.config.schema import Config
@@ -41,9 +42,41 @@ def test_a_sound_configuration_has_no_problems(sound):
     assert problems(sound, "parallel.tensor=2", world_size=None) == []
 
 
+@pytest.fixture
+def mixture(sound, tmp_path) -> list[str]:
+    """The same with a model of eight experts."""
+    (tmp_path / "policy" / "config.json").write_text(json.dumps({**SHAPE, "num_experts": 8}), encoding="utf-8")
+    return sound
+
+
+def test_experts_may_be_spread_over_tensor_and_data_parallel_ranks(mixture):
+    assert problems(mixture) == []
+    assert problems(mixture, "parallel.expert=4", "parallel.data=4", world_size=4) == []
+    spread = ["parallel.tensor=2", "parallel.sequence=true", "parallel.expert=4", "parallel.data=2", "parallel.pipeline=3"]
+    assert problems(mixture, *spread, world_size=12) == []
+    config = build({}, [*mixture, "parallel.tensor=2", "parallel.sequence=true", "parallel.expert=8", "parallel.pipeline=2"])
+    assert world_size(config) == 16  # what `igpo train` starts: two stages, each with eight ranks for the experts
+    assert check(config, world_size=16) == []
+
+
 @pytest.mark.parametrize(
     ("overrides", "world_size", "expected"),
     [
+        (["parallel.expert=3", "parallel.data=3"], 3, "parallel.expert=3 does not divide the model's 8 experts; use one of [1, 2, 4, 8]"),
+        (["parallel.tensor=2", "parallel.expert=2"], 2, "parallel.tensor=2 with experts needs sequence parallelism"),
+        (["parallel.tensor=2", "parallel.sequence=true"], 2, "parallel.expert=1 is no multiple of parallel.tensor=2"),
+        (["parallel.expert=4", "parallel.data=2"], 2, "parallel.expert=4 does not divide the 2 ranks of a pipeline stage"),
+    ],
+)
+def test_layouts_that_experts_cannot_have_are_refused(mixture, overrides, world_size, expected):
+    (problem,) = problems(mixture, *overrides, world_size=world_size)
+    assert expected in problem
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "expected"),
+    [
+        (["parallel.expert=2", "parallel.data=2"], 2, "parallel.expert=2, but the model has no experts; set it to 1"),
         (["parallel.tensor=2", "parallel.pipeline=2"], 6, "6 ranks are no multiple of parallel.tensor=2 x parallel.pipeline=2 = 4"),
         (["parallel.tensor=2", "parallel.data=2"], 2, "parallel.data=2 = 4 ranks, but 2 were started; set parallel.data to 1"),
         (

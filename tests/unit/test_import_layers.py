@@ -37,7 +37,7 @@ TOOLS_MAY_IMPORT = {"types", "config", "data", "search", "rollout", "observabili
 
 ENGINE_FILES = ("igpo_megatron/rollout/engines.py", "igpo_megatron/rollout/weight_transfer.py")
 DOORS = {
-    "megatron": ("igpo_megatron/actor/", "checkpoint_conversion/streams.py", "tools/bench/"),
+    "megatron": ("igpo_megatron/actor/", "tools/bench/"),
     "vllm": (*ENGINE_FILES, "tools/bench/"),
     "ray": (*ENGINE_FILES, "tools/bench/"),
     "triton": ("igpo_megatron/kernels/", "tools/bench/"),
@@ -147,7 +147,7 @@ def test_allowed_imports_pass(tmp_path):
         "igpo_megatron/actor/model.py": "import torch\nfrom megatron.core import x\nfrom checkpoint_conversion.rules import Copy\n",
         "igpo_megatron/rollout/engines.py": "import ray\nimport vllm\nimport torch\nfrom igpo_megatron.types import Completion\n",
         "igpo_megatron/cli.py": "import igpo_megatron\nfrom igpo_megatron import train\n",
-        "checkpoint_conversion/streams.py": "import torch\nimport megatron.core.dist_checkpointing\n",
+        "checkpoint_conversion/hf_folder.py": "import torch\nfrom checkpoint_conversion import rules\n",
         "tools/bench/run.py": "import vllm\nfrom igpo_megatron.actor import policy\n",
     }.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
