@@ -77,7 +77,7 @@ def say(answer: Any, status: int = 200, **headers: str) -> web.Response:
 
 
 FAULTS = ("429", "500", "broken", "html", "empty_list", "reset", "never")
-"""What the server can be told; also "401", "quota", "slow", and "429 SECONDS" for a Retry-After."""
+"""What the server can be told; also "401", "quota", "slow", "redirect", "429 SECONDS" for a Retry-After, "echo" to repeat the key."""
 
 
 class SearchServer:
@@ -120,6 +120,8 @@ class SearchServer:
             case ["slow"]:
                 await asyncio.sleep(self.slow_s)
                 return say(spoken.answer(asked.queries))
+            case ["echo"]:
+                return say(spoken.answer([f"{query} {KEY}" for query in asked.queries]))
             case ["never"]:
                 await asyncio.Event().wait()
             case ["reset"]:
@@ -152,7 +154,7 @@ async def serving(fault: Callable[[Asked], str | None] = lambda asked: None) -> 
     server = SearchServer(fault)
     app = web.Application()
     app.router.add_route("*", "/{provider}", server.handle)
-    runner = web.AppRunner(app, shutdown_timeout=0.05)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.05)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0, backlog=1024).start()
     server.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
