@@ -310,7 +310,7 @@ class Rollout(Section):
 
     failed_search: Literal["mask", "end"] = "mask"
     """A search that fails after its retries ends its trajectory. `mask` leaves it out of the loss and of its group's baseline; `end`
-    trains it as it stands, with the reward of a malformed one."""
+    trains it, and counts it in evaluations, as it stands: with the reward of a malformed one."""
 
     deadline_s: PositiveFloat = 1800
     """Wall time of one trajectory."""
