@@ -67,7 +67,8 @@ def test_a_request_nobody_waits_for_is_given_up_and_asked_anew_when_wanted():
             await until(lambda: server.asked)
             first.cancel()
             await asyncio.sleep(0)  # the caller is gone, its request on the way out
-            (result,) = await client.search(["a"])
+            async with asyncio.timeout(2):  # far less than an attempt may take
+                (result,) = await client.search(["a"])
             await client.close()
             return result
 
@@ -93,7 +94,7 @@ def test_a_batch_back_end_asks_only_for_what_is_not_on_its_way():
 def test_a_search_ends_by_its_deadline_whatever_it_waits_for():
     async def call():
         async with serving(lambda asked: "never") as server:
-            client = make_client(settings("serper", server, timeout_s=0.25, deadline_s=0.6, attempts=100, max_concurrency=1))
+            client = make_client(settings("serper", server, timeout_s=5.0, deadline_s=0.4, attempts=100, max_concurrency=2))
             start = time.monotonic()
             results = await asyncio.gather(*(client.search([f"q{n}"]) for n in range(4)))
             await client.close()
@@ -183,21 +184,44 @@ def test_an_open_breaker_fails_at_once_what_cannot_wait_for_it():
     assert "not sent: 2 requests in a row had failed; the next request may leave in" in results[-1].error
 
 
-def test_after_a_failed_probe_the_breaker_stays_open_and_an_answer_closes_it():
+def test_a_single_request_probes_an_open_breaker_and_its_answer_lets_the_others_go():
     async def call():
-        gate, now = Gate(None, 1, 0.05), asyncio.get_running_loop().time
+        gate, now = Gate(None, 1, 30.0), asyncio.get_running_loop().time
         gate.failed(ERROR)
-        await gate.enter(now() + 5)  # the probe
+        gate._open_until = now()  # the pause is over
+        await gate.enter(now() + 5)
         assert gate.is_open
+        with pytest.raises(Blocked, match="1 requests in a row had failed"):
+            await gate.enter(now() + 5)
         gate.failed(TIMEOUT)
         with pytest.raises(Blocked) as blocked:
-            await gate.enter(now() + 0.01)
+            await gate.enter(now() + 5)
         assert blocked.value.status is TIMEOUT
-        waiting = asyncio.create_task(gate.enter(now() + 5))
+        waiting = asyncio.create_task(gate.enter(now() + 60))
         await asyncio.sleep(0)
         gate.answered()
-        await waiting
+        async with asyncio.timeout(1):
+            await waiting
         assert not gate.is_open
+
+    asyncio.run(call())
+
+
+def test_a_slot_given_to_somebody_who_is_cancelled_goes_on_to_the_next():
+    async def call():
+        limit = AdaptiveLimit(1)
+
+        async def take():
+            async with limit.slot():
+                return limit.running
+
+        async with limit.slot():
+            first, second = asyncio.create_task(take()), asyncio.create_task(take())
+            await asyncio.sleep(0)
+        first.cancel()  # admitted by the end of the block above, but it has not run since
+        async with asyncio.timeout(1):
+            assert await second == 1
+        assert first.cancelled() and limit.running == 0
 
     asyncio.run(call())
 
