@@ -47,8 +47,10 @@ class SingleFlight(Generic[Key, Value]):
 
     async def close(self) -> None:
         """Cancel what is under way."""
-        for flight in set(self._flying.values()):
+        flights = set(self._flying.values())
+        for flight in flights:
             flight.cancel()
+        await asyncio.gather(*flights, return_exceptions=True)
 
     def _landed(self, flight: asyncio.Task[dict[Key, Value]]) -> None:
         self._forget(flight)

@@ -104,6 +104,38 @@ def test_a_search_ends_by_its_deadline_whatever_it_waits_for():
     assert statuses == [TIMEOUT] * 4 and took_s < 2
 
 
+def test_a_pause_that_would_pass_the_deadline_is_not_begun(monkeypatch):
+    monkeypatch.setattr(http, "_backoff", lambda state: 60.0)
+
+    async def call():
+        async with serving(lambda asked: "500") as server:
+            client = make_client(settings("serper", server, deadline_s=3.0, timeout_s=1.0))
+            start = time.monotonic()
+            (result,) = await client.search(["a"])
+            await client.close()
+            return result, time.monotonic() - start
+
+    result, took_s = asyncio.run(call())
+    assert result.status is ERROR and "HTTP 500" in result.error and took_s < 2
+
+
+def test_concurrency_recovers_when_the_provider_does():
+    async def call():
+        async with serving(in_turn("429", "429", None)) as server:
+            client = make_client(settings("serper", server, attempts=5, max_concurrency=4))
+            limits = []
+            for n in range(20):
+                (result,) = await client.search([f"q{n}"])
+                assert result.status is OK
+                limits.append(client._slots.limit)
+            await client.close()
+            return limits
+
+    limits = asyncio.run(call())
+    assert limits[0] == 2.0, "halved twice, then raised by 1 / 1 for the answer"
+    assert limits[1] == 2.5 and limits[-1] == 4
+
+
 def test_retry_after_holds_back_every_caller():
     async def call():
         async with serving(in_turn("429 1", None)) as server:
