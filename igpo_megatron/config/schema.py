@@ -201,8 +201,9 @@ class Search(Section):
     rate_per_s: PositiveFloat | None = None
     """Requests that may start per second; null sets no limit. Take your plan's."""
 
-    breaker_failures: PositiveInt = 20
-    """After this many failed requests in a row none is sent for `breaker_pause_s`, then one to see whether the provider is back."""
+    breaker_failures: PositiveInt = 100
+    """After this many failed requests in a row none is sent for `breaker_pause_s`, then one to see whether the provider is back. Take
+    more than `max_concurrency`: all that is in flight may fail in a single bad moment."""
 
     breaker_pause_s: PositiveFloat = 10
     """Pause of the circuit breaker. Searches wait for its end if their deadline allows."""

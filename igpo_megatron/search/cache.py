@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from igpo_megatron.data.corpus import Passage
+from igpo_megatron.search.flights import SingleFlight
 from igpo_megatron.search.results import SearchClient, SearchResult, SearchStatus, SearchStopped, normalise
 
 SCHEMA = """
@@ -122,30 +123,39 @@ ANY_AGE: dict[SearchStatus, float | None] = {SearchStatus.OK: None, SearchStatus
 
 
 class CachedClient:
-    """SearchClient that asks another one only for what is not stored."""
+    """SearchClient that asks another one only for what is not stored, and never twice at once for the same."""
 
     def __init__(self, inner: SearchClient, store: Store, shelf: Shelf, max_age_s: Mapping[SearchStatus, float | None]):
         self.inner, self.store, self.shelf, self.max_age_s = inner, store, shelf, max_age_s
-        self.hits = self.misses = 0
+        self.searches = self.misses = 0
+        # Around the store as well: whoever comes while an answer is on its way into the store waits for it.
+        self._flights = SingleFlight(self._find, None)
 
     async def search(self, queries: Sequence[str]) -> list[SearchResult]:
         """One result per query."""
         start = time.perf_counter()
         wanted = [normalise(query) for query in queries]
-        found = await self.store.get(self.shelf, set(wanted), self.max_age_s)
-        missing = [query for query in dict.fromkeys(wanted) if query not in found]
-        self.hits, self.misses = self.hits + len(wanted) - len(missing), self.misses + len(missing)
-        if missing:
-            asked = await self.inner.search(missing)
-            answers = [result for result in asked if result.status.is_answer]
-            found |= {result.query: result for result in asked} | await self._keep(answers)
+        found = await self._flights.get(wanted)
+        self.searches += len(wanted)
         took = time.perf_counter() - start
         return [replace(found[key], query=query, latency_s=took) for key, query in zip(wanted, queries, strict=True)]
 
     async def close(self) -> None:
         """Close the other client, then the file."""
+        await self._flights.close()
         await self.inner.close()
         await self.store.close()
+
+    async def _find(self, queries: Sequence[str]) -> dict[str, SearchResult]:
+        """What is stored for distinct normalised queries, else what the other client says, stored if it is an answer."""
+        found = await self.store.get(self.shelf, queries, self.max_age_s)
+        missing = [query for query in queries if query not in found]
+        self.misses += len(missing)
+        if missing:
+            asked = await self.inner.search(missing)
+            answers = [result for result in asked if result.status.is_answer]
+            found |= {result.query: result for result in asked} | await self._keep(answers)
+        return found
 
     async def _keep(self, answers: list[SearchResult]) -> dict[str, SearchResult]:
         """Store answers; those that count instead of them, if any."""
@@ -163,7 +173,7 @@ class RecordingClient(CachedClient):
     async def _keep(self, answers: list[SearchResult]) -> dict[str, SearchResult]:
         if answers:
             await self.store.put(self.shelf, answers, replace=False)
-        # Another search, or another run, may have been first.
+        # Another run may have been first.
         return await self.store.get(self.shelf, [answer.query for answer in answers], ANY_AGE)
 
 

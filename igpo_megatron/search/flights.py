@@ -19,6 +19,7 @@ class SingleFlight(Generic[Key, Value]):
         self._fetch = fetch
         self._batch = batch
         self._flying: dict[Key, asyncio.Task[dict[Key, Value]]] = {}
+        self._keys: dict[asyncio.Task[dict[Key, Value]], Sequence[Key]] = {}
         self._waiting: Counter[asyncio.Task[dict[Key, Value]]] = Counter()
 
     async def get(self, keys: Sequence[Key]) -> dict[Key, Value]:
@@ -29,6 +30,7 @@ class SingleFlight(Generic[Key, Value]):
             group = missing[first : first + size]
             task = asyncio.create_task(self._fetch(group))
             self._flying |= dict.fromkeys(group, task)
+            self._keys[task] = group
             task.add_done_callback(self._landed)
         flights = {self._flying[key] for key in keys}
         self._waiting.update(flights)
@@ -59,4 +61,5 @@ class SingleFlight(Generic[Key, Value]):
 
     def _forget(self, flight: asyncio.Task[dict[Key, Value]]) -> None:
         """A cancelled flight takes a moment to land; nobody may board it meanwhile."""
-        self._flying = {key: other for key, other in self._flying.items() if other is not flight}
+        for key in self._keys.pop(flight, ()):
+            del self._flying[key]

@@ -119,12 +119,11 @@ class HttpClient:
                 self._learn(failure, round_)
                 raise
             self._gate.answered()
-            self._slots.answered()
+            self._slots.done(round_, overloaded=False)
             return passages
 
     def _learn(self, failure: RequestFailed, round_: int) -> None:
-        if failure.status in (SearchStatus.RATE_LIMITED, SearchStatus.TIMEOUT):
-            self._slots.overloaded(round_)
+        self._slots.done(round_, overloaded=failure.status in (SearchStatus.RATE_LIMITED, SearchStatus.TIMEOUT))
         if failure.retry_after_s is not None:
             self._gate.pause(failure.retry_after_s)
         # A provider that asks for patience, or dislikes this request, is there.
@@ -146,7 +145,7 @@ class HttpClient:
             raise RequestFailed(SearchStatus.ERROR, blot(f"{type(error).__name__}: {error}", self.backend.key), passing=True) from None
         text = blot(body.decode(errors="replace"), self.backend.key)
         if status != 200:
-            raise self._refusal(status, headers, text)
+            raise self._refusal(status, headers, text, queries)
         try:
             answer = json.loads(text)
         except (ValueError, RecursionError):
@@ -156,8 +155,8 @@ class HttpClient:
             return self.backend.read(answer, len(queries))
         except Unreadable as unreadable:
             # Some providers refuse with status 200.
-            if any(sign.fits(status, text) for sign in self.backend.signs):
-                raise self._refusal(status, headers, text) from None
+            if any(sign.fits(status, without(text, queries)) for sign in self.backend.signs):
+                raise self._refusal(status, headers, text, queries) from None
             raise RequestFailed(SearchStatus.ERROR, f"{unreadable}; found {shown(text)}", passing=False) from None
 
     async def _send(self, queries: Sequence[str]) -> tuple[int, Mapping[str, str], bytes]:
@@ -187,10 +186,11 @@ class HttpClient:
                     raise aiohttp.ClientPayloadError(f"the body is longer than {MOST_BYTES} bytes")
             return response.status, response.headers, bytes(body)
 
-    def _refusal(self, status: int, headers: Mapping[str, str], text: str) -> RequestFailed | SearchStopped:
+    def _refusal(self, status: int, headers: Mapping[str, str], text: str, queries: Sequence[str]) -> RequestFailed | SearchStopped:
         """What a body that is no answer means."""
         what = f"HTTP {status}: {shown(text)}"
-        meaning = next((sign.meaning for sign in self.backend.signs if sign.fits(status, text)), None) or usual_meaning(status)
+        signs = (sign.meaning for sign in self.backend.signs if sign.fits(status, without(text, queries)))
+        meaning = next(signs, None) or usual_meaning(status)
         match meaning:
             case "key":
                 held = (
@@ -234,6 +234,14 @@ def blot(text: str, key: Secret | None) -> str:
         return text
     for form in {key.value, quote(key.value), quote(key.value, safe=""), quote_plus(key.value), json.dumps(key.value)[1:-1]}:
         text = text.replace(form, "***")
+    return text
+
+
+def without(text: str, queries: Sequence[str]) -> str:
+    """A body without the queries it repeats: no policy shall stop a run by asking for "not enough credits"."""
+    for query in queries:
+        if len(query) >= 10:  # a shorter one says nothing of the kind, and may be part of any word
+            text = text.replace(json.dumps(query)[1:-1], "").replace(query, "")
     return text
 
 

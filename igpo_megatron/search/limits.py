@@ -12,11 +12,15 @@ from contextlib import asynccontextmanager, suppress
 
 from igpo_megatron.search.results import SearchStatus
 
+ROUND = 20
+"""Outcomes that concurrency is judged by at least: fewer could not tell overload from chance."""
+
 
 class AdaptiveLimit:
-    """Requests in flight: additive increase, multiplicative decrease (Chiu and Jain 1989, as TCP does it).
+    """Requests in flight: additive increase, multiplicative decrease (Chiu and Jain 1989), judged by rounds.
 
-    An answer raises the limit by 1 / limit, so by one per round of requests; overload halves it, once per round.
+    A round is as many outcomes as the limit, at least ROUND. More than a tenth overloaded (refused as too many, or timed out): half as
+    many. Less than a twentieth: one more. TCP's rule, to halve at every sign, would let one stray timeout in a hundred hold it below 15.
     """
 
     def __init__(self, most: int):
@@ -25,6 +29,8 @@ class AdaptiveLimit:
         self.limit = float(most)
         self.running = 0
         self._round = 0
+        self._outcomes = 0
+        self._overloads = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
 
     @asynccontextmanager
@@ -45,15 +51,21 @@ class AdaptiveLimit:
         finally:
             self._release()
 
-    def answered(self) -> None:
-        """The provider answered."""
-        self.limit = min(float(self.most), self.limit + 1 / self.limit)
-
-    def overloaded(self, round_: int) -> None:
-        """A request of that round was too much. The others of the same round were sent before this was known and say nothing new."""
-        if round_ == self._round:
-            self._round += 1
+    def done(self, round_: int, *, overloaded: bool) -> None:
+        """How a request of that round ended. One that was sent before the last change says nothing about the limit since."""
+        if round_ != self._round:
+            return
+        self._outcomes += 1
+        self._overloads += overloaded
+        if self._outcomes < max(ROUND, self.limit):
+            return
+        share = self._overloads / self._outcomes
+        if share > 1 / 10:
             self.limit = max(1.0, self.limit / 2)
+            self._round += 1
+        elif share < 1 / 20:
+            self.limit = min(float(self.most), self.limit + 1)
+        self._outcomes = self._overloads = 0
 
     def _admit(self) -> None:
         while self._waiting and self.running < int(self.limit):

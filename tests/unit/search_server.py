@@ -77,7 +77,8 @@ def say(answer: Any, status: int = 200, **headers: str) -> web.Response:
 
 
 FAULTS = ("429", "500", "broken", "html", "empty_list", "reset", "never")
-"""What the server can be told; also "401", "quota", "slow", "redirect", "429 SECONDS" for a Retry-After, "echo" to repeat the key."""
+"""What the server can be told; also "401", "quota", "slow", "redirect", "429 SECONDS" for a Retry-After, "say WORDS" to refuse with
+them, "echo" to repeat the key."""
 
 
 class SearchServer:
@@ -137,6 +138,8 @@ class SearchServer:
                 return say({"error": f"unknown key {KEY}"}, 401)
             case ["quota"]:
                 return say(spoken.quota[1], spoken.quota[0])
+            case ["say", *words]:
+                return say({"message": " ".join(words), "statusCode": 400}, 400)
             case ["redirect"]:
                 return web.Response(status=302, headers={"Location": f"{self.url}/{asked.provider}?elsewhere=1"})
             case ["429", seconds]:

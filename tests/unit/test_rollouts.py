@@ -278,7 +278,7 @@ def test_200_trajectories_end_in_time_while_the_provider_fails_every_third_reque
     async def call() -> list[RolloutGroup]:
         config = Rollout(**{**SETTINGS, "max_turns": 4, "max_failed_fraction": 0.5, "deadline_s": 30.0})  # type: ignore[arg-type]
         async with serving(fault) as server:
-            search = make_client(settings("serper", server, attempts=2, timeout_s=0.4, top_k=1))
+            search = make_client(settings("serper", server, attempts=2, timeout_s=1.5, top_k=1))
             rollouter = Rollouter(Curious(), search, ChatFormat(WORDS, config, Reward()), config, seed=0)
             rollouter._loop.close()
             questions = [Prompt(f"q{number}", "?", ("Rome",), "test") for number in range(25)]

@@ -66,12 +66,12 @@ def test_an_answer_is_asked_for_once_and_normalised_queries_are_the_same(path):
         client = CachedClient(counting, store, SHELF, AGES)
         first = await client.search(["Iran", "Iran ", "peru"])
         second = await client.search(["  Iran", "e\u0301t\u00e9", "\u00e9te\u0301", "iran"])
-        return first, second, counting.asked, (client.hits, client.misses)
+        return first, second, counting.asked, (client.searches, client.misses)
 
     first, second, asked, counts = run(path, work)
     assert asked == ["Iran", "peru", "\u00e9t\u00e9", "iran"], "letter case may matter to an encoder"
     assert [result.query for result in first + second] == ["Iran", "Iran ", "peru", "  Iran", "e\u0301t\u00e9", "\u00e9te\u0301", "iran"]
-    assert second[0].passages == first[0].passages and counts == (3, 4)
+    assert second[0].passages == first[0].passages and counts == (7, 4)
 
 
 @pytest.mark.parametrize("status", [status for status in SearchStatus if not status.is_answer])
@@ -87,6 +87,15 @@ def test_no_failure_is_stored(path, status):
     assert database.execute("SELECT count(*) FROM answers").fetchone() == (0,)
     with pytest.raises(sqlite3.IntegrityError):
         database.execute("INSERT INTO answers VALUES ('serper', '{}', 'q', ?, '[]', 0)", [status.value])
+
+
+def test_what_is_on_its_way_into_the_store_is_not_asked_for_again(path):
+    async def work(store, counting):
+        client = CachedClient(counting, store, SHELF, AGES)
+        await asyncio.gather(*(client.search([f"q{number % 5}", "shared"]) for number in range(100)))
+        return sorted(counting.asked)
+
+    assert run(path, work) == ["q0", "q1", "q2", "q3", "q4", "shared"]
 
 
 def test_answers_grow_old_and_empty_ones_sooner(path, monkeypatch):
