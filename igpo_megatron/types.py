@@ -54,6 +54,9 @@ class Status(StrEnum):
     TOOL_FAILED = "tool_failed"
     """The search back-end failed after its retries; the policy never sees this as an empty result."""
 
+    ENDED_BY_TOOL = "ended_by_tool"
+    """The same where `rollout.failed_search=end` asks to train such a trajectory as it stands."""
+
     ENGINE_FAILED = "engine_failed"
     """The rollout engine failed or the trajectory's deadline passed."""
 
@@ -61,6 +64,11 @@ class Status(StrEnum):
     def is_trainable(self) -> bool:
         """False for ends that say nothing about the policy: they are counted and left out of the loss."""
         return self not in (Status.TOOL_FAILED, Status.ENGINE_FAILED)
+
+    @property
+    def is_failure(self) -> bool:
+        """True for ends that are not the policy's doing, trained or not."""
+        return self is Status.ENDED_BY_TOOL or not self.is_trainable
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from igpo_megatron.config.schema import Rollout
 from igpo_megatron.rollout.chat import Answer, ChatFormat, Malformed
 from igpo_megatron.search.results import SearchClient, SearchResult
+from igpo_megatron.search.tally import why_failed
 from igpo_megatron.types import Completion, Node, ProbeScore, RolloutGroup, RunStopped, Status, ToolCall, Trajectory
 
 if TYPE_CHECKING:
@@ -87,7 +88,8 @@ async def run_trajectory(
             return Trajectory(path, Status.TRUNCATED_TURNS)
         shown = await _use_tool(wanted, search, config)
         if isinstance(shown, SearchResult):
-            return Trajectory(path, Status.TOOL_FAILED, reason=f"{shown.provider}: {shown.status}: {shown.error}")
+            status = Status.TOOL_FAILED if config.failed_search == "mask" else Status.ENDED_BY_TOOL
+            return Trajectory(path, status, reason=why_failed(shown))
         budget = min(config.max_observation_tokens + chat.frame_tokens, room - used - len(chat.forced_ids) - 1)
         if budget <= chat.frame_tokens:
             return Trajectory(path, Status.TRUNCATED_CONTEXT)
