@@ -143,6 +143,31 @@ class Search(Section):
     """Requests in flight at once."""
 
 
+class Python(Section):
+    """The python tool (`rollout.extra_tools`): code in a process of its own; igpo_megatron/search/python_tool.py says what is isolated."""
+
+    allow_network: bool = False
+    """Run code even where it cannot be cut off from the network, and leave it the network. False refuses to start there."""
+
+    timeout_s: PositiveFloat = 30
+    """Wall time of one call; CPU time of each of its processes, too."""
+
+    max_memory_mib: PositiveInt = 1024
+    """Address space of each process."""
+
+    max_file_mib: PositiveInt = 64
+    """All files of a call together; of each single file where the scratch folder cannot be made in memory."""
+
+    max_processes: PositiveInt = 32
+    """Processes and threads of a call."""
+
+    max_output_kib: PositiveInt = 64
+    """Output that is kept; the policy sees at most `rollout.max_observation_tokens` of it."""
+
+    max_concurrency: PositiveInt = 8
+    """Calls that run at once."""
+
+
 class Engine(Section):
     """One kind of vLLM engine, placed by Ray."""
 
@@ -445,6 +470,7 @@ class Config(Section):
     parallel: Parallel = Parallel()
     data: Data = Data()
     search: Search = Search()
+    python: Python = Python()
     rollout: Rollout = Rollout()
     reward: Reward = Reward()
     advantage: Advantage = Igpo()
