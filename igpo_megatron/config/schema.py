@@ -301,14 +301,22 @@ class Rollout(Section):
     system_prompt: str | None = None
     """System message; null sends none. `{date}` becomes the date of the run's start."""
 
+    protocol: Literal["igpo", "search_r1", "arpo", "hermes"] = "igpo"
+    """How the policy writes calls and answers: IGPO's think + tool_call or answer, Search-R1's and ARPO's tags, or native tool calls of
+    Qwen and Hermes models."""
+
     tool_name: str = "web_search"
-    """Name of the search tool in the prompt and in tool calls."""
+    """Name of the search tool in the prompt and in tool calls; protocols of tags (search_r1, arpo) always write `<search>`."""
+
+    extra_tools: tuple[Literal["visit", "python"], ...] = ()
+    """Tools beside search: `visit` reads web pages (section `visit`), `python` runs code (section `python`)."""
 
     max_queries: PositiveInt = 3
     """Queries of one tool call that are used; further ones are dropped."""
 
     tool_in_prompt: bool = True
-    """Describe the tool through the chat template's `tools`; false for a policy that was taught the format."""
+    """Describe the tools in the prompt, through the chat template's `tools` or the protocol's own text; false for a policy that was
+    taught the format."""
 
     max_failed_fraction: Annotated[float, Field(ge=0, le=1)] = 0.2
     """A step in which more than this share of trajectories ends in TOOL_FAILED or ENGINE_FAILED stops the run."""
