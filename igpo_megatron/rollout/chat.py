@@ -11,6 +11,7 @@ in a result stays what it is, tool text: turns end at sampled tokens only, and p
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime
 from typing import Any
 
@@ -48,6 +49,8 @@ class ChatFormat:
             else:
                 self._before_question = f"{instructions}\n\nQuestion: "
         self.end_of_turn: int = tokenizer.eos_token_id
+        added = [token.content for token in tokenizer.added_tokens_decoder.values() if not token.special and len(token.content) > 1]
+        self._added = re.compile("|".join(map(re.escape, added))) if added else None
         self.forced_ids: list[int] = self._encode(FORCED_TEXT) if rollout.force_think else []
         self._before_tool, self._after_tool = self._tool_frame() if self.protocol.tool_messages else map(self._encode, self.protocol.result)
         self._probes: dict[str, tuple[list[int], tuple[int, int]]] = {}
@@ -71,7 +74,7 @@ class ChatFormat:
         room = budget - len(self._before_tool) - len(self._after_tool)
         if room < 0:
             raise ValueError(f"a tool message needs {budget - room} tokens for its frame alone, the budget is {budget}")
-        content = self._encode(text, split_special_tokens=True)
+        content = self._encode_foreign(text)
         if len(content) > room:
             content = content[:room]
             text = self._tokenizer.decode(content, clean_up_tokenization_spaces=False)
@@ -84,7 +87,7 @@ class ChatFormat:
 
     def count_tokens(self, text: str) -> int:
         """Tokens that `text` takes as a tool's result."""
-        return len(self._encode(text, split_special_tokens=True))
+        return len(self._encode_foreign(text))
 
     def render_probe(self, answer: str) -> tuple[list[int], tuple[int, int]]:
         """Ids of the probe text with `answer` in it, and the [start, stop) of the answer's tokens, which alone are scored.
@@ -123,6 +126,15 @@ class ChatFormat:
 
     def _encode(self, text: str, **options: Any) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False, **options)
+
+    def _encode_foreign(self, text: str) -> list[int]:
+        """Ids of text that others wrote: no id in it stands for a control token, though the text may spell one."""
+        pieces, start = [], 0
+        # Tokens such as Qwen's <tool_call> are added but not special, so the tokenizer would not split them: cut each after one character.
+        for spelled in self._added.finditer(text) if self._added else ():
+            pieces.append(text[start : spelled.start() + 1])
+            start = spelled.start() + 1
+        return [token for piece in (*pieces, text[start:]) for token in self._encode(piece, split_special_tokens=True)]
 
     def _render(self, messages: list[dict[str, str]], *, generate: bool) -> str:
         tools = tool_schemas(self._tools) if self._rollout.tool_in_prompt and self.protocol.tool_messages else None

@@ -146,7 +146,9 @@ class Extractor:
 
 async def _start_worker() -> asyncio.subprocess.Process:
     pipe, none = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
-    return await asyncio.create_subprocess_exec(sys.executable, "-m", __name__, stdin=pipe, stdout=pipe, stderr=none)
+    # By path and isolated, with nothing of this process's environment: a parser that is broken into finds no keys there.
+    command = (sys.executable, "-I", "-B", __file__)
+    return await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, stderr=none, env={"LANG": "C.UTF-8"})
 
 
 async def _ask(worker: asyncio.subprocess.Process, kind: str, body: bytes, charset: str | None) -> dict[str, Any]:

@@ -125,14 +125,17 @@ class PythonTool:
 
     async def _call_runner(self, job: bytes, folder: str) -> dict[str, Any]:
         """The runner's report; empty if it gave none."""
-        runner = await asyncio.create_subprocess_exec(
-            *_command(),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=_environment(folder),
-            start_new_session=True,
-        )
+        try:
+            runner = await asyncio.create_subprocess_exec(
+                *_command(),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env=_environment(folder),
+                start_new_session=True,
+            )
+        except OSError as error:
+            return {"error": f"no process could be started: {error}"}
         assert runner.stdin is not None and runner.stdout is not None
         try:
             async with asyncio.timeout(self.config.timeout_s + GRACE_S):

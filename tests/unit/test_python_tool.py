@@ -16,7 +16,7 @@ import pytest
 from igpo_megatron.config.schema import Python
 from igpo_megatron.search.python_tool import PythonResult, PythonStatus, PythonTool, render_result
 
-SMALL = Python(timeout_s=1, max_memory_mib=512, max_file_mib=1, max_processes=8, max_output_kib=1)
+SMALL = Python(timeout_s=20, max_memory_mib=512, max_file_mib=1, max_processes=8, max_output_kib=1)
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -128,10 +128,11 @@ def test_code_that_prints_nothing_is_not_run_again() -> None:
     ],
 )
 def test_every_limit_holds(code: str, status: PythonStatus | None, error: str) -> None:
-    result = run(code)
+    seconds = 1.0 if status is PythonStatus.TIMEOUT else 20.0
+    result = run(code, SMALL.model_copy(update={"timeout_s": seconds}))
     assert status is None or result.status is status
     assert any(part in str(result.error) for part in error.split("|")), result
-    assert result.latency_s < 5
+    assert result.latency_s < 8, "no limit waits for the clock of the code"
 
 
 @isolated
@@ -203,7 +204,7 @@ def test_a_cancelled_call_takes_its_code_with_it() -> None:
     code = f"import subprocess; subprocess.run(['/bin/sh', '-c', 'sleep 30; : {mark}'])"
 
     async def cancel() -> None:
-        task = asyncio.create_task(PythonTool(SMALL.model_copy(update={"timeout_s": 20.0})).run(code))
+        task = asyncio.create_task(PythonTool(SMALL).run(code))
         while not processes_with(f": {mark}"):
             await asyncio.sleep(0.02)
         task.cancel()
@@ -220,11 +221,11 @@ def test_calls_run_side_by_side_up_to_the_limit() -> None:
     async def four(limit: int) -> float:
         tool = PythonTool(SMALL.model_copy(update={"max_concurrency": limit}))
         start = time.monotonic()
-        await asyncio.gather(*(tool.run("import time; time.sleep(0.4)") for _ in range(4)))
+        await asyncio.gather(*(tool.run("import time; time.sleep(0.25)") for _ in range(4)))
         return time.monotonic() - start
 
     alone = asyncio.run(four(1))
-    assert alone >= 1.6 and asyncio.run(four(4)) < alone
+    assert alone >= 1.0 and asyncio.run(four(4)) < alone
 
 
 def test_where_the_network_cannot_be_cut_it_refuses_to_start() -> None:
