@@ -28,9 +28,12 @@ POLL_S = 0.02
 """Between two counts of processes; a fork bomb lives this long past its limit."""
 
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x20000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REC, MS_PRIVATE = 1, 2, 4, 0x4000, 0x40000
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 0x1000, 0x4000, 0x40000
 MOUNT_SETATTR, AT_RECURSIVE, AT_FDCWD = 442, 0x8000, -100
-"""Number of mount_setattr(2) on every architecture (Linux 5.12)."""
+"""Number of mount_setattr(2) on every architecture."""
+
+DEVICES = ("null", "zero", "full", "random", "urandom")
+"""Those that can be used inside."""
 
 PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 36, 38
 CAPABILITY_VERSION_3 = 0x20080522
@@ -202,18 +205,26 @@ def _enter_namespaces(*, network: bool) -> None:
                 file.write(text)
     except OSError as error:
         raise Refused(f"writing {error.filename or 'the id maps'} failed: {error.strerror}") from None
+    # The code needs no user namespace of its own; fewer ways into the kernel. Some containers do not let this be written.
+    with contextlib.suppress(OSError), open("/proc/sys/user/max_user_namespaces", "w", encoding="ascii") as file:
+        file.write("0")
 
 
 def _hide_files(scratch: str, size: int) -> None:
-    """All files read-only, the scratch folder and /dev/shm empty ones in memory, /proc of this namespace alone, /run empty."""
+    """All files read-only, the scratch folder and /dev/shm empty ones in memory, /proc of this namespace alone, /run empty, few devices."""
     _call("unshare", CLONE_NEWNS)
     _mount("none", "/", None, MS_REC | MS_PRIVATE)
-    read_only = (ctypes.c_uint64 * 4)(MS_RDONLY | MS_NOSUID, 0, 0, 0)
-    if _libc.syscall(MOUNT_SETATTR, AT_FDCWD, b"/", AT_RECURSIVE, read_only, ctypes.c_size_t(32)):
-        raise Refused(f"mount_setattr failed: {os.strerror(ctypes.get_errno())}")
+    devices = [f"/dev/{name}" for name in DEVICES if os.path.exists(f"/dev/{name}")]
+    for device in devices:
+        _mount(device, device, None, MS_BIND)
+    # A read-only mount does not keep root from writing to a disk through its device.
+    _set_attributes("/", AT_RECURSIVE, MS_RDONLY | MS_NOSUID | MS_NODEV, 0)
+    for device in devices:
+        _set_attributes(device, 0, 0, MS_NODEV)
     _mount("tmpfs", scratch, f"size={size},mode=700", MS_NOSUID | MS_NODEV)
     try:
-        _mount("proc", "/proc", None, MS_NOSUID | MS_NODEV)
+        # Read-only, because root could write to /proc/sys without any capability.
+        _mount("proc", "/proc", None, MS_RDONLY | MS_NOSUID | MS_NODEV)
     except Refused:
         # Containers that hide parts of /proc forbid a fresh one. None at all is safe, too.
         _mount("tmpfs", "/proc", "size=4k", MS_RDONLY)
@@ -223,8 +234,15 @@ def _hide_files(scratch: str, size: int) -> None:
 
 
 def _mount(source: str, target: str, options: str | None, flags: int) -> None:
-    kind = None if source == "none" else source.encode()
-    _call("mount", source.encode(), os.fsencode(target), kind, ctypes.c_ulong(flags), options.encode() if options else None)
+    kind = source.encode() if source in ("proc", "tmpfs") else None
+    _call("mount", os.fsencode(source), os.fsencode(target), kind, ctypes.c_ulong(flags), options.encode() if options else None)
+
+
+def _set_attributes(target: str, how: int, add: int, clear: int) -> None:
+    """mount_setattr(2), whose flags have the values of mount(2)'s. Linux 5.12."""
+    attributes = (ctypes.c_uint64 * 4)(add, clear, 0, 0)
+    if _libc.syscall(MOUNT_SETATTR, AT_FDCWD, os.fsencode(target), how, attributes, ctypes.c_size_t(32)):
+        raise Refused(f"mount_setattr failed: {os.strerror(ctypes.get_errno())}")
 
 
 def _drop_rights() -> None:

@@ -5,13 +5,14 @@ What is isolated, on Linux 5.12 or newer where users may make namespaces (python
 - network: a namespace without interfaces; not even the machine's own loopback is there
 - processes: the code sees its own only and can signal no other; all of them end with it, at its limits, or with the caller
 - files: everything is read-only, except a scratch folder and /dev/shm, both in memory and gone afterwards; /run is empty and /proc its own
+- devices: /dev/null and the like only, so no disks and no GPUs
 - environment: nothing of the caller's, so no keys
 - limits: wall and CPU time, address space of each process, bytes in the scratch folder, processes and threads, bytes of output
 
 What is not isolated: files that the user of the run may read can be read (the code has no way to send them anywhere but into its own
-output, which the policy sees); Unix sockets outside /run can be connected to; devices such as GPUs are there; CPU cores and memory
-bandwidth are shared; memory is limited per process, so the whole may take `max_processes` times as much; the kernel is the machine's
-own. It keeps a careless or curious policy in bounds. For code of people who attack you, use a virtual machine.
+output, which the policy sees); Unix sockets outside /run can be connected to; CPU cores and memory bandwidth are shared; memory is
+limited per process, so the whole may take `max_processes` times as much; the kernel is the machine's own. It keeps a careless or
+curious policy in bounds. For code of people who attack you, use a virtual machine.
 
 With `allow_network` the network stays. The rest is isolated as above where the system can do it; where it cannot, only limits, the clean
 environment and the scratch folder remain, and the code could harm whatever its user can. Without `allow_network` it refuses to start there.
