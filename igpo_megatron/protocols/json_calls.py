@@ -16,7 +16,7 @@ ARGUMENTS = {"visit": ("url", "goal"), "python": ("code",)}
 def parse_call(body: str, tools: ToolSet) -> ToolCall | Malformed:
     """One call. A tool that does not exist is well-formed if it asks for something: the policy is told which ones there are."""
     try:
-        call = json.loads(body)
+        call = json.loads(body, object_hook=_without_half_pairs)
     except json.JSONDecodeError as error:
         return Malformed(f"the tool call is not JSON: {error.msg}")
     if not isinstance(call, dict) or not isinstance(call.get("name"), str) or not call["name"] or "arguments" not in call:
@@ -30,6 +30,17 @@ def parse_call(body: str, tools: ToolSet) -> ToolCall | Malformed:
     if not texts:
         return Malformed("the tool call has no query")
     return ToolCall(name, tuple(texts[: tools.max_queries]))
+
+
+def _without_half_pairs(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON can spell half a surrogate pair, which no tokenizer and no file takes; it becomes a question mark."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, list):
+            return [clean(item) for item in value]
+        return value.encode(errors="replace").decode() if isinstance(value, str) else value
+
+    return {key: clean(value) for key, value in values.items()}
 
 
 def _extra_call(name: str, arguments: Any) -> ToolCall | Malformed:

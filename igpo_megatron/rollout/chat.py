@@ -71,6 +71,8 @@ class ChatFormat:
         At most `budget` ids: the content is cut from its end and the frame kept. Control tokens inside `text` are read as plain
         characters. Raises ValueError if not even the frame fits.
         """
+        # Half a surrogate pair, as JSON can spell it, is no text to tokenizers and files.
+        text = text.encode(errors="replace").decode()
         room = budget - len(self._before_tool) - len(self._after_tool)
         if room < 0:
             raise ValueError(f"a tool message needs {budget - room} tokens for its frame alone, the budget is {budget}")

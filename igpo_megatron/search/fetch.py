@@ -94,7 +94,10 @@ def is_public(address: str) -> bool:
 
 async def system_lookup(host: str) -> list[str]:
     """The system's resolver: DNS and /etc/hosts; also reads odd spellings of addresses, such as 0x7f.1."""
-    found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except ValueError as error:  # a label longer than DNS allows, or a zero byte
+        raise socket.gaierror(socket.EAI_NONAME, str(error)) from None
     return list(dict.fromkeys(str(address[0]) for *_, address in found))
 
 
@@ -186,16 +189,17 @@ class Fetcher:
         """An address that may be asked. A host name's addresses are checked when it is resolved, those written as numbers here."""
         try:
             url = base.join(yarl.URL(text.strip())) if base is not None else yarl.URL(text.strip())
-        except ValueError as error:
+            host = url.host
+        except (ValueError, IndexError) as error:  # yarl's parser runs over the end of some brackets
             raise FetchFailed(PageStatus.REFUSED, f"{text[:200]!r} is not a valid address: {error}") from None
-        if url.scheme not in ("http", "https") or not url.host:
+        if url.scheme not in ("http", "https") or not host:
             raise FetchFailed(PageStatus.REFUSED, f"{text[:200]!r}: expected an address that begins with http:// or https://")
         try:
-            ipaddress.ip_address(url.host.partition("%")[0])
+            ipaddress.ip_address(host.partition("%")[0])
         except ValueError:
             pass
         else:
-            self._resolver.check(url.host, [url.host])
+            self._resolver.check(host, [host])
         # Names and passwords in an address would be sent along.
         return url.with_user(None).with_fragment(None)
 

@@ -270,6 +270,10 @@ def test_addresses_that_are_public(address: str) -> None:
         "http:///x",
         "not an address",
         "http://[::1/",
+        "http://xn--/",
+        "http:// ]:[%2@",
+        "http://host:99999/",
+        "http://0177.0.0.1:{port}/",
     ],
 )
 def test_private_targets_and_other_schemes_are_refused_before_anything_is_sent(url: str) -> None:
@@ -279,6 +283,11 @@ def test_private_targets_and_other_schemes_are_refused_before_anything_is_sent(u
         assert server.paths == []
 
     serve(scenario)
+
+
+def test_a_name_that_cannot_exist_is_unreadable() -> None:
+    assert asyncio.run(visit(f"http://{'a' * 300}.test/")).status is PageStatus.UNREADABLE
+    assert asyncio.run(visit("http://a\0b/")).status is PageStatus.UNREADABLE
 
 
 def test_a_name_is_judged_by_what_it_resolves_to() -> None:
