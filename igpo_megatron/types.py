@@ -52,7 +52,7 @@ class Status(StrEnum):
     """A turn was neither a tool call nor an answer."""
 
     TOOL_FAILED = "tool_failed"
-    """The search back-end failed after its retries; the policy never sees this as an empty result."""
+    """A tool failed after its retries, for reasons outside the policy, which never sees this as an empty result."""
 
     ENDED_BY_TOOL = "ended_by_tool"
     """The same where `rollout.failed_search=end` asks to train such a trajectory as it stands."""
@@ -77,6 +77,7 @@ class ToolCall:
 
     name: str
     queries: tuple[str, ...]
+    """Queries of a search; the address of a page and, maybe, what to look for on it; a piece of code."""
 
 
 @dataclass(slots=True)

@@ -41,6 +41,7 @@ def check(config: Config, *, world_size: int | None, local_world_size: int | Non
             *_context(config, shape),
             *_devices(config, 0),
             *_search(config),
+            *_tools(config),
         ]
     return [
         *_model_files(config.model.path),
@@ -51,6 +52,7 @@ def check(config: Config, *, world_size: int | None, local_world_size: int | Non
         *_context(config, shape),
         *_devices(config, local_world_size or world_size),
         *_search(config),
+        *_tools(config),
         *_algorithm(config),
         *_schedule(config),
     ]
@@ -250,6 +252,33 @@ def _search_backend(search: Search) -> Iterator[str]:
         yield f"search.backend={search.backend} needs a key in {variable}: that environment variable is not set; export it"
     else:
         yield f"search.api_key_env={variable}: that environment variable is not set; export it, or set search.api_key_env=null"
+
+
+def _tools(config: Config) -> Iterator[str]:
+    rollout, visit = config.rollout, config.visit
+    if not _needs_engines(config):
+        return
+    if rollout.tool_name in ("visit", "python"):
+        yield f"rollout.tool_name={rollout.tool_name} is the name of another tool; search needs one of its own, such as search"
+    if len(set(rollout.extra_tools)) < len(rollout.extra_tools):
+        yield f"rollout.extra_tools={list(rollout.extra_tools)} names a tool more than once; name each once"
+    if "visit" not in rollout.extra_tools:
+        return
+    if visit.max_tokens > rollout.max_observation_tokens and visit.summary.url is None:
+        yield (
+            f"visit.max_tokens={visit.max_tokens} is more than rollout.max_observation_tokens={rollout.max_observation_tokens}, "
+            "so the end of what was chosen from a page would be cut off; lower the first or raise the second"
+        )
+    for host in visit.allow_hosts:
+        if "/" in host or (host.rpartition(":")[2].isdigit() and host.count(":") == 1):
+            yield f"visit.allow_hosts: {host!r}: expected a host's name alone, such as wiki.example.org, without http:// and port"
+    summary = visit.summary
+    if summary.url is not None and not summary.url.startswith(("http://", "https://")):
+        yield f"visit.summary.url={summary.url!r}: expected an address such as http://127.0.0.1:8001/v1"
+    if summary.url is not None and summary.model is None:
+        yield "visit.summary.url needs visit.summary.model, the model's name at that server"
+    if summary.url is not None and summary.api_key_env is not None and not os.environ.get(summary.api_key_env):
+        yield f"visit.summary.api_key_env={summary.api_key_env}: that environment variable is not set; export it, or set it to null"
 
 
 def _algorithm(config: Config) -> Iterator[str]:

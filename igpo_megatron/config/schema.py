@@ -233,6 +233,100 @@ class Search(Section):
         return self.api_key_env or KEY_VARIABLES.get(self.backend)
 
 
+class Summary(Section):
+    """A model that summarises visited pages, at any server that speaks OpenAI's POST /v1/chat/completions."""
+
+    url: str | None = None
+    """Address up to the version, such as http://127.0.0.1:8001/v1; null shows the page's own text."""
+
+    model: str | None = None
+    """The model's name at that server."""
+
+    api_key_env: str | None = None
+    """Environment variable that holds the server's key, sent as a bearer token; null if it needs none."""
+
+    max_tokens: PositiveInt = 1024
+    """Tokens of a summary, reasoning included."""
+
+    timeout_s: PositiveFloat = 120
+    """Deadline of one attempt."""
+
+    attempts: PositiveInt = 3
+    """Tries per page, with exponential back-off."""
+
+    max_concurrency: PositiveInt = 16
+    """Requests in flight at once."""
+
+
+class Visit(Section):
+    """The visit tool (`rollout.extra_tools`): reads web pages, HTML, PDF and plain text."""
+
+    allow_hosts: tuple[str, ...] = ()
+    """Host names (or addresses, as they stand in a URL) that may be visited although their address is private, loopback or link-local."""
+
+    content: Literal["matching", "start"] = "matching"
+    """`matching`: of a long page, the passages that match the goal of the visit best (BM25); `start`: its beginning."""
+
+    max_tokens: PositiveInt = 2048
+    """Tokens of a page's text that are shown, or given to the summariser."""
+
+    show_failures: bool = False
+    """True tells the policy where a site could not be reached or took too long; false ends the trajectory in TOOL_FAILED. Pages that
+    do not exist or may not be visited are always told."""
+
+    timeout_s: PositiveFloat = 20
+    """Deadline of one attempt, redirects included."""
+
+    attempts: PositiveInt = 2
+    """Tries per page, with exponential back-off, while the trouble may pass."""
+
+    max_page_kib: PositiveInt = 8192
+    """Larger pages are not read."""
+
+    max_redirects: NonNegativeInt = 5
+    """Redirects followed; each is checked as the first address is."""
+
+    extract_timeout_s: PositiveFloat = 30
+    """Time in which the text must have been taken out of a page."""
+
+    workers: PositiveInt = 2
+    """Processes that take text out of pages."""
+
+    max_concurrency: PositiveInt = 32
+    """Visits at once."""
+
+    user_agent: str = "igpo_megatron"
+    """What the tool calls itself towards sites."""
+
+    summary: Summary = Summary()
+    """The summariser."""
+
+
+class Python(Section):
+    """The python tool (`rollout.extra_tools`): code in a process of its own; igpo_megatron/search/python_tool.py says what is isolated."""
+
+    allow_network: bool = False
+    """Run code even where it cannot be cut off from the network, and leave it the network. False refuses to start there."""
+
+    timeout_s: PositiveFloat = 30
+    """Wall time of one call; CPU time of each of its processes, too."""
+
+    max_memory_mib: PositiveInt = 1024
+    """Address space of each process."""
+
+    max_file_mib: PositiveInt = 64
+    """All files of a call together; of each single file where the scratch folder cannot be made in memory."""
+
+    max_processes: PositiveInt = 32
+    """Processes and threads of a call."""
+
+    max_output_kib: PositiveInt = 64
+    """Output that is kept; the policy sees at most `rollout.max_observation_tokens` of it."""
+
+    max_concurrency: PositiveInt = 8
+    """Calls that run at once."""
+
+
 class Engine(Section):
     """One kind of vLLM engine, placed by Ray."""
 
@@ -297,21 +391,29 @@ class Rollout(Section):
     system_prompt: str | None = None
     """System message; null sends none. `{date}` becomes the date of the run's start."""
 
+    protocol: Literal["igpo", "search_r1", "arpo", "hermes"] = "igpo"
+    """How the policy writes calls and answers: IGPO's think + tool_call or answer, Search-R1's and ARPO's tags, or native tool calls of
+    Qwen and Hermes models."""
+
     tool_name: str = "web_search"
-    """Name of the search tool in the prompt and in tool calls."""
+    """Name of the search tool in the prompt and in tool calls; protocols of tags (search_r1, arpo) always write `<search>`."""
+
+    extra_tools: tuple[Literal["visit", "python"], ...] = ()
+    """Tools beside search: `visit` reads web pages (section `visit`), `python` runs code (section `python`)."""
 
     max_queries: PositiveInt = 3
     """Queries of one tool call that are used; further ones are dropped."""
 
     tool_in_prompt: bool = True
-    """Describe the tool through the chat template's `tools`; false for a policy that was taught the format."""
+    """Describe the tools in the prompt, through the chat template's `tools` or the protocol's own text; false for a policy that was
+    taught the format."""
 
     max_failed_fraction: Annotated[float, Field(ge=0, le=1)] = 0.2
     """A step in which more than this share of trajectories, or of searches, fails for reasons outside the policy stops the run."""
 
     failed_search: Literal["mask", "end"] = "mask"
-    """A search that fails after its retries ends its trajectory. `mask` leaves it out of the loss and of its group's baseline; `end`
-    trains it, and counts it in evaluations, as it stands: with the reward of a malformed one."""
+    """A search, or another tool, that fails after its retries ends its trajectory. `mask` leaves it out of the loss and of its group's
+    baseline; `end` trains it, and counts it in evaluations, as it stands: with the reward of a malformed one."""
 
     deadline_s: PositiveFloat = 1800
     """Wall time of one trajectory."""
@@ -539,6 +641,8 @@ class Config(Section):
     parallel: Parallel = Parallel()
     data: Data = Data()
     search: Search = Search()
+    visit: Visit = Visit()
+    python: Python = Python()
     rollout: Rollout = Rollout()
     reward: Reward = Reward()
     advantage: Advantage = Igpo()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -16,7 +16,7 @@ from igpo_megatron.config.schema import Rollout
 from igpo_megatron.rollout.agent import Engine, EngineError, run_trajectory
 from igpo_megatron.rollout.chat import ChatFormat
 from igpo_megatron.rollout.prober import Prober, RenderedProbe
-from igpo_megatron.search.results import SearchClient
+from igpo_megatron.search.results import SearchClient, Tool
 from igpo_megatron.search.tally import TallyClient
 from igpo_megatron.types import Node, Prompt, RolloutGroup, RunStopped, Status, Trajectory
 
@@ -39,10 +39,15 @@ class Rollouter:
         *,
         seed: int,
         probes_of: Callable[[Prompt], Sequence[RenderedProbe]] | None = None,
+        tools: Mapping[str, Tool] | None = None,
     ) -> None:
-        """`probes_of`: the probes of a question, where the engine is to score them during training rollouts."""
+        """`probes_of`: the probes of a question, where the engine is to score them during training rollouts.
+
+        `tools`: those beside search, by name; closed, as `search` is, when the rollouter is.
+        """
         self._engine, self._search, self._chat, self._config, self._seed = engine, search, chat, config, seed
         self._probes_of = probes_of
+        self._tools = tools or {}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollouts", daemon=True)
 
@@ -51,7 +56,7 @@ class Rollouter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self._wait_for(self._search.close())
+        self._wait_for(self._close())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -110,6 +115,9 @@ class Rollouter:
         _check_failures(ends, search, self._config.max_failed_fraction)
         return groups
 
+    async def _close(self) -> None:
+        await asyncio.gather(self._search.close(), *(tool.close() for tool in self._tools.values()))
+
     def _open(self, prompt: Prompt) -> RolloutGroup:
         ids, text = self._chat.open(prompt.question)
         if len(ids) >= self._config.max_context:
@@ -129,6 +137,7 @@ class Rollouter:
                     group,
                     engine=self._engine,
                     search=search,
+                    tools=self._tools,
                     chat=self._chat,
                     config=self._config,
                     prober=prober,

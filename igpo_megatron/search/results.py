@@ -64,6 +64,29 @@ def normalise(query: str) -> str:
     return " ".join(unicodedata.normalize("NFC", query).split())
 
 
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """What a tool gives back to the agent loop."""
+
+    text: str
+    """For the policy to read."""
+
+    failure: str | None = None
+    """One sentence if the tool failed for reasons outside the policy; `text` is then shown to nobody."""
+
+
+class Tool(Protocol):
+    """Anything beside search that the policy can call. Used from one event loop; a call may be cancelled at any point."""
+
+    async def use(self, arguments: Sequence[str]) -> Observed:
+        """What a call with these arguments (`ToolCall.queries`) shows. Trouble is a sentence or a failure, never an exception."""
+        ...
+
+    async def close(self) -> None:
+        """Give back what is held. The tool is not used afterwards."""
+        ...
+
+
 class SearchClient(Protocol):
     """Anything that answers queries. Used from one event loop; a call may be cancelled at any point.
 

@@ -83,6 +83,17 @@ def test_a_sound_configuration_has_no_problems(sound):
         (["search.mode=replay", "search.cache=gone.sqlite"], 1, "search.cache=gone.sqlite: no such file"),
         (["search.timeout_s=60", "search.deadline_s=50"], 1, "search.deadline_s=50 is less than one attempt (search.timeout_s=60)"),
         (["rollout.deadline_s=100"], 1, "search.deadline_s=180 is more than a whole trajectory has (rollout.deadline_s=100)"),
+        (["rollout.tool_name=python"], 1, "rollout.tool_name=python is the name of another tool"),
+        (["rollout.extra_tools=[visit,visit]"], 1, "names a tool more than once"),
+        (
+            ["rollout.extra_tools=[visit]", "visit.max_tokens=5000"],
+            1,
+            "visit.max_tokens=5000 is more than rollout.max_observation_tokens=4096",
+        ),
+        (["rollout.extra_tools=[visit]", "visit.allow_hosts=['http://a.example/']"], 1, "expected a host's name alone"),
+        (["rollout.extra_tools=[visit]", "visit.allow_hosts=['localhost:80']"], 1, "'localhost:80'"),
+        (["rollout.extra_tools=[visit]", "visit.summary.url='host:1'", "visit.summary.model=m"], 1, "visit.summary.url='host:1'"),
+        (["rollout.extra_tools=[visit]", "visit.summary.url=http://host:1/v1"], 1, "needs visit.summary.model"),
         (["run.replay=gone.parquet"], 1, "run.replay=gone.parquet: no such file"),
         (["rollout.samples_per_prompt=1"], 1, "rollout.samples_per_prompt=1: advantage.name=igpo compares the samples"),
         (["reward.gain=none"], 1, "reward.gain=none leaves advantage.name=igpo without gains"),
@@ -211,3 +222,15 @@ def test_a_value_from_the_default_configuration_is_complete_enough_to_check():
 
 def test_divisors_of_twelve():
     assert divisors(12) == [1, 2, 3, 4, 6, 12]
+
+
+def test_extra_tools_and_protocols_that_fit_have_no_problems(sound, monkeypatch):
+    monkeypatch.setenv("SOME_KEY", "x")
+    summary = ["visit.summary.url=http://127.0.0.1:8001/v1", "visit.summary.model=m", "visit.summary.api_key_env=SOME_KEY"]
+    tools = ["rollout.extra_tools=[visit,python]", "visit.allow_hosts=[localhost,127.0.0.1,'::1']", "visit.max_tokens=5000", *summary]
+    for protocol in ("igpo", "search_r1", "arpo", "hermes"):
+        assert problems(sound, f"rollout.protocol={protocol}", *tools) == []
+    monkeypatch.delenv("SOME_KEY")
+    (problem,) = problems(sound, *tools)
+    assert "visit.summary.api_key_env=SOME_KEY: that environment variable is not set" in problem
+    assert problems(sound, *tools, "rollout.extra_tools=[]") == []
