@@ -13,20 +13,34 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-BELOW = {"types", "leftovers", "config", "data", "search", "packing", "kernels", "algorithms", "observability", "rollout", "actor"}
+BELOW = {
+    "types",
+    "leftovers",
+    "protocols",
+    "config",
+    "data",
+    "search",
+    "packing",
+    "kernels",
+    "algorithms",
+    "observability",
+    "rollout",
+    "actor",
+}
 TOP = {"cli", "doctor", "probe_check", "train", "evaluate", "plan", "report", "run"}
 MAY_IMPORT = {
     "__init__": set(),
     "types": set(),
     "leftovers": set(),
+    "protocols": {"types"},
     "config": {"types"},
     "data": {"types", "config"},
     "search": {"types", "config", "data"},
     "observability": {"types", "config"},
     "kernels": set(),
     "packing": {"types"},
-    "algorithms": {"types", "config"},
-    "rollout": {"types", "leftovers", "config", "search"},
+    "algorithms": {"types", "protocols", "config"},
+    "rollout": {"types", "leftovers", "protocols", "config", "search"},
     "actor": {"types", "config", "packing", "kernels", "checkpoint_conversion"},
     **{module: BELOW | TOP | {"checkpoint_conversion"} for module in TOP},
 }
@@ -155,7 +169,7 @@ def test_allowed_imports_pass(tmp_path):
     assert violations(tmp_path) == []
 
 
-@pytest.mark.parametrize("packages", ["types", "config", "data", "search", "config doctor"])
+@pytest.mark.parametrize("packages", ["types", "protocols", "config", "data", "search", "config doctor"])
 def test_light_packages_load_nothing_heavy(packages):
     script = """
 import importlib, pkgutil, sys
