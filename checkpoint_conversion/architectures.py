@@ -2,8 +2,8 @@
 
 folder/config.json --read_shape--> ModelShape --rules_for--> {Megatron name: Rule} --check_total--> nothing forgotten, nothing twice
 
-The tables use the names of Megatron's local layers; `te_name` and `local_name` translate to TransformerEngine's, which fuses
-each norm into the linear layer behind it. Megatron stores checkpoints of both kinds under TransformerEngine's names.
+The tables use the names of Megatron's local layers and say beside them what TransformerEngine's layers call the same tensors: it
+fuses a norm into the linear layer behind it, and the experts of a layer into one module.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,18 +19,33 @@ from typing import Any
 from checkpoint_conversion.rules import ConversionError, Copy, GateUp, PadVocab, Qkv, Row, Rule, Tied
 
 Table = Mapping[str, tuple[type[Rule], tuple[str, ...]]]
-"""Megatron name -> (rule, HF names). In a layer's table both sides leave out the layer's prefix."""
+"""Megatron name -> (rule, HF names). In a layer's table both sides leave out the layer's prefix; `{e}` stands for each expert."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """The tensors of one part of a layer."""
+
+    tensors: Table
+    te_names: Mapping[str, str]
+    """Local name -> TransformerEngine's, where they differ."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """The tensors of one model family."""
+    """The tensors of one model family: those outside the layers are the same in all."""
 
-    model: Table
-    """Tensors outside the layers."""
+    attention: Block
+    mlp: Block
 
-    layer: Table
-    """Tensors of every layer."""
+    @property
+    def layer(self) -> Table:
+        """Tensors of every layer."""
+        return {**self.attention.tensors, **self.mlp.tensors}
+
+    @property
+    def te_names(self) -> Mapping[str, str]:
+        return {**self.attention.te_names, **self.mlp.te_names}
 
 
 MODEL: Table = {
@@ -39,35 +54,93 @@ MODEL: Table = {
     "output_layer.weight": (PadVocab, ("lm_head.weight",)),
 }
 TIED: Table = {"output_layer.weight": (Tied, ("model.embed_tokens.weight",))}
-LAYER: Table = {
-    "input_layernorm.weight": (Copy, ("input_layernorm.weight",)),
-    "self_attention.linear_qkv.weight": (Qkv, ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight")),
-    "self_attention.linear_proj.weight": (Row, ("self_attn.o_proj.weight",)),
-    "pre_mlp_layernorm.weight": (Copy, ("post_attention_layernorm.weight",)),
-    "mlp.linear_fc1.weight": (GateUp, ("mlp.gate_proj.weight", "mlp.up_proj.weight")),
-    "mlp.linear_fc2.weight": (Row, ("mlp.down_proj.weight",)),
-}
+
+ATTENTION = Block(
+    {
+        "input_layernorm.weight": (Copy, ("input_layernorm.weight",)),
+        "self_attention.linear_qkv.weight": (Qkv, ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight")),
+        "self_attention.linear_proj.weight": (Row, ("self_attn.o_proj.weight",)),
+    },
+    {"input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight"},
+)
 QKV_BIAS: Table = {"self_attention.linear_qkv.bias": (Qkv, ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"))}
 QK_NORM: Table = {
     "self_attention.q_layernorm.weight": (Copy, ("self_attn.q_norm.weight",)),
     "self_attention.k_layernorm.weight": (Copy, ("self_attn.k_norm.weight",)),
 }
+BIASED_ATTENTION = Block({**ATTENTION.tensors, **QKV_BIAS}, ATTENTION.te_names)
+NORMED_ATTENTION = Block({**ATTENTION.tensors, **QK_NORM}, ATTENTION.te_names)
+
+MLP = Block(
+    {
+        "pre_mlp_layernorm.weight": (Copy, ("post_attention_layernorm.weight",)),
+        "mlp.linear_fc1.weight": (GateUp, ("mlp.gate_proj.weight", "mlp.up_proj.weight")),
+        "mlp.linear_fc2.weight": (Row, ("mlp.down_proj.weight",)),
+    },
+    {"pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight"},
+)
+
+
+def _mixture(module: str, gate: str, up: str, down: str) -> Block:
+    """A mixture of experts that the HF model keeps in `module`. The norm in front stays apart in TransformerEngine's layers, too."""
+    expert = f"{module}.experts.{{e}}"
+    return Block(
+        {
+            "pre_mlp_layernorm.weight": (Copy, ("post_attention_layernorm.weight",)),
+            "mlp.router.weight": (Copy, (f"{module}.gate.weight",)),
+            "mlp.experts.local_experts.{e}.linear_fc1.weight": (GateUp, (f"{expert}.{gate}.weight", f"{expert}.{up}.weight")),
+            "mlp.experts.local_experts.{e}.linear_fc2.weight": (Row, (f"{expert}.{down}.weight",)),
+        },
+        {
+            f"mlp.experts.local_experts.{{e}}.{linear}.weight": f"mlp.experts.{linear}.weight{{e}}"
+            for linear in ("linear_fc1", "linear_fc2")
+        },
+    )
+
+
 ARCHITECTURES: dict[str, Architecture] = {
-    "llama": Architecture(MODEL, LAYER),
-    "qwen2": Architecture(MODEL, {**LAYER, **QKV_BIAS}),
-    "qwen3": Architecture(MODEL, {**LAYER, **QK_NORM}),
+    "llama": Architecture(ATTENTION, MLP),
+    "mistral": Architecture(ATTENTION, MLP),
+    "mixtral": Architecture(ATTENTION, _mixture("block_sparse_moe", "w1", "w3", "w2")),
+    "qwen2": Architecture(BIASED_ATTENTION, MLP),
+    "qwen3": Architecture(NORMED_ATTENTION, MLP),
+    "qwen3_moe": Architecture(NORMED_ATTENTION, _mixture("mlp", "gate_proj", "up_proj", "down_proj")),
 }
+"""Supported families; each has a row in the parity test of tests/distributed/test_families.py."""
 
-TE_NAMES = {
-    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
-    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+WHY_NOT = {
+    "deepseek_v2": "Megatron-Core 0.16.1 builds multi-latent attention only where TransformerEngine is installed",
+    "deepseek_v3": "Megatron-Core 0.16.1 builds multi-latent attention only where TransformerEngine is installed",
+    "gemma": "its norms add one to their weight",
+    "gemma2": "its attention caps logits and alternates sliding windows",
+    "gemma3_text": "its layers alternate sliding windows",
+    "gpt_oss": "its attention has sinks and sliding windows",
+    "gpt2": "it has learned positions and no gated MLP",
+    "phi3": "its attention reads one fused projection, and its long-context rope is not in Megatron-Core",
+    "qwen2_moe": "its shared expert has a gate of its own",
+    "qwen3_next": "most of its layers are linear attention",
 }
-"""Local layer name -> TransformerEngine's name, where they differ."""
+"""Families that people ask for, and what keeps them out."""
 
-_LOCAL_NAMES = {te: local for local, te in TE_NAMES.items()}
-_LAYER_NAME = re.compile(r"(decoder\.layers\.\d+\.)(.+)")
+_LAYER_NAME = re.compile(r"(decoder\.layers\.)(\d+)(\..+)")
+_LOCAL_EXPERT = re.compile(r"(.+\.local_experts\.)(\d+)(\..+)")
+_GROUPED_EXPERT = re.compile(r"(.+\.experts)\.(linear_fc\d\.weight)(\d+)")
+_LOCAL_NAMES = {te: local for architecture in ARCHITECTURES.values() for local, te in architecture.te_names.items() if "{e}" not in te}
 # Buffers that old checkpoints carry and every implementation recomputes from the config.
 _DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The experts that take the place of each layer's MLP."""
+
+    num_experts: int
+    top_k: int
+    """Experts that each token is sent to."""
+    ffn_size: int
+    """Of each expert."""
+    sums_to_one: bool
+    """The weights of a token's experts are scaled to sum to 1."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +166,13 @@ class ModelShape:
     max_positions: int
     dtype: str | None
     """Such as "bfloat16"; None where config.json does not say."""
+    mixture: Mixture | None
+    """None for a dense model."""
+
+    @property
+    def active_ffn_size(self) -> int:
+        """Inner width of the MLPs that one token passes in a layer."""
+        return self.ffn_size if self.mixture is None else self.mixture.ffn_size * self.mixture.top_k
 
 
 def read_shape(folder: str | Path) -> ModelShape:
@@ -118,16 +198,17 @@ def shape_of(config: Mapping[str, Any], where: str = "config.json") -> ModelShap
     model_type = config.get("model_type")
     architecture = ARCHITECTURES.get(str(model_type))
     if architecture is None:
+        why = WHY_NOT.get(str(model_type), "no table says how its tensors map to Megatron-Core")
         raise ConversionError(
-            f"{where}: model_type {model_type!r} is not supported, because no table says how its tensors map to Megatron-Core; "
-            f"supported are {', '.join(ARCHITECTURES)}"
+            f"{where}: model_type {model_type!r} is not supported, because {why}; supported are {', '.join(ARCHITECTURES)}"
         )
     required = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
     missing = [key for key in required if not isinstance(config.get(key), int)]
     if missing:
         raise ConversionError(f"{where} does not give {', '.join(missing)} as integers")
     rope = _rope(config)
-    problems = [*_unsupported(config), *_unsupported_rope(rope)]
+    routed = "mlp.router.weight" in architecture.layer
+    problems = [*_unsupported(config), *_unsupported_rope(rope), *(_unsupported_mixture(config) if routed else ())]
     if problems:
         raise ConversionError(f"{where} asks for what is not supported: " + "; ".join(problems))
     heads = config["num_attention_heads"]
@@ -148,7 +229,32 @@ def shape_of(config: Mapping[str, Any], where: str = "config.json") -> ModelShap
         norm_eps=float(config.get("rms_norm_eps", 1e-6)),
         max_positions=int(config.get("max_position_embeddings", 2048)),
         dtype=config.get("dtype") or config.get("torch_dtype"),
+        mixture=_mixture_of(config) if routed else None,
     )
+
+
+def _num_experts(config: Mapping[str, Any]) -> Any:
+    # transformers 5 writes Mixtral's spelling for every family; Qwen's own folders have the other.
+    return config.get("num_experts") or config.get("num_local_experts")
+
+
+def _mixture_of(config: Mapping[str, Any]) -> Mixture:
+    return Mixture(
+        num_experts=_num_experts(config),
+        top_k=config["num_experts_per_tok"],
+        ffn_size=config.get("moe_intermediate_size") or config["intermediate_size"],
+        # Mixtral always does and has no key for it.
+        sums_to_one=bool(config.get("norm_topk_prob", config["model_type"] == "mixtral")),
+    )
+
+
+def _unsupported_mixture(config: Mapping[str, Any]) -> Iterator[str]:
+    if not isinstance(_num_experts(config), int) or not isinstance(config.get("num_experts_per_tok"), int):
+        yield "a mixture of experts without num_experts (or num_local_experts) and num_experts_per_tok"
+    elif config["num_experts_per_tok"] == 1 and _mixture_of(config).sums_to_one:
+        yield "one expert per token whose weight is scaled to 1 (its router would get no gradient)"
+    if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
+        yield "a mixture of experts in some layers only (mlp_only_layers, decoder_sparse_step; every layer must have it)"
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -176,11 +282,14 @@ def _unsupported(config: Mapping[str, Any]) -> list[str]:
     """Everything in a config that the tables would silently get wrong."""
     problems = []
     kinds = sorted(set(config.get("layer_types") or ()) - {"full_attention"})
-    windowed = config.get("use_sliding_window") and config.get("sliding_window") is not None
+    # Qwen's window is off unless it is switched on; Mistral's has no switch. One as long as the context hides nothing.
+    switched_on = config.get("use_sliding_window", config["model_type"] in ("mistral", "mixtral"))
+    window = config.get("sliding_window")
+    windowed = switched_on and window is not None and window < config.get("max_position_embeddings", 2048)
     if kinds:
         problems.append(f"layers with {', '.join(kinds)} (every layer must attend to all earlier tokens)")
     elif not config.get("layer_types") and windowed and config.get("max_window_layers", 0) < config["num_hidden_layers"]:
-        problems.append(f"a sliding window of {config['sliding_window']} tokens (every layer must attend to all earlier tokens)")
+        problems.append(f"a sliding window of {window} tokens (every layer must attend to all earlier tokens)")
     for key, what in (("attention_bias", "bias on the attention's output projection"), ("mlp_bias", "bias in the MLP")):
         # Qwen2's query, key and value biases are in its table and need no key; this key adds one to o_proj as well.
         if config.get(key):
@@ -199,21 +308,38 @@ def rules_for(shape: ModelShape, vocab_multiple: int) -> dict[str, Rule]:
     `output_layer.weight`, too: the last pipeline stage may hold a copy of the embedding; it exports nothing.
     """
     architecture = ARCHITECTURES[shape.model_type]
-    model = {**architecture.model, **TIED} if shape.tied else architecture.model
-    rules = [_bind(kind, name, hf, shape, vocab_multiple) for name, (kind, hf) in model.items()]
+    model = {**MODEL, **TIED} if shape.tied else MODEL
+    rules = [_bind(kind, name, hf, shape, vocab_multiple, te_name=name) for name, (kind, hf) in model.items()]
+    experts = shape.mixture.num_experts if shape.mixture else 0
     for layer in range(shape.num_layers):
         for name, (kind, hf) in architecture.layer.items():
-            hf_names = tuple(f"model.layers.{layer}.{part}" for part in hf)
-            rules.append(_bind(kind, f"decoder.layers.{layer}.{name}", hf_names, shape, vocab_multiple))
+            te_name = architecture.te_names.get(name, name)
+            for expert in range(experts) if "{e}" in name else (None,):
+                local, te, *hf_names = (_fill(part, expert) for part in (name, te_name, *hf))
+                rules.append(
+                    _bind(
+                        kind,
+                        f"decoder.layers.{layer}.{local}",
+                        tuple(f"model.layers.{layer}.{part}" for part in hf_names),
+                        shape,
+                        vocab_multiple,
+                        te_name=f"decoder.layers.{layer}.{te}",
+                        expert=expert,
+                    )
+                )
     return {rule.megatron_name: rule for rule in rules}
 
 
-def _bind(kind: type[Rule], name: str, hf_names: tuple[str, ...], shape: ModelShape, vocab_multiple: int) -> Rule:
+def _fill(name: str, expert: int | None) -> str:
+    return name if expert is None else name.replace("{e}", str(expert))
+
+
+def _bind(kind: type[Rule], name: str, hf_names: tuple[str, ...], shape: ModelShape, vocab_multiple: int, **more: Any) -> Rule:
     if issubclass(kind, Qkv):
-        return kind(name, hf_names, num_kv_heads=shape.num_kv_heads, head_dim=shape.head_dim)
+        return kind(name, hf_names, num_kv_heads=shape.num_kv_heads, head_dim=shape.head_dim, **more)
     if issubclass(kind, PadVocab):
-        return kind(name, hf_names, vocab_size=shape.vocab_size, multiple=vocab_multiple)
-    return kind(name, hf_names)
+        return kind(name, hf_names, vocab_size=shape.vocab_size, multiple=vocab_multiple, **more)
+    return kind(name, hf_names, **more)
 
 
 def check_total(rules: Mapping[str, Rule], *, hf_names: Iterable[str] | None = None, megatron_names: Iterable[str] | None = None) -> None:
@@ -241,16 +367,54 @@ def check_total(rules: Mapping[str, Rule], *, hf_names: Iterable[str] | None = N
         raise ConversionError(f"the tables do not cover this model ({len(problems)} tensors):\n  " + "\n  ".join(problems))
 
 
-def te_name(name: str) -> str:
-    """The name that a TransformerEngine layer gives the tensor with this local name."""
-    return _translate(name, TE_NAMES)
+def check_sizes(rules: Mapping[str, Rule], shape: ModelShape, hf_shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ConversionError with the full list unless every HF tensor has the size that config.json gives it."""
+    problems = [
+        f"{name}: {list(hf_shapes[name])}, but config.json makes it {list(expected)}"
+        for rule in rules.values()
+        for name, expected in zip(rule.exports, _hf_shapes(rule, shape), strict=False)
+        if tuple(hf_shapes[name]) != expected
+    ]
+    if problems:
+        raise ConversionError(f"the config belongs to another model ({len(problems)} tensors differ in size):\n  " + "\n  ".join(problems))
 
 
-def local_name(name: str) -> str:
-    """The local name of a tensor that may have a TransformerEngine layer's name."""
-    return _translate(name, _LOCAL_NAMES)
+def _hf_shapes(rule: Rule, shape: ModelShape) -> list[tuple[int, ...]]:
+    """The shapes of a rule's HF tensors."""
+    hidden, queries, keys = shape.hidden_size, shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    ffn = shape.mixture.ffn_size if shape.mixture is not None and rule.expert is not None else shape.ffn_size
+    module, _, kind = rule.megatron_name.rpartition(".")
+    match module.rpartition(".")[2]:
+        case "word_embeddings" | "output_layer":
+            return [(shape.vocab_size, hidden)]
+        case "linear_qkv":
+            return [(rows, hidden) if kind == "weight" else (rows,) for rows in (queries, keys, keys)]
+        case "linear_proj":
+            return [(hidden, queries)]
+        case "q_layernorm" | "k_layernorm":
+            return [(shape.head_dim,)]
+        case "router":
+            return [(shape.mixture.num_experts if shape.mixture else 0, hidden)]
+        case "linear_fc1":
+            return [(ffn, hidden), (ffn, hidden)]
+        case "linear_fc2":
+            return [(hidden, ffn)]
+        case "input_layernorm" | "pre_mlp_layernorm" | "final_layernorm":
+            return [(hidden,)]
+    raise AssertionError(f"no size is known for {rule.megatron_name}")
 
 
-def _translate(name: str, names: Mapping[str, str]) -> str:
-    match = _LAYER_NAME.fullmatch(name)
-    return name if match is None else match[1] + names.get(match[2], match[2])
+def local_name(name: str, first_layer: int = 0, first_expert: int = 0) -> str:
+    """The name in Megatron's local layers of a tensor that may have a TransformerEngine layer's.
+
+    A rank numbers its layers and experts from 0: with the whole model's number of its first of each, the result is the global name.
+    """
+    layer = _LAYER_NAME.fullmatch(name)
+    if layer is None:
+        return name
+    rest = _LOCAL_NAMES.get(layer[3][1:], layer[3][1:])
+    if grouped := _GROUPED_EXPERT.fullmatch(rest):
+        rest = f"{grouped[1]}.local_experts.{grouped[3]}.{grouped[2]}"
+    if expert := _LOCAL_EXPERT.fullmatch(rest):
+        rest = f"{expert[1]}{int(expert[2]) + first_expert}{expert[3]}"
+    return f"{layer[1]}{int(layer[2]) + first_layer}.{rest}"

@@ -1,8 +1,9 @@
-"""Convert a model folder offline, without a GPU or a launcher: `hf-to-megatron`, `megatron-to-hf`, `verify`.
+"""Convert a model folder offline, without a GPU or a launcher: `hf-to-megatron`, `megatron-to-hf`, `verify`, `inspect`.
 
 A converted folder, and each checkpoint of a training run, is laid out alike:
 
-    model/          Megatron dist_checkpointing (torch_dist); loads at any tensor, pipeline and data parallel size
+    model/          Megatron dist_checkpointing (torch_dist); loads at any tensor, pipeline, expert and data parallel size
+                    (or, where asked for, the classic layout with one file per rank)
     hf/             config.json, tokenizer and chat template of the Hugging Face model, unchanged
     metadata.json   {"format": "igpo-megatron", "model_type": ..., "vocab_multiple": ...}
 """
@@ -14,7 +15,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -24,18 +25,13 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from torch import Tensor
 
-from checkpoint_conversion.architectures import check_total, read_shape, rules_for
+from checkpoint_conversion.architectures import check_sizes, check_total, read_shape, rules_for
+from checkpoint_conversion.classic_folder import TRACKER, ClassicReader, Grid, check_grid, is_classic, total_bytes, write_classic
+from checkpoint_conversion.folders import copy_config, describe, new_folder
+from checkpoint_conversion.hf_folder import HfReader, raw_bytes, write_hf
 from checkpoint_conversion.rules import ConversionError, Rule
-from checkpoint_conversion.streams import (
-    MAX_SHARD_BYTES,
-    HfReader,
-    MegatronReader,
-    copy_config,
-    new_folder,
-    raw_bytes,
-    write_hf,
-    write_megatron,
-)
+from checkpoint_conversion.torch_dist_folder import MegatronReader, write_megatron
+from checkpoint_conversion.units import MAX_SHARD_BYTES, to_hf, to_megatron
 
 FORMAT = "igpo-megatron"
 VOCAB_MULTIPLE = 128
@@ -45,51 +41,73 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def hf_to_megatron(
-    hf: str | Path, out: str | Path, *, vocab_multiple: int = VOCAB_MULTIPLE, max_shard_bytes: int = MAX_SHARD_BYTES
+    hf: str | Path,
+    out: str | Path,
+    *,
+    vocab_multiple: int = VOCAB_MULTIPLE,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    classic: Grid | None = None,
+    te_names: bool = True,
 ) -> None:
     """Convert an HF folder to a Megatron folder of the layout above, bit by bit in the dtype it has.
 
-    Raises ConversionError if `hf` is incomplete or unsupported, or `out` exists. `out` appears when it is complete.
+    `classic`: write one file per rank of that grid instead, for TransformerEngine's layers or (`te_names` false) Megatron's local ones.
+    Raises ConversionError if `hf` is incomplete or unsupported, or `out` exists. `out` appears when it is complete; a call that was
+    interrupted is resumed by giving it again.
     """
     hf, out = Path(hf), Path(out)
     shape = read_shape(hf)
     rules = rules_for(shape, vocab_multiple)
     reader = HfReader(hf)
     check_total(rules, hf_names=reader.names())
+    check_sizes(rules, shape, {name: reader.shape(name) for name in reader.names()})
     _check_copy_of_embedding(reader, rules)
-    # What a tied output layer holds is the embedding, stored once.
-    stored = {name: rule for name, rule in rules.items() if rule.exports}
-    total = sum(reader.nbytes(name) for rule in stored.values() for name in rule.hf_names)
-    with new_folder(out) as partial, _progress("HF -> Megatron", total) as (bar, task):
+    if classic is not None:
+        check_grid(shape, classic)
+    units = to_megatron(rules, reader)
+    job = {
+        "to": "torch_dist" if classic is None else f"classic {asdict(classic)} {te_names}",
+        "source": describe(hf, reader.paths()),
+        "options": [vocab_multiple, max_shard_bytes],
+    }
+    total = sum(unit.nbytes for unit in units) if classic is None else total_bytes(units, rules, shape, classic)
+    with new_folder(out, job) as partial, _progress("HF -> Megatron", total) as (bar, task):
 
-        def tensors() -> Iterator[tuple[str, Tensor]]:
-            for name, rule in stored.items():
-                yield name, rule.to_megatron([reader.get(hf_name) for hf_name in rule.hf_names])
-                bar.advance(task, sum(reader.nbytes(hf_name) for hf_name in rule.hf_names))
+        def on_bytes(count: int) -> None:
+            bar.advance(task, count)
 
-        write_megatron(partial / "model", tensors(), num_layers=shape.num_layers, max_shard_bytes=max_shard_bytes)
+        if classic is None:
+            write_megatron(partial / "model", units, max_shard_bytes=max_shard_bytes, on_bytes=on_bytes)
+        else:
+            write_classic(partial / "model", units, rules, shape, classic, te_names=te_names, on_bytes=on_bytes)
         copy_config(hf, partial / "hf")
         write_metadata(partial, model_type=shape.model_type, vocab_multiple=vocab_multiple)
 
 
 def megatron_to_hf(
-    megatron: str | Path, out: str | Path, dtype: torch.dtype | None = None, *, max_shard_bytes: int = MAX_SHARD_BYTES
+    megatron: str | Path,
+    out: str | Path,
+    dtype: torch.dtype | None = None,
+    *,
+    config: str | Path | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Convert a Megatron folder of the layout above (also a training checkpoint) to an HF folder; `dtype` None keeps what is stored.
 
-    Raises ConversionError if `megatron` is incomplete or of another model than its hf/ says, or `out` exists. `out` appears when
-    it is complete.
+    A folder that Megatron itself wrote, torch_dist or classic, converts with `config`: an HF folder with the model's config.json and
+    tokenizer. Raises ConversionError if `megatron` is incomplete or of another model than the config says, or `out` exists. `out` appears
+    when it is complete; a call that was interrupted is resumed by giving it again.
     """
-    rules, reader = _open_megatron(Path(megatron))
-    stored = {name: rule for name, rule in rules.items() if rule.exports}
-    with _progress("Megatron -> HF", sum(reader.nbytes(name) for name in stored)) as (bar, task):
-
-        def tensors() -> Iterator[tuple[str, Tensor]]:
-            for name, rule in stored.items():
-                yield from zip(rule.exports, rule.to_hf(reader.get(name)), strict=True)
-                bar.advance(task, reader.nbytes(name))
-
-        write_hf(out, tensors(), source=Path(megatron) / "hf", dtype=dtype, max_shard_bytes=max_shard_bytes)
+    out = Path(out)
+    hf, weights = _find_megatron(Path(megatron), None if config is None else Path(config))
+    rules, reader = _open_megatron(hf, weights)
+    units = to_hf(rules, reader)
+    check_sizes(rules, read_shape(hf), {info.name: info.shape for unit in units for info in unit.tensors})
+    files = [path for path in weights.rglob("*") if path.is_file()]
+    job = {"to": "hf", "source": describe(weights, files), "options": [str(dtype), str(hf.resolve()), max_shard_bytes]}
+    total = sum(unit.nbytes for unit in units)
+    with new_folder(out, job) as partial, _progress("Megatron -> HF", total) as (bar, task):
+        write_hf(partial, units, source=hf, dtype=dtype, max_shard_bytes=max_shard_bytes, on_bytes=lambda count: bar.advance(task, count))
 
 
 @dataclass(frozen=True)
@@ -118,7 +136,8 @@ def verify(hf: str | Path, megatron: str | Path) -> Verification:
 
     This half needs no model; comparing log-probs is for the packages above.
     """
-    rules, reader = _open_megatron(Path(megatron))
+    config, weights = _find_megatron(Path(megatron), Path(hf))
+    rules, reader = _open_megatron(config, weights)
     source = HfReader(hf)
     check_total(rules, hf_names=source.names())
     differences: dict[str, str] = {}
@@ -150,15 +169,38 @@ def write_metadata(folder: Path, *, model_type: str, vocab_multiple: int) -> Non
     (folder / "metadata.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _open_megatron(folder: Path) -> tuple[dict[str, Rule], MegatronReader]:
-    """The rules and the reader of a Megatron folder, checked against each other."""
+def find_weights(folder: Path) -> Path | None:
+    """Where Megatron's files lie in a folder of the layout above, or in one that Megatron itself wrote; None if there are none."""
+    for place in (folder / "model", folder):
+        tracker = place / TRACKER
+        if tracker.is_file():
+            iteration = tracker.read_text(encoding="utf-8").strip()
+            place = place / (f"iter_{int(iteration):07d}" if iteration.isdecimal() else iteration)
+        if (place / ".metadata").is_file() or is_classic(place):
+            return place
+    return None
+
+
+def _find_megatron(folder: Path, config: Path | None) -> tuple[Path, Path]:
+    """(HF folder with the config, folder with Megatron's files); `config` is for folders that have none of their own."""
     if not folder.is_dir():
         raise ConversionError(f"Megatron folder {folder} does not exist")
-    if not (folder / "model").is_dir() or not (folder / "hf").is_dir():
-        hint = f"; give its parent {folder.parent}" if (folder.parent / "hf").is_dir() else ""
-        raise ConversionError(f"{folder} is not a checkpoint folder with model/ (Megatron) and hf/ (config and tokenizer) in it{hint}")
-    rules = rules_for(read_shape(folder / "hf"), VOCAB_MULTIPLE)
-    reader = MegatronReader(folder / "model")
+    weights = find_weights(folder)
+    if (folder / "hf").is_dir() and weights is not None:
+        return folder / "hf", weights
+    if weights is not None and config is not None:
+        return config, weights
+    hint = f"; give its parent {folder.parent}" if (folder.parent / "hf").is_dir() else ""
+    if weights is not None and not hint:
+        hint = "; name a Hugging Face folder with the model's config.json and tokenizer by --config"
+    raise ConversionError(f"{folder} is not a checkpoint folder with model/ (Megatron) and hf/ (config and tokenizer) in it{hint}")
+
+
+def _open_megatron(hf: Path, weights: Path) -> tuple[dict[str, Rule], MegatronReader | ClassicReader]:
+    """The rules and the reader of Megatron's files, checked against each other."""
+    shape = read_shape(hf)
+    rules = rules_for(shape, VOCAB_MULTIPLE)
+    reader = ClassicReader(weights, rules, shape) if is_classic(weights) else MegatronReader(weights)
     check_total(rules, megatron_names=reader.names())
     return rules, reader
 
@@ -200,8 +242,13 @@ def _progress(title: str, total_bytes: int) -> Iterator[tuple[Progress, TaskID]]
 
 app = typer.Typer(help="Convert checkpoints between Hugging Face and Megatron-Core.", no_args_is_help=True)
 HfOption = Annotated[Path, typer.Option("--hf", help="Hugging Face folder with config.json and safetensors.")]
-MegatronOption = Annotated[Path, typer.Option("--megatron", help="Checkpoint folder with model/ and hf/ in it.")]
-OutOption = Annotated[Path, typer.Option("--out", help="Folder to create; must not exist.")]
+MegatronOption = Annotated[
+    Path, typer.Option("--megatron", help="Checkpoint folder with model/ and hf/ in it, or one that Megatron itself wrote.")
+]
+OutOption = Annotated[
+    Path, typer.Option("--out", help="Folder to create; must not exist. The same command resumes one that was interrupted.")
+]
+ShardOption = Annotated[float, typer.Option("--max-shard-gb", help="Largest file; a larger tensor has a file of its own.")]
 
 
 @contextmanager
@@ -212,13 +259,31 @@ def _one_sentence_errors() -> Iterator[None]:
     except (ConversionError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
+    except KeyboardInterrupt as error:
+        typer.echo("interrupted; what is finished is kept, and the same command resumes", err=True)
+        raise typer.Exit(130) from error
 
 
 @app.command("hf-to-megatron")
-def hf_to_megatron_command(hf: HfOption, out: OutOption) -> None:
+def hf_to_megatron_command(
+    hf: HfOption,
+    out: OutOption,
+    layout: Annotated[str, typer.Option(help="torch_dist loads at any parallel layout; classic has one file per rank.")] = "torch_dist",
+    tensor: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks of the classic layout.")] = 1,
+    pipeline: Annotated[int, typer.Option(min=1, help="Pipeline stages of the classic layout.")] = 1,
+    expert: Annotated[int, typer.Option(min=1, help="Expert-parallel ranks of the classic layout.")] = 1,
+    local_layers: Annotated[bool, typer.Option("--local-layers", help="Names of Megatron's local layers in the classic layout.")] = False,
+    max_shard_gb: ShardOption = MAX_SHARD_BYTES / 1e9,
+) -> None:
     """Convert a Hugging Face folder to a Megatron checkpoint."""
     with _one_sentence_errors():
-        hf_to_megatron(hf, out)
+        grid = Grid(tensor, pipeline, expert)
+        if layout not in ("torch_dist", "classic"):
+            raise ConversionError(f"--layout {layout} is not known; use torch_dist or classic")
+        if layout == "torch_dist" and (grid != Grid() or local_layers):
+            raise ConversionError("a torch_dist checkpoint loads at any parallel layout: leave the sizes out, or add --layout classic")
+        classic = grid if layout == "classic" else None
+        hf_to_megatron(hf, out, max_shard_bytes=int(max_shard_gb * 1e9), classic=classic, te_names=not local_layers)
     typer.echo(f"wrote {out}")
 
 
@@ -227,12 +292,17 @@ def megatron_to_hf_command(
     megatron: MegatronOption,
     out: OutOption,
     dtype: Annotated[str | None, typer.Option(help=f"One of {', '.join(DTYPES)}; as stored if left out.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="Hugging Face folder with config.json and tokenizer, for a checkpoint that has none.")
+    ] = None,
+    max_shard_gb: ShardOption = MAX_SHARD_BYTES / 1e9,
 ) -> None:
     """Convert a Megatron checkpoint to a Hugging Face folder that transformers and vLLM load."""
     with _one_sentence_errors():
         if dtype is not None and dtype not in DTYPES:
             raise ConversionError(f"--dtype {dtype} is not known; use one of {', '.join(DTYPES)}")
-        megatron_to_hf(megatron, out, None if dtype is None else DTYPES[dtype])
+        target = None if dtype is None else DTYPES[dtype]
+        megatron_to_hf(megatron, out, target, config=config, max_shard_bytes=int(max_shard_gb * 1e9))
     typer.echo(f"wrote {out}")
 
 
@@ -249,6 +319,19 @@ def verify_command(hf: HfOption, megatron: MegatronOption) -> None:
         typer.echo(f"  {name}: {difference}")
     if result.differences:
         raise typer.Exit(1)
+
+
+@app.command("inspect")
+def inspect_command(
+    folder: Annotated[Path, typer.Argument(help="Any folder: Hugging Face, Megatron, or an unfinished conversion.")],
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+) -> None:
+    """Say what a folder is and holds."""
+    from checkpoint_conversion.inspection import inspect
+
+    with _one_sentence_errors():
+        for line in inspect(folder, list_tensors=tensors):
+            typer.echo(line)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,9 @@ store a tensor. Rules are pure functions of tensors; they neither copy to a devi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 
@@ -30,6 +29,12 @@ class Rule:
 
     hf_names: tuple[str, ...]
     """The HF tensors it is made of, in the order that `to_megatron` takes and `to_hf` returns them."""
+
+    te_name: str = field(default="", kw_only=True)
+    """The same name in TransformerEngine's layers; equal to `megatron_name` for most tensors."""
+
+    expert: int | None = field(default=None, kw_only=True)
+    """Which expert of its layer it belongs to: expert parallelism gives each rank a range of them, tensor parallelism no part."""
 
     split_dim: ClassVar[int | None] = None
     """The dimension that tensor parallelism cuts; None where every rank holds the whole tensor."""
@@ -58,7 +63,7 @@ class Rule:
         """The full tensor of all ranks' parts, in rank order."""
         if self.split_dim is None:
             return shards[0]
-        return torch.cat(list(shards), self.split_dim)
+        return joined(shards, self.split_dim)
 
     def _chunks(self, full: Tensor, parts: int) -> tuple[Tensor, ...]:
         assert self.split_dim is not None
@@ -74,6 +79,17 @@ class Rule:
             found = ", ".join(f"{name} {tensor.dtype}" for name, tensor in zip(self.hf_names, tensors, strict=True))
             raise ConversionError(f"{self.megatron_name} is one tensor of one dtype, but its parts differ: {found}; save the model in one")
         return tensors
+
+
+def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """`torch.cat`, which on tensors without data ("meta") would import seconds' worth of torch."""
+    sizes = [part.shape[dim] for part in parts]
+    shape = list(parts[0].shape)
+    shape[dim] = sum(sizes)
+    full = parts[0].new_empty(shape)
+    for window, part in zip(full.split(sizes, dim), parts, strict=True):
+        window.copy_(part)
+    return full
 
 
 class Copy(Rule):
@@ -108,7 +124,7 @@ class Qkv(Column):
                 f"{self.num_kv_heads} key-value heads of {self.head_dim}; the config belongs to another model"
             )
         grouped = [tensor.reshape(self.num_kv_heads, -1, *tensor.shape[1:]) for tensor in (query, key, value)]
-        return torch.cat(grouped, 1).flatten(0, 1)
+        return joined(grouped, 1).flatten(0, 1)
 
     def to_hf(self, full: Tensor) -> list[Tensor]:
         grouped = full.reshape(self.num_kv_heads, -1, *full.shape[1:])
@@ -127,17 +143,17 @@ class GateUp(Column):
     """Gate above up projection in one matrix; each rank holds its part of the gate above its part of the up projection."""
 
     def to_megatron(self, tensors: Sequence[Tensor]) -> Tensor:
-        return torch.cat(list(self._checked(tensors)), 0)
+        return joined(self._checked(tensors), 0)
 
     def to_hf(self, full: Tensor) -> list[Tensor]:
         return list(full.chunk(2, 0))
 
     def shard(self, full: Tensor, tp: int, rank: int) -> Tensor:
-        return torch.cat([self._chunks(half, tp)[rank] for half in full.chunk(2, 0)], 0)
+        return joined([self._chunks(half, tp)[rank] for half in full.chunk(2, 0)], 0)
 
     def unshard(self, shards: Sequence[Tensor]) -> Tensor:
         gates, ups = zip(*(shard.chunk(2, 0) for shard in shards), strict=True)
-        return torch.cat([*gates, *ups], 0)
+        return joined([*gates, *ups], 0)
 
 
 @dataclass(frozen=True)
@@ -152,7 +168,7 @@ class PadVocab(Column):
         if tensor.shape[0] != self.vocab_size:
             raise ConversionError(f"{self.hf_names[0]} has {tensor.shape[0]} rows, but config.json says vocab_size={self.vocab_size}")
         padding = -self.vocab_size % self.multiple
-        return torch.cat([tensor, tensor.new_zeros(padding, *tensor.shape[1:])], 0) if padding else tensor
+        return joined([tensor, tensor.new_zeros(padding, *tensor.shape[1:])], 0) if padding else tensor
 
     def to_hf(self, full: Tensor) -> list[Tensor]:
         # Whatever the padding was: a checkpoint saved with another multiple exports, too.

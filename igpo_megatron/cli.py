@@ -80,7 +80,8 @@ def train(config: Annotated[Path, typer.Argument(help="YAML file of the run.")],
 
 def world_size(config: Config) -> int:
     """Ranks of a run that is started on one machine."""
-    return config.parallel.tensor * config.parallel.pipeline * (config.parallel.data or 1)
+    layout = config.parallel
+    return layout.tensor * layout.pipeline * (layout.data or max(1, layout.expert // layout.tensor))
 
 
 def _torchrun(ranks: int, arguments: list[str]) -> int:

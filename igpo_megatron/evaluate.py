@@ -19,6 +19,7 @@ from igpo_megatron.config.schema import Config, Reward
 from igpo_megatron.data.prompts import read_prompts
 from igpo_megatron.observability.metrics import status_counts
 from igpo_megatron.observability.rollout_dump import write_rollouts
+from igpo_megatron.protocols import PROTOCOLS
 from igpo_megatron.types import Prompt, RolloutGroup
 
 GREEDY_STEP, SAMPLED_STEP = -1, -2
@@ -72,7 +73,7 @@ def evaluate(
         groups = rollouter.run_sync(prompts, samples=samples, step=seed_step, temperature=temperature, on_progress=advance)
         done += samples
         for group in groups:
-            score(group, config.reward)
+            score(group, config.reward, PROTOCOLS[config.rollout.protocol])
         write_rollouts(folder / f"step_{step:06d}_{name}.parquet", step, groups)
         report[name] = summarise(groups, config.reward)
     path = folder / f"step_{step:06d}.json"
@@ -161,6 +162,7 @@ def evaluate_checkpoint(config: Config, model: Path | None, out: Path) -> dict[s
     from igpo_megatron.rollout.engines import EnginePool
     from igpo_megatron.rollout.rollouter import Rollouter
     from igpo_megatron.search.client import make_client
+    from igpo_megatron.search.tools import make_tools
 
     if not config.data.eval:
         raise ValueError("no questions to evaluate: give --data FILE.parquet or set data.eval")
@@ -179,7 +181,8 @@ def evaluate_checkpoint(config: Config, model: Path | None, out: Path) -> dict[s
         prompts = questions(config)
         progress = stack.enter_context(Progress(transient=True))
         task = progress.add_task("starting engines", total=1.0)
+        search, tools = make_client(config.search), make_tools(config, chat.count_tokens)
         engines = stack.enter_context(EnginePool(config))
-        rollouter = stack.enter_context(Rollouter(engines, make_client(config.search), chat, config.rollout, seed=config.run.seed))
+        rollouter = stack.enter_context(Rollouter(engines, search, chat, config.rollout, seed=config.run.seed, tools=tools))
         progress.update(task, description=f"answering {len(prompts)} questions")
         return evaluate(rollouter, prompts, config, step=0, folder=out, on_progress=lambda share: progress.update(task, completed=share))

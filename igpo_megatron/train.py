@@ -32,6 +32,7 @@ from igpo_megatron.data.prompts import PromptStream
 from igpo_megatron.observability.metrics import logprob_gap, rollout_metrics
 from igpo_megatron.observability.rollout_dump import read_rollouts, write_rollouts
 from igpo_megatron.observability.tracker import Tracker, read_metrics
+from igpo_megatron.protocols import PROTOCOLS
 from igpo_megatron.run import RunFolder, claim, open_folder, summary_table
 from igpo_megatron.types import Prompt, RolloutGroup, RunStopped
 
@@ -114,7 +115,7 @@ def collect(config: Config, side: Side, tracker: Tracker, step: int) -> list[Rol
     if config.loss.name == "ppo":
         assert side.chat is not None
         for group in groups:
-            score(group, config.reward)
+            score(group, config.reward, PROTOCOLS[config.rollout.protocol])
             if ADVANTAGES[config.advantage.name].needs_probes:
                 add_probes(group, side.chat.render_probe, config.reward, side.chat.render_hidden_probe)
     return groups
@@ -314,6 +315,7 @@ def open_side(config: Config, folder: RunFolder, stack: ExitStack, tracker: Trac
     from igpo_megatron.rollout.engines import EnginePool
     from igpo_megatron.rollout.rollouter import Rollouter
     from igpo_megatron.search.client import make_client
+    from igpo_megatron.search.tools import make_tools
 
     assert side.chat is not None
     # What can be wrong with the user's files shows before an engine is started.
@@ -322,11 +324,12 @@ def open_side(config: Config, folder: RunFolder, stack: ExitStack, tracker: Trac
         side.stream.load_state(state["prompts"])
     side.held_out = evaluate.questions(config)
     search = make_client(config.search)
+    tools = make_tools(config, side.chat.count_tokens)
     tracker.progress("starting rollout engines")
     side.engines = stack.enter_context(EnginePool(config))
     probes_of = partial(rendered_probes, render_probe=side.chat.render_probe, config=config.reward) if engine_scores(config) else None
     side.rollouter = stack.enter_context(
-        Rollouter(side.engines, search, side.chat, config.rollout, seed=config.run.seed, probes_of=probes_of)
+        Rollouter(side.engines, search, side.chat, config.rollout, seed=config.run.seed, probes_of=probes_of, tools=tools)
     )
     return side
 

@@ -52,7 +52,10 @@ class Status(StrEnum):
     """A turn was neither a tool call nor an answer."""
 
     TOOL_FAILED = "tool_failed"
-    """The search back-end failed after its retries; the policy never sees this as an empty result."""
+    """A tool failed after its retries, for reasons outside the policy, which never sees this as an empty result."""
+
+    ENDED_BY_TOOL = "ended_by_tool"
+    """The same where `rollout.failed_search=end` asks to train such a trajectory as it stands."""
 
     ENGINE_FAILED = "engine_failed"
     """The rollout engine failed or the trajectory's deadline passed."""
@@ -62,6 +65,11 @@ class Status(StrEnum):
         """False for ends that say nothing about the policy: they are counted and left out of the loss."""
         return self not in (Status.TOOL_FAILED, Status.ENGINE_FAILED)
 
+    @property
+    def is_failure(self) -> bool:
+        """True for ends that are not the policy's doing, trained or not."""
+        return self is Status.ENDED_BY_TOOL or not self.is_trainable
+
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
@@ -69,6 +77,7 @@ class ToolCall:
 
     name: str
     queries: tuple[str, ...]
+    """Queries of a search; the address of a page and, maybe, what to look for on it; a piece of code."""
 
 
 @dataclass(slots=True)

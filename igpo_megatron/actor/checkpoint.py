@@ -1,7 +1,7 @@
 """Training checkpoints: Megatron's resharding format plus what a run needs to go on, complete or absent, never half.
 
     <run>/checkpoints/step_000010/
-        model/          dist_checkpointing: weights, optimizer, RNG state; loads at any TP x PP x DP
+        model/          dist_checkpointing: weights, optimizer, RNG state; loads at any TP x PP x EP x DP
         hf/             config, tokenizer and chat template of the policy
         metadata.json   what this folder is (read by checkpoint_conversion)
         state.json      step, prompt stream, optimizer steps; written last
@@ -24,7 +24,7 @@ from megatron.core.dist_checkpointing import ShardedObject
 from megatron.core.dist_checkpointing.validation import StrictHandling
 
 from checkpoint_conversion.convert import write_metadata
-from checkpoint_conversion.streams import copy_config
+from checkpoint_conversion.folders import copy_config
 from igpo_megatron.actor import megatron_fixes
 from igpo_megatron.actor.policy import Policy
 

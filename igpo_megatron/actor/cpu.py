@@ -193,7 +193,15 @@ def install() -> None:
     _method_for_megatron(torch.Tensor, "type", _cuda_type_name)
 
     from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     # Megatron keeps tensor-parallel RNG states by these two; on CPU there is one generator.
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+    # The dispatcher of experts asks for its split sizes as numpy, which Megatron makes of tensors from a GPU only.
+    moe_utils.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu = _on_host
+
+
+def _on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor

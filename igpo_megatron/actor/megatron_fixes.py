@@ -5,6 +5,7 @@
    resumed loss is right and every later one silently wrong.
 3. A fresh optimizer has no state to load into (AssertionError); `prime` gives it one.
 4. Every checkpoint save starts a spawned Manager process, which costs seconds and re-runs an unguarded `__main__`.
+5. A router of experts asks for a name that only TransformerEngine's import would have made (NameError).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ def install() -> None:
     """Apply the corrections once per process."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.optimizer import distrib_optimizer
+    from megatron.core.transformer.moe import moe_utils
 
     optimizer = distrib_optimizer.DistributedOptimizer
     if getattr(optimizer, "_igpo_fixed", False):
@@ -45,6 +47,8 @@ def install() -> None:
     optimizer._igpo_fixed = True
     # Saves are synchronous here, so a queue inside the process does what the Manager's would.
     filesystem_async._results_queue = queue.Queue()
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
 
 
 def prime(optimizer: Any) -> None:

@@ -22,9 +22,11 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from checkpoint_conversion.architectures import ModelShape, check_total, local_name, rules_for
-from checkpoint_conversion.streams import HfReader
+from checkpoint_conversion.architectures import ModelShape, check_sizes, check_total, local_name, rules_for
+from checkpoint_conversion.hf_folder import HfReader
+from checkpoint_conversion.rules import Rule
 from igpo_megatron.actor.attention import TreeAttention, TreeRotaryEmbedding
+from igpo_megatron.actor.parallel import wants_cuda
 from igpo_megatron.config.schema import Config
 from igpo_megatron.kernels.linear_logprob import Form, Implementation, gather_rows, linear_logprob, resolve
 
@@ -143,6 +145,20 @@ def transformer_config(shape: ModelShape, config: Config) -> TransformerConfig:
         recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     elif config.model.recompute == "selective":
         recompute = {"recompute_granularity": "selective"}
+    experts: dict[str, Any] = {}
+    if shape.mixture is not None:
+        experts = {
+            "num_moe_experts": shape.mixture.num_experts,
+            "moe_ffn_hidden_size": shape.mixture.ffn_size,
+            "moe_router_topk": shape.mixture.top_k,
+            # A softmax over the chosen logits alone sums to 1; one over all of them, before choosing, does not.
+            "moe_router_pre_softmax": not shape.mixture.sums_to_one,
+            # Reinforcement learning keeps the router as it was trained: no load-balancing loss pulls at it.
+            "moe_router_load_balancing_type": "none",
+            "moe_grouped_gemm": resolve_backend(config.model.backend, wants_cuda(config.run.device)) == "te",
+            "expert_model_parallel_size": config.parallel.expert,
+            "expert_tensor_parallel_size": 1,
+        }
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -168,7 +184,7 @@ def transformer_config(shape: ModelShape, config: Config) -> TransformerConfig:
         pipeline_model_parallel_size=config.parallel.pipeline,
         sequence_parallel=config.parallel.sequence,
         variable_seq_lengths=True,
-        # Megatron demands this dispatcher with variable lengths even for dense models.
+        # The one dispatcher for rows of any length; Megatron demands it even for dense models.
         moe_token_dispatcher_type="alltoall",
         batch_p2p_comm=False,
         # Summed losses: what they are divided by is known before the first micro-batch.
@@ -180,16 +196,20 @@ def transformer_config(shape: ModelShape, config: Config) -> TransformerConfig:
         apply_rope_fusion=False,
         persist_layer_norm=False,
         **recompute,
+        **experts,
     )
 
 
 def layer_spec(config: TransformerConfig, backend: str) -> TransformerBlockSubmodules:
     """Layers with our attention (and, in the local backend, our norm)."""
     if backend == "te":
-        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        spec = get_gpt_layer_with_transformer_engine_spec(config.num_moe_experts, config.moe_grouped_gemm, qk_layernorm=config.qk_layernorm)
     else:
-        spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+        spec = get_gpt_layer_local_spec(config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
         spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
+        if config.num_moe_experts:
+            # TransformerEngine's layers keep the norm in front of experts apart, so checkpoints of both must name it so.
+            del spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     attention = spec.submodules.self_attention
     attention.params = {**attention.params, "attn_mask_type": AttnMaskType.arbitrary}
     attention.submodules.core_attention = TreeAttention
@@ -215,7 +235,13 @@ def build_model(shape: ModelShape, config: Config, device: torch.device) -> Poli
     spec = layer_spec(megatron, resolve_backend(config.model.backend, device.type == "cuda"))
     resolve(config.model.head, device)  # an error here comes before engines are started
     vocab = padded_vocab(shape, config)
-    return PolicyModel(megatron, spec, shape, vocab, (config.model.head, config.model.head_form), **stage).to(device)
+    model = PolicyModel(megatron, spec, shape, vocab, (config.model.head, config.model.head_form), **stage).to(device)
+    for name, parameter in model.named_parameters():
+        if ".experts." in name:
+            # Megatron's mark of parameters with an optimizer of their own. It leaves it out at expert parallel 1, whose
+            # checkpoints would then load at no other size.
+            parameter.allreduce = False
+    return model
 
 
 def padded_vocab(shape: ModelShape, config: Config) -> int:
@@ -226,14 +252,15 @@ def padded_vocab(shape: ModelShape, config: Config) -> int:
 
 def global_names(model: PolicyModel) -> list[tuple[str, torch.nn.Parameter]]:
     """Parameters of this rank under their names in the whole model, whatever the layer backend calls them."""
-    named = []
-    for name, parameter in model.named_parameters():
-        if name.startswith("decoder.layers."):
-            local = name.split(".")[2]
-            number = model.decoder.layers[int(local)].layer_number - 1
-            name = name.replace(f"decoder.layers.{local}.", f"decoder.layers.{number}.", 1)
-        named.append((local_name(name), parameter))
-    return named
+    first_layer = model.decoder.layers[0].layer_number - 1
+    experts = (model.config.num_moe_experts or 0) // parallel_state.get_expert_model_parallel_world_size()
+    first_expert = experts * parallel_state.get_expert_model_parallel_rank()
+    return [(local_name(name, first_layer, first_expert), parameter) for name, parameter in model.named_parameters()]
+
+
+def tensor_shards(rule: Rule) -> int:
+    """How many tensor-parallel ranks a tensor is cut over; experts are whole on each."""
+    return 1 if rule.split_dim is None or rule.expert is not None else parallel_state.get_tensor_model_parallel_world_size()
 
 
 @torch.no_grad()
@@ -242,10 +269,15 @@ def load_weights(model: PolicyModel, shape: ModelShape, folder: Path, vocab_mult
     rules = rules_for(shape, vocab_multiple)
     reader = HfReader(folder)
     check_total(rules, hf_names=reader.names())
-    rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
-    for name, parameter in global_names(model):
+    check_sizes(rules, shape, {name: reader.shape(name) for name in reader.names()})
+    named = global_names(model)
+    held = [name for name, _ in named]
+    check_total({name: rules[name] for name in held if name in rules}, megatron_names=held)
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    for name, parameter in named:
         rule = rules[name]
-        shard = rule.shard(rule.to_megatron([reader.get(hf_name) for hf_name in rule.hf_names]), size, rank)
+        size = tensor_shards(rule)
+        shard = rule.shard(rule.to_megatron([reader.get(hf_name) for hf_name in rule.hf_names]), size, rank % size)
         assert shard.shape == parameter.shape, f"{name}: shard {tuple(shard.shape)} for parameter {tuple(parameter.shape)}"
         parameter.copy_(shard)
         # Megatron sets these while initialising, which we skip; without them the gradient norm counts shards as duplicates.

@@ -30,6 +30,8 @@ class Ranks:
     tensor_size: int
     pipeline_rank: int
     pipeline_size: int
+    expert_rank: int
+    expert_size: int
     device: torch.device
 
     @property
@@ -81,6 +83,9 @@ def init(config: Config) -> Ranks:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.parallel.tensor,
         pipeline_model_parallel_size=config.parallel.pipeline,
+        expert_model_parallel_size=config.parallel.expert,
+        # Experts are never cut: small matrices, and gloo cannot gather their tokens unevenly.
+        expert_tensor_parallel_size=1,
         distributed_timeout_minutes=max(1, round(config.parallel.timeout_s / 60)),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(config.run.seed + 1)
@@ -93,6 +98,8 @@ def init(config: Config) -> Ranks:
         tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        expert_rank=parallel_state.get_expert_model_parallel_rank(),
+        expert_size=parallel_state.get_expert_model_parallel_world_size(),
         device=torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"),
     )
 

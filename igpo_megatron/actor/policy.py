@@ -141,7 +141,7 @@ class Policy:
             raise ValueError("no rows to run: every trajectory of the step ended in a tool or engine failure")
         shape = self.shape
         width = shape.num_heads * shape.head_dim
-        per_token = 2.0 * shape.num_layers * (2 * shape.hidden_size * width + 3 * shape.hidden_size * shape.ffn_size)
+        per_token = 2.0 * shape.num_layers * (2 * shape.hidden_size * width + 3 * shape.hidden_size * shape.active_ffn_size)
         costs = [row_cost(row.num_tokens, 2 * shape.num_layers * width, per_token) for row in rows]
         share = balance(costs, self.ranks.data_size)[self.ranks.data_rank]
         return [rows[index] if index >= 0 else blank_row(self.row_multiple) for index in share], share

@@ -1,6 +1,6 @@
 """Carry the policy's weights to whoever serves them, and prove after every transfer that they arrived.
 
-    Megatron shards ──gather over TP──> full tensor ──rule backwards──> HF names ──PP stages in turn──> main rank ──> WeightSink
+    Megatron shards ──gather over TP (experts: EP)──> full tensor ──PP stages in turn──> rule backwards, HF names ──> WeightSink
 
 The canary scores fixed tokens on both sides: a stale, swapped or half-loaded weight shows as a log-prob gap.
 """
@@ -14,8 +14,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from checkpoint_conversion.architectures import rules_for
+from checkpoint_conversion.rules import Rule
 from igpo_megatron.actor import parallel
-from igpo_megatron.actor.model import global_names
+from igpo_megatron.actor.model import global_names, tensor_shards
 from igpo_megatron.actor.policy import Policy
 from igpo_megatron.packing.tree import pack_for_scoring
 from igpo_megatron.types import Node, Prompt, RolloutGroup, RunStopped, Status, Trajectory, WeightSink
@@ -33,7 +34,6 @@ def named_weights(policy: Policy) -> Iterator[tuple[str, torch.Tensor]]:
     """
     ranks = policy.ranks
     rules = rules_for(policy.shape, policy.config.model.vocab_multiple)
-    group = parallel_state.get_tensor_model_parallel_group()
     held = dict(global_names(policy.module))
     stages: list[list[str]] = [list(held)]
     if ranks.pipeline_size > 1:
@@ -45,18 +45,48 @@ def named_weights(policy: Policy) -> Iterator[tuple[str, torch.Tensor]]:
             rule = rules[name]
             if sent.issuperset(rule.exports):  # tied head, or the embedding's copy on the last stage
                 continue
-            full = None
-            if stage == ranks.pipeline_rank:
-                parameter = held[name].detach()
-                shards = [parameter]
-                if rule.split_dim is not None and ranks.tensor_size > 1:
-                    shards = [torch.empty_like(parameter) for _ in range(ranks.tensor_size)]
-                    dist.all_gather(shards, parameter.contiguous(), group=group)
-                full = rule.unshard(shards)
-            full = _to_first_stage(full, stage, policy)
-            sent.update(rule.exports)
-            if full is not None:
-                yield from zip(rule.exports, rule.to_hf(full), strict=True)
+            here = stage == ranks.pipeline_rank
+            for part, full in _full_tensors(rule, rules, held.get(name) if here else None, policy):
+                full = _to_first_stage(full, stage, policy)
+                sent.update(part.exports)
+                if full is not None:
+                    yield from zip(part.exports, part.to_hf(full), strict=True)
+
+
+def _full_tensors(
+    rule: Rule, rules: dict[str, Rule], parameter: torch.Tensor | None, policy: Policy
+) -> Iterator[tuple[Rule, torch.Tensor | None]]:
+    """(rule, full tensor) of what this stage's ranks hold under the rule's name: one tensor, or each expert-parallel rank's expert.
+
+    `parameter` None: the tensor lies on another pipeline stage, and only the rules are given.
+    """
+    if rule.expert is None:
+        size = tensor_shards(rule)
+        yield rule, None if parameter is None else rule.unshard(_gather(parameter, size, parallel_state.get_tensor_model_parallel_group()))
+        return
+    # Every rank holds a range of as many experts: this one and its like on the other ranks travel together.
+    assert policy.shape.mixture is not None
+    ranks = policy.ranks
+    held = policy.shape.mixture.num_experts // ranks.expert_size
+    owned = [rules[_of_expert(rule, rank * held + rule.expert % held)] for rank in range(ranks.expert_size)]
+    group = parallel_state.get_expert_model_parallel_group()
+    tensors = [None] * len(owned) if parameter is None else _gather(parameter, ranks.expert_size, group)
+    yield from zip(owned, tensors, strict=True)
+
+
+def _of_expert(rule: Rule, expert: int) -> str:
+    """The name of another expert's tensor of the same kind."""
+    return rule.megatron_name.replace(f".local_experts.{rule.expert}.", f".local_experts.{expert}.")
+
+
+def _gather(parameter: torch.Tensor, size: int, group: dist.ProcessGroup) -> list[torch.Tensor]:
+    """The parts that the `size` ranks of `group` hold, in rank order."""
+    parameter = parameter.detach()
+    if size == 1:
+        return [parameter]
+    parts = [torch.empty_like(parameter) for _ in range(size)]
+    dist.all_gather(parts, parameter.contiguous(), group=group)
+    return parts
 
 
 def _to_first_stage(full: torch.Tensor | None, stage: int, policy: Policy) -> torch.Tensor | None:

@@ -7,13 +7,15 @@ One difference in training: the format check reads the model's own text only, so
 from __future__ import annotations
 
 import json
-import re
 import string
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from igpo_megatron.config.schema import Reward
+from igpo_megatron.protocols import PROTOCOLS, ToolProtocol
+from igpo_megatron.protocols.igpo import tags_balanced as tags_balanced
+from igpo_megatron.protocols.igpo import well_formed_answer
 from igpo_megatron.types import RolloutGroup, Status, Trajectory
 
 ALIAS_SEPARATOR = "<|answer_split|>"
@@ -21,8 +23,6 @@ ALIAS_SEPARATOR = "<|answer_split|>"
 
 PUBLISHED_FORMAT_PENALTY = -2.0
 """Reward of malformed text in the published rule (`reward.format_penalty` sets it for training)."""
-
-TAGS = ("code", "tool_call", "think", "answer")
 
 _PUNCTUATION_TO_SPACE = str.maketrans(string.punctuation, " " * len(string.punctuation))
 
@@ -50,23 +50,6 @@ def f1(prediction: str, answers: Sequence[str]) -> float:
 
 
 REWARDS: dict[str, Callable[[str, Sequence[str]], float]] = {"f1": f1, "em": exact_match}
-
-
-def tags_balanced(text: str) -> bool:
-    """True if every tag of `TAGS` opens as often as it closes and every opening has a closing after it."""
-    for tag in TAGS:
-        opening, closing = f"<{tag}>", f"</{tag}>"
-        if text.count(opening) != text.count(closing) or text.rfind(opening) > text.rfind(closing):
-            return False
-    return True
-
-
-def well_formed_answer(text: str) -> str | None:
-    """Text inside the first answer tags of a well-formed text, in lower case as published; None where the format check fails."""
-    # The check ignores case: the published code lowers the whole response first.
-    text = text.lower()
-    found = re.search(r"<answer>(.*?)</answer>", text, re.DOTALL)
-    return found.group(1) if found and tags_balanced(text) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,21 +108,29 @@ def _solution_and_truth(line: bytes, where: str) -> tuple[str, str]:
     return row["solution"], row["ground_truth"]
 
 
-def own_text(group: RolloutGroup, trajectory: Trajectory) -> str:
-    """The text the format check may read: forced and sampled segments, never the prompt or a tool result."""
-    return "".join(group.nodes[index].text for index in trajectory.path if group.nodes[index].kind in ("forced", "action"))
+def own_turns(group: RolloutGroup, trajectory: Trajectory) -> list[str]:
+    """The texts the format check may read, one per turn: forced and sampled segments, never the prompt or a tool result."""
+    turns, opening = [], ""
+    for node in (group.nodes[index] for index in trajectory.path):
+        if node.kind == "forced":
+            opening = node.text
+        elif node.kind == "action":
+            turns.append(opening + node.text)
+            opening = ""
+    return turns
 
 
-def score(group: RolloutGroup, config: Reward) -> None:
+def score(group: RolloutGroup, config: Reward, protocol: ToolProtocol = PROTOCOLS["igpo"]) -> None:
     """Fill `reward` and `reward_parts` (f1, em, format_ok) of every trainable trajectory; the others keep 0 and no parts.
 
-    Well-formed means: status FINISHED, and tags balanced in the model's own text. Anything else earns `config.format_penalty`.
+    Well-formed means: status FINISHED, and an answer by the protocol's own check of the model's own text. Anything else earns
+    `config.format_penalty`.
     """
     answers = group.prompt.answers
     for trajectory in group.trajectories:
         if not trajectory.status.is_trainable:
             continue
-        answer = well_formed_answer(own_text(group, trajectory)) if trajectory.status == Status.FINISHED else None
+        answer = protocol.final_answer(own_turns(group, trajectory)) if trajectory.status == Status.FINISHED else None
         if answer is None:
             trajectory.reward = config.format_penalty
             trajectory.reward_parts = {"f1": 0.0, "em": 0.0, "format_ok": 0.0}

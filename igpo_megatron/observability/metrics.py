@@ -18,7 +18,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
     ends = [trajectory for group in groups for trajectory in group.trajectories]
     scored = [trajectory for trajectory in ends if trajectory.status.is_trainable]
     metrics = {
-        "failed": _share(ends, lambda end: not end.status.is_trainable),
+        "failed": _share(ends, lambda end: end.status.is_failure),
         "truncated": _share(ends, lambda end: end.status.value.startswith("truncated")),
         "zero_std_groups": fmean(float(_identical(group)) for group in groups) if groups else 0.0,
         "prompt_questions": float(len(groups)),

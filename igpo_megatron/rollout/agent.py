@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from igpo_megatron.config.schema import Rollout
+from igpo_megatron.protocols import PROTOCOLS
 from igpo_megatron.rollout.chat import Answer, ChatFormat, Malformed
-from igpo_megatron.search.results import SearchClient, SearchResult
+from igpo_megatron.search.results import Observed, SearchClient, SearchResult, Tool
+from igpo_megatron.search.tally import why_failed
 from igpo_megatron.types import Completion, Node, ProbeScore, RolloutGroup, RunStopped, Status, ToolCall, Trajectory
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ async def run_trajectory(
     *,
     engine: Engine,
     search: SearchClient,
+    tools: Mapping[str, Tool],
     chat: ChatFormat,
     config: Rollout,
     prober: Prober | None,
@@ -85,32 +88,40 @@ async def run_trajectory(
         action.call = wanted
         if turn == config.max_turns:
             return Trajectory(path, Status.TRUNCATED_TURNS)
-        shown = await _use_tool(wanted, search, config)
-        if isinstance(shown, SearchResult):
-            return Trajectory(path, Status.TOOL_FAILED, reason=f"{shown.provider}: {shown.status}: {shown.error}")
+        shown = await _use_tool(wanted, search, tools, chat, config)
+        if shown.failure is not None:
+            status = Status.TOOL_FAILED if config.failed_search == "mask" else Status.ENDED_BY_TOOL
+            return Trajectory(path, status, reason=shown.failure)
         budget = min(config.max_observation_tokens + chat.frame_tokens, room - used - len(chat.forced_ids) - 1)
         if budget <= chat.frame_tokens:
             return Trajectory(path, Status.TRUNCATED_CONTEXT)
-        ids, cut = chat.observation(shown, budget)
+        ids, cut = chat.observation(shown.text, budget)
         path.append(group.add(Node(path[-1], "observation", ids, turn, cut)))
         used += len(ids)
     raise AssertionError("the last turn always ends the trajectory")
 
 
-async def _use_tool(call: ToolCall, search: SearchClient, config: Rollout) -> str | SearchResult:
-    """Text for the policy, or the first failed result: a failure is never shown as an empty one."""
+async def _use_tool(call: ToolCall, search: SearchClient, tools: Mapping[str, Tool], chat: ChatFormat, config: Rollout) -> Observed:
+    """What the policy is shown, or why the tool failed: a failure is never shown as an empty result."""
+    if call.name in tools:
+        return await tools[call.name].use(call.queries)
     if call.name != config.tool_name:
-        return f"There is no tool named {call.name}. The only tool is {config.tool_name}."
+        names = [config.tool_name, *tools]
+        known = f"The only tool is {names[0]}." if len(names) == 1 else f"The tools are {', '.join(names)}."
+        return Observed(f"There is no tool named {call.name}. {known}")
     results = await search.search(call.queries)
-    failed = [result for result in results if not result.status.is_answer]
-    return failed[0] if failed else render_results(results)
+    for result in results:
+        if not result.status.is_answer:
+            return Observed("", failure=why_failed(result))
+    return Observed(render_results(results, chat.protocol.hit))
 
 
-def render_results(results: Sequence[SearchResult]) -> str:
-    """Numbered passages, one per line; several queries get a heading each."""
+def render_results(results: Sequence[SearchResult], hit: str = PROTOCOLS["igpo"].hit) -> str:
+    """Passages, one per line, each written as `hit`; several queries get a heading each."""
     blocks = []
     for result in results:
-        lines = [f"({rank}) {passage.text}" for rank, passage in enumerate(result.passages, start=1)]
+        passages = enumerate(result.passages, start=1)
+        lines = [hit.format(rank=rank, title=passage.title, text=passage.text) for rank, passage in passages]
         body = "\n".join(lines) or "No results."
         blocks.append(body if len(results) == 1 else f"Results for: {result.query}\n{body}")
     return "\n\n".join(blocks)

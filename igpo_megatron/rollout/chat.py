@@ -3,41 +3,27 @@
     open(question) ─┬─> prompt ids          chat template, once
     forced ─────────┤   `<think>`            never trained
     (sampled) ──────┤   the engine's own ids
-    observation() ──┴─> tool message ids     its frame from the template, its content alone, cut by tokens
+    observation() ──┴─> tool result ids      its frame from the template or the protocol, its content alone, cut by tokens
 
-The frame around a tool result is found by rendering the template with placeholders, so it fits any template that has a tool role.
+The frame of a tool message is found by rendering the template with placeholders, so it fits any template that has a tool role. What is
+in a result stays what it is, tool text: turns end at sampled tokens only, and protocols are shown the policy's own text only.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from igpo_megatron.config.schema import Reward, Rollout
-from igpo_megatron.types import ToolCall
+from igpo_megatron.protocols import PROTOCOLS, Action, Answer, Malformed, ToolSet
+from igpo_megatron.protocols.igpo import parse_action
+from igpo_megatron.protocols.json_calls import tool_schemas
+
+__all__ = ["Action", "Answer", "ChatFormat", "Malformed", "parse_action"]
 
 FORCED_TEXT = "<think>"
 _ASSISTANT, _TOOL, _USER = "PLACEHOLDER-OF-ASSISTANT", "PLACEHOLDER-OF-TOOL", "PLACEHOLDER-OF-USER"
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """The policy answered."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Malformed:
-    """The policy wrote neither a tool call nor an answer."""
-
-    reason: str
-
-
-Action = ToolCall | Answer | Malformed
 
 
 class ChatFormat:
@@ -52,10 +38,21 @@ class ChatFormat:
         self._tokenizer = tokenizer
         self._rollout, self._reward = rollout, reward
         date = (now or datetime.now(UTC)).date().isoformat()
+        self.protocol = PROTOCOLS[rollout.protocol]
+        self._tools = ToolSet(rollout.tool_name, rollout.max_queries, rollout.extra_tools)
         self._system = rollout.system_prompt.replace("{date}", date) if rollout.system_prompt is not None else None
+        self._before_question = ""
+        if self.protocol.instructions is not None and rollout.tool_in_prompt:
+            instructions = self.protocol.instructions(self._tools)
+            if self.protocol.instructions_in == "system":
+                self._system = instructions if self._system is None else f"{self._system}\n\n{instructions}"
+            else:
+                self._before_question = f"{instructions}\n\nQuestion: "
         self.end_of_turn: int = tokenizer.eos_token_id
+        added = [token.content for token in tokenizer.added_tokens_decoder.values() if not token.special and len(token.content) > 1]
+        self._added = re.compile("|".join(map(re.escape, added))) if added else None
         self.forced_ids: list[int] = self._encode(FORCED_TEXT) if rollout.force_think else []
-        self._before_tool, self._after_tool = self._tool_frame()
+        self._before_tool, self._after_tool = self._tool_frame() if self.protocol.tool_messages else map(self._encode, self.protocol.result)
         self._probes: dict[str, tuple[list[int], tuple[int, int]]] = {}
 
     @property
@@ -65,19 +62,21 @@ class ChatFormat:
 
     def open(self, question: str) -> tuple[list[int], str]:
         """The prompt's ids and text: system message, tools, question and the opening of the first assistant turn."""
-        text = self._render([*self._head(), {"role": "user", "content": question}], generate=True)
+        text = self._render([*self._head(), {"role": "user", "content": self._before_question + question}], generate=True)
         return self._encode(text), text
 
     def observation(self, text: str, budget: int) -> tuple[list[int], str]:
-        """Ids and shown text of a tool message with `text`, followed by the opening of the next assistant turn.
+        """Ids and shown text of a tool result with `text`, up to where the policy goes on: in a new message, or in the same one.
 
         At most `budget` ids: the content is cut from its end and the frame kept. Control tokens inside `text` are read as plain
         characters. Raises ValueError if not even the frame fits.
         """
+        # Half a surrogate pair, as JSON can spell it, is no text to tokenizers and files.
+        text = text.encode(errors="replace").decode()
         room = budget - len(self._before_tool) - len(self._after_tool)
         if room < 0:
             raise ValueError(f"a tool message needs {budget - room} tokens for its frame alone, the budget is {budget}")
-        content = self._encode(text, split_special_tokens=True)
+        content = self._encode_foreign(text)
         if len(content) > room:
             content = content[:room]
             text = self._tokenizer.decode(content, clean_up_tokenization_spaces=False)
@@ -87,6 +86,10 @@ class ChatFormat:
     def frame_tokens(self) -> int:
         """Ids of an empty tool message."""
         return len(self._before_tool) + len(self._after_tool)
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens that `text` takes as a tool's result."""
+        return len(self._encode_foreign(text))
 
     def render_probe(self, answer: str) -> tuple[list[int], tuple[int, int]]:
         """Ids of the probe text with `answer` in it, and the [start, stop) of the answer's tokens, which alone are scored.
@@ -118,7 +121,7 @@ class ChatFormat:
 
     def parse(self, text: str) -> Action:
         """What a turn asks for; `text` includes the forced opening."""
-        return parse_action(text, self._rollout.max_queries)
+        return self.protocol.parse(text, self._tools)
 
     def _head(self) -> list[dict[str, str]]:
         return [{"role": "system", "content": self._system}] if self._system is not None else []
@@ -126,8 +129,17 @@ class ChatFormat:
     def _encode(self, text: str, **options: Any) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False, **options)
 
+    def _encode_foreign(self, text: str) -> list[int]:
+        """Ids of text that others wrote: no id in it stands for a control token, though the text may spell one."""
+        pieces, start = [], 0
+        # Tokens such as Qwen's <tool_call> are added but not special, so the tokenizer would not split them: cut each after one character.
+        for spelled in self._added.finditer(text) if self._added else ():
+            pieces.append(text[start : spelled.start() + 1])
+            start = spelled.start() + 1
+        return [token for piece in (*pieces, text[start:]) for token in self._encode(piece, split_special_tokens=True)]
+
     def _render(self, messages: list[dict[str, str]], *, generate: bool) -> str:
-        tools = [tool_schema(self._rollout.tool_name)] if self._rollout.tool_in_prompt else None
+        tools = tool_schemas(self._tools) if self._rollout.tool_in_prompt and self.protocol.tool_messages else None
         return self._tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=generate, tokenize=False)
 
     def _tool_frame(self) -> tuple[list[int], list[int]]:
@@ -141,44 +153,3 @@ class ChatFormat:
         if ids[:1] == [self.end_of_turn]:  # the policy has sampled it already
             ids = ids[1:]
         return ids, self._encode(after)
-
-
-def tool_schema(name: str) -> dict[str, Any]:
-    """The search tool as chat templates want it."""
-    query = {"type": "array", "items": {"type": "string"}, "description": "One to three search queries."}
-    parameters = {"type": "object", "properties": {"query": query}, "required": ["query"]}
-    description = "Search for passages that help to answer the question."
-    return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
-
-
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
-
-
-def parse_action(text: str, max_queries: int) -> Action:
-    """First match wins, as published: think + answer, think + tool call, anything else is malformed."""
-    if not re.search(r"<think>.*?</think>", text, re.DOTALL):
-        return Malformed("no closed <think> block")
-    if "<answer>" in text:
-        found = _ANSWER.search(text)
-        return Answer(found.group(1).strip()) if found else Malformed("<answer> is not closed")
-    if "<tool_call>" in text:
-        found = _CALL.search(text)
-        return _parse_call(found.group(1), max_queries) if found else Malformed("<tool_call> is not closed")
-    return Malformed("neither <answer> nor <tool_call>")
-
-
-def _parse_call(body: str, max_queries: int) -> Action:
-    try:
-        call = json.loads(body)
-    except json.JSONDecodeError as error:
-        return Malformed(f"the tool call is not JSON: {error.msg}")
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str) or not call["name"] or "arguments" not in call:
-        return Malformed("the tool call needs a name and arguments")
-    arguments = call["arguments"]
-    given = arguments.get("query") if isinstance(arguments, dict) else None
-    queries = [given] if isinstance(given, str) else given if isinstance(given, list) else []
-    texts = [query.strip() for query in queries if isinstance(query, str) and query.strip()]
-    if not texts:
-        return Malformed("the tool call has no query")
-    return ToolCall(call["name"], tuple(texts[:max_queries]))

@@ -26,6 +26,7 @@ from typing import Any, Self
 
 from igpo_megatron.config.schema import Config
 from igpo_megatron.leftovers import claim, remove_abandoned
+from igpo_megatron.protocols import PROTOCOLS
 from igpo_megatron.rollout.agent import EngineError
 from igpo_megatron.rollout.weight_transfer import BACKEND, Entry, SharedWeights
 from igpo_megatron.types import Completion, ProbeScore
@@ -83,7 +84,7 @@ class EngineActor:
         await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info={"path": weights_path}))
 
     async def generate(
-        self, token_ids: list[int], max_tokens: int, temperature: float, seed: int, stop: int
+        self, token_ids: list[int], max_tokens: int, temperature: float, seed: int, stop: int, stop_strings: tuple[str, ...] = ()
     ) -> tuple[list[int], list[float], str, int]:
         """Token ids, log-probs, finish reason and weight version of one sampled turn."""
         from vllm import SamplingParams
@@ -95,7 +96,10 @@ class EngineActor:
             seed=seed if temperature > 0 else None,
             logprobs=0,
             stop_token_ids=[stop],
-            detokenize=False,
+            # Only a protocol of tags needs the engine to read along; the ids stay as sampled, those of the tag included.
+            detokenize=bool(stop_strings),
+            stop=list(stop_strings),
+            include_stop_str_in_output=bool(stop_strings),
             skip_special_tokens=False,
         )
         output = (await self._last_output(token_ids, params)).outputs[0]
@@ -169,6 +173,7 @@ class EnginePool:
         self._ray_folder: Path | None = None
         self._group: Any = None
         self._stop_token, self._vocab_size = _end_of_turn(config.model.path)
+        self._stop_strings = PROTOCOLS[config.rollout.protocol].stop
 
     # ---- life
 
@@ -282,7 +287,7 @@ class EnginePool:
         number = self._serving(key)
         try:
             ids, logprobs, finish, version = await self._actors[number].generate.remote(
-                token_ids, max_tokens, temperature, seed, self._stop_token
+                token_ids, max_tokens, temperature, seed, self._stop_token, self._stop_strings
             )
         except ray.exceptions.RayError as error:
             raise EngineError(f"engine {number} died or refused: {_cause(error)}") from None
@@ -408,7 +413,7 @@ class EnginePool:
             "max_model_len": rollout.max_context,
             "max_num_seqs": engine.max_num_seqs,
             "seed": self._config.run.seed,
-            "skip_tokenizer_init": True,
+            "skip_tokenizer_init": not self._stop_strings,
             "enable_prefix_caching": True,
             "logprobs_mode": "processed_logprobs",
             "disable_log_stats": True,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -16,14 +16,15 @@ from igpo_megatron.config.schema import Rollout
 from igpo_megatron.rollout.agent import Engine, EngineError, run_trajectory
 from igpo_megatron.rollout.chat import ChatFormat
 from igpo_megatron.rollout.prober import Prober, RenderedProbe
-from igpo_megatron.search.results import SearchClient
+from igpo_megatron.search.results import SearchClient, Tool
+from igpo_megatron.search.tally import TallyClient
 from igpo_megatron.types import Node, Prompt, RolloutGroup, RunStopped, Status, Trajectory
 
 Result = TypeVar("Result")
 
 
 class RolloutFailure(RunStopped):
-    """Too many trajectories of a step failed for reasons outside the policy."""
+    """Too many trajectories or searches of a step failed for reasons outside the policy."""
 
 
 class Rollouter:
@@ -38,10 +39,15 @@ class Rollouter:
         *,
         seed: int,
         probes_of: Callable[[Prompt], Sequence[RenderedProbe]] | None = None,
+        tools: Mapping[str, Tool] | None = None,
     ) -> None:
-        """`probes_of`: the probes of a question, where the engine is to score them during training rollouts."""
+        """`probes_of`: the probes of a question, where the engine is to score them during training rollouts.
+
+        `tools`: those beside search, by name; closed, as `search` is, when the rollouter is.
+        """
         self._engine, self._search, self._chat, self._config, self._seed = engine, search, chat, config, seed
         self._probes_of = probes_of
+        self._tools = tools or {}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollouts", daemon=True)
 
@@ -50,7 +56,7 @@ class Rollouter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self._wait_for(self._search.close())
+        self._wait_for(self._close())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -83,29 +89,34 @@ class Rollouter:
 
         With `probe` the engine scores the probes of every state, if this rollouter was given any.
 
-        Raises RolloutFailure when more than `rollout.max_failed_fraction` of the trajectories failed.
+        Raises RolloutFailure when more than `rollout.max_failed_fraction` of the trajectories or of the searches failed.
         """
         groups = [self._open(prompt) for prompt in prompts]
         probers = [Prober(self._engine, group, self._probes_of(group.prompt)) if probe and self._probes_of else None for group in groups]
+        search = TallyClient(self._search)
         done = 0
 
         async def one(group: RolloutGroup, prober: Prober | None, sample: int) -> Trajectory:
             nonlocal done
             chosen = self._config.temperature if temperature is None else temperature
-            trajectory = await self._bounded(group, prober, sample, step, chosen)
+            trajectory = await self._bounded(group, prober, search, sample, step, chosen)
             done += 1
             if on_progress:
                 on_progress(done / (len(groups) * samples))
             return trajectory
 
-        ends = await asyncio.gather(
-            *(one(group, prober, sample) for group, prober in zip(groups, probers, strict=True) for sample in range(samples))
-        )
-        await asyncio.gather(*(prober.close() for prober in probers if prober is not None))
+        work = [one(group, prober, sample) for group, prober in zip(groups, probers, strict=True) for sample in range(samples)]
+        try:
+            ends = await _all(work)
+        finally:
+            await asyncio.gather(*(prober.close() for prober in probers if prober is not None))
         for number, group in enumerate(groups):
             group.trajectories = ends[number * samples : (number + 1) * samples]
-        _check_failures(ends, self._config.max_failed_fraction)
+        _check_failures(ends, search, self._config.max_failed_fraction)
         return groups
+
+    async def _close(self) -> None:
+        await asyncio.gather(self._search.close(), *(tool.close() for tool in self._tools.values()))
 
     def _open(self, prompt: Prompt) -> RolloutGroup:
         ids, text = self._chat.open(prompt.question)
@@ -115,7 +126,9 @@ class Rollouter:
             )
         return RolloutGroup(prompt, [Node(None, "prompt", ids, text=text)])
 
-    async def _bounded(self, group: RolloutGroup, prober: Prober | None, sample: int, step: int, temperature: float) -> Trajectory:
+    async def _bounded(
+        self, group: RolloutGroup, prober: Prober | None, search: SearchClient, sample: int, step: int, temperature: float
+    ) -> Trajectory:
         """A trajectory within its deadline; trouble of the engine ends this one and no other."""
         probe_tokens = max(len(self._chat.render_probe(answer)[0]) for answer in group.prompt.answers)
         try:
@@ -123,7 +136,8 @@ class Rollouter:
                 trajectory = await run_trajectory(
                     group,
                     engine=self._engine,
-                    search=self._search,
+                    search=search,
+                    tools=self._tools,
                     chat=self._chat,
                     config=self._config,
                     prober=prober,
@@ -145,11 +159,25 @@ class Rollouter:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
 
-def _check_failures(ends: Sequence[Trajectory], allowed: float) -> None:
-    failed = [end for end in ends if not end.status.is_trainable]
-    if failed and len(failed) > allowed * len(ends):
-        reason, count = Counter(end.reason for end in failed).most_common(1)[0]
-        raise RolloutFailure(
-            f"{len(failed)} of {len(ends)} trajectories failed, more than rollout.max_failed_fraction={allowed:g}; "
-            f"most often ({count}): {reason}"
-        )
+async def _all(work: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
+    """Every outcome, in order; where one raises, the others are ended before it is raised on."""
+    tasks = [asyncio.ensure_future(part) for part in work]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
+
+
+def _check_failures(ends: Sequence[Trajectory], search: TallyClient, allowed: float) -> None:
+    """RolloutFailure where the failed share of trajectories or of searches is more than `allowed`."""
+    reasons = Counter(end.reason for end in ends if end.status.is_failure)
+    for what, failures, total in (("trajectories", reasons, len(ends)), ("searches", search.failures, search.searches)):
+        failed = failures.total()
+        if failed > allowed * total:
+            reason, count = failures.most_common(1)[0]
+            raise RolloutFailure(
+                f"{failed} of {total} {what} failed, more than rollout.max_failed_fraction={allowed:g}; most often ({count}): {reason}"
+            )

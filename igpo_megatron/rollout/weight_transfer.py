@@ -73,11 +73,11 @@ def read(path: str, entries: Iterable[Entry]) -> Iterable[tuple[str, torch.Tenso
         yield entry.name, part.view(getattr(torch, entry.dtype)).view(entry.shape)
 
 
-def refresh_packed_heads(model: torch.nn.Module) -> None:
-    """Re-pack linear weights that vLLM's reload leaves behind on CPU.
+def refresh_packed_weights(model: torch.nn.Module) -> None:
+    """Re-pack weights that vLLM's reload leaves behind on CPU, where the engine would go on without an error, and wrong.
 
     oneDNN keeps a packed copy of every weight. The layerwise reload renews it for layers it loads, but a tied output head is never
-    loaded by itself, so it would go on computing with the old embedding, without an error.
+    loaded by itself, so it would compute with the old embedding. Experts are loaded but not packed, which their kernel expects.
     """
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
@@ -85,6 +85,9 @@ def refresh_packed_heads(model: torch.nn.Module) -> None:
         weight = getattr(module, "weight", None)
         if hasattr(module, "cpu_linear") and weight is not None and weight.dim() == 2 and weight.numel():
             dispatch_cpu_unquantized_gemm(module, remove_weight=False)
+        kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
+        if kernel is not None and hasattr(module, "w13_weight"):
+            kernel.fused_experts.process_weights_after_loading(module)
 
 
 def _register() -> None:
@@ -123,7 +126,7 @@ def _register() -> None:
         def finish_weight_update(self) -> None:
             finalize_layerwise_reload(self.model, self.model_config)
             if self.device.type == "cpu":
-                refresh_packed_heads(self.model)
+                refresh_packed_weights(self.model)
 
         def shutdown(self) -> None: ...
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
 from igpo_megatron.data.corpus import Passage
+from igpo_megatron.types import RunStopped
+
+
+class SearchStopped(RunStopped):
+    """No search can succeed until a person acts: a refused key, a used-up quota, a replay without the answer."""
 
 
 class SearchStatus(StrEnum):
@@ -53,6 +59,34 @@ class SearchResult:
     """Wall time of the call, retries included."""
 
 
+def normalise(query: str) -> str:
+    """The form in which a query is compared, sent and stored: Unicode NFC, single spaces. Letter case stays, encoders may see it."""
+    return " ".join(unicodedata.normalize("NFC", query).split())
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """What a tool gives back to the agent loop."""
+
+    text: str
+    """For the policy to read."""
+
+    failure: str | None = None
+    """One sentence if the tool failed for reasons outside the policy; `text` is then shown to nobody."""
+
+
+class Tool(Protocol):
+    """Anything beside search that the policy can call. Used from one event loop; a call may be cancelled at any point."""
+
+    async def use(self, arguments: Sequence[str]) -> Observed:
+        """What a call with these arguments (`ToolCall.queries`) shows. Trouble is a sentence or a failure, never an exception."""
+        ...
+
+    async def close(self) -> None:
+        """Give back what is held. The tool is not used afterwards."""
+        ...
+
+
 class SearchClient(Protocol):
     """Anything that answers queries. Used from one event loop; a call may be cancelled at any point.
 
@@ -60,7 +94,7 @@ class SearchClient(Protocol):
     """
 
     async def search(self, queries: Sequence[str]) -> list[SearchResult]:
-        """One result per query, in order. Trouble of the provider is a status, never an exception."""
+        """One result per query, in order. Passing trouble of the provider is a status; SearchStopped where only a person can help."""
         ...
 
     async def close(self) -> None:

@@ -7,7 +7,8 @@ import os
 import pickle
 import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,30 @@ from igpo_megatron.actor import cpu
 
 cpu.install()
 
+from megatron.core import parallel_state  # noqa: E402
+
 from igpo_megatron.actor import checkpoint, parallel, policy, weight_sync  # noqa: E402, F401  (imported before forking)
 from igpo_megatron.config.load import build  # noqa: E402
 from igpo_megatron.config.schema import Config  # noqa: E402
 
 torch.set_num_threads(1)
 
-ARCHITECTURES = ("qwen2", "qwen2_tied", "qwen3", "llama3")
+ARCHITECTURES = ("qwen2", "qwen2_tied", "qwen3", "llama3", "llama", "mistral", "qwen3_moe", "qwen3_moe_unscaled", "mixtral")
+MIXTURES = ("qwen3_moe", "qwen3_moe_unscaled", "mixtral")
 VOCAB = 150  # not a multiple of anything the padding uses
 
 
 def make_hf_folder(folder: Path, name: str) -> Path:
     """A two-layer random model as transformers saves it; every bias and norm is random, so that none can be forgotten unseen."""
-    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+    from transformers import (
+        AutoModelForCausalLM,
+        LlamaConfig,
+        MistralConfig,
+        MixtralConfig,
+        Qwen2Config,
+        Qwen3Config,
+        Qwen3MoeConfig,
+    )
 
     common: dict[str, Any] = {
         "vocab_size": VOCAB,
@@ -52,11 +64,18 @@ def make_hf_folder(folder: Path, name: str) -> Path:
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
+    experts = {"num_experts_per_tok": 2, "rope_parameters": plain}
+    qwen3_moe = partial(Qwen3MoeConfig, **common, **experts, head_dim=32, num_experts=4, moe_intermediate_size=48)
     config = {
         "qwen2": lambda: Qwen2Config(**common, rope_parameters=plain),
         "qwen2_tied": lambda: Qwen2Config(**common, rope_parameters=plain),
         "qwen3": lambda: Qwen3Config(**common, head_dim=32, rope_parameters=plain),
         "llama3": lambda: LlamaConfig(**common, head_dim=16, rope_parameters=scaled),
+        "llama": lambda: LlamaConfig(**common, rope_parameters=plain),
+        "mistral": lambda: MistralConfig(**common, head_dim=32, sliding_window=None, rope_parameters=plain),
+        "qwen3_moe": lambda: qwen3_moe(norm_topk_prob=True),
+        "qwen3_moe_unscaled": lambda: qwen3_moe(norm_topk_prob=False),
+        "mixtral": lambda: MixtralConfig(**common, **experts, num_local_experts=4),
     }[name]()
     torch.manual_seed(len(name))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -91,14 +110,19 @@ def make_config(model: Path, **overrides: Any) -> Config:
 
 def run_ranks(function: Callable[..., Any], config: Config, *arguments: Any) -> list[Any]:
     """Call `function(policy, *arguments)` on every rank of the configuration's layout; the results in rank order."""
-    layout = config.parallel
-    world = layout.tensor * layout.pipeline * (layout.data or 1)
+    (results,) = run_ranks_for_each(function, [config], *arguments)
+    return results
+
+
+def run_ranks_for_each(function: Callable[..., Any], configs: Sequence[Config], *arguments: Any) -> list[list[Any]]:
+    """The same for several configurations of as many ranks each, one after the other in one process group."""
+    (world,) = {config.parallel.tensor * config.parallel.pipeline * (config.parallel.data or 1) for config in configs}
     context = multiprocessing.get_context("fork")
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     queue = context.Queue()
-    ranks = [context.Process(target=_rank, args=(rank, world, port, config, function, arguments, queue)) for rank in range(world)]
+    ranks = [context.Process(target=_rank, args=(rank, world, port, configs, function, arguments, queue)) for rank in range(world)]
     for process in ranks:
         process.start()
     results: dict[int, Any] = {}
@@ -113,15 +137,20 @@ def run_ranks(function: Callable[..., Any], config: Config, *arguments: Any) -> 
             process.join(timeout=10)
             if process.is_alive():
                 process.kill()
-    return [results[rank] for rank in range(world)]
+    return [[results[rank][number] for rank in range(world)] for number in range(len(configs))]
 
 
-def _rank(rank: int, world: int, port: int, config: Config, function: Callable[..., Any], arguments: tuple[Any, ...], queue: Any) -> None:
+def _rank(
+    rank: int, world: int, port: int, configs: Sequence[Config], function: Callable[..., Any], arguments: tuple[Any, ...], queue: Any
+) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
     try:
-        ranks = parallel.init(config)
-        value = function(policy.Policy(config, ranks), *arguments)
+        values = []
+        for config in configs:
+            ranks = parallel.init(config)
+            values.append(function(policy.Policy(config, ranks), *arguments))
+            parallel_state.destroy_model_parallel()
         parallel.shutdown()
-        queue.put((rank, pickle.dumps(value), None))  # as bytes: tensors would be shared by handles that die with this process
+        queue.put((rank, pickle.dumps(values), None))  # as bytes: tensors would be shared by handles that die with this process
     except BaseException:  # noqa: BLE001  the parent reports whatever it was
         queue.put((rank, None, traceback.format_exc()))

@@ -14,7 +14,7 @@ from groups import load_hf, random_groups
 from test_layouts import row_loss, with_off_policy_logprobs
 
 from checkpoint_conversion.convert import megatron_to_hf
-from checkpoint_conversion.streams import HfReader
+from checkpoint_conversion.hf_folder import HfReader
 from igpo_megatron.actor import checkpoint
 from igpo_megatron.actor.policy import Policy
 from igpo_megatron.actor.weight_sync import named_weights
@@ -63,6 +63,22 @@ def test_a_checkpoint_resumes_at_any_other_layout_with_the_same_next_losses(
     assert set(reader.names()) == set(weights)
     assert all(torch.equal(reader.get(name), tensor) for name, tensor in weights.items())
     load_hf(tmp_path / "hf")
+
+
+def test_a_checkpoint_of_experts_resumes_at_other_expert_parallel_sizes_and_exports(hf_folders: dict[str, Path], tmp_path: Path) -> None:
+    groups = with_off_policy_logprobs(random_groups(seed=6, probes=False))
+    folder = hf_folders["qwen3_moe"]
+    saved_at = {"parallel__data": 2, "parallel__expert": 2}
+    uninterrupted, weights = run_ranks(train_and_save, make_config(folder, **saved_at, **SMALL), tmp_path, groups)[0]
+    assert uninterrupted[1][0] != pytest.approx(uninterrupted[0][0], abs=1e-4), "the second loss must show a wrong optimizer state"
+    for layout in ({}, {"parallel__pipeline": 2}, {"parallel__tensor": 2, "parallel__sequence": True, "parallel__expert": 2}):
+        *_, resumed = run_ranks(load_and_train, make_config(folder, **layout, **SMALL), tmp_path, groups)[0]
+        for found, expected in zip(resumed, uninterrupted, strict=True):
+            assert found == pytest.approx(expected, rel=2e-5), layout
+    megatron_to_hf(checkpoint.complete(tmp_path)[-1], tmp_path / "hf")
+    reader = HfReader(tmp_path / "hf")
+    assert set(reader.names()) == set(weights)
+    assert all(torch.equal(reader.get(name), tensor) for name, tensor in weights.items())
 
 
 def save_twice(policy: Policy, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ARCHITECTURES, make_config, run_ranks
+from conftest import MIXTURES, make_config, run_ranks
 from groups import hf_logprobs, load_hf, random_groups
 from megatron.core import parallel_state
 
 from checkpoint_conversion.architectures import rules_for
 from igpo_megatron.actor import schedule
-from igpo_megatron.actor.model import global_names
+from igpo_megatron.actor.model import global_names, tensor_shards
 from igpo_megatron.actor.policy import Policy
 from igpo_megatron.actor.weight_sync import named_weights
 from igpo_megatron.algorithms.losses import ppo, token_weight
@@ -36,6 +37,18 @@ TRAINING_LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2_dp2_sp": {"parallel__tensor": 2, "parallel__data": 2, "parallel__sequence": True},
     "tp2_pp2_sp": {"parallel__tensor": 2, "parallel__pipeline": 2, "parallel__sequence": True},
     "pp2_recompute": {"parallel__pipeline": 2, "model__recompute": "full"},
+}
+MIXTURE_LAYOUTS: dict[str, dict[str, Any]] = {
+    "tp1": {},
+    "tp2": {"parallel__tensor": 2, "parallel__sequence": True, "parallel__expert": 2},
+    "pp2": {"parallel__pipeline": 2},
+    "tp2_pp2": {"parallel__tensor": 2, "parallel__pipeline": 2, "parallel__sequence": True, "parallel__expert": 2},
+    "ep2": {"parallel__data": 2, "parallel__expert": 2},
+}
+MIXTURE_TRAINING_LAYOUTS: dict[str, dict[str, Any]] = {
+    **MIXTURE_LAYOUTS,
+    "dp2": {"parallel__data": 2},
+    "ep2_pp2_recompute": {"parallel__data": 2, "parallel__expert": 2, "parallel__pipeline": 2, "model__recompute": "full"},
 }
 LOSS = Ppo(kl_coef=0.01, entropy_coef=0.003, aggregation="sequence_mean")
 ROW_TOKENS = 60
@@ -64,22 +77,6 @@ def worst(left: list[list[float]], right: list[list[float]]) -> float:
     return max(abs(a - b) for x, y in zip(left, right, strict=True) for a, b in zip(x, y, strict=True))
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_log_probs_equal_those_of_transformers_at_every_layout(hf_folders: dict[str, Path], architecture: str) -> None:
-    groups = random_groups(seed=1)
-    expected = reference_logprobs(hf_folders[architecture], groups)
-    for name, layout in LAYOUTS.items():
-        for found in run_ranks(scored_nodes, make_config(hf_folders[architecture], **layout), groups):
-            assert worst(found, expected) < 1e-4, name
-
-
-def test_wrong_weights_fail_the_tolerance(hf_folders: dict[str, Path]) -> None:
-    groups = random_groups(seed=1)
-    expected = reference_logprobs(hf_folders["qwen2"], groups)
-    (found,) = run_ranks(scored_nodes, make_config(hf_folders["qwen2_tied"]), groups)
-    assert worst(found, expected) > 1e-2
-
-
 def row_loss(counts: Any, row: PackedRow, logprobs: torch.Tensor, entropy: torch.Tensor) -> Any:
     return ppo(
         logprobs=logprobs,
@@ -94,13 +91,15 @@ def row_loss(counts: Any, row: PackedRow, logprobs: torch.Tensor, entropy: torch
 
 
 def gradients(policy: Policy) -> dict[str, torch.Tensor]:
-    """Gradients under HF names, gathered over tensor-parallel ranks; only this pipeline stage's."""
+    """Gradients under HF names, gathered over tensor-parallel ranks; only this pipeline stage's and this rank's experts'."""
     rules = rules_for(policy.shape, policy.config.model.vocab_multiple)
     found = {}
     for name, parameter in global_names(policy.module):
         rule = rules[name]
-        shards = [torch.empty_like(parameter.main_grad) for _ in range(policy.ranks.tensor_size)]
-        dist.all_gather(shards, parameter.main_grad.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
+        shards = [parameter.main_grad.clone()]
+        if tensor_shards(rule) > 1:
+            shards = [torch.empty_like(parameter.main_grad) for _ in range(policy.ranks.tensor_size)]
+            dist.all_gather(shards, parameter.main_grad.contiguous(), group=parallel_state.get_tensor_model_parallel_group())
         found |= dict(zip(rule.exports, rule.to_hf(rule.unshard(shards)), strict=bool(rule.exports)))
     return found
 
@@ -163,21 +162,35 @@ def hf_step(folder: Path, groups: list[RolloutGroup]) -> tuple[dict[str, torch.T
                     total = total + part
                 position += len(node.token_ids)
     total.backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters()}, float(total.detach())
+    grads = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {key: tensor for name, grad in grads.items() for key, tensor in as_saved(name, grad)}, float(total.detach())
+
+
+def as_saved(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """In memory transformers keeps a layer's experts in two tensors; a folder has them one by one."""
+    if name.endswith("experts.gate_up_proj"):
+        for expert, both in enumerate(tensor):
+            for part, half in zip(("gate_proj", "up_proj"), both.chunk(2), strict=True):
+                yield name.replace("gate_up_proj", f"{expert}.{part}.weight"), half
+    elif name.endswith("experts.down_proj"):
+        for expert, matrix in enumerate(tensor):
+            yield name.replace("down_proj", f"{expert}.down_proj.weight"), matrix
+    else:
+        yield name, tensor
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
 
 
-@pytest.mark.parametrize("architecture", ["qwen2_tied", "qwen3"])
+@pytest.mark.parametrize("architecture", ["qwen2_tied", "qwen3", "qwen3_moe"])
 def test_loss_gradients_and_update_do_not_depend_on_the_layout(hf_folders: dict[str, Path], architecture: str) -> None:
     folder = hf_folders[architecture]
     groups = with_off_policy_logprobs(random_groups(seed=2, probes=False))
     expected, expected_loss = hf_step(folder, groups)
     updated: dict[str, torch.Tensor] = {}
     norm = 0.0
-    for name, layout in TRAINING_LAYOUTS.items():
+    for name, layout in (MIXTURE_TRAINING_LAYOUTS if architecture in MIXTURES else TRAINING_LAYOUTS).items():
         plain = {"parallel__distributed_optimizer": False}
         results = run_ranks(one_step, make_config(folder, **layout, **plain), groups)
         found = {key: tensor for grads, *_ in results for key, tensor in grads.items()}
@@ -237,16 +250,6 @@ def test_wrong_probe_positions_fail_the_comparison(hf_folders: dict[str, Path]) 
 
 def exported(policy: Policy) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in named_weights(policy)}
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_weights_come_back_bit_equal_from_any_layout(hf_folders: dict[str, Path], architecture: str) -> None:
-    original = {name: parameter.detach() for name, parameter in load_hf(hf_folders[architecture]).named_parameters()}
-    for name in ("tp2", "tp2_pp2"):
-        found = run_ranks(exported, make_config(hf_folders[architecture], **LAYOUTS[name]))[0]
-        assert set(found) == set(original), name
-        for key, tensor in original.items():
-            assert torch.equal(found[key], tensor), f"{name}: {key}"
 
 
 def without_finite_loss(policy: Policy, groups: list[RolloutGroup]) -> tuple[bool, int, bool]:

@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from checkpoint_conversion.streams import HfReader
+from checkpoint_conversion.hf_folder import HfReader
 from igpo_megatron.actor.weight_sync import SyncError, check_canary
 from igpo_megatron.config.load import build
 from igpo_megatron.rollout.agent import EngineError

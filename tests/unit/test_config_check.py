@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from igpo_megatron.cli import world_size
 from igpo_megatron.config.check import check, divisors, require
 from igpo_megatron.config.load import ConfigError, build
 from igpo_megatron.config.schema import Config
@@ -41,9 +42,41 @@ def test_a_sound_configuration_has_no_problems(sound):
     assert problems(sound, "parallel.tensor=2", world_size=None) == []
 
 
+@pytest.fixture
+def mixture(sound, tmp_path) -> list[str]:
+    """The same with a model of eight experts."""
+    (tmp_path / "policy" / "config.json").write_text(json.dumps({**SHAPE, "num_experts": 8}), encoding="utf-8")
+    return sound
+
+
+def test_experts_may_be_spread_over_tensor_and_data_parallel_ranks(mixture):
+    assert problems(mixture) == []
+    assert problems(mixture, "parallel.expert=4", "parallel.data=4", world_size=4) == []
+    spread = ["parallel.tensor=2", "parallel.sequence=true", "parallel.expert=4", "parallel.data=2", "parallel.pipeline=3"]
+    assert problems(mixture, *spread, world_size=12) == []
+    config = build({}, [*mixture, "parallel.tensor=2", "parallel.sequence=true", "parallel.expert=8", "parallel.pipeline=2"])
+    assert world_size(config) == 16  # what `igpo train` starts: two stages, each with eight ranks for the experts
+    assert check(config, world_size=16) == []
+
+
 @pytest.mark.parametrize(
     ("overrides", "world_size", "expected"),
     [
+        (["parallel.expert=3", "parallel.data=3"], 3, "parallel.expert=3 does not divide the model's 8 experts; use one of [1, 2, 4, 8]"),
+        (["parallel.tensor=2", "parallel.expert=2"], 2, "parallel.tensor=2 with experts needs sequence parallelism"),
+        (["parallel.tensor=2", "parallel.sequence=true"], 2, "parallel.expert=1 is no multiple of parallel.tensor=2"),
+        (["parallel.expert=4", "parallel.data=2"], 2, "parallel.expert=4 does not divide the 2 ranks of a pipeline stage"),
+    ],
+)
+def test_layouts_that_experts_cannot_have_are_refused(mixture, overrides, world_size, expected):
+    (problem,) = problems(mixture, *overrides, world_size=world_size)
+    assert expected in problem
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "expected"),
+    [
+        (["parallel.expert=2", "parallel.data=2"], 2, "parallel.expert=2, but the model has no experts; set it to 1"),
         (["parallel.tensor=2", "parallel.pipeline=2"], 6, "6 ranks are no multiple of parallel.tensor=2 x parallel.pipeline=2 = 4"),
         (["parallel.tensor=2", "parallel.data=2"], 2, "parallel.data=2 = 4 ranks, but 2 were started; set parallel.data to 1"),
         (
@@ -73,6 +106,27 @@ def test_a_sound_configuration_has_no_problems(sound):
         (["search.corpus=gone.jsonl"], 1, "search.corpus=gone.jsonl: no such file"),
         (["search.backend=retriever"], 1, "search.backend=retriever needs search.url, such as http://127.0.0.1:8000/retrieve; found None"),
         (["search.backend=retriever", "search.url='host:1'"], 1, "found 'host:1'"),
+        (["search.backend=azure_bing", "search.api_key_env=HOME"], 1, "search.backend=azure_bing needs search.url: Microsoft retired"),
+        (["search.backend=brightdata", "search.api_key_env=HOME"], 1, "search.backend=brightdata needs search.zone"),
+        (["search.backend=google_cse", "search.api_key_env=HOME"], 1, "search.backend=google_cse needs search.engine_id"),
+        (["search.backend=brave", "search.api_key_env=HOME", "search.top_k=21"], 1, "brave gives at most 20 results per query; use 20"),
+        (["search.backend=tavily", "search.api_key_env=HOME", "search.url='host:1'"], 1, "search.url='host:1': expected an address"),
+        (["search.backend=retriever", "search.url='http://me:pw@host/retrieve'"], 1, "search.url holds a user name or password"),
+        (["search.mode=record"], 1, "search.mode=record needs search.cache"),
+        (["search.mode=replay", "search.cache=gone.sqlite"], 1, "search.cache=gone.sqlite: no such file"),
+        (["search.timeout_s=60", "search.deadline_s=50"], 1, "search.deadline_s=50 is less than one attempt (search.timeout_s=60)"),
+        (["rollout.deadline_s=100"], 1, "search.deadline_s=180 is more than a whole trajectory has (rollout.deadline_s=100)"),
+        (["rollout.tool_name=python"], 1, "rollout.tool_name=python is the name of another tool"),
+        (["rollout.extra_tools=[visit,visit]"], 1, "names a tool more than once"),
+        (
+            ["rollout.extra_tools=[visit]", "visit.max_tokens=5000"],
+            1,
+            "visit.max_tokens=5000 is more than rollout.max_observation_tokens=4096",
+        ),
+        (["rollout.extra_tools=[visit]", "visit.allow_hosts=['http://a.example/']"], 1, "expected a host's name alone"),
+        (["rollout.extra_tools=[visit]", "visit.allow_hosts=['localhost:80']"], 1, "'localhost:80'"),
+        (["rollout.extra_tools=[visit]", "visit.summary.url='host:1'", "visit.summary.model=m"], 1, "visit.summary.url='host:1'"),
+        (["rollout.extra_tools=[visit]", "visit.summary.url=http://host:1/v1"], 1, "needs visit.summary.model"),
         (["run.replay=gone.parquet"], 1, "run.replay=gone.parquet: no such file"),
         (["rollout.samples_per_prompt=1"], 1, "rollout.samples_per_prompt=1: advantage.name=igpo compares the samples"),
         (["reward.gain=none"], 1, "reward.gain=none leaves advantage.name=igpo without gains"),
@@ -118,6 +172,27 @@ def test_a_missing_key_variable_is_named(sound, monkeypatch):
     assert "search.api_key_env=SOME_SEARCH_KEY: that environment variable is not set" in problem
     monkeypatch.setenv("SOME_SEARCH_KEY", "secret")
     assert problems(sound, *overrides) == []
+
+
+def test_a_web_api_needs_its_usual_variable_unless_it_is_replayed(sound, monkeypatch, tmp_path):
+    monkeypatch.delenv("SERPER_API_KEY", raising=False)
+    (problem,) = problems(sound, "search.backend=serper")
+    assert "search.backend=serper needs a key in SERPER_API_KEY: that environment variable is not set" in problem
+    (tmp_path / "record.sqlite").touch()
+    assert problems(sound, "search.backend=serper", "search.mode=replay", f"search.cache={tmp_path}/record.sqlite") == []
+    monkeypatch.setenv("SERPER_API_KEY", "secret")
+    assert problems(sound, "search.backend=serper") == []
+
+
+def test_dense_retrieval_names_what_is_not_installed_and_not_set(sound, monkeypatch):
+    monkeypatch.setattr("igpo_megatron.config.check.find_spec", lambda name: None)
+    found = problems(sound, "search.backend=dense")
+    assert [problem.split(", ")[0] for problem in found] == [
+        "search.backend=dense needs search.encoder",
+        "search.backend=dense needs sentence-transformers",
+    ]
+    monkeypatch.setattr("igpo_megatron.config.check.find_spec", lambda name: name)
+    assert problems(sound, "search.backend=dense", "search.encoder=e5") == []
 
 
 def test_engines_and_ranks_overlap_by_the_ranks_of_this_machine(sound):
@@ -180,3 +255,15 @@ def test_a_value_from_the_default_configuration_is_complete_enough_to_check():
 
 def test_divisors_of_twelve():
     assert divisors(12) == [1, 2, 3, 4, 6, 12]
+
+
+def test_extra_tools_and_protocols_that_fit_have_no_problems(sound, monkeypatch):
+    monkeypatch.setenv("SOME_KEY", "x")
+    summary = ["visit.summary.url=http://127.0.0.1:8001/v1", "visit.summary.model=m", "visit.summary.api_key_env=SOME_KEY"]
+    tools = ["rollout.extra_tools=[visit,python]", "visit.allow_hosts=[localhost,127.0.0.1,'::1']", "visit.max_tokens=5000", *summary]
+    for protocol in ("igpo", "search_r1", "arpo", "hermes"):
+        assert problems(sound, f"rollout.protocol={protocol}", *tools) == []
+    monkeypatch.delenv("SOME_KEY")
+    (problem,) = problems(sound, *tools)
+    assert "visit.summary.api_key_env=SOME_KEY: that environment variable is not set" in problem
+    assert problems(sound, *tools, "rollout.extra_tools=[]") == []

@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from checkpoint_conversion.architectures import ARCHITECTURES, check_total, local_name, read_shape, rules_for, shape_of, te_name
+from checkpoint_conversion.architectures import ARCHITECTURES, WHY_NOT, check_total, local_name, read_shape, rules_for, shape_of
 from checkpoint_conversion.convert import app, hf_to_megatron, megatron_to_hf, verify
+from checkpoint_conversion.hf_folder import HF_INDEX, HfReader
 from checkpoint_conversion.rules import ConversionError, Copy, GateUp, PadVocab, Qkv, Row, Tied
-from checkpoint_conversion.streams import HF_INDEX, HfReader, MegatronReader, stored_key, write_hf
+from checkpoint_conversion.torch_dist_folder import MegatronReader, Place, place_of
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -40,6 +41,24 @@ CONFIGS = {
     "qwen2_tied": {"model_type": "qwen2", "rope_theta": 1e6, "rope_scaling": None, "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "tie_word_embeddings": False},
     "llama3": {"model_type": "llama", "rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": False},
+    "mistral": {"model_type": "mistral", "rope_theta": 1e6, "sliding_window": None, "tie_word_embeddings": False},
+    "mixtral": {
+        "model_type": "mixtral",
+        "rope_theta": 1e6,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+    },
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "rope_theta": 1e6,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "norm_topk_prob": True,
+        "tie_word_embeddings": False,
+    },
 }
 
 
@@ -156,8 +175,13 @@ def test_missing_head_dim_and_key_value_heads_follow_from_the_rest():
 
 
 def test_an_unknown_architecture_is_refused_with_the_list_of_known_ones():
-    with pytest.raises(ConversionError, match=r"'mamba' is not supported.*llama, qwen2, qwen3"):
+    with pytest.raises(
+        ConversionError, match=r"'mamba' is not supported, because no table.*llama, mistral, mixtral, qwen2, qwen3, qwen3_moe"
+    ):
         shape_of({**SMALL, "model_type": "mamba"})
+    with pytest.raises(ConversionError, match=r"'gemma2' is not supported, because its attention caps logits"):
+        shape_of({**SMALL, "model_type": "gemma2"})
+    assert not set(WHY_NOT) & set(ARCHITECTURES)
 
 
 @pytest.mark.parametrize(
@@ -179,8 +203,25 @@ def test_what_megatron_would_silently_get_wrong_is_refused(change, message):
         shape_of({**SMALL, **CONFIGS["qwen2"], "rope_parameters": None, "rope_theta": 1e6, **change})
 
 
+@pytest.mark.parametrize(
+    "kind, change, message",
+    [
+        ("mistral", {"sliding_window": 32}, "sliding window of 32"),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, "in some layers only"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "in some layers only"),
+        ("qwen3_moe", {"num_experts_per_tok": 1}, "one expert per token"),
+        ("mixtral", {"num_local_experts": None}, "without num_experts"),
+    ],
+)
+def test_what_a_family_has_of_its_own_and_megatron_would_get_wrong_is_refused(kind, change, message):
+    shape_of({**SMALL, **CONFIGS[kind]})
+    with pytest.raises(ConversionError, match=message):
+        shape_of({**SMALL, **CONFIGS[kind], **change})
+
+
 def test_a_sliding_window_that_is_switched_off_is_no_reason_to_refuse():
     shape_of({**SMALL, **CONFIGS["qwen2"], "use_sliding_window": False, "sliding_window": 32, "max_window_layers": 1})
+    shape_of({**SMALL, **CONFIGS["mistral"], "sliding_window": SMALL["max_position_embeddings"]})
 
 
 def test_all_problems_of_a_config_are_listed_at_once():
@@ -194,7 +235,7 @@ def test_no_table_claims_a_name_twice(kind):
     exported = [name for rule in rules.values() for name in rule.exports]
     assert len(exported) == len(set(exported))
     check_total(rules, hf_names=exported, megatron_names=rules)
-    check_total(rules, megatron_names=[te_name(name) for name in rules])
+    check_total(rules, megatron_names=[rule.te_name for rule in rules.values()])
 
 
 def test_names_that_nobody_claims_and_claims_that_nothing_meets_are_listed():
@@ -220,12 +261,36 @@ def test_a_name_claimed_by_two_rules_is_listed():
 
 
 def test_transformer_engine_names_and_stored_keys_come_from_the_same_table():
-    assert te_name("decoder.layers.3.input_layernorm.weight") == "decoder.layers.3.self_attention.linear_qkv.layer_norm_weight"
+    rules = rules_for(shape_of({**SMALL, **CONFIGS["qwen3"]}), 128)
+    norm = rules["decoder.layers.1.input_layernorm.weight"]
+    assert norm.te_name == "decoder.layers.1.self_attention.linear_qkv.layer_norm_weight"
     assert local_name("decoder.layers.12.mlp.linear_fc1.layer_norm_weight") == "decoder.layers.12.pre_mlp_layernorm.weight"
     assert local_name("decoder.final_layernorm.weight") == "decoder.final_layernorm.weight"
-    assert stored_key("decoder.layers.3.pre_mlp_layernorm.weight") == ("decoder.layers.mlp.linear_fc1.layer_norm_weight", 3)
-    assert stored_key("output_layer.weight") == ("output_layer.weight", None)
-    assert set(ARCHITECTURES) == {"llama", "qwen2", "qwen3"}
+    assert place_of(norm) == Place("decoder.layers.self_attention.linear_qkv.layer_norm_weight", (1,))
+    assert place_of(rules["output_layer.weight"]) == Place("output_layer.weight")
+
+
+def test_experts_have_a_number_of_their_own_in_every_spelling():
+    rules = rules_for(shape_of({**SMALL, **CONFIGS["qwen3_moe"]}), 128)
+    rule = rules["decoder.layers.1.mlp.experts.local_experts.3.linear_fc1.weight"]
+    assert rule.hf_names == ("model.layers.1.mlp.experts.3.gate_proj.weight", "model.layers.1.mlp.experts.3.up_proj.weight")
+    assert (rule.expert, rule.te_name) == (3, "decoder.layers.1.mlp.experts.linear_fc1.weight3")
+    assert place_of(rule) == Place("decoder.layers.mlp.experts.experts.linear_fc1.weight", (1, 3))
+    # The norm in front of experts is not fused into anything.
+    assert place_of(rules["decoder.layers.0.pre_mlp_layernorm.weight"]) == Place("decoder.layers.pre_mlp_layernorm.weight", (0,))
+    # A rank of pipeline stage 1 (one layer each) and expert rank 1 (two experts each) calls it layer 0, expert 1.
+    for name in ("mlp.experts.linear_fc1.weight1", "mlp.experts.local_experts.1.linear_fc1.weight"):
+        assert local_name(f"decoder.layers.0.{name}", first_layer=1, first_expert=2) == rule.megatron_name
+    mixtral = rules_for(shape_of({**SMALL, **CONFIGS["mixtral"]}), 128)
+    names = mixtral["decoder.layers.0.mlp.experts.local_experts.2.linear_fc1.weight"].hf_names
+    assert names == tuple(f"model.layers.0.block_sparse_moe.experts.2.{part}.weight" for part in ("w1", "w3"))
+
+
+def test_both_spellings_of_the_number_of_experts_read_alike():
+    config = {**SMALL, **CONFIGS["qwen3_moe"]}
+    renamed = {**{key: value for key, value in config.items() if key != "num_experts"}, "num_local_experts": 4}
+    assert shape_of(config) == shape_of(renamed)
+    assert shape_of(config).active_ffn_size == 2 * 48
 
 
 # ---- folders
@@ -285,15 +350,6 @@ def test_a_dtype_asked_for_is_written_and_said_in_the_config(tmp_path):
     assert read_shape(tmp_path / "back").dtype == "bfloat16"
 
 
-def test_a_shard_with_very_many_tensors_is_closed_before_its_header_is_full(tmp_path):
-    (tmp_path / "source").mkdir()
-    tensors = [(f"{'x' * 100}.{i}", torch.tensor([i])) for i in range(1000)]
-    write_hf(tmp_path / "out", iter(tensors), source=tmp_path / "source")
-    reader = HfReader(tmp_path / "out")
-    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
-    assert all(reader.get(name).item() == tensor.item() for name, tensor in tensors)
-
-
 def test_verify_names_the_tensor_that_is_off_the_most(tmp_path):
     hf = hf_folder(tmp_path / "hf", "qwen2")
     hf_to_megatron(hf, tmp_path / "megatron")
@@ -328,8 +384,8 @@ def test_a_tied_model_may_repeat_its_embedding_but_not_contradict_it(tmp_path):
 
 def sharded(folder: Path) -> Path:
     hf = hf_folder(folder / "one", "qwen2")
-    reader = HfReader(hf)
-    write_hf(folder / "hf", ((name, reader.get(name)) for name in reader.names()), source=hf, max_shard_bytes=60_000)
+    hf_to_megatron(hf, folder / "megatron")
+    megatron_to_hf(folder / "megatron", folder / "hf", max_shard_bytes=60_000)
     return folder / "hf"
 
 
@@ -367,18 +423,6 @@ def test_a_tensor_that_no_rule_knows_stops_the_conversion_and_leaves_nothing(tmp
     with pytest.raises(ConversionError, match=r"model.layers.0.adapter.weight"):
         hf_to_megatron(hf, tmp_path / "megatron")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
-
-
-def test_an_export_that_fails_halfway_leaves_nothing(tmp_path):
-    (tmp_path / "source").mkdir()
-
-    def tensors():
-        yield "first", torch.ones(2)
-        raise OSError("No space left on device")
-
-    with pytest.raises(OSError, match="No space left"):
-        write_hf(tmp_path / "out", tensors(), source=tmp_path / "source")
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_a_damaged_megatron_checkpoint_is_named(tmp_path):

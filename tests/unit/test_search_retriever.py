@@ -12,9 +12,9 @@ from aiohttp import web
 
 from igpo_megatron.config.schema import Search
 from igpo_megatron.data.corpus import Passage
-from igpo_megatron.search import retriever
-from igpo_megatron.search.client import SearchStatus, make_client
-from igpo_megatron.search.retriever import RetrieverClient, parse_retry_after
+from igpo_megatron.search import http
+from igpo_megatron.search.client import SearchStatus, SearchStopped, make_client
+from igpo_megatron.search.http import parse_retry_after
 
 IRAN = Passage("1", "Iran", "In Asia.")
 DOCUMENT = {"id": "1", "contents": '"Iran"\nIn Asia.'}
@@ -23,7 +23,7 @@ SCORED = {"document": DOCUMENT, "score": 2.5}
 
 @pytest.fixture(autouse=True)
 def quick_backoff(monkeypatch):
-    monkeypatch.setattr(retriever, "_backoff", lambda state: 0.001)
+    monkeypatch.setattr(http, "_backoff", lambda state: 0.001)
 
 
 def say(status=200, text="", headers=None):
@@ -61,12 +61,17 @@ async def serving(*answers):
         await runner.cleanup()
 
 
+def retriever(url, *, top_k=2, timeout_s=5.0, attempts=3, **settings):
+    """A client of the server."""
+    return make_client(Search(backend="retriever", url=url, top_k=top_k, timeout_s=timeout_s, attempts=attempts, **settings))
+
+
 def ask(*answers, queries=("iran",), timeout_s=5.0, attempts=3, **settings):
     """(results, requests seen) of one call against a server with these answers."""
 
     async def call():
         async with serving(*answers) as (url, seen):
-            client = RetrieverClient(url, top_k=2, timeout_s=timeout_s, attempts=attempts, max_concurrency=4, **settings)
+            client = retriever(url, timeout_s=timeout_s, attempts=attempts, max_concurrency=4, **settings)
             try:
                 return await client.search(list(queries)), seen
             finally:
@@ -109,10 +114,17 @@ def test_a_server_that_keeps_limiting_the_rate_is_rate_limited():
     assert results[0].status == SearchStatus.RATE_LIMITED and len(seen) == 3
 
 
-def test_retry_after_is_waited_for_but_no_longer_than_the_timeout():
+def test_retry_after_is_waited_for():
     start = time.monotonic()
-    results, _ = ask(say(status=429, headers={"Retry-After": "3600"}), reply([[SCORED]]), timeout_s=0.4)
-    assert results[0].status == SearchStatus.OK and 0.4 <= time.monotonic() - start < 5
+    results, _ = ask(say(status=429, headers={"Retry-After": "1"}), reply([[SCORED]]), timeout_s=0.4)
+    assert results[0].status == SearchStatus.OK and 1 <= time.monotonic() - start < 5
+
+
+def test_a_retry_after_beyond_the_deadline_ends_the_search_at_once():
+    start = time.monotonic()
+    results, seen = ask(say(status=429, headers={"Retry-After": "3600"}), reply([[SCORED]]), deadline_s=10)
+    assert results[0].status == SearchStatus.RATE_LIMITED and len(seen) == 1 and time.monotonic() - start < 5
+    assert "the provider asked for a pause; the next request may leave in 3600 s, after search.deadline_s" in results[0].error
 
 
 def test_a_slow_server_times_out_per_attempt():
@@ -125,7 +137,12 @@ def test_a_slow_server_times_out_per_attempt():
     assert len(seen) == 2 and time.monotonic() - start < 10
 
 
-@pytest.mark.parametrize("status", [400, 401, 404, 422])
+def test_a_server_that_wants_a_key_stops_the_run():
+    with pytest.raises(SearchStopped, match=r"refuses a request without a key .* HTTP 401: 'who are you'"):
+        ask(say(status=401, text="who are you"))
+
+
+@pytest.mark.parametrize("status", [302, 400, 404, 422])
 def test_a_refusal_is_not_tried_again(status):
     results, seen = ask(say(status=status, text="no"))
     assert results[0].status == SearchStatus.ERROR and f"HTTP {status}" in results[0].error and len(seen) == 1
@@ -152,7 +169,7 @@ def test_broken_json_is_an_error_that_shows_the_body():
 
 
 def test_a_server_that_is_not_there_is_an_error():
-    client = RetrieverClient("http://127.0.0.1:9/retrieve", top_k=2, timeout_s=5, attempts=2, max_concurrency=1)
+    client = retriever("http://127.0.0.1:9/retrieve", attempts=2)
 
     async def call():
         results = await client.search(["a"])
@@ -175,7 +192,7 @@ def test_no_more_requests_run_at_once_than_allowed():
 
     async def call():
         async with serving(counted) as (url, _):
-            client = RetrieverClient(url, top_k=1, timeout_s=5, attempts=1, max_concurrency=3)
+            client = retriever(url, attempts=1, max_concurrency=3)
             results = await asyncio.gather(*(client.search([str(n)]) for n in range(12)))
             await client.close()
             return results
@@ -190,7 +207,7 @@ def test_a_cancelled_search_leaves_the_client_usable():
 
     async def call():
         async with serving(slow, reply([[SCORED]])) as (url, _):
-            client = RetrieverClient(url, top_k=1, timeout_s=5, attempts=1, max_concurrency=1)
+            client = retriever(url, attempts=1, max_concurrency=1)
             with pytest.raises(TimeoutError):
                 await asyncio.wait_for(client.search(["a"]), 0.2)
             result = await client.search(["b"])

@@ -13,9 +13,9 @@ from urllib.error import HTTPError
 import pytest
 
 import serve_retriever
+from igpo_megatron.config.schema import Search
 from igpo_megatron.data.corpus import Passage
-from igpo_megatron.search.client import SearchStatus
-from igpo_megatron.search.retriever import RetrieverClient
+from igpo_megatron.search.client import SearchStatus, make_client
 
 COMMAND = [sys.executable, serve_retriever.__file__]
 LINES = [
@@ -48,7 +48,7 @@ def post(url, body):
 
 def test_the_client_finds_what_the_server_indexed(url):
     async def call():
-        client = RetrieverClient(url, top_k=1, timeout_s=30, attempts=2, max_concurrency=4)
+        client = make_client(Search(backend="retriever", url=url, top_k=1, attempts=2))
         results = await client.search(["currency of Iran", "sol", "zanzibar"])
         await client.close()
         return results

@@ -19,7 +19,7 @@ import typer
 from common import finish, interleaved
 from models import random_policy
 
-from checkpoint_conversion.streams import HfReader
+from checkpoint_conversion.hf_folder import HfReader
 from igpo_megatron.config.load import build
 from igpo_megatron.rollout.engines import EnginePool
 

@@ -1,0 +1,83 @@
+"""What every protocol is made of. Protocols see text that the policy wrote itself, and nothing else: a tool result is never parsed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from igpo_megatron.types import ToolCall
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The policy answered."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Malformed:
+    """The policy wrote neither a tool call nor an answer."""
+
+    reason: str
+
+
+Action = ToolCall | Answer | Malformed
+
+
+@dataclass(frozen=True, slots=True)
+class ToolSet:
+    """The tools that a policy may call."""
+
+    search: str
+    """Name of the search tool, e.g. `web_search`; tags of tagged protocols are always `search`."""
+
+    max_queries: int
+    """Queries of one search that are used; further ones are dropped."""
+
+    extra: tuple[str, ...] = ()
+    """Of `visit` and `python`."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolProtocol:
+    """One way to write calls and answers, and to show results."""
+
+    parse: Callable[[str, ToolSet], Action]
+    """What a turn asks for; the text includes a forced opening."""
+
+    write: Callable[[str, ToolCall | Answer], str]
+    """(thought, call or answer) -> the turn that `parse` reads as that; for demonstrations. Raises ValueError where a text holds the
+    very tag that would end it."""
+
+    final_answer: Callable[[Sequence[str]], str | None]
+    """All turns of a trajectory -> the answer that is scored; None where the format check fails."""
+
+    tool_messages: bool = True
+    """True: the chat template describes the tools and frames results as messages of its tool role, so a call ends with the end-of-turn
+    token. False: the whole conversation is one message of the assistant, and results stand in it between the texts of `result`."""
+
+    instructions: Callable[[ToolSet], str] | None = None
+    """Describes the tools where the template does not."""
+
+    instructions_in: Literal["system", "user"] = "system"
+    """The message that holds the instructions; in the user's, the question follows them."""
+
+    stop: tuple[str, ...] = ()
+    """Strings that end a turn besides the end-of-turn token; they stay in the text."""
+
+    result: tuple[str, str] = ("", "")
+    """Texts before and after a result, where it is no message of its own."""
+
+    hit: str = "({rank}) {text}"
+    """One passage of a search result: rank (from 1), title, text."""
+
+
+def balanced(text: str, tags: Sequence[str]) -> bool:
+    """True if every tag opens as often as it closes and every opening has a closing after it."""
+    for tag in tags:
+        opening, closing = f"<{tag}>", f"</{tag}>"
+        if text.count(opening) != text.count(closing) or text.rfind(opening) > text.rfind(closing):
+            return False
+    return True

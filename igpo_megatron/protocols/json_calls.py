@@ -1,0 +1,97 @@
+"""Calls as JSON, `{"name": ..., "arguments": {...}}`, and the tools as chat templates want them: shared by IGPO and Hermes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from igpo_megatron.protocols.base import Malformed, ToolSet
+from igpo_megatron.types import ToolCall
+
+ARGUMENTS = {"visit": ("url", "goal"), "python": ("code",)}
+"""Extra tool -> its arguments in the order of `ToolCall.queries`; the first is required."""
+
+
+def parse_call(body: str, tools: ToolSet) -> ToolCall | Malformed:
+    """One call. A tool that does not exist is well-formed if it asks for something: the policy is told which ones there are."""
+    try:
+        call = json.loads(body, object_hook=_without_half_pairs)
+    except json.JSONDecodeError as error:
+        return Malformed(f"the tool call is not JSON: {error.msg}")
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str) or not call["name"] or "arguments" not in call:
+        return Malformed("the tool call needs a name and arguments")
+    name, arguments = call["name"], call["arguments"]
+    if name in tools.extra:
+        return _extra_call(name, arguments)
+    given = arguments.get("query") if isinstance(arguments, dict) else None
+    queries = [given] if isinstance(given, str) else given if isinstance(given, list) else []
+    texts = [query.strip() for query in queries if isinstance(query, str) and query.strip()]
+    if not texts:
+        return Malformed("the tool call has no query")
+    return ToolCall(name, tuple(texts[: tools.max_queries]))
+
+
+def _without_half_pairs(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON can spell half a surrogate pair, which no tokenizer and no file takes; it becomes a question mark."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, list):
+            return [clean(item) for item in value]
+        return value.encode(errors="replace").decode() if isinstance(value, str) else value
+
+    return {key: clean(value) for key, value in values.items()}
+
+
+def _extra_call(name: str, arguments: Any) -> ToolCall | Malformed:
+    required, *optional = ARGUMENTS[name]
+    values = [arguments.get(key) for key in (required, *optional)] if isinstance(arguments, dict) else [None]
+    if not isinstance(values[0], str) or not values[0].strip():
+        return Malformed(f"the call of {name} has no {required}")
+    # Code keeps its spaces: the first line may be indented for a reason.
+    texts = [value if name == "python" else value.strip() for value in values if isinstance(value, str) and value.strip()]
+    return ToolCall(name, tuple(texts))
+
+
+def call_json(call: ToolCall) -> str:
+    """The inverse of `parse_call`. Angle brackets are escaped, so no argument can close the tags around the call."""
+    keys = ARGUMENTS.get(call.name)
+    arguments: dict[str, Any] = dict(zip(keys, call.queries, strict=False)) if keys else {"query": list(call.queries)}
+    return json.dumps({"name": call.name, "arguments": arguments}, ensure_ascii=False).replace("<", "\\u003c")
+
+
+def tool_schema(name: str) -> dict[str, Any]:
+    """The search tool as chat templates want it."""
+    query = {"type": "array", "items": {"type": "string"}, "description": "One to three search queries."}
+    return _schema(name, "Search for passages that help to answer the question.", {"query": query}, ["query"])
+
+
+def tool_schemas(tools: ToolSet) -> list[dict[str, Any]]:
+    """All tools as chat templates want them."""
+    return [tool_schema(tools.search), *(EXTRA_SCHEMAS[name] for name in tools.extra)]
+
+
+def _schema(name: str, description: str, properties: dict[str, Any], required: Sequence[str]) -> dict[str, Any]:
+    parameters = {"type": "object", "properties": properties, "required": list(required)}
+    return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
+
+
+def _text(description: str) -> dict[str, str]:
+    return {"type": "string", "description": description}
+
+
+EXTRA_SCHEMAS = {
+    "visit": _schema(
+        "visit",
+        "Read a web page.",
+        {"url": _text("Address of the page."), "goal": _text("What to look for on it.")},
+        ["url"],
+    ),
+    "python": _schema(
+        "python",
+        "Run Python code once and see what it prints and the value of its last line. Nothing is kept between calls.",
+        {"code": _text("The code.")},
+        ["code"],
+    ),
+}
+"""Extra tool -> its description."""

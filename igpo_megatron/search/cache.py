@@ -1,0 +1,205 @@
+"""Answers kept in one SQLite file: the cache of live runs, and the record that a replay answers from.
+
+(back-end, its parameters, normalised query) -> ok or empty, passages, when
+
+Failed searches are never stored: they say nothing about the query.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sqlite3
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from igpo_megatron.data.corpus import Passage
+from igpo_megatron.search.flights import SingleFlight
+from igpo_megatron.search.results import SearchClient, SearchResult, SearchStatus, SearchStopped, normalise
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS answers (
+    backend TEXT NOT NULL, parameters TEXT NOT NULL, query TEXT NOT NULL,
+    status TEXT NOT NULL CHECK (status IN ('ok', 'empty')), passages TEXT NOT NULL, stored_at REAL NOT NULL,
+    PRIMARY KEY (backend, parameters, query)
+) WITHOUT ROWID
+"""
+"""`passages`: JSON list of [id, title, text]; `stored_at`: seconds since 1970."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shelf:
+    """The part of the file that belongs to one way of searching."""
+
+    backend: str
+    parameters: str
+    """JSON of everything besides the query that decides an answer; never a key."""
+
+    @classmethod
+    def of(cls, backend: str, parameters: Mapping[str, Any]) -> Shelf:
+        """The same for the same parameters, in whatever order."""
+        return cls(backend, json.dumps(parameters, sort_keys=True))
+
+
+class Store:
+    """The file. Several runs may have it open at once (SQLite's write-ahead log); it is read and written in a thread of its own."""
+
+    def __init__(self, path: Path):
+        """Open or make the file. ValueError where it is something else or cannot be written."""
+        self.path = path
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="search-cache")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._database = sqlite3.connect(path, timeout=30, check_same_thread=False, isolation_level=None)
+            self._database.execute("PRAGMA journal_mode=WAL")
+            self._database.execute("PRAGMA synchronous=NORMAL")
+            self._database.execute(SCHEMA)
+        except (sqlite3.Error, OSError) as error:
+            raise ValueError(
+                f"search.cache={path}: {error}; name a SQLite file of this project, or a new one, in a writable folder"
+            ) from None
+
+    async def get(self, shelf: Shelf, queries: Iterable[str], max_age_s: Mapping[SearchStatus, float | None]) -> dict[str, SearchResult]:
+        """What is stored for normalised queries and is not older than its status allows (None: any age); latency is 0."""
+        return await self._in_thread(partial(self._get, shelf, list(queries), max_age_s))
+
+    async def put(self, shelf: Shelf, results: Iterable[SearchResult], *, replace: bool) -> None:
+        """Store results under their (normalised) queries; `replace` False leaves what is there. Failed ones are a mistake of the caller."""
+        rows = [
+            (shelf.backend, shelf.parameters, result.query, result.status.value, json.dumps([astuple(p) for p in result.passages]))
+            for result in results
+        ]
+        await self._in_thread(partial(self._put, rows, "REPLACE" if replace else "IGNORE"))
+
+    async def other_parameters(self, shelf: Shelf) -> list[str]:
+        """Parameters with which the same back-end was recorded."""
+        return await self._in_thread(partial(self._other_parameters, shelf))
+
+    async def close(self) -> None:
+        """Close the file; what waits to be written is written first."""
+        await self._in_thread(self._database.close)
+        self._thread.shutdown()
+
+    async def _in_thread(self, work: Callable[[], Any]) -> Any:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        except sqlite3.Error as error:
+            raise SearchStopped(f"search.cache={self.path} cannot be used any longer: {error}; is the disk full?") from error
+
+    def _get(self, shelf: Shelf, queries: list[str], max_age_s: Mapping[SearchStatus, float | None]) -> dict[str, SearchResult]:
+        now = time.time()
+        found = {}
+        for query in queries:
+            row = self._database.execute(
+                "SELECT status, passages, stored_at FROM answers WHERE backend = ? AND parameters = ? AND query = ?",
+                (shelf.backend, shelf.parameters, query),
+            ).fetchone()
+            if row is None:
+                continue
+            status, age_s, allowed_s = SearchStatus(row[0]), now - row[2], max_age_s[SearchStatus(row[0])]
+            if allowed_s is None or age_s < allowed_s:
+                found[query] = SearchResult(query, status, shelf.backend, tuple(Passage(*fields) for fields in json.loads(row[1])))
+        return found
+
+    def _put(self, rows: Sequence[tuple[str, ...]], conflict: str) -> None:
+        stored_at = time.time()
+        with self._database:
+            self._database.execute("BEGIN IMMEDIATE")
+            self._database.executemany(f"INSERT OR {conflict} INTO answers VALUES (?, ?, ?, ?, ?, ?)", [(*row, stored_at) for row in rows])
+
+    def _other_parameters(self, shelf: Shelf) -> list[str]:
+        rows = self._database.execute(
+            "SELECT DISTINCT parameters FROM answers WHERE backend = ? AND parameters != ?", (shelf.backend, shelf.parameters)
+        )
+        return [row[0] for row in rows]
+
+
+ANY_AGE: dict[SearchStatus, float | None] = {SearchStatus.OK: None, SearchStatus.EMPTY: None}
+
+
+class CachedClient:
+    """SearchClient that asks another one only for what is not stored, and never twice at once for the same."""
+
+    def __init__(self, inner: SearchClient, store: Store, shelf: Shelf, max_age_s: Mapping[SearchStatus, float | None]):
+        self.inner, self.store, self.shelf, self.max_age_s = inner, store, shelf, max_age_s
+        self.searches = self.misses = 0
+        # Around the store as well: whoever comes while an answer is on its way into the store waits for it.
+        self._flights = SingleFlight(self._find, None)
+
+    async def search(self, queries: Sequence[str]) -> list[SearchResult]:
+        """One result per query."""
+        start = time.perf_counter()
+        wanted = [normalise(query) for query in queries]
+        found = await self._flights.get(wanted)
+        self.searches += len(wanted)
+        took = time.perf_counter() - start
+        return [replace(found[key], query=query, latency_s=took) for key, query in zip(wanted, queries, strict=True)]
+
+    async def close(self) -> None:
+        """Close the other client, then the file."""
+        await self._flights.close()
+        await self.inner.close()
+        await self.store.close()
+
+    async def _find(self, queries: Sequence[str]) -> dict[str, SearchResult]:
+        """What is stored for distinct normalised queries, else what the other client says, stored if it is an answer."""
+        found = await self.store.get(self.shelf, queries, self.max_age_s)
+        missing = [query for query in queries if query not in found]
+        self.misses += len(missing)
+        if missing:
+            asked = await self.inner.search(missing)
+            answers = [result for result in asked if result.status.is_answer]
+            found |= {result.query: result for result in asked} | await self._keep(answers)
+        return found
+
+    async def _keep(self, answers: list[SearchResult]) -> dict[str, SearchResult]:
+        """Store answers; those that count instead of them, if any."""
+        if answers:
+            await self.store.put(self.shelf, answers, replace=True)
+        return {}
+
+
+class RecordingClient(CachedClient):
+    """CachedClient for which the first answer to a query is the only one, so that a replay finds every answer that was used."""
+
+    def __init__(self, inner: SearchClient, store: Store, shelf: Shelf):
+        super().__init__(inner, store, shelf, ANY_AGE)
+
+    async def _keep(self, answers: list[SearchResult]) -> dict[str, SearchResult]:
+        if answers:
+            await self.store.put(self.shelf, answers, replace=False)
+        # Another run may have been first.
+        return await self.store.get(self.shelf, [answer.query for answer in answers], ANY_AGE)
+
+
+class ReplayClient:
+    """SearchClient that answers from a record alone: the same results every time, in no time."""
+
+    def __init__(self, store: Store, shelf: Shelf):
+        self.store, self.shelf = store, shelf
+
+    async def search(self, queries: Sequence[str]) -> list[SearchResult]:
+        """One result per query, latency 0. Raises SearchStopped where the record has no answer."""
+        wanted = [normalise(query) for query in queries]
+        found = await self.store.get(self.shelf, set(wanted), ANY_AGE)
+        for query in wanted:
+            if query not in found:
+                raise SearchStopped(await self._missing(query))
+        return [replace(found[key], query=query) for key, query in zip(wanted, queries, strict=True)]
+
+    async def close(self) -> None:
+        """Close the file."""
+        await self.store.close()
+
+    async def _missing(self, query: str) -> str:
+        others = await self.store.other_parameters(self.shelf)
+        hint = f"this back-end was recorded with {' and '.join(others)}; " if others else ""
+        return (
+            f"search.mode=replay: {self.store.path} has no answer of {self.shelf.backend} with {self.shelf.parameters} to {query!r}; "
+            f"{hint}record it with search.mode=record (searches that fail are not recorded)"
+        )

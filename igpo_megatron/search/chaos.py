@@ -1,0 +1,50 @@
+"""Faults on purpose: a search client whose searches are slow or fail by a seeded plan."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+from igpo_megatron.config.schema import Chaos
+from igpo_megatron.search.results import SearchClient, SearchResult, SearchStatus
+
+FAULTS = (SearchStatus.ERROR, SearchStatus.TIMEOUT, SearchStatus.RATE_LIMITED)
+
+
+class ChaosClient:
+    """SearchClient around another one. It stands outside the cache, so that a cached query may fail too and no fault can be stored."""
+
+    def __init__(self, inner: SearchClient, config: Chaos):
+        self.inner = inner
+        self.config = config
+        self._asked: Counter[str] = Counter()
+
+    async def search(self, queries: Sequence[str]) -> list[SearchResult]:
+        """One result per query, some of them failed; the call takes the longest of the added latencies."""
+        start = time.perf_counter()
+        plans = [self._plan(query) for query in queries]
+        await asyncio.sleep(max((latency_s for _, latency_s in plans), default=0.0))
+        wanted = [query for query, (fault, _) in zip(queries, plans, strict=True) if fault is None]
+        answers = iter(await self.inner.search(wanted) if wanted else [])
+        results = [
+            next(answers) if fault is None else SearchResult(query, fault, "chaos", error="injected by search.mode=chaos")
+            for query, (fault, _) in zip(queries, plans, strict=True)
+        ]
+        took = time.perf_counter() - start
+        return [replace(result, latency_s=took) for result in results]
+
+    async def close(self) -> None:
+        """Close the other client."""
+        await self.inner.close()
+
+    def _plan(self, query: str) -> tuple[SearchStatus | None, float]:
+        """(fault if any, added seconds) of the next asking of a query: it depends on nothing that was asked in between."""
+        number = self._asked[query]
+        self._asked[query] += 1
+        draw = random.Random(f"{self.config.seed}|{number}|{query}")
+        fault = draw.choice(FAULTS) if draw.random() < self.config.failed_fraction else None
+        return fault, draw.expovariate(1 / self.config.latency_s) if self.config.latency_s else 0.0

@@ -1,0 +1,251 @@
+"""The engine around every HTTP back-end: one kept session, deadlines, retries, limits, and a true status for every query.
+
+queries ─ normalise ─ single-flight ─┬─ attempt: slot ─ gate ─ POST/GET ─ status and body checked ─ passages
+                                     └─ failed for now: back-off with jitter, again while attempts and deadline allow
+
+A refused key or a used-up quota stops the run. Keys are blotted out of every body before anything reads or shows it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from urllib.parse import quote, quote_plus
+
+import aiohttp
+from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, stop_before_delay, wait_exponential_jitter
+
+from igpo_megatron.config.schema import Search
+from igpo_megatron.search.backend import Backend, Meaning, Passages, Secret, Unreadable
+from igpo_megatron.search.flights import SingleFlight
+from igpo_megatron.search.limits import AdaptiveLimit, Blocked, Gate
+from igpo_megatron.search.results import SearchResult, SearchStatus, SearchStopped, normalise
+
+_backoff = wait_exponential_jitter(initial=0.5, max=10, jitter=0.5)
+"""0.5, 1, 2, 4, ... seconds, plus up to half a second so that many clients do not come back at once."""
+
+MOST_BYTES = 16 * 2**20
+"""A longer body is no search result."""
+
+
+class RequestFailed(Exception):
+    """One attempt failed."""
+
+    def __init__(self, status: SearchStatus, message: str, *, passing: bool, retry_after_s: float | None = None):
+        super().__init__(message)
+        self.status = status
+        self.passing = passing
+        """Worth another attempt."""
+
+        self.retry_after_s = retry_after_s
+        """What the server asked for; None where it did not say."""
+
+
+class HttpClient:
+    """SearchClient over HTTP."""
+
+    def __init__(self, backend: Backend, config: Search):
+        """Of `config` only the times and limits count; `backend` knows the rest."""
+        self.backend = backend
+        self.provider = backend.provider
+        self.config = config
+        self._slots = AdaptiveLimit(config.max_concurrency)
+        self._gate = Gate(config.rate_per_s, config.breaker_failures, config.breaker_pause_s)
+        self._flights = SingleFlight(self._fly, backend.batch)
+        self._session: aiohttp.ClientSession | None = None
+        self._stopped: SearchStopped | None = None
+
+    async def search(self, queries: Sequence[str]) -> list[SearchResult]:
+        """One result per query, within `search.deadline_s`. A query without words is empty, unasked. Raises SearchStopped."""
+        start = time.perf_counter()
+        wanted = [normalise(query) for query in queries]
+        found = await self._flights.get([query for query in wanted if query])
+        found[""] = SearchResult("", SearchStatus.EMPTY, self.provider)
+        took = time.perf_counter() - start
+        return [replace(found[key], query=query, latency_s=took) for key, query in zip(wanted, queries, strict=True)]
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._flights.close()
+        if self._session is not None:
+            await self._session.close()
+
+    async def _fly(self, queries: Sequence[str]) -> dict[str, SearchResult]:
+        """A result for each of at most `batch` queries. All queries of a request share its failure."""
+        until = asyncio.get_running_loop().time() + self.config.deadline_s
+        retrying = AsyncRetrying(
+            stop=stop_after_attempt(self.config.attempts) | stop_before_delay(self.config.deadline_s),
+            wait=_backoff,
+            retry=retry_if_exception(lambda error: isinstance(error, RequestFailed) and error.passing),
+            reraise=True,
+        )
+        try:
+            async with asyncio.timeout_at(until):
+                found: list[Passages] = await retrying(self._attempt, queries, until)
+        except TimeoutError:
+            why = f"not done within search.deadline_s={self.config.deadline_s:g}"
+            return {query: self._failed(query, SearchStatus.TIMEOUT, why) for query in queries}
+        except RequestFailed as failure:
+            return {query: self._failed(query, failure.status, str(failure)) for query in queries}
+        return {
+            query: SearchResult(query, SearchStatus.OK if passages else SearchStatus.EMPTY, self.provider, passages)
+            for query, passages in zip(queries, found, strict=True)
+        }
+
+    def _failed(self, query: str, status: SearchStatus, why: str) -> SearchResult:
+        return SearchResult(query, status, self.provider, error=f"{self.backend.url}: {why}")
+
+    async def _attempt(self, queries: Sequence[str], until: float) -> list[Passages]:
+        """One request, when its turn has come; passages per query. Raises RequestFailed, SearchStopped."""
+        async with self._slots.slot() as round_:
+            try:
+                await self._gate.enter(until)
+            except Blocked as blocked:
+                raise RequestFailed(blocked.status, f"not sent: {blocked}", passing=False) from None
+            if self._stopped is not None:
+                raise self._stopped
+            # Only now does the attempt's own clock start: waiting for other requests is not the provider's fault.
+            try:
+                passages = await self._ask(queries)
+            except SearchStopped as stopped:
+                self._stopped = stopped
+                raise
+            except RequestFailed as failure:
+                self._learn(failure, round_)
+                raise
+            self._gate.answered()
+            self._slots.done(round_, overloaded=False)
+            return passages
+
+    def _learn(self, failure: RequestFailed, round_: int) -> None:
+        self._slots.done(round_, overloaded=failure.status in (SearchStatus.RATE_LIMITED, SearchStatus.TIMEOUT))
+        if failure.retry_after_s is not None:
+            self._gate.pause(failure.retry_after_s)
+        # A provider that asks for patience, or dislikes this request, is there.
+        if failure.passing and failure.status is not SearchStatus.RATE_LIMITED:
+            self._gate.failed(failure.status)
+        else:
+            self._gate.answered()
+
+    async def _ask(self, queries: Sequence[str]) -> list[Passages]:
+        """Send one request and judge what comes back."""
+        try:
+            status, headers, body = await self._send(queries)
+        except TimeoutError:
+            raise RequestFailed(SearchStatus.TIMEOUT, f"no answer within {self.config.timeout_s:g} s", passing=True) from None
+        except aiohttp.InvalidURL:
+            raise RequestFailed(SearchStatus.ERROR, "not a valid address; expected http://host:port/path", passing=False) from None
+        except (aiohttp.ClientError, OSError) as error:
+            # Without the cause: it may hold the whole address, parameters and key included.
+            raise RequestFailed(SearchStatus.ERROR, blot(f"{type(error).__name__}: {error}", self.backend.key), passing=True) from None
+        text = blot(body.decode(errors="replace"), self.backend.key)
+        if status != 200:
+            raise self._refusal(status, headers, text, queries)
+        try:
+            answer = json.loads(text)
+        except (ValueError, RecursionError):
+            # A cut or garbled body: a proxy or a dying server, which may recover.
+            raise RequestFailed(SearchStatus.ERROR, f"the body is not JSON: {shown(text)}", passing=True) from None
+        try:
+            return self.backend.read(answer, len(queries))
+        except Unreadable as unreadable:
+            # Some providers refuse with status 200.
+            if any(sign.fits(status, without(text, queries)) for sign in self.backend.signs):
+                raise self._refusal(status, headers, text, queries) from None
+            raise RequestFailed(SearchStatus.ERROR, f"{unreadable}; found {shown(text)}", passing=False) from None
+
+    async def _send(self, queries: Sequence[str]) -> tuple[int, Mapping[str, str], bytes]:
+        if self._session is None:
+            # Made here because a session belongs to the event loop it is made in. The slots are the only limit on connections.
+            self._session = aiohttp.ClientSession(
+                headers={"Accept": "application/json"},
+                timeout=aiohttp.ClientTimeout(total=self.config.timeout_s),
+                connector=aiohttp.TCPConnector(limit=0),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                trust_env=self.config.use_proxy,
+            )
+        request = self.backend.request(queries)
+        # No redirects: they would carry the key to another host.
+        async with self._session.request(
+            request.method,
+            request.url,
+            params=request.params,
+            headers=request.headers,
+            json=request.body,
+            allow_redirects=False,
+        ) as response:
+            body = bytearray()
+            async for chunk in response.content.iter_any():
+                body += chunk
+                if len(body) > MOST_BYTES:
+                    raise aiohttp.ClientPayloadError(f"the body is longer than {MOST_BYTES} bytes")
+            return response.status, response.headers, bytes(body)
+
+    def _refusal(self, status: int, headers: Mapping[str, str], text: str, queries: Sequence[str]) -> RequestFailed | SearchStopped:
+        """What a body that is no answer means."""
+        what = f"HTTP {status}: {shown(text)}"
+        signs = (sign.meaning for sign in self.backend.signs if sign.fits(status, without(text, queries)))
+        meaning = next(signs, None) or usual_meaning(status)
+        match meaning:
+            case "key":
+                held = (
+                    f"the key in {self.backend.key.variable}" if self.backend.key else "a request without a key (search.api_key_env=null)"
+                )
+                return SearchStopped(f"search.backend={self.provider} refuses {held} with {what}; set a valid key and start again")
+            case "quota":
+                return SearchStopped(
+                    f"search.backend={self.provider} has no searches left, it says {what}; top up your plan and start again"
+                )
+            case "limited":
+                after = parse_retry_after(headers.get("Retry-After"))
+                return RequestFailed(SearchStatus.RATE_LIMITED, what, passing=True, retry_after_s=after)
+        passing = status >= 500 or status in (408, 425)
+        after = parse_retry_after(headers.get("Retry-After")) if passing else None
+        return RequestFailed(SearchStatus.ERROR, what, passing=passing, retry_after_s=after)
+
+
+def usual_meaning(status: int) -> Meaning | None:
+    """What an HTTP status says by itself (RFC 9110, RFC 6585)."""
+    meanings: dict[int, Meaning] = {401: "key", 402: "quota", 403: "key", 429: "limited"}
+    return meanings.get(status)
+
+
+def parse_retry_after(value: str | None) -> float | None:
+    """Seconds a Retry-After header asks for (a number or an HTTP date, RFC 9110 10.2.3); None where it is absent or unreadable."""
+    if value is None:
+        return None
+    if value.strip().isdigit():
+        return float(value)
+    try:
+        when = email.utils.parsedate_to_datetime(value)
+    except ValueError:
+        return None
+    return max(0.0, (when.replace(tzinfo=when.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
+
+
+def blot(text: str, key: Secret | None) -> str:
+    """Text without the key, in any of the forms it is sent in."""
+    if key is None or len(key.value) < 4:  # so short a word is no secret, and is in every text
+        return text
+    for form in {key.value, quote(key.value), quote(key.value, safe=""), quote_plus(key.value), json.dumps(key.value)[1:-1]}:
+        text = text.replace(form, "***")
+    return text
+
+
+def without(text: str, queries: Sequence[str]) -> str:
+    """A body without the queries it repeats: no policy shall stop a run by asking for "not enough credits"."""
+    for query in queries:
+        if len(query) >= 10:  # a shorter one says nothing of the kind, and may be part of any word
+            text = text.replace(json.dumps(query)[1:-1], "").replace(query, "")
+    return text
+
+
+def shown(text: str) -> str:
+    """The beginning of a body, for an error message."""
+    short = " ".join(text[:400].split())
+    return repr(short[:200]) if short else "an empty body"

@@ -1,0 +1,19 @@
+"""From configuration to the tools beside search. A new tool is one class, one line here and its arguments in protocols/json_calls.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from igpo_megatron.config.schema import Config
+from igpo_megatron.search.python_tool import PythonTool
+from igpo_megatron.search.reader import CountTokens, PageReader
+from igpo_megatron.search.results import Tool
+
+
+def make_tools(config: Config, count_tokens: CountTokens) -> dict[str, Tool]:
+    """Name -> tool, of `rollout.extra_tools`. ValueError where settings are wrong or this system cannot run a tool as configured."""
+    makers: dict[str, Callable[[], Tool]] = {
+        "visit": lambda: PageReader.from_config(config.visit, count_tokens),
+        "python": lambda: PythonTool.from_config(config.python),
+    }
+    return {name: makers[name]() for name in config.rollout.extra_tools}

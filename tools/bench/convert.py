@@ -1,0 +1,182 @@
+"""Claim: converting a checkpoint is file copying: at least 0.6 of its speed, in memory that does not grow with the model.
+
+    python tools/bench/convert.py [--gb 4] [--folder DIR]     about two minutes on two cores; needs four times --gb on the disk
+
+A synthetic bf16 checkpoint in shards goes HF -> Megatron -> HF. The measure is a plain safetensors copy of the same files (load a shard,
+save it); both have the disk hold what they wrote before they end. Every call is a process of its own. Its memory is the peak of
+RssAnon in /proc/self/status, read every 5 ms, above what it was after imports: memory-mapped pages of files do not count.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import torch
+import typer
+from common import finish, ratio
+from memory import anonymous_peak
+from rich.console import Console
+from rich.progress import track
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from checkpoint_conversion.architectures import check_total, rules_for, shape_of
+from checkpoint_conversion.convert import hf_to_megatron, megatron_to_hf, verify
+from checkpoint_conversion.folders import sync
+from checkpoint_conversion.hf_folder import HF_INDEX, HfReader
+from checkpoint_conversion.torch_dist_folder import MegatronReader
+from checkpoint_conversion.units import to_megatron
+
+FLOOR = 0.6
+SLACK_MB = 512
+HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 2048, 8192, 16, 4, 128, 65536
+
+
+def main(
+    gb: Annotated[float, typer.Option(help="Size of the checkpoint.")] = 4.0,
+    shard_gb: Annotated[float, typer.Option(help="Size of its shards.")] = 1.0,
+    repeats: Annotated[int, typer.Option(help="Timed calls of each kind.")] = 3,
+    folder: Annotated[Path | None, typer.Option(help="Where to work, on the disk that matters; default: the temporary folder.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Result file; default: results/DEVICE/convert.json.")] = None,
+) -> None:
+    """Convert there and back beside a plain copy."""
+    with tempfile.TemporaryDirectory(prefix="igpo-bench-", dir=folder) as place:
+        root = Path(place)
+        hf = root / "hf"
+        nbytes = make_checkpoint(hf, int(gb * 1e9), int(shard_gb * 1e9))
+        rules = rules_for(shape_of(json.loads((hf / "config.json").read_text(encoding="utf-8"))), 128)
+        largest = max(unit.nbytes for unit in to_megatron(rules, HfReader(hf)))
+        # The copy and the conversion back write what the conversion there has read: all three move the same bytes.
+        runs: dict[str, list[dict[str, float]]] = {"copy": [], "hf_to_megatron": [], "megatron_to_hf": []}
+        for number in track(range(repeats + 1), description="copy, there, back", transient=True, console=Console(stderr=True)):
+            for kind, found in runs.items():
+                source = root / "hf_to_megatron" if kind == "megatron_to_hf" else hf
+                shutil.rmtree(root / kind, ignore_errors=True)
+                os.sync()  # what earlier calls wrote is not this one's to wait for
+                measured = in_a_process(kind, source, root / kind)
+                if number > 0:
+                    found.append(measured)
+        differing = verify(root / "megatron_to_hf", root / "hf_to_megatron").differences | verify(hf, root / "hf_to_megatron").differences
+    seconds = {kind: [measured["seconds"] for measured in found] for kind, found in runs.items()}
+    peaks = {kind: max(measured["peak_mb"] for measured in found) for kind, found in runs.items()}
+    ratios = {kind: ratio(seconds["copy"], seconds[kind]) for kind in ("hf_to_megatron", "megatron_to_hf")}
+    figures: dict[str, Any] = {
+        "checkpoint_gb": round(nbytes / 1e9, 3),
+        "gb_per_s": {kind: round(nbytes / 1e9 / median(values), 3) for kind, values in seconds.items()},
+        "speed_of_copy": ratios,
+        "copy_ratio": min(ratios.values(), key=lambda found: found["median"]),
+        "peak_mb": peaks,
+        "peak_rss_mb": max(peaks["hf_to_megatron"], peaks["megatron_to_hf"]),
+        "rss_bound_mb": round(2 * largest / 1e6 + SLACK_MB, 1),
+        "largest_tensor_mb": round(largest / 1e6, 1),
+        "tensors_that_differ": len(differing),
+    }
+    finish("convert", figures, {"copy_ratio": FLOOR, "peak_rss_mb": figures["rss_bound_mb"]}, ("torch", "safetensors"), out)
+
+
+def make_checkpoint(folder: Path, nbytes: int, shard_bytes: int) -> int:
+    """A random bf16 Qwen2 in safetensors shards, as near to `nbytes` as whole layers come; returns its size."""
+    config: dict[str, Any] = {
+        "model_type": "qwen2",
+        "hidden_size": HIDDEN,
+        "intermediate_size": FFN,
+        "num_hidden_layers": 1,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "vocab_size": VOCAB,
+        "rope_theta": 1e6,
+        "dtype": "bfloat16",
+        "tie_word_embeddings": False,
+    }
+    shapes = tensor_shapes(1)
+    per_layer = 2 * sum(torch.Size(shape).numel() for name, shape in shapes.items() if ".layers." in name)
+    outside = 2 * sum(torch.Size(shape).numel() for name, shape in shapes.items() if ".layers." not in name)
+    config["num_hidden_layers"] = layers = max(1, round((nbytes - outside) / per_layer))
+    check_total(rules_for(shape_of(config), 128), hf_names=tensor_shapes(layers))
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    noise = torch.randn(max(torch.Size(shape).numel() for shape in shapes.values()), generator=torch.Generator().manual_seed(0)).bfloat16()
+    files: list[dict[str, tuple[int, ...]]] = [{}]
+    for name, shape in tensor_shapes(layers).items():
+        if 2 * sum(torch.Size(held).numel() for held in [*files[-1].values(), shape]) > shard_bytes and files[-1]:
+            files.append({})
+        files[-1][name] = shape
+    weight_map: dict[str, str] = {}
+    for number, file in enumerate(files, start=1):
+        path = folder / f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        tensors = {}
+        for order, (name, shape) in enumerate(file.items()):
+            tensors[name] = noise[: torch.Size(shape).numel()].clone().roll(order).view(shape)
+        save_file(tensors, path, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(file, path.name)
+    (folder / HF_INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8")
+    sync(folder)
+    return outside + layers * per_layer
+
+
+def tensor_shapes(layers: int) -> dict[str, tuple[int, ...]]:
+    """HF name -> shape."""
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCAB, HIDDEN)}
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}."
+        for part, rows in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS)):
+            shapes[f"{prefix}self_attn.{part}_proj.weight"] = (rows * HEAD_DIM, HIDDEN)
+            shapes[f"{prefix}self_attn.{part}_proj.bias"] = (rows * HEAD_DIM,)
+        shapes[f"{prefix}self_attn.o_proj.weight"] = (HIDDEN, HEADS * HEAD_DIM)
+        shapes[f"{prefix}mlp.gate_proj.weight"] = shapes[f"{prefix}mlp.up_proj.weight"] = (FFN, HIDDEN)
+        shapes[f"{prefix}mlp.down_proj.weight"] = (HIDDEN, FFN)
+        shapes[f"{prefix}input_layernorm.weight"] = shapes[f"{prefix}post_attention_layernorm.weight"] = (HIDDEN,)
+    return {**shapes, "model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCAB, HIDDEN)}
+
+
+def in_a_process(kind: str, source: Path, target: Path) -> dict[str, float]:
+    """{"seconds", "peak_mb"} of one call."""
+    command = [sys.executable, __file__, "--one", kind, str(source), str(target)]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def one(kind: str, source: Path, target: Path) -> None:
+    """What `in_a_process` starts."""
+    torch.set_num_threads(1)
+    # Opened once: what the libraries allocate on first use belongs to the imports.
+    HfReader(source) if kind != "megatron_to_hf" else MegatronReader(source / "model")
+    calls: dict[str, Callable[[Path, Path], None]] = {
+        "copy": plain_copy,
+        "hf_to_megatron": hf_to_megatron,
+        "megatron_to_hf": megatron_to_hf,
+    }
+    with anonymous_peak() as peak:
+        started = time.perf_counter()
+        calls[kind](source, target)
+        seconds = time.perf_counter() - started
+    print(json.dumps({"seconds": seconds, "peak_mb": round(peak[0] / 1e6, 1)}))
+
+
+def plain_copy(source: Path, target: Path) -> None:
+    """Every shard by safetensors alone: load, save."""
+    target.mkdir()
+    for path in sorted(source.iterdir()):
+        if path.suffix != ".safetensors":
+            shutil.copyfile(path, target / path.name)
+            continue
+        with safe_open(path, framework="pt") as file:
+            save_file({name: file.get_tensor(name) for name in file.keys()}, target / path.name, metadata={"format": "pt"})  # noqa: SIM118
+    sync(target)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if sys.argv[1:2] == ["--one"]:
+        one(sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]))
+    else:
+        typer.run(main)
