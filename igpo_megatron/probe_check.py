@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from igpo_megatron.rollout.engines import EnginePool
 
 TRAINER_BOUND = {"fp32": 1e-5, "bf16": 5e-2}
-"""Largest difference of a log-prob between schemes of the same model in the trainer; in bf16 it is one rounding of a logit of 8."""
+"""Largest relative difference of a log-prob between schemes of the same model in the trainer; in bf16 a rounding of a logit of 8."""
 
 TURNS, PROMPT_TOKENS, TURN_TOKENS, PROBE_TOKENS, SCORED_TOKENS = 4, 30, 40, 12, 6
 
@@ -39,7 +40,7 @@ class Result:
 
     seconds: float
     gap: float
-    """Largest difference to `sequential` over all probe tokens, in nats."""
+    """Largest difference to `sequential` over all scored tokens, relative to the log-prob where that is beyond one nat."""
 
     bound: float
 
@@ -106,14 +107,15 @@ def compare(config: Config, *, say: Callable[[str], None] = lambda message: None
         tokens = score_in_trainer(policy, groups, scorer) - trunk
         seconds = time.perf_counter() - started
         expected = expected or probe_logprobs(groups)
-        results.append(Result(scorer, tokens, seconds, gap(probe_logprobs(groups), expected), TRAINER_BOUND[config.model.dtype]))
+        results.append(Result(scorer, tokens, seconds, relative_gap(probe_logprobs(groups), expected), TRAINER_BOUND[config.model.dtype]))
     say("starting the engine")
     with EnginePool(config) as engines:
         say("scoring: engine")
         engines.self_test_scoring()
         started = time.perf_counter()
         tokens = asyncio.run(_score_in_engine(engines, groups))
-        results.append(Result("engine", tokens, time.perf_counter() - started, gap(probe_logprobs(groups), expected), config.sync.max_gap))
+        seconds = time.perf_counter() - started
+        results.append(Result("engine", tokens, seconds, relative_gap(probe_logprobs(groups), expected), config.sync.max_gap))
     parallel.shutdown()
     return results
 
@@ -123,6 +125,14 @@ def gap(found: Sequence[float], expected: Sequence[float]) -> float:
     if len(found) != len(expected) or not found:
         return float("inf")
     return max(abs(left - right) if left == left else float("inf") for left, right in zip(found, expected, strict=True))
+
+
+def relative_gap(found: Sequence[float], expected: Sequence[float]) -> float:
+    """The same, each difference divided by the expected log-prob where that is larger than a nat: so do its roundings grow."""
+    scale = [max(1.0, abs(value)) for value in expected]
+    if len(found) != len(expected):
+        return float("inf")
+    return gap([value / size for value, size in zip(found, scale, strict=True)], [v / s for v, s in zip(expected, scale, strict=True)])
 
 
 async def _score_in_engine(engines: EnginePool, groups: Sequence[RolloutGroup]) -> int:
@@ -140,6 +150,7 @@ async def _score_in_engine(engines: EnginePool, groups: Sequence[RolloutGroup]) 
 
 def main(config: Config) -> int:
     """Print the comparison; 1 if a scorer is beyond its bound, else 0."""
+    warnings.filterwarnings("ignore", module=r"megatron\.|torch\.")
     console = Console()
     with console.status("probes") as status:
         results = compare(config, say=lambda message: status.update(message))
