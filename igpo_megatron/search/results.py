@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
@@ -58,6 +58,9 @@ class SearchResult:
     latency_s: float = 0.0
     """Wall time of the call, retries included."""
 
+    cached: bool = field(default=False, compare=False)
+    """Answered by the store of search/cache.py; nobody was asked."""
+
 
 def normalise(query: str) -> str:
     """The form in which a query is compared, sent and stored: Unicode NFC, single spaces. Letter case stays, encoders may see it."""
@@ -73,6 +76,12 @@ class Observed:
 
     failure: str | None = None
     """One sentence if the tool failed for reasons outside the policy; `text` is then shown to nobody."""
+
+    status: str = "ok"
+    """How the call ended in the tool's own words (PageStatus, PythonStatus), for counting."""
+
+    cached: bool = False
+    """Answered by the store of search/cache.py; nobody was asked."""
 
 
 class Tool(Protocol):
