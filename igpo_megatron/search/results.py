@@ -88,7 +88,10 @@ class Tool(Protocol):
     """Anything beside search that the policy can call. Used from one event loop; a call may be cancelled at any point."""
 
     async def use(self, arguments: Sequence[str]) -> Observed:
-        """What a call with these arguments (`ToolCall.queries`) shows. Trouble is a sentence or a failure, never an exception."""
+        """What a call with these arguments (`ToolCall.queries`) shows. Trouble is a sentence or a failure.
+
+        SearchStopped where only a person can help: a replay without the call.
+        """
         ...
 
     async def close(self) -> None:

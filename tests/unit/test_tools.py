@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from test_page_reader import FAST, Server, serve
@@ -21,7 +22,7 @@ from igpo_megatron.protocols import PROTOCOLS, Answer
 from igpo_megatron.rollout.chat import ChatFormat
 from igpo_megatron.rollout.rollouter import Rollouter
 from igpo_megatron.search.python_tool import PythonTool
-from igpo_megatron.search.results import Observed, SearchResult, SearchStatus
+from igpo_megatron.search.results import Observed, SearchResult, SearchStatus, SearchStopped
 from igpo_megatron.search.tally import percentile
 from igpo_megatron.search.tools import make_tools
 from igpo_megatron.types import Prompt, Status, ToolCall
@@ -109,3 +110,50 @@ def test_the_metrics_of_a_step_count_searches_by_status_and_other_tools_apart() 
 
 def test_percentiles_interpolate_and_one_value_is_all_of_them() -> None:
     assert percentile([1.0, 2.0, 3.0, 4.0], 50) == 2.5 and percentile([7.0], 95) == 7.0
+
+
+def visits(cache: Path, mode: str, address: str, *urls: str, **visit: object) -> list[Observed]:
+    settings = config(extra_tools=("visit",))
+    search = settings.search.model_copy(update={"mode": mode, "cache": cache})
+    own = settings.visit.model_copy(update=visit)
+    tool = make_tools(settings.model_copy(update={"search": search, "visit": own}), len)["visit"]
+
+    async def use() -> list[Observed]:
+        try:
+            return [await tool.use((f"{address}/{url}", "Blue Nile")) for url in urls]
+        finally:
+            await tool.close()
+
+    return asyncio.run(use())
+
+
+def test_pages_are_kept_in_the_store_of_searches_and_a_replay_shows_them_again_without_the_network(tmp_path: Path) -> None:
+    async def scenario(address: str, server: Server) -> None:
+        cache = tmp_path / "cache.sqlite"
+        first = await asyncio.to_thread(visits, cache, "record", address, "article", "missing", "article", "down")
+        assert [(shown.status, shown.cached) for shown in first] == [
+            *(("ok", False), ("unreadable", False), ("ok", True), ("error", False)),
+        ]
+        assert first[3].failure is not None and first[0].text == first[2].text
+        asked = len(server.seen)
+        again = await asyncio.to_thread(visits, cache, "replay", address, "article", "missing")
+        assert [shown.text for shown in again] == [shown.text for shown in first[:2]] and len(server.seen) == asked
+        assert all(shown.cached for shown in again) and "HTTP 404" in again[1].text
+        with pytest.raises(SearchStopped, match="has no answer of visit"):
+            await asyncio.to_thread(visits, cache, "replay", address, "down")
+        with pytest.raises(SearchStopped, match="was recorded with"):
+            await asyncio.to_thread(visits, cache, "replay", address, "article", max_tokens=7)
+        (live,) = await asyncio.to_thread(visits, cache, "live", address, "article")
+        assert live.cached and len(server.seen) == asked
+
+    serve(scenario)
+
+
+def test_a_failed_visit_that_the_policy_is_told_of_is_not_stored(tmp_path: Path) -> None:
+    async def scenario(address: str, server: Server) -> None:
+        cache = tmp_path / "cache.sqlite"
+        for _ in range(2):
+            (shown,) = await asyncio.to_thread(visits, cache, "live", address, "down", show_failures=True)
+            assert (shown.failure, shown.status, shown.cached) == (None, "error", False) and "HTTP 503" in shown.text
+
+    serve(scenario)
