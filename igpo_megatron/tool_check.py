@@ -194,7 +194,7 @@ def search_advice(config: Config, levels: Sequence[Level]) -> list[str]:
         )
         if top.tally.status[SearchStatus.RATE_LIMITED] and search.rate_per_s is None:
             said.append(
-                f"Or set search.rate_per_s to your plan's; {clean[-1].answers_per_s:.2g} per second were answered without complaint."
+                f"Or set search.rate_per_s to your plan's; {_rate(clean[-1].answers_per_s)} per second were answered without complaint."
             )
     elif search.backend in LOCAL:
         said.append(f"{search.backend} runs in this process; nothing to set.")
@@ -209,8 +209,8 @@ def search_advice(config: Config, levels: Sequence[Level]) -> list[str]:
     last = clean[-1]
     if search.backend not in LOCAL and 2 * enough.at_once < last.at_once:
         said.append(
-            f"search.max_concurrency={enough.at_once} would be enough: {last.at_once} at once bring {last.answers_per_s:.2g} answers per "
-            f"second, {enough.at_once} bring {enough.answers_per_s:.2g}."
+            f"search.max_concurrency={enough.at_once} would be enough: {last.at_once} at once bring {_rate(last.answers_per_s)} answers "
+            f"per second, {enough.at_once} bring {_rate(enough.answers_per_s)}."
         )
     if search.backend not in LOCAL and last.p95_s > search.timeout_s / 2:
         said.append(
@@ -224,10 +224,15 @@ def search_advice(config: Config, levels: Sequence[Level]) -> list[str]:
         said.append(f"{empty} of {answered} answers had no passage: look at search.corpus, search.language and what these queries ask for.")
     trajectories = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
     said.append(
-        f"At {best.answers_per_s:.2g} answers per second one search by each of a step's {trajectories} trajectories takes "
-        f"{trajectories / best.answers_per_s:.0f} s."
+        f"A step's {trajectories} trajectories search {trajectories / best.answers_per_s:.2g} s for one query each, at "
+        f"{_rate(best.answers_per_s)} answers per second."
     )
     return said
+
+
+def _rate(per_s: float) -> str:
+    """`0.4`, `12`, `5,310`"""
+    return f"{per_s:,.0f}" if per_s >= 10 else f"{per_s:.2g}"
 
 
 _ANSWERS = tuple(status for status in SearchStatus if status.is_answer)
@@ -260,7 +265,7 @@ def python_advice(config: Config, levels: Sequence[Level]) -> list[str]:
     best = max(levels, key=lambda level: level.answers_per_s)
     if 2 * best.at_once <= most and best.answers_per_s > 1.1 * top.answers_per_s:
         return [f"Set python.max_concurrency={best.at_once}: with more at once this machine runs fewer per second."]
-    return [f"python.max_concurrency={most} is fine here: {top.answers_per_s:.2g} runs per second at {top.at_once} at once."]
+    return [f"python.max_concurrency={most} is fine here: {_rate(top.answers_per_s)} runs per second at {top.at_once} at once."]
 
 
 async def check(config: Config, budget: int, pages: Sequence[str], console: Console, found: list[Finding]) -> None:
@@ -342,7 +347,7 @@ def as_table(findings: Sequence[Finding]) -> Table:
             times = (f"{percentile(tally.latencies_s, percent):.3f} s" for percent in (50, 95))
             colour = "red" if level.fails else "green"
             shown = f"[{colour}]{ended}[/{colour}]"
-            table.add_row(finding.tool, str(level.at_once), str(tally.calls), shown, *times, f"{level.answers_per_s:.3g}")
+            table.add_row(finding.tool, str(level.at_once), str(tally.calls), shown, *times, _rate(level.answers_per_s))
     return table
 
 

@@ -65,7 +65,7 @@ def test_a_sound_provider_is_climbed_to_the_limit_live_although_there_is_a_cache
     assert not (tmp_path / "c.sqlite").exists()
     assert text.startswith("search.backend=serper gets at most 16 queries, 1, 2, 4 at once"), "announced before anything is sent"
     assert "search.max_concurrency=4 is safe: no errors at 4 at once" in text and "ok 100%" in text and KEY not in text
-    assert "takes" in text and "512 trajectories" in text
+    assert "A step's 512 trajectories search" in text
 
 
 def test_the_concurrency_at_which_errors_start_is_found_and_ends_the_climb() -> None:
