@@ -211,7 +211,7 @@ def doctor_probes(
 @doctor_app.command("tools")
 def doctor_tools(
     config: Annotated[Path, typer.Argument(help="YAML file that says what is searched with.")],
-    queries: Annotated[int, typer.Option(min=1, help="Queries that may be sent at most; the first stage takes 4 in any case.")] = 100,
+    queries: Annotated[int, typer.Option(min=1, help="Queries that may be sent at most.")] = 100,
     page: Annotated[list[str] | None, typer.Option(help="Page for the visit tool; may be repeated. Default: what searches find.")] = None,
     overrides: Overrides = None,
 ) -> None:

@@ -77,7 +77,7 @@ class Level:
     @property
     def fails(self) -> bool:
         """True if more fails than a stray call."""
-        return self.failed >= max(2.0, self.tally.calls / 10)
+        return self.failed >= max(min(2, self.tally.calls), self.tally.calls / 10)
 
     @property
     def p95_s(self) -> float:
@@ -105,10 +105,10 @@ def plan(most: int, budget: int) -> list[Stage]:
 
     `plan(6, 100)` is 1, 2, 4 and 6 at once with 4, 4, 8 and 12 calls.
     """
-    stages: list[Stage] = []
-    for at_once in [*(2**power for power in range(most.bit_length()) if 2**power < most), most]:
+    stages: list[Stage] = [Stage(1, min(FEWEST, budget))]
+    for at_once in [*(2**power for power in range(1, most.bit_length()) if 2**power < most), *([most] if most > 1 else [])]:
         stage = Stage(at_once, max(FEWEST, 2 * at_once))
-        if stages and num_calls([*stages, stage]) > budget:
+        if num_calls([*stages, stage]) > budget:
             break
         stages.append(stage)
     return stages

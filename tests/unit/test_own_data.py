@@ -23,6 +23,7 @@ from igpo_megatron.data.prompts import Problem, read_prompts
 from igpo_megatron.data.qa_sets import source_of, split_of
 from igpo_megatron.data.questions import Refused, convert
 from igpo_megatron.data.records import read_records
+from igpo_megatron.data.whole import whole
 from igpo_megatron.search import bm25_build
 from igpo_megatron.search.bm25 import Bm25Index
 from igpo_megatron.search.bm25_build import build_index
@@ -212,6 +213,19 @@ def test_sets_and_splits_are_told_by_names_of_files_and_folders() -> None:
     assert split_of(Path("x/training.jsonl")) is None and source_of(Path("x/conquer.jsonl")) is None
 
 
+def test_what_a_killed_run_left_is_removed_and_a_failure_leaves_the_old_file_alone(tmp_path: Path) -> None:
+    path, part = tmp_path / "a.jsonl", tmp_path / "a.jsonl.part"
+    part.mkdir()
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), whole(path) as new:
+        new.write_text("half")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old" and not part.exists()
+    with whole(path) as new:
+        new.write_text("new")
+    assert path.read_text() == "new" and not part.exists()
+
+
 # ---- containers
 
 
@@ -279,10 +293,10 @@ def test_an_index_built_in_small_blocks_scores_as_the_one_in_memory(tmp_path: Pa
     monkeypatch.setattr(bm25_build, "BLOCK", 3)
     told: list[tuple[int, int]] = []
     assert build_index(iter(PASSAGES), tmp_path / "index", lambda done, total: told.append((done, total))) == 4
-    kept, whole = bm25s.BM25.load(tmp_path / "index", mmap=True, show_progress=False), Bm25Index(PASSAGES)._scorer
+    kept, expected = bm25s.BM25.load(tmp_path / "index", mmap=True, show_progress=False), Bm25Index(PASSAGES)._scorer
     assert kept.scores["num_docs"] == 4 and told[-1][0] == told[-1][1] and len(told) > 2
     for word in ("capital", "oslo", "peru", "rice", "norway"):
-        assert kept.get_scores([word]).tolist() == whole.get_scores([word]).tolist() and kept.get_scores([word]).max() > 0
+        assert kept.get_scores([word]).tolist() == expected.get_scores([word]).tolist() and kept.get_scores([word]).max() > 0
 
 
 def test_nothing_but_stopwords_is_no_corpus(tmp_path: Path) -> None:

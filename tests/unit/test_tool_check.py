@@ -49,7 +49,7 @@ def key(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_plan_doubles_to_the_limit_and_stays_within_its_budget() -> None:
     assert plan(6, 100) == [Stage(1, 4), Stage(2, 4), Stage(4, 8), Stage(6, 12)]
     assert plan(64, 35) == plan(8, 10**9) and num_calls(plan(8, 10**9)) == 32
-    assert plan(1, 1) == [Stage(1, 4)], "one stage in any case"
+    assert plan(1, 100) == [Stage(1, 4)] and plan(8, 1) == [Stage(1, 1)]
 
 
 def test_own_questions_come_first_and_no_query_is_asked_twice() -> None:
