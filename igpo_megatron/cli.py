@@ -209,6 +209,20 @@ def doctor_probes(
         raise typer.Exit(probe_check.main(settings))
 
 
+@doctor_app.command("tools")
+def doctor_tools(
+    config: Annotated[Path, typer.Argument(help="YAML file that says what is searched with.")],
+    queries: Annotated[int, typer.Option(min=1, help="Queries that may be sent at most.")] = 100,
+    page: Annotated[list[str] | None, typer.Option(help="Page for the visit tool; may be repeated. Default: what searches find.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Send real queries to the configured search (and tools): latency, errors, how many at once; says what to set. Never the cache."""
+    from igpo_megatron import tool_check
+
+    with _one_sentence():
+        raise typer.Exit(tool_check.main(load(config, overrides or []), queries, page or []))
+
+
 def _mount_convert() -> None:
     from checkpoint_conversion.convert import app as convert_app
 

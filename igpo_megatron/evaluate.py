@@ -15,9 +15,9 @@ from statistics import fmean, stdev
 from typing import Any, Protocol
 
 from igpo_megatron.algorithms.rewards import score
-from igpo_megatron.config.schema import Config, Reward
+from igpo_megatron.config.schema import Config
 from igpo_megatron.data.prompts import read_prompts
-from igpo_megatron.observability.metrics import status_counts
+from igpo_megatron.observability.metrics import num_calls, status_counts
 from igpo_megatron.observability.rollout_dump import write_rollouts
 from igpo_megatron.protocols import PROTOCOLS
 from igpo_megatron.types import Prompt, RolloutGroup
@@ -75,7 +75,7 @@ def evaluate(
         for group in groups:
             score(group, config.reward, PROTOCOLS[config.rollout.protocol])
         write_rollouts(folder / f"step_{step:06d}_{name}.parquet", step, groups)
-        report[name] = summarise(groups, config.reward)
+        report[name] = summarise(groups, config)
     path = folder / f"step_{step:06d}.json"
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(report, indent=2), encoding="utf-8")
@@ -83,7 +83,7 @@ def evaluate(
     return report
 
 
-def summarise(groups: Sequence[RolloutGroup], config: Reward) -> dict[str, Any]:
+def summarise(groups: Sequence[RolloutGroup], config: Config) -> dict[str, Any]:
     """Averages over questions of averages over samples; failed trajectories are left out and counted.
 
     `f1` counts a malformed answer as 0, `f1_with_penalty` as `reward.format_penalty`; `f1_se` is the standard error over questions.
@@ -112,17 +112,17 @@ def _powers_of_two(limit: int) -> list[int]:
     return [2**power for power in range(limit.bit_length()) if 2**power <= limit]
 
 
-def _scores(groups: Sequence[RolloutGroup], config: Reward) -> dict[str, float]:
-    rows = []
+def _scores(groups: Sequence[RolloutGroup], config: Config) -> dict[str, float]:
+    penalty, rows = config.reward.format_penalty, []
     for group in groups:
         ends = [trajectory for trajectory in group.trajectories if trajectory.status.is_trainable]
         if not ends:
             continue
         row = {name: fmean(end.reward_parts[name] for end in ends) for name in ("f1", "em", "format_ok")}
-        row["f1_with_penalty"] = fmean(end.reward_parts["f1"] if end.reward_parts["format_ok"] else config.format_penalty for end in ends)
+        row["f1_with_penalty"] = fmean(end.reward_parts["f1"] if end.reward_parts["format_ok"] else penalty for end in ends)
         actions = [group.actions(end) for end in ends]
         row["turns"] = fmean(len(nodes) for nodes in actions)
-        row["searches"] = fmean(sum(node.call is not None for node in nodes) for nodes in actions)
+        row["searches"] = fmean(num_calls(nodes, config.rollout.tool_name) for nodes in actions)
         rows.append(row)
     result = {name: fmean(row[name] for row in rows) for name in rows[0]} if rows else {}
     result["questions"] = len(rows)

@@ -91,7 +91,36 @@ CHARTS = (
     Chart("Gradient norm", {"grad_norm": "gradient norm"}, "before clipping"),
     Chart("Loss", {"loss": "loss", "nll": "negative log-likelihood"}),
     Chart("Distance to other policies", {"kl_old": "KL to old policy", "kl_ref": "KL to reference", "clip_fraction": "clipped share"}),
-    Chart("Turns and searches", {"turns": "turns", "searches": "searches"}, "per trajectory"),
+    Chart(
+        "Turns and tool calls",
+        {"turns": "turns", "searches": "searches", "visits": "visits", "python_calls": "python calls"},
+        "per trajectory",
+    ),
+    Chart(
+        "How searches ended",
+        {
+            "search/ok": "ok",
+            "search/empty": "empty",
+            "search/error": "error",
+            "search/timeout": "timeout",
+            "search/rate_limited": "rate limited",
+            "search/cached": "from the cache",
+        },
+        "queries per step, those from the cache included",
+    ),
+    Chart(
+        "Tool latency",
+        {
+            "search/p50_s": "search, p50",
+            "search/p95_s": "search, p95",
+            "visit/p50_s": "visit, p50",
+            "visit/p95_s": "visit, p95",
+            "python/p50_s": "python, p50",
+            "python/p95_s": "python, p95",
+        },
+        "seconds, without answers from the cache; log scale",
+        log=True,
+    ),
     Chart("Sampled tokens per trajectory", {"response_tokens": "tokens"}),
     Chart(
         "Without a training signal",

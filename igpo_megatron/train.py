@@ -73,14 +73,14 @@ def train(config: Config, policy: Policy, side: Side, tracker: Tracker, first_st
         started = time.monotonic()
         with tracker.phase("rollout"):
             groups = parallel.broadcast(parallel.on_main(policy.ranks, partial(collect, config, side, tracker, step)))
-        metrics = rollout_metrics(groups)
+        metrics = rollout_metrics(groups, config.rollout.tool_name)
         if config.run.stop_after == "none":
             if config.loss.name == "ppo":
                 with tracker.phase("score"):
                     score_tokens(policy, groups)
                 with tracker.phase("advantage"):
                     assign_advantages(groups, config, progress=(step - 1) / max(config.run.steps - 1, 1))
-                metrics = rollout_metrics(groups) | logprob_gap(groups)
+                metrics = rollout_metrics(groups, config.rollout.tool_name) | logprob_gap(groups)
             with tracker.phase("train"):
                 metrics |= update(policy, groups)
             if config.run.replay is None:
@@ -89,6 +89,8 @@ def train(config: Config, policy: Policy, side: Side, tracker: Tracker, first_st
         if main and config.track.dump_every and (step % config.track.dump_every == 0 or config.run.stop_after == "rollout"):
             with tracker.phase("rollout"):
                 write_rollouts(side.folder.rollouts / f"step_{step:06d}.parquet", step, groups)
+        if side.rollouter is not None:
+            metrics |= side.rollouter.tool_metrics()
         metrics["tokens_per_s"] = sum(len(node.token_ids) for group in groups for node in group.nodes) / (time.monotonic() - started)
         tracker.log(step, metrics)
         last = step == config.run.steps

@@ -1,6 +1,8 @@
 """Make and check data files.
 
 python tools/prepare_data.py world-facts --out data/world     corpus.jsonl, train.parquet, test.parquet, SOURCES.md
+python tools/prepare_data.py questions FILE ... --out FILE    public question sets, as published, to one parquet file of questions
+python tools/prepare_data.py corpus FILE ... --out FILE       wiki-18 style passages to a corpus and its BM25 index
 python tools/prepare_data.py check FILE.parquet ...           rows per source and every problem; exit code 1 if there is one
 """
 
@@ -21,12 +23,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+import own_data
 import world_facts
 from igpo_megatron.data.check import Report, check_file
 from igpo_megatron.data.corpus import Passage
 from igpo_megatron.data.prompts import ALIAS_SEPARATOR
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Make and check data files.", pretty_exceptions_enable=False)
+app.command("questions")(own_data.questions)
+app.command("corpus")(own_data.corpus)
 console = Console()
 
 SCHEMA = pa.schema(

@@ -219,7 +219,8 @@ class Search(Section):
     recorded answers only, a missing one stops the run. `chaos`: live, with the faults of `chaos`."""
 
     cache: Path | None = None
-    """SQLite file of answers, shared by all runs that name it; null keeps none. Failed searches are never in it. Not on a network disk."""
+    """SQLite file of answers, those of the visit tool included, shared by all runs that name it; null keeps none. What failed is never in
+    it. Not on a network disk."""
 
     cache_ttl_s: PositiveFloat | None = None
     """Age from which an answer is asked for again (live, chaos); null never."""

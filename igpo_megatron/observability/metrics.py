@@ -13,8 +13,12 @@ LOST_GAINS = ("nonfinite_gains", "mixed_version_gains")
 """Counts that `algorithms.info_gain` leaves in a group's metrics."""
 
 
-def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
-    """Means over trajectories (or groups); a name is absent where nothing was measured."""
+TOOL_CALLS = {"visits": "visit", "python_calls": "python"}
+"""Metric -> tool whose calls it counts, where there are any."""
+
+
+def rollout_metrics(groups: Sequence[RolloutGroup], tool_name: str) -> dict[str, float]:
+    """Means over trajectories (or groups); a name is absent where nothing was measured. `tool_name`: what the policy calls search."""
     ends = [trajectory for group in groups for trajectory in group.trajectories]
     scored = [trajectory for trajectory in ends if trajectory.status.is_trainable]
     metrics = {
@@ -30,7 +34,10 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
         metrics[part] = fmean(end.reward_parts.get(part, 0.0) for end in scored)
     actions = [group.actions(end) for group in groups for end in group.trajectories if end.status.is_trainable]
     metrics["turns"] = fmean(len(nodes) for nodes in actions)
-    metrics["searches"] = fmean(sum(node.call is not None for node in nodes) for nodes in actions)
+    metrics["searches"] = fmean(num_calls(nodes, tool_name) for nodes in actions)
+    for name, tool in TOOL_CALLS.items():
+        if calls := fmean(num_calls(nodes, tool) for nodes in actions):
+            metrics[name] = calls
     metrics["response_tokens"] = fmean(sum(len(node.token_ids) for node in nodes) for nodes in actions)
     if values := [fmean(node.old_logprobs) for node in _first_probes(groups)]:
         metrics["value_0"] = fmean(values)
@@ -47,6 +54,11 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
         if lost := sum(group.metrics.get(name, 0.0) for group in groups):
             metrics[name] = lost
     return metrics
+
+
+def num_calls(actions: Sequence[Node], tool: str) -> int:
+    """Turns in which a tool was called, run or not."""
+    return sum(node.call is not None and node.call.name == tool for node in actions)
 
 
 def logprob_gap(groups: Sequence[RolloutGroup]) -> dict[str, float]:

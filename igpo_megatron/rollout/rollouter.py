@@ -17,7 +17,7 @@ from igpo_megatron.rollout.agent import Engine, EngineError, run_trajectory
 from igpo_megatron.rollout.chat import ChatFormat
 from igpo_megatron.rollout.prober import Prober, RenderedProbe
 from igpo_megatron.search.results import SearchClient, Tool
-from igpo_megatron.search.tally import TallyClient
+from igpo_megatron.search.tally import Tally, TallyClient, TallyTool, search_tally
 from igpo_megatron.types import Node, Prompt, RolloutGroup, RunStopped, Status, Trajectory
 
 Result = TypeVar("Result")
@@ -48,6 +48,9 @@ class Rollouter:
         self._engine, self._search, self._chat, self._config, self._seed = engine, search, chat, config, seed
         self._probes_of = probes_of
         self._tools = tools or {}
+        self.tallies: dict[str, Tally] = {}
+        """Tool -> how its calls ended in the newest run; search is called `search`, whatever the policy calls it."""
+
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollouts", daemon=True)
 
@@ -93,13 +96,15 @@ class Rollouter:
         """
         groups = [self._open(prompt) for prompt in prompts]
         probers = [Prober(self._engine, group, self._probes_of(group.prompt)) if probe and self._probes_of else None for group in groups]
-        search = TallyClient(self._search)
+        self.tallies = {"search": search_tally(), **{name: Tally() for name in self._tools}}
+        search = TallyClient(self._search, self.tallies["search"])
+        tools = {name: TallyTool(tool, self.tallies[name]) for name, tool in self._tools.items()}
         done = 0
 
         async def one(group: RolloutGroup, prober: Prober | None, sample: int) -> Trajectory:
             nonlocal done
             chosen = self._config.temperature if temperature is None else temperature
-            trajectory = await self._bounded(group, prober, search, sample, step, chosen)
+            trajectory = await self._bounded(group, prober, search, tools, sample, step, chosen)
             done += 1
             if on_progress:
                 on_progress(done / (len(groups) * samples))
@@ -112,8 +117,12 @@ class Rollouter:
             await asyncio.gather(*(prober.close() for prober in probers if prober is not None))
         for number, group in enumerate(groups):
             group.trajectories = ends[number * samples : (number + 1) * samples]
-        _check_failures(ends, search, self._config.max_failed_fraction)
+        _check_failures(ends, self.tallies["search"], self._config.max_failed_fraction)
         return groups
+
+    def tool_metrics(self) -> dict[str, float]:
+        """The newest run's tallies as flat numbers: `search/ok`, `search/p95_s`, `visit/calls`, ..."""
+        return {name: value for tool, tally in self.tallies.items() for name, value in tally.metrics(tool).items()}
 
     async def _close(self) -> None:
         await asyncio.gather(self._search.close(), *(tool.close() for tool in self._tools.values()))
@@ -127,7 +136,14 @@ class Rollouter:
         return RolloutGroup(prompt, [Node(None, "prompt", ids, text=text)])
 
     async def _bounded(
-        self, group: RolloutGroup, prober: Prober | None, search: SearchClient, sample: int, step: int, temperature: float
+        self,
+        group: RolloutGroup,
+        prober: Prober | None,
+        search: SearchClient,
+        tools: Mapping[str, Tool],
+        sample: int,
+        step: int,
+        temperature: float,
     ) -> Trajectory:
         """A trajectory within its deadline; trouble of the engine ends this one and no other."""
         probe_tokens = max(len(self._chat.render_probe(answer)[0]) for answer in group.prompt.answers)
@@ -137,7 +153,7 @@ class Rollouter:
                     group,
                     engine=self._engine,
                     search=search,
-                    tools=self._tools,
+                    tools=tools,
                     chat=self._chat,
                     config=self._config,
                     prober=prober,
@@ -171,10 +187,10 @@ async def _all(work: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
         raise
 
 
-def _check_failures(ends: Sequence[Trajectory], search: TallyClient, allowed: float) -> None:
+def _check_failures(ends: Sequence[Trajectory], search: Tally, allowed: float) -> None:
     """RolloutFailure where the failed share of trajectories or of searches is more than `allowed`."""
     reasons = Counter(end.reason for end in ends if end.status.is_failure)
-    for what, failures, total in (("trajectories", reasons, len(ends)), ("searches", search.failures, search.searches)):
+    for what, failures, total in (("trajectories", reasons, len(ends)), ("searches", search.failures, search.calls)):
         failed = failures.total()
         if failed > allowed * total:
             reason, count = failures.most_common(1)[0]

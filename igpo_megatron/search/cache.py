@@ -103,7 +103,8 @@ class Store:
                 continue
             status, age_s, allowed_s = SearchStatus(row[0]), now - row[2], max_age_s[SearchStatus(row[0])]
             if allowed_s is None or age_s < allowed_s:
-                found[query] = SearchResult(query, status, shelf.backend, tuple(Passage(*fields) for fields in json.loads(row[1])))
+                passages = tuple(Passage(*fields) for fields in json.loads(row[1]))
+                found[query] = SearchResult(query, status, shelf.backend, passages, cached=True)
         return found
 
     def _put(self, rows: Sequence[tuple[str, ...]], conflict: str) -> None:
@@ -174,7 +175,8 @@ class RecordingClient(CachedClient):
         if answers:
             await self.store.put(self.shelf, answers, replace=False)
         # Another run may have been first.
-        return await self.store.get(self.shelf, [answer.query for answer in answers], ANY_AGE)
+        kept = await self.store.get(self.shelf, [answer.query for answer in answers], ANY_AGE)
+        return {query: replace(result, cached=False) for query, result in kept.items()}
 
 
 class ReplayClient:

@@ -53,18 +53,24 @@ DECIDES: dict[str, tuple[str, ...]] = {
 
 def make_client(config: Search) -> SearchClient:
     """The configured client, ready for use (bm25 reads its corpus here). ValueError where its settings, key or corpus are wrong."""
+    client = stored(config, shelf(config), lambda: CLIENTS[config.backend](config))
+    return ChaosClient(client, config.chaos) if config.mode == "chaos" else client
+
+
+def stored(config: Search, shelf: Shelf, make: Callable[[], SearchClient]) -> SearchClient:
+    """What `make` makes behind the store, as `search.mode` and `search.cache` say; a replay makes nothing. ValueError as `make_client`."""
     if config.mode == "replay":
         path = _cache_file(config)
         if not path.is_file():
             raise ValueError(f"search.mode=replay needs a record; search.cache={path} does not exist; make it with search.mode=record")
-        return ReplayClient(Store(path), shelf(config))
-    client = CLIENTS[config.backend](config)
+        return ReplayClient(Store(path), shelf)
+    client = make()
     if config.mode == "record":
-        return RecordingClient(client, Store(_cache_file(config)), shelf(config))
+        return RecordingClient(client, Store(_cache_file(config)), shelf)
     if config.cache is not None:
         ages = {SearchStatus.OK: config.cache_ttl_s, SearchStatus.EMPTY: config.cache_empty_ttl_s}
-        client = CachedClient(client, Store(config.cache), shelf(config), ages)
-    return ChaosClient(client, config.chaos) if config.mode == "chaos" else client
+        return CachedClient(client, Store(config.cache), shelf, ages)
+    return client
 
 
 def shelf(config: Search) -> Shelf:

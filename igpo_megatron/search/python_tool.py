@@ -107,8 +107,8 @@ class PythonTool:
         """Run `arguments[0]` and show what it did."""
         result = await self.run(arguments[0])
         if result.status is PythonStatus.FAILED:
-            return Observed("", failure=f"python: {result.error}")
-        return Observed(render_result(result))
+            return Observed("", f"python: {result.error}", result.status)
+        return Observed(render_result(result), status=result.status)
 
     async def close(self) -> None:
         """Nothing to give back: every call cleans up after itself."""

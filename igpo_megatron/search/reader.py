@@ -77,8 +77,8 @@ class PageReader:
         """Visit `arguments[0]`, looking for `arguments[1]` where it is given."""
         page = await self.visit(arguments[0], arguments[1] if len(arguments) > 1 else None)
         if not page.status.is_answer and not self.config.show_failures:
-            return Observed("", failure=f"visit: {page.status}: {page.error}")
-        return Observed(render_page(page))
+            return Observed("", f"visit: {page.status}: {page.error}", page.status)
+        return Observed(render_page(page), status=page.status)
 
     async def visit(self, url: str, goal: str | None = None) -> Page:
         """Read a page. Trouble is a status, never an exception."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
@@ -58,6 +58,9 @@ class SearchResult:
     latency_s: float = 0.0
     """Wall time of the call, retries included."""
 
+    cached: bool = field(default=False, compare=False)
+    """Answered by the store of search/cache.py; nobody was asked."""
+
 
 def normalise(query: str) -> str:
     """The form in which a query is compared, sent and stored: Unicode NFC, single spaces. Letter case stays, encoders may see it."""
@@ -74,12 +77,21 @@ class Observed:
     failure: str | None = None
     """One sentence if the tool failed for reasons outside the policy; `text` is then shown to nobody."""
 
+    status: str = "ok"
+    """How the call ended in the tool's own words (PageStatus, PythonStatus), for counting."""
+
+    cached: bool = False
+    """Answered by the store of search/cache.py; nobody was asked."""
+
 
 class Tool(Protocol):
     """Anything beside search that the policy can call. Used from one event loop; a call may be cancelled at any point."""
 
     async def use(self, arguments: Sequence[str]) -> Observed:
-        """What a call with these arguments (`ToolCall.queries`) shows. Trouble is a sentence or a failure, never an exception."""
+        """What a call with these arguments (`ToolCall.queries`) shows. Trouble is a sentence or a failure.
+
+        SearchStopped where only a person can help: a replay without the call.
+        """
         ...
 
     async def close(self) -> None:

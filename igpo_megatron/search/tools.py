@@ -5,15 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from igpo_megatron.config.schema import Config
+from igpo_megatron.search.client import stored
 from igpo_megatron.search.python_tool import PythonTool
 from igpo_megatron.search.reader import CountTokens, PageReader
 from igpo_megatron.search.results import Tool
+from igpo_megatron.search.stored_tool import PageClient, StoredTool, keeps, visit_shelf
 
 
 def make_tools(config: Config, count_tokens: CountTokens) -> dict[str, Tool]:
     """Name -> tool, of `rollout.extra_tools`. ValueError where settings are wrong or this system cannot run a tool as configured."""
     makers: dict[str, Callable[[], Tool]] = {
-        "visit": lambda: PageReader.from_config(config.visit, count_tokens),
+        "visit": lambda: _visit(config, count_tokens),
         "python": lambda: PythonTool.from_config(config.python),
     }
     return {name: makers[name]() for name in config.rollout.extra_tools}
+
+
+def _visit(config: Config, count_tokens: CountTokens) -> Tool:
+    if not keeps(config.search):
+        return PageReader.from_config(config.visit, count_tokens)
+    return StoredTool(
+        stored(config.search, visit_shelf(config.visit), lambda: PageClient(PageReader.from_config(config.visit, count_tokens)))
+    )

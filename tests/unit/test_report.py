@@ -106,6 +106,9 @@ def make_run(folder: Path, steps: int = 6, *, finished: bool = True, attack: str
                 "grad_norm": None if step == 2 else 0.7,
                 "skipped": 0.0,
             }
+            row |= {"turns": 2.5, "searches": 1.4, "visits": 0.5, "search/ok": 50.0 + step, "search/empty": 3.0, "search/error": 0.0}
+            row |= {"search/timeout": 2.0, "search/rate_limited": 0.0, "search/cached": 8.0 * step}
+            row |= {"search/p50_s": 0.4, "search/p95_s": 2.0, "visit/p50_s": 1.0, "visit/p95_s": 9.0}
             rollouts = [make_group(tokenizer, f"train-{step}-{number}", step, attack=attack) for number in range(groups)]
             write_rollouts(folder / "rollouts" / f"step_{step:06d}.parquet", step, rollouts)
         if ends:
@@ -395,3 +398,12 @@ def test_a_browser_draws_every_panel_and_runs_no_hostile_text(tmp_path):
     assert result.stdout.count('class="card chart"') == panels == result.stdout.count('<svg viewBox="')
     title = result.stdout[result.stdout.index("<title>") : result.stdout.index("</title>")]
     assert "demo" in title and "<title>owned" not in title and "<img" not in result.stdout
+
+
+def test_searches_are_charted_by_status_and_latency_a_status_that_never_came_at_zero(tmp_path):
+    panels = {panel["title"]: panel for panel in collect(make_run(tmp_path), EVERYTHING)["data"]["charts"]}
+    lines = {line["label"]: [point[1] for point in line["points"]] for line in panels["How searches ended"]["series"]}
+    assert list(lines) == ["ok", "empty", "error", "timeout", "rate limited", "from the cache"]
+    assert lines["error"] == [0.0] * 6 and lines["ok"][-1] == 56.0
+    assert [line["label"] for line in panels["Tool latency"]["series"]] == ["search, p50", "search, p95", "visit, p50", "visit, p95"]
+    assert [line["label"] for line in panels["Turns and tool calls"]["series"]] == ["turns", "searches", "visits"]

@@ -148,7 +148,7 @@ def test_a_failed_search_may_end_its_trajectory_as_it_stands() -> None:
     (end,) = group.trajectories
     assert end.status is Status.ENDED_BY_TOOL and end.status.is_trainable and end.status.is_failure and end.answer is None
     score(group, Reward(format_penalty=-2.0))
-    assert end.reward == -2.0 and rollout_metrics([group])["failed"] == 1.0
+    assert end.reward == -2.0 and rollout_metrics([group], "search")["failed"] == 1.0
 
 
 def test_an_empty_result_is_shown_as_one() -> None:

@@ -1,0 +1,185 @@
+"""The public question sets people train on, each as it is published, read into questions with all their aliases.
+
+record ──layout, recognised by its fields──> Question | None (no short answer) | Unusable
+
+A new set is one line in LAYOUTS.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from igpo_megatron.data.natural_questions import hub_answers, span_answers
+from igpo_megatron.data.prompts import ALIAS_SEPARATOR
+
+Row = Mapping[str, Any]
+
+
+class Unusable(ValueError):
+    """A record that is no question; the message says what was found and what was expected."""
+
+    def __init__(self, column: str, message: str):
+        super().__init__(message)
+        self.column = column
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One record."""
+
+    text: str
+    answers: tuple[str, ...]
+    """Every alias once, the main one first."""
+
+    own_id: str | None
+    """As in the file; None where it has none."""
+
+
+@dataclass(frozen=True, slots=True)
+class QaLayout:
+    """One published way to lay out a set."""
+
+    name: str
+    source: str | None
+    """Its set's name in this project's data; None where many sets are laid out so."""
+
+    fits: Callable[[Row], bool]
+    question: str
+    """Field of the question, dotted where it is nested."""
+
+    answers: Callable[[Row], Iterable[Any]]
+    answer_column: str
+    own_id: str | None
+    """Field of the id."""
+
+    def read(self, row: Row, aliases: Mapping[str, list[str]]) -> Question | None:
+        """None where the record has no (short) answer by design. Raises Unusable. `aliases`: of 2WikiMultihopQA, by entity."""
+        text = _field(row, self.question)
+        if not isinstance(text, str) or not text.strip():
+            raise Unusable(self.question, f"found {_shown(text)}, expected the question")
+        if row.get("answerable") is False:  # MuSiQue's full version
+            return None
+        try:
+            found = [*self.answers(row), *aliases.get(str(row.get("answer_id")), [])]
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+            shown = _shown(_field(row, self.answer_column))
+            raise Unusable(self.answer_column, f"found {shown}, expected the answers of {self.name} ({error!r})") from None
+        if wrong := [answer for answer in found if not isinstance(answer, str) or ALIAS_SEPARATOR in answer]:
+            raise Unusable(self.answer_column, f"found the answer {_shown(wrong[0])}, expected a string without {ALIAS_SEPARATOR}")
+        answers = tuple(dict.fromkeys(answer.strip() for answer in found if answer.strip()))
+        if not answers and self.source == "nq":
+            return None
+        if not answers:
+            raise Unusable(self.answer_column, "found no answer, expected at least one (published test files have none)")
+        if any("\ud800" <= character <= "\udfff" for character in text + "".join(answers)):
+            raise Unusable(self.question, "found half a surrogate pair, which JSON can spell and no file takes; mend the record")
+        own = row.get(self.own_id) if self.own_id else None
+        return Question(" ".join(text.split()), answers, None if own is None else str(own))
+
+
+def has(*fields: str) -> Callable[[Row], bool]:
+    """Recognises records with all of these fields."""
+    return lambda row: all(field in row for field in fields)
+
+
+def _plain(row: Row) -> list[Any]:
+    """`answer` or `answers`, a string, a list of strings, or SQuAD's {text [...]}; then aliases under their usual names."""
+    given = row["answers"] if "answers" in row else row["answer"]
+    first = given["text"] if isinstance(given, dict) else given
+    more = [alias for name in ("answer_aliases", "aliases") for alias in row.get(name) or []]
+    return [*([first] if isinstance(first, str) else first), *more]
+
+
+def _trivia(answer: Row, value: str, *lists: str) -> list[Any]:
+    return [answer[value], *(alias for name in lists for alias in answer.get(name) or [])]
+
+
+def _trivia_original(row: Row) -> list[Any]:
+    return _trivia(row["Answer"], "Value", "Aliases", "HumanAnswers")
+
+
+def _trivia_hub(row: Row) -> list[Any]:
+    return _trivia(row["answer"], "value", "aliases")
+
+
+def _is_trivia_hub(row: Row) -> bool:
+    return "question_id" in row and isinstance(row.get("answer"), dict)
+
+
+def _flashrag(row: Row) -> Any:
+    return row["golden_answers"]
+
+
+def _popqa(row: Row) -> Any:
+    return json.loads(row["possible_answers"])
+
+
+LAYOUTS = (
+    QaLayout("Natural Questions", "nq", has("question_text", "annotations"), "question_text", span_answers, "annotations", "example_id"),
+    QaLayout("Natural Questions (Hugging Face)", "nq", has("document", "annotations"), "question.text", hub_answers, "annotations", "id"),
+    QaLayout("TriviaQA", "tq", has("Question", "Answer"), "Question", _trivia_original, "Answer", "QuestionId"),
+    QaLayout("TriviaQA (Hugging Face)", "tq", _is_trivia_hub, "question", _trivia_hub, "answer", "question_id"),
+    QaLayout("MuSiQue", "musique", has("answer", "answer_aliases", "paragraphs"), "question", _plain, "answer", "id"),
+    QaLayout("2WikiMultihopQA", "2wiki", has("_id", "answer", "evidences"), "question", _plain, "answer", "_id"),
+    QaLayout("2WikiMultihopQA (Hugging Face)", "2wiki", has("id", "answer", "evidences"), "question", _plain, "answer", "id"),
+    QaLayout("HotpotQA", "hotpotqa", has("_id", "answer", "supporting_facts"), "question", _plain, "answer", "_id"),
+    QaLayout("HotpotQA (Hugging Face)", "hotpotqa", has("id", "answer", "supporting_facts"), "question", _plain, "answer", "id"),
+    QaLayout("FlashRAG", None, has("question", "golden_answers"), "question", _flashrag, "golden_answers", "id"),
+    QaLayout("PopQA", "popqa", has("question", "possible_answers"), "question", _popqa, "possible_answers", "id"),
+    QaLayout("question and answers", None, has("question", "answers"), "question", _plain, "answers", "id"),
+    QaLayout("question and answer", None, has("question", "answer"), "question", _plain, "answer", "id"),
+)
+"""In order of recognition."""
+
+SOURCES = {
+    "hotpotqa": r"hotpot",
+    "2wiki": r"2wiki",
+    "musique": r"musique",
+    "tq": r"trivia|(?<![a-z])tq(?![a-z])",
+    "nq": r"natural.?questions|(?<![a-z])nq(?![a-z])",
+    "popqa": r"popqa",
+    "Bamboogle": r"bamboogle",
+}
+"""Name of a set in this project's data (IGPO's spelling) -> how it is written in names of files and folders."""
+
+SPLITS = {"train": "train", "dev": "dev", "validation": "dev", "valid": "dev", "val": "dev", "test": "test"}
+_SPLIT = re.compile(rf"(?<![a-z])({'|'.join(SPLITS)})(?![a-z])")
+
+
+def recognise(row: Row) -> QaLayout | None:
+    """The layout of a file by one of its records; None for an unknown one."""
+    return next((layout for layout in LAYOUTS if layout.fits(row)), None)
+
+
+def source_of(path: Path) -> str | None:
+    """The set that a file's name, or its folder's, speaks of: `hotpotqa/dev.jsonl` -> `hotpotqa`."""
+    for name in (path.name.lower(), path.parent.name.lower()):
+        for source, pattern in SOURCES.items():
+            if re.search(pattern, name):
+                return source
+    return None
+
+
+def split_of(path: Path) -> str | None:
+    """`train`, `dev` or `test`, if the file's name or its folder's says so."""
+    for name in (path.name.lower(), path.parent.name.lower()):
+        if found := _SPLIT.search(name):
+            return SPLITS[found.group(1)]
+    return None
+
+
+def _field(row: Row, dotted: str) -> Any:
+    found: Any = row
+    for name in dotted.split("."):
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return found
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

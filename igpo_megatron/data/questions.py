@@ -1,0 +1,178 @@
+"""Write question sets into one parquet file in the published IGPO layout: every question once, ids that do not depend on the order.
+
+files ──records, layouts──> Question | Problem ──once per question, not among the excluded──> FILE.part ──> FILE
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from igpo_megatron.data.prompts import ALIAS_SEPARATOR, Problem, read_prompts
+from igpo_megatron.data.qa_sets import QaLayout, Question, Unusable, recognise, source_of, split_of
+from igpo_megatron.data.records import read_records
+from igpo_megatron.data.whole import whole
+
+SCHEMA = pa.schema(
+    {
+        "data_source": pa.string(),
+        "prompt": pa.list_(pa.struct({"content": pa.string(), "role": pa.string()})),
+        "ability": pa.string(),
+        "reward_model": pa.struct({"ground_truth": pa.string(), "style": pa.string()}),
+        "extra_info": pa.struct({"index": pa.string(), "split": pa.string()}),
+    }
+)
+ROWS = 4096
+"""Rows written at once."""
+
+MOST_PROBLEMS = 1000
+"""A file with more is not read to its end."""
+
+
+@dataclass(slots=True)
+class FileCount:
+    """What was in one file of questions."""
+
+    path: Path
+    layout: str = "unknown"
+    source: str = ""
+    split: str = ""
+    written: int = 0
+    repeated: int = 0
+    """Asked before, in this file or another, letter case aside."""
+
+    excluded: int = 0
+    without_answer: int = 0
+    """By the set's design: Natural Questions without a short answer, MuSiQue's unanswerable ones."""
+
+    problems: list[Problem] = field(default_factory=list)
+
+
+class Refused(ValueError):
+    """There were problems, so nothing was written."""
+
+
+def convert(
+    paths: Sequence[Path],
+    out: Path,
+    *,
+    source: str | None = None,
+    split: str | None = None,
+    aliases: Path | None = None,
+    exclude: Sequence[Path] = (),
+    skip_problems: bool = False,
+    on_bytes: Callable[[int], None] = lambda count: None,
+) -> list[FileCount]:
+    """Read `paths` and write `out`; one count per file. `source` and `split` where names of files do not tell them.
+
+    `aliases`: 2WikiMultihopQA's id_aliases.json. `exclude`: parquet files whose questions are left out, e.g. the test set.
+    Raises Refused, with the counts in its second argument, where there are problems and they are not to be skipped.
+    """
+    counts = [FileCount(path) for path in paths]
+    known = {_key(prompt.question) for path in exclude for prompt in read_prompts(path)}
+    seen: set[bytes] = set()
+    names: set[str] = set()
+    others = _read_aliases(aliases) if aliases else {}
+    with whole(out) as part, pq.ParquetWriter(part, SCHEMA) as writer:
+        rows: list[dict[str, Any]] = []
+        for count in counts:
+            for question in _questions(count, source, split, others, on_bytes):
+                key = _key(question.text)
+                if key in known:
+                    count.excluded += 1
+                elif key in seen:
+                    count.repeated += 1
+                else:
+                    seen.add(key)
+                    count.written += 1
+                    rows.append(_row(question, count, names))
+                    if len(rows) == ROWS:
+                        writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
+                        rows = []
+        writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
+        if not any(count.written for count in counts) or (not skip_problems and any(count.problems for count in counts)):
+            raise Refused("nothing was written", counts)
+    return counts
+
+
+def _questions(
+    count: FileCount, source: str | None, split: str | None, aliases: Mapping[str, list[str]], on_bytes: Callable[[int], None]
+) -> Iterator[Question]:
+    """The good records of a file; the others are noted in `count`."""
+    count.source, count.split = source or "", split or split_of(count.path) or ""
+    layout: QaLayout | None = None
+    for row, record in read_records(count.path, on_bytes):
+        if len(count.problems) >= MOST_PROBLEMS:
+            count.problems.append(Problem(f"not read further: already {MOST_PROBLEMS} problems"))
+            return
+        if isinstance(record, Problem):
+            count.problems.append(record)
+            continue
+        if layout is None:
+            layout = recognise(record)
+            count.problems += _file_problems(count, layout, record)
+            if layout is None:
+                return
+            count.layout = layout.name
+        try:
+            question = layout.read(record, aliases)
+        except Unusable as wrong:
+            count.problems.append(Problem(str(wrong), row, wrong.column))
+            continue
+        if question is None:
+            count.without_answer += 1
+        else:
+            yield question
+    if layout is None and not count.problems:
+        count.problems.append(Problem("the file has no records; expected at least one question"))
+
+
+def _file_problems(count: FileCount, layout: QaLayout | None, record: Mapping[str, Any]) -> Iterator[Problem]:
+    """What concerns the whole file; also settles its source."""
+    if layout is None:
+        yield Problem(f"found a record with {', '.join(record) or 'no fields'}; expected a question with its answers in a published layout")
+        return
+    count.source = count.source or layout.source or source_of(count.path) or ""
+    if not count.source:
+        yield Problem(f"the name of the set is neither in the file nor in its path ({layout.name} layout); say it with --source")
+    if not count.split:
+        yield Problem("neither the file's name nor its folder's says train, dev or test; say it with --split")
+
+
+def _row(question: Question, count: FileCount, names: set[str]) -> dict[str, Any]:
+    digest = _key(question.text).hex()[:16]
+    own = (question.own_id or digest).removeprefix(f"{count.split}_")
+    name = f"{count.source}-{count.split}-{own}"
+    if name in names:  # merged files count from 0 again
+        name = f"{name}-{digest}"
+    names.add(name)
+    return {
+        "data_source": count.source,
+        "prompt": [{"content": question.text, "role": "user"}],
+        "ability": "search & question answering",
+        "reward_model": {"ground_truth": ALIAS_SEPARATOR.join(question.answers), "style": "unknown"},
+        "extra_info": {"index": name, "split": count.split},
+    }
+
+
+def _key(question: str) -> bytes:
+    """Equal for questions that differ in letter case and spaces alone, or in a final question mark, which some copies drop."""
+    return hashlib.blake2b(" ".join(question.casefold().split()).rstrip(" ?").encode(), digest_size=16).digest()
+
+
+def _read_aliases(path: Path) -> dict[str, list[str]]:
+    """2WikiMultihopQA's JSON lines {Q_id, aliases, demonyms} -> names of each entity."""
+    found: dict[str, list[str]] = {}
+    # JSON lines in spite of its name.
+    for row, record in read_records(path):
+        if isinstance(record, Problem) or "Q_id" not in record or not isinstance(record.get("aliases"), list):
+            problem = record if isinstance(record, Problem) else Problem("expected Q_id and a list of aliases", row)
+            raise ValueError(f"{path}: {problem}")
+        found[record["Q_id"]] = [*record["aliases"], *(record.get("demonyms") or [])]
+    return found
