@@ -22,7 +22,7 @@ from igpo_megatron.actor.weight_sync import named_weights
 from igpo_megatron.algorithms.losses import ppo, token_weight
 from igpo_megatron.config.schema import Ppo
 from igpo_megatron.packing.tree import PackedRow, ProbeScorer, pack_for_scoring, pack_for_training, scatter, step_counts
-from igpo_megatron.types import RolloutGroup
+from igpo_megatron.types import Node, RolloutGroup
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp1": {},
@@ -64,13 +64,15 @@ def scored_nodes(policy: Policy, groups: list[RolloutGroup], scorer: ProbeScorer
 
 
 def reference_logprobs(folder: Path, groups: list[RolloutGroup]) -> list[list[float]]:
-    """The same by transformers, one sequence at a time."""
+    """The same by transformers, one sequence at a time: every token of an action, the scored ones of a probe."""
     model = load_hf(folder)
-    return [
-        hf_logprobs(model, group.context(node.parent), node.token_ids).tolist() if node.kind in ("action", "probe") else []
-        for group in groups
-        for node in group.nodes
-    ]
+
+    def of(group: RolloutGroup, node: Node) -> list[float]:
+        if node.kind not in ("action", "probe"):
+            return []
+        return hf_logprobs(model, group.context(node.parent), node.token_ids).tolist()[slice(*(node.scored or (None,)))]
+
+    return [of(group, node) for group in groups for node in group.nodes]
 
 
 def worst(left: list[list[float]], right: list[list[float]]) -> float:
