@@ -1,5 +1,7 @@
 """What the benchmarks compute from their timings, and that their committed results are whole."""
 
+import asyncio
+import itertools
 import json
 import re
 import sys
@@ -12,6 +14,7 @@ sys.path.insert(0, str(BENCH))
 
 from common import finish, interleaved, ratio  # noqa: E402
 from head_kernel import rules  # noqa: E402
+from search import IN_FLIGHT, Barrier, refilled  # noqa: E402
 
 from igpo_megatron.kernels import forms  # noqa: E402
 
@@ -36,6 +39,48 @@ def test_the_last_line_is_the_result_that_is_written(tmp_path, capsys):
     assert printed == json.loads((tmp_path / "some.json").read_text())
     assert printed.keys() == {"name", "device", "figures", "floors", "versions"}
     assert printed["versions"].keys() == {"python", "numpy"}
+
+
+def test_a_refilled_loop_keeps_as_many_in_flight_until_the_last_end_that_counts():
+    running, seen = 0, []
+
+    async def one(job):
+        nonlocal running
+        running += 1
+        await asyncio.sleep(0.001 * (job[0] % 7 + 1))
+        seen.append(running)
+        running -= 1
+
+    seconds = asyncio.run(refilled(one, ((number, None) for number in itertools.count()), batches=2))
+    assert set(seen[: 2 * IN_FLIGHT]) == {IN_FLIGHT} and len(seen) >= 3 * IN_FLIGHT and 0 < seconds < 0.1
+
+
+def test_a_refilled_loop_ends_with_the_first_failure():
+    async def one(job):
+        await asyncio.sleep(0)
+        if job[0] == 100:
+            raise RuntimeError("job 100 failed")
+
+    with pytest.raises(RuntimeError, match="job 100 failed"):
+        asyncio.run(refilled(one, ((number, None) for number in itertools.count()), batches=2))
+
+
+def test_the_barrier_opens_when_all_that_still_run_have_come():
+    order = []
+
+    async def trajectory(barrier, name, turns):
+        for turn in range(turns):
+            await asyncio.sleep(0.001 * (ord(name) - ord("a")))
+            await barrier.meet()
+            order.append((turn, name))
+        barrier.leave()
+
+    async def call():
+        barrier = Barrier(3)
+        await asyncio.gather(trajectory(barrier, "a", 3), trajectory(barrier, "b", 1), trajectory(barrier, "c", 2))
+
+    asyncio.run(asyncio.wait_for(call(), 10))
+    assert [turn for turn, _ in order] == [0, 0, 0, 1, 1, 2] and order[-1] == (2, "a")
 
 
 def test_rules_of_the_form_table_follow_the_measured_winners():
@@ -78,3 +123,10 @@ def test_the_stated_bounds_hold_in_the_committed_results_of_the_cpu():
     assert probes["fold_vs_sequential"] >= 4
     assert engine["cached_vs_uncached_800"]["median"] >= 4
     assert engine["invalid_rows_accepted"] == 0
+
+
+def test_the_stated_bounds_hold_in_the_committed_result_of_search():
+    figures = json.loads((BENCH / "results" / "cpu" / "search.json").read_text(encoding="utf-8"))["figures"]
+    assert figures["passages"] >= 100_000 and figures["in_flight"] == 64 and figures["batches_per_turn"] >= 4
+    assert figures["agent_loop_vs_barrier"]["low"] >= 2
+    assert figures["retriever_vs_plain"]["128"]["median"] >= 1.5 and figures["p95_plain_vs_retriever"]["128"]["median"] >= 1

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import random
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 
 from igpo_megatron.config.schema import Search
 from igpo_megatron.data.corpus import Passage
+from igpo_megatron.search import bm25
 from igpo_megatron.search.bm25 import Bm25Index
 from igpo_megatron.search.client import SearchStatus, make_client
 
@@ -47,6 +49,27 @@ def test_a_repeated_query_is_answered_from_the_cache():
     index = Bm25Index([IRAN, PERU])
     assert index.search("peru", 1) is index.search("peru", 1)
     assert index.search("currency", 1) != index.search("currency", 2)
+
+
+def test_adding_up_postings_gives_the_scores_of_the_full_arrays(monkeypatch):
+    draw = random.Random(0)
+    words = [f"w{n}" for n in range(200)]
+    passages = [Passage(str(n), "", " ".join(draw.choices(words, range(1, 201), k=20))) for n in range(500)]
+    queries = [" ".join(draw.choices(words, k=4)) for _ in range(100)] + ["w1 w1 w2"]
+    index = Bm25Index(passages)
+    found = {}
+    for share in (0, 4):  # never and always the postings
+        monkeypatch.setattr(bm25, "COMMON", share)
+        found[share] = [index._search(query, 5) for query in queries]
+    assert found[0] == found[4] and sum(map(len, found[0])) > 400
+
+
+def test_a_kept_index_answers_the_same_and_not_for_another_corpus(tmp_path):
+    built = Bm25Index([IRAN, PERU, LIMA], folder=tmp_path / "kept")
+    read = Bm25Index([IRAN, PERU, LIMA], folder=tmp_path / "kept")
+    assert read.search("currency of Peru", 3) == built.search("currency of Peru", 3)
+    with pytest.raises(ValueError, match=r"kept is the index of 3 passages, the corpus has 2; remove it, or name another"):
+        Bm25Index([IRAN, PERU], folder=tmp_path / "kept")
 
 
 @pytest.mark.parametrize(("passages", "message"), [([], "no passages"), ([Passage("1", "the", "of and")], "no words to search for")])
