@@ -12,7 +12,6 @@ import socket
 import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -172,8 +171,7 @@ async def serve(app: web.Application, listener: socket.socket, *, stop: asyncio.
     finally:
         for number in signals:
             loop.remove_signal_handler(number)
-        with suppress(KeyboardInterrupt):
-            await runner.cleanup()
+        await runner.cleanup()
 
 
 def fail(tool: str, message: str) -> typer.Exit:

@@ -49,7 +49,7 @@ from igpo_megatron.types import Completion, ProbeScore, Prompt
 ROOT = Path(__file__).resolve().parents[2]
 CONSOLE = Console(stderr=True)
 
-PASSAGES, WORDS, VOCABULARY, QUERY_WORDS = 100_000, 60, 50_000, 5
+PASSAGES, WORDS, VOCABULARY, QUERY_WORDS = 100_000, 40, 50_000, 5
 STOPWORDS = 100
 """The most frequent words of the Zipf distribution are in no passage: an index drops them."""
 
