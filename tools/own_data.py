@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +18,7 @@ from igpo_megatron.data.prompts import Problem
 from igpo_megatron.data.questions import FileCount, Refused, convert
 from igpo_megatron.data.whole import whole
 from igpo_megatron.search.bm25_build import build_index
+from igpo_megatron.search.index_place import Digest, bm25_settings, place
 
 console = Console()
 
@@ -65,7 +64,7 @@ def corpus(
 ) -> None:
     """Read passages, however many, into a corpus and its BM25 index."""
     counts = [CorpusCount(path) for path in files]
-    digest = Digest()
+    digest = Digest(*bm25_settings())
     try:
         with whole(out) as part:
             with _progress(files) as advance:
@@ -77,7 +76,7 @@ def corpus(
                 raise _stop(_refusal(problems, out))
             if index:
                 # Beside the corpus and under this name serve_retriever.py looks for it.
-                folder = out.with_name(out.name + ".index") / f"bm25-{digest.hex}"
+                folder = place(out, "bm25", digest.hex)
                 with whole(folder) as unfinished:
                     _index(part, unfinished, total)
     except ValueError as error:
@@ -85,23 +84,6 @@ def corpus(
     console.print(f"{total} passages in [bold]{escape(str(out))}[/bold]", soft_wrap=True)
     if index:
         console.print(f"index in {escape(str(folder))}", soft_wrap=True)
-
-
-class Digest:
-    """A name for what an index is made of: the passages in order, and the library that made it."""
-
-    def __init__(self) -> None:
-        self._state = hashlib.blake2b(version("bm25s").encode(), digest_size=8)
-
-    def of(self, passages: Iterator[Passage]) -> Iterator[Passage]:
-        """The passages, counted in on their way."""
-        for passage in passages:
-            self._state.update("\0".join(("", passage.doc_id, passage.title, passage.text)).encode(errors="surrogatepass"))
-            yield passage
-
-    @property
-    def hex(self) -> str:
-        return self._state.hexdigest()
 
 
 def _index(corpus_file: Path, folder: Path, total: int) -> None:

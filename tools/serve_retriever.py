@@ -19,7 +19,6 @@ again, a changed one is. Interrupted, the server answers what it has been asked 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import socket
 import sys
 import threading
@@ -27,7 +26,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import astuple, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,6 +37,7 @@ from rich.progress import track
 from igpo_megatron.data.corpus import Passage, read_corpus
 from igpo_megatron.search.bm25 import Bm25Index, Hits
 from igpo_megatron.search.dense import DenseIndex, sentence_transformer
+from igpo_megatron.search.index_place import bm25_settings, digest, place
 from serving import MOST_BYTES, Metrics, base_url, document, fail, listen, read_request, refusal, serve
 
 TOOL = "serve_retriever"
@@ -63,11 +62,10 @@ class Dense:
 def open_index(corpus: Path, dense: Dense | None, *, progress: bool) -> tuple[int, Find]:
     """(number of passages, search) of a corpus; its index is read from beside it, or made and put there. ValueError says what is wrong."""
     passages = tuple(read_corpus(corpus) if not progress else _track(corpus))
-    kept = corpus.with_name(corpus.name + ".index")
     if dense is None:
-        index = Bm25Index(passages, folder=kept / f"bm25-{digest(passages, version('bm25s'))}", show_progress=progress)
+        index = Bm25Index(passages, folder=place(corpus, "bm25", digest(passages, *bm25_settings())), show_progress=progress)
         return len(passages), lambda queries, k: [index.search(query, k) for query in queries]
-    vectors = kept / f"dense-{digest(passages, *astuple(dense))}.npz"
+    vectors = place(corpus, "dense", digest(passages, *astuple(dense)) + ".npz")
     nearest = DenseIndex(
         passages,
         sentence_transformer(dense.encoder),
@@ -84,14 +82,6 @@ def _with_words(index: DenseIndex, queries: Sequence[str], k: int) -> list[Hits]
     asked = [query for query in queries if query.strip()]
     found = dict(zip(asked, index.search(asked, k) if asked else [], strict=True))
     return [found.get(query, ()) for query in queries]
-
-
-def digest(passages: Iterable[Passage], *settings: str) -> str:
-    """A name for what an index is made of."""
-    state = hashlib.blake2b("\0".join(settings).encode(), digest_size=8)
-    for passage in passages:
-        state.update("\0".join(("", passage.doc_id, passage.title, passage.text)).encode(errors="surrogatepass"))
-    return state.hexdigest()
 
 
 def _track(corpus: Path) -> Iterable[Passage]:

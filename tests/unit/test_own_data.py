@@ -316,7 +316,7 @@ def test_corpus_command_reads_every_form_and_puts_the_index_beside_the_corpus(tm
     result = run("corpus", wiki, tmp_path / "psgs.tsv", table, "--out", out)
     assert result.exit_code == 0, result.output
     assert list(read_corpus(out)) == [PASSAGES[0], PASSAGES[1], PASSAGES[3]]
-    digest = own_data.Digest()
+    digest = own_data.Digest(*own_data.bm25_settings())
     assert len(list(digest.of(read_corpus(out)))) == 3
     assert sorted(str(path.relative_to(out.parent)) for path in out.parent.glob("*.index/*")) == [f"corpus.jsonl.index/bm25-{digest.hex}"]
     assert not list(tmp_path.rglob("*.part")) and "3 passages" in result.output
