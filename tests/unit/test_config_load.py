@@ -41,7 +41,8 @@ def test_the_values_of_the_caller_stay_as_they_were():
         ("run.device=cuba", "run.device='cuba': expected one of auto, cpu, cuda; did you mean 'cuda'?"),
         (
             "advantage.name=grop",
-            "advantage.name='grop': expected one of igpo, igpo_loo, grpo, rloo, gigpo, reinforce_pp, reinforce_pp_baseline, remax; did you mean 'grpo'?",
+            "advantage.name='grop': expected one of igpo, igpo_loo, grpo, rloo, gigpo, reinforce_pp, reinforce_pp_baseline, remax; "
+            "did you mean 'grpo'?",
         ),
         ("advantage.normalize=joint", "advantage.normalize: unknown key; did you mean 'advantage.normalise'?"),
         ("advantage=grpo", "advantage='grpo': expected a section; write advantage.name=grpo"),
