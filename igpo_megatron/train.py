@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -24,10 +25,11 @@ from typing import TYPE_CHECKING, Any
 from igpo_megatron import evaluate
 from igpo_megatron.algorithms import ADVANTAGES
 from igpo_megatron.algorithms.info_gain import add_probes, rendered_probes, turn_gains
+from igpo_megatron.algorithms.outcome_advantages import GREEDY_REWARD
 from igpo_megatron.algorithms.rewards import score
 from igpo_megatron.config.check import require
 from igpo_megatron.config.load import ConfigError, load
-from igpo_megatron.config.schema import Config
+from igpo_megatron.config.schema import Config, Loss, PolicyLoss
 from igpo_megatron.data.prompts import PromptStream
 from igpo_megatron.observability.metrics import logprob_gap, rollout_metrics
 from igpo_megatron.observability.rollout_dump import read_rollouts, write_rollouts
@@ -75,7 +77,7 @@ def train(config: Config, policy: Policy, side: Side, tracker: Tracker, first_st
             groups = parallel.broadcast(parallel.on_main(policy.ranks, partial(collect, config, side, tracker, step)))
         metrics = rollout_metrics(groups, config.rollout.tool_name)
         if config.run.stop_after == "none":
-            if config.loss.name == "ppo":
+            if isinstance(config.loss, PolicyLoss):
                 with tracker.phase("score"):
                     score_tokens(policy, groups)
                 with tracker.phase("advantage"):
@@ -108,19 +110,51 @@ def collect(config: Config, side: Side, tracker: Tracker, step: int) -> list[Rol
     """This step's trajectories with rewards and probes, from the engines or from a replay file."""
     if side.replay is not None:
         groups = next(side.replay)
+        if isinstance(config.loss, PolicyLoss):
+            _score_all(groups, config)
     else:
-        assert side.stream is not None and side.rollouter is not None
-        prompts = side.stream.next(config.rollout.prompts_per_step)
-        groups = side.rollouter.run_sync(
-            prompts, samples=config.rollout.samples_per_prompt, step=step, temperature=None, probe=True, on_progress=tracker.progress
-        )
-    if config.loss.name == "ppo":
+        groups = roll_out(config, side, tracker, step)
+    if isinstance(config.loss, PolicyLoss) and ADVANTAGES[config.advantage.name].needs_probes:
         assert side.chat is not None
         for group in groups:
-            score(group, config.reward, PROTOCOLS[config.rollout.protocol])
-            if ADVANTAGES[config.advantage.name].needs_probes:
-                add_probes(group, side.chat.render_probe, config.reward, side.chat.render_hidden_probe)
+            add_probes(group, side.chat.render_probe, config.reward, side.chat.render_hidden_probe)
     return groups
+
+
+def roll_out(config: Config, side: Side, tracker: Tracker, step: int) -> list[RolloutGroup]:
+    """New trajectories with their rewards; with `rollout.resample` groups of equal rewards are replaced (DAPO, arXiv 2503.14476)."""
+    assert side.stream is not None and side.rollouter is not None
+    sample = partial(side.rollouter.run_sync, step=step, on_progress=tracker.progress)
+    wanted = config.rollout.prompts_per_step
+    kept: list[RolloutGroup] = []
+    spare: list[RolloutGroup] = []
+    for _ in range(1 + config.rollout.resample):
+        prompts = side.stream.next(wanted)
+        groups = sample(prompts, samples=config.rollout.samples_per_prompt, temperature=None, probe=True)
+        _score_all(groups, config)
+        replaceable = [config.rollout.resample > 0 and has_equal_rewards(group) for group in groups]
+        kept += [group for group, equal in zip(groups, replaceable, strict=True) if not equal]
+        spare += [group for group, equal in zip(groups, replaceable, strict=True) if equal]
+        if len(kept) >= wanted:
+            break
+    groups = [*kept, *spare][:wanted]
+    if ADVANTAGES[config.advantage.name].needs_greedy:
+        greedy = sample([group.prompt for group in groups], samples=1, temperature=0.0)
+        _score_all(greedy, config)
+        for group, baseline in zip(groups, greedy, strict=True):
+            (trajectory,) = baseline.trajectories
+            group.metrics[GREEDY_REWARD] = trajectory.reward if trajectory.status.is_trainable else math.nan
+    return groups
+
+
+def has_equal_rewards(group: RolloutGroup) -> bool:
+    """No trainable trajectory did better than another, so outcomes teach nothing."""
+    return len({trajectory.reward for trajectory in group.trajectories if trajectory.status.is_trainable}) < 2
+
+
+def _score_all(groups: Sequence[RolloutGroup], config: Config) -> None:
+    for group in groups:
+        score(group, config.reward, PROTOCOLS[config.rollout.protocol])
 
 
 def score_tokens(policy: Policy, groups: Sequence[RolloutGroup]) -> None:
@@ -143,16 +177,18 @@ def score_tokens(policy: Policy, groups: Sequence[RolloutGroup]) -> None:
 
 def takes_engine_logprobs(config: Config) -> bool:
     """No old-log-prob pass is run."""
-    return config.loss.name == "ppo" and config.loss.old_logprobs == "engine"
+    return isinstance(config.loss, PolicyLoss) and config.loss.old_logprobs == "engine"
 
 
 def assign_advantages(groups: Sequence[RolloutGroup], config: Config, progress: float) -> None:
     """Turn gains from the probes' log-probs, then the chosen advantage."""
-    advantage, needs_probes = ADVANTAGES[config.advantage.name]
+    advantage = ADVANTAGES[config.advantage.name]
     for group in groups:
-        if needs_probes:
+        if advantage.needs_probes:
             turn_gains(group, config.reward)
-        advantage(group, config.advantage, progress)
+        advantage.function(group, config.advantage, progress)
+    if advantage.over_batch:
+        advantage.over_batch(groups)
 
 
 def update(policy: Policy, groups: Sequence[RolloutGroup]) -> dict[str, float]:
@@ -162,6 +198,7 @@ def update(policy: Policy, groups: Sequence[RolloutGroup]) -> dict[str, float]:
     from igpo_megatron.packing.tree import pack_for_training, step_counts
 
     config = policy.config
+    refuse_shared_turns(groups, config.loss)
     per_minibatch = -(-len(groups) // config.optim.minibatches)
     rate = learning_rate(policy.steps_taken, policy.total_steps, config.optim)
     results, empty = [], 0
@@ -178,7 +215,7 @@ def update(policy: Policy, groups: Sequence[RolloutGroup]) -> dict[str, float]:
             token_weight=partial(token_weight, aggregation_of(config.loss)),
         )
         loss = partial(LOSSES[config.loss.name], counts=counts, config=config.loss)
-        results.append(policy.train_step(rows, partial(_row_loss, loss, policy.has_reference)))
+        results.append(policy.train_step(rows, partial(_row_loss, loss, config.loss, policy.has_reference)))
     metrics = {"skipped": float(empty + sum(result.skipped for result in results)), "lr": rate}
     if not results:
         return metrics
@@ -192,14 +229,34 @@ def update(policy: Policy, groups: Sequence[RolloutGroup]) -> dict[str, float]:
     return metrics
 
 
-def _row_loss(loss: Callable[..., Any], with_reference: bool, row: PackedRow, logprobs: Any, entropy: Any) -> Any:
+def refuse_shared_turns(groups: Sequence[RolloutGroup], loss: Loss) -> None:
+    """Raise ValueError where a loss on whole sequences meets trajectories that share sampled tokens."""
+    from igpo_megatron.algorithms.losses import SEQUENCE_LEVEL
+    from igpo_megatron.packing.tree import shares_actions
+
+    by_mismatch = isinstance(loss, PolicyLoss) and loss.mismatch == "mask_sequence"
+    if (loss.name in SEQUENCE_LEVEL or by_mismatch) and any(map(shares_actions, groups)):
+        setting = "loss.mismatch=mask_sequence" if by_mismatch else f"loss.name={loss.name}"
+        raise ValueError(
+            f"{setting} judges whole trajectories, but trajectories of this step share sampled turns; "
+            "use a loss on tokens such as loss.name=ppo, or rollouts without branches"
+        )
+
+
+def _row_loss(loss: Callable[..., Any], config: Loss, with_reference: bool, row: PackedRow, logprobs: Any, entropy: Any) -> Any:
+    from igpo_megatron.algorithms.losses import SEQUENCE_LEVEL, mismatch_factor
+
+    advantages = row.advantages
+    if isinstance(config, PolicyLoss) and config.mismatch != "none":
+        advantages = advantages * mismatch_factor(row.old_logprobs, row.behavior_logprobs, row.sequence, config)[:, None]
     return loss(
         logprobs=logprobs,
         entropy=entropy,
         old_logprobs=row.old_logprobs,
         ref_logprobs=row.ref_logprobs if with_reference else None,
-        advantages=row.advantages,
+        advantages=advantages,
         weight=row.weight,
+        **({"sequence": row.sequence} if config.name in SEQUENCE_LEVEL else {}),
     )
 
 
@@ -239,7 +296,7 @@ def evaluate_now(config: Config, side: Side, tracker: Tracker, step: int, due: b
 
 def engine_scores(config: Config) -> bool:
     """Probes are scored by the engines during the rollout."""
-    wanted = config.loss.name == "ppo" and ADVANTAGES[config.advantage.name].needs_probes and config.reward.gain != "none"
+    wanted = isinstance(config.loss, PolicyLoss) and ADVANTAGES[config.advantage.name].needs_probes and config.reward.gain != "none"
     return wanted and config.reward.scorer == "engine"
 
 
@@ -304,7 +361,7 @@ def show_finished(summary: dict[str, Any], report: Path) -> None:
 def open_side(config: Config, folder: RunFolder, stack: ExitStack, tracker: Tracker, first_step: int, state: dict[str, Any] | None) -> Side:
     """Start what the main rank needs: question stream, chat format, engines, search."""
     side = Side(folder)
-    needs_chat = config.loss.name == "ppo"
+    needs_chat = isinstance(config.loss, PolicyLoss)
     if needs_chat:
         from transformers import AutoTokenizer
 

@@ -22,7 +22,7 @@ from igpo_megatron.actor import parallel, schedule
 from igpo_megatron.actor.model import PolicyModel, build_model, load_weights
 from igpo_megatron.actor.parallel import Ranks
 from igpo_megatron.actor.schedule import RowLoss
-from igpo_megatron.config.schema import Config, Optim
+from igpo_megatron.config.schema import Config, Optim, PolicyLoss
 from igpo_megatron.packing.batches import balance, row_cost
 from igpo_megatron.packing.tree import PackedRow, blank_row
 from igpo_megatron.types import RunStopped
@@ -73,7 +73,7 @@ class Policy:
 
         self.total_steps = config.run.steps * config.optim.minibatches
         self._skipped_in_a_row = 0
-        needs_reference = config.loss.name == "ppo" and config.loss.kl_coef > 0
+        needs_reference = isinstance(config.loss, PolicyLoss) and config.loss.kl_coef > 0
         self._reference = {name: p.detach().to("cpu", copy=True) for name, p in self.module.named_parameters()} if needs_reference else None
 
     @property

@@ -6,6 +6,7 @@ Every pipeline stage of a data-parallel rank is given the same rows; only the la
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
@@ -77,5 +78,5 @@ def to_device(row: PackedRow, device: torch.device) -> PackedRow:
     """The row with its tensors on `device`."""
     if device.type == "cpu":
         return row
-    tensors = ("token_ids", "position_ids", "subtree_end", "predictor", "targets", "weight", "advantages", "old_logprobs", "ref_logprobs")
-    return PackedRow(**{name: getattr(row, name).to(device, non_blocking=True) for name in tensors}, origin=row.origin)
+    tensors = {field.name: value for field in fields(row) if isinstance(value := getattr(row, field.name), torch.Tensor)}
+    return replace(row, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})

@@ -5,10 +5,20 @@ RolloutGroup ── score ── add_probes ──(actor scores probes)── tu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from igpo_megatron.algorithms.outcome_advantages import grpo, grpo_advantages, rloo, rloo_advantages
+from igpo_megatron.algorithms.anchor_advantages import gigpo, gigpo_turn_advantages
+from igpo_megatron.algorithms.outcome_advantages import (
+    grpo,
+    grpo_advantages,
+    reinforce_pp,
+    reinforce_pp_baseline,
+    remax,
+    rloo,
+    rloo_advantages,
+    whiten,
+)
 from igpo_megatron.algorithms.turn_advantages import igpo, igpo_loo, igpo_loo_turn_advantages, igpo_turn_advantages
 from igpo_megatron.types import RolloutGroup
 
@@ -23,18 +33,29 @@ class AdvantageEntry(NamedTuple):
     needs_probes: bool
     """True where the function reads `trajectory.gains`."""
 
+    needs_greedy: bool = False
+    """True where the function reads the reward of a greedy trajectory (`GREEDY_REWARD` of the group's metrics)."""
+
+    over_batch: Callable[[Sequence[RolloutGroup]], None] | None = None
+    """What follows over all groups of the step, once each has its advantages."""
+
 
 ADVANTAGES: dict[str, AdvantageEntry] = {
     "igpo": AdvantageEntry(igpo, needs_probes=True),
     "igpo_loo": AdvantageEntry(igpo_loo, needs_probes=True),
     "grpo": AdvantageEntry(grpo, needs_probes=False),
     "rloo": AdvantageEntry(rloo, needs_probes=False),
+    "gigpo": AdvantageEntry(gigpo, needs_probes=False),
+    "reinforce_pp": AdvantageEntry(reinforce_pp, needs_probes=False, over_batch=whiten),
+    "reinforce_pp_baseline": AdvantageEntry(reinforce_pp_baseline, needs_probes=False, over_batch=whiten),
+    "remax": AdvantageEntry(remax, needs_probes=False, needs_greedy=True),
 }
 
 __all__ = [
     "ADVANTAGES",
     "Advantage",
     "AdvantageEntry",
+    "gigpo_turn_advantages",
     "grpo_advantages",
     "igpo_loo_turn_advantages",
     "igpo_turn_advantages",

@@ -18,8 +18,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from igpo_megatron.config.schema import Cispo, Gspo, PolicyLoss, Ppo, Sft
 from igpo_megatron.config.schema import Loss as LossConfig
-from igpo_megatron.config.schema import Ppo, Sft
 from igpo_megatron.types import StepCounts
 
 Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum"]
@@ -36,7 +36,7 @@ _MAX_KL = 10.0
 
 def aggregation_of(config: LossConfig) -> Aggregation:
     """How a loss averages over tokens; supervised training is a mean over tokens."""
-    return config.aggregation if isinstance(config, Ppo) else "token_mean"
+    return config.aggregation if isinstance(config, PolicyLoss) else "token_mean"
 
 
 def token_weight(aggregation: Aggregation, num_tokens: int) -> float:
@@ -78,35 +78,64 @@ def ppo(
     """
     assert old_logprobs is not None, "ppo needs the log-probs from before the step"
     log_ratio = logprobs - old_logprobs
-    # Bounded before exp: an infinite ratio would be clipped to a finite loss but leave a nan gradient (0 * inf).
-    ratio = log_ratio.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
-    positive, negative = advantages.unbind(-1)
-    lower, upper = 1.0 - config.clip_low, 1.0 + config.clip_high
-    total = (negative * ratio.clamp(min=lower, max=config.dual_clip) - positive * ratio.clamp(max=upper)).sum()
+    surrogate, clipped = _clipped_surrogate(_bounded_exp(log_ratio), advantages, config.clip_low, config.clip_high, config.dual_clip)
+    per_token = {**clipped, "approx_kl": k3(log_ratio.detach())}
+    return _with_regularisers(surrogate, per_token, logprobs, entropy, ref_logprobs, weight, counts, config)
 
-    fixed_ratio = ratio.detach()
-    dual_clipped = (negative > 0) & (fixed_ratio > config.dual_clip) if config.dual_clip else torch.zeros_like(negative, dtype=torch.bool)
-    clipped = ((positive > 0) & (fixed_ratio > upper)) | ((negative > 0) & (fixed_ratio < lower)) | dual_clipped
-    per_token = {
-        "clipped": clipped.to(ratio.dtype),
-        "dual_clipped": dual_clipped.to(ratio.dtype),
-        "ratio": fixed_ratio,
-        "approx_kl": k3(log_ratio.detach()),
-    }
-    if entropy is not None:
-        per_token["entropy"] = entropy.detach()
-        if config.entropy_coef:
-            total = total - config.entropy_coef * (weight * entropy).sum()
-    else:
-        assert not config.entropy_coef, "loss.entropy_coef needs the entropy of every token"
-    if ref_logprobs is not None:
-        reference_kl = k3(ref_logprobs - logprobs)
-        per_token["ref_kl"] = reference_kl.detach()
-        if config.kl_coef:
-            total = total + config.kl_coef * (weight * reference_kl).sum()
-    else:
-        assert not config.kl_coef, "loss.kl_coef needs the reference log-probs of every token"
-    return total / denominator(config.aggregation, counts), _sums_over_trained(per_token, weight)
+
+def gspo(
+    *,
+    logprobs: Tensor,
+    entropy: Tensor | None,
+    old_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    advantages: Tensor,
+    weight: Tensor,
+    counts: StepCounts,
+    sequence: Tensor,
+    config: Gspo,
+) -> LossResult:
+    """GSPO-token (arXiv 2507.18071, eq. 13 and 14): PPO's clip with one ratio per trajectory.
+
+    Takes what `ppo` takes and sequence [N] int64, the trajectory of every token. With sg[] for "no gradient" and y the trajectory's tokens:
+
+        s   = exp(1/|y| sum_t (logprob_t - old_logprob_t)),        s_t = sg[s] * exp(logprob_t - sg[logprob_t])
+        token's loss = -min(s_t A, clip(s_t, 1 - clip_low, 1 + clip_high) A)
+
+    With one advantage per trajectory and `sequence_mean` value and gradient are those of GSPO. A token has one ratio only, so
+    trajectories must not share tokens.
+    """
+    assert old_logprobs is not None, "gspo needs the log-probs from before the step"
+    log_ratio = logprobs - old_logprobs
+    ratio = _bounded_exp(sequence_mean(log_ratio.detach(), sequence)) * (logprobs - logprobs.detach()).exp()
+    surrogate, clipped = _clipped_surrogate(ratio, advantages, config.clip_low, config.clip_high, None)
+    per_token = {**clipped, "approx_kl": k3(log_ratio.detach())}
+    return _with_regularisers(surrogate, per_token, logprobs, entropy, ref_logprobs, weight, counts, config)
+
+
+def cispo(
+    *,
+    logprobs: Tensor,
+    entropy: Tensor | None,
+    old_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    advantages: Tensor,
+    weight: Tensor,
+    counts: StepCounts,
+    config: Cispo,
+) -> LossResult:
+    """CISPO (arXiv 2506.13585, eq. 4 and 5): a token's loss is -sg[clip(r, 1 - clip_low, 1 + clip_high)] A logprob.
+
+    Takes what `ppo` takes.
+    """
+    assert old_logprobs is not None, "cispo needs the log-probs from before the step"
+    log_ratio = (logprobs - old_logprobs).detach()
+    ratio = _bounded_exp(log_ratio)
+    counted = ratio.clamp(1.0 - config.clip_low, 1.0 + config.clip_high)
+    positive, negative = advantages.unbind(-1)
+    surrogate = ((negative - positive) * counted * logprobs).sum()
+    per_token = {"clipped": (counted != ratio).to(ratio.dtype), "ratio": ratio, "approx_kl": k3(log_ratio)}
+    return _with_regularisers(surrogate, per_token, logprobs, entropy, ref_logprobs, weight, counts, config)
 
 
 def sft(
@@ -128,7 +157,91 @@ def sft(
     return loss, _sums_over_trained(per_token, weight)
 
 
-LOSSES: dict[str, Loss] = {"ppo": ppo, "sft": sft}
+LOSSES: dict[str, Loss] = {"ppo": ppo, "gspo": gspo, "cispo": cispo, "sft": sft}
+
+SEQUENCE_LEVEL = frozenset({"gspo"})
+"""Losses that also take `sequence` and cannot have tokens that trajectories share."""
+
+
+def mismatch_factor(old_logprobs: Tensor, behavior_logprobs: Tensor, sequence: Tensor, config: PolicyLoss) -> Tensor:
+    """What each token's advantages are multiplied by because the engine that sampled it is not quite the trainer. [N] -> [N]
+
+    With w = exp(old_logprob - behavior_logprob), both from before the step, and bounds [low, high]:
+
+        truncate       min(w, high)                        truncated importance sampling (TIS; Yao et al. 2025, "Your Efficient RL
+                                                           Framework Secretly Brings You Off-Policy RL Training"), high = 2
+        mask           w if low <= w <= high, else 0       IcePop (arXiv 2510.18855), 0.5 and 5
+        mask_sequence  1 if low <= m <= high, else 0       m the geometric mean of w over the trajectory (Liu, Li et al. 2025, "When Speed
+                                                           Kills Stability")
+
+    Masked tokens still count in the loss's denominator, which is fixed before the step.
+    """
+    low, high = config.mismatch_bounds
+    log_ratio = old_logprobs - behavior_logprobs
+    match config.mismatch:
+        case "truncate":
+            return _bounded_exp(log_ratio).clamp(max=high)
+        case "mask":
+            ratio = _bounded_exp(log_ratio)
+            return torch.where((ratio >= low) & (ratio <= high), ratio, 0.0)
+        case "mask_sequence":
+            mean = _bounded_exp(sequence_mean(log_ratio, sequence))
+            return ((mean >= low) & (mean <= high)).to(log_ratio.dtype)
+    return torch.ones_like(log_ratio)
+
+
+def sequence_mean(values: Tensor, sequence: Tensor) -> Tensor:
+    """Every token's mean over the tokens of its own trajectory. [N], [N] -> [N]"""
+    slots = int(sequence.max()) + 1 if len(sequence) else 0
+    sums, tokens = values.new_zeros(slots), values.new_zeros(slots)
+    sums.index_add_(0, sequence, values)
+    tokens.index_add_(0, sequence, torch.ones_like(values))
+    return (sums / tokens)[sequence]
+
+
+def _bounded_exp(log_ratio: Tensor) -> Tensor:
+    # Bounded before exp: an infinite ratio would be clipped to a finite loss but leave a nan gradient (0 * inf).
+    return log_ratio.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
+
+
+def _clipped_surrogate(
+    ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float, dual_clip: float | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Sum over tokens of the loss derived in `ppo`, and per token what was clipped."""
+    positive, negative = advantages.unbind(-1)
+    lower, upper = 1.0 - clip_low, 1.0 + clip_high
+    total = (negative * ratio.clamp(min=lower, max=dual_clip) - positive * ratio.clamp(max=upper)).sum()
+    fixed_ratio = ratio.detach()
+    dual_clipped = (negative > 0) & (fixed_ratio > dual_clip) if dual_clip else torch.zeros_like(negative, dtype=torch.bool)
+    clipped = ((positive > 0) & (fixed_ratio > upper)) | ((negative > 0) & (fixed_ratio < lower)) | dual_clipped
+    return total, {"clipped": clipped.to(ratio.dtype), "dual_clipped": dual_clipped.to(ratio.dtype), "ratio": fixed_ratio}
+
+
+def _with_regularisers(
+    total: Tensor,
+    per_token: dict[str, Tensor],
+    logprobs: Tensor,
+    entropy: Tensor | None,
+    ref_logprobs: Tensor | None,
+    weight: Tensor,
+    counts: StepCounts,
+    config: PolicyLoss,
+) -> LossResult:
+    """Add entropy bonus and KL term to a surrogate, divide by the step's count and sum the metrics."""
+    if entropy is not None:
+        per_token["entropy"] = entropy.detach()
+        if config.entropy_coef:
+            total = total - config.entropy_coef * (weight * entropy).sum()
+    else:
+        assert not config.entropy_coef, "loss.entropy_coef needs the entropy of every token"
+    if ref_logprobs is not None:
+        reference_kl = k3(ref_logprobs - logprobs)
+        per_token["ref_kl"] = reference_kl.detach()
+        if config.kl_coef:
+            total = total + config.kl_coef * (weight * reference_kl).sum()
+    else:
+        assert not config.kl_coef, "loss.kl_coef needs the reference log-probs of every token"
+    return total / denominator(config.aggregation, counts), _sums_over_trained(per_token, weight)
 
 
 def k3(log_ratio: Tensor) -> Tensor:

@@ -1,13 +1,19 @@
-"""Advantages from one outcome reward per trajectory: every turn of a trajectory gets the same number."""
+"""Advantages from one outcome reward per trajectory: every turn of a trajectory gets the same number.
+
+`reinforce_pp` and `reinforce_pp_baseline` set what `whiten` then normalises over all groups of the step.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import fmean
 
-from igpo_megatron.config.schema import Grpo, Rloo
+from igpo_megatron.config.schema import Grpo, ReinforcePp, ReinforcePpBaseline, ReMax, Rloo
 from igpo_megatron.types import RolloutGroup, Trajectory
+
+GREEDY_REWARD = "greedy_reward"
+"""Key in `RolloutGroup.metrics`: reward of a greedy trajectory of the group's question; nan where it failed for outside reasons."""
 
 
 def zscore(population: list[float], *, divide_by_std: bool) -> Callable[[float], float]:
@@ -58,6 +64,56 @@ def rloo(group: RolloutGroup, config: Rloo, progress: float) -> None:
     """Set `turn_advantages` by `rloo_advantages` of the rewards."""
     trained = trained_trajectories(group)
     _set_same_for_all_turns(trained, rloo_advantages([trajectory.reward for trajectory in trained]))
+
+
+def reinforce_pp(group: RolloutGroup, config: ReinforcePp, progress: float) -> None:
+    """REINFORCE++ (arXiv 2501.03262), before `whiten`: A_i = r_i. Its KL term is the loss's, not part of the reward."""
+    trained = trained_trajectories(group)
+    _set_same_for_all_turns(trained, [trajectory.reward for trajectory in trained])
+
+
+def reinforce_pp_baseline(group: RolloutGroup, config: ReinforcePpBaseline, progress: float) -> None:
+    """REINFORCE++-baseline (arXiv 2501.03262), before `whiten`: A_i = r_i - mean(r)."""
+    trained = trained_trajectories(group)
+    _set_same_for_all_turns(trained, grpo_advantages([trajectory.reward for trajectory in trained], divide_by_std=False))
+
+
+def remax(group: RolloutGroup, config: ReMax, progress: float) -> None:
+    """ReMax (arXiv 2310.10505): A_i = r_i - r_greedy; zeros where the greedy one failed. Raises ValueError where there was none."""
+    if GREEDY_REWARD not in group.metrics:
+        raise ValueError(
+            f"group {group.prompt.id} has no greedy trajectory's reward, which advantage.name=remax subtracts; "
+            "replay rollouts that were recorded with remax, or choose advantage.name=rloo"
+        )
+    baseline = group.metrics[GREEDY_REWARD]
+    trained = trained_trajectories(group)
+    if math.isfinite(baseline):
+        _set_same_for_all_turns(trained, [trajectory.reward - baseline for trajectory in trained])
+
+
+def whiten(groups: Sequence[RolloutGroup]) -> None:
+    """Normalise all advantages of the step (arXiv 2501.03262): A <- (A - mean) / sqrt(var + 1e-8), statistics over trained tokens.
+
+    Every trajectory counts its own tokens, so the result does not depend on what trajectories share; a constant becomes 0.
+    """
+    turns = [
+        (trajectory.turn_advantages, [len(node.token_ids) for node in group.actions(trajectory)])
+        for group in groups
+        for trajectory in group.trajectories
+        if trajectory.status.is_trainable
+    ]
+    tokens = sum(sum(lengths) for _, lengths in turns)
+    if not tokens:
+        return
+
+    def mean_over_tokens(value: Callable[[float], float]) -> float:
+        weighted = (value(advantage) * n for advantages, lengths in turns for advantage, n in zip(advantages, lengths, strict=True))
+        return math.fsum(weighted) / tokens
+
+    mean = mean_over_tokens(lambda advantage: advantage)
+    scale = 1.0 / math.sqrt(mean_over_tokens(lambda advantage: (advantage - mean) ** 2) + 1e-8)
+    for advantages, _ in turns:
+        advantages[:] = [(advantage - mean) * scale for advantage in advantages]
 
 
 def _set_same_for_all_turns(trajectories: list[Trajectory], advantages: list[float]) -> None:

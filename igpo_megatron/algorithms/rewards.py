@@ -108,6 +108,11 @@ def _solution_and_truth(line: bytes, where: str) -> tuple[str, str]:
     return row["solution"], row["ground_truth"]
 
 
+def overlong_penalty(num_tokens: int, start: int, end: int) -> float:
+    """Overlong shaping (DAPO, arXiv 2503.14476, eq. 13): 0 up to `start` tokens, linear down to -1 at `end`, -1 beyond."""
+    return -min(max((num_tokens - start) / (end - start), 0.0), 1.0)
+
+
 def own_turns(group: RolloutGroup, trajectory: Trajectory) -> list[str]:
     """The texts the format check may read, one per turn: forced and sampled segments, never the prompt or a tool result."""
     turns, opening = [], ""
@@ -124,7 +129,7 @@ def score(group: RolloutGroup, config: Reward, protocol: ToolProtocol = PROTOCOL
     """Fill `reward` and `reward_parts` (f1, em, format_ok) of every trainable trajectory; the others keep 0 and no parts.
 
     Well-formed means: status FINISHED, and an answer by the protocol's own check of the model's own text. Anything else earns
-    `config.format_penalty`.
+    `config.format_penalty`. `config.overlong` is added to either.
     """
     answers = group.prompt.answers
     for trajectory in group.trajectories:
@@ -137,3 +142,5 @@ def score(group: RolloutGroup, config: Reward, protocol: ToolProtocol = PROTOCOL
         else:
             trajectory.reward = REWARDS[config.outcome](answer, answers)
             trajectory.reward_parts = {"f1": f1(answer, answers), "em": exact_match(answer, answers), "format_ok": 1.0}
+        if config.overlong is not None:
+            trajectory.reward += overlong_penalty(sum(len(node.token_ids) for node in group.actions(trajectory)), *config.overlong)

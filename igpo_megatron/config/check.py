@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from igpo_megatron.config.load import ConfigError
-from igpo_megatron.config.schema import Config, Igpo, IgpoLoo, Ppo, Search, Sft
+from igpo_megatron.config.schema import Config, Igpo, IgpoLoo, PolicyLoss, ReinforcePp, ReMax, Search, Sft
 
 
 def require(config: Config, world_size: int | None, local_world_size: int | None = None) -> None:
@@ -308,17 +308,21 @@ def _tools(config: Config) -> Iterator[str]:
 
 def _algorithm(config: Config) -> Iterator[str]:
     reward, advantage = config.reward, config.advantage
-    reinforced = isinstance(config.loss, Ppo)
+    reinforced = isinstance(config.loss, PolicyLoss)
     replayed = config.run.replay is not None
     if isinstance(config.loss, Sft) and not replayed:
         yield "loss.name=sft learns from demonstrations; set run.replay to a file of them"
     if replayed and config.run.stop_after == "rollout":
         yield "run.replay trains from recorded rollouts and run.stop_after=rollout writes new ones; set only one of them"
     samples = config.rollout.samples_per_prompt
-    if reinforced and not replayed and samples < 2:
+    if reinforced and not replayed and samples < 2 and not isinstance(advantage, ReinforcePp | ReMax):
         yield f"rollout.samples_per_prompt={samples}: advantage.name={advantage.name} compares the samples of a question; use 2 or more"
     if reinforced and isinstance(advantage, Igpo | IgpoLoo) and reward.gain == "none":
         yield f"reward.gain=none leaves advantage.name={advantage.name} without gains; measure them, or set advantage.name=grpo"
+    if isinstance(config.loss, PolicyLoss):
+        yield from _mismatch(config.loss)
+    if reward.overlong is not None and reward.overlong[0] >= reward.overlong[1]:
+        yield f"reward.overlong={list(reward.overlong)}: expected [start, end] in tokens with start < end"
     if reward.gain == "none" and reward.scorer != "fold":
         yield f"reward.scorer={reward.scorer} scores probes, reward.gain=none asks for none; leave reward.scorer at its default"
     if reward.evidence and reward.gain == "none":
@@ -326,7 +330,7 @@ def _algorithm(config: Config) -> Iterator[str]:
     probed = reinforced and isinstance(advantage, Igpo | IgpoLoo) and reward.gain != "none"
     if probed and reward.scorer == "engine":
         yield from _engine_scorer(config)
-    elif probed and isinstance(config.loss, Ppo) and config.loss.old_logprobs == "engine":
+    elif probed and isinstance(config.loss, PolicyLoss) and config.loss.old_logprobs == "engine":
         yield (
             f"loss.old_logprobs=engine runs no pass that reward.scorer={reward.scorer} could score probes in; "
             "use reward.scorer=engine, or loss.old_logprobs=recompute"
@@ -336,6 +340,17 @@ def _algorithm(config: Config) -> Iterator[str]:
         yield f"reward.probe_template={reward.probe_template!r}: expected {{answer}} exactly once, found it {found} times"
     if reinforced and not replayed and config.rollout.temperature == 0:
         yield "rollout.temperature=0 makes all samples of a question alike, so nothing can be learnt; use 1.0 (eval.greedy evaluates at 0)"
+
+
+def _mismatch(loss: PolicyLoss) -> Iterator[str]:
+    low, high = loss.mismatch_bounds
+    if not low < 1 < high:
+        yield f"loss.mismatch_bounds={[low, high]}: expected [low, high] around 1, such as [0.5, 2.0]"
+    if loss.mismatch != "none" and loss.old_logprobs == "engine":
+        yield (
+            f"loss.mismatch={loss.mismatch} compares the engine with a pass before the step, which loss.old_logprobs=engine leaves out; "
+            "use loss.old_logprobs=recompute, or loss.mismatch=none"
+        )
 
 
 def _engine_scorer(config: Config) -> Iterator[str]:

@@ -408,6 +408,10 @@ class Rollout(Section):
     max_queries: PositiveInt = 3
     """Queries of one tool call that are used; further ones are dropped."""
 
+    resample: NonNegativeInt = 0
+    """Dynamic sampling (DAPO, arXiv 2503.14476): up to this many further batches of questions replace groups whose rewards are all equal;
+    where they do not suffice, such groups fill the step. 0 keeps every group."""
+
     tool_in_prompt: bool = True
     """Describe the tools in the prompt, through the chat template's `tools` or the protocol's own text; false for a policy that was
     taught the format."""
@@ -434,6 +438,10 @@ class Reward(Section):
 
     format_penalty: float = -2.0
     """Reward of a malformed trajectory."""
+
+    overlong: tuple[NonNegativeInt, PositiveInt] | None = None
+    """Overlong shaping (DAPO, arXiv 2503.14476): sampled tokens of a trajectory from which the reward falls, and where it has fallen by 1
+    and stays; null leaves length alone."""
 
     gain: Literal["log_prob_diff", "prob_diff", "none"] = "log_prob_diff"
     """Value whose rise over a turn is the turn's gain: mean log-prob of the answer, its exponential, or no gains at all."""
@@ -503,10 +511,70 @@ class Rloo(Section):
     name: Literal["rloo"] = "rloo"
 
 
-Advantage = Annotated[Igpo | IgpoLoo | Grpo | Rloo, Field(discriminator="name")]
+class GiGpo(Section):
+    """GiGPO (arXiv 2505.10978): group z-score of the outcome plus that of the discounted outcome among visits of the same state."""
+
+    name: Literal["gigpo"] = "gigpo"
+    gamma: Annotated[float, Field(ge=0, le=1)] = 0.95
+    """Discount of the outcome per remaining turn, for the comparison within a state."""
+
+    step_weight: NonNegativeFloat = 1.0
+    """Weight of the comparison within a state."""
+
+    divide_by_std: bool = True
+    """False subtracts means only, in both parts."""
 
 
-class Ppo(Section):
+class ReinforcePp(Section):
+    """REINFORCE++ (arXiv 2501.03262): the outcome, whitened over the whole batch."""
+
+    name: Literal["reinforce_pp"] = "reinforce_pp"
+
+
+class ReinforcePpBaseline(Section):
+    """REINFORCE++-baseline (arXiv 2501.03262): outcome minus the mean of its group, whitened over the whole batch."""
+
+    name: Literal["reinforce_pp_baseline"] = "reinforce_pp_baseline"
+
+
+class ReMax(Section):
+    """ReMax (arXiv 2310.10505): outcome minus that of a greedy trajectory, which is sampled beside the group and not trained."""
+
+    name: Literal["remax"] = "remax"
+
+
+Advantage = Annotated[
+    Igpo | IgpoLoo | Grpo | Rloo | GiGpo | ReinforcePp | ReinforcePpBaseline | ReMax,
+    Field(discriminator="name"),
+]
+
+
+class PolicyLoss(Section):
+    """What the losses of reinforcement learning share."""
+
+    kl_coef: NonNegativeFloat = 0.001
+    """Weight of the k3 KL estimate to the reference policy; 0 keeps no reference."""
+
+    entropy_coef: NonNegativeFloat = 0.0
+    """Weight of the entropy bonus."""
+
+    old_logprobs: Literal["recompute", "engine"] = "recompute"
+    """Log-probs that ratios are taken against: a forward pass of the policy before the step, or those the engine sampled with (no pass)."""
+
+    aggregation: Literal["token_mean", "sequence_mean", "sequence_sum"] = "sequence_mean"
+    """Mean over all trained tokens (DAPO); mean over trajectories of the token mean (GRPO's and IGPO's papers) or of the token sum
+    (Dr. GRPO; published IGPO code)."""
+
+    mismatch: Literal["none", "truncate", "mask", "mask_sequence"] = "none"
+    """What w, the probability of a token by the trainer over that by the engine that sampled it, does to its policy gradient. `truncate`:
+    times min(w, high) (TIS). `mask`: times w within [low, high], 0 outside (IcePop, arXiv 2510.18855). `mask_sequence`: 0 for all tokens
+    of a trajectory where the geometric mean of w is outside, 1 for the others."""
+
+    mismatch_bounds: tuple[PositiveFloat, PositiveFloat] = (0.5, 2.0)
+    """[low, high] of `mismatch`; TIS takes high = 2, IcePop 0.5 and 5."""
+
+
+class Ppo(PolicyLoss):
     """Clipped policy gradient (PPO, arXiv 1707.06347) with dual clip (arXiv 1912.09729) and asymmetric bounds."""
 
     name: Literal["ppo"] = "ppo"
@@ -519,17 +587,30 @@ class Ppo(Section):
     dual_clip: Annotated[float, Field(gt=1)] | None = 3.0
     """With a negative advantage the ratio counts at most this much; null turns it off."""
 
-    kl_coef: NonNegativeFloat = 0.001
-    """Weight of the k3 KL estimate to the reference policy; 0 keeps no reference."""
 
-    entropy_coef: NonNegativeFloat = 0.0
-    """Weight of the entropy bonus."""
+class Gspo(PolicyLoss):
+    """GSPO (arXiv 2507.18071): PPO's clip on the geometric mean of a trajectory's ratios; turns keep their own advantages."""
 
-    old_logprobs: Literal["recompute", "engine"] = "recompute"
-    """Log-probs that ratios are taken against: a forward pass of the policy before the step, or those the engine sampled with (no pass)."""
+    name: Literal["gspo"] = "gspo"
+    clip_low: NonNegativeFloat = 3e-4
+    """Trajectories below 1 - clip_low get no gradient when the advantage is negative."""
 
-    aggregation: Literal["token_mean", "sequence_mean", "sequence_sum"] = "sequence_mean"
-    """Mean over all trained tokens; mean over trajectories of the token mean (paper) or of the token sum (published code)."""
+    clip_high: NonNegativeFloat = 4e-4
+    """Trajectories above 1 + clip_high get no gradient when the advantage is positive."""
+
+
+class Cispo(PolicyLoss):
+    """CISPO (arXiv 2506.13585): REINFORCE weighted by a clipped ratio without gradient, so that no token loses its gradient."""
+
+    name: Literal["cispo"] = "cispo"
+    clip_low: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Ratios count at least 1 - clip_low; 1 sets no bound, as in the paper."""
+
+    clip_high: NonNegativeFloat = 0.28
+    """Ratios count at most 1 + clip_high. The paper tunes it and does not state its value; this is DAPO's."""
+
+    aggregation: Literal["token_mean", "sequence_mean", "sequence_sum"] = "token_mean"
+    """As for ppo; the paper takes token_mean."""
 
 
 class Sft(Section):
@@ -538,7 +619,7 @@ class Sft(Section):
     name: Literal["sft"] = "sft"
 
 
-Loss = Annotated[Ppo | Sft, Field(discriminator="name")]
+Loss = Annotated[Ppo | Gspo | Cispo | Sft, Field(discriminator="name")]
 
 
 class Optim(Section):

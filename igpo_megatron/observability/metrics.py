@@ -26,6 +26,9 @@ def rollout_metrics(groups: Sequence[RolloutGroup], tool_name: str) -> dict[str,
         "truncated": _share(ends, lambda end: end.status.value.startswith("truncated")),
         "zero_std_groups": fmean(float(_identical(group)) for group in groups) if groups else 0.0,
         "prompt_questions": float(len(groups)),
+        # What the step has cost: by nodes, so a turn that trajectories share counts once.
+        "generated_tokens": float(sum(len(node.token_ids) for group in groups for node in group.nodes if node.kind == "action")),
+        "tool_calls": float(sum(node.kind == "observation" for group in groups for node in group.nodes)),
     }
     if not scored:
         return metrics

@@ -56,6 +56,12 @@ class PackedRow:
     ref_logprobs: torch.Tensor
     """[N] fp32, by the reference policy; zeros where there is none."""
 
+    behavior_logprobs: torch.Tensor
+    """[N] fp32, by the engine that sampled the token; zeros for probes."""
+
+    sequence: torch.Tensor
+    """[N] int64, number within the row of the trajectory the token belongs to (the last one through it where several share it)."""
+
     origin: list[tuple[int, int, int, int]] = field(default_factory=list)
     """(group, node, start, stop): targets [start, stop) are that node's tokens, of a probe the scored ones."""
 
@@ -142,6 +148,13 @@ def scatter(rows: Sequence[PackedRow], logprobs: Sequence[torch.Tensor], groups:
             setattr(groups[group].nodes[node], field_name, flat[start:stop])
 
 
+def shares_actions(group: RolloutGroup) -> bool:
+    """Some sampled token belongs to several trainable trajectories: what a loss on whole sequences cannot train."""
+    numbers = [number for trajectory in group.trajectories if trajectory.status.is_trainable for number in trajectory.path]
+    actions = [number for number in numbers if group.nodes[number].kind == "action"]
+    return len(set(actions)) < len(actions)
+
+
 def _ancestors(group: RolloutGroup, number: int) -> list[int]:
     """Node indices from the root to `number`."""
     path: list[int] = []
@@ -212,6 +225,9 @@ class _RowBuilder:
         self.advantages: list[tuple[float, float]] = []
         self.old_logprobs: list[float] = []
         self.ref_logprobs: list[float] = []
+        self.behavior_logprobs: list[float] = []
+        self.sequence: list[int] = []
+        self.trajectories = 0
         self.origin: list[tuple[int, int, int, int]] = []
 
     def add_piece(
@@ -222,6 +238,8 @@ class _RowBuilder:
         token_weight: Callable[[Trajectory, int], float],
     ) -> None:
         shares = _shares(group, piece, token_weight)
+        owners = {number: self.trajectories + place for place, trajectory in enumerate(piece.trajectories) for number in trajectory.path}
+        self.trajectories += len(piece.trajectories)
         ends: dict[int, tuple[int, int]] = {}  # node -> (index of its last token, depth after it)
         spans: dict[int, tuple[int, int]] = {}
         for number in piece.nodes:
@@ -235,6 +253,7 @@ class _RowBuilder:
             ends[number] = (start + length - 1 if length else before, depth + length)
             if length and wanted(piece, number, node):
                 self._add_targets(piece.group, number, node, before, start, shares.get(number, (0.0, 0.0, 0.0)))
+                self.sequence += [owners.get(number, 0)] * (len(self.targets) - len(self.sequence))
         # Children follow their parents, so walking backwards closes every subtree before the one around it.
         last: dict[int, int] = {}
         for number in reversed(piece.nodes):
@@ -256,6 +275,7 @@ class _RowBuilder:
         self.advantages += [(positive, negative)] * length
         self.old_logprobs += node.old_logprobs or [0.0] * length
         self.ref_logprobs += node.ref_logprobs or [0.0] * length
+        self.behavior_logprobs += node.behavior_logprobs or [0.0] * length
         self.origin.append((group, number, first, first + length))
 
     def build(self, multiple: int) -> PackedRow:
@@ -271,6 +291,8 @@ class _RowBuilder:
             advantages=torch.tensor(self.advantages, dtype=torch.float32).reshape(-1, 2),
             old_logprobs=torch.tensor(self.old_logprobs, dtype=torch.float32),
             ref_logprobs=torch.tensor(self.ref_logprobs, dtype=torch.float32),
+            behavior_logprobs=torch.tensor(self.behavior_logprobs, dtype=torch.float32),
+            sequence=torch.tensor(self.sequence, dtype=torch.int64),
             origin=self.origin,
         )
 

@@ -8,8 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from igpo_megatron.algorithms import ADVANTAGES, grpo_advantages, igpo_loo_turn_advantages, igpo_turn_advantages, rloo_advantages
-from igpo_megatron.config.schema import Advantage, Grpo, Igpo, IgpoLoo, Rloo
+from igpo_megatron.algorithms import (
+    ADVANTAGES,
+    gigpo_turn_advantages,
+    grpo_advantages,
+    igpo_loo_turn_advantages,
+    igpo_turn_advantages,
+    rloo_advantages,
+)
+from igpo_megatron.algorithms.outcome_advantages import GREEDY_REWARD
+from igpo_megatron.config.schema import Advantage, GiGpo, Grpo, Igpo, IgpoLoo, ReinforcePp, ReinforcePpBaseline, ReMax, Rloo
 from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, Trajectory
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden" / "igpo_advantages.json"
@@ -160,7 +168,9 @@ def test_rloo_subtracts_the_mean_of_the_others():
     assert rloo_advantages([0.7]) == [0.0]
 
 
-@pytest.mark.parametrize("config", [Igpo(), IgpoLoo(), Grpo(), Rloo()], ids=lambda config: config.name)
+@pytest.mark.parametrize(
+    "config", [Igpo(), IgpoLoo(), Grpo(), Rloo(), GiGpo(), ReinforcePp(), ReinforcePpBaseline()], ids=lambda config: config.name
+)
 def test_failed_trajectories_change_nobody_and_get_zeros(config):
     gains, rewards = [[0.2, 0.1, None], [0.0, None]], [1.0, 0.0]
     alone = advantages_of(group_with(gains, rewards), config)
@@ -202,3 +212,64 @@ def test_every_advantage_of_the_schema_is_in_the_table():
 def test_advantages_are_importable_without_torch():
     code = "import sys; from igpo_megatron.algorithms import igpo_turn_advantages; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_gigpo_compares_returns_within_a_state_and_outcomes_within_the_group():
+    """Outcomes 1, 0 (centred 0.5, -0.5), gamma 0.5, means only. State `q`: returns 0.5 and 0 (centred 0.25, -0.25), `p`: 1 alone."""
+    got = gigpo_turn_advantages([["q", "p"], ["q"]], [1.0, 0.0], gamma=0.5, divide_by_std=False)
+    assert flat(got) == pytest.approx([0.75, 0.5, -0.75])
+    doubled = gigpo_turn_advantages([["q", "p"], ["q"]], [1.0, 0.0], gamma=0.5, step_weight=2.0, divide_by_std=False)
+    assert flat(doubled) == pytest.approx([1.0, 0.5, -1.0])
+
+
+def test_gigpo_counts_a_state_visited_twice_by_one_trajectory_twice():
+    """State `p`: returns 0.5, 1 of the first and 0 of the second, mean 0.5; outcomes centred 0.5, -0.5."""
+    got = gigpo_turn_advantages([["p", "p"], ["p"]], [1.0, 0.0], gamma=0.5, divide_by_std=False)
+    assert flat(got) == pytest.approx([0.5, 1.0, -1.0])
+
+
+def test_the_state_of_a_turn_is_the_newest_tool_result():
+    """Both searches found passage 7, so the second turns meet in one state; outcomes are equal up to there."""
+    group = RolloutGroup(Prompt("q", "Where?", ("Rome",), "test"), [Node(None, "prompt", [1])])
+    for query, reward in ((3, 1.0), (4, 0.0)):
+        search = group.add(Node(0, "action", [query], turn=1))
+        found = group.add(Node(search, "observation", [7], turn=1))
+        answer = group.add(Node(found, "action", [5], turn=2))
+        group.trajectories.append(Trajectory([0, search, found, answer], Status.FINISHED, reward=reward))
+    got = advantages_of(group, GiGpo(gamma=1.0, divide_by_std=False))
+    assert got == [[1.0, 1.0], [-1.0, -1.0]]
+    group.nodes[2].token_ids = [8]
+    assert advantages_of(group, GiGpo(gamma=1.0, divide_by_std=False)) == [[1.0, 0.5], [-1.0, -0.5]]
+
+
+def test_reinforce_pp_whitens_over_all_tokens_of_the_batch():
+    """Rewards 1 and 0 in one group, 0 in another; tokens 1, 1 | 2: mean 1/4, std sqrt(3)/4. With the group's baseline first: 0.5, -0.5 | 0:
+    mean 0, var 1/8."""
+    groups = [group_with([[None], [None]], [1.0, 0.0]), group_with([[None, None]], [0.0])]
+    assert whitened(groups, ReinforcePp()) == pytest.approx(
+        [math.sqrt(3), -1 / math.sqrt(3), -1 / math.sqrt(3), -1 / math.sqrt(3)], rel=1e-5
+    )
+    assert whitened(groups, ReinforcePpBaseline()) == pytest.approx([math.sqrt(2), -math.sqrt(2), 0.0, 0.0], rel=1e-5)
+
+
+def whitened(groups, config):
+    entry = ADVANTAGES[config.name]
+    for group in groups:
+        entry.function(group, config, 0.0)
+    entry.over_batch(groups)
+    return [value for group in groups for trajectory in group.trajectories for value in trajectory.turn_advantages]
+
+
+def test_whitening_leaves_equal_rewards_and_empty_batches_alone():
+    assert whitened([group_with([[None], [None]], [1.0, 1.0])], ReinforcePp()) == [0.0, 0.0]
+    assert whitened([group_with([[None]], [1.0], [Status.TOOL_FAILED])], ReinforcePp()) == [0.0]
+
+
+def test_remax_subtracts_the_greedy_reward():
+    group = group_with([[None, None], [None]], [1.0, 0.25])
+    with pytest.raises(ValueError, match="has no greedy trajectory's reward"):
+        advantages_of(group, ReMax())
+    group.metrics[GREEDY_REWARD] = 0.5
+    assert advantages_of(group, ReMax()) == [[0.5, 0.5], [-0.25]]
+    group.metrics[GREEDY_REWARD] = math.nan
+    assert advantages_of(group, ReMax()) == [[0.0, 0.0], [0.0]]

@@ -12,6 +12,7 @@ import pytest
 BENCH = Path(__file__).resolve().parents[2] / "tools" / "bench"
 sys.path.insert(0, str(BENCH))
 
+import algorithms  # noqa: E402
 from common import finish, interleaved, ratio  # noqa: E402
 from head_kernel import rules  # noqa: E402
 from search import IN_FLIGHT, Barrier, refilled  # noqa: E402
@@ -130,3 +131,42 @@ def test_the_stated_bounds_hold_in_the_committed_result_of_search():
     assert figures["passages"] >= 100_000 and figures["in_flight"] == 64 and figures["batches_per_turn"] >= 4
     assert figures["agent_loop_vs_barrier"]["low"] >= 2
     assert figures["retriever_vs_plain"]["128"]["median"] >= 1.5 and figures["p95_plain_vs_retriever"]["128"]["median"] >= 1
+def curve(*points):
+    """(tool calls, generated tokens, F1) of every evaluation."""
+    keys = ("tool_calls", "generated_tokens", "f1_sampled", "f1_greedy")
+    return [{"step": step, **dict(zip(keys, (*point, point[-1]), strict=True))} for step, point in enumerate(points)]
+
+
+def test_algorithms_are_compared_where_they_have_spent_the_same():
+    """At 150 calls the first seed is half way from 0.4 to 0.6, the second a quarter of the way from 0.2 to 1.8: 0.5 and 0.6."""
+    seeds = [curve((0, 0, 0.0), (100, 10, 0.4), (200, 40, 0.6)), curve((0, 0, 0.2), (600, 40, 1.8))]
+    figures = algorithms.at_budgets(seeds, {"tool_calls": 150, "generated_tokens": 20})
+    assert figures["f1_sampled_at_tool_calls"] == pytest.approx((0.5 + 0.6) / 2)
+    assert figures["f1_sampled_at_tool_calls_se"] == pytest.approx(0.05)
+    assert figures["f1_greedy_at_generated_tokens"] == pytest.approx(((0.4 + 0.2 / 3) + 1.0) / 2)
+    with pytest.raises(ValueError, match="beyond a cell that spent 200"):
+        algorithms.value_at(seeds[0], "tool_calls", 201, "f1_greedy")
+
+
+def test_a_cell_is_kept_and_refused_for_other_settings(tmp_path, monkeypatch):
+    monkeypatch.setattr(algorithms, "CELLS", tmp_path)
+    cell = {"algorithm": "igpo", "seed": 0, "steps": 40, "every": 10, "curve": curve((0, 0, 0.1))}
+    (tmp_path / "igpo_0.json").write_text(json.dumps(cell), encoding="utf-8")
+    assert algorithms.run_cell("igpo", 0, 40, 10) == cell
+    with pytest.raises(ValueError, match=r"holds a cell of .*'steps': 40.*expected .*'steps': 20"):
+        algorithms.run_cell("igpo", 0, 20, 10)
+
+
+def test_an_algorithm_runs_by_its_own_file_or_as_a_name_on_the_demos(tmp_path, monkeypatch):
+    monkeypatch.setattr(algorithms, "QUICKSTART", tmp_path)
+    assert algorithms.config_of("igpo_loo") == (tmp_path / "igpo.yaml", ["advantage.name=igpo_loo"])
+    assert algorithms.config_of("grpo") == (tmp_path / "igpo.yaml", ["advantage.name=grpo", "reward.gain=none"])
+    assert algorithms.config_of("arpo") is None
+    (tmp_path / "arpo.yaml").touch()
+    assert algorithms.config_of("arpo") == (tmp_path / "arpo.yaml", [])
+
+
+def test_what_a_run_has_spent_is_summed_over_its_steps():
+    rows = [{"step": 0}, {"step": 1, "generated_tokens": 5.0, "tool_calls": 2.0}, {"step": 2, "generated_tokens": 7.0, "tool_calls": 1.0}]
+    assert algorithms.spent_until(rows, 1) == (5, 2)
+    assert algorithms.spent_until(rows, 2) == (12, 3)

@@ -267,3 +267,14 @@ def test_extra_tools_and_protocols_that_fit_have_no_problems(sound, monkeypatch)
     (problem,) = problems(sound, *tools)
     assert "visit.summary.api_key_env=SOME_KEY: that environment variable is not set" in problem
     assert problems(sound, *tools, "rollout.extra_tools=[]") == []
+
+
+def test_settings_of_the_wider_family_are_checked(sound):
+    assert problems(sound, "advantage.name=remax", "rollout.samples_per_prompt=1") == []
+    assert any("compares the samples" in problem for problem in problems(sound, "advantage.name=gigpo", "rollout.samples_per_prompt=1"))
+    (problem,) = problems(sound, "loss.name=cispo", "loss.mismatch=mask", "loss.mismatch_bounds=[2, 3]")
+    assert problem == "loss.mismatch_bounds=[2.0, 3.0]: expected [low, high] around 1, such as [0.5, 2.0]"
+    (problem,) = problems(sound, "advantage.name=grpo", "loss.mismatch=truncate", "loss.old_logprobs=engine")
+    assert "which loss.old_logprobs=engine leaves out" in problem
+    (problem,) = problems(sound, "reward.overlong=[20, 10]")
+    assert "expected [start, end] in tokens" in problem

@@ -39,7 +39,11 @@ def test_the_values_of_the_caller_stay_as_they_were():
         ("modle.path=x", "modle: unknown key; did you mean 'model'?"),
         ("rollout.engine.cont=2", "rollout.engine.cont: unknown key; did you mean 'rollout.engine.count'?"),
         ("run.device=cuba", "run.device='cuba': expected one of auto, cpu, cuda; did you mean 'cuda'?"),
-        ("advantage.name=grop", "advantage.name='grop': expected one of igpo, igpo_loo, grpo, rloo; did you mean 'grpo'?"),
+        (
+            "advantage.name=grop",
+            "advantage.name='grop': expected one of igpo, igpo_loo, grpo, rloo, gigpo, reinforce_pp, reinforce_pp_baseline, remax; "
+            "did you mean 'grpo'?",
+        ),
         ("advantage.normalize=joint", "advantage.normalize: unknown key; did you mean 'advantage.normalise'?"),
         ("advantage=grpo", "advantage='grpo': expected a section; write advantage.name=grpo"),
         ("loss.clip_hihg=0.3", "loss.clip_hihg: unknown key; did you mean 'loss.clip_high'?"),
@@ -61,7 +65,7 @@ def test_a_key_in_the_wrong_section_is_told_where_it_belongs():
 
 def test_a_key_of_another_algorithm_is_told_whose_it_is():
     (message,) = problems(["advantage.name=grpo", "advantage.gamma=0.9"])
-    hint = "a key like it belongs to advantage.name=igpo or igpo_loo, not grpo; known here: name, divide_by_std"
+    hint = "a key like it belongs to advantage.name=igpo or igpo_loo or gigpo, not grpo; known here: name, divide_by_std"
     assert message == f"advantage.gamma: unknown key; {hint}"
 
 

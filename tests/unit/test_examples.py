@@ -16,6 +16,14 @@ CONFIGS = sorted(EXAMPLES.rglob("*.yaml"))
 SCRIPTS = sorted(EXAMPLES.rglob("*.sh"))
 QWEN_7B = {"num_attention_heads": 28, "num_key_value_heads": 4, "num_hidden_layers": 28, "max_position_embeddings": 32768}
 
+SHAPES = {
+    "qwen2.5_3b": {"num_attention_heads": 16, "num_key_value_heads": 2, "num_hidden_layers": 36, "max_position_embeddings": 32768},
+    "qwen2.5_7b": QWEN_7B,
+    "qwen3_8b": {"num_attention_heads": 32, "num_key_value_heads": 8, "num_hidden_layers": 36, "max_position_embeddings": 40960},
+    "qwen3_14b": {"num_attention_heads": 40, "num_key_value_heads": 8, "num_hidden_layers": 40, "max_position_embeddings": 40960},
+}
+"""Heads, layers and context of the recipes' models, by the end of the recipe's name."""
+
 
 def dry_run(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a script with DRY_RUN and nothing else of this environment that it reads."""
@@ -39,6 +47,33 @@ def test_the_published_settings_are_the_papers():
     assert config.loss == Ppo(clip_low=0.2, clip_high=0.2, dual_clip=3.0, kl_coef=0.001, entropy_coef=0.0, aggregation="sequence_mean")
     assert (config.optim.lr, config.optim.decay, config.optim.minibatches) == (1e-6, "constant", 1)
     assert (config.reward.outcome, config.reward.format_penalty, config.reward.gain) == ("f1", -2.0, "log_prob_diff")
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "samples", "minibatches", "context", "turns", "steps"),
+    [
+        ("igpo_qwen2.5_3b", 32, 16, 1, 32768, 10, 100),
+        ("grpo_qwen2.5_7b", 32, 16, 1, 32768, 10, 100),
+        ("search_r1_qwen2.5_7b", 512, 5, 2, 6048, 5, 1005),
+        ("arpo_qwen2.5_7b", 128, 16, 8, 1536 + 4096, 4, 156),
+        ("arpo_qwen3_8b", 128, 16, 8, 2000 + 10000, 7, 40),
+        ("arpo_qwen3_14b", 64, 12, 8, 2000 + 6192, 7, 80),
+        ("aepo_qwen2.5_7b", 128, 16, 8, 1536 + 4096, 7, 156),
+        ("aepo_qwen3_14b", 64, 12, 8, 2000 + 6192, 7, 80),
+    ],
+)
+def test_every_recipe_has_its_published_numbers_and_fits_its_model(
+    name, batch, samples, minibatches, context, turns, steps, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("BRIGHTDATA_API_KEY", "none")
+    (tmp_path / "config.json").write_text(json.dumps(SHAPES[name.split("_", 1)[1].removeprefix("r1_")]), encoding="utf-8")
+    for file in ("model.safetensors", "tokenizer.json"):
+        (tmp_path / file).touch()
+    config = load(EXAMPLES / f"{name}.yaml", [f"model.path={tmp_path}"])
+    rollout = config.rollout
+    assert (rollout.prompts_per_step, rollout.samples_per_prompt, config.optim.minibatches) == (batch, samples, minibatches)
+    assert (rollout.max_context, rollout.max_turns, config.run.steps, config.optim.lr) == (context, turns, steps, 1e-6)
+    assert all("no such file" in problem for problem in check(config, world_size=4))
 
 
 def test_the_published_layout_fits_its_model_and_lacks_only_files_of_the_user(tmp_path):

@@ -5,23 +5,37 @@ from functools import partial
 import pytest
 import torch
 
-from igpo_megatron.algorithms.losses import LOSSES, aggregation_of, denominator, k3, ppo, sft, token_weight
-from igpo_megatron.config.schema import Loss, Ppo, Sft
+from igpo_megatron.algorithms.losses import (
+    LOSSES,
+    SEQUENCE_LEVEL,
+    aggregation_of,
+    cispo,
+    denominator,
+    gspo,
+    k3,
+    mismatch_factor,
+    ppo,
+    sequence_mean,
+    sft,
+    token_weight,
+)
+from igpo_megatron.config.schema import Cispo, Gspo, Loss, Ppo, Sft
 from igpo_megatron.types import StepCounts
 
 PLAIN = Ppo(kl_coef=0.0, aggregation="token_mean")
 
 
-def ppo_on(ratios, advantages, config=PLAIN, weight=None, tokens=None, **kwargs):
+def ppo_on(ratios, advantages, config=PLAIN, weight=None, tokens=None, loss_function=ppo, **kwargs):
     """Loss of tokens with given ratios (old log-prob -1) and signed advantages, with the gradient for each log-prob."""
     old = torch.full((len(ratios),), -1.0)
     logprobs = (old + torch.tensor(ratios).log()).requires_grad_()
     signed = torch.tensor(advantages)
-    loss, metrics = ppo(
+    loss, metrics = loss_function(
         logprobs=logprobs,
         entropy=kwargs.pop("entropy", None),
         old_logprobs=old,
         ref_logprobs=kwargs.pop("ref_logprobs", None),
+        **kwargs,
         advantages=torch.stack([signed.clamp(min=0), (-signed).clamp(min=0)], dim=-1),
         weight=torch.ones(len(ratios)) if weight is None else torch.tensor(weight),
         counts=StepCounts(trained_tokens=tokens or len(ratios), trajectories=1, groups=1),
@@ -230,3 +244,74 @@ def test_every_loss_of_the_schema_is_in_the_table_and_names_its_aggregation():
     assert set(LOSSES) == {section.model_fields["name"].default for section in union.__args__}
     assert aggregation_of(Sft()) == "token_mean"
     assert aggregation_of(Ppo(aggregation="sequence_sum")) == "sequence_sum"
+
+
+def test_gspo_clips_the_geometric_mean_of_a_trajectory_but_keeps_every_turn_its_advantage():
+    """Ratios 2, 0.5 | 4, 1: geometric means 1 and 2, bounds 0.5 and 1.5. The first is inside: each token's gradient is -s A / 4, s = 1.
+    The second is above: its token of A = 1 is clipped to -1.5, that of A = -1 is not, and counts 2."""
+    config = Gspo(clip_low=0.5, clip_high=0.5, kl_coef=0.0, aggregation="token_mean")
+    loss, gradient, metrics = ppo_on(
+        [2.0, 0.5, 4.0, 1.0], [1.0, 3.0, 1.0, -1.0], config, loss_function=gspo, sequence=torch.tensor([0, 0, 1, 1])
+    )
+    assert loss == pytest.approx((-1 - 3 - 1.5 + 2) / 4)
+    assert gradient.tolist() == pytest.approx([-0.25, -0.75, 0.0, 0.5])
+    assert metrics["clipped"] == 1.0
+
+
+def test_gspo_of_one_advantage_has_the_gradient_of_the_papers_sequence_objective():
+    """J = mean over trajectories of s_i A_i with s_i = exp(mean log-ratio), differentiated by torch."""
+    logprobs, old = torch.tensor([-1.0, -2.0, -0.5, -1.5]), torch.tensor([-1.1, -1.9, -0.7, -1.4])
+    reference = logprobs.clone().requires_grad_()
+    ratio = reference - old
+    (-(2.0 * ratio[:3].mean().exp() - 1.0 * ratio[3:].mean().exp()) / 2).backward()
+    found = logprobs.clone().requires_grad_()
+    share = torch.tensor([1 / 3, 1 / 3, 1 / 3, 1.0])
+    loss, _ = gspo(
+        logprobs=found,
+        entropy=None,
+        old_logprobs=old,
+        ref_logprobs=None,
+        advantages=torch.stack([share * torch.tensor([2.0, 2.0, 2.0, 0.0]), share * torch.tensor([0.0, 0.0, 0.0, 1.0])], dim=-1),
+        weight=share,
+        counts=StepCounts(trained_tokens=4, trajectories=2, groups=1),
+        sequence=torch.tensor([0, 0, 0, 1]),
+        config=Gspo(clip_low=0.9, clip_high=9.0, kl_coef=0.0),
+    )
+    loss.backward()
+    assert torch.allclose(found.grad, reference.grad)
+
+
+def test_cispo_bounds_the_weight_and_keeps_every_gradient():
+    """Ratios 4, 0.5, 1 with A = 1, 1, -2, upper bound 1.5: gradients -1.5, -0.5, +2 over 3 tokens; log-probs are -1 + ln ratio."""
+    config = Cispo(clip_high=0.5, kl_coef=0.0)
+    loss, gradient, metrics = ppo_on([4.0, 0.5, 1.0], [1.0, 1.0, -2.0], config, loss_function=cispo)
+    ln2 = 0.6931472
+    assert gradient.tolist() == pytest.approx([-0.5, -0.5 / 3, 2 / 3])
+    assert loss == pytest.approx((-1.5 * (2 * ln2 - 1) - 0.5 * (-ln2 - 1) + 2 * -1) / 3, rel=1e-5)
+    assert metrics["clipped"] == 1.0
+    _, gradient, _ = ppo_on([0.5], [1.0], config.model_copy(update={"clip_low": 0.2}), loss_function=cispo)
+    assert gradient.tolist() == pytest.approx([-0.8])
+
+
+def test_engine_mismatch_is_truncated_or_masked():
+    """w = 4, 1, 1/8 | 2, 2; bounds 0.5 and 3. Geometric means (4 / 8)^(1/3) = 0.79 and 2; with high = 1.5 the second is out."""
+    ratio, sequence = torch.tensor([4.0, 1.0, 0.125, 2.0, 2.0]), torch.tensor([0, 0, 0, 1, 1])
+
+    def factor(mode, high=3.0):
+        config = Ppo(mismatch=mode, mismatch_bounds=(0.5, high))
+        return mismatch_factor(ratio.log(), torch.zeros(5), sequence, config).tolist()
+
+    assert factor("none") == [1.0] * 5
+    assert factor("truncate") == pytest.approx([3.0, 1.0, 0.125, 2.0, 2.0])
+    assert factor("mask") == pytest.approx([0.0, 1.0, 0.0, 2.0, 2.0])
+    assert factor("mask_sequence") == [1.0] * 5
+    assert factor("mask_sequence", high=1.5) == [1.0, 1.0, 1.0, 0.0, 0.0]
+
+
+def test_the_mean_of_a_trajectory_needs_no_order_of_its_tokens():
+    assert sequence_mean(torch.tensor([1.0, 10.0, 3.0]), torch.tensor([2, 0, 2])).tolist() == [2.0, 10.0, 2.0]
+    assert sequence_mean(torch.zeros(0), torch.zeros(0, dtype=torch.int64)).tolist() == []
+
+
+def test_losses_on_sequences_are_losses():
+    assert set(LOSSES) > SEQUENCE_LEVEL

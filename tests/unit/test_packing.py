@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from igpo_megatron.packing.batches import balance, first_fit
-from igpo_megatron.packing.tree import PackedRow, blank_row, pack_for_scoring, pack_for_training, scatter, step_counts
+from igpo_megatron.packing.tree import PackedRow, blank_row, pack_for_scoring, pack_for_training, scatter, shares_actions, step_counts
 from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, Trajectory
 
 
@@ -175,3 +175,21 @@ def test_balance_gives_every_rank_as_many_rows_and_about_as_much_work() -> None:
     assert {len(share) for share in shares} == {3}
     loads = [sum([8.0, 1.0, 7.0, 2.0, 3.0][index] for index in share if index >= 0) for share in shares]
     assert max(loads) - min(loads) <= 3.0
+
+
+def test_tokens_know_their_trajectory_and_what_the_engine_said_of_them() -> None:
+    first, second = small_group(), small_group()
+    first.nodes[4].behavior_logprobs = [-0.5, -0.25, -0.125]
+    (row,) = pack_for_training([first, second], row_tokens=100, token_weight=lambda tokens: 1.0)
+    # Depth first: two turns of the first trajectory (3 tokens), then the second (3 tokens); then the other group.
+    assert row.sequence.tolist() == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
+    assert row.behavior_logprobs.tolist() == [0.0] * 3 + [-0.5, -0.25, -0.125] + [0.0] * 6
+
+
+def test_a_shared_turn_is_seen_unless_the_other_trajectory_is_not_trained() -> None:
+    group = small_group()
+    assert not shares_actions(group)
+    group.trajectories.append(Trajectory([0, 1], Status.TRUNCATED_TURNS))
+    assert shares_actions(group)
+    group.trajectories[-1].status = Status.TOOL_FAILED
+    assert not shares_actions(group)

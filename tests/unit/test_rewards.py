@@ -5,7 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from igpo_megatron.algorithms.rewards import REWARDS, exact_match, f1, normalise, published_score, score, score_lines, tags_balanced
+from igpo_megatron.algorithms.rewards import (
+    REWARDS,
+    exact_match,
+    f1,
+    normalise,
+    overlong_penalty,
+    published_score,
+    score,
+    score_lines,
+    tags_balanced,
+)
 from igpo_megatron.config.schema import Reward
 from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, Trajectory
 
@@ -154,3 +164,14 @@ def test_score_lines_names_the_line_it_cannot_read(tmp_path, line, complaint):
     file.write_bytes(b'{"solution": "a", "ground_truth": "b"}\n' + line + b"\n")
     with pytest.raises(ValueError, match=f"answers.jsonl, line 2: .*{complaint}"):
         list(score_lines(file))
+
+
+def test_overlong_shaping_falls_linearly_between_its_two_lengths():
+    assert [overlong_penalty(tokens, 10, 20) for tokens in (5, 10, 15, 20, 99)] == [0.0, 0.0, -0.5, -1.0, -1.0]
+
+
+def test_a_long_trajectory_earns_less():
+    """Two turns; the shaping starts at no token and ends after twice as many as there are, so half a point is lost."""
+    group = finished_group()
+    tokens = sum(len(node.token_ids) for node in group.actions(group.trajectories[0]))
+    assert scored(group, overlong=(0, 2 * tokens)).reward == scored(finished_group()).reward - 0.5
