@@ -110,7 +110,13 @@ def collect(config: Config, side: Side, tracker: Tracker, step: int) -> list[Rol
         assert side.stream is not None and side.rollouter is not None
         prompts = side.stream.next(config.rollout.prompts_per_step)
         groups = side.rollouter.run_sync(
-            prompts, samples=config.rollout.samples_per_prompt, step=step, temperature=None, probe=True, on_progress=tracker.progress
+            prompts,
+            samples=config.rollout.samples_per_prompt,
+            step=step,
+            temperature=None,
+            probe=True,
+            branch=True,
+            on_progress=tracker.progress,
         )
     if config.loss.name == "ppo":
         assert side.chat is not None
@@ -157,9 +163,11 @@ def update(policy: Policy, groups: Sequence[RolloutGroup]) -> dict[str, float]:
     """`optim.minibatches` optimizer steps over the groups; returns their mean metrics. A part without trainable tokens is skipped."""
     from igpo_megatron.actor.policy import learning_rate
     from igpo_megatron.algorithms.losses import LOSSES, aggregation_of, token_weight
-    from igpo_megatron.packing.tree import pack_for_training, step_counts
+    from igpo_megatron.packing.tree import pack_for_training, require_flat, step_counts
 
     config = policy.config
+    if config.loss.sequence_level:
+        require_flat(groups, config.loss.name)
     per_minibatch = -(-len(groups) // config.optim.minibatches)
     rate = learning_rate(policy.steps_taken, policy.total_steps, config.optim)
     results, empty = [], 0

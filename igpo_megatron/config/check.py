@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from igpo_megatron.config.load import ConfigError
-from igpo_megatron.config.schema import Config, Igpo, IgpoLoo, Ppo, Search, Sft
+from igpo_megatron.config.schema import AepoBranching, Config, Igpo, IgpoLoo, NoBranching, Ppo, Search, Sft
 
 
 def require(config: Config, world_size: int | None, local_world_size: int | None = None) -> None:
@@ -55,6 +55,7 @@ def check(config: Config, *, world_size: int | None, local_world_size: int | Non
         *_search(config),
         *_tools(config),
         *_algorithm(config),
+        *_branching(config),
         *_schedule(config),
     ]
 
@@ -336,6 +337,28 @@ def _algorithm(config: Config) -> Iterator[str]:
         yield f"reward.probe_template={reward.probe_template!r}: expected {{answer}} exactly once, found it {found} times"
     if reinforced and not replayed and config.rollout.temperature == 0:
         yield "rollout.temperature=0 makes all samples of a question alike, so nothing can be learnt; use 1.0 (eval.greedy evaluates at 0)"
+
+
+def _branching(config: Config) -> Iterator[str]:
+    rollout, branching = config.rollout, config.rollout.branching
+    if isinstance(branching, NoBranching) or not _needs_engines(config):
+        return
+    if config.loss.sequence_level:
+        yield (
+            f"loss.name={config.loss.name} weighs whole sequences, which cannot be taken apart over the turns that branches share; "
+            "use loss.name=ppo, or rollout.branching.name=none"
+        )
+    premonitored = isinstance(branching, AepoBranching) and branching.premonitor
+    if not premonitored and branching.initial_rollouts >= rollout.samples_per_prompt:
+        yield (
+            f"rollout.branching.initial_rollouts={branching.initial_rollouts} leaves nothing of rollout.samples_per_prompt="
+            f"{rollout.samples_per_prompt} to branch with; lower it (published: half), or set rollout.branching.name=none"
+        )
+    if branching.entropy_tokens > rollout.max_tokens_per_turn:
+        yield (
+            f"rollout.branching.entropy_tokens={branching.entropy_tokens} is more than a turn has "
+            f"(rollout.max_tokens_per_turn={rollout.max_tokens_per_turn}); lower it"
+        )
 
 
 def _engine_scorer(config: Config) -> Iterator[str]:

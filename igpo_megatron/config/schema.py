@@ -7,7 +7,7 @@ Secrets are never stored: a field ending in `_env` names the environment variabl
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -364,6 +364,74 @@ class Engine(Section):
     """An engine that is not ready by then stops the run."""
 
 
+class NoBranching(Section):
+    """Independent samples."""
+
+    name: Literal["none"] = "none"
+
+
+class ArpoBranching(Section):
+    """ARPO (arXiv 2507.19849, section 3.1): a group starts as a few samples and forks behind tool results that leave the policy unsure.
+
+    Entropy is that of the first `entropy_tokens` tokens of a turn, over ln(vocabulary); dH its rise over the question's initial entropy.
+    """
+
+    name: Literal["arpo"] = "arpo"
+    variant: Literal["corrected", "published"] = "corrected"
+    """`corrected` (the paper): entropy of the tokens behind the result, against the mean of the first samples' first turns; short turns
+    are scaled up to `entropy_tokens`. `published` (the code): entropy of the turn that made the call, against the path's own first
+    measured turn, as a plain sum. The code's stale initial entropies of earlier batches, and its rounds, are in neither."""
+
+    initial_rollouts: PositiveInt = 8
+    """Samples that begin at the question; the rest of `samples_per_prompt` is the budget of forks. What no fork used begins there, too."""
+
+    beam: Annotated[int, Field(ge=2)] = 2
+    """Paths behind a fork at most, the forking one included."""
+
+    base_probability: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """alpha: the chance of a fork where dH = 0."""
+
+    entropy_weight: NonNegativeFloat = 0.2
+    """beta: P = alpha + beta dH, clipped to [0, 1]."""
+
+    decision: Literal["stochastic", "threshold"] = "stochastic"
+    """Fork with chance P (code), or wherever P > `threshold` (paper)."""
+
+    threshold: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """tau, for decision=threshold."""
+
+    entropy_tokens: PositiveInt = 20
+    """Tokens measured at the beginning of a turn."""
+
+    entropy: Literal["top_k", "full"] = "top_k"
+    """Over the `top_k` likeliest tokens, their rest ignored as published, or over the whole vocabulary (slow in vLLM when it is large)."""
+
+    top_k: PositiveInt = 10
+    """Likeliest tokens, for entropy=top_k; the sampled one is added."""
+
+
+class AepoBranching(ArpoBranching):
+    """AEPO (arXiv 2510.14545): ARPO's forks, rarer where a path has just forked, under a budget that a first rollout can set."""
+
+    name: Literal["aepo"] = "aepo"  # type: ignore[assignment]
+    variant: Literal["corrected", "published"] = "corrected"
+    """As for arpo, and `corrected`: P = (alpha + beta dH) (1 - penalty l); `published`: P = 1 - (1 - alpha) / (1 - penalty l) + beta dH,
+    which is what the code's comparison amounts to. l counts along each path (the code counts all forks of a question together)."""
+
+    penalty: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Per decision just before on the same path that forked."""
+
+    premonitor: bool = True
+    """One rollout goes first and sets initial_rollouts to n sigmoid(budget_scale (H_root - H_tool)), H_tool its mean entropy behind tool
+    results; it stays in the group, and is forked like the others (the code throws it away, and its scripts leave this off)."""
+
+    budget_scale: NonNegativeFloat = 0.5
+    """Steepness of the budget."""
+
+
+Branching = Annotated[NoBranching | ArpoBranching | AepoBranching, Field(discriminator="name")]
+
+
 class Rollout(Section):
     """Multi-turn trajectories."""
 
@@ -420,6 +488,9 @@ class Rollout(Section):
 
     deadline_s: PositiveFloat = 1800
     """Wall time of one trajectory."""
+
+    branching: Branching = NoBranching()
+    """How a training group grows: independent samples, or forks of them. Evaluations always draw independent samples."""
 
     engine: Engine = Engine()
     """The engines."""
@@ -508,6 +579,9 @@ Advantage = Annotated[Igpo | IgpoLoo | Grpo | Rloo, Field(discriminator="name")]
 class Ppo(Section):
     """Clipped policy gradient (PPO, arXiv 1707.06347) with dual clip (arXiv 1912.09729) and asymmetric bounds."""
 
+    sequence_level: ClassVar[bool] = False
+    """True for losses whose ratios are of whole sequences: they do not add up over branches and refuse them."""
+
     name: Literal["ppo"] = "ppo"
     clip_low: NonNegativeFloat = 0.2
     """Ratios below 1 - clip_low get no gradient when the advantage is negative."""
@@ -534,6 +608,7 @@ class Ppo(Section):
 class Sft(Section):
     """Cross-entropy on the action tokens of demonstrations."""
 
+    sequence_level: ClassVar[bool] = False
     name: Literal["sft"] = "sft"
 
 

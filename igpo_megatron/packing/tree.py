@@ -115,6 +115,16 @@ def pack_for_scoring(
     return rows([*pieces, *repeated])
 
 
+def require_flat(groups: Sequence[RolloutGroup], loss: str) -> None:
+    """ValueError where trajectories share sampled turns: a ratio of whole sequences is one number per trajectory, not per shared token."""
+    for group in groups:
+        if group.is_branched:
+            raise ValueError(
+                f"question {group.prompt.id}: its trajectories share sampled turns, loss.name={loss} weighs whole sequences; "
+                "use loss.name=ppo, or rollouts made with rollout.branching.name=none"
+            )
+
+
 def pack_for_training(
     groups: Sequence[RolloutGroup], *, row_tokens: int, multiple: int = 1, token_weight: Callable[[int], float]
 ) -> list[PackedRow]:
