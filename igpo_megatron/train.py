@@ -15,7 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -25,9 +25,10 @@ from igpo_megatron import evaluate
 from igpo_megatron.algorithms import ADVANTAGES
 from igpo_megatron.algorithms.info_gain import add_probes, rendered_probes, turn_gains
 from igpo_megatron.algorithms.rewards import score
+from igpo_megatron.algorithms.tree_advantages import entropy_stats
 from igpo_megatron.config.check import require
 from igpo_megatron.config.load import ConfigError, load
-from igpo_megatron.config.schema import Config
+from igpo_megatron.config.schema import Aepo, Config, Ppo
 from igpo_megatron.data.prompts import PromptStream
 from igpo_megatron.observability.metrics import logprob_gap, rollout_metrics
 from igpo_megatron.observability.rollout_dump import read_rollouts, write_rollouts
@@ -75,7 +76,7 @@ def train(config: Config, policy: Policy, side: Side, tracker: Tracker, first_st
             groups = parallel.broadcast(parallel.on_main(policy.ranks, partial(collect, config, side, tracker, step)))
         metrics = rollout_metrics(groups)
         if config.run.stop_after == "none":
-            if config.loss.name == "ppo":
+            if config.loss.name != "sft":
                 with tracker.phase("score"):
                     score_tokens(policy, groups)
                 with tracker.phase("advantage"):
@@ -118,7 +119,7 @@ def collect(config: Config, side: Side, tracker: Tracker, step: int) -> list[Rol
             branch=True,
             on_progress=tracker.progress,
         )
-    if config.loss.name == "ppo":
+    if config.loss.name != "sft":
         assert side.chat is not None
         for group in groups:
             score(group, config.reward, PROTOCOLS[config.rollout.protocol])
@@ -139,7 +140,12 @@ def score_tokens(policy: Policy, groups: Sequence[RolloutGroup]) -> None:
                 if node.kind == "action":
                     node.old_logprobs = list(node.behavior_logprobs)
     elif rows := pack(scorer=config.reward.scorer):  # there are none where every trajectory failed and that was allowed
-        scatter(rows, policy.log_probs(rows), groups, "old_logprobs")
+        if isinstance(config.loss, Ppo) and config.loss.uses_old_entropies:
+            pairs = policy.log_probs(rows, with_entropy=True)
+            scatter(rows, [pair[:, 0] for pair in pairs], groups, "old_logprobs")
+            scatter(rows, [pair[:, 1] for pair in pairs], groups, "old_entropies")
+        else:
+            scatter(rows, policy.log_probs(rows), groups, "old_logprobs")
     if policy.has_reference and (rows := pack(scorer=None)):
         with policy.as_reference():
             scatter(rows, policy.log_probs(rows), groups, "ref_logprobs")
@@ -147,7 +153,7 @@ def score_tokens(policy: Policy, groups: Sequence[RolloutGroup]) -> None:
 
 def takes_engine_logprobs(config: Config) -> bool:
     """No old-log-prob pass is run."""
-    return config.loss.name == "ppo" and config.loss.old_logprobs == "engine"
+    return isinstance(config.loss, Ppo) and config.loss.old_logprobs == "engine"
 
 
 def assign_advantages(groups: Sequence[RolloutGroup], config: Config, progress: float) -> None:
@@ -159,7 +165,7 @@ def assign_advantages(groups: Sequence[RolloutGroup], config: Config, progress: 
         advantage(group, config.advantage, progress)
 
 
-def update(policy: Policy, groups: Sequence[RolloutGroup]) -> dict[str, float]:
+def update(policy: Policy, groups: list[RolloutGroup]) -> dict[str, float]:
     """`optim.minibatches` optimizer steps over the groups; returns their mean metrics. A part without trainable tokens is skipped."""
     from igpo_megatron.actor.policy import learning_rate
     from igpo_megatron.algorithms.losses import LOSSES, aggregation_of, token_weight
@@ -183,8 +189,10 @@ def update(policy: Policy, groups: Sequence[RolloutGroup]) -> dict[str, float]:
             multiple=policy.row_multiple,
             token_weight=partial(token_weight, aggregation_of(config.loss)),
         )
+        if isinstance(config.loss, Aepo) and config.loss.uses_old_entropies:
+            counts = replace(counts, entropy=entropy_stats(part, config.loss.high_entropy_share))
         loss = partial(LOSSES[config.loss.name], counts=counts, config=config.loss)
-        results.append(policy.train_step(rows, partial(_row_loss, loss, policy.has_reference)))
+        results.append(policy.train_step(rows, partial(_row_loss, loss, policy.has_reference, counts.entropy is not None)))
     metrics = {"skipped": float(empty + sum(result.skipped for result in results)), "lr": rate}
     if not results:
         return metrics
@@ -198,7 +206,7 @@ def update(policy: Policy, groups: Sequence[RolloutGroup]) -> dict[str, float]:
     return metrics
 
 
-def _row_loss(loss: Callable[..., Any], with_reference: bool, row: PackedRow, logprobs: Any, entropy: Any) -> Any:
+def _row_loss(loss: Callable[..., Any], with_reference: bool, with_old_entropies: bool, row: PackedRow, logprobs: Any, entropy: Any) -> Any:
     return loss(
         logprobs=logprobs,
         entropy=entropy,
@@ -206,6 +214,7 @@ def _row_loss(loss: Callable[..., Any], with_reference: bool, row: PackedRow, lo
         ref_logprobs=row.ref_logprobs if with_reference else None,
         advantages=row.advantages,
         weight=row.weight,
+        **({"old_entropies": row.old_entropies} if with_old_entropies else {}),
     )
 
 
@@ -245,7 +254,7 @@ def evaluate_now(config: Config, side: Side, tracker: Tracker, step: int, due: b
 
 def engine_scores(config: Config) -> bool:
     """Probes are scored by the engines during the rollout."""
-    wanted = config.loss.name == "ppo" and ADVANTAGES[config.advantage.name].needs_probes and config.reward.gain != "none"
+    wanted = config.loss.name != "sft" and ADVANTAGES[config.advantage.name].needs_probes and config.reward.gain != "none"
     return wanted and config.reward.scorer == "engine"
 
 
@@ -310,7 +319,7 @@ def show_finished(summary: dict[str, Any], report: Path) -> None:
 def open_side(config: Config, folder: RunFolder, stack: ExitStack, tracker: Tracker, first_step: int, state: dict[str, Any] | None) -> Side:
     """Start what the main rank needs: question stream, chat format, engines, search."""
     side = Side(folder)
-    needs_chat = config.loss.name == "ppo"
+    needs_chat = config.loss.name != "sft"
     if needs_chat:
         from transformers import AutoTokenizer
 

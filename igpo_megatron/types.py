@@ -251,12 +251,27 @@ class RolloutGroup:
 
 
 @dataclass(frozen=True, slots=True)
+class EntropyStats:
+    """Of the old entropies of all trained tokens of a step; a shared token counts once for every trajectory through it."""
+
+    mean: float
+    std: float
+    """With n - 1; 1 where there is no spread."""
+
+    threshold: float
+    """High-entropy tokens are those above it."""
+
+
+@dataclass(frozen=True, slots=True)
 class StepCounts:
     """Sums over all ranks of one training step, fixed before its first micro-batch; losses are divided by them."""
 
     trained_tokens: int
     trajectories: int
     groups: int
+
+    entropy: EntropyStats | None = None
+    """None where the loss uses no entropies from before the step."""
 
 
 class RunStopped(RuntimeError):

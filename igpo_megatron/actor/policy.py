@@ -22,7 +22,7 @@ from igpo_megatron.actor import parallel, schedule
 from igpo_megatron.actor.model import PolicyModel, build_model, load_weights
 from igpo_megatron.actor.parallel import Ranks
 from igpo_megatron.actor.schedule import RowLoss
-from igpo_megatron.config.schema import Config, Optim
+from igpo_megatron.config.schema import Config, Optim, Ppo
 from igpo_megatron.packing.batches import balance, row_cost
 from igpo_megatron.packing.tree import PackedRow, blank_row
 from igpo_megatron.types import RunStopped
@@ -73,7 +73,7 @@ class Policy:
 
         self.total_steps = config.run.steps * config.optim.minibatches
         self._skipped_in_a_row = 0
-        needs_reference = config.loss.name == "ppo" and config.loss.kl_coef > 0
+        needs_reference = isinstance(config.loss, Ppo) and config.loss.kl_coef > 0
         self._reference = {name: p.detach().to("cpu", copy=True) for name, p in self.module.named_parameters()} if needs_reference else None
 
     @property
@@ -86,11 +86,14 @@ class Policy:
         """Rows are padded to a multiple of this many tokens."""
         return self.config.parallel.tensor if self.config.parallel.sequence else 1
 
-    def log_probs(self, rows: Sequence[PackedRow], temperature: float | None = None) -> list[torch.Tensor]:
-        """[N] log-probs per row, on every rank, in the order of `rows`; temperature None means `rollout.temperature`."""
+    def log_probs(self, rows: Sequence[PackedRow], temperature: float | None = None, *, with_entropy: bool = False) -> list[torch.Tensor]:
+        """[N] log-probs per row, on every rank, in the order of `rows`; temperature None means `rollout.temperature`.
+
+        `with_entropy`: [N, 2], log-probs and entropies.
+        """
         mine, share = self._share(rows)
         temperature = temperature or self.config.rollout.temperature or 1.0
-        results = schedule.forward_only(self.model, mine, temperature=temperature, device=self.ranks.device)
+        results = schedule.forward_only(self.model, mine, temperature=temperature, device=self.ranks.device, with_entropy=with_entropy)
         keeps = self.ranks.is_last_stage and self.ranks.tensor_rank == 0
         found = {index: result for index, result in zip(share, results, strict=True) if index >= 0} if keeps else {}
         merged = {index: result for part in parallel.gather(found) for index, result in part.items()}

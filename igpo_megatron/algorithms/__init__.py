@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from igpo_megatron.algorithms.outcome_advantages import grpo, grpo_advantages, rloo, rloo_advantages
+from igpo_megatron.algorithms.tree_advantages import arpo
 from igpo_megatron.algorithms.turn_advantages import igpo, igpo_loo, igpo_loo_turn_advantages, igpo_turn_advantages
 from igpo_megatron.types import RolloutGroup
 
@@ -29,6 +30,7 @@ ADVANTAGES: dict[str, AdvantageEntry] = {
     "igpo_loo": AdvantageEntry(igpo_loo, needs_probes=True),
     "grpo": AdvantageEntry(grpo, needs_probes=False),
     "rloo": AdvantageEntry(rloo, needs_probes=False),
+    "arpo": AdvantageEntry(arpo, needs_probes=False),
 }
 
 __all__ = [

@@ -18,8 +18,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from igpo_megatron.config.schema import Aepo, Ppo, Sft
 from igpo_megatron.config.schema import Loss as LossConfig
-from igpo_megatron.config.schema import Ppo, Sft
 from igpo_megatron.types import StepCounts
 
 Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum"]
@@ -76,13 +76,80 @@ def ppo(
 
     The KL term is k3 = exp(d) - d - 1 with d = ref - logprob, clamped to at most 10 as published: beyond that it has no gradient.
     """
+    return _clipped(logprobs, entropy, old_logprobs, ref_logprobs, advantages, weight, counts, config, balanced=None)
+
+
+def aepo(
+    *,
+    logprobs: Tensor,
+    entropy: Tensor | None,
+    old_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    advantages: Tensor,
+    weight: Tensor,
+    counts: StepCounts,
+    config: Aepo,
+    old_entropies: Tensor | None = None,
+) -> LossResult:
+    """AEPO (arXiv 2510.14545): `ppo` with a clip that keeps its gradient and advantages that look at entropy. Takes what `ppo` takes.
+
+    The loss has PPO's value, and where PPO's gradient of -A r is r grad logprob, here it is
+
+        A > 0, r > 1 + clip_high:   (1 + clip_high) grad logprob        (PPO: 0)
+        elsewhere                   as in PPO
+
+    The code writes the clipped ratio as (1 + clip_high) / sg(r) * r, which is inf x 0 where r underflows; here it is
+    (1 + clip_high) exp(logprob - sg(logprob)). A becomes A (1 + a z), z = (H - mean H) / std H, H [N] the token's entropy; where the
+    factor is negative, positive and negative parts change places.
+    """
+    positive, negative = advantages.unbind(-1)
+    if config.entropy_advantage != "none":
+        factor = 1.0 + config.entropy_advantage_weight * _entropy_scores(config, entropy, old_entropies, weight, counts)
+        up, down = factor.clamp(min=0.0), (-factor).clamp(min=0.0)
+        positive, negative = positive * up + negative * down, negative * up + positive * down
+    if config.balanced_tokens == "all":
+        balanced = torch.ones_like(weight, dtype=torch.bool)
+    else:
+        assert old_entropies is not None and counts.entropy is not None, "loss.balanced_tokens=high_entropy needs old entropies"
+        balanced = old_entropies > counts.entropy.threshold
+    scaled = torch.stack((positive, negative), -1)
+    return _clipped(logprobs, entropy, old_logprobs, ref_logprobs, scaled, weight, counts, config, balanced=balanced)
+
+
+def _entropy_scores(config: Aepo, entropy: Tensor | None, old_entropies: Tensor | None, weight: Tensor, counts: StepCounts) -> Tensor:
+    """[N] z-score of every token's entropy, without gradient."""
+    if config.entropy_advantage == "corrected":
+        assert old_entropies is not None and counts.entropy is not None, "loss.entropy_advantage=corrected needs old entropies"
+        return (old_entropies - counts.entropy.mean) / counts.entropy.std
+    assert entropy is not None, "loss.entropy_advantage needs the entropy of every token"
+    current = entropy.detach()
+    trained = current[weight > 0]
+    std = trained.std() if len(trained) > 1 else current.new_ones(())
+    return (current - trained.mean()) / torch.where(std > 0, std, 1.0) if len(trained) else torch.zeros_like(current)
+
+
+def _clipped(
+    logprobs: Tensor,
+    entropy: Tensor | None,
+    old_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    advantages: Tensor,
+    weight: Tensor,
+    counts: StepCounts,
+    config: Ppo,
+    balanced: Tensor | None,
+) -> LossResult:
+    """The common body of `ppo` and `aepo`; `balanced` [N] bool marks tokens that keep a gradient above the upper clip."""
     assert old_logprobs is not None, "ppo needs the log-probs from before the step"
     log_ratio = logprobs - old_logprobs
     # Bounded before exp: an infinite ratio would be clipped to a finite loss but leave a nan gradient (0 * inf).
     ratio = log_ratio.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
     positive, negative = advantages.unbind(-1)
     lower, upper = 1.0 - config.clip_low, 1.0 + config.clip_high
-    total = (negative * ratio.clamp(min=lower, max=config.dual_clip) - positive * ratio.clamp(max=upper)).sum()
+    below = ratio.clamp(max=upper)
+    if balanced is not None:
+        below = torch.where(balanced & (ratio > upper), upper * (logprobs - logprobs.detach()).exp(), below)
+    total = (negative * ratio.clamp(min=lower, max=config.dual_clip) - positive * below).sum()
 
     fixed_ratio = ratio.detach()
     dual_clipped = (negative > 0) & (fixed_ratio > config.dual_clip) if config.dual_clip else torch.zeros_like(negative, dtype=torch.bool)
@@ -128,7 +195,7 @@ def sft(
     return loss, _sums_over_trained(per_token, weight)
 
 
-LOSSES: dict[str, Loss] = {"ppo": ppo, "sft": sft}
+LOSSES: dict[str, Loss] = {"ppo": ppo, "aepo": aepo, "sft": sft}
 
 
 def k3(log_ratio: Tensor) -> Tensor:

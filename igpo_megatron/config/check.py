@@ -332,6 +332,11 @@ def _algorithm(config: Config) -> Iterator[str]:
             f"loss.old_logprobs=engine runs no pass that reward.scorer={reward.scorer} could score probes in; "
             "use reward.scorer=engine, or loss.old_logprobs=recompute"
         )
+    if isinstance(config.loss, Ppo) and config.loss.uses_old_entropies and config.loss.old_logprobs == "engine":
+        yield (
+            f"loss.name={config.loss.name} uses entropies that loss.old_logprobs=engine runs no pass for; use old_logprobs=recompute, "
+            "or entropy_advantage=none with balanced_tokens=all"
+        )
     if reward.gain != "none" and reward.probe_template.count("{answer}") != 1:
         found = reward.probe_template.count("{answer}")
         yield f"reward.probe_template={reward.probe_template!r}: expected {{answer}} exactly once, found it {found} times"

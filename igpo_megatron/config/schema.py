@@ -573,7 +573,15 @@ class Rloo(Section):
     name: Literal["rloo"] = "rloo"
 
 
-Advantage = Annotated[Igpo | IgpoLoo | Grpo | Rloo, Field(discriminator="name")]
+class Arpo(Section):
+    """ARPO (arXiv 2507.19849, section 3.2): group z-score of the outcome, on trees."""
+
+    name: Literal["arpo"] = "arpo"
+    attribution: Literal["soft", "hard"] = "soft"
+    """A turn that several trajectories share is trained with the advantage of each (soft, published) or with their mean (hard)."""
+
+
+Advantage = Annotated[Igpo | IgpoLoo | Grpo | Rloo | Arpo, Field(discriminator="name")]
 
 
 class Ppo(Section):
@@ -604,6 +612,34 @@ class Ppo(Section):
     aggregation: Literal["token_mean", "sequence_mean", "sequence_sum"] = "sequence_mean"
     """Mean over all trained tokens; mean over trajectories of the token mean (paper) or of the token sum (published code)."""
 
+    @property
+    def uses_old_entropies(self) -> bool:
+        """The pass before the step also takes the entropy of every token."""
+        return False
+
+
+class Aepo(Ppo):
+    """AEPO's entropy-balanced policy optimisation (arXiv 2510.14545, section 3.3): PPO whose upper clip keeps its gradient."""
+
+    name: Literal["aepo"] = "aepo"  # type: ignore[assignment]
+    balanced_tokens: Literal["all", "high_entropy"] = "all"
+    """Tokens whose gradient survives the upper clip: all (code), or the `high_entropy_share` least sure of a step (paper)."""
+
+    high_entropy_share: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """Share of a step's tokens that count as high-entropy ones."""
+
+    entropy_advantage: Literal["corrected", "published", "none"] = "corrected"
+    """Advantages times 1 + a z, z the z-score of a token's entropy. `corrected`: entropies before the step, over all its tokens;
+    `published`: current ones, over the tokens of a micro-batch, so that packing changes the gradient; `none`: what the published scripts
+    really run, as they leave the code without entropies."""
+
+    entropy_advantage_weight: NonNegativeFloat = 0.2
+    """a."""
+
+    @property
+    def uses_old_entropies(self) -> bool:
+        return self.entropy_advantage == "corrected" or self.balanced_tokens == "high_entropy"
+
 
 class Sft(Section):
     """Cross-entropy on the action tokens of demonstrations."""
@@ -612,7 +648,7 @@ class Sft(Section):
     name: Literal["sft"] = "sft"
 
 
-Loss = Annotated[Ppo | Sft, Field(discriminator="name")]
+Loss = Annotated[Ppo | Aepo | Sft, Field(discriminator="name")]
 
 
 class Optim(Section):

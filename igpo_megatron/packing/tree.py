@@ -56,6 +56,9 @@ class PackedRow:
     ref_logprobs: torch.Tensor
     """[N] fp32, by the reference policy; zeros where there is none."""
 
+    old_entropies: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    """[N] fp32, nats, by the actor before the step; zeros where the loss uses none."""
+
     origin: list[tuple[int, int, int, int]] = field(default_factory=list)
     """(group, node, start, stop): targets [start, stop) are that node's tokens, of a probe the scored ones."""
 
@@ -144,7 +147,7 @@ def pack_for_training(
 
 
 def scatter(rows: Sequence[PackedRow], logprobs: Sequence[torch.Tensor], groups: Sequence[RolloutGroup], field_name: str) -> None:
-    """Write per-target results ([N] for each row) to `field_name` (old_logprobs or ref_logprobs) of the nodes they came from."""
+    """Write per-target results ([N] for each row) to `field_name` (old_logprobs, ref_logprobs, old_entropies) of their nodes."""
     for row, values in zip(rows, logprobs, strict=True):
         flat = values.tolist()
         assert len(flat) == len(row.targets), f"{len(flat)} results for {len(row.targets)} targets"
@@ -222,6 +225,7 @@ class _RowBuilder:
         self.advantages: list[tuple[float, float]] = []
         self.old_logprobs: list[float] = []
         self.ref_logprobs: list[float] = []
+        self.old_entropies: list[float] = []
         self.origin: list[tuple[int, int, int, int]] = []
 
     def add_piece(
@@ -266,6 +270,7 @@ class _RowBuilder:
         self.advantages += [(positive, negative)] * length
         self.old_logprobs += node.old_logprobs or [0.0] * length
         self.ref_logprobs += node.ref_logprobs or [0.0] * length
+        self.old_entropies += node.old_entropies or [0.0] * length
         self.origin.append((group, number, first, first + length))
 
     def build(self, multiple: int) -> PackedRow:
@@ -281,6 +286,7 @@ class _RowBuilder:
             advantages=torch.tensor(self.advantages, dtype=torch.float32).reshape(-1, 2),
             old_logprobs=torch.tensor(self.old_logprobs, dtype=torch.float32),
             ref_logprobs=torch.tensor(self.ref_logprobs, dtype=torch.float32),
+            old_entropies=torch.tensor(self.old_entropies, dtype=torch.float32),
             origin=self.origin,
         )
 

@@ -39,7 +39,7 @@ def test_the_values_of_the_caller_stay_as_they_were():
         ("modle.path=x", "modle: unknown key; did you mean 'model'?"),
         ("rollout.engine.cont=2", "rollout.engine.cont: unknown key; did you mean 'rollout.engine.count'?"),
         ("run.device=cuba", "run.device='cuba': expected one of auto, cpu, cuda; did you mean 'cuda'?"),
-        ("advantage.name=grop", "advantage.name='grop': expected one of igpo, igpo_loo, grpo, rloo; did you mean 'grpo'?"),
+        ("advantage.name=grop", "advantage.name='grop': expected one of igpo, igpo_loo, grpo, rloo, arpo; did you mean 'grpo'?"),
         ("advantage.normalize=joint", "advantage.normalize: unknown key; did you mean 'advantage.normalise'?"),
         ("advantage=grpo", "advantage='grpo': expected a section; write advantage.name=grpo"),
         ("loss.clip_hihg=0.3", "loss.clip_hihg: unknown key; did you mean 'loss.clip_high'?"),
