@@ -122,7 +122,7 @@ def collect(config: Config, side: Side, tracker: Tracker, step: int) -> list[Rol
     if config.loss.name != "sft":
         assert side.chat is not None
         for group in groups:
-            score(group, config.reward, PROTOCOLS[config.rollout.protocol])
+            score(group, config.reward, PROTOCOLS[config.rollout.protocol], config.rollout.tool_name)
             if ADVANTAGES[config.advantage.name].needs_probes:
                 add_probes(group, side.chat.render_probe, config.reward, side.chat.render_hidden_probe)
     return groups

@@ -56,6 +56,7 @@ def check(config: Config, *, world_size: int | None, local_world_size: int | Non
         *_tools(config),
         *_algorithm(config),
         *_branching(config),
+        *_bonus(config),
         *_schedule(config),
     ]
 
@@ -363,6 +364,14 @@ def _branching(config: Config) -> Iterator[str]:
         yield (
             f"rollout.branching.entropy_tokens={branching.entropy_tokens} is more than a turn has "
             f"(rollout.max_tokens_per_turn={rollout.max_tokens_per_turn}); lower it"
+        )
+
+
+def _bonus(config: Config) -> Iterator[str]:
+    if config.reward.tool_bonus and _needs_engines(config) and "python" not in config.rollout.extra_tools:
+        yield (
+            f"reward.tool_bonus={config.reward.tool_bonus:g} is for trajectories that search and run python, rollout.extra_tools="
+            f"{list(config.rollout.extra_tools)} offers no python; add it, or set reward.tool_bonus=0"
         )
 
 

@@ -499,11 +499,15 @@ class Rollout(Section):
 class Reward(Section):
     """Outcome reward and information gain."""
 
-    outcome: Literal["f1", "em"] = "f1"
-    """Score of a well-formed answer, best over all aliases (algorithm: set F1 on words, as published)."""
+    outcome: Literal["f1", "em", "f1_multiset"] = "f1"
+    """Score of a well-formed answer, best over all aliases: F1 of sets of words (IGPO), exact match, or SQuAD's F1 (ARPO), in which
+    repeated words count and articles do not."""
 
     format_penalty: float = -2.0
-    """Reward of a malformed trajectory."""
+    """Reward of a malformed trajectory (IGPO -2, ARPO -1)."""
+
+    tool_bonus: NonNegativeFloat = 0.0
+    """Added to a reward above zero where both search and python were used and returned something (ARPO 0.1)."""
 
     gain: Literal["log_prob_diff", "prob_diff", "none"] = "log_prob_diff"
     """Value whose rise over a turn is the turn's gain: mean log-prob of the answer, its exponential, or no gains at all."""
