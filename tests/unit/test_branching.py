@@ -11,7 +11,10 @@ import pytest
 from test_rollouts import ANSWER, SEARCH, SETTINGS, WORDS, ScriptedSearch, completion
 
 from igpo_megatron.config.schema import AepoBranching, ArpoBranching, Reward, Rollout
+from igpo_megatron.observability.metrics import rollout_metrics
 from igpo_megatron.observability.rollout_dump import read_rollouts, write_rollouts
+from igpo_megatron.observability.tree_picture import tree_picture
+from igpo_megatron.report import write_report
 from igpo_megatron.rollout.agent import EngineError
 from igpo_megatron.rollout.branching import branch_probability, initial_rollouts, step_entropy
 from igpo_megatron.rollout.chat import ChatFormat
@@ -257,3 +260,28 @@ def test_decisions_are_written_and_read_back(tmp_path: Path) -> None:
     write_rollouts(tmp_path / "step_000001.parquet", 1, groups)
     ((_, read),) = read_rollouts(tmp_path / "step_000001.parquet")
     assert read[0].branch_points == groups[0].branch_points and read[0].is_branched
+
+
+def test_the_picture_of_a_group_by_hand(tmp_path: Path) -> None:
+    """Two samples, each forked once behind its first turn: rows 0 to 3, first turns in the middle of their two rows."""
+    (group,) = groups = grow(UnsureEngine(CALM, UNSURE), ArpoBranching(**THRESHOLD), samples=4)  # type: ignore[arg-type]
+    picture = tree_picture(group, group.trajectories)
+    assert picture is not None and (picture["turns"], picture["rows"], picture["root"]) == (2, 4, (0.0, 1.5))
+    firsts = [node for node in picture["nodes"] if node["x"] == 1]
+    assert [(node["y"], node["from"], node["samples"]) for node in firsts] == [(0.5, (0.0, 1.5), [1, 3]), (2.5, (0.0, 1.5), [2, 4])]
+    assert sorted(node["y"] for node in picture["nodes"] if node["x"] == 2) == [0, 1, 2, 3]
+    assert [(fork["x"], fork["y"], fork["samples"]) for fork in picture["forks"]] == [(1.5, 0.5, [3]), (1.5, 2.5, [4])]
+    assert {leaf["sample"]: leaf["y"] for leaf in picture["leaves"]} == {0: 0, 2: 1, 1: 2, 3: 3}
+    write_rollouts(tmp_path / "rollouts" / "step_000001.parquet", 1, groups)
+    assert '"forks": [{' in write_report(tmp_path).read_text(encoding="utf-8")
+    group.branch_points = []
+    assert tree_picture(group, group.trajectories) is None
+
+
+def test_metrics_of_branching_by_hand() -> None:
+    """Four trajectories of a search and an answer; two of the four searches are shared."""
+    groups = grow(UnsureEngine(CALM, UNSURE), ArpoBranching(**THRESHOLD), samples=4)  # type: ignore[arg-type]
+    metrics = rollout_metrics(groups)
+    search, answer = (len(completion(text).token_ids) for text in (SEARCH, ANSWER))
+    assert metrics["branched"] == 1.0 and metrics["shared_tokens"] == pytest.approx(2 * search / (4 * search + 4 * answer))
+    assert "branched" not in rollout_metrics(grow(UnsureEngine(CALM), ArpoBranching(**THRESHOLD), samples=2, max_turns=1))  # type: ignore[arg-type]
