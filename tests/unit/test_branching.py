@@ -141,6 +141,32 @@ def test_first_tokens_and_the_rest_make_one_turn_and_only_the_first_are_asked_fo
     assert {call[3] for call in full.calls} == {-1, 0} and group.branch_points[0].kind == "full"
 
 
+def test_a_stop_string_across_the_seam_ends_the_turn_wherever_the_seam_is() -> None:
+    """vLLM looks for stop strings in the text of one request; the second one would run past a tag that the first began."""
+    call, more = "<think>x</think>\n<search>capital of Italy</search>", " and <think>on it goes"
+    answer = "<think>I know.</think>\n<answer>\\boxed{Rome}</answer>"
+
+    class Tagged(UnsureEngine):
+        async def generate(self, token_ids: list[int], **options: object) -> Completion:  # type: ignore[override]
+            text = WORDS.decode(token_ids)
+            line = completion(answer if "</result>" in text else call + more).token_ids
+            done = next(n for n in range(len(line), -1, -1) if n == 0 or token_ids[-n:] == line[:n])
+            ids = line[done : done + options["max_tokens"]]  # type: ignore[operator]
+            for stop in range(1, len(ids) + 1):  # as vLLM does: in the text of this request alone
+                if "</search>" in WORDS.decode(ids[:stop]):
+                    return Completion(ids[:stop], [-0.5] * stop, "stop", 7, [CALM] * stop)
+            finish = "stop" if ids[-1:] == line[-1:] else "length"
+            return Completion(ids, [-0.5] * len(ids), finish, 7, [CALM] * len(ids))  # type: ignore[arg-type]
+
+    whole = len(WORDS.encode(call, add_special_tokens=False))
+    for tokens in range(1, whole + 2):
+        branching = ArpoBranching(initial_rollouts=1, entropy_tokens=tokens)
+        (group,) = grow(Tagged(), branching, samples=1, protocol="arpo")
+        first, last = group.actions(group.trajectories[0])
+        assert first.text == call and len(first.token_ids) == len(first.behavior_logprobs), f"seam behind {tokens} tokens"
+        assert first.call is not None and first.call.queries == ("capital of Italy",) and last.text == answer
+
+
 def test_a_group_never_grows_past_its_size_and_a_wide_beam_forks_more_at_once() -> None:
     engine = UnsureEngine(CALM, UNSURE, UNSURE, searches=2)
     (group,) = grow(engine, ArpoBranching(**THRESHOLD, beam=4), samples=6)  # type: ignore[arg-type]
