@@ -1,5 +1,7 @@
 """YAML and overrides become a Config, or one error that names every mistake and the nearest valid name."""
 
+from pathlib import Path
+
 import pytest
 
 from igpo_megatron.config.load import ConfigError, build, differing_keys, explain, load, to_json
@@ -143,3 +145,16 @@ def test_every_field_of_every_section_is_documented():
     assert len(sections) > 15
     assert [row for section in sections for row in undocumented(section)] == []
     assert [section.__name__ for section in sections if not section.__doc__] == []
+
+
+ARPO = Path(__file__).resolve().parents[2] / "examples/quickstart/arpo.yaml"
+
+
+def test_a_way_to_branch_is_chosen_by_name_as_algorithms_are():
+    branching = load(ARPO, ["rollout.branching.beam=3"]).rollout.branching
+    assert (branching.name, branching.beam, branching.initial_rollouts) == ("arpo", 3, 4)
+    assert load(ARPO, ["rollout.branching.name=none"]).rollout.branching.model_dump() == {"name": "none"}
+    # Another one does not inherit what the file says of the first.
+    assert load(ARPO, ["rollout.branching.name=aepo"]).rollout.branching.initial_rollouts == 8
+    with pytest.raises(ConfigError, match=r"a key like it belongs to rollout\.branching\.name=aepo, not arpo"):
+        load(ARPO, ["rollout.branching.penalty=0.1"])
