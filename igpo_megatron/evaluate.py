@@ -73,7 +73,7 @@ def evaluate(
         groups = rollouter.run_sync(prompts, samples=samples, step=seed_step, temperature=temperature, on_progress=advance)
         done += samples
         for group in groups:
-            score(group, config.reward, PROTOCOLS[config.rollout.protocol])
+            score(group, config.reward, PROTOCOLS[config.rollout.protocol], config.rollout.tool_name)
         write_rollouts(folder / f"step_{step:06d}_{name}.parquet", step, groups)
         report[name] = summarise(groups, config)
     path = folder / f"step_{step:06d}.json"

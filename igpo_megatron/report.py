@@ -24,6 +24,7 @@ from tokenizers import Tokenizer
 from igpo_megatron.evaluate import headline
 from igpo_megatron.observability.rollout_dump import count_groups, read_rollouts
 from igpo_megatron.observability.tracker import PHASES, Phase, public_config, read_metrics, sum_phases
+from igpo_megatron.observability.tree_picture import tree_picture
 from igpo_megatron.types import Node, RolloutGroup, Trajectory
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -87,6 +88,11 @@ CHARTS = (
         {"logprob_gap_mean": "mean", "logprob_gap_max": "largest", "canary_gap": "canary after sync"},
         "nats, log scale",
         log=True,
+    ),
+    Chart(
+        "Branching",
+        {"branched": "decisions that branched", "branch_entropy": "entropy behind results", "shared_tokens": "sampled tokens shared"},
+        "shares; entropy in units of rollout.branching",
     ),
     Chart("Gradient norm", {"grad_norm": "gradient norm"}, "before clipping"),
     Chart("Loss", {"loss": "loss", "nll": "negative log-likelihood"}),
@@ -433,6 +439,7 @@ def _group(group: RolloutGroup, tokenizer: Tokenizer | None, limits: Limits) -> 
         "nodes": nodes,
         "samples": [_sample(group, trajectory, values) for trajectory in trajectories],
         "total": len(group.trajectories),
+        "tree": tree_picture(group, trajectories),
     }
 
 

@@ -16,7 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -27,9 +27,10 @@ from igpo_megatron.algorithms import ADVANTAGES
 from igpo_megatron.algorithms.info_gain import add_probes, rendered_probes, turn_gains
 from igpo_megatron.algorithms.outcome_advantages import GREEDY_REWARD
 from igpo_megatron.algorithms.rewards import score
+from igpo_megatron.algorithms.tree_advantages import entropy_stats
 from igpo_megatron.config.check import require
 from igpo_megatron.config.load import ConfigError, load
-from igpo_megatron.config.schema import Config, Loss, PolicyLoss
+from igpo_megatron.config.schema import Aepo, Config, Loss, PolicyLoss
 from igpo_megatron.data.prompts import PromptStream
 from igpo_megatron.observability.metrics import logprob_gap, rollout_metrics
 from igpo_megatron.observability.rollout_dump import read_rollouts, write_rollouts
@@ -130,7 +131,7 @@ def roll_out(config: Config, side: Side, tracker: Tracker, step: int) -> list[Ro
     spare: list[RolloutGroup] = []
     for _ in range(1 + config.rollout.resample):
         prompts = side.stream.next(wanted)
-        groups = sample(prompts, samples=config.rollout.samples_per_prompt, temperature=None, probe=True)
+        groups = sample(prompts, samples=config.rollout.samples_per_prompt, temperature=None, probe=True, branch=True)
         _score_all(groups, config)
         replaceable = [config.rollout.resample > 0 and has_equal_rewards(group) for group in groups]
         kept += [group for group, equal in zip(groups, replaceable, strict=True) if not equal]
@@ -169,7 +170,12 @@ def score_tokens(policy: Policy, groups: Sequence[RolloutGroup]) -> None:
                 if node.kind == "action":
                     node.old_logprobs = list(node.behavior_logprobs)
     elif rows := pack(scorer=config.reward.scorer):  # there are none where every trajectory failed and that was allowed
-        scatter(rows, policy.log_probs(rows), groups, "old_logprobs")
+        if isinstance(config.loss, PolicyLoss) and config.loss.uses_old_entropies:
+            pairs = policy.log_probs(rows, with_entropy=True)
+            scatter(rows, [pair[:, 0] for pair in pairs], groups, "old_logprobs")
+            scatter(rows, [pair[:, 1] for pair in pairs], groups, "old_entropies")
+        else:
+            scatter(rows, policy.log_probs(rows), groups, "old_logprobs")
     if policy.has_reference and (rows := pack(scorer=None)):
         with policy.as_reference():
             scatter(rows, policy.log_probs(rows), groups, "ref_logprobs")
@@ -191,7 +197,7 @@ def assign_advantages(groups: Sequence[RolloutGroup], config: Config, progress: 
         advantage.over_batch(groups)
 
 
-def update(policy: Policy, groups: Sequence[RolloutGroup]) -> dict[str, float]:
+def update(policy: Policy, groups: list[RolloutGroup]) -> dict[str, float]:
     """`optim.minibatches` optimizer steps over the groups; returns their mean metrics. A part without trainable tokens is skipped."""
     from igpo_megatron.actor.policy import learning_rate
     from igpo_megatron.algorithms.losses import LOSSES, aggregation_of, token_weight
@@ -214,6 +220,8 @@ def update(policy: Policy, groups: Sequence[RolloutGroup]) -> dict[str, float]:
             multiple=policy.row_multiple,
             token_weight=partial(token_weight, aggregation_of(config.loss)),
         )
+        if isinstance(config.loss, Aepo) and config.loss.uses_old_entropies:
+            counts = replace(counts, entropy=entropy_stats(part, config.loss.high_entropy_share))
         loss = partial(LOSSES[config.loss.name], counts=counts, config=config.loss)
         results.append(policy.train_step(rows, partial(_row_loss, loss, config.loss, policy.has_reference)))
     metrics = {"skipped": float(empty + sum(result.skipped for result in results)), "lr": rate}
@@ -231,11 +239,10 @@ def update(policy: Policy, groups: Sequence[RolloutGroup]) -> dict[str, float]:
 
 def refuse_shared_turns(groups: Sequence[RolloutGroup], loss: Loss) -> None:
     """Raise ValueError where a loss on whole sequences meets trajectories that share sampled tokens."""
-    from igpo_megatron.algorithms.losses import SEQUENCE_LEVEL
-    from igpo_megatron.packing.tree import shares_actions
-
-    by_mismatch = isinstance(loss, PolicyLoss) and loss.mismatch == "mask_sequence"
-    if (loss.name in SEQUENCE_LEVEL or by_mismatch) and any(map(shares_actions, groups)):
+    if not isinstance(loss, PolicyLoss):
+        return
+    by_mismatch = loss.mismatch == "mask_sequence"
+    if (loss.sequence_level or by_mismatch) and any(group.is_branched for group in groups):
         setting = "loss.mismatch=mask_sequence" if by_mismatch else f"loss.name={loss.name}"
         raise ValueError(
             f"{setting} judges whole trajectories, but trajectories of this step share sampled turns; "
@@ -244,7 +251,7 @@ def refuse_shared_turns(groups: Sequence[RolloutGroup], loss: Loss) -> None:
 
 
 def _row_loss(loss: Callable[..., Any], config: Loss, with_reference: bool, row: PackedRow, logprobs: Any, entropy: Any) -> Any:
-    from igpo_megatron.algorithms.losses import SEQUENCE_LEVEL, mismatch_factor
+    from igpo_megatron.algorithms.losses import mismatch_factor
 
     advantages = row.advantages
     if isinstance(config, PolicyLoss) and config.mismatch != "none":
@@ -256,7 +263,8 @@ def _row_loss(loss: Callable[..., Any], config: Loss, with_reference: bool, row:
         ref_logprobs=row.ref_logprobs if with_reference else None,
         advantages=advantages,
         weight=row.weight,
-        **({"sequence": row.sequence} if config.name in SEQUENCE_LEVEL else {}),
+        **({"sequence": row.sequence} if isinstance(config, PolicyLoss) and config.sequence_level else {}),
+        **({"old_entropies": row.old_entropies} if isinstance(config, Aepo) and config.uses_old_entropies else {}),
     )
 
 

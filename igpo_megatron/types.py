@@ -94,6 +94,9 @@ class Completion:
     weight_version: int
     """Version of the weights that sampled these tokens."""
 
+    entropies: list[float] = field(default_factory=list)
+    """[L], nats, of the distributions they were sampled from; empty unless asked for."""
+
 
 @dataclass(frozen=True, slots=True)
 class ProbeScore:
@@ -141,6 +144,9 @@ class Node:
     scored: tuple[int, int] | None = None
     """Probes only: [start, stop) of the ground-truth tokens inside `token_ids`."""
 
+    old_entropies: list[float] = field(default_factory=list)
+    """[L] for actions, nats, by the policy before the step; empty where no loss term uses them."""
+
 
 @dataclass(slots=True)
 class Trajectory:
@@ -173,6 +179,38 @@ class Trajectory:
     `reward.evidence` asks for it; None where the gain is None."""
 
 
+@dataclass(frozen=True, slots=True)
+class BranchPoint:
+    """One decision during the rollout whether to fork a path; kept whatever it was."""
+
+    node: int
+    """The node behind which new paths were, or might have been, started: a tool result."""
+
+    trajectory: int
+    """Number of the path that was measured."""
+
+    turn: int
+    """The turn whose first tokens were measured."""
+
+    entropy: float
+    """Of those tokens, on the scale of `rollout.branching` (about 0 to 1)."""
+
+    initial: float
+    """What it was compared with: the same at the beginning of the question."""
+
+    kind: str
+    """How entropies were computed: `full` vocabulary or `top_k`."""
+
+    probability: float
+    """Chance of each new path that was tried, or (by threshold) the number that was compared."""
+
+    consecutive: int
+    """Decisions just before this one, on the same path, that all branched."""
+
+    children: tuple[int, ...]
+    """Numbers of the trajectories that start here; empty where it did not branch."""
+
+
 @dataclass(slots=True)
 class RolloutGroup:
     """All trajectories of one question, as a tree that shares what they share."""
@@ -183,6 +221,9 @@ class RolloutGroup:
     metrics: dict[str, float] = field(default_factory=dict)
     probe_scores: dict[tuple[int, str], ProbeScore] = field(default_factory=dict)
     """(node a probe continues, answer) -> its log-probs, where an engine has scored probes during the rollout."""
+
+    branch_points: list[BranchPoint] = field(default_factory=list)
+    """Decisions of a branching rollout, in the order in which they were made."""
 
     def add(self, node: Node) -> int:
         """Append a node and return its index."""
@@ -202,6 +243,25 @@ class RolloutGroup:
             cursor = self.nodes[cursor].parent
         return [token for segment in reversed(segments) for token in segment]
 
+    @property
+    def is_branched(self) -> bool:
+        """True where trainable trajectories share a sampled turn."""
+        paths = [end.path for end in self.trajectories if end.status.is_trainable]
+        sampled = [index for path in paths for index in path if self.nodes[index].kind == "action"]
+        return len(set(sampled)) < len(sampled)
+
+
+@dataclass(frozen=True, slots=True)
+class EntropyStats:
+    """Of the old entropies of all trained tokens of a step; a shared token counts once for every trajectory through it."""
+
+    mean: float
+    std: float
+    """With n - 1; 1 where there is no spread."""
+
+    threshold: float
+    """High-entropy tokens are those above it."""
+
 
 @dataclass(frozen=True, slots=True)
 class StepCounts:
@@ -210,6 +270,9 @@ class StepCounts:
     trained_tokens: int
     trajectories: int
     groups: int
+
+    entropy: EntropyStats | None = None
+    """None where the loss uses no entropies from before the step."""
 
 
 class RunStopped(RuntimeError):

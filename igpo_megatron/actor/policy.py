@@ -86,11 +86,14 @@ class Policy:
         """Rows are padded to a multiple of this many tokens."""
         return self.config.parallel.tensor if self.config.parallel.sequence else 1
 
-    def log_probs(self, rows: Sequence[PackedRow], temperature: float | None = None) -> list[torch.Tensor]:
-        """[N] log-probs per row, on every rank, in the order of `rows`; temperature None means `rollout.temperature`."""
+    def log_probs(self, rows: Sequence[PackedRow], temperature: float | None = None, *, with_entropy: bool = False) -> list[torch.Tensor]:
+        """[N] log-probs per row, on every rank, in the order of `rows`; temperature None means `rollout.temperature`.
+
+        `with_entropy`: [N, 2], log-probs and entropies.
+        """
         mine, share = self._share(rows)
         temperature = temperature or self.config.rollout.temperature or 1.0
-        results = schedule.forward_only(self.model, mine, temperature=temperature, device=self.ranks.device)
+        results = schedule.forward_only(self.model, mine, temperature=temperature, device=self.ranks.device, with_entropy=with_entropy)
         keeps = self.ranks.is_last_stage and self.ranks.tensor_rank == 0
         found = {index: result for index, result in zip(share, results, strict=True) if index >= 0} if keeps else {}
         merged = {index: result for part in parallel.gather(found) for index, result in part.items()}

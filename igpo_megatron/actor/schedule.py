@@ -20,15 +20,17 @@ RowLoss = Callable[[PackedRow, torch.Tensor, torch.Tensor], tuple[torch.Tensor, 
 """(row, logprobs [N], entropy [N]) -> (loss scalar, metric sums)."""
 
 
-def forward_only(model: torch.nn.Module, rows: Sequence[PackedRow], *, temperature: float, device: torch.device) -> list[torch.Tensor]:
-    """[N] log-probs of every target of every row, on the last stage; an empty list on the others."""
+def forward_only(
+    model: torch.nn.Module, rows: Sequence[PackedRow], *, temperature: float, device: torch.device, with_entropy: bool = False
+) -> list[torch.Tensor]:
+    """[N] log-probs (or [N, 2] with entropies) of every target of every row, on the last stage; an empty list on the others."""
 
     def keep(output: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
-        return output[:, 0].detach().cpu()
+        return (output if with_entropy else output[:, 0]).detach().cpu()
 
     model.eval()
     with torch.no_grad():
-        results = _run(model, rows, lambda row: keep, temperature, device, forward_only=True, collect_non_loss_data=True)
+        results = _run(model, rows, lambda row: keep, temperature, device, with_entropy, forward_only=True, collect_non_loss_data=True)
     return list(results)
 
 
@@ -44,7 +46,7 @@ def forward_backward(
         return value, torch.zeros((), dtype=torch.int, device=output.device), {**sums, "loss": value.detach().cpu()}
 
     model.train()
-    return list(_run(model, rows, lambda row: partial(loss_of, row), temperature, device, forward_only=False))
+    return list(_run(model, rows, lambda row: partial(loss_of, row), temperature, device, True, forward_only=False))
 
 
 def _run(
@@ -53,11 +55,12 @@ def _run(
     loss_for: Callable[[PackedRow], Callable[..., Any]],
     temperature: float,
     device: torch.device,
+    need_entropy: bool,
     **options: Any,
 ) -> list[Any]:
     def step(iterator: Iterator[PackedRow], stage: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
         row = to_device(next(iterator), device)
-        head = HeadInputs(row.predictor, row.targets, temperature, need_entropy=not options["forward_only"])
+        head = HeadInputs(row.predictor, row.targets, temperature, need_entropy=need_entropy)
         output = stage(
             input_ids=row.token_ids[None], position_ids=row.position_ids[None], attention_mask=row.subtree_end.cpu(), labels=head
         )

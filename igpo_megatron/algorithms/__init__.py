@@ -19,6 +19,7 @@ from igpo_megatron.algorithms.outcome_advantages import (
     rloo_advantages,
     whiten,
 )
+from igpo_megatron.algorithms.tree_advantages import arpo
 from igpo_megatron.algorithms.turn_advantages import igpo, igpo_loo, igpo_loo_turn_advantages, igpo_turn_advantages
 from igpo_megatron.types import RolloutGroup
 
@@ -49,6 +50,7 @@ ADVANTAGES: dict[str, AdvantageEntry] = {
     "reinforce_pp": AdvantageEntry(reinforce_pp, needs_probes=False, over_batch=whiten),
     "reinforce_pp_baseline": AdvantageEntry(reinforce_pp_baseline, needs_probes=False, over_batch=whiten),
     "remax": AdvantageEntry(remax, needs_probes=False, needs_greedy=True),
+    "arpo": AdvantageEntry(arpo, needs_probes=False),
 }
 
 __all__ = [

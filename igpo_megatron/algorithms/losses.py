@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from igpo_megatron.config.schema import Cispo, Gspo, PolicyLoss, Ppo, Sft
+from igpo_megatron.config.schema import Aepo, Cispo, Gspo, PolicyLoss, Ppo, Sft
 from igpo_megatron.config.schema import Loss as LossConfig
 from igpo_megatron.types import StepCounts
 
@@ -81,6 +81,61 @@ def ppo(
     surrogate, clipped = _clipped_surrogate(_bounded_exp(log_ratio), advantages, config.clip_low, config.clip_high, config.dual_clip)
     per_token = {**clipped, "approx_kl": k3(log_ratio.detach())}
     return _with_regularisers(surrogate, per_token, logprobs, entropy, ref_logprobs, weight, counts, config)
+
+
+def aepo(
+    *,
+    logprobs: Tensor,
+    entropy: Tensor | None,
+    old_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    advantages: Tensor,
+    weight: Tensor,
+    counts: StepCounts,
+    config: Aepo,
+    old_entropies: Tensor | None = None,
+) -> LossResult:
+    """AEPO (arXiv 2510.14545): `ppo` with a clip that keeps its gradient and advantages that look at entropy. Takes what `ppo` takes.
+
+    The loss has PPO's value, and where PPO's gradient of -A r is r grad logprob, here it is
+
+        A > 0, r > 1 + clip_high:   (1 + clip_high) grad logprob        (PPO: 0)
+        elsewhere                   as in PPO
+
+    The code writes the clipped ratio as (1 + clip_high) / sg(r) * r, which is inf x 0 where r underflows; here it is
+    (1 + clip_high) exp(logprob - sg(logprob)). A becomes A (1 + a z), z = (H - mean H) / std H, H [N] the token's entropy; where the
+    factor is negative, positive and negative parts change places.
+    """
+    positive, negative = advantages.unbind(-1)
+    if config.entropy_advantage != "none":
+        factor = 1.0 + config.entropy_advantage_weight * _entropy_scores(config, entropy, old_entropies, weight, counts)
+        up, down = factor.clamp(min=0.0), (-factor).clamp(min=0.0)
+        positive, negative = positive * up + negative * down, negative * up + positive * down
+    if config.balanced_tokens == "all":
+        balanced = torch.ones_like(weight, dtype=torch.bool)
+    else:
+        assert old_entropies is not None and counts.entropy is not None, "loss.balanced_tokens=high_entropy needs old entropies"
+        balanced = old_entropies > counts.entropy.threshold
+    scaled = torch.stack((positive, negative), -1)
+    assert old_logprobs is not None, "aepo needs the log-probs from before the step"
+    log_ratio = logprobs - old_logprobs
+    ratio, upper = _bounded_exp(log_ratio), 1.0 + config.clip_high
+    capped = torch.where(balanced & (ratio > upper), upper * (logprobs - logprobs.detach()).exp(), ratio.clamp(max=upper))
+    surrogate, clipped = _clipped_surrogate(ratio, scaled, config.clip_low, config.clip_high, config.dual_clip, capped)
+    per_token = {**clipped, "approx_kl": k3(log_ratio.detach())}
+    return _with_regularisers(surrogate, per_token, logprobs, entropy, ref_logprobs, weight, counts, config)
+
+
+def _entropy_scores(config: Aepo, entropy: Tensor | None, old_entropies: Tensor | None, weight: Tensor, counts: StepCounts) -> Tensor:
+    """[N] z-score of every token's entropy, without gradient."""
+    if config.entropy_advantage == "corrected":
+        assert old_entropies is not None and counts.entropy is not None, "loss.entropy_advantage=corrected needs old entropies"
+        return (old_entropies - counts.entropy.mean) / counts.entropy.std
+    assert entropy is not None, "loss.entropy_advantage needs the entropy of every token"
+    current = entropy.detach()
+    trained = current[weight > 0]
+    std = trained.std() if len(trained) > 1 else current.new_ones(())
+    return (current - trained.mean()) / torch.where(std > 0, std, 1.0) if len(trained) else torch.zeros_like(current)
 
 
 def gspo(
@@ -157,10 +212,7 @@ def sft(
     return loss, _sums_over_trained(per_token, weight)
 
 
-LOSSES: dict[str, Loss] = {"ppo": ppo, "gspo": gspo, "cispo": cispo, "sft": sft}
-
-SEQUENCE_LEVEL = frozenset({"gspo"})
-"""Losses that also take `sequence` and cannot have tokens that trajectories share."""
+LOSSES: dict[str, Loss] = {"ppo": ppo, "aepo": aepo, "gspo": gspo, "cispo": cispo, "sft": sft}
 
 
 def mismatch_factor(old_logprobs: Tensor, behavior_logprobs: Tensor, sequence: Tensor, config: PolicyLoss) -> Tensor:
@@ -205,12 +257,12 @@ def _bounded_exp(log_ratio: Tensor) -> Tensor:
 
 
 def _clipped_surrogate(
-    ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float, dual_clip: float | None
+    ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float, dual_clip: float | None, capped: Tensor | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Sum over tokens of the loss derived in `ppo`, and per token what was clipped."""
+    """Sum over tokens of the loss derived in `ppo`, and per token what was clipped. `capped` [N] replaces min(r, h)."""
     positive, negative = advantages.unbind(-1)
     lower, upper = 1.0 - clip_low, 1.0 + clip_high
-    total = (negative * ratio.clamp(min=lower, max=dual_clip) - positive * ratio.clamp(max=upper)).sum()
+    total = (negative * ratio.clamp(min=lower, max=dual_clip) - positive * (ratio.clamp(max=upper) if capped is None else capped)).sum()
     fixed_ratio = ratio.detach()
     dual_clipped = (negative > 0) & (fixed_ratio > dual_clip) if dual_clip else torch.zeros_like(negative, dtype=torch.bool)
     clipped = ((positive > 0) & (fixed_ratio > upper)) | ((negative > 0) & (fixed_ratio < lower)) | dual_clipped

@@ -2,14 +2,19 @@
 
 The rules are those of the published IGPO code: set F1 on words, exact match after normalisation, tags that open as often as they close.
 One difference in training: the format check reads the model's own text only, so a tool result that contains a tag is harmless.
+
+ARPO's (arXiv 2507.19849) are `reward.outcome=f1_multiset` and `reward.tool_bonus`, with `rollout.protocol=arpo` for the boxed answer and
+`reward.format_penalty=-1`. Its code looks for tags in the whole text, tool results included; here the bonus is for tools that ran.
 """
 
 from __future__ import annotations
 
 import json
 import string
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from igpo_megatron.config.schema import Reward
@@ -24,6 +29,7 @@ ALIAS_SEPARATOR = "<|answer_split|>"
 PUBLISHED_FORMAT_PENALTY = -2.0
 """Reward of malformed text in the published rule (`reward.format_penalty` sets it for training)."""
 
+_WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _PUNCTUATION_TO_SPACE = str.maketrans(string.punctuation, " " * len(string.punctuation))
 
 
@@ -49,7 +55,29 @@ def f1(prediction: str, answers: Sequence[str]) -> float:
     return best
 
 
-REWARDS: dict[str, Callable[[str, Sequence[str]], float]] = {"f1": f1, "em": exact_match}
+def normalise_squad(text: str) -> str:
+    """Lower case, ASCII punctuation deleted, a/an/the left out, whitespace collapsed: `"The U.S.A."` -> `"usa"` (SQuAD, ARPO)."""
+    return " ".join(word for word in text.lower().translate(_WITHOUT_PUNCTUATION).split() if word not in ("a", "an", "the"))
+
+
+def f1_multiset(prediction: str, answers: Sequence[str]) -> float:
+    """Best F1 over aliases between the *multisets* of words after `normalise_squad` (ARPO, deep_research.py).
+
+    Where either side is yes, no or noanswer, only the same word scores.
+    """
+    predicted = normalise_squad(prediction)
+    best = 0.0
+    for answer in answers:
+        expected = normalise_squad(answer)
+        if predicted != expected and {predicted, expected} & {"yes", "no", "noanswer"}:
+            continue
+        left, right = Counter(predicted.split()), Counter(expected.split())
+        if shared := (left & right).total():
+            best = max(best, 2 * shared / (left.total() + right.total()))
+    return best
+
+
+REWARDS: dict[str, Callable[[str, Sequence[str]], float]] = {"f1": f1, "em": exact_match, "f1_multiset": f1_multiset}
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,11 +153,17 @@ def own_turns(group: RolloutGroup, trajectory: Trajectory) -> list[str]:
     return turns
 
 
-def score(group: RolloutGroup, config: Reward, protocol: ToolProtocol = PROTOCOLS["igpo"]) -> None:
+def tools_that_returned(group: RolloutGroup, trajectory: Trajectory) -> set[str]:
+    """Names of the tools whose results stand in a trajectory: what happened, whatever any text says."""
+    nodes = [group.nodes[index] for index in trajectory.path]
+    return {before.call.name for before, after in pairwise(nodes) if before.call is not None and after.kind == "observation"}
+
+
+def score(group: RolloutGroup, config: Reward, protocol: ToolProtocol = PROTOCOLS["igpo"], search_tool: str = "search") -> None:
     """Fill `reward` and `reward_parts` (f1, em, format_ok) of every trainable trajectory; the others keep 0 and no parts.
 
     Well-formed means: status FINISHED, and an answer by the protocol's own check of the model's own text. Anything else earns
-    `config.format_penalty`. `config.overlong` is added to either.
+    `config.format_penalty`. `config.overlong` is added to either. `search_tool`: the search tool's name, for `config.tool_bonus`.
     """
     answers = group.prompt.answers
     for trajectory in group.trajectories:
@@ -141,6 +175,8 @@ def score(group: RolloutGroup, config: Reward, protocol: ToolProtocol = PROTOCOL
             trajectory.reward_parts = {"f1": 0.0, "em": 0.0, "format_ok": 0.0}
         else:
             trajectory.reward = REWARDS[config.outcome](answer, answers)
+            if trajectory.reward > 0 and {search_tool, "python"} <= tools_that_returned(group, trajectory):
+                trajectory.reward += config.tool_bonus
             trajectory.reward_parts = {"f1": f1(answer, answers), "em": exact_match(answer, answers), "format_ok": 1.0}
         if config.overlong is not None:
             trajectory.reward += overlong_penalty(sum(len(node.token_ids) for node in group.actions(trajectory)), *config.overlong)

@@ -15,7 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from igpo_megatron.config.load import ConfigError
-from igpo_megatron.config.schema import Config, Igpo, IgpoLoo, PolicyLoss, ReinforcePp, ReMax, Search, Sft
+from igpo_megatron.config.schema import (
+    AepoBranching,
+    Config,
+    Igpo,
+    IgpoLoo,
+    NoBranching,
+    PolicyLoss,
+    ReinforcePp,
+    ReMax,
+    Search,
+    Sft,
+)
 
 
 def require(config: Config, world_size: int | None, local_world_size: int | None = None) -> None:
@@ -55,6 +66,8 @@ def check(config: Config, *, world_size: int | None, local_world_size: int | Non
         *_search(config),
         *_tools(config),
         *_algorithm(config),
+        *_branching(config),
+        *_bonus(config),
         *_schedule(config),
     ]
 
@@ -335,6 +348,11 @@ def _algorithm(config: Config) -> Iterator[str]:
             f"loss.old_logprobs=engine runs no pass that reward.scorer={reward.scorer} could score probes in; "
             "use reward.scorer=engine, or loss.old_logprobs=recompute"
         )
+    if isinstance(config.loss, PolicyLoss) and config.loss.uses_old_entropies and config.loss.old_logprobs == "engine":
+        yield (
+            f"loss.name={config.loss.name} uses entropies that loss.old_logprobs=engine runs no pass for; use old_logprobs=recompute, "
+            "or entropy_advantage=none with balanced_tokens=all"
+        )
     if reward.gain != "none" and reward.probe_template.count("{answer}") != 1:
         found = reward.probe_template.count("{answer}")
         yield f"reward.probe_template={reward.probe_template!r}: expected {{answer}} exactly once, found it {found} times"
@@ -350,6 +368,36 @@ def _mismatch(loss: PolicyLoss) -> Iterator[str]:
         yield (
             f"loss.mismatch={loss.mismatch} compares the engine with a pass before the step, which loss.old_logprobs=engine leaves out; "
             "use loss.old_logprobs=recompute, or loss.mismatch=none"
+        )
+
+
+def _branching(config: Config) -> Iterator[str]:
+    rollout, branching = config.rollout, config.rollout.branching
+    if isinstance(branching, NoBranching) or not _needs_engines(config):
+        return
+    if isinstance(config.loss, PolicyLoss) and config.loss.sequence_level:
+        yield (
+            f"loss.name={config.loss.name} weighs whole sequences, which cannot be taken apart over the turns that branches share; "
+            "use loss.name=ppo, or rollout.branching.name=none"
+        )
+    premonitored = isinstance(branching, AepoBranching) and branching.premonitor
+    if not premonitored and branching.initial_rollouts >= rollout.samples_per_prompt:
+        yield (
+            f"rollout.branching.initial_rollouts={branching.initial_rollouts} leaves nothing of rollout.samples_per_prompt="
+            f"{rollout.samples_per_prompt} to branch with; lower it (published: half), or set rollout.branching.name=none"
+        )
+    if branching.entropy_tokens > rollout.max_tokens_per_turn:
+        yield (
+            f"rollout.branching.entropy_tokens={branching.entropy_tokens} is more than a turn has "
+            f"(rollout.max_tokens_per_turn={rollout.max_tokens_per_turn}); lower it"
+        )
+
+
+def _bonus(config: Config) -> Iterator[str]:
+    if config.reward.tool_bonus and _needs_engines(config) and "python" not in config.rollout.extra_tools:
+        yield (
+            f"reward.tool_bonus={config.reward.tool_bonus:g} is for trajectories that search and run python, rollout.extra_tools="
+            f"{list(config.rollout.extra_tools)} offers no python; add it, or set reward.tool_bonus=0"
         )
 
 

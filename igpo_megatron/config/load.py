@@ -21,7 +21,7 @@ from pydantic_core import ErrorDetails
 
 from igpo_megatron.config.schema import Config
 
-ALGORITHMS = {"advantage": "igpo", "loss": "ppo"}
+ALGORITHMS = {"advantage": "igpo", "loss": "ppo", "rollout.branching": "none"}
 """Sections whose keys depend on their `name`, and the name taken where none is given."""
 
 
@@ -71,8 +71,12 @@ def build(values: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
     values = {key: {} if value is None else copy.deepcopy(value) for key, value in values.items()}
     problems = [problem for override in overrides if (problem := _apply(values, override))]
     for section, default in ALGORITHMS.items():
-        if isinstance(values.get(section), dict):
-            values[section] = {"name": default, **values[section]}
+        *parents, last = section.split(".")
+        holder: Any = values
+        for part in parents:
+            holder = holder.get(part) if isinstance(holder, dict) else None
+        if isinstance(holder, dict) and isinstance(holder.get(last), dict):
+            holder[last] = {"name": default, **holder[last]}
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
@@ -130,13 +134,14 @@ def _apply(values: dict[str, Any], override: str) -> str | None:
         value = yaml.load(text, _Loader)
     except yaml.YAMLError:
         value = text
-    for section in sections:
-        inner = values.setdefault(section, {})
+    for part in sections:
+        inner = values.setdefault(part, {})
         if not isinstance(inner, dict):
-            return f"override {override!r}: {section} is a value, not a section"
+            return f"override {override!r}: {part} is a value, not a section"
         values = inner
     # Choosing another algorithm must not inherit the settings of the one named in the file.
-    if name == "name" and len(sections) == 1 and sections[0] in ALGORITHMS and values.get("name", ALGORITHMS[sections[0]]) != value:
+    section = ".".join(sections)
+    if name == "name" and section in ALGORITHMS and values.get("name", ALGORITHMS[section]) != value:
         values.clear()
     values[name] = value
     return None
@@ -175,14 +180,18 @@ def _describe_unknown(shown: list[str], model: type[BaseModel] | None) -> str:
     near = _nearest(shown[-1], known)
     if near:
         return f"{key}: unknown key; did you mean {'.'.join([*shown[:-1], near])!r}?"
+    section = ".".join(shown[:-1])
+    choices: list[type[BaseModel]] = [Config]
+    for part in shown[:-1]:
+        choices = [inner for choice in choices for inner in _members(choice, part)]
     algorithms = [
         other.model_fields["name"].default
-        for other in (_members(Config, shown[0]) if shown[0] in ALGORITHMS else [])
+        for other in (choices if section in ALGORITHMS else [])
         if _nearest(shown[-1], other.model_fields)
     ]
     elsewhere = [other for other in _dotted_keys(Config) if other.split(".")[-1] == shown[-1] and other.split(".")[0] != shown[0]]
     if algorithms and model is not None:
-        hint = f"a key like it belongs to {shown[0]}.name={' or '.join(algorithms)}, not {model.model_fields['name'].default}; "
+        hint = f"a key like it belongs to {section}.name={' or '.join(algorithms)}, not {model.model_fields['name'].default}; "
     else:
         hint = f"did you mean {' or '.join(elsewhere)}? " if elsewhere else ""
     return f"{key}: unknown key; {hint}known here: {', '.join(known)}"

@@ -7,7 +7,7 @@ Secrets are never stored: a field ending in `_env` names the environment variabl
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -365,6 +365,74 @@ class Engine(Section):
     """An engine that is not ready by then stops the run."""
 
 
+class NoBranching(Section):
+    """Independent samples."""
+
+    name: Literal["none"] = "none"
+
+
+class ArpoBranching(Section):
+    """ARPO (arXiv 2507.19849, section 3.1): a group starts as a few samples and forks behind tool results that leave the policy unsure.
+
+    Entropy is that of the first `entropy_tokens` tokens of a turn, over ln(vocabulary); dH its rise over the question's initial entropy.
+    """
+
+    name: Literal["arpo"] = "arpo"
+    variant: Literal["corrected", "published"] = "corrected"
+    """`corrected` (the paper): entropy of the tokens behind the result, against the mean of the first samples' first turns; short turns
+    are scaled up to `entropy_tokens`. `published` (the code): entropy of the turn that made the call, against the path's own first
+    measured turn, as a plain sum. The code's stale initial entropies of earlier batches, and its rounds, are in neither."""
+
+    initial_rollouts: PositiveInt = 8
+    """Samples that begin at the question; the rest of `samples_per_prompt` is the budget of forks. What no fork used begins there, too."""
+
+    beam: Annotated[int, Field(ge=2)] = 2
+    """Paths behind a fork at most, the forking one included."""
+
+    base_probability: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """alpha: the chance of a fork where dH = 0."""
+
+    entropy_weight: NonNegativeFloat = 0.2
+    """beta: P = alpha + beta dH, clipped to [0, 1]."""
+
+    decision: Literal["stochastic", "threshold"] = "stochastic"
+    """Fork with chance P (code), or wherever P > `threshold` (paper)."""
+
+    threshold: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """tau, for decision=threshold."""
+
+    entropy_tokens: PositiveInt = 20
+    """Tokens measured at the beginning of a turn."""
+
+    entropy: Literal["top_k", "full"] = "top_k"
+    """Over the `top_k` likeliest tokens, their rest ignored as published, or over the whole vocabulary (slow in vLLM when it is large)."""
+
+    top_k: PositiveInt = 10
+    """Likeliest tokens, for entropy=top_k; the sampled one is added."""
+
+
+class AepoBranching(ArpoBranching):
+    """AEPO (arXiv 2510.14545): ARPO's forks, rarer where a path has just forked, under a budget that a first rollout can set."""
+
+    name: Literal["aepo"] = "aepo"  # type: ignore[assignment]
+    variant: Literal["corrected", "published"] = "corrected"
+    """As for arpo, and `corrected`: P = (alpha + beta dH) (1 - penalty l); `published`: P = 1 - (1 - alpha) / (1 - penalty l) + beta dH,
+    which is what the code's comparison amounts to. l counts along each path (the code counts all forks of a question together)."""
+
+    penalty: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Per decision just before on the same path that forked."""
+
+    premonitor: bool = True
+    """One rollout goes first and sets initial_rollouts to n sigmoid(budget_scale (H_root - H_tool)), H_tool its mean entropy behind tool
+    results; it stays in the group, and is forked like the others (the code throws it away, and its scripts leave this off)."""
+
+    budget_scale: NonNegativeFloat = 0.5
+    """Steepness of the budget."""
+
+
+Branching = Annotated[NoBranching | ArpoBranching | AepoBranching, Field(discriminator="name")]
+
+
 class Rollout(Section):
     """Multi-turn trajectories."""
 
@@ -426,6 +494,9 @@ class Rollout(Section):
     deadline_s: PositiveFloat = 1800
     """Wall time of one trajectory."""
 
+    branching: Branching = NoBranching()
+    """How a training group grows: independent samples, or forks of them. Evaluations always draw independent samples."""
+
     engine: Engine = Engine()
     """The engines."""
 
@@ -433,11 +504,15 @@ class Rollout(Section):
 class Reward(Section):
     """Outcome reward and information gain."""
 
-    outcome: Literal["f1", "em"] = "f1"
-    """Score of a well-formed answer, best over all aliases (algorithm: set F1 on words, as published)."""
+    outcome: Literal["f1", "em", "f1_multiset"] = "f1"
+    """Score of a well-formed answer, best over all aliases: F1 of sets of words (IGPO), exact match, or SQuAD's F1 (ARPO), in which
+    repeated words count and articles do not."""
 
     format_penalty: float = -2.0
-    """Reward of a malformed trajectory."""
+    """Reward of a malformed trajectory (IGPO -2, ARPO -1)."""
+
+    tool_bonus: NonNegativeFloat = 0.0
+    """Added to a reward above zero where both search and python were used and returned something (ARPO 0.1)."""
 
     overlong: tuple[NonNegativeInt, PositiveInt] | None = None
     """Overlong shaping (DAPO, arXiv 2503.14476): sampled tokens of a trajectory from which the reward falls, and where it has fallen by 1
@@ -525,6 +600,14 @@ class GiGpo(Section):
     """False subtracts means only, in both parts."""
 
 
+class Arpo(Section):
+    """ARPO (arXiv 2507.19849, section 3.2): group z-score of the outcome, on trees."""
+
+    name: Literal["arpo"] = "arpo"
+    attribution: Literal["soft", "hard"] = "soft"
+    """A turn that several trajectories share is trained with the advantage of each (soft, published) or with their mean (hard)."""
+
+
 class ReinforcePp(Section):
     """REINFORCE++ (arXiv 2501.03262): the outcome, whitened over the whole batch."""
 
@@ -544,13 +627,16 @@ class ReMax(Section):
 
 
 Advantage = Annotated[
-    Igpo | IgpoLoo | Grpo | Rloo | GiGpo | ReinforcePp | ReinforcePpBaseline | ReMax,
+    Igpo | IgpoLoo | Grpo | Rloo | Arpo | GiGpo | ReinforcePp | ReinforcePpBaseline | ReMax,
     Field(discriminator="name"),
 ]
 
 
 class PolicyLoss(Section):
     """What the losses of reinforcement learning share."""
+
+    sequence_level: ClassVar[bool] = False
+    """True for losses whose ratios are of whole sequences: they do not add up over branches and refuse them."""
 
     kl_coef: NonNegativeFloat = 0.001
     """Weight of the k3 KL estimate to the reference policy; 0 keeps no reference."""
@@ -573,6 +659,11 @@ class PolicyLoss(Section):
     mismatch_bounds: tuple[PositiveFloat, PositiveFloat] = (0.5, 2.0)
     """[low, high] of `mismatch`; TIS takes high = 2, IcePop 0.5 and 5."""
 
+    @property
+    def uses_old_entropies(self) -> bool:
+        """The pass before the step also takes the entropy of every token."""
+        return False
+
 
 class Ppo(PolicyLoss):
     """Clipped policy gradient (PPO, arXiv 1707.06347) with dual clip (arXiv 1912.09729) and asymmetric bounds."""
@@ -590,6 +681,8 @@ class Ppo(PolicyLoss):
 
 class Gspo(PolicyLoss):
     """GSPO (arXiv 2507.18071): PPO's clip on the geometric mean of a trajectory's ratios; turns keep their own advantages."""
+
+    sequence_level: ClassVar[bool] = True
 
     name: Literal["gspo"] = "gspo"
     clip_low: NonNegativeFloat = 3e-4
@@ -613,13 +706,36 @@ class Cispo(PolicyLoss):
     """As for ppo; the paper takes token_mean."""
 
 
+class Aepo(Ppo):
+    """AEPO's entropy-balanced policy optimisation (arXiv 2510.14545, section 3.3): PPO whose upper clip keeps its gradient."""
+
+    name: Literal["aepo"] = "aepo"  # type: ignore[assignment]
+    balanced_tokens: Literal["all", "high_entropy"] = "all"
+    """Tokens whose gradient survives the upper clip: all (code), or the `high_entropy_share` least sure of a step (paper)."""
+
+    high_entropy_share: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """Share of a step's tokens that count as high-entropy ones."""
+
+    entropy_advantage: Literal["corrected", "published", "none"] = "corrected"
+    """Advantages times 1 + a z, z the z-score of a token's entropy. `corrected`: entropies before the step, over all its tokens;
+    `published`: current ones, over the tokens of a micro-batch, so that packing changes the gradient; `none`: what the published scripts
+    really run, as they leave the code without entropies."""
+
+    entropy_advantage_weight: NonNegativeFloat = 0.2
+    """a."""
+
+    @property
+    def uses_old_entropies(self) -> bool:
+        return self.entropy_advantage == "corrected" or self.balanced_tokens == "high_entropy"
+
+
 class Sft(Section):
     """Cross-entropy on the action tokens of demonstrations."""
 
     name: Literal["sft"] = "sft"
 
 
-Loss = Annotated[Ppo | Gspo | Cispo | Sft, Field(discriminator="name")]
+Loss = Annotated[Ppo | Aepo | Gspo | Cispo | Sft, Field(discriminator="name")]
 
 
 class Optim(Section):

@@ -6,13 +6,14 @@
 The layouts, as published (aliases always keep their order and are never rewritten; a system prompt in the data is not used):
 
     IGPO        reward_model.ground_truth "alias<|answer_split|>alias", question in the one user message
-    ARPO        reward_model.ground_truth one string, question in extra_info.question
+    ARPO        reward_model.ground_truth one string, question in extra_info.question; broken \\boxed is repaired with a warning
     Search-R1   reward_model.ground_truth {"target": [alias, ...]}, question after "Question:" in the user message
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from igpo_megatron.types import Prompt
+
+logger = logging.getLogger(__name__)
+
+BROKEN_BOX, BOX = "\boxed", "\\boxed"
+"""ARPO's published files hold a backspace and `oxed` where \\boxed was meant."""
 
 ALIAS_SEPARATOR = "<|answer_split|>"
 """Between aliases in IGPO's `ground_truth`."""
@@ -102,6 +108,10 @@ def inspect(path: Path) -> tuple[Layout | None, list[Prompt], list[Problem]]:
         return layout, [], [Problem(f"the parquet file is damaged ({str(error).splitlines()[0]})")]
     if not rows:
         return layout, [], [Problem("the file has no rows; expected at least one question")]
+    repaired = [_repaired(row) for row in rows]
+    if broken := sum(before != after for before, after in zip(rows, repaired, strict=True)):
+        logger.warning("%s: %d of %d rows spell \\boxed with a backspace character; read as \\boxed", path, broken, len(rows))
+    rows = repaired
     prompts: list[Prompt] = []
     for (number, row), name in zip(enumerate(rows), _ids(rows), strict=True):
         wrong = [Problem(message, number, column) for column, message in _row_problems(row, layout)]
@@ -207,6 +217,15 @@ def _row_problems(row: Row, layout: Layout) -> Iterator[tuple[str, str]]:
         yield "reward_model.ground_truth", "found no answer, expected at least one"
     elif blank := [number for number, answer in enumerate(answers, start=1) if not (answer or "").strip()]:
         yield "reward_model.ground_truth", f"answer {blank[0]} of {len(answers)} is empty"
+
+
+def _repaired(value: Any) -> Any:
+    """The same nested value with every broken \\boxed made whole."""
+    if isinstance(value, str):
+        return value.replace(BROKEN_BOX, BOX)
+    if isinstance(value, list):
+        return [_repaired(part) for part in value]
+    return {key: _repaired(part) for key, part in value.items()} if isinstance(value, dict) else value
 
 
 def _ids(rows: Sequence[Row]) -> list[str]:

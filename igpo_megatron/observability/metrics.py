@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from statistics import fmean, pstdev
+from typing import TypeVar
 
 from igpo_megatron.types import Node, RolloutGroup, Status, Trajectory
 
 _SAME = 1e-9
+
+Thing = TypeVar("Thing")
 
 LOST_GAINS = ("nonfinite_gains", "mixed_version_gains")
 """Counts that `algorithms.info_gain` leaves in a group's metrics."""
@@ -53,6 +56,12 @@ def rollout_metrics(groups: Sequence[RolloutGroup], tool_name: str) -> dict[str,
     if evidence:
         metrics["gain_evidence"] = fmean(part for part, _ in evidence)
         metrics["gain_reasoning"] = fmean((gain or 0.0) - part for part, gain in evidence)
+    if points := [point for group in groups for point in group.branch_points]:
+        metrics["branched"] = _share(points, lambda point: bool(point.children))
+        metrics["branch_entropy"] = fmean(point.entropy for point in points)
+        metrics["branch_probability"] = fmean(point.probability for point in points)
+        metrics["shared_tokens"] = _shared_tokens(groups)
+        metrics["initial_rollouts"] = fmean(group.metrics.get("initial_rollouts", len(group.trajectories)) for group in groups)
     for name in LOST_GAINS:
         if lost := sum(group.metrics.get(name, 0.0) for group in groups):
             metrics[name] = lost
@@ -101,5 +110,13 @@ def _identical(group: RolloutGroup) -> bool:
     return len(rewards) < 2 or pstdev(rewards) < _SAME
 
 
-def _share(ends: Sequence[Trajectory], test: Callable[[Trajectory], bool]) -> float:
-    return fmean(float(test(end)) for end in ends) if ends else 0.0
+def _shared_tokens(groups: Sequence[RolloutGroup]) -> float:
+    """Share of all sampled tokens, counted along trajectories, that branches did not have to sample again."""
+    along = [(number, index) for number, group in enumerate(groups) for end in group.trajectories for index in end.path]
+    tokens = [len(groups[number].nodes[index].token_ids) * (groups[number].nodes[index].kind == "action") for number, index in along]
+    once = sum(dict(zip(along, tokens, strict=True)).values())
+    return 1.0 - once / sum(tokens) if sum(tokens) else 0.0
+
+
+def _share(things: Sequence[Thing], test: Callable[[Thing], bool]) -> float:
+    return fmean(float(test(thing)) for thing in things) if things else 0.0

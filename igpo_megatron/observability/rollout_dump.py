@@ -1,6 +1,7 @@
 """Rollout groups as parquet: one row per group, everything kept, so that a file can be looked at or trained from again.
 
     step | prompt {id, ...} | nodes [{parent, kind, token_ids, ...}] | trajectories [{path, status, gains, ...}] | metrics {name: value}
+         | branch_points [{node, entropy, ...}], absent in files written before groups could branch
 
 Both directions work on columns: a file of 30 thousand demonstrations is written or read in seconds.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, ToolCall, Trajectory
+from igpo_megatron.types import BranchPoint, Node, Prompt, RolloutGroup, Status, ToolCall, Trajectory
 
 ROWS = 1024
 """Groups per row group: what a writer holds in memory as columns, and what a reader decodes at once."""
@@ -55,6 +57,20 @@ TRAJECTORY = pa.struct(
         ("evidence_gains", pa.list_(pa.float64())),
     ]
 )
+BRANCH_POINT = pa.struct(
+    [
+        ("node", pa.int32()),
+        ("trajectory", pa.int32()),
+        ("turn", pa.int32()),
+        ("entropy", pa.float64()),
+        ("initial", pa.float64()),
+        ("kind", pa.string()),
+        ("probability", pa.float64()),
+        ("consecutive", pa.int32()),
+        ("children", pa.list_(pa.int32())),
+    ]
+)
+BRANCH_POINTS = pa.field("branch_points", pa.list_(BRANCH_POINT))
 SCHEMA = pa.schema(
     [
         ("step", pa.int64()),
@@ -62,6 +78,7 @@ SCHEMA = pa.schema(
         ("nodes", pa.list_(NODE)),
         ("trajectories", pa.list_(TRAJECTORY)),
         ("metrics", NUMBERS),
+        BRANCH_POINTS,
     ]
 )
 SPLIT_COLUMNS = [f"nodes.list.element.{name}.list.element" for name in ("behavior_logprobs", "old_logprobs", "ref_logprobs")]
@@ -102,7 +119,8 @@ def _steps(file: pq.ParquetFile, max_groups: int | None) -> Iterator[tuple[int, 
     with file:
         step: int | None = None
         ready: list[RolloutGroup] = []
-        for batch in file.iter_batches(batch_size=min(ROWS, max_groups or ROWS), columns=SCHEMA.names):
+        names = [name for name in SCHEMA.names if name in file.schema_arrow.names]
+        for batch in file.iter_batches(batch_size=min(ROWS, max_groups or ROWS), columns=names):
             for row_step, group in zip(batch.column("step").to_pylist(), _groups(batch), strict=True):
                 if step is not None and (row_step != step or len(ready) == max_groups):
                     yield step, ready
@@ -131,6 +149,8 @@ def _open(path: Path) -> pq.ParquetFile:
     problems = []
     for field in SCHEMA:
         if field.name not in found.names:
+            if field == BRANCH_POINTS:
+                continue
             problems.append(f"column {field.name!r} is missing")
         elif not found.field(field.name).type.equals(field.type):
             problems.append(f"column {field.name!r} is {found.field(field.name).type}, expected {field.type}")
@@ -158,6 +178,7 @@ def _columns(step: int, groups: Sequence[RolloutGroup]) -> pa.RecordBatch:
             _nested([len(group.nodes) for group in groups], _struct(NODE, [_node_row(node) for node in nodes])),
             _nested([len(group.trajectories) for group in groups], _struct(TRAJECTORY, [_trajectory_row(t) for t in trajectories])),
             pa.array([list(group.metrics.items()) for group in groups], NUMBERS),
+            pa.array([[asdict(point) for point in group.branch_points] for group in groups], BRANCH_POINTS.type),
         ],
         schema=SCHEMA,
     )
@@ -220,8 +241,12 @@ def _groups(batch: pa.RecordBatch) -> Iterator[RolloutGroup]:
     metrics = [dict(pairs) for pairs in batch.column("metrics").to_pylist()]
     nodes = _cut(batch.column("nodes"), _nodes)
     trajectories = _cut(batch.column("trajectories"), _trajectories)
-    for prompt, group_nodes, group_trajectories, numbers in zip(prompts, nodes, trajectories, metrics, strict=True):
-        yield RolloutGroup(prompt, group_nodes, group_trajectories, numbers)
+    points = [
+        [BranchPoint(**{**point, "children": tuple(point["children"])}) for point in row]
+        for row in (batch.column(BRANCH_POINTS.name).to_pylist() if BRANCH_POINTS.name in batch.schema.names else [[]] * len(prompts))
+    ]
+    for prompt, group_nodes, ends, numbers, decisions in zip(prompts, nodes, trajectories, metrics, points, strict=True):
+        yield RolloutGroup(prompt, group_nodes, ends, numbers, branch_points=decisions)
 
 
 def _nodes(array: pa.StructArray) -> list[Node]:

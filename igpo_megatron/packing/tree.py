@@ -62,6 +62,9 @@ class PackedRow:
     sequence: torch.Tensor
     """[N] int64, number within the row of the trajectory the token belongs to (the last one through it where several share it)."""
 
+    old_entropies: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    """[N] fp32, nats, by the actor before the step; zeros where the loss uses none."""
+
     origin: list[tuple[int, int, int, int]] = field(default_factory=list)
     """(group, node, start, stop): targets [start, stop) are that node's tokens, of a probe the scored ones."""
 
@@ -140,19 +143,12 @@ def pack_for_training(
 
 
 def scatter(rows: Sequence[PackedRow], logprobs: Sequence[torch.Tensor], groups: Sequence[RolloutGroup], field_name: str) -> None:
-    """Write per-target results ([N] for each row) to `field_name` (old_logprobs or ref_logprobs) of the nodes they came from."""
+    """Write per-target results ([N] for each row) to `field_name` (old_logprobs, ref_logprobs, old_entropies) of their nodes."""
     for row, values in zip(rows, logprobs, strict=True):
         flat = values.tolist()
         assert len(flat) == len(row.targets), f"{len(flat)} results for {len(row.targets)} targets"
         for group, node, start, stop in row.origin:
             setattr(groups[group].nodes[node], field_name, flat[start:stop])
-
-
-def shares_actions(group: RolloutGroup) -> bool:
-    """Some sampled token belongs to several trainable trajectories: what a loss on whole sequences cannot train."""
-    numbers = [number for trajectory in group.trajectories if trajectory.status.is_trainable for number in trajectory.path]
-    actions = [number for number in numbers if group.nodes[number].kind == "action"]
-    return len(set(actions)) < len(actions)
 
 
 def _ancestors(group: RolloutGroup, number: int) -> list[int]:
@@ -228,6 +224,7 @@ class _RowBuilder:
         self.behavior_logprobs: list[float] = []
         self.sequence: list[int] = []
         self.trajectories = 0
+        self.old_entropies: list[float] = []
         self.origin: list[tuple[int, int, int, int]] = []
 
     def add_piece(
@@ -276,6 +273,7 @@ class _RowBuilder:
         self.old_logprobs += node.old_logprobs or [0.0] * length
         self.ref_logprobs += node.ref_logprobs or [0.0] * length
         self.behavior_logprobs += node.behavior_logprobs or [0.0] * length
+        self.old_entropies += node.old_entropies or [0.0] * length
         self.origin.append((group, number, first, first + length))
 
     def build(self, multiple: int) -> PackedRow:
@@ -293,6 +291,7 @@ class _RowBuilder:
             ref_logprobs=torch.tensor(self.ref_logprobs, dtype=torch.float32),
             behavior_logprobs=torch.tensor(self.behavior_logprobs, dtype=torch.float32),
             sequence=torch.tensor(self.sequence, dtype=torch.int64),
+            old_entropies=torch.tensor(self.old_entropies, dtype=torch.float32),
             origin=self.origin,
         )
 

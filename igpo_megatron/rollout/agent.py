@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from igpo_megatron.config.schema import Rollout
@@ -24,12 +25,35 @@ class EngineError(RunStopped):
 class Engine(Protocol):
     """Whatever continues a token sequence."""
 
-    async def generate(self, token_ids: list[int], *, max_tokens: int, temperature: float, seed: int, key: str) -> Completion:
-        """Sample one turn. Requests with the same `key` go to the same engine, whose prefix cache knows them. Raises EngineError."""
+    async def generate(
+        self, token_ids: list[int], *, max_tokens: int, temperature: float, seed: int, key: str, top_logprobs: int = 0
+    ) -> Completion:
+        """Sample one turn. Requests with the same `key` go to the same engine, whose prefix cache knows them. Raises EngineError.
+
+        `top_logprobs` other than 0 asks for entropies, over that many of the likeliest tokens or, if -1, over all.
+        """
         ...
 
     async def score_probe(self, token_ids: list[int], first: int, *, key: str) -> ProbeScore:
         """Log-probs of `token_ids[first:]` after those before them; `key` as for `generate`. Raises EngineError."""
+        ...
+
+
+class TurnWatch(Protocol):
+    """Whatever wants to know how sure the policy was at the beginning of every turn."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens to measure."""
+        ...
+
+    @property
+    def top_logprobs(self) -> int:
+        """As for `Engine.generate`, not 0."""
+        ...
+
+    async def measured(self, path: Sequence[int], turn: int, entropies: Sequence[float]) -> None:
+        """`entropies`, nats, of the first tokens that turn `turn` samples behind `path`; the turn goes on when this returns."""
         ...
 
 
@@ -46,17 +70,20 @@ async def run_trajectory(
     probe_tokens: int,
     seed: int,
     step: int,
-    sample: int,
+    sample: int | str,
+    start: Sequence[int] = (0,),
+    watch: TurnWatch | None = None,
 ) -> Trajectory:
     """Grow one path of `group`, whose node 0 is the prompt, and say how it ended.
 
     `probe_tokens` are kept free at the end of the context, so that every state can be probed. A `prober` is told of every state
-    before the turn that continues it is sampled, and scores it meanwhile.
+    before the turn that continues it is sampled, and scores it meanwhile. `start`: the path to continue, up to a prompt or a tool
+    result. `watch` is told of the first tokens of every turn.
     """
-    path = [0]
-    used = len(group.nodes[0].token_ids)
+    path = list(start)
+    used = len(group.context(path[-1]))
     room = config.max_context - probe_tokens
-    for turn in range(1, config.max_turns + 1):
+    for turn in range(group.nodes[path[-1]].turn + 1, config.max_turns + 1):
         if chat.forced_ids:
             path.append(_forced_child(group, path[-1], chat, turn))
             used += len(chat.forced_ids)
@@ -65,13 +92,14 @@ async def run_trajectory(
             return Trajectory(path, Status.TRUNCATED_CONTEXT)
         if prober is not None:
             prober.start(path[-1])
-        completion = await engine.generate(
-            group.context(path[-1]),
-            max_tokens=max_tokens,
-            temperature=temperature,
-            seed=counter_seed(seed, step, group.prompt.id, sample, turn),
-            key=group.prompt.id,
-        )
+        seeds = (seed, step, group.prompt.id, sample, turn)
+        generate = partial(engine.generate, temperature=temperature, key=group.prompt.id)
+        if watch is None:
+            completion = await generate(group.context(path[-1]), max_tokens=max_tokens, seed=counter_seed(*seeds))
+        else:
+            completion = await _watched(
+                generate, group.context(path[-1]), max_tokens, seeds, chat, partial(watch.measured, path, turn), watch
+            )
         text = chat.decode(completion.token_ids)
         action = Node(path[-1], "action", completion.token_ids, turn, text, completion.weight_version, completion.logprobs)
         path.append(group.add(action))
@@ -99,6 +127,30 @@ async def run_trajectory(
         path.append(group.add(Node(path[-1], "observation", ids, turn, cut)))
         used += len(ids)
     raise AssertionError("the last turn always ends the trajectory")
+
+
+async def _watched(
+    generate: Callable[..., Awaitable[Completion]],
+    context: list[int],
+    max_tokens: int,
+    seeds: tuple[object, ...],
+    chat: ChatFormat,
+    measured: Callable[[Sequence[float]], Awaitable[None]],
+    watch: TurnWatch,
+) -> Completion:
+    """One turn in two requests: its first tokens, of which `measured` is told, and the rest, which the prefix cache makes cheap."""
+    some = min(watch.tokens, max_tokens)
+    first = await generate(context, max_tokens=some, seed=counter_seed(*seeds), top_logprobs=watch.top_logprobs)
+    if first.entropies:
+        await measured(first.entropies)
+    if first.finish != "length" or some == max_tokens:
+        return first
+    rest = await generate(context + first.token_ids, max_tokens=max_tokens - some, seed=counter_seed(*seeds, "rest"))
+    ids, logprobs = first.token_ids + rest.token_ids, first.logprobs + rest.logprobs
+    # A stop string across the seam is seen by neither request.
+    stop = chat.first_stop(ids, some)
+    finish = rest.finish if stop is None or rest.finish == "abort" else "stop"
+    return Completion(ids[:stop], logprobs[:stop], finish, min(first.weight_version, rest.weight_version))
 
 
 async def _use_tool(call: ToolCall, search: SearchClient, tools: Mapping[str, Tool], chat: ChatFormat, config: Rollout) -> Observed:

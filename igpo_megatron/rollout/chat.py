@@ -119,6 +119,18 @@ class ChatFormat:
         body = token_ids[:-1] if token_ids and token_ids[-1] == self.end_of_turn else token_ids
         return self._tokenizer.decode(body, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
+    def first_stop(self, token_ids: list[int], start: int) -> int | None:
+        """Tokens up to the end of the first stop string that ends behind token `start`; None where there is none."""
+        if not any(stop in self.decode(token_ids) for stop in self.protocol.stop):
+            return None
+        lengths = range(start, len(token_ids) + 1)
+        return next((n for n in lengths if any(stop in self.decode(token_ids[:n]) for stop in self.protocol.stop)), None)
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that the policy can write."""
+        return len(self._tokenizer)
+
     def parse(self, text: str) -> Action:
         """What a turn asks for; `text` includes the forced opening."""
         return self.protocol.parse(text, self._tools)

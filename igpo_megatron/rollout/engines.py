@@ -24,7 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from igpo_megatron.config.schema import Config
+from igpo_megatron.config.schema import Branching, Config, NoBranching
 from igpo_megatron.leftovers import claim, remove_abandoned
 from igpo_megatron.protocols import PROTOCOLS
 from igpo_megatron.rollout.agent import EngineError
@@ -51,6 +51,7 @@ _LOG_LINES = 12
 _STOP_TIMEOUT_S = 20
 _OPERATION_TIMEOUT_S = 600
 _CPU_BATCH_TOKENS = 4096
+_VLLM_LOGPROBS = 20
 _SELF_TEST_CONTEXT, _SELF_TEST_PROBE = 128, 12  # 128 tokens are whole KV blocks of any size in use
 _SELF_TEST_GAP = {"fp32": 1e-4, "bf16": 0.1}
 # What torchrun tells its ranks must not reach the engines: vLLM makes process groups of its own.
@@ -84,9 +85,16 @@ class EngineActor:
         await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info={"path": weights_path}))
 
     async def generate(
-        self, token_ids: list[int], max_tokens: int, temperature: float, seed: int, stop: int, stop_strings: tuple[str, ...] = ()
-    ) -> tuple[list[int], list[float], str, int]:
-        """Token ids, log-probs, finish reason and weight version of one sampled turn."""
+        self,
+        token_ids: list[int],
+        max_tokens: int,
+        temperature: float,
+        seed: int,
+        stop: int,
+        stop_strings: tuple[str, ...] = (),
+        top_logprobs: int = 0,
+    ) -> tuple[list[int], list[float], str, int, list[float]]:
+        """Token ids, log-probs, finish reason, weight version and, with `top_logprobs`, entropies of one sampled turn."""
         from vllm import SamplingParams
 
         version = self.version
@@ -94,7 +102,7 @@ class EngineActor:
             temperature=temperature,
             max_tokens=max_tokens,
             seed=seed if temperature > 0 else None,
-            logprobs=0,
+            logprobs=top_logprobs,
             stop_token_ids=[stop],
             # Only a protocol of tags needs the engine to read along; the ids stay as sampled, those of the tag included.
             detokenize=bool(stop_strings),
@@ -105,7 +113,8 @@ class EngineActor:
         output = (await self._last_output(token_ids, params)).outputs[0]
         ids = list(output.token_ids)
         logprobs = [position[token].logprob for token, position in zip(ids, output.logprobs, strict=True)]
-        return ids, logprobs, output.finish_reason or "abort", version
+        entropies = [entropy(entry.logprob for entry in position.values()) for position in output.logprobs] if top_logprobs else []
+        return ids, logprobs, output.finish_reason or "abort", version, entropies
 
     async def score(self, token_ids: list[int], first: int = 1, *, cached: bool = False) -> tuple[list[float], int, int]:
         """Raw log-probs of `token_ids[first:]`, the weight version that computed them, and the prompt tokens taken from the prefix cache.
@@ -280,18 +289,20 @@ class EnginePool:
 
     # ---- requests
 
-    async def generate(self, token_ids: list[int], *, max_tokens: int, temperature: float, seed: int, key: str) -> Completion:
+    async def generate(
+        self, token_ids: list[int], *, max_tokens: int, temperature: float, seed: int, key: str, top_logprobs: int = 0
+    ) -> Completion:
         """Sample one turn on the engine that serves `key`. Raises EngineError when that engine cannot serve."""
         import ray
 
         number = self._serving(key)
         try:
-            ids, logprobs, finish, version = await self._actors[number].generate.remote(
-                token_ids, max_tokens, temperature, seed, self._stop_token, self._stop_strings
+            ids, logprobs, finish, version, entropies = await self._actors[number].generate.remote(
+                token_ids, max_tokens, temperature, seed, self._stop_token, self._stop_strings, top_logprobs
             )
         except ray.exceptions.RayError as error:
             raise EngineError(f"engine {number} died or refused: {_cause(error)}") from None
-        return Completion(ids, logprobs, finish if finish in ("stop", "length") else "abort", version)
+        return Completion(ids, logprobs, finish if finish in ("stop", "length") else "abort", version, entropies)
 
     async def score_probe(self, token_ids: list[int], first: int, *, key: str, cached: bool = True) -> ProbeScore:
         """Log-probs of `token_ids[first:]` by the engine that serves `key`, from its prefix cache where that is safe and `cached`.
@@ -416,6 +427,7 @@ class EnginePool:
             "skip_tokenizer_init": not self._stop_strings,
             "enable_prefix_caching": True,
             "logprobs_mode": "processed_logprobs",
+            "max_logprobs": _most_logprobs(rollout.branching),
             "disable_log_stats": True,
             **device,
         }
@@ -432,6 +444,18 @@ class EnginePool:
         files = sorted(self._ray_folder.glob("session_*/logs/worker-*.err"), key=lambda path: path.stat().st_mtime)
         lines = [line for path in files for line in path.read_text(errors="replace").splitlines() if line.strip()]
         return "\nlast lines of the engine's log:\n  " + "\n  ".join(lines[-_LOG_LINES:]) if lines else ""
+
+
+def entropy(logprobs: Iterable[float]) -> float:
+    """-sum p ln p of the tokens given, nats; what they leave out counts nothing."""
+    return -math.fsum(math.exp(logprob) * logprob for logprob in logprobs if logprob > -math.inf)
+
+
+def _most_logprobs(branching: Branching) -> int:
+    """Log-probs per token that vLLM must be ready to give; -1 for all."""
+    if isinstance(branching, NoBranching):
+        return _VLLM_LOGPROBS
+    return -1 if branching.entropy == "full" else max(branching.top_k, _VLLM_LOGPROBS)
 
 
 def _cause(error: BaseException) -> str:

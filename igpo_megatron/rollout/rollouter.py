@@ -9,11 +9,13 @@ import asyncio
 import threading
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from igpo_megatron.config.schema import Rollout
-from igpo_megatron.rollout.agent import Engine, EngineError, run_trajectory
+from igpo_megatron.config.schema import NoBranching, Rollout
+from igpo_megatron.rollout.agent import Engine, EngineError, counter_seed, run_trajectory
+from igpo_megatron.rollout.branching import Grower, Watch
 from igpo_megatron.rollout.chat import ChatFormat
 from igpo_megatron.rollout.prober import Prober, RenderedProbe
 from igpo_megatron.search.results import SearchClient, Tool
@@ -72,10 +74,11 @@ class Rollouter:
         step: int,
         temperature: float | None,
         probe: bool = False,
+        branch: bool = False,
         on_progress: Callable[[float], None] | None = None,
     ) -> list[RolloutGroup]:
         """`run`, waited for."""
-        work = self.run(prompts, samples=samples, step=step, temperature=temperature, probe=probe, on_progress=on_progress)
+        work = self.run(prompts, samples=samples, step=step, temperature=temperature, probe=probe, branch=branch, on_progress=on_progress)
         return self._wait_for(work)
 
     async def run(
@@ -86,11 +89,13 @@ class Rollouter:
         step: int,
         temperature: float | None,
         probe: bool = False,
+        branch: bool = False,
         on_progress: Callable[[float], None] | None = None,
     ) -> list[RolloutGroup]:
         """One group of `samples` trajectories per prompt; `temperature` None takes the configured one.
 
-        With `probe` the engine scores the probes of every state, if this rollouter was given any.
+        With `probe` the engine scores the probes of every state, if this rollouter was given any; with `branch` groups grow as
+        `rollout.branching` says.
 
         Raises RolloutFailure when more than `rollout.max_failed_fraction` of the trajectories or of the searches failed.
         """
@@ -101,23 +106,35 @@ class Rollouter:
         tools = {name: TallyTool(tool, self.tallies[name]) for name, tool in self._tools.items()}
         done = 0
 
-        async def one(group: RolloutGroup, prober: Prober | None, sample: int) -> Trajectory:
+        async def one(
+            group: RolloutGroup, prober: Prober | None, start: Sequence[int], sample: int | str, watch: Watch | None = None
+        ) -> Trajectory:
             nonlocal done
             chosen = self._config.temperature if temperature is None else temperature
-            trajectory = await self._bounded(group, prober, search, tools, sample, step, chosen)
+            trajectory = await self._bounded(group, prober, search, tools, start, sample, watch, step, chosen)
             done += 1
             if on_progress:
                 on_progress(done / (len(groups) * samples))
             return trajectory
 
-        work = [one(group, prober, sample) for group, prober in zip(groups, probers, strict=True) for sample in range(samples)]
+        def whole(group: RolloutGroup, prober: Prober | None) -> Coroutine[Any, Any, list[Trajectory]]:
+            branching = self._config.branching
+            if not branch or isinstance(branching, NoBranching):
+                return _all([one(group, prober, [0], sample) for sample in range(samples)])
+
+            def uniform(*parts: object) -> float:
+                return counter_seed(self._seed, step, group.prompt.id, "branch", *parts) / 2**31
+
+            run_path = partial(one, group, prober)
+            return Grower(group, branching, samples, run_path=run_path, uniform=uniform, vocab_size=self._chat.vocab_size).grow()
+
         try:
-            ends = await _all(work)
+            ends = await _all([whole(group, prober) for group, prober in zip(groups, probers, strict=True)])
         finally:
             await asyncio.gather(*(prober.close() for prober in probers if prober is not None))
-        for number, group in enumerate(groups):
-            group.trajectories = ends[number * samples : (number + 1) * samples]
-        _check_failures(ends, self.tallies["search"], self._config.max_failed_fraction)
+        for group, trajectories in zip(groups, ends, strict=True):
+            group.trajectories = trajectories
+        _check_failures([end for trajectories in ends for end in trajectories], self.tallies["search"], self._config.max_failed_fraction)
         return groups
 
     def tool_metrics(self) -> dict[str, float]:
@@ -141,7 +158,9 @@ class Rollouter:
         prober: Prober | None,
         search: SearchClient,
         tools: Mapping[str, Tool],
-        sample: int,
+        start: Sequence[int],
+        sample: int | str,
+        watch: Watch | None,
         step: int,
         temperature: float,
     ) -> Trajectory:
@@ -162,6 +181,8 @@ class Rollouter:
                     seed=self._seed,
                     step=step,
                     sample=sample,
+                    start=start,
+                    watch=watch,
                 )
                 if prober is not None:
                     await prober.collect(trajectory.path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -34,6 +35,40 @@ def random_groups(seed: int, count: int = 3, *, probes: bool = True, turns: tupl
             group.trajectories.append(Trajectory(path, Status.FINISHED, turn_advantages=advantages))
         groups.append(group)
     return groups
+
+
+def branched_groups(seed: int, count: int = 2) -> list[RolloutGroup]:
+    """Groups whose trajectories fork off one another behind results, as a branching rollout leaves them; advantages of both signs."""
+    rng = random.Random(seed)
+
+    def tokens(low: int, high: int) -> list[int]:
+        return [rng.randrange(VOCAB) for _ in range(rng.randint(low, high))]
+
+    groups = []
+    for number in range(count):
+        group = RolloutGroup(Prompt(str(number), "?", ("a",), "test"), [Node(None, "prompt", tokens(3, 9))])
+        for _ in range(5):
+            earlier = rng.choice(group.trajectories).path if group.trajectories and rng.random() < 0.8 else [0]
+            results = [place for place, index in enumerate(earlier) if group.nodes[index].kind == "observation"]
+            path = earlier[: rng.choice(results) + 1] if results else [0]
+            for turn in range(group.nodes[path[-1]].turn + 1, 4):
+                path = [*path, group.add(Node(path[-1], "action", tokens(2, 7), turn))]
+                path = [*path, group.add(Node(path[-1], "observation", tokens(2, 9), turn))] if turn < 3 else path
+            advantages = [rng.gauss(0, 1) for index in path if group.nodes[index].kind == "action"]
+            group.trajectories.append(Trajectory(path, Status.FINISHED, turn_advantages=advantages))
+        assert group.is_branched
+        groups.append(group)
+    return groups
+
+
+def flattened(groups: list[RolloutGroup]) -> list[RolloutGroup]:
+    """The same trajectories, each in a group of its own: nothing is shared."""
+    result = []
+    for group in groups:
+        for trajectory in group.trajectories:
+            nodes = [replace(group.nodes[index], parent=place - 1 if place else None) for place, index in enumerate(trajectory.path)]
+            result.append(RolloutGroup(group.prompt, nodes, [replace(trajectory, path=list(range(len(nodes))))]))
+    return result
 
 
 def load_hf(folder: Path) -> torch.nn.Module:

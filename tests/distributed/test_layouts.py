@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import MIXTURES, make_config, run_ranks
-from groups import hf_logprobs, load_hf, random_groups
+from groups import branched_groups, flattened, hf_logprobs, load_hf, random_groups
 from megatron.core import parallel_state
 
 from checkpoint_conversion.architectures import rules_for
@@ -19,9 +20,11 @@ from igpo_megatron.actor import schedule
 from igpo_megatron.actor.model import global_names, tensor_shards
 from igpo_megatron.actor.policy import Policy
 from igpo_megatron.actor.weight_sync import named_weights
-from igpo_megatron.algorithms.losses import ppo, token_weight
-from igpo_megatron.config.schema import Ppo
+from igpo_megatron.algorithms.losses import LOSSES, ppo, token_weight
+from igpo_megatron.algorithms.tree_advantages import entropy_stats
+from igpo_megatron.config.schema import Aepo, Ppo
 from igpo_megatron.packing.tree import PackedRow, ProbeScorer, pack_for_scoring, pack_for_training, scatter, step_counts
+from igpo_megatron.train import _row_loss
 from igpo_megatron.types import Node, RolloutGroup
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -301,3 +304,52 @@ def test_bf16_trains_with_the_distributed_optimizer(hf_folders: dict[str, Path])
     groups = with_off_policy_logprobs(random_groups(seed=2, probes=False))
     for found in run_ranks(two_bf16_steps, make_config(hf_folders["qwen3"], model__dtype="bf16", parallel__data=2), groups):
         assert found == (True, torch.bfloat16)
+
+
+def branched_step(policy: Policy, groups: list[RolloutGroup], loss: Ppo) -> tuple[dict[str, torch.Tensor], int]:
+    """(gradients, tokens computed) of one step by `loss`, as the trainer calls it."""
+    rows = pack_for_training(groups, row_tokens=ROW_TOKENS, token_weight=partial(token_weight, loss.aggregation))
+    stats = entropy_stats(groups, 0.3) if loss.uses_old_entropies else None
+    counts = replace(step_counts(groups), entropy=stats)
+    policy.model.zero_grad_buffer()
+    mine, _ = policy._share(rows)
+    bound = partial(_row_loss, partial(LOSSES[loss.name], counts=counts, config=loss), loss, True)
+    schedule.forward_backward(policy.model, mine, bound, temperature=1.0, device=policy.ranks.device)
+    return gradients(policy), sum(row.num_tokens for row in rows)
+
+
+@pytest.mark.parametrize(
+    "loss", [LOSS, Aepo(kl_coef=0.01, balanced_tokens="high_entropy", aggregation="token_mean")], ids=lambda loss: loss.name
+)
+def test_branched_groups_train_as_their_trajectories_do_one_by_one(hf_folders: dict[str, Path], loss: Ppo) -> None:
+    """Shared turns are computed once, at every layout, with the gradient of flat training."""
+    groups = with_off_policy_logprobs(branched_groups(seed=7))
+    generator = torch.Generator().manual_seed(4)
+    for group in groups:
+        for node in group.nodes:
+            node.old_entropies = torch.rand(len(node.token_ids), generator=generator).tolist() if node.kind == "action" else []
+    folder, plain = hf_folders["qwen3"], {"parallel__distributed_optimizer": False}
+    ((expected, flat_tokens),) = run_ranks(branched_step, make_config(folder, **plain), flattened(groups), loss)
+    for name, layout in LAYOUTS.items():
+        results = run_ranks(branched_step, make_config(folder, **layout, **plain), groups, loss)
+        for key, tensor in ((key, tensor) for found, _ in results for key, tensor in found.items()):
+            assert relative_error(tensor, expected[key]) < 1e-5, f"{name}: {key}"
+        assert results[0][1] < flat_tokens
+
+
+def test_entropies_before_the_step_are_those_of_the_model(hf_folders: dict[str, Path]) -> None:
+    groups = branched_groups(seed=8, count=1)
+    model = load_hf(hf_folders["qwen3"])
+    for layout in (LAYOUTS["tp2"], LAYOUTS["pp2"]):
+        scored = run_ranks(entropies_of, make_config(hf_folders["qwen3"], **layout), groups)[0]
+        for node, found in zip(groups[0].nodes, scored, strict=True):
+            if node.kind == "action":
+                ids = groups[0].context(node.parent or 0) + node.token_ids
+                logits = torch.log_softmax(model(torch.tensor([ids])).logits[0].float(), -1)[-len(node.token_ids) - 1 : -1]
+                assert found == pytest.approx((-(logits.exp() * logits).sum(-1)).tolist(), abs=1e-5)
+
+
+def entropies_of(policy: Policy, groups: list[RolloutGroup]) -> list[list[float]]:
+    rows = pack_for_scoring(groups, row_tokens=ROW_TOKENS)
+    scatter(rows, [pair[:, 1] for pair in policy.log_probs(rows, with_entropy=True)], groups, "old_entropies")
+    return [node.old_entropies for node in groups[0].nodes]

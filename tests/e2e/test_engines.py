@@ -16,6 +16,7 @@ from igpo_megatron.actor.weight_sync import SyncError, check_canary
 from igpo_megatron.config.load import build
 from igpo_megatron.rollout.agent import EngineError
 from igpo_megatron.rollout.engines import EnginePool
+from igpo_megatron.types import Completion
 
 POLICY = Path(__file__).parents[2] / "examples/quickstart/policy"
 PROMPT = [1, 85, 96, 110, 64, 87, 2]
@@ -27,7 +28,11 @@ def pool() -> Iterator[EnginePool]:
         {
             "model": {"path": str(POLICY), "dtype": "fp32"},
             "run": {"device": "cpu"},
-            "rollout": {"max_context": 512, "engine": {"kv_cache_mib": 64, "max_num_seqs": 64}},
+            "rollout": {
+                "max_context": 512,
+                "branching": {"name": "arpo", "entropy": "full"},
+                "engine": {"kv_cache_mib": 64, "max_num_seqs": 64},
+            },
         }
     )
     with EnginePool(config) as started:
@@ -74,6 +79,25 @@ def test_sampled_log_probs_are_those_of_transformers_at_the_sampling_temperature
         expected = logprobs(model, [*PROMPT, *done.token_ids], temperature)[len(PROMPT) - 1 :]
         assert torch.allclose(torch.tensor(done.logprobs), expected, atol=1e-4)
     assert not torch.allclose(torch.tensor(done.logprobs), logprobs(model, [*PROMPT, *done.token_ids], 1.3)[len(PROMPT) - 1 :], atol=1e-2)
+
+
+def test_entropies_are_those_of_transformers_over_all_tokens_or_the_likeliest(pool: EnginePool) -> None:
+    model = policy()
+
+    async def ask(top: int) -> Completion:
+        return await pool.generate(PROMPT, max_tokens=12, temperature=0.7, seed=3, key="0", top_logprobs=top)
+
+    for top in (-1, 10):
+        done = asyncio.run(ask(top))
+        logits = model(torch.tensor([[*PROMPT, *done.token_ids]])).logits[0, len(PROMPT) - 1 : -1].detach() / 0.7
+        logprobs = torch.log_softmax(logits, -1)
+        kept = logprobs if top == -1 else logprobs.topk(10).values
+        found, expected = torch.tensor(done.entropies), -(kept.exp() * kept).sum(-1)
+        # The sampled token is added to the ten likeliest where it is not among them.
+        among = [top == -1 or token in row.topk(10).indices for token, row in zip(done.token_ids, logprobs, strict=True)]
+        assert torch.allclose(found[among], expected[among], atol=1e-4) and sum(among) > 6
+        assert len(found) == len(done.token_ids)
+    assert not asyncio.run(ask(0)).entropies
 
 
 def test_equal_seeds_sample_equal_tokens(pool: EnginePool) -> None:

@@ -131,6 +131,8 @@ def test_the_stated_bounds_hold_in_the_committed_result_of_search():
     assert figures["passages"] >= 100_000 and figures["in_flight"] == 64 and figures["batches_per_turn"] >= 4
     assert figures["agent_loop_vs_barrier"]["low"] >= 2
     assert figures["retriever_vs_plain"]["128"]["median"] >= 1.5 and figures["p95_plain_vs_retriever"]["128"]["median"] >= 1
+
+
 def curve(*points):
     """(tool calls, generated tokens, F1) of every evaluation."""
     keys = ("tool_calls", "generated_tokens", "f1_sampled", "f1_greedy")

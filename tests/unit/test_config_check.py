@@ -7,7 +7,7 @@ import pytest
 from igpo_megatron.cli import world_size
 from igpo_megatron.config.check import check, divisors, require
 from igpo_megatron.config.load import ConfigError, build
-from igpo_megatron.config.schema import Config
+from igpo_megatron.config.schema import Config, Ppo
 
 SHAPE = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 6, "max_position_embeddings": 1024}
 
@@ -278,3 +278,26 @@ def test_settings_of_the_wider_family_are_checked(sound):
     assert "which loss.old_logprobs=engine leaves out" in problem
     (problem,) = problems(sound, "reward.overlong=[20, 10]")
     assert "expected [start, end] in tokens" in problem
+
+
+def test_branching_must_fit_the_group_the_turn_and_the_loss(sound, monkeypatch):
+    arpo = ["rollout.branching.name=arpo", "rollout.samples_per_prompt=8", "rollout.branching.initial_rollouts=4"]
+    assert problems(sound, *arpo) == []
+    (found,) = problems(sound, *arpo, "rollout.branching.initial_rollouts=8")
+    assert "leaves nothing of rollout.samples_per_prompt=8" in found
+    (found,) = problems(sound, *arpo, "rollout.branching.entropy_tokens=49")
+    assert "entropy_tokens=49 is more than a turn has" in found
+    assert problems(sound, "rollout.branching.name=aepo", "rollout.samples_per_prompt=8") == [], "its budget comes from a first rollout"
+    monkeypatch.setattr(Ppo, "sequence_level", True)
+    (found,) = problems(sound, *arpo)
+    assert "loss.name=ppo weighs whole sequences" in found
+
+
+def test_entropies_before_the_step_need_a_pass_and_the_tool_bonus_needs_python(sound):
+    grpo = ["advantage.name=arpo", "reward.gain=none", "loss.name=aepo"]
+    assert problems(sound, *grpo) == []
+    (found,) = problems(sound, *grpo, "loss.old_logprobs=engine")
+    assert "loss.name=aepo uses entropies that loss.old_logprobs=engine runs no pass for" in found
+    assert problems(sound, *grpo, "loss.old_logprobs=engine", "loss.entropy_advantage=none") == []
+    (found,) = problems(sound, *grpo, "reward.tool_bonus=0.1")
+    assert "offers no python" in found

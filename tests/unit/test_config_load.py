@@ -1,5 +1,7 @@
 """YAML and overrides become a Config, or one error that names every mistake and the nearest valid name."""
 
+from pathlib import Path
+
 import pytest
 
 from igpo_megatron.config.load import ConfigError, build, differing_keys, explain, load, to_json
@@ -41,7 +43,7 @@ def test_the_values_of_the_caller_stay_as_they_were():
         ("run.device=cuba", "run.device='cuba': expected one of auto, cpu, cuda; did you mean 'cuda'?"),
         (
             "advantage.name=grop",
-            "advantage.name='grop': expected one of igpo, igpo_loo, grpo, rloo, gigpo, reinforce_pp, reinforce_pp_baseline, remax; "
+            "advantage.name='grop': expected one of igpo, igpo_loo, grpo, rloo, arpo, gigpo, reinforce_pp, reinforce_pp_baseline, remax; "
             "did you mean 'grpo'?",
         ),
         ("advantage.normalize=joint", "advantage.normalize: unknown key; did you mean 'advantage.normalise'?"),
@@ -147,3 +149,16 @@ def test_every_field_of_every_section_is_documented():
     assert len(sections) > 15
     assert [row for section in sections for row in undocumented(section)] == []
     assert [section.__name__ for section in sections if not section.__doc__] == []
+
+
+ARPO = Path(__file__).resolve().parents[2] / "examples/quickstart/arpo.yaml"
+
+
+def test_a_way_to_branch_is_chosen_by_name_as_algorithms_are():
+    branching = load(ARPO, ["rollout.branching.beam=3"]).rollout.branching
+    assert (branching.name, branching.beam, branching.initial_rollouts) == ("arpo", 3, 4)
+    assert load(ARPO, ["rollout.branching.name=none"]).rollout.branching.model_dump() == {"name": "none"}
+    # Another one does not inherit what the file says of the first.
+    assert load(ARPO, ["rollout.branching.name=aepo"]).rollout.branching.initial_rollouts == 8
+    with pytest.raises(ConfigError, match=r"a key like it belongs to rollout\.branching\.name=aepo, not arpo"):
+        load(ARPO, ["rollout.branching.penalty=0.1"])

@@ -67,6 +67,22 @@ def test_the_arpo_layout_asks_its_plain_question_and_ignores_the_system_prompt(t
     assert check_file(path).layout == "ARPO"
 
 
+def test_a_boxed_whose_backslash_was_eaten_is_repaired_with_one_warning(tmp_path, caplog):
+    """The published ARPO files: `\\b` in a string literal is a backspace character."""
+    row = {
+        "data_source": "DR_grpo_mix",
+        "prompt": [{"role": "system", "content": "End with \boxed{}."}, {"role": "user", "content": "Put it in \boxed{}."}],
+        "reward_model": {"ground_truth": "\boxed{2}", "style": "rule"},
+        "extra_info": {"index": 1, "question": "Put it in \boxed{}.", "split": "train"},
+    }
+    whole = {**row, "extra_info": {**row["extra_info"], "index": 2, "question": "1+1?"}, "prompt": [{"role": "user", "content": "1+1?"}]}
+    whole["reward_model"] = {"ground_truth": "2", "style": "rule"}
+    first, second = read_prompts(write(tmp_path, [row, whole]))
+    assert (first.question, first.answers) == ("Put it in \\boxed{}.", ("\\boxed{2}",)) and second.question == "1+1?"
+    (warning,) = caplog.records
+    assert "1 of 2 rows spell \\boxed with a backspace character" in warning.getMessage()
+
+
 def test_the_search_r1_layout_takes_the_question_out_of_the_instruction_and_keeps_all_targets(tmp_path):
     row = {
         "data_source": "triviaqa",

@@ -7,7 +7,6 @@ import torch
 
 from igpo_megatron.algorithms.losses import (
     LOSSES,
-    SEQUENCE_LEVEL,
     aggregation_of,
     cispo,
     denominator,
@@ -311,7 +310,3 @@ def test_engine_mismatch_is_truncated_or_masked():
 def test_the_mean_of_a_trajectory_needs_no_order_of_its_tokens():
     assert sequence_mean(torch.tensor([1.0, 10.0, 3.0]), torch.tensor([2, 0, 2])).tolist() == [2.0, 10.0, 2.0]
     assert sequence_mean(torch.zeros(0), torch.zeros(0, dtype=torch.int64)).tolist() == []
-
-
-def test_losses_on_sequences_are_losses():
-    assert set(LOSSES) > SEQUENCE_LEVEL

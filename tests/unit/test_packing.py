@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from igpo_megatron.packing.batches import balance, first_fit
-from igpo_megatron.packing.tree import PackedRow, blank_row, pack_for_scoring, pack_for_training, scatter, shares_actions, step_counts
+from igpo_megatron.packing.tree import PackedRow, blank_row, pack_for_scoring, pack_for_training, scatter, step_counts
 from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, Trajectory
 
 
@@ -188,8 +188,8 @@ def test_tokens_know_their_trajectory_and_what_the_engine_said_of_them() -> None
 
 def test_a_shared_turn_is_seen_unless_the_other_trajectory_is_not_trained() -> None:
     group = small_group()
-    assert not shares_actions(group)
+    assert not group.is_branched
     group.trajectories.append(Trajectory([0, 1], Status.TRUNCATED_TURNS))
-    assert shares_actions(group)
+    assert group.is_branched
     group.trajectories[-1].status = Status.TOOL_FAILED
-    assert not shares_actions(group)
+    assert not group.is_branched

@@ -9,6 +9,7 @@ from igpo_megatron.algorithms.rewards import (
     REWARDS,
     exact_match,
     f1,
+    f1_multiset,
     normalise,
     overlong_penalty,
     published_score,
@@ -17,7 +18,8 @@ from igpo_megatron.algorithms.rewards import (
     tags_balanced,
 )
 from igpo_megatron.config.schema import Reward
-from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, Trajectory
+from igpo_megatron.protocols import PROTOCOLS
+from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, ToolCall, Trajectory
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden" / "outcome_scores.json"
 
@@ -134,6 +136,56 @@ def test_trajectories_that_say_nothing_about_the_policy_are_not_scored():
     trajectory = scored(finished_group(status=Status.TOOL_FAILED))
     assert trajectory.reward == 0.0
     assert trajectory.reward_parts == {}
+
+
+def test_squad_f1_counts_repeated_words_and_not_articles():
+    assert (
+        f1_multiset("New York, New York", ["new york"]) == pytest.approx(2 * 2 / (4 + 2)) and f1("New York, New York", ["new york"]) == 1.0
+    )
+    assert f1_multiset("The U.S.A.", ["usa"]) == 1.0 and f1_multiset("a b", ["x", "b c"]) == pytest.approx(2 / 3)
+    # {the} alone leaves nothing; yes and no match whole answers only.
+    assert f1_multiset("the", ["the"]) == 0.0 and f1_multiset("yes it is", ["yes"]) == 0.0 and f1_multiset("Yes.", ["yes"]) == 1.0
+
+
+def arpo_group(*calls, observed=True, page="Rome."):
+    """Calls in turn, each followed by a result, then a right answer, in ARPO's tags."""
+    group = RolloutGroup(Prompt(id="q", question="?", answers=("Rome",), source="test"), [Node(None, "prompt", [1], text="?")])
+    path = [0]
+    for turn, name in enumerate(calls, start=1):
+        text = f"<think>x</think><{name}>y</{name}>"
+        path.append(group.add(Node(path[-1], "action", [2], turn, text, call=ToolCall(name, ("y",)))))
+        if observed:
+            path.append(group.add(Node(path[-1], "observation", [3], turn, page)))
+    last = "<think>x</think><answer>\\boxed{Rome}</answer>"
+    path.append(group.add(Node(path[-1], "action", [4], len(calls) + 1, last)))
+    group.trajectories = [Trajectory(path, Status.FINISHED)]
+    return group
+
+
+@pytest.mark.parametrize(
+    ("group", "reward"),
+    [
+        (arpo_group("search", "python"), 1.1),
+        (arpo_group("search", "search", page="See </python> and <answer>."), 1.0),  # a page earns no bonus and breaks no format
+        (arpo_group("python"), 1.0),
+        (arpo_group("search", "python", observed=False), 1.0),
+        (arpo_group(), 1.0),
+    ],
+)
+def test_the_tool_bonus_is_for_tools_that_ran_and_not_for_tags_in_a_text(group, reward):
+    settings = Reward(outcome="f1_multiset", format_penalty=-1.0, tool_bonus=0.1)
+    score(group, settings, PROTOCOLS["arpo"])
+    assert group.trajectories[0].reward == pytest.approx(reward)
+
+
+def test_arpos_reward_is_zero_for_a_wrong_answer_with_both_tools_and_minus_one_without_a_box():
+    settings = Reward(outcome="f1_multiset", format_penalty=-1.0, tool_bonus=0.1)
+    wrong, unboxed = arpo_group("search", "python"), arpo_group("search", "python")
+    wrong.nodes[-1].text = "<think>x</think><answer>\\boxed{Paris}</answer>"
+    unboxed.nodes[-1].text = "<think>x</think><answer>Rome</answer>"
+    for group in (wrong, unboxed):
+        score(group, settings, PROTOCOLS["arpo"])
+    assert (wrong.trajectories[0].reward, unboxed.trajectories[0].reward) == (0.0, -1.0)
 
 
 def test_score_lines_gives_one_result_per_line(tmp_path):

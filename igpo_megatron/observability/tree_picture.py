@@ -1,0 +1,72 @@
+"""Where to draw a branched group: sampled turns by their number from left to right, one row per trajectory, decisions between turns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from statistics import fmean
+from typing import Any
+
+from igpo_megatron.types import RolloutGroup, Trajectory
+
+
+def tree_picture(group: RolloutGroup, trajectories: Sequence[Trajectory]) -> dict[str, Any] | None:
+    """Plain data for a drawing in units of turns (x, the prompt at 0) and rows (y); None where nobody decided to branch or not.
+
+    nodes   {x, y, from: [x, y], tokens, samples}    sampled turns; `from` is the turn before, or the prompt
+    forks   {x, y, entropy, ...}                     decisions, half a turn behind the turn whose result they follow
+    leaves  {x, y, sample}                           the end of each trajectory, whose number counts from 0
+    """
+    if not group.branch_points:
+        return None
+    # In the order of their paths those that share most stand side by side, so lines do not cross.
+    order = sorted(range(len(trajectories)), key=lambda number: (trajectories[number].path, number))
+    turns = [[index for index in end.path if group.nodes[index].kind == "action"] for end in trajectories]
+    rows: dict[int, list[int]] = {}
+    for row, number in enumerate(order):
+        for index in turns[number]:
+            rows.setdefault(index, []).append(row)
+    root = (0.0, (len(order) - 1) / 2)
+    at = {index: (float(group.nodes[index].turn), fmean(below)) for index, below in rows.items()}
+    before = {index: at[parent] for path in turns for parent, index in pairwise(path)}
+    sampled = {number: index for number, index in ((n, _turn_of(group, n)) for n in range(len(group.nodes))) if index in at}
+    return {
+        "turns": max((group.nodes[index].turn for index in at), default=0),
+        "rows": len(order),
+        "root": root,
+        "nodes": [
+            {
+                "x": x,
+                "y": y,
+                "from": before.get(index, root),
+                "tokens": len(group.nodes[index].token_ids),
+                "samples": [order[row] + 1 for row in rows[index]],
+            }
+            for index, (x, y) in at.items()
+        ],
+        "forks": [
+            {
+                "x": at[sampled[point.node]][0] + 0.5,
+                "y": at[sampled[point.node]][1],
+                "entropy": round(point.entropy, 4),
+                "initial": round(point.initial, 4),
+                "kind": point.kind,
+                "probability": round(point.probability, 4),
+                "consecutive": point.consecutive,
+                "samples": [child + 1 for child in point.children],
+            }
+            for point in group.branch_points
+            if point.node in sampled
+        ],
+        "leaves": [
+            {"x": at[turns[number][-1]][0] if turns[number] else 0.0, "y": row, "sample": number} for row, number in enumerate(order)
+        ],
+    }
+
+
+def _turn_of(group: RolloutGroup, number: int) -> int | None:
+    """The sampled turn that a node belongs to or follows; None for the prompt."""
+    cursor: int | None = number
+    while cursor is not None and group.nodes[cursor].kind != "action":
+        cursor = group.nodes[cursor].parent
+    return cursor
