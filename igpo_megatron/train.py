@@ -30,7 +30,7 @@ from igpo_megatron.algorithms.rewards import score
 from igpo_megatron.algorithms.tree_advantages import entropy_stats
 from igpo_megatron.config.check import require
 from igpo_megatron.config.load import ConfigError, load
-from igpo_megatron.config.schema import Aepo, Config, Loss, PolicyLoss
+from igpo_megatron.config.schema import Aepo, Bapo, Config, Loss, PolicyLoss, Ppo
 from igpo_megatron.data.prompts import PromptStream
 from igpo_megatron.observability.metrics import logprob_gap, rollout_metrics
 from igpo_megatron.observability.rollout_dump import read_rollouts, write_rollouts
@@ -222,7 +222,8 @@ def update(policy: Policy, groups: list[RolloutGroup]) -> dict[str, float]:
         )
         if isinstance(config.loss, Aepo) and config.loss.uses_old_entropies:
             counts = replace(counts, entropy=entropy_stats(part, config.loss.high_entropy_share))
-        loss = partial(LOSSES[config.loss.name], counts=counts, config=config.loss)
+        settings = balance_bounds(policy, rows, config.loss) if isinstance(config.loss, Bapo) else config.loss
+        loss = partial(LOSSES[config.loss.name], counts=counts, config=settings)
         results.append(policy.train_step(rows, partial(_row_loss, loss, config.loss, policy.has_reference)))
     metrics = {"skipped": float(empty + sum(result.skipped for result in results)), "lr": rate}
     if not results:
@@ -235,6 +236,14 @@ def update(policy: Policy, groups: list[RolloutGroup]) -> dict[str, float]:
         if name in results[0].metrics:
             metrics[shown] = sum(result.metrics[name] for result in results) / max(tokens, 1.0)
     return metrics
+
+
+def balance_bounds(policy: Policy, rows: Sequence[PackedRow], config: Bapo) -> Ppo:
+    """BAPO's bounds from the ratios of the whole optimizer step, so that packing cannot change them; one more forward pass."""
+    from igpo_megatron.algorithms.losses import balanced_clip
+
+    log_ratios = [now - row.old_logprobs for now, row in zip(policy.log_probs(rows), rows, strict=True)]
+    return balanced_clip(log_ratios, [row.advantages for row in rows], config)
 
 
 def refuse_shared_turns(groups: Sequence[RolloutGroup], loss: Loss) -> None:

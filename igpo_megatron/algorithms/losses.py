@@ -12,13 +12,13 @@ loss of the whole step. Metrics are sums over trained tokens with their count in
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from igpo_megatron.config.schema import Aepo, Cispo, Gspo, PolicyLoss, Ppo, Sft
+from igpo_megatron.config.schema import Aepo, Bapo, Cispo, Gspo, PolicyLoss, Ppo, Sft
 from igpo_megatron.config.schema import Loss as LossConfig
 from igpo_megatron.types import StepCounts
 
@@ -212,7 +212,35 @@ def sft(
     return loss, _sums_over_trained(per_token, weight)
 
 
-LOSSES: dict[str, Loss] = {"ppo": ppo, "aepo": aepo, "gspo": gspo, "cispo": cispo, "sft": sft}
+LOSSES: dict[str, Loss] = {"ppo": ppo, "bapo": ppo, "aepo": aepo, "gspo": gspo, "cispo": cispo, "sft": sft}
+"""bapo is ppo with the bounds that `balanced_clip` finds before the step."""
+
+
+def balanced_clip(log_ratios: Sequence[Tensor], advantages: Sequence[Tensor], config: Bapo) -> Ppo:
+    """BAPO (arXiv 2510.18927) for all rows of an optimizer step: log_ratios [N], advantages [N, 2] per row -> PPO with its bounds.
+
+    With r the ratios, bounds l and h, and A+ and A- the two parts of the advantages, the share of the positive part is
+
+        share = P / (P + M),    P = sum A+ min(r, h),    M = sum A- max(r, l)
+
+    While it is below `positive_share`, l goes up to its end, then h, in steps. As in the published code M counts the tokens that l clips,
+    so a higher l takes gradient from negative tokens but never raises the share: where it is too low, l always ends at its end.
+    """
+    ratio = _bounded_exp(torch.cat(list(log_ratios)))
+    positive, negative = torch.cat(list(advantages)).unbind(-1)
+    (lower, last_lower), (upper, last_upper) = config.lower, config.upper
+
+    def is_balanced() -> bool:
+        gained = float((positive * ratio.clamp(max=upper)).sum())
+        lost = float((negative * ratio.clamp(min=lower)).sum())
+        return gained >= config.positive_share * (gained + lost)
+
+    while not is_balanced() and lower < last_lower:
+        lower = min(lower + config.lower_step, last_lower)
+    while not is_balanced() and upper < last_upper:
+        upper = min(upper + config.upper_step, last_upper)
+    shared = {name: getattr(config, name) for name in PolicyLoss.model_fields}
+    return Ppo(**shared, clip_low=1.0 - lower, clip_high=upper - 1.0, dual_clip=config.dual_clip)
 
 
 def mismatch_factor(old_logprobs: Tensor, behavior_logprobs: Tensor, sequence: Tensor, config: PolicyLoss) -> Tensor:

@@ -36,6 +36,18 @@ def grpo_advantages(rewards: list[float], *, divide_by_std: bool = True) -> list
     return [*map(zscore(rewards, divide_by_std=divide_by_std), rewards)]
 
 
+def token_weighted_advantages(rewards: list[float], lengths: list[int], *, divide_by_std: bool = True) -> list[float]:
+    """HAPO's token-level group average (arXiv 2509.16591): GRPO with every trajectory counted once per trained token.
+
+    As in the published code, a group in which one of these is 5 or more takes GRPO's instead.
+    """
+    population = [reward for reward, length in zip(rewards, lengths, strict=True) for _ in range(length)]
+    advantages = [*map(zscore(population, divide_by_std=divide_by_std), rewards)]
+    if any(abs(advantage) >= 5 for advantage in advantages):
+        return grpo_advantages(rewards, divide_by_std=divide_by_std)
+    return advantages
+
+
 def rloo_advantages(rewards: list[float]) -> list[float]:
     """RLOO (arXiv 2402.14740): A_i = r_i - mean(r_j for j != i), one per trajectory of a group; a group of one gets 0."""
     if len(rewards) < 2:
@@ -55,9 +67,15 @@ def trained_trajectories(group: RolloutGroup) -> list[Trajectory]:
 
 
 def grpo(group: RolloutGroup, config: Grpo, progress: float) -> None:
-    """Set `turn_advantages` by `grpo_advantages` of the rewards."""
+    """Set `turn_advantages` by `grpo_advantages` of the rewards, or by `token_weighted_advantages`."""
     trained = trained_trajectories(group)
-    _set_same_for_all_turns(trained, grpo_advantages([trajectory.reward for trajectory in trained], divide_by_std=config.divide_by_std))
+    rewards = [trajectory.reward for trajectory in trained]
+    if config.statistics == "tokens":
+        lengths = [sum(len(node.token_ids) for node in group.actions(trajectory)) for trajectory in trained]
+        advantages = token_weighted_advantages(rewards, lengths, divide_by_std=config.divide_by_std)
+    else:
+        advantages = grpo_advantages(rewards, divide_by_std=config.divide_by_std)
+    _set_same_for_all_turns(trained, advantages)
 
 
 def rloo(group: RolloutGroup, config: Rloo, progress: float) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from igpo_megatron.config.load import ConfigError
 from igpo_megatron.config.schema import (
     AepoBranching,
+    Bapo,
     Config,
     Igpo,
     IgpoLoo,
@@ -333,7 +334,7 @@ def _algorithm(config: Config) -> Iterator[str]:
     if reinforced and isinstance(advantage, Igpo | IgpoLoo) and reward.gain == "none":
         yield f"reward.gain=none leaves advantage.name={advantage.name} without gains; measure them, or set advantage.name=grpo"
     if isinstance(config.loss, PolicyLoss):
-        yield from _mismatch(config.loss)
+        yield from _policy_loss(config.loss)
     if reward.overlong is not None and reward.overlong[0] >= reward.overlong[1]:
         yield f"reward.overlong={list(reward.overlong)}: expected [start, end] in tokens with start < end"
     if reward.gain == "none" and reward.scorer != "fold":
@@ -360,10 +361,16 @@ def _algorithm(config: Config) -> Iterator[str]:
         yield "rollout.temperature=0 makes all samples of a question alike, so nothing can be learnt; use 1.0 (eval.greedy evaluates at 0)"
 
 
-def _mismatch(loss: PolicyLoss) -> Iterator[str]:
+def _policy_loss(loss: PolicyLoss) -> Iterator[str]:
     low, high = loss.mismatch_bounds
     if not low < 1 < high:
         yield f"loss.mismatch_bounds={[low, high]}: expected [low, high] around 1, such as [0.5, 2.0]"
+    if isinstance(loss, Bapo):
+        for name, (first, last) in (("lower", loss.lower), ("upper", loss.upper)):
+            if first > last:
+                yield f"loss.{name}={[first, last]}: expected [first, last] with first <= last"
+        if loss.lower[1] > 1 or loss.upper[0] < 1:
+            yield f"loss.lower={list(loss.lower)} and loss.upper={list(loss.upper)}: expected bounds below and above 1"
     if loss.mismatch != "none" and loss.old_logprobs == "engine":
         yield (
             f"loss.mismatch={loss.mismatch} compares the engine with a pass before the step, which loss.old_logprobs=engine leaves out; "

@@ -579,6 +579,9 @@ class Grpo(Section):
     divide_by_std: bool = True
     """False subtracts the mean only (Dr. GRPO, arXiv 2503.20783)."""
 
+    statistics: Literal["trajectories", "tokens"] = "trajectories"
+    """What mean and std are taken over; `tokens` counts every trajectory by its length (HAPO's token-level group average, 2509.16591)."""
+
 
 class Rloo(Section):
     """RLOO (arXiv 2402.14740): outcome minus the mean outcome of the other samples."""
@@ -679,6 +682,29 @@ class Ppo(PolicyLoss):
     """With a negative advantage the ratio counts at most this much; null turns it off."""
 
 
+class Bapo(PolicyLoss):
+    """BAPO (arXiv 2510.18927): PPO whose bounds move, before every optimizer step, until gains weigh as much as losses."""
+
+    name: Literal["bapo"] = "bapo"
+    lower: tuple[PositiveFloat, PositiveFloat] = (0.6, 0.9)
+    """First and last value of the lower bound on ratios."""
+
+    upper: tuple[PositiveFloat, PositiveFloat] = (1.2, 3.0)
+    """First and last value of the upper bound on ratios."""
+
+    lower_step: PositiveFloat = 0.05
+    """How far the lower bound moves at a time."""
+
+    upper_step: PositiveFloat = 0.05
+    """How far the upper bound moves at a time."""
+
+    positive_share: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Share of the clipped surrogate that positive advantages shall have; the bounds move until it is reached."""
+
+    dual_clip: Annotated[float, Field(gt=1)] | None = 3.0
+    """With a negative advantage the ratio counts at most this much; null turns it off."""
+
+
 class Gspo(PolicyLoss):
     """GSPO (arXiv 2507.18071): PPO's clip on the geometric mean of a trajectory's ratios; turns keep their own advantages."""
 
@@ -735,7 +761,7 @@ class Sft(Section):
     name: Literal["sft"] = "sft"
 
 
-Loss = Annotated[Ppo | Aepo | Gspo | Cispo | Sft, Field(discriminator="name")]
+Loss = Annotated[Ppo | Aepo | Bapo | Gspo | Cispo | Sft, Field(discriminator="name")]
 
 
 class Optim(Section):

@@ -16,7 +16,7 @@ from igpo_megatron.algorithms import (
     igpo_turn_advantages,
     rloo_advantages,
 )
-from igpo_megatron.algorithms.outcome_advantages import GREEDY_REWARD
+from igpo_megatron.algorithms.outcome_advantages import GREEDY_REWARD, token_weighted_advantages
 from igpo_megatron.config.schema import Advantage, GiGpo, Grpo, Igpo, IgpoLoo, ReinforcePp, ReinforcePpBaseline, ReMax, Rloo
 from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, Trajectory
 
@@ -273,3 +273,14 @@ def test_remax_subtracts_the_greedy_reward():
     assert advantages_of(group, ReMax()) == [[0.5, 0.5], [-0.25]]
     group.metrics[GREEDY_REWARD] = math.nan
     assert advantages_of(group, ReMax()) == [[0.0, 0.0], [0.0]]
+
+
+def test_the_token_level_group_average_counts_a_trajectory_by_its_length():
+    """Rewards 1 of 3 tokens and 0 of 1: mean 3/4, std sqrt(3)/4. 1 of 1 token beside 0 of 49 would get 7: GRPO's instead."""
+    assert token_weighted_advantages([1.0, 0.0], [3, 1], divide_by_std=False) == [0.25, -0.75]
+    assert token_weighted_advantages([1.0, 0.0], [3, 1]) == pytest.approx([1 / math.sqrt(3), -math.sqrt(3)], rel=1e-5)
+    assert token_weighted_advantages([1.0, 0.0], [1, 49]) == pytest.approx([1.0, -1.0], abs=1e-5)
+    assert advantages_of(group_with([[None] * 3, [None]], [1.0, 0.0]), Grpo(statistics="tokens", divide_by_std=False)) == [
+        [0.25] * 3,
+        [-0.75],
+    ]

@@ -67,7 +67,7 @@ def test_a_key_in_the_wrong_section_is_told_where_it_belongs():
 
 def test_a_key_of_another_algorithm_is_told_whose_it_is():
     (message,) = problems(["advantage.name=grpo", "advantage.gamma=0.9"])
-    hint = "a key like it belongs to advantage.name=igpo or igpo_loo or gigpo, not grpo; known here: name, divide_by_std"
+    hint = "a key like it belongs to advantage.name=igpo or igpo_loo or gigpo, not grpo; known here: name, divide_by_std, statistics"
     assert message == f"advantage.gamma: unknown key; {hint}"
 
 

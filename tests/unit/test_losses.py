@@ -8,6 +8,7 @@ import torch
 from igpo_megatron.algorithms.losses import (
     LOSSES,
     aggregation_of,
+    balanced_clip,
     cispo,
     denominator,
     gspo,
@@ -18,7 +19,7 @@ from igpo_megatron.algorithms.losses import (
     sft,
     token_weight,
 )
-from igpo_megatron.config.schema import Cispo, Gspo, Loss, Ppo, Sft
+from igpo_megatron.config.schema import Bapo, Cispo, Gspo, Loss, Ppo, Sft
 from igpo_megatron.types import StepCounts
 
 PLAIN = Ppo(kl_coef=0.0, aggregation="token_mean")
@@ -310,3 +311,20 @@ def test_engine_mismatch_is_truncated_or_masked():
 def test_the_mean_of_a_trajectory_needs_no_order_of_its_tokens():
     assert sequence_mean(torch.tensor([1.0, 10.0, 3.0]), torch.tensor([2, 0, 2])).tolist() == [2.0, 10.0, 2.0]
     assert sequence_mean(torch.zeros(0), torch.zeros(0, dtype=torch.int64)).tolist() == []
+
+
+def test_bapo_moves_its_bounds_until_the_positive_part_weighs_enough():
+    """Ratio 2 with A = 1, ratio 0.5 with A = -1, bounds from 0.6 and 1.2. For a share of 1/2: 1.2 >= 0.6 holds at once. For 0.7:
+    1.2 / 1.8 is too little; l goes to its end, 0.8, then h in steps of 0.3: 1.5 / 2.3, 1.8 / 2.6 = 0.692, and 2 / 2.8 at h = 2.1."""
+    log_ratios = [torch.tensor([2.0]).log(), torch.tensor([0.5]).log()]
+    advantages = [torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])]
+
+    def bounds(share):
+        config = Bapo(lower=(0.6, 0.8), upper=(1.2, 3.0), lower_step=0.1, upper_step=0.3, positive_share=share, kl_coef=0.5)
+        found = balanced_clip(log_ratios, advantages, config)
+        assert found.kl_coef == 0.5
+        return 1 - found.clip_low, 1 + found.clip_high
+
+    assert bounds(0.5) == pytest.approx((0.6, 1.2))
+    assert bounds(0.7) == pytest.approx((0.8, 2.1))
+    assert bounds(0.99) == pytest.approx((0.8, 3.0))
