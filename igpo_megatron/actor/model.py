@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -263,13 +264,18 @@ def tensor_shards(rule: Rule) -> int:
     return 1 if rule.split_dim is None or rule.expert is not None else parallel_state.get_tensor_model_parallel_world_size()
 
 
-@torch.no_grad()
 def load_weights(model: PolicyModel, shape: ModelShape, folder: Path, vocab_multiple: int) -> None:
     """Stream this rank's shards out of a Hugging Face folder, one tensor at a time; every tensor of the folder must have a rule."""
     rules = rules_for(shape, vocab_multiple)
     reader = HfReader(folder)
     check_total(rules, hf_names=reader.names())
     check_sizes(rules, shape, {name: reader.shape(name) for name in reader.names()})
+    fill_weights(model, rules, lambda rule: rule.to_megatron([reader.get(hf_name) for hf_name in rule.hf_names]))
+
+
+@torch.no_grad()
+def fill_weights(model: PolicyModel, rules: dict[str, Rule], full: Callable[[Rule], torch.Tensor]) -> None:
+    """Copy this rank's shard of `full(rule)` into every parameter, one tensor at a time."""
     named = global_names(model)
     held = [name for name, _ in named]
     check_total({name: rules[name] for name in held if name in rules}, megatron_names=held)
@@ -277,7 +283,7 @@ def load_weights(model: PolicyModel, shape: ModelShape, folder: Path, vocab_mult
     for name, parameter in named:
         rule = rules[name]
         size = tensor_shards(rule)
-        shard = rule.shard(rule.to_megatron([reader.get(hf_name) for hf_name in rule.hf_names]), size, rank % size)
+        shard = rule.shard(full(rule), size, rank % size)
         assert shard.shape == parameter.shape, f"{name}: shard {tuple(shard.shape)} for parameter {tuple(parameter.shape)}"
         parameter.copy_(shard)
         # Megatron sets these while initialising, which we skip; without them the gradient norm counts shards as duplicates.

@@ -131,6 +131,11 @@ def canary_group(vocab_size: int, num_tokens: int, seed: int) -> RolloutGroup:
     """A fixed pseudo-random sequence as a rollout group: one prompt token, then the tokens that are scored."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, vocab_size, (num_tokens + 1,), generator=generator).tolist()
+    return scoring_group(tokens)
+
+
+def scoring_group(tokens: list[int]) -> RolloutGroup:
+    """Tokens as a rollout group: the first is the prompt, the others are scored."""
     nodes = [Node(None, "prompt", tokens[:1]), Node(0, "action", tokens[1:], turn=1)]
     return RolloutGroup(Prompt("canary", "", (), "canary"), nodes, [Trajectory([0, 1], Status.FINISHED)])
 
