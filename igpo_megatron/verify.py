@@ -96,11 +96,11 @@ def megatron_log_probs(hf: Path, megatron: Path, tokens: list[int]) -> torch.Ten
         from igpo_megatron.packing.tree import pack_for_scoring
 
         rules, reader = convert.open_megatron(megatron, hf)
-        model = build_model(read_shape(hf), config, ranks.device)
+        (model,) = build_model(read_shape(hf), config, ranks.device)
         # By way of the HF tensors, whose vocabulary is unpadded: the checkpoint may be padded otherwise than the model.
-        fill_weights(model, rules, lambda rule: rule.to_megatron(rule.to_hf(reader.get(rule.megatron_name))))
+        fill_weights([model], rules, lambda rule: rule.to_megatron(rule.to_hf(reader.get(rule.megatron_name))))
         rows = pack_for_scoring([scoring_group(tokens)], row_tokens=len(tokens), multiple=1)
-        (found,) = schedule.forward_only(model, rows, temperature=1.0, device=ranks.device)
+        (found,) = schedule.forward_only([model], rows, temperature=1.0, device=ranks.device)
         return found
     finally:
         parallel.shutdown()

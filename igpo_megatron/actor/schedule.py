@@ -1,6 +1,7 @@
 """Run packed rows through Megatron's pipeline schedules: one row is one micro-batch.
 
-Every pipeline stage of a data-parallel rank is given the same rows; only the last one computes log-probs and losses.
+Every pipeline stage of a data-parallel rank is given the same rows; only the last one computes log-probs and losses. A rank holds
+one model, or the chunks of a virtual pipeline, which take the rows in turn.
 """
 
 from __future__ import annotations
@@ -19,20 +20,23 @@ RowLoss = Callable[[PackedRow, torch.Tensor, torch.Tensor], tuple[torch.Tensor, 
 """(row, logprobs [N], entropy [N]) -> (loss scalar, metric sums)."""
 
 
-def forward_only(model: torch.nn.Module, rows: Sequence[PackedRow], *, temperature: float, device: torch.device) -> list[torch.Tensor]:
+def forward_only(
+    chunks: Sequence[torch.nn.Module], rows: Sequence[PackedRow], *, temperature: float, device: torch.device
+) -> list[torch.Tensor]:
     """[N] log-probs of every target of every row, on the last stage; an empty list on the others."""
 
     def keep(output: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
         return output[:, 0].detach().cpu()
 
-    model.eval()
+    for chunk in chunks:
+        chunk.eval()
     with torch.no_grad():
-        results = _run(model, rows, lambda row: keep, temperature, device, forward_only=True, collect_non_loss_data=True)
+        results = _run(chunks, rows, lambda row: keep, temperature, device, forward_only=True, collect_non_loss_data=True)
     return list(results)
 
 
 def forward_backward(
-    model: torch.nn.Module, rows: Sequence[PackedRow], loss: RowLoss, *, temperature: float, device: torch.device
+    chunks: Sequence[torch.nn.Module], rows: Sequence[PackedRow], loss: RowLoss, *, temperature: float, device: torch.device
 ) -> list[dict[str, torch.Tensor]]:
     """Accumulate gradients over all rows; metric sums per row (with `loss`) on the last stage, an empty list on the others."""
 
@@ -42,12 +46,13 @@ def forward_backward(
         # The second item is Megatron's token count, which is not used: losses are already divided by global counts.
         return value, torch.zeros((), dtype=torch.int, device=output.device), {**sums, "loss": value.detach().cpu()}
 
-    model.train()
-    return list(_run(model, rows, lambda row: partial(loss_of, row), temperature, device, forward_only=False))
+    for chunk in chunks:
+        chunk.train()
+    return list(_run(chunks, rows, lambda row: partial(loss_of, row), temperature, device, forward_only=False))
 
 
 def _run(
-    model: torch.nn.Module,
+    chunks: Sequence[torch.nn.Module],
     rows: Sequence[PackedRow],
     loss_for: Callable[[PackedRow], Callable[..., Any]],
     temperature: float,
@@ -64,8 +69,8 @@ def _run(
 
     return get_forward_backward_func()(
         forward_step_func=step,
-        data_iterator=iter(rows),
-        model=model,
+        data_iterator=[iter(rows) for _ in chunks],
+        model=list(chunks),
         num_microbatches=len(rows),
         seq_length=max(row.num_tokens for row in rows),
         micro_batch_size=1,

@@ -34,7 +34,7 @@ def named_weights(policy: Policy) -> Iterator[tuple[str, torch.Tensor]]:
     """
     ranks = policy.ranks
     rules = rules_for(policy.shape, policy.config.model.vocab_multiple)
-    held = dict(global_names(policy.module))
+    held = dict(global_names(policy.chunks))
     stages: list[list[str]] = [list(held)]
     if ranks.pipeline_size > 1:
         stages = [[] for _ in range(ranks.pipeline_size)]

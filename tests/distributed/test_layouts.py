@@ -94,7 +94,7 @@ def gradients(policy: Policy) -> dict[str, torch.Tensor]:
     """Gradients under HF names, gathered over tensor-parallel ranks; only this pipeline stage's and this rank's experts'."""
     rules = rules_for(policy.shape, policy.config.model.vocab_multiple)
     found = {}
-    for name, parameter in global_names(policy.module):
+    for name, parameter in global_names(policy.chunks):
         rule = rules[name]
         shards = [parameter.main_grad.clone()]
         if tensor_shards(rule) > 1:
@@ -112,9 +112,9 @@ def one_step(policy: Policy, groups: list[RolloutGroup]) -> tuple[dict[str, torc
     loss = partial(row_loss, step_counts(groups))
     grads: dict[str, torch.Tensor] = {}
     if not policy.config.parallel.distributed_optimizer:
-        policy.model.zero_grad_buffer()
+        policy.zero_gradients()
         mine, _ = policy._share(rows)
-        schedule.forward_backward(policy.model, mine, loss, temperature=1.0, device=policy.ranks.device)
+        schedule.forward_backward(policy.wrapped, mine, loss, temperature=1.0, device=policy.ranks.device)
         grads = gradients(policy)
     result = policy.train_step(rows, loss)
     return grads, result.loss, result.grad_norm, {name: tensor.clone() for name, tensor in named_weights(policy)}
