@@ -198,12 +198,17 @@ def transformer_config(shape: ModelShape, config: Config) -> TransformerConfig:
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=fuses_gradients(wants_cuda(config.run.device)),
         apply_rope_fusion=False,
         persist_layer_norm=False,
         **recompute,
         **experts,
     )
+
+
+def fuses_gradients(cuda: bool) -> bool:
+    """Whether weight gradients are added to their fp32 sums inside the matmul: by NVIDIA Apex's kernel, where it is built."""
+    return cuda and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
 def layer_spec(config: TransformerConfig, backend: str, chunk: int | None = None) -> TransformerBlockSubmodules:
