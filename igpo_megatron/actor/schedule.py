@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_attr_wrapped_model
 
 from igpo_megatron.actor.model import HeadInputs
+from igpo_megatron.actor.routing import replay
 from igpo_megatron.packing.tree import PackedRow
 
 RowLoss = Callable[[PackedRow, torch.Tensor, torch.Tensor], tuple[torch.Tensor, dict[str, torch.Tensor]]]
@@ -62,6 +64,7 @@ def _run(
     def step(iterator: Iterator[PackedRow], stage: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
         row = to_device(next(iterator), device)
         head = HeadInputs(row.predictor, row.targets, temperature, need_entropy=not options["forward_only"])
+        replay(get_attr_wrapped_model(stage, "decoder", return_model_obj=True), row.experts)
         output = stage(
             input_ids=row.token_ids[None], position_ids=row.position_ids[None], attention_mask=row.subtree_end.cpu(), labels=head
         )
@@ -83,4 +86,5 @@ def to_device(row: PackedRow, device: torch.device) -> PackedRow:
     if device.type == "cpu":
         return row
     tensors = ("token_ids", "position_ids", "subtree_end", "predictor", "targets", "weight", "advantages", "old_logprobs", "ref_logprobs")
-    return PackedRow(**{name: getattr(row, name).to(device, non_blocking=True) for name in tensors}, origin=row.origin)
+    experts = None if row.experts is None else row.experts.to(device, non_blocking=True)
+    return PackedRow(**{name: getattr(row, name).to(device, non_blocking=True) for name in tensors}, experts=experts, origin=row.origin)

@@ -56,6 +56,9 @@ class PackedRow:
     ref_logprobs: torch.Tensor
     """[N] fp32, by the reference policy; zeros where there is none."""
 
+    experts: torch.Tensor | None = None
+    """[T, layers, top_k] int64, experts to send each token to; None leaves the choice to the routers."""
+
     origin: list[tuple[int, int, int, int]] = field(default_factory=list)
     """(group, node, start, stop): targets [start, stop) are that node's tokens, of a probe the scored ones."""
 
