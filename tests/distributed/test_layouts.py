@@ -64,10 +64,12 @@ def scored_nodes(policy: Policy, groups: list[RolloutGroup], scorer: ProbeScorer
 
 
 def reference_logprobs(folder: Path, groups: list[RolloutGroup]) -> list[list[float]]:
-    """The same by transformers, one sequence at a time."""
+    """The same by transformers, one sequence at a time; of a probe the scored tokens."""
     model = load_hf(folder)
     return [
-        hf_logprobs(model, group.context(node.parent), node.token_ids).tolist() if node.kind in ("action", "probe") else []
+        hf_logprobs(model, group.context(node.parent), node.token_ids).tolist()[slice(*(node.scored or (None,)))]
+        if node.kind in ("action", "probe")
+        else []
         for group in groups
         for node in group.nodes
     ]
