@@ -136,8 +136,7 @@ def verify(hf: str | Path, megatron: str | Path) -> Verification:
 
     This half needs no model; comparing log-probs is for the packages above.
     """
-    config, weights = _find_megatron(Path(megatron), Path(hf))
-    rules, reader = _open_megatron(config, weights)
+    rules, reader = open_megatron(Path(megatron), Path(hf))
     source = HfReader(hf)
     check_total(rules, hf_names=source.names())
     differences: dict[str, str] = {}
@@ -161,6 +160,11 @@ def verify(hf: str | Path, megatron: str | Path) -> Verification:
     worst = max(sorted(sizes), key=lambda hf_name: (sizes[hf_name] != sizes[hf_name], sizes[hf_name], hf_name in differences))
     hf_sha256, megatron_sha256 = (hashlib.sha256(b"".join(digests[name][side] for name in sorted(digests))).hexdigest() for side in (0, 1))
     return Verification(len(digests), differences, worst, sizes[worst], hf_sha256, megatron_sha256)
+
+
+def open_megatron(folder: Path, config: Path) -> tuple[dict[str, Rule], MegatronReader | ClassicReader]:
+    """The rules and the reader of a Megatron folder; `config` is an HF folder, for a Megatron folder that has none of its own."""
+    return _open_megatron(*_find_megatron(folder, config))
 
 
 def write_metadata(folder: Path, *, model_type: str, vocab_multiple: int) -> None:
@@ -309,6 +313,12 @@ def megatron_to_hf_command(
 @app.command("verify")
 def verify_command(hf: HfOption, megatron: MegatronOption) -> None:
     """Compare a Hugging Face folder with a Megatron checkpoint: names, shapes, dtypes, checksums; fails unless bit-equal."""
+    if not report_verification(hf, megatron):
+        raise typer.Exit(1)
+
+
+def report_verification(hf: Path, megatron: Path) -> bool:
+    """Print what `verify` finds; whether the two are bit-equal."""
     with _one_sentence_errors():
         result = verify(hf, megatron)
     typer.echo(
@@ -317,8 +327,7 @@ def verify_command(hf: HfOption, megatron: MegatronOption) -> None:
     typer.echo(f"sha256 hf {result.hf_sha256}\nsha256 megatron {result.megatron_sha256}")
     for name, difference in result.differences.items():
         typer.echo(f"  {name}: {difference}")
-    if result.differences:
-        raise typer.Exit(1)
+    return not result.differences
 
 
 @app.command("inspect")

@@ -225,7 +225,11 @@ def doctor_tools(
 
 def _mount_convert() -> None:
     from checkpoint_conversion.convert import app as convert_app
+    from igpo_megatron.verify import verify_command
 
+    # In place of the converter's own, which knows no models.
+    convert_app.registered_commands = [command for command in convert_app.registered_commands if command.name != "verify"]
+    convert_app.command("verify")(verify_command)
     app.add_typer(convert_app, name="convert", help="Move checkpoints between Hugging Face and Megatron formats.")
 
 

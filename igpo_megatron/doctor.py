@@ -28,6 +28,7 @@ MIN_MEMORY_GIB = 6.0
 """The quickstart holds two ranks, one engine of three processes and Ray: about 5 GiB resident."""
 MIN_SHM_GIB = 0.5
 """Weights reach CPU engines, and Ray's objects live, in shared memory."""
+APEX_ADVICE = "optional: build NVIDIA's Apex from its repository (github.com/NVIDIA/apex) with its C++ and CUDA extensions"
 COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
@@ -147,13 +148,32 @@ def accelerations() -> list[Row]:
     advice = "" if engine or not has_gpu() else "optional: pip install --no-build-isolation of the extra [te] (it compiles)"
     rows.append(Row("transformer-engine", "ok", engine or "not installed: Megatron's local layers are used", advice))
     if importlib.util.find_spec("apex") is None:
-        rows.append(Row("apex", "ok", "not installed: torch's Adam is used"))
+        rows.append(Row("apex", "ok", "not installed", APEX_ADVICE if has_gpu() else ""))
     elif importlib.util.find_spec("amp_C") is not None:
         rows.append(Row("apex", "ok", "NVIDIA's"))
     else:
         advice = "not NVIDIA's Apex, which is no PyPI package: pip uninstall apex"
         rows.append(Row("apex", "fail", f"apex {version('apex') or '(unknown)'} without its kernels (amp_C)", advice))
-    return rows
+    return [*rows, *_active(transformer_engine=engine is not None)]
+
+
+def _active(transformer_engine: bool) -> list[Row]:
+    """Which implementations a run on this machine takes, in the order in which Megatron-Core looks for them."""
+    gpu = has_gpu()
+    apex = importlib.util.find_spec("apex") is not None and importlib.util.find_spec("amp_C") is not None
+    fuses = gpu and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+    adam = "TransformerEngine's fused Adam" if transformer_engine else "Apex's fused Adam" if apex else "torch's AdamW"
+    layers = "TransformerEngine's (model.backend=auto)" if gpu and transformer_engine else "Megatron's local layers"
+    return [
+        Row("active: layers", "ok", layers),
+        Row("active: optimizer", "ok", adam, APEX_ADVICE if gpu and not (apex or transformer_engine) else ""),
+        Row(
+            "active: gradient accumulation",
+            "ok",
+            "fused into the matmul" if fuses else "a kernel of its own",
+            APEX_ADVICE if gpu and not fuses else "",
+        ),
+    ]
 
 
 def processor() -> list[Row]:

@@ -82,7 +82,8 @@ def load(policy: Policy, folder: Path) -> tuple[int, dict[str, Any]]:
     same_grid = stored["layout"][:2] == [ranks.tensor_size, ranks.pipeline_size]
     request = _sharded_state(policy, loading=True, with_rng=same_grid)
     loaded = dist_checkpointing.load(request, str(folder / "model"), strict=StrictHandling.ASSUME_OK_UNEXPECTED)
-    policy.module.load_state_dict(loaded["model"], strict=False)
+    for number, chunk in enumerate(policy.chunks):
+        chunk.load_state_dict(loaded["model"][f"chunk{number}"], strict=False)
     policy.optimizer.load_state_dict(loaded["optimizer"])
     if same_grid:
         rng = loaded["rng_state"][0]
@@ -96,7 +97,9 @@ def load(policy: Policy, folder: Path) -> tuple[int, dict[str, Any]]:
 def _sharded_state(policy: Policy, *, loading: bool, with_rng: bool = True) -> dict[str, Any]:
     megatron_fixes.prime(policy.optimizer)  # before the first step there are no moments, which Megatron does not expect
     metadata = {**SHARDING, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    state: dict[str, Any] = {"model": policy.module.sharded_state_dict(metadata=metadata)}
+    # What is stored goes by the tensors' names in the whole model; the chunks are this rank's.
+    chunks = {f"chunk{number}": chunk.sharded_state_dict(metadata=metadata) for number, chunk in enumerate(policy.chunks)}
+    state: dict[str, Any] = {"model": chunks}
     state["optimizer"] = policy.optimizer.sharded_state_dict(state["model"], is_loading=loading, metadata=metadata)
     if with_rng:
         ranks = policy.ranks

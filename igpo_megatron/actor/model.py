@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -182,17 +183,22 @@ def transformer_config(shape: ModelShape, config: Config) -> TransformerConfig:
         perform_initialization=False,
         tensor_model_parallel_size=config.parallel.tensor,
         pipeline_model_parallel_size=config.parallel.pipeline,
+        virtual_pipeline_model_parallel_size=config.parallel.virtual_pipeline if config.parallel.virtual_pipeline > 1 else None,
+        num_layers_in_first_pipeline_stage=config.parallel.first_stage_layers,
+        num_layers_in_last_pipeline_stage=config.parallel.last_stage_layers,
         sequence_parallel=config.parallel.sequence,
         variable_seq_lengths=True,
         # The one dispatcher for rows of any length; Megatron demands it even for dense models.
         moe_token_dispatcher_type="alltoall",
         batch_p2p_comm=False,
+        # Without it the interleaved schedule deadlocks on rows of different lengths.
+        overlap_p2p_comm=config.parallel.virtual_pipeline > 1,
         # Summed losses: what they are divided by is known before the first micro-batch.
         calculate_per_token_loss=True,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=fuses_gradients(wants_cuda(config.run.device)),
         apply_rope_fusion=False,
         persist_layer_norm=False,
         **recompute,
@@ -200,8 +206,13 @@ def transformer_config(shape: ModelShape, config: Config) -> TransformerConfig:
     )
 
 
-def layer_spec(config: TransformerConfig, backend: str) -> TransformerBlockSubmodules:
-    """Layers with our attention (and, in the local backend, our norm)."""
+def fuses_gradients(cuda: bool) -> bool:
+    """Whether weight gradients are added to their fp32 sums inside the matmul: by NVIDIA Apex's kernel, where it is built."""
+    return cuda and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
+def layer_spec(config: TransformerConfig, backend: str, chunk: int | None = None) -> TransformerBlockSubmodules:
+    """The layers of this rank (of one of its chunks, in a virtual pipeline), with our attention (and, in the local backend, our norm)."""
     if backend == "te":
         spec = get_gpt_layer_with_transformer_engine_spec(config.num_moe_experts, config.moe_grouped_gemm, qk_layernorm=config.qk_layernorm)
     else:
@@ -215,7 +226,7 @@ def layer_spec(config: TransformerConfig, backend: str) -> TransformerBlockSubmo
     attention.submodules.core_attention = TreeAttention
     if config.qk_layernorm and backend == "local":
         attention.submodules.q_layernorm = attention.submodules.k_layernorm = RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config, chunk), layer_norm=RMSNorm)
 
 
 def resolve_backend(backend: str, cuda: bool) -> str:
@@ -228,14 +239,26 @@ def resolve_backend(backend: str, cuda: bool) -> str:
     return chosen
 
 
-def build_model(shape: ModelShape, config: Config, device: torch.device) -> PolicyModel:
-    """This rank's part of the policy, on `device`, with uninitialised weights."""
+def build_model(shape: ModelShape, config: Config, device: torch.device) -> list[PolicyModel]:
+    """This rank's part of the policy, on `device`, with uninitialised weights: one model, or the chunks of a virtual pipeline."""
     megatron = transformer_config(shape, config)
-    stage = {"pre_process": parallel_state.is_pipeline_first_stage(), "post_process": parallel_state.is_pipeline_last_stage()}
-    spec = layer_spec(megatron, resolve_backend(config.model.backend, device.type == "cuda"))
+    backend = resolve_backend(config.model.backend, device.type == "cuda")
     resolve(config.model.head, device)  # an error here comes before engines are started
-    vocab = padded_vocab(shape, config)
-    model = PolicyModel(megatron, spec, shape, vocab, (config.model.head, config.model.head_form), **stage).to(device)
+    chunks = range(config.parallel.virtual_pipeline) if config.parallel.virtual_pipeline > 1 else (None,)
+    return [_build_chunk(shape, config, megatron, backend, chunk).to(device) for chunk in chunks]
+
+
+def _build_chunk(shape: ModelShape, config: Config, megatron: TransformerConfig, backend: str, chunk: int | None) -> PolicyModel:
+    model = PolicyModel(
+        megatron,
+        layer_spec(megatron, backend, chunk),
+        shape,
+        padded_vocab(shape, config),
+        (config.model.head, config.model.head_form),
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=chunk),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=chunk),
+        vp_stage=chunk,
+    )
     for name, parameter in model.named_parameters():
         if ".experts." in name:
             # Megatron's mark of parameters with an optimizer of their own. It leaves it out at expert parallel 1, whose
@@ -250,12 +273,15 @@ def padded_vocab(shape: ModelShape, config: Config) -> int:
     return -(-shape.vocab_size // multiple) * multiple
 
 
-def global_names(model: PolicyModel) -> list[tuple[str, torch.nn.Parameter]]:
+def global_names(chunks: Sequence[PolicyModel]) -> list[tuple[str, torch.nn.Parameter]]:
     """Parameters of this rank under their names in the whole model, whatever the layer backend calls them."""
-    first_layer = model.decoder.layers[0].layer_number - 1
-    experts = (model.config.num_moe_experts or 0) // parallel_state.get_expert_model_parallel_world_size()
+    experts = (chunks[0].config.num_moe_experts or 0) // parallel_state.get_expert_model_parallel_world_size()
     first_expert = experts * parallel_state.get_expert_model_parallel_rank()
-    return [(local_name(name, first_layer, first_expert), parameter) for name, parameter in model.named_parameters()]
+    return [
+        (local_name(name, chunk.decoder.layers[0].layer_number - 1, first_expert), parameter)
+        for chunk in chunks
+        for name, parameter in chunk.named_parameters()
+    ]
 
 
 def tensor_shards(rule: Rule) -> int:
@@ -263,21 +289,26 @@ def tensor_shards(rule: Rule) -> int:
     return 1 if rule.split_dim is None or rule.expert is not None else parallel_state.get_tensor_model_parallel_world_size()
 
 
-@torch.no_grad()
-def load_weights(model: PolicyModel, shape: ModelShape, folder: Path, vocab_multiple: int) -> None:
+def load_weights(chunks: Sequence[PolicyModel], shape: ModelShape, folder: Path, vocab_multiple: int) -> None:
     """Stream this rank's shards out of a Hugging Face folder, one tensor at a time; every tensor of the folder must have a rule."""
     rules = rules_for(shape, vocab_multiple)
     reader = HfReader(folder)
     check_total(rules, hf_names=reader.names())
     check_sizes(rules, shape, {name: reader.shape(name) for name in reader.names()})
-    named = global_names(model)
+    fill_weights(chunks, rules, lambda rule: rule.to_megatron([reader.get(hf_name) for hf_name in rule.hf_names]))
+
+
+@torch.no_grad()
+def fill_weights(chunks: Sequence[PolicyModel], rules: dict[str, Rule], full: Callable[[Rule], torch.Tensor]) -> None:
+    """Copy this rank's shard of `full(rule)` into every parameter, one tensor at a time."""
+    named = global_names(chunks)
     held = [name for name, _ in named]
     check_total({name: rules[name] for name in held if name in rules}, megatron_names=held)
     rank = parallel_state.get_tensor_model_parallel_rank()
     for name, parameter in named:
         rule = rules[name]
         size = tensor_shards(rule)
-        shard = rule.shard(rule.to_megatron([reader.get(hf_name) for hf_name in rule.hf_names]), size, rank % size)
+        shard = rule.shard(full(rule), size, rank % size)
         assert shard.shape == parameter.shape, f"{name}: shard {tuple(shard.shape)} for parameter {tuple(parameter.shape)}"
         parameter.copy_(shard)
         # Megatron sets these while initialising, which we skip; without them the gradient norm counts shards as duplicates.

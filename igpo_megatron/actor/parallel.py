@@ -83,6 +83,7 @@ def init(config: Config) -> Ranks:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.parallel.tensor,
         pipeline_model_parallel_size=config.parallel.pipeline,
+        virtual_pipeline_model_parallel_size=config.parallel.virtual_pipeline if config.parallel.virtual_pipeline > 1 else None,
         expert_model_parallel_size=config.parallel.expert,
         # Experts are never cut: small matrices, and gloo cannot gather their tokens unevenly.
         expert_tensor_parallel_size=1,

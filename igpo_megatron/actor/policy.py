@@ -65,16 +65,18 @@ class Policy:
     def __init__(self, config: Config, ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
         self.shape: ModelShape = read_shape(config.model.path)
-        self.module: PolicyModel = build_model(self.shape, config, ranks.device)
-        load_weights(self.module, self.shape, config.model.path, config.model.vocab_multiple)
-        self.model, self.optimizer = _for_training(self.module, config)
+        self.chunks: list[PolicyModel] = build_model(self.shape, config, ranks.device)
+        """What this rank holds of the model: one part, or several in a virtual pipeline."""
+
+        load_weights(self.chunks, self.shape, config.model.path, config.model.vocab_multiple)
+        self.wrapped, self.optimizer = _for_training(self.chunks, config)
         self.steps_taken = 0
         """Optimizer steps since the run's start; the learning-rate schedule is a function of it."""
 
         self.total_steps = config.run.steps * config.optim.minibatches
         self._skipped_in_a_row = 0
         needs_reference = isinstance(config.loss, PolicyLoss) and config.loss.kl_coef > 0
-        self._reference = {name: p.detach().to("cpu", copy=True) for name, p in self.module.named_parameters()} if needs_reference else None
+        self._reference = [p.detach().to("cpu", copy=True) for p in _parameters(self.chunks)] if needs_reference else None
 
     @property
     def has_reference(self) -> bool:
@@ -93,7 +95,7 @@ class Policy:
         """
         mine, share = self._share(rows)
         temperature = temperature or self.config.rollout.temperature or 1.0
-        results = schedule.forward_only(self.model, mine, temperature=temperature, device=self.ranks.device, with_entropy=with_entropy)
+        results = schedule.forward_only(self.wrapped, mine, temperature=temperature, device=self.ranks.device, with_entropy=with_entropy)
         keeps = self.ranks.is_last_stage and self.ranks.tensor_rank == 0
         found = {index: result for index, result in zip(share, results, strict=True) if index >= 0} if keeps else {}
         merged = {index: result for part in parallel.gather(found) for index, result in part.items()}
@@ -103,20 +105,20 @@ class Policy:
     def as_reference(self) -> Iterator[None]:
         """Inside, the model has the weights the run began with."""
         assert self._reference is not None, "no reference was kept: loss.kl_coef is 0"
-        current = {name: p.detach().clone() for name, p in self.module.named_parameters()}
-        _copy_weights(self.module, self._reference)
+        current = [p.detach().clone() for p in _parameters(self.chunks)]
+        _copy_weights(self.chunks, self._reference)
         try:
             yield
         finally:
-            _copy_weights(self.module, current)
+            _copy_weights(self.chunks, current)
 
     def train_step(self, rows: Sequence[PackedRow], loss: RowLoss) -> StepResult:
         """One optimizer step on all rows. Raises NonFiniteSteps after `optim.max_skipped` skipped steps in a row."""
-        self.model.zero_grad_buffer()
+        self.zero_gradients()
         self.optimizer.zero_grad()
         mine, _ = self._share(rows)
         temperature = self.config.rollout.temperature or 1.0
-        per_row = schedule.forward_backward(self.model, mine, loss, temperature=temperature, device=self.ranks.device)
+        per_row = schedule.forward_backward(self.wrapped, mine, loss, temperature=temperature, device=self.ranks.device)
         metrics = self._sum_metrics(per_row)
         value = metrics.pop("loss")
         overflow = bool(self.optimizer.prepare_grads())
@@ -138,6 +140,11 @@ class Policy:
             )
         return StepResult(loss=value, grad_norm=grad_norm, skipped=not finite, metrics=metrics)
 
+    def zero_gradients(self) -> None:
+        """Forget what has been accumulated."""
+        for chunk in self.wrapped:
+            chunk.zero_grad_buffer()
+
     def _share(self, rows: Sequence[PackedRow]) -> tuple[list[PackedRow], list[int]]:
         """This data-parallel rank's rows and their indices; -1 marks a blank row."""
         if not rows:
@@ -147,6 +154,9 @@ class Policy:
         per_token = 2.0 * shape.num_layers * (2 * shape.hidden_size * width + 3 * shape.hidden_size * shape.active_ffn_size)
         costs = [row_cost(row.num_tokens, 2 * shape.num_layers * width, per_token) for row in rows]
         share = balance(costs, self.ranks.data_size)[self.ranks.data_rank]
+        if self.config.parallel.virtual_pipeline > 1:
+            # The interleaved schedule takes rows in groups of one per stage.
+            share = [*share, *[-1] * (-len(share) % self.ranks.pipeline_size)]
         return [rows[index] if index >= 0 else blank_row(self.row_multiple) for index in share], share
 
     def _sum_metrics(self, per_row: list[dict[str, torch.Tensor]]) -> dict[str, float]:
@@ -162,18 +172,18 @@ class Policy:
         return total
 
 
-def _for_training(module: PolicyModel, config: Config) -> tuple[DistributedDataParallel, Any]:
+def _for_training(chunks: Sequence[PolicyModel], config: Config) -> tuple[list[DistributedDataParallel], Any]:
     """Wrap the model for data parallelism and make its optimizer."""
-    megatron = module.config
-    wrapped: torch.nn.Module = Float16Module(megatron, module) if megatron.bf16 else module
+    megatron = chunks[0].config
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=False,
         use_distributed_optimizer=config.parallel.distributed_optimizer,
     )
-    model = DistributedDataParallel(megatron, ddp, wrapped)
+    wrapped = [DistributedDataParallel(megatron, ddp, Float16Module(megatron, chunk) if megatron.bf16 else chunk) for chunk in chunks]
     if dist.get_world_size() > 1:
-        model.broadcast_params()
+        for chunk in wrapped:
+            chunk.broadcast_params()
     optim = config.optim
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
@@ -189,12 +199,12 @@ def _for_training(module: PolicyModel, config: Config) -> tuple[DistributedDataP
             params_dtype=megatron.params_dtype,
             use_distributed_optimizer=config.parallel.distributed_optimizer,
         ),
-        [model],
+        wrapped,
     )
     # Gradients are sums already divided by global counts: finalising must not divide by a token count again.
     megatron.finalize_model_grads_func = lambda model, num_tokens=None, **kwargs: finalize_model_grads(model, None, **kwargs)
     megatron.grad_scale_func = optimizer.scale_loss
-    return model, optimizer
+    return wrapped, optimizer
 
 
 def _clip(optimizer: Any, max_norm: float, grad_norm: float) -> None:
@@ -204,7 +214,11 @@ def _clip(optimizer: Any, max_norm: float, grad_norm: float) -> None:
         clip_grad_by_total_norm_fp32(part.get_parameters(), max_norm=max_norm, total_norm=grad_norm)
 
 
+def _parameters(chunks: Sequence[PolicyModel]) -> list[torch.nn.Parameter]:
+    return [parameter for chunk in chunks for parameter in chunk.parameters()]
+
+
 @torch.no_grad()
-def _copy_weights(module: PolicyModel, source: dict[str, torch.Tensor]) -> None:
-    for name, parameter in module.named_parameters():
-        parameter.copy_(source[name])
+def _copy_weights(chunks: Sequence[PolicyModel], source: Sequence[torch.Tensor]) -> None:
+    for parameter, tensor in zip(_parameters(chunks), source, strict=True):
+        parameter.copy_(tensor)

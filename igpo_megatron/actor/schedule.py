@@ -1,6 +1,7 @@
 """Run packed rows through Megatron's pipeline schedules: one row is one micro-batch.
 
-Every pipeline stage of a data-parallel rank is given the same rows; only the last one computes log-probs and losses.
+Every pipeline stage of a data-parallel rank is given the same rows; only the last one computes log-probs and losses. A rank holds
+one model, or the chunks of a virtual pipeline, which take the rows in turn.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_attr_wrapped_model
 
 from igpo_megatron.actor.model import HeadInputs
+from igpo_megatron.actor.routing import replay
 from igpo_megatron.packing.tree import PackedRow
 
 RowLoss = Callable[[PackedRow, torch.Tensor, torch.Tensor], tuple[torch.Tensor, dict[str, torch.Tensor]]]
@@ -21,21 +24,22 @@ RowLoss = Callable[[PackedRow, torch.Tensor, torch.Tensor], tuple[torch.Tensor, 
 
 
 def forward_only(
-    model: torch.nn.Module, rows: Sequence[PackedRow], *, temperature: float, device: torch.device, with_entropy: bool = False
+    chunks: Sequence[torch.nn.Module], rows: Sequence[PackedRow], *, temperature: float, device: torch.device, with_entropy: bool = False
 ) -> list[torch.Tensor]:
     """[N] log-probs (or [N, 2] with entropies) of every target of every row, on the last stage; an empty list on the others."""
 
     def keep(output: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
         return (output if with_entropy else output[:, 0]).detach().cpu()
 
-    model.eval()
+    for chunk in chunks:
+        chunk.eval()
     with torch.no_grad():
-        results = _run(model, rows, lambda row: keep, temperature, device, with_entropy, forward_only=True, collect_non_loss_data=True)
+        results = _run(chunks, rows, lambda row: keep, temperature, device, with_entropy, forward_only=True, collect_non_loss_data=True)
     return list(results)
 
 
 def forward_backward(
-    model: torch.nn.Module, rows: Sequence[PackedRow], loss: RowLoss, *, temperature: float, device: torch.device
+    chunks: Sequence[torch.nn.Module], rows: Sequence[PackedRow], loss: RowLoss, *, temperature: float, device: torch.device
 ) -> list[dict[str, torch.Tensor]]:
     """Accumulate gradients over all rows; metric sums per row (with `loss`) on the last stage, an empty list on the others."""
 
@@ -45,12 +49,13 @@ def forward_backward(
         # The second item is Megatron's token count, which is not used: losses are already divided by global counts.
         return value, torch.zeros((), dtype=torch.int, device=output.device), {**sums, "loss": value.detach().cpu()}
 
-    model.train()
-    return list(_run(model, rows, lambda row: partial(loss_of, row), temperature, device, True, forward_only=False))
+    for chunk in chunks:
+        chunk.train()
+    return list(_run(chunks, rows, lambda row: partial(loss_of, row), temperature, device, True, forward_only=False))
 
 
 def _run(
-    model: torch.nn.Module,
+    chunks: Sequence[torch.nn.Module],
     rows: Sequence[PackedRow],
     loss_for: Callable[[PackedRow], Callable[..., Any]],
     temperature: float,
@@ -61,6 +66,7 @@ def _run(
     def step(iterator: Iterator[PackedRow], stage: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
         row = to_device(next(iterator), device)
         head = HeadInputs(row.predictor, row.targets, temperature, need_entropy=need_entropy)
+        replay(get_attr_wrapped_model(stage, "decoder", return_model_obj=True), row.experts)
         output = stage(
             input_ids=row.token_ids[None], position_ids=row.position_ids[None], attention_mask=row.subtree_end.cpu(), labels=head
         )
@@ -68,8 +74,8 @@ def _run(
 
     return get_forward_backward_func()(
         forward_step_func=step,
-        data_iterator=iter(rows),
-        model=model,
+        data_iterator=[iter(rows) for _ in chunks],
+        model=list(chunks),
         num_microbatches=len(rows),
         seq_length=max(row.num_tokens for row in rows),
         micro_batch_size=1,

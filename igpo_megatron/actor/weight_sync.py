@@ -34,7 +34,7 @@ def named_weights(policy: Policy) -> Iterator[tuple[str, torch.Tensor]]:
     """
     ranks = policy.ranks
     rules = rules_for(policy.shape, policy.config.model.vocab_multiple)
-    held = dict(global_names(policy.module))
+    held = dict(global_names(policy.chunks))
     stages: list[list[str]] = [list(held)]
     if ranks.pipeline_size > 1:
         stages = [[] for _ in range(ranks.pipeline_size)]
@@ -131,6 +131,11 @@ def canary_group(vocab_size: int, num_tokens: int, seed: int) -> RolloutGroup:
     """A fixed pseudo-random sequence as a rollout group: one prompt token, then the tokens that are scored."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, vocab_size, (num_tokens + 1,), generator=generator).tolist()
+    return scoring_group(tokens)
+
+
+def scoring_group(tokens: list[int]) -> RolloutGroup:
+    """Tokens as a rollout group: the first is the prompt, the others are scored."""
     nodes = [Node(None, "prompt", tokens[:1]), Node(0, "action", tokens[1:], turn=1)]
     return RolloutGroup(Prompt("canary", "", (), "canary"), nodes, [Trajectory([0, 1], Status.FINISHED)])
 

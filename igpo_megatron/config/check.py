@@ -22,6 +22,7 @@ from igpo_megatron.config.schema import (
     Igpo,
     IgpoLoo,
     NoBranching,
+    Parallel,
     PolicyLoss,
     ReinforcePp,
     ReMax,
@@ -154,13 +155,49 @@ def _shape(config: Config, shape: dict[str, Any]) -> Iterator[str]:
     heads = shape.get("num_attention_heads")
     key_heads = shape.get("num_key_value_heads") or heads
     layers = shape.get("num_hidden_layers")
-    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+    tensor = config.parallel.tensor
     for count, name in ((heads, "attention heads"), (key_heads, "key-value heads")):
         if isinstance(count, int) and count % tensor:
             yield f"parallel.tensor={tensor} does not divide the model's {count} {name}; use one of {divisors(count)}"
             break
-    if isinstance(layers, int) and layers % pipeline:
-        yield f"parallel.pipeline={pipeline} does not divide the model's {layers} layers; use one of {divisors(layers)}"
+    if isinstance(layers, int):
+        yield from _stages(config.parallel, layers)
+
+
+def stage_layers(layers: int, pipeline: int, first: int | None, last: int | None) -> list[int] | None:
+    """Layers of each pipeline stage; None where they cannot be shared: `stage_layers(8, 3, 2, None) == [2, 3, 3]`."""
+    if pipeline == 1:
+        return [layers]
+    given = [number for number in (first, last) if number is not None]
+    others, left = pipeline - len(given), layers - sum(given)
+    if left < others or (left % others if others else left):
+        return None
+    ends = [number if number is not None else left // others for number in (first, last)]
+    return [ends[0], *[left // others if others else 0] * (pipeline - 2), ends[1]]
+
+
+def _stages(layout: Parallel, layers: int) -> Iterator[str]:
+    first, last, chunks = layout.first_stage_layers, layout.last_stage_layers, layout.virtual_pipeline
+    uneven = first is not None or last is not None
+    if layout.pipeline == 1 and (uneven or chunks > 1):
+        yield (
+            f"parallel.pipeline=1 leaves nothing to split, but parallel.virtual_pipeline={chunks}, first_stage_layers={first}, "
+            f"last_stage_layers={last}; raise parallel.pipeline, or leave the others at their defaults"
+        )
+        return
+    stages = stage_layers(layers, layout.pipeline, first, last)
+    if stages is None and not uneven:
+        yield (
+            f"parallel.pipeline={layout.pipeline} does not divide the model's {layers} layers; use one of {divisors(layers)}, "
+            "or set parallel.first_stage_layers and parallel.last_stage_layers"
+        )
+    elif stages is None:
+        yield (
+            f"parallel.first_stage_layers={first} and last_stage_layers={last} leave layers of the model's {layers} that its other "
+            f"pipeline stages (parallel.pipeline={layout.pipeline}) cannot share evenly, at least one each; change one of them"
+        )
+    elif any(number % chunks for number in stages):
+        yield f"parallel.virtual_pipeline={chunks} does not divide every pipeline stage's layers, {stages}; use a common divisor of them"
 
 
 def _experts(config: Config, shape: dict[str, Any], world_size: int) -> Iterator[str]:

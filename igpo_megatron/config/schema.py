@@ -86,6 +86,15 @@ class Parallel(Section):
     pipeline: PositiveInt = 1
     """Pipeline-parallel degree (1F1B)."""
 
+    virtual_pipeline: PositiveInt = 1
+    """Parts of the model on each pipeline stage, run interleaved: smaller bubbles, more transfers. Needs pipeline of 2 or more."""
+
+    first_stage_layers: PositiveInt | None = None
+    """Layers on the first pipeline stage, which also holds the embedding; null shares the layers evenly."""
+
+    last_stage_layers: PositiveInt | None = None
+    """Layers on the last pipeline stage, which also holds the output layer; null shares the layers evenly."""
+
     expert: PositiveInt = 1
     """Expert-parallel degree: each rank holds 1/expert of every layer's experts, whole. A multiple of parallel.tensor."""
 

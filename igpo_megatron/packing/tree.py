@@ -65,6 +65,9 @@ class PackedRow:
     old_entropies: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     """[N] fp32, nats, by the actor before the step; zeros where the loss uses none."""
 
+    experts: torch.Tensor | None = None
+    """[T, layers, top_k] int64, experts to send each token to; None leaves the choice to the routers."""
+
     origin: list[tuple[int, int, int, int]] = field(default_factory=list)
     """(group, node, start, stop): targets [start, stop) are that node's tokens, of a probe the scored ones."""
 

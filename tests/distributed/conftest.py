@@ -32,8 +32,8 @@ MIXTURES = ("qwen3_moe", "qwen3_moe_unscaled", "mixtral")
 VOCAB = 150  # not a multiple of anything the padding uses
 
 
-def make_hf_folder(folder: Path, name: str) -> Path:
-    """A two-layer random model as transformers saves it; every bias and norm is random, so that none can be forgotten unseen."""
+def make_hf_folder(folder: Path, name: str, layers: int = 2) -> Path:
+    """A small random model as transformers saves it; every bias and norm is random, so that none can be forgotten unseen."""
     from transformers import (
         AutoModelForCausalLM,
         LlamaConfig,
@@ -48,7 +48,7 @@ def make_hf_folder(folder: Path, name: str) -> Path:
         "vocab_size": VOCAB,
         "hidden_size": 64,
         "intermediate_size": 96,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": layers,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 512,
@@ -91,6 +91,13 @@ def hf_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Architecture name -> folder."""
     root = tmp_path_factory.mktemp("hf")
     return {name: make_hf_folder(root / name, name) for name in ARCHITECTURES}
+
+
+@pytest.fixture(scope="session")
+def deep_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same with six layers, for pipelines of many parts."""
+    root = tmp_path_factory.mktemp("deep")
+    return {name: make_hf_folder(root / name, name, layers=6) for name in ("qwen2_tied", "qwen3_moe")}
 
 
 def make_config(model: Path, **overrides: Any) -> Config:

@@ -99,7 +99,7 @@ def gradients(policy: Policy) -> dict[str, torch.Tensor]:
     """Gradients under HF names, gathered over tensor-parallel ranks; only this pipeline stage's and this rank's experts'."""
     rules = rules_for(policy.shape, policy.config.model.vocab_multiple)
     found = {}
-    for name, parameter in global_names(policy.module):
+    for name, parameter in global_names(policy.chunks):
         rule = rules[name]
         shards = [parameter.main_grad.clone()]
         if tensor_shards(rule) > 1:
@@ -117,9 +117,9 @@ def one_step(policy: Policy, groups: list[RolloutGroup]) -> tuple[dict[str, torc
     loss = partial(row_loss, step_counts(groups))
     grads: dict[str, torch.Tensor] = {}
     if not policy.config.parallel.distributed_optimizer:
-        policy.model.zero_grad_buffer()
+        policy.zero_gradients()
         mine, _ = policy._share(rows)
-        schedule.forward_backward(policy.model, mine, loss, temperature=1.0, device=policy.ranks.device)
+        schedule.forward_backward(policy.wrapped, mine, loss, temperature=1.0, device=policy.ranks.device)
         grads = gradients(policy)
     result = policy.train_step(rows, loss)
     return grads, result.loss, result.grad_norm, {name: tensor.clone() for name, tensor in named_weights(policy)}
@@ -311,10 +311,11 @@ def branched_step(policy: Policy, groups: list[RolloutGroup], loss: Ppo) -> tupl
     rows = pack_for_training(groups, row_tokens=ROW_TOKENS, token_weight=partial(token_weight, loss.aggregation))
     stats = entropy_stats(groups, 0.3) if loss.uses_old_entropies else None
     counts = replace(step_counts(groups), entropy=stats)
-    policy.model.zero_grad_buffer()
+    for chunk in policy.wrapped:
+        chunk.zero_grad_buffer()
     mine, _ = policy._share(rows)
     bound = partial(_row_loss, partial(LOSSES[loss.name], counts=counts, config=loss), loss, True)
-    schedule.forward_backward(policy.model, mine, bound, temperature=1.0, device=policy.ranks.device)
+    schedule.forward_backward(policy.wrapped, mine, bound, temperature=1.0, device=policy.ranks.device)
     return gradients(policy), sum(row.num_tokens for row in rows)
 
 

@@ -308,7 +308,7 @@ def test_the_picture_of_a_group_by_hand(tmp_path: Path) -> None:
 def test_metrics_of_branching_by_hand() -> None:
     """Four trajectories of a search and an answer; two of the four searches are shared."""
     groups = grow(UnsureEngine(CALM, UNSURE), ArpoBranching(**THRESHOLD), samples=4)  # type: ignore[arg-type]
-    metrics = rollout_metrics(groups)
+    metrics = rollout_metrics(groups, "search")
     search, answer = (len(completion(text).token_ids) for text in (SEARCH, ANSWER))
     assert (
         metrics["branched"] == 1.0

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from igpo_megatron.cli import world_size
-from igpo_megatron.config.check import check, divisors, require
+from igpo_megatron.config.check import check, divisors, require, stage_layers
 from igpo_megatron.config.load import ConfigError, build
 from igpo_megatron.config.schema import Config, Ppo
 
@@ -40,6 +40,13 @@ def test_a_sound_configuration_has_no_problems(sound):
     assert problems(sound) == []
     assert problems(sound, "parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=3", "parallel.data=2", world_size=12) == []
     assert problems(sound, "parallel.tensor=2", world_size=None) == []
+
+
+def test_stages_share_what_the_first_and_the_last_leave():
+    assert stage_layers(8, 3, 2, None) == [2, 3, 3]
+    assert stage_layers(8, 4, 1, 3) == [1, 2, 2, 3]
+    assert stage_layers(8, 2, 5, 3) == [5, 3] and stage_layers(8, 2, None, 3) == [5, 3]
+    assert stage_layers(8, 2, 5, 2) is None and stage_layers(8, 3, 8, None) is None and stage_layers(8, 3, None, None) is None
 
 
 @pytest.fixture
@@ -85,6 +92,9 @@ def test_layouts_that_experts_cannot_have_are_refused(mixture, overrides, world_
             "parallel.tensor=3 does not divide the model's 8 attention heads; use one of [1, 2, 4, 8]",
         ),
         (["parallel.tensor=8"], 8, "parallel.tensor=8 does not divide the model's 4 key-value heads; use one of [1, 2, 4]"),
+        (["parallel.virtual_pipeline=2"], 1, "parallel.pipeline=1 leaves nothing to split"),
+        (["parallel.pipeline=2", "parallel.virtual_pipeline=2"], 2, "does not divide every pipeline stage's layers, [3, 3]"),
+        (["parallel.pipeline=3", "parallel.first_stage_layers=1"], 3, "parallel.first_stage_layers=1 and last_stage_layers=None leave"),
         (["parallel.pipeline=4"], 4, "parallel.pipeline=4 does not divide the model's 6 layers; use one of [1, 2, 3, 6]"),
         (["parallel.sequence=true"], 1, "parallel.sequence=true needs parallel.tensor of 2 or more"),
         (["model.vocab_multiple=5", "parallel.tensor=2"], 2, "model.vocab_multiple=5 is no multiple of parallel.tensor=2"),

@@ -57,6 +57,29 @@ def test_nvidias_apex_is_told_from_its_namesake(monkeypatch, importable, verdict
     assert row.verdict == verdict
 
 
+@pytest.mark.parametrize(
+    ("gpu", "importable", "installed", "optimizer", "gradients"),
+    [
+        (False, set(), {}, "torch's AdamW", "a kernel of its own"),
+        (True, {"apex", "amp_C", "fused_weight_gradient_mlp_cuda"}, {}, "Apex's fused Adam", "fused into the matmul"),
+        (True, {"apex"}, {}, "torch's AdamW", "a kernel of its own"),
+        (True, set(), {"transformer-engine": "2.9"}, "TransformerEngine's fused Adam", "a kernel of its own"),
+        (False, {"fused_weight_gradient_mlp_cuda"}, {}, "torch's AdamW", "a kernel of its own"),
+    ],
+)
+def test_the_active_accelerations_are_named_and_a_gpu_without_them_is_told_how_to_get_them(
+    monkeypatch, gpu, importable, installed, optimizer, gradients
+):
+    monkeypatch.setattr(doctor, "has_gpu", lambda: gpu)
+    monkeypatch.setattr(doctor, "version", installed.get)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name in importable else None)
+    rows = {row.name: row for row in doctor.accelerations()}
+    assert rows["active: optimizer"].found == optimizer
+    found = rows["active: gradient accumulation"]
+    assert found.found == gradients
+    assert ("NVIDIA/apex" in found.advice) == (gpu and gradients != "fused into the matmul")
+
+
 def test_memory_is_capped_by_the_control_group(tmp_path):
     (tmp_path / "meminfo").write_text(f"MemTotal: 1 kB\nMemAvailable: {8 * 2**20} kB\n", encoding="utf-8")
     assert doctor.available_gib(tmp_path / "meminfo", tmp_path) == 8.0

@@ -128,7 +128,7 @@ def measure(policy: Any, group: RolloutGroup, row_tokens: int, repeats: int) -> 
 
         policy.train_step(layouts[name], loss)
         if name not in gradients:
-            gradients[name] = torch.cat([parameter.main_grad.flatten().float() for parameter in policy.module.parameters()]).clone()
+            gradients[name] = torch.cat([parameter.main_grad.flatten().float() for parameter in policy.chunks[0].parameters()]).clone()
 
     seconds = interleaved({name: partial(step, name) for name in layouts}, repeats)
     tokens = {name: sum(row.num_tokens for row in rows) for name, rows in layouts.items()}
