@@ -315,4 +315,5 @@ def test_metrics_of_branching_by_hand() -> None:
         and metrics["initial_rollouts"] == 2.0
         and metrics["shared_tokens"] == pytest.approx(2 * search / (4 * search + 4 * answer))
     )
-    assert "branched" not in rollout_metrics(grow(UnsureEngine(CALM), ArpoBranching(**THRESHOLD), samples=2, max_turns=1))  # type: ignore[arg-type]
+    calm = grow(UnsureEngine(CALM), ArpoBranching(**THRESHOLD), samples=2, max_turns=1)  # type: ignore[arg-type]
+    assert "branched" not in rollout_metrics(calm, "search")
