@@ -73,6 +73,13 @@ def test_every_recipe_has_its_published_numbers_and_fits_its_model(
     rollout = config.rollout
     assert (rollout.prompts_per_step, rollout.samples_per_prompt, config.optim.minibatches) == (batch, samples, minibatches)
     assert (rollout.max_context, rollout.max_turns, config.run.steps, config.optim.lr) == (context, turns, steps, 1e-6)
+    if rollout.branching.name != "none":
+        branching = rollout.branching
+        assert (branching.name, config.loss.name) in (("arpo", "ppo"), ("aepo", "aepo")) and config.advantage.name == "arpo"
+        assert (branching.initial_rollouts, branching.beam) == (samples // 2, 2)
+        assert (branching.base_probability, branching.entropy_weight) == (0.5, 0.2)
+        assert (config.reward.outcome, config.reward.tool_bonus, config.reward.format_penalty) == ("f1_multiset", 0.1, -1.0)
+    assert (rollout.branching.name == "none") == (name.split("_")[0] not in ("arpo", "aepo"))
     assert all("no such file" in problem for problem in check(config, world_size=4))
 
 
