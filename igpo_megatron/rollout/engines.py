@@ -8,6 +8,7 @@ The only file that knows Ray and vLLM (beside weight_transfer.py). A Ray started
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import logging
 import math
@@ -237,7 +238,7 @@ class EnginePool:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         if address is None:
             os.environ["RAY_AUTH_MODE"] = "token"
-            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(16)  # otherwise Ray writes one into the home folder
+            os.environ["RAY_AUTH_TOKEN"] = _ray_token()  # otherwise Ray writes one into the home folder
         import ray
 
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
@@ -482,6 +483,12 @@ def _ray_folder() -> Path:
         folder.rmdir()
         raise EngineError(f"{folder} is too long a path for Ray's sockets ({length} bytes, at most {room}); set TMPDIR to a shorter one")
     return folder
+
+
+@functools.cache
+def _ray_token() -> str:
+    """One for all pools of this process: Ray reads its token once and keeps it."""
+    return secrets.token_hex(16)
 
 
 def _scoring_params(*, skip_cache: bool) -> Any:
