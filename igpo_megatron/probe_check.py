@@ -6,6 +6,7 @@ synthetic trajectories ──> fold, batched, sequential (this process, no launc
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 import warnings
@@ -124,7 +125,8 @@ def gap(found: Sequence[float], expected: Sequence[float]) -> float:
     """Largest absolute difference; infinite where a value is missing or not a number."""
     if len(found) != len(expected) or not found:
         return float("inf")
-    return max(abs(left - right) if left == left else float("inf") for left, right in zip(found, expected, strict=True))
+    gaps = [abs(left - right) for left, right in zip(found, expected, strict=True)]
+    return max(gaps) if all(map(math.isfinite, gaps)) else float("inf")  # max() would lose a nan
 
 
 def relative_gap(found: Sequence[float], expected: Sequence[float]) -> float:

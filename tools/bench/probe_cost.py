@@ -35,7 +35,7 @@ HEADLINE_TURNS = 10
 def main(
     shape: Annotated[str, typer.Option(help="demo, 0.5B, 1.5B or 7B.")] = "demo",
     turns: Annotated[str, typer.Option(help="Comma-separated numbers of turns.")] = "1,2,5,10,20",
-    repeats: Annotated[int, typer.Option(help="Timed calls of each scheme.")] = 11,
+    repeats: Annotated[int, typer.Option(help="Timed calls of each scheme.")] = 7,
     engine: Annotated[bool, typer.Option(help="Time vLLM as well.")] = True,
     out: Annotated[Path | None, typer.Option(help="Result file; default: results/DEVICE/probe_cost.json.")] = None,
 ) -> None:
