@@ -7,6 +7,7 @@ The canary scores fixed tokens on both sides: a stale, swapped or half-loaded we
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -150,7 +151,8 @@ def check_canary(policy_logprobs: list[float], engine_logprobs: list[list[float]
     """Largest |log-prob difference| over all engines. Raises SyncError above `max_gap`."""
     worst = 0.0
     for number, served in enumerate(engine_logprobs):
-        gap = max(abs(left - right) for left, right in zip(policy_logprobs, served, strict=True))
+        gaps = [abs(left - right) for left, right in zip(policy_logprobs, served, strict=True)]
+        gap = max(gaps) if all(map(math.isfinite, gaps)) else math.inf  # max() would lose a nan
         if not gap <= max_gap:
             raise SyncError(
                 f"engine {number} does not serve the policy's weights: after sync {version} their log-probs differ by up to {gap:.3g} "

@@ -354,7 +354,8 @@ class EnginePool:
                     self.score_on(number, tokens(first + _SELF_TEST_PROBE), first, cached=False)
                     found, hits = self.score_on(number, context + ending, first, cached=True)
                     plain, _ = self.score_on(number, context + ending, first, cached=False)
-                    gap = max(abs(left - right) for left, right in zip(found, plain, strict=True))
+                    gaps = [abs(left - right) for left, right in zip(found, plain, strict=True)]
+                    gap = max(gaps) if all(map(math.isfinite, gaps)) else math.inf  # max() would lose a nan
                     if not gap <= bound:
                         raise EngineError(
                             f"engine {number} scores a probe differently by {gap:.3g} with its prefix cache, more than {bound:g}: "

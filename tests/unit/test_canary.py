@@ -1,0 +1,22 @@
+"""The canary after a weight sync: any engine that says something else, or something that is no number, stops the run."""
+
+import math
+
+import pytest
+
+from igpo_megatron.actor.weight_sync import SyncError, check_canary
+
+
+def test_the_largest_difference_over_all_engines_is_returned():
+    assert check_canary([-1.0, -2.0], [[-1.0, -2.0], [-1.25, -2.0]], 0.5, version=3) == 0.25
+
+
+@pytest.mark.parametrize("served", [[-1.0, -2.75], [-1.1, math.nan], [math.nan, -2.0], [-1.0, -math.inf]])
+def test_an_engine_that_is_off_anywhere_is_named(served):
+    with pytest.raises(SyncError, match="engine 1 does not serve the policy's weights: after sync 3"):
+        check_canary([-1.0, -2.0], [[-1.0, -2.0], served], 0.5, version=3)
+
+
+def test_a_policy_that_is_no_number_itself_does_not_pass():
+    with pytest.raises(SyncError, match="engine 0"):
+        check_canary([-1.0, math.nan], [[-1.0, -2.0]], 0.5, version=1)
