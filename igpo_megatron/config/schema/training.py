@@ -1,0 +1,212 @@
+"""Settings of what carries a run: its folder, the policy and its layout, data, optimizer, checkpoints, evaluation, metrics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from igpo_megatron.config.schema.section import Section
+
+
+class Run(Section):
+    """Where a run lives and how long it goes on."""
+
+    name: str = "run"
+    """Name of the run; its folder is `<folder>/<name>`."""
+
+    folder: Path = Path("runs")
+    """Parent of all run folders."""
+
+    seed: NonNegativeInt = 0
+    """Seed of question order, sampling and initial state."""
+
+    steps: PositiveInt = 100
+    """Training steps."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` uses CUDA when torch sees a GPU. `cpu` also works on a machine that has GPUs."""
+
+    threads: PositiveInt = 1
+    """CPU threads of each rank; 1 is safest when ranks and engines share cores."""
+
+    resume: Literal["auto", "never"] = "auto"
+    """`auto` continues from the newest complete checkpoint of this run; `never` refuses a folder that already holds a run."""
+
+    replay: Path | None = None
+    """Train from this rollout file (parquet) without engines: RL on recorded rollouts, or supervised on demonstrations."""
+
+    stop_after: Literal["none", "rollout"] = "none"
+    """`rollout` writes the rollouts of each step and trains nothing: the other half of `replay`."""
+
+
+class Model(Section):
+    """The policy."""
+
+    path: Path
+    """Hugging Face folder with config.json, safetensors and tokenizer."""
+
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    """Parameter and activation type; gradients are accumulated and reduced in fp32."""
+
+    backend: Literal["auto", "local", "te"] = "auto"
+    """Layer implementation: Megatron's local layers, or TransformerEngine; `auto` takes te on CUDA when importable."""
+
+    head: Literal["auto", "torch", "triton"] = "auto"
+    """What turns hidden states into log-probs; `auto` takes the Triton kernels on CUDA where triton is importable."""
+
+    head_form: Literal["auto", "fused", "chunks"] = "auto"
+    """How the Triton forward runs: one fused kernel, or cuBLAS chunks; `auto` looks the sizes up in kernels/head_forms.json."""
+
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation recomputation: core attention only (selective) or every layer (full)."""
+
+    vocab_multiple: PositiveInt = 128
+    """Vocabulary rows are padded to a multiple of this, so that every tensor-parallel degree up to it can share them."""
+
+
+class Parallel(Section):
+    """How the policy is spread over ranks: world size = tensor x pipeline x data; experts share the tensor x data ranks of a stage."""
+
+    tensor: PositiveInt = 1
+    """Tensor-parallel degree."""
+
+    pipeline: PositiveInt = 1
+    """Pipeline-parallel degree (1F1B)."""
+
+    virtual_pipeline: PositiveInt = 1
+    """Parts of the model on each pipeline stage, run interleaved: smaller bubbles, more transfers. Needs pipeline of 2 or more."""
+
+    first_stage_layers: PositiveInt | None = None
+    """Layers on the first pipeline stage, which also holds the embedding; null shares the layers evenly."""
+
+    last_stage_layers: PositiveInt | None = None
+    """Layers on the last pipeline stage, which also holds the output layer; null shares the layers evenly."""
+
+    expert: PositiveInt = 1
+    """Expert-parallel degree: each rank holds 1/expert of every layer's experts, whole. A multiple of parallel.tensor."""
+
+    data: PositiveInt | None = None
+    """Data-parallel degree; null takes what the world size leaves (as few as parallel.expert allows when `igpo train` starts the ranks)."""
+
+    sequence: bool = False
+    """Sequence parallelism inside the tensor-parallel group."""
+
+    distributed_optimizer: bool = True
+    """Shard optimizer state over data-parallel ranks."""
+
+    timeout_s: PositiveFloat = 1800
+    """A collective that waits longer than this ends the job."""
+
+
+class Data(Section):
+    """Questions."""
+
+    train: tuple[Path, ...] = ()
+    """Parquet files of training questions (IGPO, ARPO or Search-R1 layout, recognised by their columns)."""
+
+    eval: tuple[Path, ...] = ()
+    """Parquet files of held-out questions."""
+
+    shuffle: bool = True
+    """Shuffle each epoch with `run.seed`; the order depends on seed and epoch only."""
+
+    balance: Literal["none", "source"] = "none"
+    """`source` draws every source equally often instead of in proportion to its rows."""
+
+
+class Optim(Section):
+    """Optimizer (Adam with decoupled weight decay) and schedule."""
+
+    lr: PositiveFloat = 1e-6
+    """Peak learning rate."""
+
+    min_lr: NonNegativeFloat = 0.0
+    """Learning rate at the end of the decay."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Adam's moment decay rates."""
+
+    eps: PositiveFloat = 1e-8
+    """Adam's epsilon."""
+
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay."""
+
+    clip_grad: NonNegativeFloat = 1.0
+    """Global gradient-norm clip; 0 turns it off."""
+
+    warmup_steps: NonNegativeInt = 0
+    """Steps of linear warm-up."""
+
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the decay from `lr` to `min_lr`."""
+
+    decay_from: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the steps after which the decay begins."""
+
+    minibatches: PositiveInt = 1
+    """Optimizer steps per batch of rollouts."""
+
+    max_skipped: PositiveInt = 3
+    """This many steps in a row skipped for a non-finite loss or gradient stop the run."""
+
+
+class Packing(Section):
+    """Rows of the packed batch."""
+
+    row_tokens: PositiveInt = 8192
+    """Token budget of a row; a tree longer than this is cut by repeating the path to the cut."""
+
+
+class Sync(Section):
+    """Weight transfer to the engines."""
+
+    canary_tokens: PositiveInt = 64
+    """Fixed tokens scored by policy and engine after every sync."""
+
+    max_gap: PositiveFloat = 0.15
+    """Largest |log-prob difference| allowed on the canary; a larger one stops the run. fp32 on both sides: about 1e-5."""
+
+
+class Checkpoint(Section):
+    """Saving."""
+
+    every: NonNegativeInt = 10
+    """Steps between checkpoints; 0 saves only at the end."""
+
+    keep: PositiveInt = 2
+    """Newest checkpoints kept."""
+
+
+class Eval(Section):
+    """Held-out evaluation."""
+
+    every: NonNegativeInt = 0
+    """Steps between evaluations; 0 evaluates only where `at_ends` says so."""
+
+    at_ends: bool = False
+    """Evaluate before the first and after the last step."""
+
+    questions: NonNegativeInt = 0
+    """Questions used, the first of a fixed shuffle; 0 uses all."""
+
+    samples: NonNegativeInt = 1
+    """Samples per question at `rollout.temperature` (pass@k needs k of them); 0 for none."""
+
+    greedy: bool = True
+    """Also answer every question once at temperature 0."""
+
+
+class Track(Section):
+    """Metrics."""
+
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Weights & Biases; `online` without WANDB_API_KEY falls back to offline."""
+
+    project: str = "igpo-megatron"
+    """Weights & Biases project."""
+
+    dump_every: NonNegativeInt = 1
+    """Steps between rollout files; 0 writes none."""
