@@ -68,7 +68,7 @@ def train(config: Annotated[Path, typer.Argument(help="YAML file of the run.")],
         folder = open_folder(settings)
         summary = read_summary(folder)
         if summary is not None:
-            from igpo_megatron.train import show_finished
+            from igpo_megatron.summary import show_finished
 
             show_finished(summary, folder.report)
             typer.echo(f"this run is finished; to train again choose another run.name, or remove {folder.root}")

@@ -7,16 +7,15 @@ The main rank talks to engines, files and people; all ranks score and train. The
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -24,24 +23,24 @@ from typing import TYPE_CHECKING, Any
 
 from igpo_megatron import evaluate
 from igpo_megatron.algorithms import ADVANTAGES
-from igpo_megatron.algorithms.info_gain import add_probes, rendered_probes, turn_gains
+from igpo_megatron.algorithms.info_gain import add_probes, rendered_probes
 from igpo_megatron.algorithms.outcome_advantages import GREEDY_REWARD
 from igpo_megatron.algorithms.rewards import score
-from igpo_megatron.algorithms.tree_advantages import entropy_stats
 from igpo_megatron.config.check import require
 from igpo_megatron.config.load import ConfigError, load
-from igpo_megatron.config.schema import Aepo, Bapo, Config, Loss, PolicyLoss, Ppo
+from igpo_megatron.config.schema import Config, PolicyLoss
 from igpo_megatron.data.prompts import PromptStream
+from igpo_megatron.learn import assign_advantages, score_tokens, update
 from igpo_megatron.observability.metrics import logprob_gap, rollout_metrics
 from igpo_megatron.observability.rollout_dump import read_rollouts, write_rollouts
-from igpo_megatron.observability.tracker import Tracker, read_metrics
+from igpo_megatron.observability.tracker import Tracker
 from igpo_megatron.protocols import PROTOCOLS
-from igpo_megatron.run import RunFolder, claim, open_folder, summary_table
+from igpo_megatron.run import RunFolder, claim, open_folder
+from igpo_megatron.summary import finish
 from igpo_megatron.types import Prompt, RolloutGroup, RunStopped
 
 if TYPE_CHECKING:
     from igpo_megatron.actor.policy import Policy
-    from igpo_megatron.packing.tree import PackedRow
     from igpo_megatron.rollout.chat import ChatFormat
     from igpo_megatron.rollout.engines import EnginePool
     from igpo_megatron.rollout.rollouter import Rollouter
@@ -158,125 +157,6 @@ def _score_all(groups: Sequence[RolloutGroup], config: Config) -> None:
         score(group, config.reward, PROTOCOLS[config.rollout.protocol])
 
 
-def score_tokens(policy: Policy, groups: Sequence[RolloutGroup]) -> None:
-    """Fill old (and reference) log-probs of every action and probe token that has none yet."""
-    from igpo_megatron.packing.tree import pack_for_scoring, scatter
-
-    config = policy.config
-    pack = partial(pack_for_scoring, groups, row_tokens=config.packing.row_tokens, multiple=policy.row_multiple)
-    if takes_engine_logprobs(config):
-        for group in groups:
-            for node in group.nodes:
-                if node.kind == "action":
-                    node.old_logprobs = list(node.behavior_logprobs)
-    elif rows := pack(scorer=config.reward.scorer):  # there are none where every trajectory failed and that was allowed
-        if isinstance(config.loss, PolicyLoss) and config.loss.uses_old_entropies:
-            pairs = policy.log_probs(rows, with_entropy=True)
-            scatter(rows, [pair[:, 0] for pair in pairs], groups, "old_logprobs")
-            scatter(rows, [pair[:, 1] for pair in pairs], groups, "old_entropies")
-        else:
-            scatter(rows, policy.log_probs(rows), groups, "old_logprobs")
-    if policy.has_reference and (rows := pack(scorer=None)):
-        with policy.as_reference():
-            scatter(rows, policy.log_probs(rows), groups, "ref_logprobs")
-
-
-def takes_engine_logprobs(config: Config) -> bool:
-    """No old-log-prob pass is run."""
-    return isinstance(config.loss, PolicyLoss) and config.loss.old_logprobs == "engine"
-
-
-def assign_advantages(groups: Sequence[RolloutGroup], config: Config, progress: float) -> None:
-    """Turn gains from the probes' log-probs, then the chosen advantage."""
-    advantage = ADVANTAGES[config.advantage.name]
-    for group in groups:
-        if advantage.needs_probes:
-            turn_gains(group, config.reward)
-        advantage.function(group, config.advantage, progress)
-    if advantage.over_batch:
-        advantage.over_batch(groups)
-
-
-def update(policy: Policy, groups: list[RolloutGroup]) -> dict[str, float]:
-    """`optim.minibatches` optimizer steps over the groups; returns their mean metrics. A part without trainable tokens is skipped."""
-    from igpo_megatron.actor.policy import learning_rate
-    from igpo_megatron.algorithms.losses import LOSSES, aggregation_of, token_weight
-    from igpo_megatron.packing.tree import pack_for_training, step_counts
-
-    config = policy.config
-    refuse_shared_turns(groups, config.loss)
-    per_minibatch = -(-len(groups) // config.optim.minibatches)
-    rate = learning_rate(policy.steps_taken, policy.total_steps, config.optim)
-    results, empty = [], 0
-    for start in range(0, len(groups), per_minibatch):
-        part = groups[start : start + per_minibatch]
-        counts = step_counts(part)
-        if not counts.trained_tokens:
-            empty += 1
-            continue
-        rows = pack_for_training(
-            part,
-            row_tokens=config.packing.row_tokens,
-            multiple=policy.row_multiple,
-            token_weight=partial(token_weight, aggregation_of(config.loss)),
-        )
-        if isinstance(config.loss, Aepo) and config.loss.uses_old_entropies:
-            counts = replace(counts, entropy=entropy_stats(part, config.loss.high_entropy_share))
-        settings = balance_bounds(policy, rows, config.loss) if isinstance(config.loss, Bapo) else config.loss
-        loss = partial(LOSSES[config.loss.name], counts=counts, config=settings)
-        results.append(policy.train_step(rows, partial(_row_loss, loss, config.loss, policy.has_reference)))
-    metrics = {"skipped": float(empty + sum(result.skipped for result in results)), "lr": rate}
-    if not results:
-        return metrics
-    metrics["loss"] = sum(result.loss for result in results) / len(results)
-    metrics["grad_norm"] = sum(result.grad_norm for result in results) / len(results)
-    tokens = sum(result.metrics["tokens"] for result in results)
-    names = {"clipped": "clip_fraction", "approx_kl": "kl_old", "ref_kl": "kl_ref", "entropy": "entropy", "nll": "nll"}
-    for name, shown in names.items():
-        if name in results[0].metrics:
-            metrics[shown] = sum(result.metrics[name] for result in results) / max(tokens, 1.0)
-    return metrics
-
-
-def balance_bounds(policy: Policy, rows: Sequence[PackedRow], config: Bapo) -> Ppo:
-    """BAPO's bounds from the ratios of the whole optimizer step, so that packing cannot change them; one more forward pass."""
-    from igpo_megatron.algorithms.losses import balanced_clip
-
-    log_ratios = [now - row.old_logprobs for now, row in zip(policy.log_probs(rows), rows, strict=True)]
-    return balanced_clip(log_ratios, [row.advantages for row in rows], config)
-
-
-def refuse_shared_turns(groups: Sequence[RolloutGroup], loss: Loss) -> None:
-    """Raise ValueError where a loss on whole sequences meets trajectories that share sampled tokens."""
-    if not isinstance(loss, PolicyLoss):
-        return
-    by_mismatch = loss.mismatch == "mask_sequence"
-    if (loss.sequence_level or by_mismatch) and any(group.is_branched for group in groups):
-        setting = "loss.mismatch=mask_sequence" if by_mismatch else f"loss.name={loss.name}"
-        raise ValueError(
-            f"{setting} judges whole trajectories, but trajectories of this step share sampled turns; "
-            "use a loss on tokens such as loss.name=ppo, or rollouts without branches"
-        )
-
-
-def _row_loss(loss: Callable[..., Any], config: Loss, with_reference: bool, row: PackedRow, logprobs: Any, entropy: Any) -> Any:
-    from igpo_megatron.algorithms.losses import mismatch_factor
-
-    advantages = row.advantages
-    if isinstance(config, PolicyLoss) and config.mismatch != "none":
-        advantages = advantages * mismatch_factor(row.old_logprobs, row.behavior_logprobs, row.sequence, config)[:, None]
-    return loss(
-        logprobs=logprobs,
-        entropy=entropy,
-        old_logprobs=row.old_logprobs,
-        ref_logprobs=row.ref_logprobs if with_reference else None,
-        advantages=advantages,
-        weight=row.weight,
-        **({"sequence": row.sequence} if isinstance(config, PolicyLoss) and config.sequence_level else {}),
-        **({"old_entropies": row.old_entropies} if isinstance(config, Aepo) and config.uses_old_entropies else {}),
-    )
-
-
 def sync_weights(policy: Policy, side: Side, version: int) -> dict[str, float]:
     """Send the weights to the engines and prove by the canary that they arrived."""
     from igpo_megatron.actor import parallel, weight_sync
@@ -327,52 +207,6 @@ def replayed(path: Path, config: Config, first_step: int) -> Iterator[list[Rollo
                 yield groups
 
     return islice(endless(), first_step - 1, None)
-
-
-def finish(config: Config, side: Side, tracker: Tracker) -> None:
-    """Write summary and report, and print the table."""
-    from igpo_megatron.report import write_report
-
-    rows = read_metrics(side.folder.root / "metrics.jsonl")
-    ends = {}
-    for name, step in (("before", 0), ("after", config.run.steps)):
-        path = side.folder.eval / f"step_{step:06d}.json"
-        ends[name] = evaluate.headline(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
-    phases = tracker.phases_total()
-    gaps = [row[name] for row in rows for name in ("logprob_gap_max", "canary_gap") if row.get(name) is not None]
-    summary = {
-        **ends,
-        "steps": config.run.steps,
-        "wall_s": round(sum(phases.values()), 1),
-        "phases_s": {name: round(seconds, 1) for name, seconds in phases.items()},
-        "max_logprob_gap": max(gaps, default=0.0),
-        "gain_by_turn": gain_by_turn(rows),
-    }
-    side.folder.summary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    report = write_report(side.folder.root)
-    tracker.close()
-    show_finished(summary, report)
-
-
-def gain_by_turn(rows: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
-    """Mean gain of each turn over the first and the last five steps."""
-    result = []
-    for turn in range(1, 100):
-        values = [row[f"gain_turn_{turn}"] for row in rows if row.get(f"gain_turn_{turn}") is not None]
-        if not values:
-            break
-        first, last = values[:5], values[-5:]
-        result.append({"first": sum(first) / len(first), "last": sum(last) / len(last)})
-    return result
-
-
-def show_finished(summary: dict[str, Any], report: Path) -> None:
-    """The table at the end of a run, and where to look next."""
-    from rich.console import Console
-
-    console = Console()
-    console.print(summary_table(summary))
-    console.print(f"report: {report}", soft_wrap=True)
 
 
 def open_side(config: Config, folder: RunFolder, stack: ExitStack, tracker: Tracker, first_step: int, state: dict[str, Any] | None) -> Side:
@@ -439,7 +273,7 @@ def run(config: Config) -> None:
                 claim(folder, config)  # not before: a run that could not start leaves its name free for corrected settings
         train(config, policy, side, tracker, resumed + 1)
         if ranks.is_main:
-            finish(config, side, tracker)
+            finish(config, folder, tracker)
     parallel.shutdown()
 
 

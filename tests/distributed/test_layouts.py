@@ -23,8 +23,8 @@ from igpo_megatron.actor.weight_sync import named_weights
 from igpo_megatron.algorithms.losses import LOSSES, ppo, token_weight
 from igpo_megatron.algorithms.tree_advantages import entropy_stats
 from igpo_megatron.config.schema import Aepo, Ppo
+from igpo_megatron.learn import row_loss as configured_loss
 from igpo_megatron.packing.tree import PackedRow, ProbeScorer, pack_for_scoring, pack_for_training, scatter, step_counts
-from igpo_megatron.train import _row_loss
 from igpo_megatron.types import Node, RolloutGroup
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -314,7 +314,7 @@ def branched_step(policy: Policy, groups: list[RolloutGroup], loss: Ppo) -> tupl
     for chunk in policy.wrapped:
         chunk.zero_grad_buffer()
     mine, _ = policy._share(rows)
-    bound = partial(_row_loss, partial(LOSSES[loss.name], counts=counts, config=loss), loss, True)
+    bound = partial(configured_loss, partial(LOSSES[loss.name], counts=counts, config=loss), loss, True)
     schedule.forward_backward(policy.wrapped, mine, bound, temperature=1.0, device=policy.ranks.device)
     return gradients(policy), sum(row.num_tokens for row in rows)
 

@@ -8,7 +8,8 @@ import pytest
 from igpo_megatron.algorithms.outcome_advantages import GREEDY_REWARD
 from igpo_megatron.config.load import build
 from igpo_megatron.config.schema import Gspo, Ppo
-from igpo_megatron.train import Side, collect, refuse_shared_turns
+from igpo_megatron.learn import refuse_shared_turns
+from igpo_megatron.train import Side, collect
 from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, Trajectory
 
 ANSWER = "<think>I know.</think>\n<answer>{}</answer>"
