@@ -249,3 +249,35 @@ def test_a_group_closes_when_enough_have_ended_and_gives_up_the_others() -> None
     assert ends == [Status.FINISHED, Status.LATE, Status.FINISHED, Status.LATE, Status.FINISHED]
     metrics = rollout_metrics([group], "search")
     assert metrics["late"] == 0.4 and metrics["failed"] == 0.0
+
+
+class Seeded:
+    """An engine that says more or less by its seed, slower or faster by its seed."""
+
+    async def generate(self, token_ids: list[int], *, seed: int, **_: object) -> Completion:
+        await asyncio.sleep(seed % 7 / 1000)
+        spoken = said("<think>" + "x " * (seed % 5) + "</think><answer>Rome</answer>")
+        return Completion(spoken.token_ids, [-0.25] * len(spoken.token_ids), "stop", 0)
+
+
+def texts(groups: list[RolloutGroup]) -> list[list[str]]:
+    """Every trajectory of every group, in order."""
+    return [[group.nodes[index].text for index in end.path] for group in groups for end in group.trajectories]
+
+
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_the_queue_gives_what_rolling_out_step_by_step_gives(ahead: int) -> None:
+    config = Rollout(**SETTINGS)  # type: ignore[arg-type]
+    search, chat = ScriptedSearch(), ChatFormat(WORDS, config, Reward())
+    with Rollouter(Seeded(), search, chat, config, seed=3) as rollouter:  # type: ignore[arg-type]
+        queue = queue_of(
+            rollouter, f"rollout.max_staleness={ahead}", "rollout.samples_per_prompt=4", "run.steps=4", "run.stop_after=rollout"
+        )
+        for step in range(1, 5):
+            queue.weights_arrived(step - 1)
+            groups = queue.take(step)
+            prompts = [Questions().question(ordinal) for ordinal in (2 * step - 2, 2 * step - 1)]
+            alone = rollouter.run_sync(prompts, samples=4, step=step, temperature=None)
+            assert texts(groups) == texts(alone)
+            assert len({text for path in texts(groups) for text in path}) > 2, "samples differ"
+            queue.done(step)
