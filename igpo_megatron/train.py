@@ -74,6 +74,7 @@ def train(config: Config, policy: Policy, side: Side, tracker: Tracker, first_st
             parallel.on_main(policy.ranks, partial(evaluate_now, config, side, tracker, step=0, due=config.eval.at_ends))
     for step in range(first_step, config.run.steps + 1):
         started = time.monotonic()
+        version = step - 1 if config.run.replay is None else None  # of the weights that this step updates
         with tracker.phase("rollout"):
             groups = parallel.broadcast(parallel.on_main(policy.ranks, partial(collect, config, side, step)))
         metrics = rollout_metrics(groups, config.rollout.tool_name)
@@ -83,7 +84,7 @@ def train(config: Config, policy: Policy, side: Side, tracker: Tracker, first_st
                     score_tokens(policy, groups)
                 with tracker.phase("advantage"):
                     assign_advantages(groups, config, progress=(step - 1) / max(config.run.steps - 1, 1))
-                metrics = rollout_metrics(groups, config.rollout.tool_name) | logprob_gap(groups)
+                metrics = rollout_metrics(groups, config.rollout.tool_name) | logprob_gap(groups, version)
             with tracker.phase("train"):
                 metrics |= update(policy, groups)
             if config.run.replay is None:

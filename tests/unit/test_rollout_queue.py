@@ -10,7 +10,7 @@ import pytest
 from igpo_megatron.algorithms.outcome_advantages import GREEDY_REWARD
 from igpo_megatron.config.load import build
 from igpo_megatron.config.schema import Reward, Rollout
-from igpo_megatron.observability.metrics import rollout_metrics
+from igpo_megatron.observability.metrics import logprob_gap, rollout_metrics
 from igpo_megatron.rollout.agent import EngineError
 from igpo_megatron.rollout.chat import ChatFormat
 from igpo_megatron.rollout.rollouter import Rollouter
@@ -161,6 +161,23 @@ def test_staleness_counts_every_trained_token_once() -> None:
     assert staleness_metrics([old, new, failed], step=5) == {"staleness_mean": (2 * 2 + 0 * 6) / 8, "staleness_max": 2.0}
     assert staleness_metrics([failed], step=5) == {}
     check_staleness([old, new, failed], 5, 2)
+
+
+def test_turns_of_older_weights_say_nothing_of_the_gap_between_engine_and_trainer() -> None:
+    fresh, stale = (group_of(Prompt("q", "?", ("a",), "t"), ["Rome"], version=version) for version in (4, 3))
+    for group, difference in ((fresh, 0.001), (stale, math.log(2))):
+        group.nodes[1].behavior_logprobs, group.nodes[1].old_logprobs = [-1.0, -1.0], [-1.0, -1.0 + difference]
+    found = logprob_gap([fresh, stale], 4)
+    assert found == pytest.approx(
+        {
+            "logprob_gap_mean": 0.0005,
+            "logprob_gap_max": 0.001,
+            "stale_gap_mean": math.log(2) / 2,
+            "importance_ess": (1 + 2) ** 2 / (2 * (1 + 4)),
+        }
+    )
+    assert logprob_gap([fresh, stale])["logprob_gap_max"] == pytest.approx(math.log(2)), "without a version all are compared"
+    assert logprob_gap([]) == {}
 
 
 @pytest.mark.parametrize(("version", "allowed"), [(2, 1), (3, 0), (5, 2)])
