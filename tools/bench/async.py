@@ -40,11 +40,9 @@ def main(
     sigma: Annotated[float, typer.Option(help="Standard deviation of the latency's logarithm.")] = 1.0,
 ) -> None:
     """Run the cells that are missing, print the table and write the result."""
+    settings = {"steps": steps, "latency_s": latency, "sigma": sigma}
     cells = {
-        ahead: [
-            run_cell({"staleness": ahead, "seed": int(seed), "steps": steps, "latency_s": latency, "sigma": sigma})
-            for seed in seeds.split(",")
-        ]
+        ahead: [run_cell({"staleness": ahead, "seed": int(seed), **settings}) for seed in seeds.split(",")]
         for ahead in map(int, staleness.split(","))
     }
     if 0 not in cells:
