@@ -129,20 +129,12 @@ def collect(config: Config, side: Side, step: int) -> list[RolloutGroup]:
 
 
 def sync_weights(policy: Policy, side: Side, version: int) -> dict[str, float]:
-    """Send the weights to the engines and prove by the canary that they arrived."""
-    from igpo_megatron.actor import parallel, weight_sync
+    """Send the weights to the engines, which serve them once fingerprints and canary have proved that they arrived."""
+    from igpo_megatron.actor import weight_sync
 
     config = policy.config
-    weight_sync.push(policy, side.engines, version)
-    canary = weight_sync.canary_group(policy.shape.vocab_size, config.sync.canary_tokens, seed=config.run.seed)
-    expected = weight_sync.canary_logprobs(policy, canary)
-
-    def compare() -> dict[str, float]:
-        assert side.engines is not None
-        served = [scores[1:] for scores in side.engines.score_on_each(canary.context(1))]
-        return {"canary_gap": weight_sync.check_canary(expected, served, config.sync.max_gap, version)}
-
-    return parallel.on_main(policy.ranks, compare) or {}
+    canary = weight_sync.make_canary(policy, config.sync.canary_tokens, seed=config.run.seed, max_gap=config.sync.max_gap)
+    return weight_sync.push(policy, side.engines, version, canary)
 
 
 def evaluate_now(config: Config, side: Side, tracker: Tracker, step: int, due: bool) -> None:

@@ -9,7 +9,7 @@ Tokens live on nodes, turns and rewards on trajectories. This module imports the
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal, Protocol
@@ -282,9 +282,30 @@ class RunStopped(RuntimeError):
     """The run cannot go on; the message names the culprit in one sentence. What was saved stays, and the run can be resumed."""
 
 
+class SyncError(RunStopped):
+    """A weight transfer did not bring the policy's weights; the message names the engine and the first tensor that shows it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Canary:
+    """What the policy says of fixed tokens: whoever claims to serve its weights has to say the same."""
+
+    token_ids: tuple[int, ...]
+    """[n + 1]"""
+
+    logprobs: tuple[float, ...]
+    """[n], nats, of `token_ids[1:]` at temperature 1."""
+
+    max_gap: float
+    """Largest |difference| allowed, nats."""
+
+
 class WeightSink(Protocol):
     """Whatever receives new weights: the engine pool, or a test."""
 
-    def update_weights(self, named_tensors: Iterable[tuple[str, Any]], version: int) -> None:
-        """Replace all weights by `(hf_name, tensor)` pairs and serve them as `version` from now on."""
+    def update_weights(self, named_tensors: Iterable[tuple[str, Any]], version: int, canary: Canary | None = None) -> Mapping[str, float]:
+        """Replace all weights by `(hf_name, tensor)` pairs and serve them as `version` from now on; returns metrics.
+
+        With `canary`, whoever serves them is asked first. Raises SyncError.
+        """
         ...

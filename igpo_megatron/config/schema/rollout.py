@@ -40,7 +40,19 @@ class Engine(Section):
     """Ray cluster to join (host:port); null starts one on this machine, bound to loopback."""
 
     start_timeout_s: PositiveFloat = 600
-    """An engine that is not ready by then stops the run."""
+    """An engine that is not ready by then counts as failed: at the start of the run it stops it, later it is started again."""
+
+    request_timeout_s: PositiveFloat = 1800
+    """Wall time of one turn or one probe, waiting for a sync and for a restarted engine included."""
+
+    health_interval_s: PositiveFloat = 10
+    """Time between health checks of each engine."""
+
+    health_timeout_s: PositiveFloat = 60
+    """An engine that does not answer a health check by then counts as dead."""
+
+    max_restarts: NonNegativeInt = 3
+    """Restarts of one engine in a run; one more death stops the run."""
 
 
 class NoBranching(Section):
