@@ -9,7 +9,7 @@ Tokens live on nodes, turns and rewards on trajectories. This module imports the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal, Protocol
@@ -303,9 +303,15 @@ class Canary:
 class WeightSink(Protocol):
     """Whatever receives new weights: the engine pool, or a test."""
 
-    def update_weights(self, named_tensors: Iterable[tuple[str, Any]], version: int, canary: Canary | None = None) -> Mapping[str, float]:
+    def update_weights(
+        self,
+        named_tensors: Iterable[tuple[str, Any]],
+        version: int,
+        canary: Canary | None = None,
+        exported: Callable[[], None] | None = None,
+    ) -> Mapping[str, float]:
         """Replace all weights by `(hf_name, tensor)` pairs and serve them as `version` from now on; returns metrics.
 
-        With `canary`, whoever serves them is asked first. Raises SyncError.
+        `exported` is called when all tensors were taken. With `canary`, whoever serves them is asked before others may. Raises SyncError.
         """
         ...

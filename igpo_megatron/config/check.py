@@ -248,7 +248,29 @@ def _context(config: Config, shape: dict[str, Any]) -> Iterator[str]:
         )
 
 
+def _colocated(config: Config, local_ranks: int) -> Iterator[str]:
+    engine, wanted = config.rollout.engine, config.rollout.engine.count * config.rollout.engine.tensor
+    if config.rollout.max_staleness:
+        yield (
+            f"placement.mode=colocated lets ranks and engines take turns, but rollout.max_staleness={config.rollout.max_staleness} lets "
+            "engines roll out while the ranks train; use placement.mode=disaggregated, or rollout.max_staleness=0"
+        )
+    if engine.gpu_ids:
+        yield (
+            f"rollout.engine.gpu_ids={list(engine.gpu_ids)} gives the engines GPUs of their own, which placement.mode=colocated does not; "
+            "leave it empty, or use placement.mode=disaggregated"
+        )
+    if config.run.device != "cpu" and engine.ray_address is None and wanted > local_ranks:
+        yield (
+            f"placement.mode=colocated has the GPUs of the {local_ranks} ranks on this machine, but rollout.engine.count={engine.count} x "
+            f"tensor={engine.tensor} needs {wanted}; use at most {local_ranks}"
+        )
+
+
 def _devices(config: Config, local_ranks: int) -> Iterator[str]:
+    if config.placement.mode == "colocated" and _needs_engines(config):
+        yield from _colocated(config, local_ranks)
+        return
     engine = config.rollout.engine
     if config.run.device == "cpu":
         if engine.gpu_ids:

@@ -314,6 +314,17 @@ def test_rollouts_ahead_need_gains_of_one_version_and_closing_early_needs_indepe
     assert "rollout.branching.name=arpo grows a tree" in found
 
 
+def test_sharing_devices_needs_turns_and_no_devices_of_their_own(sound):
+    shared = ["placement.mode=colocated", "run.device=cuda"]
+    assert problems(sound, *shared, world_size=2) == []
+    (found,) = problems(sound, *shared, "rollout.max_staleness=1", world_size=2)
+    assert "lets engines roll out while the ranks train" in found
+    (found,) = problems(sound, *shared, "rollout.engine.gpu_ids=[1]", world_size=2)
+    assert "gives the engines GPUs of their own" in found
+    (found,) = problems(sound, *shared, "rollout.engine.count=3", world_size=2)
+    assert "has the GPUs of the 2 ranks on this machine, but rollout.engine.count=3 x tensor=1 needs 3" in found
+
+
 def test_entropies_before_the_step_need_a_pass_and_the_tool_bonus_needs_python(sound):
     grpo = ["advantage.name=arpo", "reward.gain=none", "loss.name=aepo"]
     assert problems(sound, *grpo) == []

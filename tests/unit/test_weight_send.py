@@ -75,7 +75,9 @@ def store() -> Iterator[SharedWeights]:
     weights.close()
 
 
-def send(store: SharedWeights, weights: Tensors, engines: Sequence[Scripted], version: int = 2, before: dict[str, int] | None = None) -> Transfer:
+def send(
+    store: SharedWeights, weights: Tensors, engines: Sequence[Scripted], version: int = 2, before: dict[str, int] | None = None
+) -> Transfer:
     transfer = Transfer(version, LIMITS, lambda error: isinstance(error, EngineLost), before or {})
     transfer.run(export(iter(weights), store, BUCKET_BYTES), engines)
     return transfer
