@@ -118,7 +118,7 @@ def collect(config: Config, side: Side, step: int) -> list[RolloutGroup]:
         groups = next(side.replay)
         if isinstance(config.loss, PolicyLoss):
             for group in groups:
-                score(group, config.reward, PROTOCOLS[config.rollout.protocol])
+                score(group, config.reward, PROTOCOLS[config.rollout.protocol], config.rollout.tool_name)
     else:
         assert side.queue is not None
         groups = side.queue.take(step)

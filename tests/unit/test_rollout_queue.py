@@ -15,7 +15,7 @@ from igpo_megatron.rollout.agent import EngineError
 from igpo_megatron.rollout.chat import ChatFormat
 from igpo_megatron.rollout.rollouter import Rollouter
 from igpo_megatron.rollout_queue import RolloutQueue, check_staleness, staleness_metrics
-from igpo_megatron.types import Completion, Node, Prompt, RolloutGroup, RunStopped, Status, Trajectory
+from igpo_megatron.types import Completion, Node, Prompt, RolloutGroup, RunStopped, Status, ToolCall, Trajectory
 from tests.unit.test_rollouts import SETTINGS, WORDS, ScriptedSearch
 from tests.unit.test_rollouts import completion as said
 
@@ -86,6 +86,27 @@ def ids(groups: list[RolloutGroup]) -> list[str]:
 
 
 # ---- what a batch is made of
+
+
+def test_the_tool_bonus_knows_the_search_tool_by_the_name_that_the_policy_knows() -> None:
+    class BothTools(AtOnce):
+        async def run(self, prompts: list[Prompt], **_: object) -> list[RolloutGroup]:
+            groups = []
+            for prompt in prompts:
+                group = RolloutGroup(prompt, [Node(None, "prompt", [1])])
+                for name in ("look_up", "python"):
+                    last = len(group.nodes) - 1
+                    group.add(Node(last, "action", [2], 1, "<think>x</think>", weight_version=0, call=ToolCall(name, ("y",))))
+                    group.add(Node(last + 1, "observation", [3], 1))
+                group.add(Node(len(group.nodes) - 1, "action", [2], 3, ANSWER.format("Rome"), weight_version=0))
+                group.trajectories = [Trajectory(list(range(len(group.nodes))), Status.FINISHED)]
+                groups.append(group)
+            return groups
+
+    for name, reward in (("look_up", 1.1), ("search", 1.0)):
+        settings = ["reward.tool_bonus=0.1", f"rollout.tool_name={name}", "rollout.extra_tools=[python]", "rollout.protocol=search_r1"]
+        groups = queue_of(BothTools([True]), *settings).take(1)
+        assert [end.reward for group in groups for end in group.trajectories] == [reward] * 2
 
 
 def test_without_resampling_every_group_is_kept() -> None:
