@@ -19,6 +19,7 @@ from igpo_megatron.config.schema import (
     AepoBranching,
     Bapo,
     Config,
+    GainBranching,
     Igpo,
     IgpoLoo,
     NoBranching,
@@ -453,7 +454,14 @@ def _branching(config: Config) -> Iterator[str]:
             f"rollout.branching.initial_rollouts={branching.initial_rollouts} leaves nothing of rollout.samples_per_prompt="
             f"{rollout.samples_per_prompt} to branch with; lower it (published: half), or set rollout.branching.name=none"
         )
-    if branching.entropy_tokens > rollout.max_tokens_per_turn:
+    if isinstance(config.loss, PolicyLoss) and config.loss.mismatch == "mask_sequence":
+        yield (
+            "loss.mismatch=mask_sequence judges whole trajectories, which cannot be taken apart over the turns that branches share; "
+            "use loss.mismatch=mask, or rollout.branching.name=none"
+        )
+    if isinstance(branching, GainBranching):
+        yield from _gain_branching(config)
+    elif branching.entropy_tokens > rollout.max_tokens_per_turn:
         yield (
             f"rollout.branching.entropy_tokens={branching.entropy_tokens} is more than a turn has "
             f"(rollout.max_tokens_per_turn={rollout.max_tokens_per_turn}); lower it"
@@ -478,6 +486,21 @@ def _ahead(config: Config) -> Iterator[str]:
         yield (
             f"rollout.close_at gives up independent samples, but rollout.branching.name={rollout.branching.name} grows a tree, whose "
             "branches depend on all of them; set rollout.close_at to null"
+        )
+
+
+def _gain_branching(config: Config) -> Iterator[str]:
+    found = []
+    if not isinstance(config.advantage, Igpo | IgpoLoo):
+        found.append(f"advantage.name={config.advantage.name}, which has no probes")
+    elif config.reward.gain == "none":
+        found.append("reward.gain=none")
+    if config.reward.scorer != "engine":
+        found.append(f"reward.scorer={config.reward.scorer}, which scores after the rollout")
+    if found:
+        yield (
+            f"rollout.branching.name=gain decides by probes during the rollout; found {' and '.join(found)}; set reward.scorer=engine with "
+            "advantage.name=igpo or igpo_loo, or another rollout.branching.name"
         )
 
 

@@ -10,7 +10,7 @@ import os
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
-from igpo_megatron.config.schema import Branching, Config, NoBranching
+from igpo_megatron.config.schema import ArpoBranching, Branching, Config
 from igpo_megatron.rollout.weight_store import SharedWeights
 from igpo_megatron.rollout.weight_transfer import BACKEND, POSITION_BYTES
 
@@ -268,7 +268,7 @@ def entropy(logprobs: Iterable[float]) -> float:
 
 def _most_logprobs(branching: Branching) -> int:
     """Log-probs per token that vLLM must be ready to give; -1 for all."""
-    if isinstance(branching, NoBranching):
+    if not isinstance(branching, ArpoBranching):
         return _VLLM_LOGPROBS
     return -1 if branching.entropy == "full" else max(branching.top_k, _VLLM_LOGPROBS)
 

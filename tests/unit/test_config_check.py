@@ -301,6 +301,22 @@ def test_branching_must_fit_the_group_the_turn_and_the_loss(sound, monkeypatch):
     monkeypatch.setattr(Ppo, "sequence_level", True)
     (found,) = problems(sound, *arpo)
     assert "loss.name=ppo weighs whole sequences" in found
+    monkeypatch.undo()
+    (found,) = problems(sound, *arpo, "loss.mismatch=mask_sequence")
+    assert "loss.mismatch=mask_sequence judges whole trajectories" in found
+
+
+def test_rollouts_guided_by_gain_need_probes_while_they_grow(sound):
+    gain = ["rollout.branching.name=gain", "rollout.samples_per_prompt=8", "rollout.branching.initial_rollouts=4"]
+    assert problems(sound, *gain, "reward.scorer=engine") == []
+    (found,) = problems(sound, *gain)
+    assert "found reward.scorer=fold, which scores after the rollout; set reward.scorer=engine with" in found
+    (found,) = problems(sound, *gain, "reward.scorer=engine", "advantage.name=grpo")
+    assert "found advantage.name=grpo, which has no probes" in found
+    (found,) = problems(sound, *gain, "advantage.name=igpo_loo", "reward.gain=prob_diff", "reward.scorer=batched")
+    assert "reward.scorer=batched" in found
+    (found,) = problems(sound, *gain, "reward.scorer=engine", "rollout.branching.initial_rollouts=8")
+    assert "leaves nothing of rollout.samples_per_prompt=8" in found
 
 
 def test_rollouts_ahead_need_gains_of_one_version_and_closing_early_needs_independent_samples(sound):

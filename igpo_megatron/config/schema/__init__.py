@@ -28,7 +28,7 @@ from igpo_megatron.config.schema.algorithm import (
     Rloo,
     Sft,
 )
-from igpo_megatron.config.schema.rollout import AepoBranching, ArpoBranching, Branching, Engine, NoBranching, Rollout
+from igpo_megatron.config.schema.rollout import AepoBranching, ArpoBranching, Branching, Engine, GainBranching, NoBranching, Rollout
 from igpo_megatron.config.schema.section import Section
 from igpo_megatron.config.schema.tools import KEY_VARIABLES, Chaos, Python, Search, Summary, Visit
 from igpo_megatron.config.schema.training import Checkpoint, Data, Eval, Model, Optim, Packing, Parallel, Placement, Run, Sync, Track
@@ -50,6 +50,7 @@ __all__ = [
     "Data",
     "Engine",
     "Eval",
+    "GainBranching",
     "GiGpo",
     "Grpo",
     "Gspo",
