@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from statistics import fmean
 
-from igpo_megatron.config.schema import Grpo, ReinforcePp, ReinforcePpBaseline, ReMax, Rloo
+from igpo_megatron.config.schema import Grpo, Rapo, ReinforcePp, ReinforcePpBaseline, ReMax, Rloo
 from igpo_megatron.types import RolloutGroup, Trajectory
 
 GREEDY_REWARD = "greedy_reward"
@@ -76,6 +76,24 @@ def grpo(group: RolloutGroup, config: Grpo, progress: float) -> None:
     else:
         advantages = grpo_advantages(rewards, divide_by_std=config.divide_by_std)
     _set_same_for_all_turns(trained, advantages)
+
+
+def rapo(group: RolloutGroup, config: Rapo, progress: float) -> None:
+    """RAPO (Fathom-DeepResearch, arXiv 2509.24107), before `scale_by_informative`: GRPO's advantages."""
+    trained = trained_trajectories(group)
+    _set_same_for_all_turns(trained, grpo_advantages([trajectory.reward for trajectory in trained]))
+
+
+def scale_by_informative(groups: Sequence[RolloutGroup]) -> None:
+    """RAPO (arXiv 2509.24107, eq. 6): A <- A groups / good groups, so that groups without advantages do not dilute the others.
+
+    A good group is one whose rewards differ; groups of which nothing is trained count nowhere.
+    """
+    rewards = [{end.reward for end in group.trajectories if end.status.is_trainable} for group in groups]
+    good = sum(len(values) > 1 for values in rewards)
+    for group in groups if good else ():
+        for trajectory in group.trajectories:
+            trajectory.turn_advantages = [value * sum(map(bool, rewards)) / good for value in trajectory.turn_advantages]
 
 
 def rloo(group: RolloutGroup, config: Rloo, progress: float) -> None:

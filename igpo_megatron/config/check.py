@@ -16,6 +16,7 @@ from typing import Any
 
 from igpo_megatron.config.load import ConfigError
 from igpo_megatron.config.schema import (
+    Aepo,
     AepoBranching,
     Bapo,
     Config,
@@ -410,9 +411,10 @@ def _algorithm(config: Config) -> Iterator[str]:
             "use reward.scorer=engine, or loss.old_logprobs=recompute"
         )
     if isinstance(config.loss, PolicyLoss) and config.loss.uses_old_entropies and config.loss.old_logprobs == "engine":
+        without = ", or entropy_advantage=none with balanced_tokens=all" if isinstance(config.loss, Aepo) else ""
         yield (
-            f"loss.name={config.loss.name} uses entropies that loss.old_logprobs=engine runs no pass for; use old_logprobs=recompute, "
-            "or entropy_advantage=none with balanced_tokens=all"
+            f"loss.name={config.loss.name} uses entropies that loss.old_logprobs=engine runs no pass for; "
+            f"use old_logprobs=recompute{without}"
         )
     if reward.gain != "none" and reward.probe_template.count("{answer}") != 1:
         found = reward.probe_template.count("{answer}")
