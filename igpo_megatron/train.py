@@ -112,6 +112,11 @@ def learn(policy: Policy, groups: list[RolloutGroup], tracker: Tracker, step: in
         return metrics | update(policy, groups)
 
 
+def queue_state(queue: RolloutQueue | None) -> dict[str, Any]:
+    """What a checkpoint keeps of the questions and of the successes to be replayed; None where rollouts are replayed from a file."""
+    return {"prompts": queue.state() if queue else None, "successes": queue.successes.state() if queue else None}
+
+
 def collect(config: Config, side: Side, step: int) -> list[RolloutGroup]:
     """This step's trajectories with rewards and probes, from the engines or from a replay file."""
     if side.replay is not None:
@@ -212,6 +217,8 @@ def open_side(config: Config, folder: RunFolder, stack: ExitStack, tracker: Trac
         Rollouter(side.engines, search, side.chat, config.rollout, seed=config.run.seed, probes_of=probes_of, tools=tools)
     )
     side.queue = RolloutQueue(config, stream, side.rollouter, first_step=first_step, on_progress=tracker.progress)
+    if state and state.get("successes"):  # absent from checkpoints written before successes were replayed
+        side.queue.successes.load_state(state["successes"])
     return side
 
 

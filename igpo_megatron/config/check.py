@@ -71,6 +71,7 @@ def check(config: Config, *, world_size: int | None, local_world_size: int | Non
         *_algorithm(config),
         *_branching(config),
         *_ahead(config),
+        *_replay_of_successes(config),
         *_bonus(config),
         *_schedule(config),
     ]
@@ -480,6 +481,21 @@ def _ahead(config: Config) -> Iterator[str]:
         yield (
             f"rollout.close_at gives up independent samples, but rollout.branching.name={rollout.branching.name} grows a tree, whose "
             "branches depend on all of them; set rollout.close_at to null"
+        )
+
+
+def _replay_of_successes(config: Config) -> Iterator[str]:
+    if not config.rollout.replay_successes:
+        return
+    if not isinstance(config.rollout.branching, NoBranching):
+        yield (
+            f"rollout.replay_successes={config.rollout.replay_successes} replaces single samples, rollout.branching.name="
+            f"{config.rollout.branching.name} makes them share turns; use one of them"
+        )
+    if config.reward.scorer == "engine":
+        yield (
+            f"rollout.replay_successes={config.rollout.replay_successes} brings samples that no engine has scored probes of in this step; "
+            "use reward.scorer=fold"
         )
 
 

@@ -93,6 +93,31 @@ def test_without_resampling_every_group_is_kept() -> None:
     assert ids(queue_of(rollouts).take(1)) == ["q0", "q1"] == rollouts.asked
 
 
+class OneQuestion(Questions):
+    """The same question, under the ordinals 0, 1, ..."""
+
+    def question(self, ordinal: int) -> Prompt:
+        return Prompt("q" + str(ordinal % 2), "Where?", ("Rome",), "test")
+
+
+def test_successes_are_replayed_into_later_groups_that_failed() -> None:
+    """Steps 1 and 2 ask q0 and q1; the second time both fail. Only q0 has succeeded before; an older token is no error."""
+    settings = ("rollout.replay_successes=4", "rollout.prompts_per_step=2")
+    rollouts = AtOnce([True, False], version=0)
+    queue = queue_of(rollouts, *settings, questions=OneQuestion())
+    assert [sum(end.reward for end in group.trajectories) for group in queue.take(1)] == [1.0, 0.0]
+    rollouts.hits, rollouts.version = [False, False], 1
+    groups = queue.take(2)
+    assert [sum(end.reward for end in group.trajectories) for group in groups] == [1.0, 0.0]
+    assert rollout_metrics(groups, "search")["replayed"] == 1.0 and staleness_metrics(groups, 2)["staleness_max"] == 0.0
+
+    resumed = queue_of(rollouts, *settings, questions=OneQuestion(), first_step=2)
+    resumed.successes.load_state(queue.successes.state())
+    assert [[end.reward for end in group.trajectories] for group in resumed.take(2)] == [
+        [end.reward for end in group.trajectories] for group in groups
+    ]
+
+
 def test_groups_of_equal_rewards_are_replaced_as_long_as_batches_are_left() -> None:
     questions, rollouts = Questions(), AtOnce([False, True, False, True, True, True])
     queue = queue_of(rollouts, "rollout.resample=2", questions=questions)
