@@ -98,7 +98,7 @@ def eapo_turn_advantages(num_turns: list[int], outcomes: list[float], *, gamma: 
 
     With outcomes of 0 and 1 a right answer is worth more to the turns of a short trajectory. A negative outcome is discounted, too.
     """
-    rewards = [discounted_returns([0.0] * (turns - 1) + [outcome], gamma) for turns, outcome in zip(num_turns, outcomes, strict=True)]
+    rewards = [discounted_outcome(turns, outcome, gamma) for turns, outcome in zip(num_turns, outcomes, strict=True)]
     scores = iter(grpo_advantages([reward for turns in rewards for reward in turns]))
     return [[next(scores) for _ in turns] for turns in rewards]
 
@@ -121,6 +121,11 @@ def discounted_returns(rewards: list[float], gamma: float) -> list[float]:
         following = reward + gamma * following
         returns.append(following)
     return returns[::-1]
+
+
+def discounted_outcome(num_turns: int, outcome: float, gamma: float) -> list[float]:
+    """gamma^(num_turns - t) * outcome for t = 1 .. num_turns: the returns where nothing but the last turn is rewarded."""
+    return discounted_returns([0.0] * (num_turns - 1) + [outcome], gamma)
 
 
 def igpo(group: RolloutGroup, config: Igpo, progress: float) -> None:

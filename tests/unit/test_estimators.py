@@ -24,7 +24,7 @@ from igpo_megatron.algorithms import (
     igpo_turn_advantages,
     rloo_advantages,
 )
-from igpo_megatron.algorithms.outcome_advantages import GREEDY_REWARD, grpo_advantages
+from igpo_megatron.algorithms.outcome_advantages import GREEDY_REWARD, grpo_advantages, token_weighted_advantages
 from igpo_megatron.config.schema import (
     Advantage,
     Arpo,
@@ -211,6 +211,21 @@ def test_dividing_by_the_groups_deviation_forgets_how_much_is_at_stake():
     assert z_scores[0] == pytest.approx(z_scores[1], rel=1e-3)
     plain = [estimated_gradient(process, outcome_only(rloo_advantages), groups=500)[0] for process in (small, large)]
     assert plain[1] == pytest.approx([10 * value for value in plain[0]])
+
+
+def test_an_average_over_tokens_is_a_baseline_that_depends_on_the_trajectory():
+    """The bias of HAPO's token-level average: a long trajectory has more of itself in its own baseline, so directions shrink unequally
+    (Dr. GRPO shrinks both by (n - 1) / n)."""
+
+    def by_tokens(walks: list[Walk]) -> list[list[float]]:
+        lengths = [walk.searches + 1 for walk in walks]
+        values = token_weighted_advantages([walk.outcome for walk in walks], lengths, divide_by_std=False)
+        return [[value] * length for value, length in zip(values, lengths, strict=True)]
+
+    means, errors = estimated_gradient(OUTCOMES, by_tokens)
+    factors = [mean / truth for mean, truth in zip(means, true_gradient(OUTCOMES), strict=True)]
+    slack = [error / abs(truth) for error, truth in zip(errors, true_gradient(OUTCOMES), strict=True)]
+    assert factors[0] - factors[1] > 5 * math.hypot(*slack)
 
 
 def whitened_gradient(process: Process, config, groups: int, seed: int) -> list[float]:
