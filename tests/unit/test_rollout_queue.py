@@ -1,6 +1,7 @@
 """Which questions are under way when, what a checkpoint knows of them, and how old the tokens of a step may be."""
 
 import asyncio
+import json
 import math
 import threading
 from concurrent.futures import Future
@@ -15,6 +16,7 @@ from igpo_megatron.rollout.agent import EngineError
 from igpo_megatron.rollout.chat import ChatFormat
 from igpo_megatron.rollout.rollouter import Rollouter
 from igpo_megatron.rollout_queue import RolloutQueue, check_staleness, staleness_metrics
+from igpo_megatron.train import queue_state
 from igpo_megatron.types import Completion, Node, Prompt, RolloutGroup, RunStopped, Status, Trajectory
 from tests.unit.test_rollouts import SETTINGS, WORDS, ScriptedSearch
 from tests.unit.test_rollouts import completion as said
@@ -112,7 +114,7 @@ def test_successes_are_replayed_into_later_groups_that_failed() -> None:
     assert rollout_metrics(groups, "search")["replayed"] == 1.0 and staleness_metrics(groups, 2)["staleness_max"] == 0.0
 
     resumed = queue_of(rollouts, *settings, questions=OneQuestion(), first_step=2)
-    resumed.successes.load_state(queue.successes.state())
+    resumed.successes.load_state(json.loads(json.dumps(queue_state(queue)))["successes"])
     assert [[end.reward for end in group.trajectories] for group in resumed.take(2)] == [
         [end.reward for end in group.trajectories] for group in groups
     ]
