@@ -172,7 +172,8 @@ class Rollout(Section):
 
     replay_successes: NonNegativeInt = 0
     """Questions whose latest success is kept, to replace a trajectory where all of a later group fail (ARPO for GUI agents, arXiv
-    2505.16282; RAPO, arXiv 2509.24107). Kept in checkpoints; counts in the step's metrics like any other. 0 replays nothing."""
+    2505.16282; RAPO, arXiv 2509.24107). Kept in checkpoints; counts in the step's metrics like any other. It is trained as if it had just
+    been sampled, as in the published code; `loss.mismatch` weighs it by how likely it still is. 0 replays nothing."""
 
     success_above: float = 0.5
     """For replay_successes: a trajectory whose reward is above this is a success."""
