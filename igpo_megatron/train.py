@@ -88,8 +88,8 @@ def train(config: Config, policy: Policy, side: Side, tracker: Tracker, share: D
         tracker.log(step, metrics | worst_rank(parallel.gather(tracker.memory())))
         if learns and (step == config.run.steps or _every(config.checkpoint.every, step)):
             with tracker.phase("checkpoint"):  # before the weights leave: a policy that shares its device leaves with them
-                state = parallel.broadcast({"prompts": side.queue.state()} if side.queue else None)
-                checkpoint.save(policy, side.folder.checkpoints, step, state or {"prompts": None}, config.checkpoint.keep)
+                state = parallel.broadcast(queue_state(side.queue) if side.queue else None)
+                checkpoint.save(policy, side.folder.checkpoints, step, state or queue_state(None), config.checkpoint.keep)
         if learns and serves:
             tracker.log(step, sync_weights(policy, side, tracker, share, version=step))
             parallel.on_main(policy.ranks, partial(evaluate_if_due, config, side, tracker, step=step))
