@@ -88,8 +88,8 @@ def train(config: Config, policy: Policy, side: Side, tracker: Tracker, share: D
         tracker.log(step, metrics | worst_rank(parallel.gather(tracker.memory())))
         if learns and (step == config.run.steps or _every(config.checkpoint.every, step)):
             with tracker.phase("checkpoint"):  # before the weights leave: a policy that shares its device leaves with them
-                state = parallel.broadcast({"prompts": side.queue.state()} if side.queue else None)
-                checkpoint.save(policy, side.folder.checkpoints, step, state or {"prompts": None}, config.checkpoint.keep)
+                state = parallel.broadcast(queue_state(side.queue))
+                checkpoint.save(policy, side.folder.checkpoints, step, state, config.checkpoint.keep)
         if learns and serves:
             tracker.log(step, sync_weights(policy, side, tracker, share, version=step))
             parallel.on_main(policy.ranks, partial(evaluate_if_due, config, side, tracker, step=step))
@@ -110,6 +110,11 @@ def learn(policy: Policy, groups: list[RolloutGroup], tracker: Tracker, step: in
     metrics |= logprob_gap(groups, step - 1 if config.run.replay is None else None)
     with tracker.phase("train"):
         return metrics | update(policy, groups)
+
+
+def queue_state(queue: RolloutQueue | None) -> dict[str, Any]:
+    """What a checkpoint keeps of the questions and of the successes to be replayed; None where rollouts are replayed from a file."""
+    return {"prompts": queue.state() if queue else None, "successes": queue.successes.state() if queue else None}
 
 
 def collect(config: Config, side: Side, step: int) -> list[RolloutGroup]:
@@ -212,6 +217,8 @@ def open_side(config: Config, folder: RunFolder, stack: ExitStack, tracker: Trac
         Rollouter(side.engines, search, side.chat, config.rollout, seed=config.run.seed, probes_of=probes_of, tools=tools)
     )
     side.queue = RolloutQueue(config, stream, side.rollouter, first_step=first_step, on_progress=tracker.progress)
+    if state and state.get("successes"):  # absent from checkpoints written before successes were replayed
+        side.queue.successes.load_state(state["successes"])
     return side
 
 

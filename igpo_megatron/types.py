@@ -311,6 +311,9 @@ class EntropyStats:
     threshold: float
     """High-entropy tokens are those above it."""
 
+    lowest: float
+    highest: float
+
 
 @dataclass(frozen=True, slots=True)
 class StepCounts:

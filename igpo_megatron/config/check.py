@@ -16,6 +16,7 @@ from typing import Any
 
 from igpo_megatron.config.load import ConfigError
 from igpo_megatron.config.schema import (
+    Aepo,
     AepoBranching,
     Bapo,
     Config,
@@ -71,6 +72,7 @@ def check(config: Config, *, world_size: int | None, local_world_size: int | Non
         *_algorithm(config),
         *_branching(config),
         *_ahead(config),
+        *_replay_of_successes(config),
         *_bonus(config),
         *_schedule(config),
     ]
@@ -411,9 +413,10 @@ def _algorithm(config: Config) -> Iterator[str]:
             "use reward.scorer=engine, or loss.old_logprobs=recompute"
         )
     if isinstance(config.loss, PolicyLoss) and config.loss.uses_old_entropies and config.loss.old_logprobs == "engine":
+        without = ", or entropy_advantage=none with balanced_tokens=all" if isinstance(config.loss, Aepo) else ""
         yield (
-            f"loss.name={config.loss.name} uses entropies that loss.old_logprobs=engine runs no pass for; use old_logprobs=recompute, "
-            "or entropy_advantage=none with balanced_tokens=all"
+            f"loss.name={config.loss.name} uses entropies that loss.old_logprobs=engine runs no pass for; "
+            f"use old_logprobs=recompute{without}"
         )
     if reward.gain != "none" and reward.probe_template.count("{answer}") != 1:
         found = reward.probe_template.count("{answer}")
@@ -501,6 +504,21 @@ def _gain_branching(config: Config) -> Iterator[str]:
         yield (
             f"rollout.branching.name=gain decides by probes during the rollout; found {' and '.join(found)}; set reward.scorer=engine with "
             "advantage.name=igpo or igpo_loo, or another rollout.branching.name"
+        )
+
+
+def _replay_of_successes(config: Config) -> Iterator[str]:
+    if not config.rollout.replay_successes:
+        return
+    if not isinstance(config.rollout.branching, NoBranching):
+        yield (
+            f"rollout.replay_successes={config.rollout.replay_successes} replaces single samples, rollout.branching.name="
+            f"{config.rollout.branching.name} makes them share turns; use one of them"
+        )
+    if config.reward.scorer == "engine":
+        yield (
+            f"rollout.replay_successes={config.rollout.replay_successes} brings samples that no engine has scored probes of in this step; "
+            "use reward.scorer=fold"
         )
 
 

@@ -73,7 +73,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup], tool_name: str) -> dict[str,
     if points or states:
         metrics["shared_tokens"] = _shared_tokens(groups)
         metrics["initial_rollouts"] = fmean(group.metrics.get("initial_rollouts", len(group.trajectories)) for group in groups)
-    for name in LOST_GAINS:
+    for name in (*LOST_GAINS, "replayed"):
         if lost := sum(group.metrics.get(name, 0.0) for group in groups):
             metrics[name] = lost
     return metrics

@@ -319,6 +319,15 @@ def test_rollouts_guided_by_gain_need_probes_while_they_grow(sound):
     assert "leaves nothing of rollout.samples_per_prompt=8" in found
 
 
+def test_replayed_successes_need_independent_samples_and_probes_of_this_step(sound):
+    assert problems(sound, "rollout.replay_successes=100") == []
+    (found,) = problems(sound, "rollout.replay_successes=100", "reward.scorer=engine", "loss.kl_coef=0")
+    assert "no engine has scored probes of in this step; use reward.scorer=fold" in found
+    arpo = ["rollout.branching.name=arpo", "rollout.samples_per_prompt=8", "rollout.branching.initial_rollouts=4"]
+    (found,) = problems(sound, "rollout.replay_successes=100", *arpo)
+    assert "rollout.branching.name=arpo makes them share turns; use one of them" in found
+
+
 def test_rollouts_ahead_need_gains_of_one_version_and_closing_early_needs_independent_samples(sound):
     assert problems(sound, "rollout.max_staleness=2", "rollout.close_at=4", "rollout.samples_per_prompt=8") == []
     (found,) = problems(sound, "rollout.max_staleness=1", "reward.scorer=engine", "loss.kl_coef=0")

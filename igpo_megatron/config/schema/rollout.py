@@ -203,6 +203,14 @@ class Rollout(Section):
     """Dynamic sampling (DAPO, arXiv 2503.14476): up to this many further batches of questions replace groups whose rewards are all equal;
     where they do not suffice, such groups fill the step. 0 keeps every group."""
 
+    replay_successes: NonNegativeInt = 0
+    """Questions whose latest success is kept, to replace a trajectory where all of a later group fail (ARPO for GUI agents, arXiv
+    2505.16282; RAPO, arXiv 2509.24107). Kept in checkpoints; counts in the step's metrics like any other. It is trained as if it had just
+    been sampled, as in the published code; `loss.mismatch` weighs it by how likely it still is. 0 replays nothing."""
+
+    success_above: float = 0.5
+    """For replay_successes: a trajectory whose reward is above this is a success."""
+
     tool_in_prompt: bool = True
     """Describe the tools in the prompt, through the chat template's `tools` or the protocol's own text; false for a policy that was
     taught the format."""
