@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import secrets
 import signal
@@ -81,7 +82,8 @@ def train(config: Annotated[Path, typer.Argument(help="YAML file of the run.")],
 def world_size(config: Config) -> int:
     """Ranks of a run that is started on one machine."""
     layout = config.parallel
-    return layout.tensor * layout.pipeline * (layout.data or max(1, layout.expert // layout.tensor))
+    row_ranks = layout.tensor * layout.context
+    return row_ranks * layout.pipeline * (layout.data or layout.expert // math.gcd(layout.expert, row_ranks))
 
 
 def _torchrun(ranks: int, arguments: list[str]) -> int:

@@ -8,6 +8,7 @@ What only the actor can know (which architectures it builds) is checked there.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
@@ -137,8 +138,9 @@ def _question_files(key: str, paths: Sequence[Path]) -> Iterator[str]:
 
 def _layout(config: Config, world_size: int) -> Iterator[str]:
     layout = config.parallel
-    model_ranks = layout.tensor * layout.pipeline
-    product = f"parallel.tensor={layout.tensor} x parallel.pipeline={layout.pipeline}"
+    model_ranks = layout.tensor * layout.context * layout.pipeline
+    shared = f" x parallel.context={layout.context}" if layout.context > 1 else ""
+    product = f"parallel.tensor={layout.tensor}{shared} x parallel.pipeline={layout.pipeline}"
     if layout.sequence and layout.tensor == 1:
         yield "parallel.sequence=true needs parallel.tensor of 2 or more; set it to false"
     if config.model.vocab_multiple % layout.tensor:
@@ -224,7 +226,7 @@ def _experts(config: Config, shape: dict[str, Any], world_size: int) -> Iterator
     elif (world_size // layout.pipeline) % layout.expert:
         yield (
             f"parallel.expert={layout.expert} does not divide the {world_size // layout.pipeline} ranks of a pipeline stage; "
-            f"set parallel.data to a multiple of {layout.expert // layout.tensor}"
+            f"set parallel.data to a multiple of {layout.expert // math.gcd(layout.expert, layout.tensor * layout.context)}"
         )
 
 

@@ -19,7 +19,7 @@ LAYERS, EXPERTS, TOP_K = 2, 4, 2
 
 
 def rows_of(policy: Policy, groups: list[RolloutGroup]) -> list[PackedRow]:
-    return pack_for_scoring(groups, row_tokens=60, multiple=2)
+    return pack_for_scoring(groups, row_tokens=60, multiple=4)
 
 
 def score(policy: Policy, groups: list[RolloutGroup], seed: int | None) -> list[torch.Tensor]:
@@ -56,7 +56,7 @@ def test_a_routers_own_choice_replayed_changes_nothing(hf_folders: dict[str, Pat
     assert gap(plain, replayed) < 1e-5
 
 
-@pytest.mark.parametrize("layout", ["pp2", "tp2"])
+@pytest.mark.parametrize("layout", ["pp2", "tp2", "cp2_ep2"])
 def test_given_experts_are_taken_at_every_layout(hf_folders: dict[str, Path], layout: str) -> None:
     groups = random_groups(seed=1)
     settings: dict[str, Any] = MIXTURE_LAYOUTS[layout]

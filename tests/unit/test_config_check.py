@@ -39,6 +39,7 @@ def problems(sound: list[str], *overrides: str, world_size: int | None = 1, loca
 def test_a_sound_configuration_has_no_problems(sound):
     assert problems(sound) == []
     assert problems(sound, "parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=3", "parallel.data=2", world_size=12) == []
+    assert problems(sound, "parallel.tensor=2", "parallel.context=2", "parallel.data=3", world_size=12) == []
     assert problems(sound, "parallel.tensor=2", world_size=None) == []
 
 
@@ -64,6 +65,8 @@ def test_experts_may_be_spread_over_tensor_and_data_parallel_ranks(mixture):
     config = build({}, [*mixture, "parallel.tensor=2", "parallel.sequence=true", "parallel.expert=8", "parallel.pipeline=2"])
     assert world_size(config) == 16  # what `igpo train` starts: two stages, each with eight ranks for the experts
     assert check(config, world_size=16) == []
+    config = build({}, [*mixture, "parallel.context=2", "parallel.expert=8"])
+    assert world_size(config) == 8 and check(config, world_size=8) == []
 
 
 @pytest.mark.parametrize(
@@ -85,6 +88,7 @@ def test_layouts_that_experts_cannot_have_are_refused(mixture, overrides, world_
     [
         (["parallel.expert=2", "parallel.data=2"], 2, "parallel.expert=2, but the model has no experts; set it to 1"),
         (["parallel.tensor=2", "parallel.pipeline=2"], 6, "6 ranks are no multiple of parallel.tensor=2 x parallel.pipeline=2 = 4"),
+        (["parallel.context=2", "parallel.pipeline=2"], 6, "tensor=1 x parallel.context=2 x parallel.pipeline=2 = 4; start a multiple"),
         (["parallel.tensor=2", "parallel.data=2"], 2, "parallel.data=2 = 4 ranks, but 2 were started; set parallel.data to 1"),
         (
             ["parallel.tensor=3", "model.vocab_multiple=3"],
