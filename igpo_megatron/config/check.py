@@ -242,8 +242,8 @@ def _routing(config: Config, shape: dict[str, Any]) -> Iterator[str]:
         return
     if config.rollout.max_staleness:
         yield (
-            f"rollout.routing_replay=true with rollout.max_staleness={config.rollout.max_staleness}: experts that older weights chose would "
-            "be forced on newer ones; set one of them to its default"
+            f"rollout.routing_replay=true with rollout.max_staleness={config.rollout.max_staleness}: experts that older weights chose "
+            "would be forced on newer ones; set one of them to its default"
         )
     if config.run.device == "cpu" and _needs_engines(config) and not entry_points(group="triton.backends", name="cpu"):
         yield (

@@ -76,6 +76,7 @@ def test_routing_replay_needs_experts_and_an_engine_that_returns_them(mixture, s
     (tmp_path / "triton_cpu-0.dist-info" / "entry_points.txt").write_text("[triton.backends]\ncpu = anywhere\n")
     monkeypatch.syspath_prepend(tmp_path)
     assert problems(mixture, replay) == []
+    assert "experts that older weights chose" in " ".join(problems(mixture, replay, "rollout.max_staleness=1"))
     (tmp_path / "policy" / "config.json").write_text(json.dumps(SHAPE), encoding="utf-8")
     for ranks in (1, None):
         (problem,) = problems(sound, replay, world_size=ranks)
