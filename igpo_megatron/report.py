@@ -85,7 +85,12 @@ CHARTS = (
     Chart("Entropy", {"entropy": "entropy"}, "nats per sampled token"),
     Chart(
         "Log-prob gap, engine vs trainer",
-        {"logprob_gap_mean": "mean", "logprob_gap_max": "largest", "canary_gap": "canary after sync"},
+        {
+            "logprob_gap_mean": "mean",
+            "logprob_gap_max": "largest",
+            "logprob_gap_max_free": "largest without routing replay",
+            "canary_gap": "canary after sync",
+        },
         "nats, log scale",
         log=True,
     ),

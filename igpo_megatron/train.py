@@ -29,7 +29,7 @@ from igpo_megatron.config.load import ConfigError, load
 from igpo_megatron.config.schema import Config, PolicyLoss
 from igpo_megatron.data.prompts import PromptStream
 from igpo_megatron.device_share import DeviceShare
-from igpo_megatron.learn import assign_advantages, score_tokens, update
+from igpo_megatron.learn import assign_advantages, routing_metrics, score_tokens, update
 from igpo_megatron.observability.memory import MemoryLedger, worst_rank
 from igpo_megatron.observability.metrics import logprob_gap, rollout_metrics
 from igpo_megatron.observability.rollout_dump import read_rollouts, write_rollouts
@@ -99,15 +99,17 @@ def train(config: Config, policy: Policy, side: Side, tracker: Tracker, share: D
 def learn(policy: Policy, groups: list[RolloutGroup], tracker: Tracker, step: int) -> dict[str, float]:
     """One step's learning; its metrics, those of the groups with their gains among them."""
     config = policy.config
+    routing: dict[str, float] = {}
     if isinstance(config.loss, PolicyLoss):
         with tracker.phase("score"):
             score_tokens(policy, groups)
+            routing = routing_metrics(policy, groups, step)
         with tracker.phase("advantage"):
             assign_advantages(groups, config, progress=(step - 1) / max(config.run.steps - 1, 1))
     metrics = rollout_metrics(groups, config.rollout.tool_name)
     if config.run.replay is None:
         metrics |= staleness_metrics(groups, step)
-    metrics |= logprob_gap(groups, step - 1 if config.run.replay is None else None)
+    metrics |= logprob_gap(groups, step - 1 if config.run.replay is None else None) | routing
     with tracker.phase("train"):
         return metrics | update(policy, groups)
 

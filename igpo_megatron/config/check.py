@@ -11,6 +11,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Sequence
+from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ def check(config: Config, *, world_size: int | None, local_world_size: int | Non
             *_model_files(config.model.path),
             *_question_files("data.eval", config.data.eval),
             *_engine_shape(config, shape),
+            *_routing(config, shape),
             *_context(config, shape),
             *_devices(config, 0),
             *_search(config),
@@ -66,6 +68,7 @@ def check(config: Config, *, world_size: int | None, local_world_size: int | Non
         *_shape(config, shape),
         *_experts(config, shape, world_size),
         *_engine_shape(config, shape),
+        *_routing(config, shape),
         *_context(config, shape),
         *_devices(config, local_world_size or world_size),
         *_search(config),
@@ -208,9 +211,8 @@ def _stages(layout: Parallel, layers: int) -> Iterator[str]:
 
 def _experts(config: Config, shape: dict[str, Any], world_size: int) -> Iterator[str]:
     layout = config.parallel
-    # transformers writes either key, whatever the family.
-    experts = shape.get("num_experts") or shape.get("num_local_experts")
-    if not isinstance(experts, int):
+    experts = _num_experts(shape)
+    if experts is None:
         if layout.expert > 1 and shape:
             yield f"parallel.expert={layout.expert}, but the model has no experts; set it to 1"
         return
@@ -227,6 +229,30 @@ def _experts(config: Config, shape: dict[str, Any], world_size: int) -> Iterator
         yield (
             f"parallel.expert={layout.expert} does not divide the {world_size // layout.pipeline} ranks of a pipeline stage; "
             f"set parallel.data to a multiple of {layout.expert // math.gcd(layout.expert, layout.tensor * layout.context)}"
+        )
+
+
+def _num_experts(shape: dict[str, Any]) -> int | None:
+    # transformers writes either key, whatever the family.
+    experts = shape.get("num_experts") or shape.get("num_local_experts")
+    return experts if isinstance(experts, int) else None
+
+
+def _routing(config: Config, shape: dict[str, Any]) -> Iterator[str]:
+    if not config.rollout.routing_replay:
+        return
+    if shape and _num_experts(shape) is None:
+        yield "rollout.routing_replay=true, but the model has no experts to route to; set it to false"
+        return
+    if config.rollout.max_staleness:
+        yield (
+            f"rollout.routing_replay=true with rollout.max_staleness={config.rollout.max_staleness}: experts that older weights chose "
+            "would be forced on newer ones; set one of them to its default"
+        )
+    if config.run.device == "cpu" and _needs_engines(config) and not entry_points(group="triton.backends", name="cpu"):
+        yield (
+            "rollout.routing_replay=true with run.device=cpu: vLLM returns experts from a model runner that needs a Triton with a CPU "
+            "back-end (triton-cpu), which is not installed; install it, or set rollout.routing_replay=false"
         )
 
 

@@ -112,6 +112,17 @@ def logprob_gap(groups: Sequence[RolloutGroup], version: int | None = None) -> d
     return metrics
 
 
+def routed_share(groups: Sequence[RolloutGroup]) -> dict[str, float]:
+    """`routed_tokens`: share of the tokens of trainable trajectories whose experts an engine recorded; empty without such tokens."""
+    known = [
+        experts is not None
+        for group in groups
+        for index in {index for end in group.trajectories if end.status.is_trainable for index in end.path}
+        for experts in group.nodes[index].experts or [None] * len(group.nodes[index].token_ids)
+    ]
+    return {"routed_tokens": fmean(map(float, known))} if known else {}
+
+
 def status_counts(groups: Sequence[RolloutGroup]) -> dict[str, int]:
     """Trajectories per way of ending."""
     return {

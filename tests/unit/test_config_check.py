@@ -69,6 +69,23 @@ def test_experts_may_be_spread_over_tensor_and_data_parallel_ranks(mixture):
     assert world_size(config) == 8 and check(config, world_size=8) == []
 
 
+def test_routing_replay_needs_experts_and_an_engine_that_returns_them(mixture, sound, tmp_path, monkeypatch):
+    replay = "rollout.routing_replay=true"
+    for ranks in (1, None):
+        (problem,) = problems(mixture, replay, world_size=ranks)
+        assert "needs a Triton with a CPU back-end" in problem
+    assert problems(mixture, replay, f"run.replay={tmp_path}/replay.parquet") == []
+    (tmp_path / "triton_cpu-0.dist-info").mkdir()
+    (tmp_path / "triton_cpu-0.dist-info" / "entry_points.txt").write_text("[triton.backends]\ncpu = anywhere\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert problems(mixture, replay) == []
+    assert "experts that older weights chose" in " ".join(problems(mixture, replay, "rollout.max_staleness=1"))
+    (tmp_path / "policy" / "config.json").write_text(json.dumps(SHAPE), encoding="utf-8")
+    for ranks in (1, None):
+        (problem,) = problems(sound, replay, world_size=ranks)
+        assert problem == "rollout.routing_replay=true, but the model has no experts to route to; set it to false"
+
+
 @pytest.mark.parametrize(
     ("overrides", "world_size", "expected"),
     [

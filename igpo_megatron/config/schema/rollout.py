@@ -233,6 +233,13 @@ class Rollout(Section):
     """Steps that rollouts may run ahead: every token that a step trains was sampled by weights at most this many updates older than those
     it updates. 0 rolls out and trains in turn. With 1 or more, choose a `loss.mismatch`."""
 
+    routing_replay: bool = False
+    """Mixtures of experts: the engine's choice of experts is recorded per token, and the trainer's scoring and training passes repeat it.
+    Tokens that no engine computed (probes, the end of a last turn) and the reference policy are routed freely."""
+
+    routing_gap_every: NonNegativeInt = 10
+    """With routing_replay, steps between measurements of the log-prob gap as it would be without, by one more scoring pass; 0 never."""
+
     branching: Branching = NoBranching()
     """How a training group grows: independent samples, or forks of them. Evaluations always draw independent samples."""
 
