@@ -248,16 +248,23 @@ def _context(config: Config, shape: dict[str, Any]) -> Iterator[str]:
 
 
 def _devices(config: Config, local_ranks: int) -> Iterator[str]:
-    engine = config.rollout.engine
+    engine, transport = config.rollout.engine, config.sync.transport
     if config.run.device == "cpu":
         if engine.gpu_ids:
             yield f"rollout.engine.gpu_ids={list(engine.gpu_ids)} with run.device=cpu; leave it empty, or set run.device=cuda"
+        if transport in ("nccl", "ipc"):
+            yield f"sync.transport={transport} goes from GPU to GPU, run.device=cpu; use auto"
         return
+    if transport == "ipc" and (local_ranks, engine.count, engine.tensor) != (1, 1, 1):
+        yield (
+            f"sync.transport=ipc joins one rank with one engine on its GPU; there are {local_ranks} ranks and {engine.count} engines "
+            f"of tensor={engine.tensor}; use auto or nccl"
+        )
     repeated = sorted({gpu for gpu in engine.gpu_ids if engine.gpu_ids.count(gpu) > 1})
     if repeated:
         yield f"rollout.engine.gpu_ids names {repeated} more than once; name each GPU once"
     shared = sorted(set(engine.gpu_ids) & set(range(local_ranks)))
-    if shared:
+    if shared and transport != "ipc":
         yield (
             f"rollout.engine.gpu_ids={list(engine.gpu_ids)} overlaps the GPUs of the {local_ranks} ranks on this machine, "
             f"which take 0 to {local_ranks - 1}; give the engines GPUs from {local_ranks} on"

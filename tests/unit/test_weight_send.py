@@ -75,7 +75,9 @@ def store() -> Iterator[SharedWeights]:
     weights.close()
 
 
-def send(store: SharedWeights, weights: Tensors, engines: Sequence[Scripted], version: int = 2, before: dict[str, int] | None = None) -> Transfer:
+def send(
+    store: SharedWeights, weights: Tensors, engines: Sequence[Scripted], version: int = 2, before: dict[str, int] | None = None
+) -> Transfer:
     transfer = Transfer(version, LIMITS, lambda error: isinstance(error, EngineLost), before or {})
     transfer.run(export(iter(weights), store, BUCKET_BYTES), engines)
     return transfer
@@ -183,8 +185,7 @@ def test_the_next_bucket_is_exported_while_engines_load_the_one_before(store: Sh
             return [future]
 
     def weights() -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in model(1):
-            yield name, tensor
+        yield from model(1)
         release()
 
     def release() -> None:
