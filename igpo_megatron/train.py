@@ -8,7 +8,6 @@ The main rank talks to engines, files and people; all ranks score and train. The
 from __future__ import annotations
 
 import logging
-import math
 import os
 import sys
 import time
@@ -24,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 from igpo_megatron import evaluate
 from igpo_megatron.algorithms import ADVANTAGES
 from igpo_megatron.algorithms.info_gain import add_probes, rendered_probes
-from igpo_megatron.algorithms.outcome_advantages import GREEDY_REWARD
 from igpo_megatron.algorithms.rewards import score
 from igpo_megatron.config.check import require
 from igpo_megatron.config.load import ConfigError, load
@@ -35,6 +33,7 @@ from igpo_megatron.observability.metrics import logprob_gap, rollout_metrics
 from igpo_megatron.observability.rollout_dump import read_rollouts, write_rollouts
 from igpo_megatron.observability.tracker import Tracker
 from igpo_megatron.protocols import PROTOCOLS
+from igpo_megatron.rollout_queue import RolloutQueue, staleness_metrics
 from igpo_megatron.run import RunFolder, claim, open_folder
 from igpo_megatron.summary import finish
 from igpo_megatron.types import Prompt, RolloutGroup, RunStopped
@@ -53,10 +52,10 @@ class Side:
     """What only the main rank has; on the other ranks every field is None."""
 
     folder: RunFolder
-    stream: PromptStream | None = None
     chat: ChatFormat | None = None
     engines: EnginePool | None = None
     rollouter: Rollouter | None = None
+    queue: RolloutQueue | None = None
     replay: Iterator[list[RolloutGroup]] | None = None
     held_out: list[Prompt] = field(default_factory=list)
 
@@ -69,12 +68,15 @@ def train(config: Config, policy: Policy, side: Side, tracker: Tracker, first_st
     if config.run.replay is None:
         with tracker.phase("sync"):
             sync_weights(policy, side, version=first_step - 1)
+        if side.queue is not None:
+            side.queue.weights_arrived(first_step - 1)
         if first_step == 1:
             parallel.on_main(policy.ranks, partial(evaluate_now, config, side, tracker, step=0, due=config.eval.at_ends))
     for step in range(first_step, config.run.steps + 1):
         started = time.monotonic()
+        version = step - 1 if config.run.replay is None else None  # of the weights that this step updates
         with tracker.phase("rollout"):
-            groups = parallel.broadcast(parallel.on_main(policy.ranks, partial(collect, config, side, tracker, step)))
+            groups = parallel.broadcast(parallel.on_main(policy.ranks, partial(collect, config, side, step)))
         metrics = rollout_metrics(groups, config.rollout.tool_name)
         if config.run.stop_after == "none":
             if isinstance(config.loss, PolicyLoss):
@@ -82,17 +84,20 @@ def train(config: Config, policy: Policy, side: Side, tracker: Tracker, first_st
                     score_tokens(policy, groups)
                 with tracker.phase("advantage"):
                     assign_advantages(groups, config, progress=(step - 1) / max(config.run.steps - 1, 1))
-                metrics = rollout_metrics(groups, config.rollout.tool_name) | logprob_gap(groups)
+                metrics = rollout_metrics(groups, config.rollout.tool_name) | logprob_gap(groups, version)
             with tracker.phase("train"):
                 metrics |= update(policy, groups)
             if config.run.replay is None:
                 with tracker.phase("sync"):
                     metrics |= sync_weights(policy, side, version=step)
+                if side.queue is not None:
+                    metrics |= staleness_metrics(groups, step)
+                    side.queue.weights_arrived(step)
         if main and config.track.dump_every and (step % config.track.dump_every == 0 or config.run.stop_after == "rollout"):
             with tracker.phase("rollout"):
                 write_rollouts(side.folder.rollouts / f"step_{step:06d}.parquet", step, groups)
-        if side.rollouter is not None:
-            metrics |= side.rollouter.tool_metrics()
+        if side.queue is not None:
+            metrics |= side.queue.done(step)
         metrics["tokens_per_s"] = sum(len(node.token_ids) for group in groups for node in group.nodes) / (time.monotonic() - started)
         tracker.log(step, metrics)
         last = step == config.run.steps
@@ -101,60 +106,26 @@ def train(config: Config, policy: Policy, side: Side, tracker: Tracker, first_st
             parallel.on_main(policy.ranks, partial(evaluate_now, config, side, tracker, step=step, due=due))
         if config.run.stop_after == "none" and (last or _every(config.checkpoint.every, step)):
             with tracker.phase("checkpoint"):
-                state = parallel.broadcast({"prompts": side.stream.state() if side.stream else None} if main else None)
+                state = parallel.broadcast({"prompts": side.queue.state() if side.queue else None} if main else None)
                 checkpoint.save(policy, side.folder.checkpoints, step, state, config.checkpoint.keep)
         tracker.log(step, {})
 
 
-def collect(config: Config, side: Side, tracker: Tracker, step: int) -> list[RolloutGroup]:
+def collect(config: Config, side: Side, step: int) -> list[RolloutGroup]:
     """This step's trajectories with rewards and probes, from the engines or from a replay file."""
     if side.replay is not None:
         groups = next(side.replay)
         if isinstance(config.loss, PolicyLoss):
-            _score_all(groups, config)
+            for group in groups:
+                score(group, config.reward, PROTOCOLS[config.rollout.protocol])
     else:
-        groups = roll_out(config, side, tracker, step)
+        assert side.queue is not None
+        groups = side.queue.take(step)
     if isinstance(config.loss, PolicyLoss) and ADVANTAGES[config.advantage.name].needs_probes:
         assert side.chat is not None
         for group in groups:
             add_probes(group, side.chat.render_probe, config.reward, side.chat.render_hidden_probe)
     return groups
-
-
-def roll_out(config: Config, side: Side, tracker: Tracker, step: int) -> list[RolloutGroup]:
-    """New trajectories with their rewards; with `rollout.resample` groups of equal rewards are replaced (DAPO, arXiv 2503.14476)."""
-    assert side.stream is not None and side.rollouter is not None
-    sample = partial(side.rollouter.run_sync, step=step, on_progress=tracker.progress)
-    wanted = config.rollout.prompts_per_step
-    kept: list[RolloutGroup] = []
-    spare: list[RolloutGroup] = []
-    for _ in range(1 + config.rollout.resample):
-        prompts = side.stream.next(wanted)
-        groups = sample(prompts, samples=config.rollout.samples_per_prompt, temperature=None, probe=True, branch=True)
-        _score_all(groups, config)
-        replaceable = [config.rollout.resample > 0 and has_equal_rewards(group) for group in groups]
-        kept += [group for group, equal in zip(groups, replaceable, strict=True) if not equal]
-        spare += [group for group, equal in zip(groups, replaceable, strict=True) if equal]
-        if len(kept) >= wanted:
-            break
-    groups = [*kept, *spare][:wanted]
-    if ADVANTAGES[config.advantage.name].needs_greedy:
-        greedy = sample([group.prompt for group in groups], samples=1, temperature=0.0)
-        _score_all(greedy, config)
-        for group, baseline in zip(groups, greedy, strict=True):
-            (trajectory,) = baseline.trajectories
-            group.metrics[GREEDY_REWARD] = trajectory.reward if trajectory.status.is_trainable else math.nan
-    return groups
-
-
-def has_equal_rewards(group: RolloutGroup) -> bool:
-    """No trainable trajectory did better than another, so outcomes teach nothing."""
-    return len({trajectory.reward for trajectory in group.trajectories if trajectory.status.is_trainable}) < 2
-
-
-def _score_all(groups: Sequence[RolloutGroup], config: Config) -> None:
-    for group in groups:
-        score(group, config.reward, PROTOCOLS[config.rollout.protocol])
 
 
 def sync_weights(policy: Policy, side: Side, version: int) -> dict[str, float]:
@@ -221,9 +192,9 @@ def open_side(config: Config, folder: RunFolder, stack: ExitStack, tracker: Trac
 
     assert side.chat is not None
     # What can be wrong with the user's files shows before an engine is started.
-    side.stream = PromptStream(config.data.train, seed=config.run.seed, shuffle=config.data.shuffle, balance=config.data.balance)
+    stream = PromptStream(config.data.train, seed=config.run.seed, shuffle=config.data.shuffle, balance=config.data.balance)
     if state and state["prompts"]:
-        side.stream.load_state(state["prompts"])
+        stream.load_state(state["prompts"])
     side.held_out = evaluate.questions(config)
     search = make_client(config.search)
     tools = make_tools(config, side.chat.count_tokens)
@@ -233,6 +204,7 @@ def open_side(config: Config, folder: RunFolder, stack: ExitStack, tracker: Trac
     side.rollouter = stack.enter_context(
         Rollouter(side.engines, search, side.chat, config.rollout, seed=config.run.seed, probes_of=probes_of, tools=tools)
     )
+    side.queue = RolloutQueue(config, stream, side.rollouter, first_step=first_step, on_progress=tracker.progress)
     return side
 
 

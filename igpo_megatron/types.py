@@ -60,15 +60,18 @@ class Status(StrEnum):
     ENGINE_FAILED = "engine_failed"
     """The rollout engine failed or the trajectory's deadline passed."""
 
+    LATE = "late"
+    """Given up when enough others of its group had ended (`rollout.close_at`)."""
+
     @property
     def is_trainable(self) -> bool:
         """False for ends that say nothing about the policy: they are counted and left out of the loss."""
-        return self not in (Status.TOOL_FAILED, Status.ENGINE_FAILED)
+        return self not in (Status.TOOL_FAILED, Status.ENGINE_FAILED, Status.LATE)
 
     @property
     def is_failure(self) -> bool:
-        """True for ends that are not the policy's doing, trained or not."""
-        return self is Status.ENDED_BY_TOOL or not self.is_trainable
+        """True where a tool or an engine failed, trained or not."""
+        return self in (Status.TOOL_FAILED, Status.ENGINE_FAILED, Status.ENDED_BY_TOOL)
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,6 +69,7 @@ def check(config: Config, *, world_size: int | None, local_world_size: int | Non
         *_tools(config),
         *_algorithm(config),
         *_branching(config),
+        *_ahead(config),
         *_bonus(config),
         *_schedule(config),
     ]
@@ -441,6 +442,27 @@ def _branching(config: Config) -> Iterator[str]:
         yield (
             f"rollout.branching.entropy_tokens={branching.entropy_tokens} is more than a turn has "
             f"(rollout.max_tokens_per_turn={rollout.max_tokens_per_turn}); lower it"
+        )
+
+
+def _ahead(config: Config) -> Iterator[str]:
+    rollout = config.rollout
+    if rollout.max_staleness and config.reward.scorer == "engine" and isinstance(config.loss, PolicyLoss):
+        yield (
+            f"rollout.max_staleness={rollout.max_staleness} lets weights change while a trajectory grows, so that reward.scorer=engine "
+            "would take the gains of its turns from different weights; use reward.scorer=fold, or rollout.max_staleness=0"
+        )
+    if rollout.close_at is None:
+        return
+    if rollout.close_at > rollout.samples_per_prompt:
+        yield (
+            f"rollout.close_at={rollout.close_at} is more than rollout.samples_per_prompt={rollout.samples_per_prompt}; "
+            "use at most that many, or null to wait for all"
+        )
+    if not isinstance(rollout.branching, NoBranching):
+        yield (
+            f"rollout.close_at gives up independent samples, but rollout.branching.name={rollout.branching.name} grows a tree, whose "
+            "branches depend on all of them; set rollout.close_at to null"
         )
 
 

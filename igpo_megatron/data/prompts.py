@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -248,6 +248,7 @@ class StreamState(TypedDict):
     """What a checkpoint keeps of a `PromptStream`."""
 
     drawn: int
+    open: list[int]
     fingerprint: str
     questions: int
     seed: int
@@ -260,6 +261,9 @@ class PromptStream:
 
     balance="none": epochs over all rows. balance="source": rounds in which every source gives one question, in an order that changes
     from round to round; each source runs through epochs of its own.
+
+    A place in that order is an ordinal, from 0. What was drawn stays open until it is said to be done, and a resumed stream draws what
+    was open first: so no question is lost or used twice, however many are under way when a checkpoint is taken.
     """
 
     def __init__(self, files: Sequence[Path | str], *, seed: int, shuffle: bool, balance: Literal["none", "source"]):
@@ -269,6 +273,10 @@ class PromptStream:
             raise ValueError("no files of questions were given; name at least one parquet file in data.train")
         self.seed, self.shuffle, self.balance = seed, shuffle, balance
         self.drawn = 0
+        """Ordinals below this one have been drawn."""
+
+        self._open: set[int] = set()
+        self._returned: list[int] = []
         self._rows: dict[str, list[int]] = {}
         for row, prompt in enumerate(self.prompts):
             self._rows.setdefault(prompt.source if balance == "source" else "", []).append(row)
@@ -279,16 +287,24 @@ class PromptStream:
         """Questions in one epoch."""
         return len(self.prompts)
 
-    def next(self, n: int) -> list[Prompt]:
-        """The next `n` questions."""
-        taken = [self._at(position) for position in range(self.drawn, self.drawn + n)]
-        self.drawn += n
-        return taken
+    def draw(self, n: int) -> list[int]:
+        """The next `n` ordinals, those first that were open when a resumed run was stopped."""
+        returned, self._returned = self._returned[:n], self._returned[n:]
+        new = n - len(returned)
+        ordinals = [*returned, *range(self.drawn, self.drawn + new)]
+        self.drawn += new
+        self._open.update(ordinals)
+        return ordinals
+
+    def done(self, ordinals: Iterable[int]) -> None:
+        """These were trained, or dropped for good."""
+        self._open.difference_update(ordinals)
 
     def state(self) -> StreamState:
         """Everything needed to go on from here, as JSON values."""
         return StreamState(
             drawn=self.drawn,
+            open=sorted({*self._open, *self._returned}),
             fingerprint=self._fingerprint,
             questions=len(self.prompts),
             seed=self.seed,
@@ -314,12 +330,12 @@ class PromptStream:
                 problems.append(f"{key} was {then!r} at the checkpoint and is {now!r} now; set it back or start a new run")
         if problems:
             raise ValueError("cannot resume the order of questions:\n" + "\n".join(f"  - {problem}" for problem in problems))
-        self.drawn = state["drawn"]
+        self.drawn, self._returned = state["drawn"], [*state.get("open", [])]
 
-    def _at(self, position: int) -> Prompt:
-        """The question at a position of the endless order."""
+    def question(self, ordinal: int) -> Prompt:
+        """The question at a place of the endless order."""
         sources = sorted(self._rows)
-        turn, slot = divmod(position, len(sources))
+        turn, slot = divmod(ordinal, len(sources))
         source = sources[self._order("round", turn, len(sources))[slot]]
         rows = self._rows[source]
         epoch, place = divmod(turn, len(rows))

@@ -9,6 +9,7 @@ import asyncio
 import threading
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import Future
 from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -50,9 +51,6 @@ class Rollouter:
         self._engine, self._search, self._chat, self._config, self._seed = engine, search, chat, config, seed
         self._probes_of = probes_of
         self._tools = tools or {}
-        self.tallies: dict[str, Tally] = {}
-        """Tool -> how its calls ended in the newest run; search is called `search`, whatever the policy calls it."""
-
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollouts", daemon=True)
 
@@ -61,7 +59,7 @@ class Rollouter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self._wait_for(self._close())
+        self.start(self._close()).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -79,7 +77,15 @@ class Rollouter:
     ) -> list[RolloutGroup]:
         """`run`, waited for."""
         work = self.run(prompts, samples=samples, step=step, temperature=temperature, probe=probe, branch=branch, on_progress=on_progress)
-        return self._wait_for(work)
+        return self.start(work).result()
+
+    def start(self, work: Coroutine[Any, Any, Result]) -> Future[Result]:
+        """Let `work`, such as a `run`, go on beside whatever the caller does next. Cancelling the future ends it."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def tallies(self) -> dict[str, Tally]:
+        """Tool -> a new tally, for `run` to fill; search is called `search`, whatever the policy calls it."""
+        return {"search": search_tally(), **{name: Tally() for name in self._tools}}
 
     async def run(
         self,
@@ -90,20 +96,22 @@ class Rollouter:
         temperature: float | None,
         probe: bool = False,
         branch: bool = False,
+        close_at: int | None = None,
+        tallies: Mapping[str, Tally] | None = None,
         on_progress: Callable[[float], None] | None = None,
     ) -> list[RolloutGroup]:
         """One group of `samples` trajectories per prompt; `temperature` None takes the configured one.
 
         With `probe` the engine scores the probes of every state, if this rollouter was given any; with `branch` groups grow as
-        `rollout.branching` says.
+        `rollout.branching` says; `close_at` trajectories of a group end it. What tools did is added to `tallies`.
 
         Raises RolloutFailure when more than `rollout.max_failed_fraction` of the trajectories or of the searches failed.
         """
         groups = [self._open(prompt) for prompt in prompts]
         probers = [Prober(self._engine, group, self._probes_of(group.prompt)) if probe and self._probes_of else None for group in groups]
-        self.tallies = {"search": search_tally(), **{name: Tally() for name in self._tools}}
-        search = TallyClient(self._search, self.tallies["search"])
-        tools = {name: TallyTool(tool, self.tallies[name]) for name, tool in self._tools.items()}
+        tallies = self.tallies() if tallies is None else tallies
+        search = TallyClient(self._search, tallies["search"])
+        tools = {name: TallyTool(tool, tallies[name]) for name, tool in self._tools.items()}
         done = 0
 
         async def one(
@@ -120,7 +128,7 @@ class Rollouter:
         def whole(group: RolloutGroup, prober: Prober | None) -> Coroutine[Any, Any, list[Trajectory]]:
             branching = self._config.branching
             if not branch or isinstance(branching, NoBranching):
-                return _all([one(group, prober, [0], sample) for sample in range(samples)])
+                return _first([one(group, prober, [0], sample) for sample in range(samples)], close_at or samples)
 
             def uniform(*parts: object) -> float:
                 return counter_seed(self._seed, step, group.prompt.id, "branch", *parts) / 2**31
@@ -134,14 +142,14 @@ class Rollouter:
             await asyncio.gather(*(prober.close() for prober in probers if prober is not None))
         for group, trajectories in zip(groups, ends, strict=True):
             group.trajectories = trajectories
-        _check_failures([end for trajectories in ends for end in trajectories], self.tallies["search"], self._config.max_failed_fraction)
+        _check_failures([end for trajectories in ends for end in trajectories], tallies["search"], self._config.max_failed_fraction)
         return groups
 
-    def tool_metrics(self) -> dict[str, float]:
-        """The newest run's tallies as flat numbers: `search/ok`, `search/p95_s`, `visit/calls`, ..."""
-        return {name: value for tool, tally in self.tallies.items() for name, value in tally.metrics(tool).items()}
-
     async def _close(self) -> None:
+        unfinished = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in unfinished:
+            task.cancel()
+        await asyncio.gather(*unfinished, return_exceptions=True)
         await asyncio.gather(self._search.close(), *(tool.close() for tool in self._tools.values()))
 
     def _open(self, prompt: Prompt) -> RolloutGroup:
@@ -192,9 +200,6 @@ class Rollouter:
         except EngineError as error:
             return Trajectory([0], Status.ENGINE_FAILED, reason=str(error))
 
-    def _wait_for(self, work: Coroutine[Any, Any, Result]) -> Result:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
-
 
 async def _all(work: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
     """Every outcome, in order; where one raises, the others are ended before it is raised on."""
@@ -206,6 +211,23 @@ async def _all(work: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         raise
+
+
+async def _first(work: Sequence[Coroutine[Any, Any, Trajectory]], count: int) -> list[Trajectory]:
+    """How trajectories ended, in order; when `count` of them have said something of the policy, the others are given up."""
+    tasks = [asyncio.ensure_future(part) for part in work]
+    try:
+        ended = 0
+        for ending in asyncio.as_completed(tasks):
+            ended += (await ending).status.is_trainable
+            if ended >= count:
+                break
+    finally:
+        late = [task for task in tasks if not task.done()]
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    return [Trajectory([0], Status.LATE, reason=f"{count} others had ended") if task in late else task.result() for task in tasks]
 
 
 def _check_failures(ends: Sequence[Trajectory], search: Tally, allowed: float) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import quantiles
 
@@ -50,6 +50,11 @@ class Tally:
         counts = {"calls": self.calls, "cached": self.cached, **self.status}
         times = {"p50_s": percentile(self.latencies_s, 50), "p95_s": percentile(self.latencies_s, 95)} if self.latencies_s else {}
         return {f"{tool}/{name}": float(value) for name, value in (counts | times).items()}
+
+
+def tally_metrics(tallies: Mapping[str, Tally]) -> dict[str, float]:
+    """Tallies as flat numbers: `search/ok`, `search/p95_s`, `visit/calls`, ..."""
+    return {name: value for tool, tally in tallies.items() for name, value in tally.metrics(tool).items()}
 
 
 def search_tally() -> Tally:

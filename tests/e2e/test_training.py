@@ -103,7 +103,7 @@ def test_a_killed_run_resumes_and_leaves_everything_a_run_should(finished: Finis
 def test_a_killed_and_resumed_run_trains_every_question_once_and_in_order(finished: Finished) -> None:
     asked = [group.prompt.id for _, groups in finished.demo.rollouts("whole") for group in groups]
     order = PromptStream([finished.demo.folder / "train.parquet"], seed=load(CONFIG).run.seed, shuffle=True, balance="source")
-    assert asked == [prompt.id for prompt in order.next(STEPS * QUESTIONS)]
+    assert asked == [order.question(ordinal).id for ordinal in range(STEPS * QUESTIONS)]
     for step, groups in finished.demo.rollouts("whole"):
         assert all(len(group.trajectories) == SAMPLES for group in groups)
         assert {node.weight_version for group in groups for node in group.nodes if node.kind == "action"} == {step - 1}

@@ -305,6 +305,17 @@ def test_branching_must_fit_the_group_the_turn_and_the_loss(sound, monkeypatch):
     assert "loss.name=ppo weighs whole sequences" in found
 
 
+def test_rollouts_ahead_need_gains_of_one_version_and_closing_early_needs_independent_samples(sound):
+    assert problems(sound, "rollout.max_staleness=2", "rollout.close_at=4", "rollout.samples_per_prompt=8") == []
+    (found,) = problems(sound, "rollout.max_staleness=1", "reward.scorer=engine", "loss.kl_coef=0")
+    assert "would take the gains of its turns from different weights; use reward.scorer=fold" in found
+    (found,) = problems(sound, "rollout.close_at=9", "rollout.samples_per_prompt=8")
+    assert "rollout.close_at=9 is more than rollout.samples_per_prompt=8" in found
+    arpo = ["rollout.branching.name=arpo", "rollout.samples_per_prompt=8", "rollout.branching.initial_rollouts=4"]
+    (found,) = problems(sound, *arpo, "rollout.close_at=4")
+    assert "rollout.branching.name=arpo grows a tree" in found
+
+
 def test_entropies_before_the_step_need_a_pass_and_the_tool_bonus_needs_python(sound):
     grpo = ["advantage.name=arpo", "reward.gain=none", "loss.name=aepo"]
     assert problems(sound, *grpo) == []

@@ -411,7 +411,7 @@ def peak_in_a_process(function, *arguments) -> int:
 
 def load_all(folder: Path) -> None:
     tensors = {name: HfReader(folder).get(name).clone() for name in HfReader(folder).names()}
-    time.sleep(0.01)
+    time.sleep(0.5)  # long enough for the watcher to look, on a busy machine too
     assert tensors
 
 

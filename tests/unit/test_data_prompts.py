@@ -172,37 +172,60 @@ def stream(path, *, seed=0, shuffle=True, balance="none"):
     return PromptStream([path], seed=seed, shuffle=shuffle, balance=balance)
 
 
+def take(questions, n):
+    """The next `n` questions, done at once."""
+    ordinals = questions.draw(n)
+    questions.done(ordinals)
+    return [questions.question(ordinal) for ordinal in ordinals]
+
+
 def test_an_epoch_holds_every_question_once_and_the_next_one_in_another_order(tmp_path):
     questions = stream(sized(tmp_path, nq=20))
-    first, second = questions.next(20), questions.next(20)
+    first, second = take(questions, 20), take(questions, 20)
     assert {prompt.id for prompt in first} == {prompt.id for prompt in second} and len({prompt.id for prompt in first}) == 20
     assert first != second
 
 
 def test_the_order_depends_on_the_seed_and_not_on_how_it_is_cut_into_steps(tmp_path):
     path = sized(tmp_path, nq=7)
-    whole = stream(path).next(30)
+    whole = take(stream(path), 30)
     pieces = stream(path)
-    assert [prompt for size in (1, 2, 9, 18) for prompt in pieces.next(size)] == whole
-    assert stream(path, seed=1).next(30) != whole
+    assert [prompt for size in (1, 2, 9, 18) for prompt in take(pieces, size)] == whole
+    assert take(stream(path, seed=1), 30) != whole
 
 
 def test_without_shuffling_the_rows_come_in_file_order(tmp_path):
-    assert [prompt.id for prompt in stream(sized(tmp_path, nq=3), shuffle=False).next(4)] == ["nq-0", "nq-1", "nq-2", "nq-0"]
+    assert [prompt.id for prompt in take(stream(sized(tmp_path, nq=3), shuffle=False), 4)] == ["nq-0", "nq-1", "nq-2", "nq-0"]
 
 
 @pytest.mark.parametrize("balance", ["none", "source"])
 def test_a_stream_resumes_to_the_row_through_json(tmp_path, balance):
     path = sized(tmp_path, nq=5, tq=3)
     running = stream(path, balance=balance)
-    running.next(11)
+    take(running, 11)
     resumed = stream(path, balance=balance)
     resumed.load_state(json.loads(json.dumps(running.state())))
-    assert resumed.next(25) == running.next(25)
+    assert take(resumed, 25) == take(running, 25)
+
+
+def test_what_was_under_way_at_a_checkpoint_is_drawn_first_and_only_once(tmp_path):
+    path = sized(tmp_path, nq=30)
+    running = stream(path)
+    first, second, third = (running.draw(4) for _ in range(3))
+    running.done([*second, first[1]])
+    resumed = stream(path)
+    resumed.load_state(json.loads(json.dumps(running.state())))
+    assert resumed.state() == running.state()
+    assert resumed.draw(3) == [first[0], *first[2:]]
+    again = stream(path)
+    again.load_state(resumed.state())  # stopped again before any of them was done
+    assert again.draw(9) == [first[0], *first[2:], *third, 12, 13]
+    again.done(range(14))
+    assert again.state()["open"] == []
 
 
 def test_balance_draws_every_source_equally_often_and_small_sources_repeat_in_whole_epochs(tmp_path):
-    questions = stream(sized(tmp_path, nq=6, tq=2), balance="source").next(12)
+    questions = take(stream(sized(tmp_path, nq=6, tq=2), balance="source"), 12)
     assert Counter(prompt.source for prompt in questions) == {"nq": 6, "tq": 6}
     assert all({a.source, b.source} == {"nq", "tq"} for a, b in zip(questions[::2], questions[1::2], strict=True))
     assert Counter(prompt.id for prompt in questions if prompt.source == "tq") == {"tq-0": 3, "tq-1": 3}
@@ -226,10 +249,10 @@ def test_resuming_on_changed_files_or_settings_is_refused_with_each_difference(t
 def test_files_that_only_moved_still_resume(tmp_path):
     path = sized(tmp_path, nq=4)
     running = stream(path)
-    running.next(3)
+    take(running, 3)
     moved = stream(path.rename(tmp_path / "elsewhere.parquet"))
     moved.load_state(running.state())
-    assert moved.next(5) == running.next(5)
+    assert take(moved, 5) == take(running, 5)
 
 
 def test_a_stream_without_files_says_which_setting_is_empty():

@@ -27,7 +27,21 @@ BELOW = {
     "rollout",
     "actor",
 }
-TOP = {"cli", "doctor", "probe_check", "tool_check", "train", "learn", "summary", "evaluate", "plan", "report", "run", "verify"}
+TOP = {
+    "cli",
+    "doctor",
+    "probe_check",
+    "tool_check",
+    "train",
+    "rollout_queue",
+    "learn",
+    "summary",
+    "evaluate",
+    "plan",
+    "report",
+    "run",
+    "verify",
+}
 MAY_IMPORT = {
     "__init__": set(),
     "types": set(),

@@ -23,7 +23,7 @@ from igpo_megatron.rollout.chat import ChatFormat
 from igpo_megatron.rollout.rollouter import Rollouter
 from igpo_megatron.search.python_tool import PythonTool
 from igpo_megatron.search.results import Observed, SearchResult, SearchStatus, SearchStopped
-from igpo_megatron.search.tally import percentile
+from igpo_megatron.search.tally import percentile, tally_metrics
 from igpo_megatron.search.tools import make_tools
 from igpo_megatron.types import Prompt, Status, ToolCall
 
@@ -94,8 +94,10 @@ def test_the_metrics_of_a_step_count_searches_by_status_and_other_tools_apart() 
         async def close(self) -> None: ...
 
     with Rollouter(engine, Search(), chat, settings.rollout, seed=0, tools={"visit": Visit()}) as rollouter:  # type: ignore[arg-type]
-        (group,) = rollouter.run_sync([Prompt("q", "?", ("788",), "t")], samples=1, step=1, temperature=None)
-        metrics = rollouter.tool_metrics()
+        tallies = rollouter.tallies()
+        work = rollouter.run([Prompt("q", "?", ("788",), "t")], samples=1, step=1, temperature=None, tallies=tallies)
+        (group,) = rollouter.start(work).result()
+        metrics = tally_metrics(tallies)
     assert 0 <= metrics.pop("visit/p50_s") <= metrics.pop("visit/p95_s") < 1
     assert metrics == {
         **{"search/calls": 2, "search/ok": 1, "search/empty": 1, "search/error": 0, "search/timeout": 0, "search/rate_limited": 0},

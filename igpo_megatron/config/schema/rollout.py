@@ -184,6 +184,14 @@ class Rollout(Section):
     deadline_s: PositiveFloat = 1800
     """Wall time of one trajectory."""
 
+    close_at: PositiveInt | None = None
+    """A training group closes when this many of its trajectories have ended; the others are given up, counted as `late`, and never
+    trained. Null waits for all. Spares the wait for stragglers; prefers short trajectories where long ones are slow."""
+
+    max_staleness: NonNegativeInt = 0
+    """Steps that rollouts may run ahead: every token that a step trains was sampled by weights at most this many updates older than those
+    it updates. 0 rolls out and trains in turn. With 1 or more, choose a `loss.mismatch`."""
+
     branching: Branching = NoBranching()
     """How a training group grows: independent samples, or forks of them. Evaluations always draw independent samples."""
 

@@ -1,0 +1,191 @@
+"""Rollouts for one training step after another, begun up to `rollout.max_staleness` steps ahead of it.
+
+    weights      v0 ────────────── v1 ────────────── v2 ────────────── v3 ──
+    trainer         wait │ train 1 │ wait │ train 2 │ wait │ train 3 │        step s updates the weights v(s-1)
+    batch 1      ▇▇▇▇▇▇▇▇┘         ╷                 ╷                        k = max_staleness = 1: batch s begins
+    batch 2      ▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇┘          ╷                        when the weights v(s-1-k) are there
+    batch 3                         ▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇▇┘
+
+Order: batches are trained in the order in which their questions were drawn, so a run that is stopped and resumed trains the same questions
+at the same steps. Bound: nothing of batch s is sampled before v(s-1-k), so no token is older than k updates when it is trained; a weight
+transfer pauses the engines, and what was being sampled goes on with the new weights. Back-pressure: at most k + 1 batches are under way,
+because only new weights open the next one. With k = 0 a batch begins when it is asked for: the synchronous trainer.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
+
+from igpo_megatron.algorithms import ADVANTAGES
+from igpo_megatron.algorithms.outcome_advantages import GREEDY_REWARD
+from igpo_megatron.algorithms.rewards import score
+from igpo_megatron.config.schema import Config
+from igpo_megatron.protocols import PROTOCOLS
+from igpo_megatron.search.tally import Tally, tally_metrics
+from igpo_megatron.types import RolloutGroup, RunStopped
+
+if TYPE_CHECKING:
+    from igpo_megatron.data.prompts import PromptStream, StreamState
+    from igpo_megatron.rollout.rollouter import Rollouter
+
+
+@dataclass(slots=True)
+class Batch:
+    """The questions of one training step, and what becomes of them."""
+
+    step: int
+    ordinals: list[int]
+    """Everything drawn for it, groups that were replaced included."""
+
+    tallies: Mapping[str, Tally]
+    progress: float = 0.0
+    rollouts: Future[list[RolloutGroup]] = field(default_factory=Future)
+
+
+class RolloutQueue:
+    """Batches in the order of their steps. Closing the rollouter ends what is under way."""
+
+    def __init__(
+        self,
+        config: Config,
+        stream: PromptStream,
+        rollouter: Rollouter,
+        *,
+        first_step: int,
+        on_progress: Callable[[float], None] | None = None,
+    ) -> None:
+        self._config, self._stream, self._rollouter, self._on_progress = config, stream, rollouter, on_progress
+        self._batches: dict[int, Batch] = {}
+        self._newest = first_step - 1
+        self._awaited = 0
+        self._drawing = threading.Lock()  # replacements are drawn on the rollouter's thread
+
+    def weights_arrived(self, version: int) -> None:
+        """The engines serve the weights `version`: the batches that were waiting for them begin."""
+        ahead = self._config.rollout.max_staleness
+        if ahead:
+            self._open_through(version + 1 + ahead)
+
+    def take(self, step: int) -> list[RolloutGroup]:
+        """The scored groups of a step, waited for. Raises RunStopped where a rollout of it did, or a token is too old to be trained."""
+        self._open_through(step)
+        batch = self._batches[step]
+        self._awaited = step
+        self._show(batch, batch.progress)
+        groups = batch.rollouts.result()
+        if self._config.run.stop_after == "none":
+            check_staleness(groups, step, self._config.rollout.max_staleness)
+        return groups
+
+    def done(self, step: int) -> dict[str, float]:
+        """The groups of `step` were trained, or written for later: their questions need not be asked again. Metrics of their tools."""
+        batch = self._batches.pop(step)
+        with self._drawing:
+            self._stream.done(batch.ordinals)
+        return tally_metrics(batch.tallies)
+
+    def state(self) -> StreamState:
+        """For a checkpoint: a resumed run asks again what is under way or was not trained, and nothing else."""
+        with self._drawing:
+            return self._stream.state()
+
+    def _open_through(self, step: int) -> None:
+        """Let the batches of all steps up to `step` begin."""
+        for number in range(self._newest + 1, min(step, self._config.run.steps) + 1):
+            batch = Batch(number, self._draw(), self._rollouter.tallies())
+            batch.rollouts = self._rollouter.start(self._roll_out(batch))
+            self._batches[number], self._newest = batch, number
+
+    async def _roll_out(self, batch: Batch) -> list[RolloutGroup]:
+        """New trajectories with their rewards; with `rollout.resample` groups of equal rewards are replaced (DAPO, arXiv 2503.14476)."""
+        rollout = self._config.rollout
+        sample = partial(self._rollouter.run, step=batch.step, tallies=batch.tallies, on_progress=partial(self._show, batch))
+        kept: list[RolloutGroup] = []
+        spare: list[RolloutGroup] = []
+        ordinals = batch.ordinals
+        for left in range(rollout.resample, -1, -1):
+            groups = await sample(
+                [self._stream.question(ordinal) for ordinal in ordinals],
+                samples=rollout.samples_per_prompt,
+                temperature=None,
+                probe=True,
+                branch=True,
+                close_at=rollout.close_at,
+            )
+            self._score(groups)
+            replaceable = [rollout.resample > 0 and has_equal_rewards(group) for group in groups]
+            kept += [group for group, equal in zip(groups, replaceable, strict=True) if not equal]
+            spare += [group for group, equal in zip(groups, replaceable, strict=True) if equal]
+            if len(kept) >= rollout.prompts_per_step or not left:
+                break
+            ordinals = self._draw()
+            batch.ordinals += ordinals
+        groups = [*kept, *spare][: rollout.prompts_per_step]
+        if ADVANTAGES[self._config.advantage.name].needs_greedy:
+            greedy = await sample([group.prompt for group in groups], samples=1, temperature=0.0)
+            self._score(greedy)
+            for group, baseline in zip(groups, greedy, strict=True):
+                (trajectory,) = baseline.trajectories
+                group.metrics[GREEDY_REWARD] = trajectory.reward if trajectory.status.is_trainable else math.nan
+        return groups
+
+    def _draw(self) -> list[int]:
+        with self._drawing:
+            return self._stream.draw(self._config.rollout.prompts_per_step)
+
+    def _score(self, groups: Sequence[RolloutGroup]) -> None:
+        for group in groups:
+            score(group, self._config.reward, PROTOCOLS[self._config.rollout.protocol])
+
+    def _show(self, batch: Batch, share: float) -> None:
+        """Progress is that of the batch that is waited for."""
+        batch.progress = share
+        if self._on_progress and batch.step == self._awaited:
+            self._on_progress(share)
+
+
+def has_equal_rewards(group: RolloutGroup) -> bool:
+    """No trainable trajectory did better than another, so outcomes teach nothing."""
+    return len({trajectory.reward for trajectory in group.trajectories if trajectory.status.is_trainable}) < 2
+
+
+def staleness(groups: Sequence[RolloutGroup], step: int) -> list[tuple[int, int]]:
+    """(updates between the weights that sampled it and those it updates, tokens) of every turn that `step` trains."""
+    turns = {
+        (number, index)
+        for number, group in enumerate(groups)
+        for end in group.trajectories
+        if end.status.is_trainable
+        for index in end.path
+        if group.nodes[index].kind == "action"
+    }
+    nodes = [groups[number].nodes[index] for number, index in sorted(turns)]
+    return [(step - 1 - node.weight_version, len(node.token_ids)) for node in nodes if node.weight_version is not None]
+
+
+def staleness_metrics(groups: Sequence[RolloutGroup], step: int) -> dict[str, float]:
+    """Mean over tokens and largest number of updates between sampling and training; empty where nothing is trained."""
+    found = staleness(groups, step)
+    tokens = sum(count for _, count in found)
+    if not tokens:
+        return {}
+    return {
+        "staleness_mean": sum(behind * count for behind, count in found) / tokens,
+        "staleness_max": float(max(behind for behind, _ in found)),
+    }
+
+
+def check_staleness(groups: Sequence[RolloutGroup], step: int, allowed: int) -> None:
+    """Raises RunStopped where a token was sampled by weights older than allowed, or by weights that do not exist yet."""
+    for behind, _ in staleness(groups, step):
+        if not 0 <= behind <= allowed:
+            raise RunStopped(
+                f"step {step} was given a turn sampled by the weights of version {step - 1 - behind}, expected versions "
+                f"{max(0, step - 1 - allowed)} to {step - 1} (rollout.max_staleness={allowed}): an engine served the wrong weights"
+            )
