@@ -55,6 +55,7 @@ def pool_of(*actors: Actor, states: tuple[EngineState, ...] | None = None, **eng
     for number, (member, actor) in enumerate(zip(fleet.members, actors, strict=True)):
         member.actor, member.process, member.state = actor, 100 + number, (states or (HEALTHY,) * len(actors))[number]
     fleet._run = lambda work, name: wanted.append(work)  # type: ignore[method-assign]
+    fleet._end = lambda actor: None  # type: ignore[method-assign]
     pool._fleet = fleet
     return pool, wanted
 
