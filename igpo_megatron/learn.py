@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from igpo_megatron.algorithms import ADVANTAGES
 from igpo_megatron.algorithms.info_gain import turn_gains
 from igpo_megatron.algorithms.tree_advantages import entropy_stats
-from igpo_megatron.config.schema import Aepo, Bapo, Config, Loss, PolicyLoss, Ppo
+from igpo_megatron.config.schema import Aepo, Bapo, Config, Hapo, Loss, PolicyLoss, Ppo
 from igpo_megatron.types import RolloutGroup
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def update(policy: Policy, groups: list[RolloutGroup]) -> dict[str, float]:
             multiple=policy.row_multiple,
             token_weight=partial(token_weight, aggregation_of(config.loss)),
         )
-        if isinstance(config.loss, Aepo) and config.loss.uses_old_entropies:
+        if isinstance(config.loss, Aepo | Hapo) and config.loss.uses_old_entropies:
             counts = replace(counts, entropy=entropy_stats(part, config.loss.high_entropy_share))
         settings = balance_bounds(policy, rows, config.loss) if isinstance(config.loss, Bapo) else config.loss
         loss = partial(LOSSES[config.loss.name], counts=counts, config=settings)
@@ -136,5 +136,5 @@ def row_loss(loss: Callable[..., Any], config: Loss, with_reference: bool, row: 
         advantages=advantages,
         weight=row.weight,
         **({"sequence": row.sequence} if isinstance(config, PolicyLoss) and config.sequence_level else {}),
-        **({"old_entropies": row.old_entropies} if isinstance(config, Aepo) and config.uses_old_entropies else {}),
+        **({"old_entropies": row.old_entropies} if isinstance(config, Aepo | Hapo) and config.uses_old_entropies else {}),
     )

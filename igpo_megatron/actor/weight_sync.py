@@ -7,7 +7,7 @@ The canary scores fixed tokens on both sides: a stale, swapped or half-loaded we
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -132,18 +132,34 @@ def _to_first_stage(full: torch.Tensor | None, stage: int, policy: Policy) -> to
     return None
 
 
-def push(policy: Policy, sink: WeightSink | None, version: int, canary: Canary | None = None) -> dict[str, float]:
-    """Send all weights to `sink` as `version`; the sink's metrics, on the main rank. Collective; only the main rank gives a `sink`."""
+def push(
+    policy: Policy,
+    sink: WeightSink | None,
+    version: int,
+    canary: Canary | None = None,
+    exported: Callable[[], None] | None = None,
+) -> dict[str, float]:
+    """Send all weights to `sink` as `version`; the sink's metrics, on the main rank. Collective; only the main rank gives a `sink`.
+
+    `exported` is called on every rank, once, when the last tensor has left; it may be collective itself.
+    """
     weights = named_weights(policy)
+    calls = [exported] if exported is not None else []
+
+    def all_left() -> None:
+        while calls:
+            calls.pop()()
+
     problem: RunStopped | None = None
     metrics: dict[str, float] = {}
     if sink is not None:
         try:
-            metrics = dict(sink.update_weights(_whole(policy, weights, version), version, canary))
+            metrics = dict(sink.update_weights(_whole(policy, weights, version), version, canary, all_left))
         except RunStopped as error:
             problem = error
     for _ in weights:  # other ranks walk along; on the main rank the sink has consumed everything, or failed
         pass
+    all_left()
     parallel.raise_together(problem)
     return metrics
 

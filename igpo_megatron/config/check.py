@@ -16,9 +16,11 @@ from typing import Any
 
 from igpo_megatron.config.load import ConfigError
 from igpo_megatron.config.schema import (
+    Aepo,
     AepoBranching,
     Bapo,
     Config,
+    GainBranching,
     Igpo,
     IgpoLoo,
     NoBranching,
@@ -70,6 +72,7 @@ def check(config: Config, *, world_size: int | None, local_world_size: int | Non
         *_algorithm(config),
         *_branching(config),
         *_ahead(config),
+        *_replay_of_successes(config),
         *_bonus(config),
         *_schedule(config),
     ]
@@ -248,19 +251,41 @@ def _context(config: Config, shape: dict[str, Any]) -> Iterator[str]:
         )
 
 
+def _colocated(config: Config, local_ranks: int) -> Iterator[str]:
+    engine, wanted = config.rollout.engine, config.rollout.engine.count * config.rollout.engine.tensor
+    if config.rollout.max_staleness:
+        yield (
+            f"placement.mode=colocated lets ranks and engines take turns, but rollout.max_staleness={config.rollout.max_staleness} lets "
+            "engines roll out while the ranks train; use placement.mode=disaggregated, or rollout.max_staleness=0"
+        )
+    if engine.gpu_ids:
+        yield (
+            f"rollout.engine.gpu_ids={list(engine.gpu_ids)} gives the engines GPUs of their own, which placement.mode=colocated does not; "
+            "leave it empty, or use placement.mode=disaggregated"
+        )
+    if config.run.device != "cpu" and engine.ray_address is None and wanted > local_ranks:
+        yield (
+            f"placement.mode=colocated has the GPUs of the {local_ranks} ranks on this machine, but rollout.engine.count={engine.count} x "
+            f"tensor={engine.tensor} needs {wanted}; use at most {local_ranks}"
+        )
+
+
 def _devices(config: Config, local_ranks: int) -> Iterator[str]:
     engine, transport = config.rollout.engine, config.sync.transport
-    if config.run.device == "cpu":
-        if engine.gpu_ids:
-            yield f"rollout.engine.gpu_ids={list(engine.gpu_ids)} with run.device=cpu; leave it empty, or set run.device=cuda"
-        if transport in ("nccl", "ipc"):
-            yield f"sync.transport={transport} goes from GPU to GPU, run.device=cpu; use auto"
-        return
-    if transport == "ipc" and (local_ranks, engine.count, engine.tensor) != (1, 1, 1):
+    if config.run.device == "cpu" and transport in ("nccl", "ipc"):
+        yield f"sync.transport={transport} goes from GPU to GPU, run.device=cpu; use auto"
+    if config.run.device != "cpu" and transport == "ipc" and (local_ranks, engine.count, engine.tensor) != (1, 1, 1):
         yield (
             f"sync.transport=ipc joins one rank with one engine on its GPU; there are {local_ranks} ranks and {engine.count} engines "
             f"of tensor={engine.tensor}; use auto or nccl"
         )
+    if config.placement.mode == "colocated" and _needs_engines(config):
+        yield from _colocated(config, local_ranks)
+        return
+    if config.run.device == "cpu":
+        if engine.gpu_ids:
+            yield f"rollout.engine.gpu_ids={list(engine.gpu_ids)} with run.device=cpu; leave it empty, or set run.device=cuda"
+        return
     repeated = sorted({gpu for gpu in engine.gpu_ids if engine.gpu_ids.count(gpu) > 1})
     if repeated:
         yield f"rollout.engine.gpu_ids names {repeated} more than once; name each GPU once"
@@ -395,9 +420,10 @@ def _algorithm(config: Config) -> Iterator[str]:
             "use reward.scorer=engine, or loss.old_logprobs=recompute"
         )
     if isinstance(config.loss, PolicyLoss) and config.loss.uses_old_entropies and config.loss.old_logprobs == "engine":
+        without = ", or entropy_advantage=none with balanced_tokens=all" if isinstance(config.loss, Aepo) else ""
         yield (
-            f"loss.name={config.loss.name} uses entropies that loss.old_logprobs=engine runs no pass for; use old_logprobs=recompute, "
-            "or entropy_advantage=none with balanced_tokens=all"
+            f"loss.name={config.loss.name} uses entropies that loss.old_logprobs=engine runs no pass for; "
+            f"use old_logprobs=recompute{without}"
         )
     if reward.gain != "none" and reward.probe_template.count("{answer}") != 1:
         found = reward.probe_template.count("{answer}")
@@ -438,7 +464,14 @@ def _branching(config: Config) -> Iterator[str]:
             f"rollout.branching.initial_rollouts={branching.initial_rollouts} leaves nothing of rollout.samples_per_prompt="
             f"{rollout.samples_per_prompt} to branch with; lower it (published: half), or set rollout.branching.name=none"
         )
-    if branching.entropy_tokens > rollout.max_tokens_per_turn:
+    if isinstance(config.loss, PolicyLoss) and config.loss.mismatch == "mask_sequence":
+        yield (
+            "loss.mismatch=mask_sequence judges whole trajectories, which cannot be taken apart over the turns that branches share; "
+            "use loss.mismatch=mask, or rollout.branching.name=none"
+        )
+    if isinstance(branching, GainBranching):
+        yield from _gain_branching(config)
+    elif branching.entropy_tokens > rollout.max_tokens_per_turn:
         yield (
             f"rollout.branching.entropy_tokens={branching.entropy_tokens} is more than a turn has "
             f"(rollout.max_tokens_per_turn={rollout.max_tokens_per_turn}); lower it"
@@ -463,6 +496,36 @@ def _ahead(config: Config) -> Iterator[str]:
         yield (
             f"rollout.close_at gives up independent samples, but rollout.branching.name={rollout.branching.name} grows a tree, whose "
             "branches depend on all of them; set rollout.close_at to null"
+        )
+
+
+def _gain_branching(config: Config) -> Iterator[str]:
+    found = []
+    if not isinstance(config.advantage, Igpo | IgpoLoo):
+        found.append(f"advantage.name={config.advantage.name}, which has no probes")
+    elif config.reward.gain == "none":
+        found.append("reward.gain=none")
+    if config.reward.scorer != "engine":
+        found.append(f"reward.scorer={config.reward.scorer}, which scores after the rollout")
+    if found:
+        yield (
+            f"rollout.branching.name=gain decides by probes during the rollout; found {' and '.join(found)}; set reward.scorer=engine with "
+            "advantage.name=igpo or igpo_loo, or another rollout.branching.name"
+        )
+
+
+def _replay_of_successes(config: Config) -> Iterator[str]:
+    if not config.rollout.replay_successes:
+        return
+    if not isinstance(config.rollout.branching, NoBranching):
+        yield (
+            f"rollout.replay_successes={config.rollout.replay_successes} replaces single samples, rollout.branching.name="
+            f"{config.rollout.branching.name} makes them share turns; use one of them"
+        )
+    if config.reward.scorer == "engine":
+        yield (
+            f"rollout.replay_successes={config.rollout.replay_successes} brings samples that no engine has scored probes of in this step; "
+            "use reward.scorer=fold"
         )
 
 

@@ -63,9 +63,17 @@ def rollout_metrics(groups: Sequence[RolloutGroup], tool_name: str) -> dict[str,
         metrics["branched"] = _share(points, lambda point: bool(point.children))
         metrics["branch_entropy"] = fmean(point.entropy for point in points)
         metrics["branch_probability"] = fmean(point.probability for point in points)
+    if states := [point for group in groups for point in group.value_points]:
+        tried = [point.probability for point in states if point.probability is not None]
+        metrics["branched"] = _share(states, lambda point: bool(point.children))
+        metrics["branch_spread"] = fmean(point.spread for point in states)
+        if tried:
+            metrics["branch_probability"] = fmean(tried)
+        metrics["stopped"] = sum(point.stopped for point in states) / len(ends)
+    if points or states:
         metrics["shared_tokens"] = _shared_tokens(groups)
         metrics["initial_rollouts"] = fmean(group.metrics.get("initial_rollouts", len(group.trajectories)) for group in groups)
-    for name in LOST_GAINS:
+    for name in (*LOST_GAINS, "replayed"):
         if lost := sum(group.metrics.get(name, 0.0) for group in groups):
             metrics[name] = lost
     return metrics

@@ -10,7 +10,7 @@ import os
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
-from igpo_megatron.config.schema import Branching, Config, NoBranching
+from igpo_megatron.config.schema import ArpoBranching, Branching, Config
 from igpo_megatron.rollout.weight_store import SharedWeights
 from igpo_megatron.rollout.weight_transfer import BACKEND, POSITION_BYTES
 
@@ -172,6 +172,19 @@ class EngineActor:
         """The bucket and the tensor that the engine reached in a transfer."""
         return self._position.path.read_bytes()[:POSITION_BYTES].decode(errors="replace").strip()
 
+    # ---- memory
+
+    async def sleep(self, level: int) -> None:
+        """Give the device's memory back when the last request has ended (vLLM's sleep; a CPU worker has nothing to give back)."""
+        self._gate.clear()
+        async with _lost_by_name():
+            await self._engine.sleep(level, mode="wait")
+
+    async def wake(self, part: str) -> None:
+        """Take the memory of `weights` or of the `kv_cache` again. Weights are to be loaded anew, and requests to wait until then."""
+        async with _lost_by_name():
+            await self._engine.wake_up([part])
+
     # ---- life
 
     async def check_health(self) -> None:
@@ -210,7 +223,10 @@ def engine_options(config: Config, *, cuda: bool, stop_strings: bool) -> dict[st
     rollout, engine = config.rollout, config.rollout.engine
     dtype = config.model.dtype if engine.dtype == "auto" else engine.dtype
     device: dict[str, Any] = (
-        {"gpu_memory_utilization": engine.gpu_memory_utilization}
+        {
+            "gpu_memory_utilization": engine.gpu_memory_utilization,
+            "enable_sleep_mode": config.placement.mode == "colocated",
+        }
         if cuda
         else {
             "enforce_eager": True,
@@ -252,7 +268,7 @@ def entropy(logprobs: Iterable[float]) -> float:
 
 def _most_logprobs(branching: Branching) -> int:
     """Log-probs per token that vLLM must be ready to give; -1 for all."""
-    if isinstance(branching, NoBranching):
+    if not isinstance(branching, ArpoBranching):
         return _VLLM_LOGPROBS
     return -1 if branching.entropy == "full" else max(branching.top_k, _VLLM_LOGPROBS)
 

@@ -60,6 +60,7 @@ class EnginePool:
         self._native: Any = None
         self._synced: Synced | None = None
         self._versions = {0}  # 0: those of the model's folder
+        self._asleep = False
         self._sync_lock = threading.Lock()
 
     # ---- life
@@ -194,8 +195,40 @@ class EnginePool:
 
     # ---- weights
 
-    def update_weights(self, named_tensors: Iterable[tuple[str, Any]], version: int, canary: Canary | None = None) -> dict[str, float]:
+    def sleep(self) -> None:
+        """Give the device to the policy: no engine is asked anything before the next weights have arrived. Call it between rollouts."""
+        with self._sync_lock:
+            for member in self._awake():
+                self._running.set_state(member, EngineState.STALE)
+                self._tell(member, member.actor.sleep.remote(self._config.placement.sleep_level), "did not go to sleep")
+            self._asleep = True
+
+    def _wake(self, part: str) -> None:
+        for member in self._awake():
+            self._tell(member, member.actor.wake.remote(part), f"did not take the memory of its {part} again")
+
+    def _awake(self) -> list[Member]:
+        """Engines that are there, asleep or not."""
+        return [member for member in self._running.members if member.state in (EngineState.HEALTHY, EngineState.STALE)]
+
+    def _tell(self, member: Member, reference: Any, what: str) -> None:
+        actor = member.actor
+        try:
+            self._running.wait_for(member, reference, what, self._config.sync.base_s)
+        except EngineError as error:
+            self._running.lost(member, actor, error)
+
+    def update_weights(
+        self,
+        named_tensors: Iterable[tuple[str, Any]],
+        version: int,
+        canary: Canary | None = None,
+        exported: Callable[[], None] | None = None,
+    ) -> dict[str, float]:
         """Replace all weights in all engines; returns metrics when they serve `version` and have passed the canary, if one is given.
+
+        Engines that sleep are woken for the weights first; `exported` is called when all tensors were taken, and then they take the rest of
+        their memory: on a shared device the policy leaves in between.
 
         Requests in flight are frozen meanwhile and go on afterwards; new ones wait. An engine that dies on the way is started again and
         filled later. Raises SyncError naming the engine and the first tensor that did not arrive as it was exported, and what stops the
@@ -207,7 +240,9 @@ class EnginePool:
                 raise self._running.problem
             before = fingerprints(self._synced.buckets) if self._synced else {}
             self._synced = None  # the file is about to change
-            members = [member for member in self._running.members if member.state in (EngineState.HEALTHY, EngineState.STALE)]
+            if self._asleep:
+                self._wake("weights")
+            members = self._awake()
             actors = [member.actor for member in members]
             for member in members:
                 self._running.set_state(member, EngineState.STALE)
@@ -216,6 +251,11 @@ class EnginePool:
             source = export(named_tensors, self._weights, self._config.sync.bucket_mib * 2**20)
             try:
                 transfer.run(source, self._transports(members))
+                if exported is not None:
+                    exported()
+                if self._asleep:
+                    self._wake("kv_cache")
+                    self._asleep = False
                 self._synced = Synced(version, tuple(transfer.buckets), canary)
                 started, worst = time.monotonic(), 0.0
                 for member, actor in zip(members, actors, strict=True):

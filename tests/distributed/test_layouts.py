@@ -22,7 +22,7 @@ from igpo_megatron.actor.policy import Policy
 from igpo_megatron.actor.weight_sync import named_weights
 from igpo_megatron.algorithms.losses import LOSSES, ppo, token_weight
 from igpo_megatron.algorithms.tree_advantages import entropy_stats
-from igpo_megatron.config.schema import Aepo, Ppo
+from igpo_megatron.config.schema import Aepo, Hapo, Ppo
 from igpo_megatron.learn import row_loss as configured_loss
 from igpo_megatron.packing.tree import PackedRow, ProbeScorer, pack_for_scoring, pack_for_training, scatter, step_counts
 from igpo_megatron.types import Node, RolloutGroup
@@ -320,7 +320,9 @@ def branched_step(policy: Policy, groups: list[RolloutGroup], loss: Ppo) -> tupl
 
 
 @pytest.mark.parametrize(
-    "loss", [LOSS, Aepo(kl_coef=0.01, balanced_tokens="high_entropy", aggregation="token_mean")], ids=lambda loss: loss.name
+    "loss",
+    [LOSS, Aepo(kl_coef=0.01, balanced_tokens="high_entropy", aggregation="token_mean"), Hapo(kl_coef=0.01)],
+    ids=lambda loss: loss.name,
 )
 def test_branched_groups_train_as_their_trajectories_do_one_by_one(hf_folders: dict[str, Path], loss: Ppo) -> None:
     """Shared turns are computed once, at every layout, with the gradient of flat training."""

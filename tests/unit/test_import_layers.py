@@ -34,6 +34,7 @@ TOP = {
     "tool_check",
     "train",
     "rollout_queue",
+    "device_share",
     "learn",
     "summary",
     "evaluate",

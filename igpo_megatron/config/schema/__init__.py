@@ -13,14 +13,17 @@ from igpo_megatron.config.schema.algorithm import (
     Arpo,
     Bapo,
     Cispo,
+    Eapo,
     GiGpo,
     Grpo,
     Gspo,
+    Hapo,
     Igpo,
     IgpoLoo,
     Loss,
     PolicyLoss,
     Ppo,
+    Rapo,
     ReinforcePp,
     ReinforcePpBaseline,
     ReMax,
@@ -28,10 +31,10 @@ from igpo_megatron.config.schema.algorithm import (
     Rloo,
     Sft,
 )
-from igpo_megatron.config.schema.rollout import AepoBranching, ArpoBranching, Branching, Engine, NoBranching, Rollout
+from igpo_megatron.config.schema.rollout import AepoBranching, ArpoBranching, Branching, Engine, GainBranching, NoBranching, Rollout
 from igpo_megatron.config.schema.section import Section
 from igpo_megatron.config.schema.tools import KEY_VARIABLES, Chaos, Python, Search, Summary, Visit
-from igpo_megatron.config.schema.training import Checkpoint, Data, Eval, Model, Optim, Packing, Parallel, Run, Sync, Track
+from igpo_megatron.config.schema.training import Checkpoint, Data, Eval, Model, Optim, Packing, Parallel, Placement, Run, Sync, Track
 
 __all__ = [
     "KEY_VARIABLES",
@@ -48,11 +51,14 @@ __all__ = [
     "Cispo",
     "Config",
     "Data",
+    "Eapo",
     "Engine",
     "Eval",
+    "GainBranching",
     "GiGpo",
     "Grpo",
     "Gspo",
+    "Hapo",
     "Igpo",
     "IgpoLoo",
     "Loss",
@@ -61,9 +67,11 @@ __all__ = [
     "Optim",
     "Packing",
     "Parallel",
+    "Placement",
     "PolicyLoss",
     "Ppo",
     "Python",
+    "Rapo",
     "ReMax",
     "ReinforcePp",
     "ReinforcePpBaseline",
@@ -97,6 +105,7 @@ class Config(Section):
     loss: Loss = Ppo()
     optim: Optim = Optim()
     packing: Packing = Packing()
+    placement: Placement = Placement()
     sync: Sync = Sync()
     checkpoint: Checkpoint = Checkpoint()
     eval: Eval = Eval()

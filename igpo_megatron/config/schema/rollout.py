@@ -120,7 +120,40 @@ class AepoBranching(ArpoBranching):
     """Steepness of the budget."""
 
 
-Branching = Annotated[NoBranching | ArpoBranching | AepoBranching, Field(discriminator="name")]
+class GainBranching(Section):
+    """Forks and stops by information gain (this project's own): needs `reward.scorer=engine`, which measures values during the rollout.
+
+    The value v_t of a path behind t turns is exp(mean log-prob of the true answer), from 0 to 1, whatever `reward.gain` is.
+    """
+
+    name: Literal["gain"] = "gain"
+    initial_rollouts: PositiveInt = 8
+    """Samples that begin at the question; the rest of `samples_per_prompt` is the budget of forks. What no fork used begins there, too."""
+
+    beam: Annotated[int, Field(ge=2)] = 2
+    """Paths behind a fork at most, the forking one included."""
+
+    base_probability: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """alpha: the chance of a fork where the first samples agree."""
+
+    spread_weight: NonNegativeFloat = 2.0
+    """beta: P = alpha + beta std(v_t over the first samples), clipped to [0, 1]; that std is at most 0.5."""
+
+    stop_probability: Annotated[float, Field(ge=0, le=1)] = 0.9
+    """Chance that a saturated path is asked for its answer at once, with the probe's text before `{answer}`. Below 1 some go on, which is
+    what any correction for the stopping needs; 0 never stops."""
+
+    stop_turns: PositiveInt = 2
+    """Saturated: no turn of so many has moved the value by more than `stop_change`, and it is at least `stop_value`."""
+
+    stop_change: NonNegativeFloat = 0.02
+    """Largest change that counts as none."""
+
+    stop_value: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Least value of a saturated path; 0 also stops paths that learn nothing more."""
+
+
+Branching = Annotated[NoBranching | ArpoBranching | AepoBranching | GainBranching, Field(discriminator="name")]
 
 
 class Rollout(Section):
@@ -169,6 +202,14 @@ class Rollout(Section):
     resample: NonNegativeInt = 0
     """Dynamic sampling (DAPO, arXiv 2503.14476): up to this many further batches of questions replace groups whose rewards are all equal;
     where they do not suffice, such groups fill the step. 0 keeps every group."""
+
+    replay_successes: NonNegativeInt = 0
+    """Questions whose latest success is kept, to replace a trajectory where all of a later group fail (ARPO for GUI agents, arXiv
+    2505.16282; RAPO, arXiv 2509.24107). Kept in checkpoints; counts in the step's metrics like any other. It is trained as if it had just
+    been sampled, as in the published code; `loss.mismatch` weighs it by how likely it still is. 0 replays nothing."""
+
+    success_above: float = 0.5
+    """For replay_successes: a trajectory whose reward is above this is a success."""
 
     tool_in_prompt: bool = True
     """Describe the tools in the prompt, through the chat template's `tools` or the protocol's own text; false for a policy that was

@@ -184,6 +184,20 @@ class Sync(Section):
     """The slowest transfer that is not taken for a hang."""
 
 
+class Placement(Section):
+    """Whether engines and ranks share devices. How many devices each have is said by `parallel` and by `rollout.engine`."""
+
+    mode: Literal["disaggregated", "colocated"] = "disaggregated"
+    """`disaggregated`: the engines have devices, or nodes, of their own. `colocated`: they take turns with the ranks on the same GPUs; the
+    engines sleep while the policy trains, and the policy waits in host memory while they roll out."""
+
+    sleep_level: Literal[1, 2] = 2
+    """What a sleeping engine does with its weights: keeps them in host memory (1), or drops them (2), since new ones come anyway."""
+
+    leak_mib: PositiveFloat = 1024
+    """A warning is given when the memory in use at the end of a phase has grown by more than this over three steps."""
+
+
 class Checkpoint(Section):
     """Saving."""
 
