@@ -299,10 +299,17 @@ def _colocated(config: Config, local_ranks: int) -> Iterator[str]:
 
 
 def _devices(config: Config, local_ranks: int) -> Iterator[str]:
+    engine, transport = config.rollout.engine, config.sync.transport
+    if config.run.device == "cpu" and transport in ("nccl", "ipc"):
+        yield f"sync.transport={transport} goes from GPU to GPU, run.device=cpu; use auto"
+    if config.run.device != "cpu" and transport == "ipc" and (local_ranks, engine.count, engine.tensor) != (1, 1, 1):
+        yield (
+            f"sync.transport=ipc joins one rank with one engine on its GPU; there are {local_ranks} ranks and {engine.count} engines "
+            f"of tensor={engine.tensor}; use auto or nccl"
+        )
     if config.placement.mode == "colocated" and _needs_engines(config):
         yield from _colocated(config, local_ranks)
         return
-    engine = config.rollout.engine
     if config.run.device == "cpu":
         if engine.gpu_ids:
             yield f"rollout.engine.gpu_ids={list(engine.gpu_ids)} with run.device=cpu; leave it empty, or set run.device=cuda"
@@ -311,7 +318,7 @@ def _devices(config: Config, local_ranks: int) -> Iterator[str]:
     if repeated:
         yield f"rollout.engine.gpu_ids names {repeated} more than once; name each GPU once"
     shared = sorted(set(engine.gpu_ids) & set(range(local_ranks)))
-    if shared:
+    if shared and transport != "ipc":
         yield (
             f"rollout.engine.gpu_ids={list(engine.gpu_ids)} overlaps the GPUs of the {local_ranks} ranks on this machine, "
             f"which take 0 to {local_ranks - 1}; give the engines GPUs from {local_ranks} on"

@@ -129,6 +129,8 @@ def test_layouts_that_experts_cannot_have_are_refused(mixture, overrides, world_
         (["run.device=cuda", "rollout.engine.gpu_ids=[4,4]"], 1, "names [4] more than once"),
         (["run.device=cuda"], 1, "needs 1 GPUs, gpu_ids names 0"),
         (["rollout.engine.gpu_ids=[4]"], 1, "rollout.engine.gpu_ids=[4] with run.device=cpu"),
+        (["sync.transport=nccl"], 1, "sync.transport=nccl goes from GPU to GPU, run.device=cpu"),
+        (["run.device=cuda", "rollout.engine.gpu_ids=[2]", "sync.transport=ipc"], 2, "there are 2 ranks and 1 engines of tensor=1"),
         (["model.path=nowhere"], 1, "model.path=nowhere: no such folder"),
         (["data.train=[]"], 1, "data.train is empty"),
         (["data.train=[gone.parquet]"], 1, "data.train: gone.parquet: no such file"),
