@@ -39,7 +39,7 @@ class Actor:
 
 
 def turn(version: int = 0) -> Callable[..., Any]:
-    return lambda *arguments: ([7], [-0.5], "stop", version, [])
+    return lambda *arguments: ([7], [-0.5], "stop", version, [], [])
 
 
 def settings(count: int, **engine: Any) -> Config:
@@ -89,7 +89,7 @@ def test_a_turn_whose_engine_dies_is_generated_again_elsewhere_with_the_same_see
 
 
 def test_a_request_waits_for_the_only_engine_to_come_back() -> None:
-    answers = iter([EngineLost("gone"), ([9], [-0.1], "stop", 0, [])])
+    answers = iter([EngineLost("gone"), ([9], [-0.1], "stop", 0, [], [])])
     pool, wanted = pool_of(Actor(lambda *arguments: next(answers)))
 
     async def wait() -> Any:
