@@ -14,7 +14,7 @@ from checkpoint_conversion.architectures import ModelShape
 from igpo_megatron.plan.types import Layout, Memory, PartSizes, Row, Settings
 
 CHUNK = 16 * 2**20
-"""Bytes of one chunk of logits in the head (kernels/torch_chunked.py)."""
+"""Bytes of one chunk of logits in the head (kernels/torch_chunked.py); two are alive at a time."""
 
 
 def layer_activations(shape: ModelShape, layout: Layout, tokens: int, settings: Settings, *, fused_norm: bool) -> float:
@@ -123,20 +123,28 @@ def _backward(
     tokens = row.tokens / layout.context
     outer = tokens / layout.tensor if layout.sequence else tokens
     kept = layer_kept(shape, layout, row.tokens, settings, fused_norm=cuda)
-    held = in_flight(layout, stage, rows) * layout.stages[stage] * kept
+    branches = 0.0
+    if not cuda:
+        query, key, _ = _widths(shape, layout)
+        # Branches read copies of the keys they share, and their outputs are put together in one more tensor.
+        branches = e * (2 * key * row.gathered + (query * row.tokens if row.gathered else 0))
+        if layout.recompute == "none":
+            kept += branches
+    held = in_flight(layout, stage, rows) * layout.stages[stage] * kept + 4.0 * row.masked * min(rows, 16)
     hidden = outer * shape.hidden_size * e
     ffn = shape.ffn_size / layout.tensor if shape.mixture is None else shape.mixture.ffn_size * shape.mixture.top_k / layout.tensor
     # In backward a layer's gradients: of the residual stream twice, of the MLP's two inner tensors, and a weight's before it is added.
     work = 2 * hidden + 2 * tokens * ffn * e + 4.0 * parts.largest
     if layout.recompute == "full":
-        work += layer_activations(shape, layout, row.tokens, settings, fused_norm=cuda)
+        work += layer_activations(shape, layout, row.tokens, settings, fused_norm=cuda) + branches
     head = 0.0
     always_head = 0.0
     if last:
         targets = row.targets / layout.context
         held += outer * shape.hidden_size * (e if cuda else 8) + targets * shape.hidden_size * e  # the last norm, and the chosen rows
         gradient = parts.head * (4.0 + (e if e == 2 else 0))
-        head = 2.0 * CHUNK + 2 * targets * shape.hidden_size * e + hidden + gradient
+        logits = min(CHUNK, 4.0 * targets * parts.head / shape.hidden_size)
+        head = 2 * logits + 2 * targets * shape.hidden_size * e + hidden + gradient
         if parts.tied and first:
             always_head = gradient  # waits for the embedding's, to which it is added
     return {"activations": held, "working set": max(head, work + always_head)}

@@ -118,6 +118,12 @@ class Row:
     targets: int
     """Tokens with a log-prob."""
 
+    gathered: int = 0
+    """CPU: keys copied so that branches see what they share (actor/tree_plan.py)."""
+
+    masked: int = 0
+    """CPU: elements of those branches' masks."""
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:

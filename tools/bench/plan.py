@@ -322,8 +322,21 @@ def rank_main(case: Case, model: Path, steps: int) -> dict[str, Any]:
             policy.train_step(rows, loss)
             seconds.append(time.perf_counter() - started)
             cpu.append(time.process_time() - busy)
-    shapes = [[row.num_tokens, float((row.subtree_end - torch.arange(row.num_tokens)).sum()), len(row.targets)] for row in rows]
+    shapes = [row_shape(row) for row in rows]
     return {"peak": peak[0], "seconds": seconds, "cpu": cpu, "rows": shapes}
+
+
+def row_shape(row: Any) -> list[float]:
+    """The fields of `Row` of a packed row, with what its attention plan copies."""
+    import torch
+
+    from igpo_megatron.actor.tree_plan import plan_of
+
+    calls = plan_of(row.subtree_end).calls
+    gathered = sum(len(call.keys) for call in calls if isinstance(call.keys, torch.Tensor))
+    masked = sum(call.mask.numel() for call in calls if call.mask is not None)
+    pairs = int((row.subtree_end - torch.arange(row.num_tokens)).sum())
+    return [row.num_tokens, pairs, len(row.targets), gathered, masked]
 
 
 def synthetic_groups() -> list[Any]:
