@@ -1,6 +1,6 @@
 """Simulate runs from one planned cell up to thousands of GPUs: step time, utilisation and staleness against size and `max_staleness`.
 
-    python tools/scaling_study.py --model Qwen2.5-7B --gpus 16 --cells 1,4,16,64,128 --staleness 0,1,2,4 --out runs/scaling
+    python tools/scaling_study.py --model Qwen2.5-7B --gpus 16 --cells 1,4,16,64,256 --staleness 0,1,2,4 --out runs/scaling
         [--calibration FILE] [--rollouts runs/x/rollouts/step_000010.parquet ...] [--metrics runs/x/metrics.jsonl]
 
 A cell is the fastest plan of `igpo plan` on --gpus devices. n cells have n times its engines, data-parallel ranks and questions (weak
@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
@@ -64,9 +65,9 @@ class Point:
 def main(
     model: Annotated[str, typer.Option(help="Folder with config.json, or a known name.")] = "Qwen2.5-7B",
     gpus: Annotated[int, typer.Option(help="Devices of one cell.")] = 16,
-    cells: Annotated[str, typer.Option(help="Numbers of cells, comma-separated.")] = "1,4,16,64,128",
+    cells: Annotated[str, typer.Option(help="Numbers of cells, comma-separated.")] = "1,4,16,64",
     staleness: Annotated[str, typer.Option(help="Values of max_staleness, comma-separated.")] = "0,1,2,4",
-    steps: Annotated[int, typer.Option(help="Steps simulated, a third of them warm-up.")] = 12,
+    steps: Annotated[int, typer.Option(help="Steps simulated, a third of them warm-up.")] = 9,
     gpu: Annotated[str, typer.Option(help="As for igpo plan.")] = "h100",
     calibration: Annotated[Path | None, typer.Option(help="A measured machine instead of --gpu.")] = None,
     rollouts: Annotated[list[Path] | None, typer.Option(help="Rollout files whose lengths replace the assumed ones.")] = None,
@@ -121,7 +122,7 @@ def point(plan: Plan, cells: int, staleness: int, steps: int) -> Point:
         batches=lambda step: draw(replace(workload, seed=step)),
         engines=best.engines.count * cells,
         concurrent=best.engines.concurrent,
-        pace=pace_of(plan.shape, plan.machine, plan.workload, best.engines.tensor, plan.settings.dtype_bytes),
+        pace=cache(pace_of(plan.shape, plan.machine, plan.workload, best.engines.tensor, plan.settings.dtype_bytes)),
         train=train,
         install=install_seconds(plan, best.engines.count * cells),
         staleness=staleness,

@@ -34,7 +34,7 @@ def calibrate(threads: int = 1) -> Machine:
     torch.set_num_threads(threads)
     cuda = torch.cuda.is_available()
     device, dtype = torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if cuda else torch.float32
-    link, latency = _pair(cuda)
+    link, latency, crowd = _pair(cuda)
     cores = len(os.sched_getaffinity(0))
     return Machine(
         name=torch.cuda.get_device_name() if cuda else f"cpu ({platform.machine()}, {cores} cores)",
@@ -50,6 +50,7 @@ def calibrate(threads: int = 1) -> Machine:
         call=_call(device, dtype),
         decode_call=3e-3,
         ranks_per_node=torch.cuda.device_count() if cuda else 64,
+        crowd=crowd,
         cores=None if cuda else max(1, cores // threads),
         source=f"measured {time.strftime('%Y-%m-%d')}; decode_call assumed" + ("" if not cuda or link else "; one GPU: links assumed"),
     )
@@ -107,10 +108,13 @@ def _call(device: torch.device, dtype: torch.dtype) -> float:
     return best_of(chain, device) / 100
 
 
-def _pair(cuda: bool) -> tuple[float, float]:
-    """(bytes/s of one rank in an all-reduce's two halves, seconds of a small one) between two ranks of this machine; (0, 0) for one GPU."""
+def _pair(cuda: bool) -> tuple[float, float, float]:
+    """Two ranks of this machine: (bytes/s of one in an all-reduce by halves, seconds of a small half, slowdown while both compute).
+
+    (0, 0, 1) where there is one GPU.
+    """
     if cuda and torch.cuda.device_count() < 2:
-        return 0.0, 0.0
+        return 0.0, 0.0, 1.0
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -121,14 +125,12 @@ def _pair(cuda: bool) -> tuple[float, float]:
         process.start()
     there.close()
     try:
-        small, large, nbytes = here.recv()
+        return here.recv()
     except EOFError:
         raise ValueError("--calibrate: two ranks on this machine could not meet on 127.0.0.1; is the loopback interface up?") from None
     finally:
         for process in ranks:
             process.join()
-    # An all-reduce of two ranks sends each byte once each way.
-    return nbytes / max(large - small, 1e-9), small
 
 
 def _rank(rank: int, port: int, cuda: bool, connection: Connection) -> None:
@@ -138,11 +140,39 @@ def _rank(rank: int, port: int, cuda: bool, connection: Connection) -> None:
         torch.cuda.set_device(rank)
     dist.init_process_group("nccl" if cuda else "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     device = torch.device("cuda" if cuda else "cpu")
-    small, large = torch.ones(256, device=device), torch.ones(2**20, device=device)
-    times = [best_of(lambda tensor=tensor: dist.all_reduce(tensor), device, 20, 3, wall=True) for tensor in (small, large)]  # type: ignore[misc]
+    small, large = _halves(256, device), _halves(2**19, device)
+    link = 2**19 * 4 / max(large - small, 1e-9)  # of n bytes each half moves n / 2 to the other rank
+    crowd = 1.0 if cuda else _crowd(rank, device)
     if rank == 0:
-        connection.send((*times, large.nbytes))
+        connection.send((link, small / 2, crowd))
     dist.destroy_process_group()
+
+
+def _halves(elements: int, device: torch.device) -> float:
+    """Seconds of a reduce-scatter and an all-gather, which is what the trainer's collectives are."""
+    whole, part = torch.ones(elements, device=device), torch.ones(elements // 2, device=device)
+
+    def call() -> None:
+        dist.reduce_scatter_tensor(part, whole)
+        dist.all_gather_into_tensor(whole, part)
+
+    return best_of(call, device, 20, 2, wall=True)
+
+
+def _crowd(rank: int, device: torch.device) -> float:
+    """A rank's computing time while another computes, over its time alone: cores may share caches, memory and execution units."""
+
+    def work() -> float:
+        # Each repetition lasts a tenth of a second, so that the other rank is at it all the time.
+        a, b = torch.randn(512, 256), torch.randn(256, 1024)
+        x = torch.randn(STREAM_ELEMENTS)
+        return best_of(lambda: (a @ b, x * x), device, REPEATS, 60)
+
+    alone = work() if rank == 0 else 0.0
+    dist.barrier()
+    together = work()
+    dist.barrier()
+    return max(1.0, together / alone) if rank == 0 else 1.0
 
 
 def _host_memory() -> int:

@@ -29,15 +29,17 @@ def launch_yaml(plan: Plan, one: Estimate, command: str, model_path: str) -> str
         start = f"examples/train_multinode.sh THIS_FILE rollout.engine.ray_address=HOST:6379    ({layout.ranks // per_node} nodes train)"
     memory = ", ".join(f"{name} {size / GIB:.1f}" for name, size in one.memory.items() if size >= 0.05 * GIB)
     times = ", ".join(f"{name} {seconds:.1f}" for name, seconds in one.train.items())
+    dtype = "bf16" if plan.settings.dtype_bytes == 2 else "fp32"
+    drawn = f"{workload.trajectories} trajectories of {workload.turns:.3g} turns"
+    turn = f"{workload.turn_tokens:.0f} sampled and {workload.observation_tokens:.0f} read tokens a turn"
     return f"""\
 # {plan.model} ({total_parameters(plan.shape) / 1e9:.2f}B) on {plan.gpus} x {plan.machine.name}: {layout.ranks} ranks train \
 ({layout.describe()}), {engines.count} engines of TP{engines.tensor} roll out.
 # Made by:  {command}
 # Start by: {start}
 #
-# Predicted, not run (machine {plan.machine.source}; workload {workload.source}: {workload.trajectories} trajectories of
-# {workload.turns:g} turns, {workload.turn_tokens:g} sampled and {workload.observation_tokens:g} read tokens a turn,
-# tools {workload.tool_median:g} s):
+# Predicted, not run. Machine: {plan.machine.source}. Workload, {workload.source}: {drawn},
+# {turn}, tools of {workload.tool_median:.2g} s (median).
 #   step {one.step:.1f} s: rollout {engines.seconds:.1f}, {times}
 #   fullest rank {one.peak / GIB:.1f} of {plan.machine.memory / GIB:.1f} GiB: {memory}
 
@@ -47,7 +49,7 @@ run:
 
 model:
   path: {model_path}
-  dtype: {"bf16" if plan.settings.dtype_bytes == 2 else "fp32"}
+  dtype: {dtype}
   recompute: {layout.recompute}
 
 parallel:

@@ -14,6 +14,8 @@ from igpo_megatron.plan.types import Layout, Machine, Recompute
 
 RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
 VIRTUAL = (1, 2, 4)
+MOST_STAGES = 16
+"""Deeper pipelines are not tried: rows of one step would hardly fill them."""
 
 
 def schema_has(section: str, key: str) -> bool:
@@ -47,7 +49,7 @@ def train_layouts(shape: ModelShape, ranks: int, machine: Machine, row_sizes: tu
     experts = shape.mixture.num_experts if shape.mixture else None
     contexts = (1, 2, 4, 8) if schema_has("parallel", "context") else (1,)
     for tensor in tensor_sizes(shape, ranks, machine.ranks_per_node):
-        for pipeline in (size for size in divisors(ranks // tensor) if ranks % tensor == 0 and size <= shape.num_layers):
+        for pipeline in (size for size in divisors(ranks // tensor) if ranks % tensor == 0 and size <= min(MOST_STAGES, shape.num_layers)):
             for virtual in VIRTUAL if pipeline > 1 else (1,):
                 stages = stages_of(shape.num_layers, pipeline, virtual)
                 if stages is None:

@@ -30,7 +30,7 @@ def show(plan: Plan, console: Console, rows: int = 10) -> None:
 def ranked_table(plan: Plan, rows: int) -> Table:
     table = Table(title="fastest first", title_justify="left")
     for heading in ("", "train", "layout", "recompute", "rows", "engines", "GiB/rank", "rollout s", "score s", "train s", "step s"):
-        table.add_column(heading, justify="left" if heading in ("layout", "recompute") else "right")
+        table.add_column(heading, justify="left" if heading in ("layout", "recompute") else "right", no_wrap=heading == "layout")
     for number, one in enumerate(distinct(plan.fits)[:rows], start=1):
         assert one.engines is not None
         table.add_row(

@@ -20,11 +20,17 @@ FORWARD_OPS, BACKWARD_OPS = 110, 190
 ROW_OPS = 150
 """Operations around the layers: embedding, head, loss, schedule."""
 
-FORWARD_TRAFFIC, BACKWARD_TRAFFIC = 2.5, 4.0
+FORWARD_TRAFFIC, BACKWARD_TRAFFIC = 2.5, 6.0
 """Bytes that elementwise operations move for each byte a layer saves: most are written once and read twice; backward also reads and
-writes as many gradients."""
+writes as many gradients, and frees memory that the next row must be given again."""
 
-ADAM_TRAFFIC = 52
+HEAD_FORWARD, HEAD_BACKWARD = 10, 18
+"""Bytes moved per byte of logits; an exponential counts as several passes."""
+
+GRADIENT_TRAFFIC = 24
+"""Bytes moved per parameter and row: a gradient is cleared, written, read and added to its fp32 sum."""
+
+ADAM_TRAFFIC = 80
 """Bytes moved per parameter by the norm, the clip and Adam without fusion."""
 
 
@@ -67,9 +73,13 @@ def row_time(shape: ModelShape, layout: Layout, settings: Settings, machine: Mac
         flops = 2.0 * row.targets / layout.context * shape.hidden_size * shape.vocab_size / tensor
         chunks = 4.0 * row.targets * shape.vocab_size / tensor  # bytes of all logits, which pass through memory in chunks
         # Forward; backward computes the logits again, then both gradients.
-        own += flops * (4 if backward else 1) / machine.matmul_rate(flops) + chunks * (14 if backward else 5) / machine.stream
+        own += (
+            flops * (4 if backward else 1) / machine.matmul_rate(flops)
+            + chunks * (HEAD_FORWARD + backward * HEAD_BACKWARD) / machine.stream
+        )
     own += ROW_OPS * machine.call * (2.5 if backward else 1) * layout.virtual
-    return RowTime(own, layers * _collectives(shape, layout, settings, machine, tokens, backward=backward))
+    crowd = machine.crowd if layout.ranks > 1 else 1.0
+    return RowTime(own * crowd, layers * _collectives(shape, layout, settings, machine, tokens, backward=backward))
 
 
 def _collectives(shape: ModelShape, layout: Layout, settings: Settings, machine: Machine, tokens: float, *, backward: bool) -> float:
@@ -142,8 +152,8 @@ def update_time(parts: PartSizes, layout: Layout, settings: Settings, machine: M
         expert_copies = max(1, layout.tensor * copies // layout.expert)
         shard = dense / copies + experts / expert_copies if settings.distributed_optimizer else held
         # Each row adds its gradients to the fp32 sums; zeroing them comes once.
-        local = (held * (4 + 16 * rows) + shard * ADAM_TRAFFIC) / machine.stream
-        crowd = 1.0 if machine.cores is None else max(1.0, layout.ranks / machine.cores)
+        local = (held * (4 + GRADIENT_TRAFFIC * rows) + shard * ADAM_TRAFFIC) / machine.stream
+        crowd = 1.0 if machine.cores is None or layout.ranks == 1 else machine.crowd * max(1.0, layout.ranks / machine.cores)
         exchange = 0.0
         if copies > 1:
             rate, latency = _reach(machine, layout.ranks)

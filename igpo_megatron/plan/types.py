@@ -53,6 +53,9 @@ class Machine:
     cores: int | None = None
     """CPU: cores that all ranks of a machine share; None where every rank has a device of its own."""
 
+    crowd: float = 1.0
+    """CPU: how much longer a rank computes while the other cores are busy, too."""
+
     source: str = "modelled"
     """Where the figures come from."""
 

@@ -17,7 +17,7 @@ import socket
 import sys
 import time
 import traceback
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -149,7 +149,8 @@ def ranking(rows: list[dict[str, Any]], clear: float = 1.15) -> tuple[int, int]:
 
 def compare(case: Case, measured: dict[str, Any], machine: Machine) -> dict[str, Any]:
     """One case, predicted beside measured."""
-    memory, seconds = predict(case, machine, [Row(*row) for row in measured["rows"]])
+    rows = [Row(*row) for row in measured["rows"]]
+    memory, seconds = predict(case, machine, rows)
     peak = sum(memory.values()) / MIB
     return {
         "case": case.name,
@@ -160,6 +161,7 @@ def compare(case: Case, measured: dict[str, Any], machine: Machine) -> dict[str,
         "measured_s": round(measured["seconds"], 4),
         "measured_cpu_s": round(measured["cpu"], 4),
         "predicted_s": round(seconds, 4),
+        "predicted_cpu_s": round(predict(case, replace(machine, cores=1), rows)[1], 4),
         "time_error": round(seconds / measured["seconds"] - 1, 3),
         "terms_mib": {name: round(size / MIB, 1) for name, size in memory.items()},
     }
