@@ -224,7 +224,7 @@ def curves(series: Sequence[tuple[str, Sequence[tuple[int, float]]]], share: boo
     """An SVG of lines over the logarithm of the size, from zero up."""
     width, height, left, bottom, top = 480, 240, 46, 28, 10
     sizes = sorted({x for _, line in series for x, _ in line})
-    most = 1.0 if share else max((y for _, line in series for _, y in line), default=1.0) * 1.08 or 1.0
+    most = 1.0 if share else nice_top(max(y for _, line in series for _, y in line))
     low, high = math.log(sizes[0]), math.log(max(sizes[-1], sizes[0] + 1))
 
     def x_of(size: int) -> float:
@@ -240,11 +240,20 @@ def curves(series: Sequence[tuple[str, Sequence[tuple[int, float]]]], share: boo
         parts.append(f'<line x1="{left}" x2="{width - 12}" y1="{y:.1f}" y2="{y:.1f}" stroke="#e5e7eb"/>')
         parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>')
     parts += [f'<text x="{x_of(size):.1f}" y="{height - 8}" text-anchor="middle">{size}</text>' for size in sizes]
+    parts.append(f'<text x="{width - 12}" y="{height - bottom - 4}" text-anchor="end">GPUs, log scale</text>')
     for colour, line in series:
         places = [(x_of(size), y_of(value)) for size, value in line]
         parts.append(f'<polyline points="{_points(places)}" fill="none" stroke="{colour}" stroke-width="2"/>')
         parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in places]
     return "".join([*parts, "</svg>"])
+
+
+def nice_top(value: float) -> float:
+    """The least of 1, 2, 4, 6, 8 times a power of ten that is not below `value`, so that its quarters are short numbers; 1 for 0."""
+    if value <= 0:
+        return 1.0
+    power = 10.0 ** math.floor(math.log10(value))
+    return next(step * power for step in (1, 2, 4, 6, 8, 10) if step * power >= value * (1 - 1e-9))
 
 
 def _points(places: Iterable[tuple[float, float]]) -> str:

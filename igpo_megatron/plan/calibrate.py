@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from igpo_megatron.plan.machines import gpu
 from igpo_megatron.plan.types import Machine
 
 REPEATS = 7
@@ -34,7 +35,9 @@ def calibrate(threads: int = 1) -> Machine:
     torch.set_num_threads(threads)
     cuda = torch.cuda.is_available()
     device, dtype = torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if cuda else torch.float32
-    link, latency, crowd = _pair(cuda)
+    single = cuda and torch.cuda.device_count() < 2
+    known = gpu("h100")
+    link, latency, crowd = (known.link, known.link_latency, 1.0) if single else _pair(cuda)
     cores = len(os.sched_getaffinity(0))
     return Machine(
         name=torch.cuda.get_device_name() if cuda else f"cpu ({platform.machine()}, {cores} cores)",
@@ -45,14 +48,14 @@ def calibrate(threads: int = 1) -> Machine:
         stream=_stream(device, dtype),
         link=link,
         link_latency=latency,
-        network=link,
-        network_latency=latency,
+        network=known.network if cuda else link,
+        network_latency=known.network_latency if cuda else latency,
         call=_call(device, dtype),
         decode_call=3e-3,
-        ranks_per_node=torch.cuda.device_count() if cuda else 64,
+        ranks_per_node=8 if single else torch.cuda.device_count() if cuda else 64,
         crowd=crowd,
         cores=None if cuda else max(1, cores // threads),
-        source=f"measured {time.strftime('%Y-%m-%d')}; decode_call assumed" + ("" if not cuda or link else "; one GPU: links assumed"),
+        source=f"measured {time.strftime('%Y-%m-%d')}; assumed: decode_call{', network' * cuda}{', link' * single}",
     )
 
 
@@ -109,12 +112,7 @@ def _call(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _pair(cuda: bool) -> tuple[float, float, float]:
-    """Two ranks of this machine: (bytes/s of one in an all-reduce by halves, seconds of a small half, slowdown while both compute).
-
-    (0, 0, 1) where there is one GPU.
-    """
-    if cuda and torch.cuda.device_count() < 2:
-        return 0.0, 0.0, 1.0
+    """Two ranks of this machine: (bytes/s of one in an all-reduce by halves, seconds of a small half, slowdown while both compute)."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]

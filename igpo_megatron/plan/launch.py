@@ -21,7 +21,10 @@ def launch_yaml(plan: Plan, one: Estimate, command: str, model_path: str) -> str
     sizes += _if(layout.context > 1, f"  context: {layout.context}")
     sizes += _if(layout.expert > 1, f"  expert: {layout.expert}")
     sizes += [f"  data: {layout.data}", *_if(layout.sequence, "  sequence: true")]
-    if nodes == 1:
+    if plan.machine.device == "cpu":
+        place = f"    kv_cache_mib: {max(64, round(engines.cache_bytes / 2**20))}"
+        start = "igpo train THIS_FILE"
+    elif nodes == 1:
         place = f"    gpu_ids: {list(range(layout.ranks, layout.ranks + engines.count * engines.tensor))}"
         start = f"examples/train_1node.sh THIS_FILE    (RANKS={layout.ranks})"
     else:
@@ -74,6 +77,10 @@ rollout:
     max_num_seqs: {engines.concurrent}                     # the cache holds {engines.cache_tokens} tokens
     gpu_memory_utilization: {UTILISATION}
 {place}
+
+loss:
+  name: ppo
+  kl_coef: {0.001 if plan.settings.reference else 0.0}
 
 packing:
   row_tokens: {layout.row_tokens}

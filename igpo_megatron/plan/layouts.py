@@ -1,6 +1,7 @@
 """Every layout that the trainer would accept for a model on so many ranks, and how many devices train.
 
-The rules are those of config/check.py; what the schema has no key for (context parallelism, colocation, staleness) is not enumerated.
+The rules are those of config/check.py; what the schema has no key for (context parallelism, in some versions) is not tried. Engines have
+devices of their own.
 """
 
 from __future__ import annotations

@@ -144,4 +144,6 @@ def serve(
     # Prompts (once for a group) and tool results are read in large batches, at the rate of training.
     read = sum(one.prompt / workload.samples + sum(one.observed) for one in share)
     flops = 2.0 * active_parameters(shape) / tensor * read
-    return Engines(count, tensor, times.seconds + flops / machine.matmul_rate(flops), weights, cache, concurrent, times.straggler)
+    return Engines(
+        count, tensor, times.seconds + flops / machine.matmul_rate(flops), weights, cache, cache * keys, concurrent, times.straggler
+    )

@@ -9,7 +9,8 @@ Sizes are bytes, times seconds, rates per second and per rank. Imports no torch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from math import log
 from typing import Literal
 
 Recompute = Literal["none", "selective", "full"]
@@ -61,8 +62,6 @@ class Machine:
 
     def matmul_rate(self, flops: float) -> float:
         """FLOP/s of calls of this size."""
-        from math import log
-
         below = self.matmul[0]
         for above in self.matmul:
             if flops <= above[0]:
@@ -218,6 +217,9 @@ class Engines:
     cache_tokens: int
     """Tokens that the KV cache of one engine holds."""
 
+    cache_bytes: float
+    """Bytes of it on each device."""
+
     concurrent: int
     """Trajectories that one engine decodes at once at most."""
 
@@ -238,14 +240,10 @@ class Estimate:
     """Parts of the time of scoring and training; they sum."""
 
     step: float
-    colocated: bool = False
 
     @property
     def peak(self) -> float:
         return sum(self.memory.values())
-
-    def with_step(self, step: float) -> Estimate:
-        return replace(self, step=step)
 
 
 @dataclass(frozen=True, slots=True)

@@ -185,6 +185,20 @@ def test_a_calibration_comes_back_as_it_was_written(tmp_path):
         machines.read(tmp_path / "other.json")
 
 
+def test_a_measured_cpu_gets_a_plan_that_its_checks_accept(tmp_path):
+    machine = replace(gpu("h100"), name="cpu", device="cpu", memory=8e9, cores=2, crowd=1.1, ranks_per_node=64, source="measured")
+    machines.write(machine, tmp_path / "machine.json")
+    model = fake_folder(tmp_path / "model", "Qwen2.5-0.5B")
+    workload = Workload(prompts=2, samples=2, max_context=4096)
+    arguments = {"calibration": tmp_path / "machine.json", "out": tmp_path / "run.yaml", "workload": workload, "reference": False}
+    assert plan_run(str(model), 3, **arguments, console=Console(quiet=True)) == 0
+    config = load(tmp_path / "run.yaml")
+    assert (config.run.device, config.model.dtype, config.loss.kl_coef) == ("cpu", "fp32", 0.0)
+    assert config.rollout.engine.kv_cache_mib >= 64 and config.rollout.engine.gpu_ids == ()
+    ranks = config.parallel.tensor * config.parallel.pipeline * config.parallel.data
+    assert all("no such file" in problem for problem in check(config, world_size=ranks))
+
+
 def test_a_matmuls_rate_lies_between_its_neighbours():
     machine = replace(gpu("h100"), matmul=((1e6, 10.0), (1e8, 30.0)))
     assert [machine.matmul_rate(flops) for flops in (1e3, 1e6, 1e7, 1e8, 1e12)] == pytest.approx([10, 10, 20, 30, 30])

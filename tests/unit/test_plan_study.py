@@ -65,6 +65,11 @@ def test_a_curve_ends_where_its_numbers_say():
     assert '<polyline points="46.0,212.0 468.0,10.0"' in svg
 
 
+@pytest.mark.parametrize(("value", "top"), [(0, 1), (0.03, 0.04), (1.0, 1), (2.1, 4), (140.6, 200), (9.5, 10)])
+def test_an_axis_ends_at_a_short_number(value, top):
+    assert scaling_study.nice_top(value) == pytest.approx(top)
+
+
 def test_the_benchmark_counts_clear_pairs_of_one_model_only():
     import plan as bench
 
