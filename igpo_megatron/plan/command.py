@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,7 +44,9 @@ def plan_run(
         workload = from_rollouts(rollouts, workload)
     machine = machines.read(calibration) if calibration else machines.gpu(gpu)
     settings = Settings(dtype_bytes=2 if machine.device == "cuda" else 4, reference=reference)
-    plan = search(name, shape, machine, workload, gpus, settings, staleness)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of libraries that a GPU would want; nothing is computed here
+        plan = search(name, shape, machine, workload, gpus, settings, staleness)
     show(plan, console or Console(), rows)
     if not plan.fits:
         return 1

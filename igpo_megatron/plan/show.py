@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -28,9 +29,10 @@ def show(plan: Plan, console: Console, rows: int = 10) -> None:
 
 
 def ranked_table(plan: Plan, rows: int) -> Table:
-    table = Table(title="fastest first", title_justify="left")
-    for heading in ("", "train", "layout", "recompute", "rows", "engines", "GiB/rank", "rollout s", "score s", "train s", "step s"):
-        table.add_column(heading, justify="left" if heading in ("layout", "recompute") else "right", no_wrap=heading == "layout")
+    title = "fastest first (ranks that train, GiB of the fullest; rollout, score, train and step in seconds)"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0, pad_edge=False)
+    for heading in ("", "ranks", "layout", "recompute", "rows", "engines", "GiB", "rollout", "score", "train", "step"):
+        table.add_column(heading, justify="left" if heading in ("layout", "recompute") else "right", no_wrap=True)
     for number, one in enumerate(distinct(plan.fits)[:rows], start=1):
         assert one.engines is not None
         table.add_row(
@@ -39,11 +41,11 @@ def ranked_table(plan: Plan, rows: int) -> Table:
             one.layout.describe(),
             one.layout.recompute,
             str(one.layout.row_tokens),
-            f"{one.engines.count} x TP{one.engines.tensor}",
-            f"{one.peak / GIB:.1f}",
-            f"{one.engines.seconds:.1f}",
-            f"{one.train['score']:.1f}",
-            f"{one.train['train'] + one.train['update']:.1f}",
+            f"{one.engines.count}xTP{one.engines.tensor}",
+            f"{one.peak / GIB:.0f}",
+            f"{one.engines.seconds:.0f}",
+            f"{one.train['score']:.0f}",
+            f"{one.train['train'] + one.train['update']:.0f}",
             f"{one.step:.1f}",
         )
     return table

@@ -4,7 +4,8 @@
 
 Every case starts its ranks twice, over gloo, on random weights and synthetic rollouts through `Policy.train_step`. Memory: the most
 anonymous memory (RssAnon, read every 2 ms) of each rank above what it had before the policy was built, the fullest rank counts;
-malloc gives freed blocks back at once in these ranks. Time: the least of several steps of the slowest rank, with malloc left alone.
+malloc gives freed blocks back at once in these ranks. Time: the least of several steps of the slowest rank, with malloc left alone:
+only meaningful on a machine that does nothing else, where --fresh forgets what was measured before.
 """
 
 from __future__ import annotations
