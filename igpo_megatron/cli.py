@@ -1,6 +1,6 @@
 """The `igpo` command: a thin front door over the modules.
 
-igpo train | eval | score | convert | report | doctor | config
+igpo train | eval | score | convert | report | plan | doctor | config
 """
 
 from __future__ import annotations
@@ -175,6 +175,52 @@ def report_command(run: Annotated[Path, typer.Argument(help="Folder of a run.")]
 
     with _one_sentence():
         typer.echo(write_report(run))
+
+
+@app.command("plan")
+def plan_command(
+    model: Annotated[str | None, typer.Option(help="Folder with config.json, or a known name such as Qwen2.5-72B.")] = None,
+    gpus: Annotated[int | None, typer.Option(help="Devices for training and rollouts together.")] = None,
+    gpu: Annotated[str, typer.Option(help="h100, h200, h800, h20, b200, a100, a100-40gb or l40s.")] = "h100",
+    calibration: Annotated[Path | None, typer.Option(help="A measured machine instead of --gpu; `--calibrate` writes one.")] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Measure this machine (a minute at most) and write --calibration.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Write the fastest plan as a configuration to this YAML file.")] = None,
+    rollouts: Annotated[list[Path] | None, typer.Option(help="Rollout file of a run: its lengths instead of the assumed ones.")] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Questions per step.")] = 32,
+    samples: Annotated[int, typer.Option(min=1, help="Trajectories per question.")] = 16,
+    max_context: Annotated[int, typer.Option(min=256, help="Tokens of the longest trajectory that must fit.")] = 32768,
+    turns: Annotated[float, typer.Option(min=1.0, help="Mean turns of a trajectory.")] = 4.0,
+    tool_latency: Annotated[float, typer.Option(min=0.001, help="Median seconds of a tool call.")] = 0.5,
+    staleness: Annotated[int, typer.Option(min=0, help="Rollouts this many updates old may overlap with training.")] = 0,
+    reference: Annotated[bool, typer.Option(help="Keep the first weights for a KL term (loss.kl_coef above 0).")] = True,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of the tables.")] = 10,
+) -> None:
+    """Say how to lay a model out on N devices: what fits, how long a step takes, what does not fit and why."""
+    with _one_sentence():
+        if calibrate:
+            from igpo_megatron.plan import machines
+            from igpo_megatron.plan.calibrate import calibrate as measure
+
+            path = calibration or Path("machine.json")
+            machines.write(measure(), path)
+            typer.echo(f"wrote {path}; plan with --calibration {path}")
+            return
+        if model is None or gpus is None:
+            raise ValueError("igpo plan needs --model and --gpus (or --calibrate)")
+        from igpo_megatron.plan.command import plan_run
+        from igpo_megatron.plan.types import Workload
+
+        workload = Workload(
+            prompts=prompts,
+            samples=samples,
+            turns=turns,
+            tool_median=tool_latency,
+            max_context=max_context,
+            max_turns=max(10, round(turns)),
+        )
+        raise typer.Exit(plan_run(model, gpus, gpu, calibration, out, workload, tuple(rollouts or ()), staleness, reference, rows))
 
 
 @app.command("config")

@@ -61,8 +61,9 @@ MAY_IMPORT = {
 }
 """Part of igpo_megatron -> parts it may import, `checkpoint_conversion` among them."""
 
-TOOLS_MAY_IMPORT = {"types", "config", "data", "search", "rollout", "observability"}
-"""tools/bench may import anything. rollout and observability are there for the demonstrations that warm-start the demo policy."""
+TOOLS_MAY_IMPORT = {"types", "config", "data", "search", "rollout", "observability", "plan"}
+"""tools/bench may import anything. rollout and observability are there for the demonstrations that warm-start the demo policy, plan for
+the scaling study and the examples by size."""
 
 ENGINE_FILES = tuple(
     f"igpo_megatron/rollout/{name}.py"
@@ -90,6 +91,7 @@ DOORS = {
         "igpo_megatron/algorithms/losses.py",
         *ENGINE_FILES,
         *(f"igpo_megatron/{module}.py" for module in sorted(TOP)),
+        "igpo_megatron/plan/calibrate.py",
         "checkpoint_conversion/",
         "tools/",
     ),

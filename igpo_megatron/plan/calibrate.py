@@ -1,0 +1,178 @@
+"""Measure this machine: matmul, attention and memory rates of one rank, the cost of a call, and two ranks' collectives (gloo, or NCCL).
+
+Each figure is the best of several repetitions, because whatever else runs can only make it slower. Under a minute on two cores.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import platform
+import socket
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from igpo_megatron.plan.machines import gpu
+from igpo_megatron.plan.types import Machine
+
+REPEATS = 7
+MATMULS = ((128, 64, 64), (256, 128, 256), (512, 256, 512), (512, 256, 1024), (1024, 512, 2048), (1024, 1024, 2816))
+"""Tokens, inner and outer width: from the calls of a toy to those of a small model."""
+
+CUDA_MATMULS = ((1024, 1024, 1024), (4096, 2048, 2048), (8192, 4096, 4096), (16384, 8192, 8192))
+STREAM_ELEMENTS = 2**20
+"""Of an elementwise call: an activation's size, written to fresh memory as activations are."""
+
+
+def calibrate(threads: int = 1) -> Machine:
+    """This machine as the planner sees it: CUDA where there is a GPU, else the CPU with `threads` threads per rank."""
+    torch.set_num_threads(threads)
+    cuda = torch.cuda.is_available()
+    device, dtype = torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if cuda else torch.float32
+    single = cuda and torch.cuda.device_count() < 2
+    known = gpu("h100")
+    link, latency, crowd = (known.link, known.link_latency, 1.0) if single else _pair(cuda)
+    cores = len(os.sched_getaffinity(0))
+    return Machine(
+        name=torch.cuda.get_device_name() if cuda else f"cpu ({platform.machine()}, {cores} cores)",
+        device="cuda" if cuda else "cpu",
+        memory=float(torch.cuda.get_device_properties(0).total_memory if cuda else _host_memory() / cores),
+        matmul=tuple(sorted(_matmul(shape, device, dtype) for shape in (CUDA_MATMULS if cuda else MATMULS))),
+        attention=_attention(device, dtype),
+        stream=_stream(device, dtype),
+        link=link,
+        link_latency=latency,
+        network=known.network if cuda else link,
+        network_latency=known.network_latency if cuda else latency,
+        call=_call(device, dtype),
+        decode_call=3e-3,
+        ranks_per_node=8 if single else torch.cuda.device_count() if cuda else 64,
+        crowd=crowd,
+        cores=None if cuda else max(1, cores // threads),
+        source=f"measured {time.strftime('%Y-%m-%d')}; assumed: decode_call{', network' * cuda}{', link' * single}",
+    )
+
+
+def best_of(call: Callable[[], object], device: torch.device, repeats: int = REPEATS, inner: int = 1, wall: bool = False) -> float:
+    """Least seconds of a call, of `repeats` times `inner` of them."""
+    call()
+    # On CPU what other programs take of the core is left out; a collective, which waits, is timed by the clock on the wall.
+    clock = time.perf_counter if wall or device.type == "cuda" else time.process_time
+    times = []
+    for _ in range(repeats):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        started = clock()
+        for _ in range(inner):
+            call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append((clock() - started) / inner)
+    return min(times)
+
+
+def _matmul(shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    tokens, inner, outer = shape
+    a, b = torch.randn(tokens, inner, device=device, dtype=dtype), torch.randn(outer, inner, device=device, dtype=dtype)
+    flops = 2.0 * tokens * inner * outer
+    return flops, flops / best_of(lambda: a @ b.t(), device)
+
+
+def _attention(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s over the pairs that causal attention needs."""
+    tokens = 4096 if device.type == "cuda" else 512
+    q, k, v = (torch.randn(1, 8, tokens, 64, device=device, dtype=dtype) for _ in range(3))
+    seconds = best_of(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True), device)
+    return 4.0 * 8 * 64 * tokens * tokens / 2 / seconds
+
+
+def _stream(device: torch.device, dtype: torch.dtype) -> float:
+    elements = STREAM_ELEMENTS * (64 if device.type == "cuda" else 1)
+    a, b = torch.randn(elements, device=device, dtype=dtype), torch.randn(elements, device=device, dtype=dtype)
+    return 3.0 * a.nbytes / best_of(lambda: a * b, device)
+
+
+def _call(device: torch.device, dtype: torch.dtype) -> float:
+    """Half of it is Python's and autograd's: an operation on few numbers, forward and backward."""
+    x = torch.randn(4, 8, device=device, dtype=dtype, requires_grad=True)
+
+    def chain() -> None:
+        y = x
+        for _ in range(50):
+            y = y * 1.01
+        y.sum().backward()
+
+    return best_of(chain, device) / 100
+
+
+def _pair(cuda: bool) -> tuple[float, float, float]:
+    """Two ranks of this machine: (bytes/s of one in an all-reduce by halves, seconds of a small half, slowdown while both compute)."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe(duplex=False)
+    ranks = [context.Process(target=_rank, args=(rank, port, cuda, there)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    there.close()
+    try:
+        return here.recv()
+    except EOFError:
+        raise ValueError("--calibrate: two ranks on this machine could not meet on 127.0.0.1; is the loopback interface up?") from None
+    finally:
+        for process in ranks:
+            process.join()
+
+
+def _rank(rank: int, port: int, cuda: bool, connection: Connection) -> None:
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if cuda:
+        torch.cuda.set_device(rank)
+    dist.init_process_group("nccl" if cuda else "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    device = torch.device("cuda" if cuda else "cpu")
+    small, large = _halves(256, device), _halves(2**19, device)
+    link = 2**19 * 4 / max(large - small, 1e-9)  # of n bytes each half moves n / 2 to the other rank
+    crowd = 1.0 if cuda else _crowd(rank, device)
+    if rank == 0:
+        connection.send((link, small / 2, crowd))
+    dist.destroy_process_group()
+
+
+def _halves(elements: int, device: torch.device) -> float:
+    """Seconds of a reduce-scatter and an all-gather, which is what the trainer's collectives are."""
+    whole, part = torch.ones(elements, device=device), torch.ones(elements // 2, device=device)
+
+    def call() -> None:
+        dist.reduce_scatter_tensor(part, whole)
+        dist.all_gather_into_tensor(whole, part)
+
+    return best_of(call, device, 20, 2, wall=True)
+
+
+def _crowd(rank: int, device: torch.device) -> float:
+    """A rank's computing time while another computes, over its time alone: cores may share caches, memory and execution units."""
+
+    def work() -> float:
+        # Each repetition lasts a tenth of a second, so that the other rank is at it all the time.
+        a, b = torch.randn(512, 256), torch.randn(256, 1024)
+        x = torch.randn(STREAM_ELEMENTS)
+        return best_of(lambda: (a @ b, x * x), device, REPEATS, 60)
+
+    alone = work() if rank == 0 else 0.0
+    dist.barrier()
+    together = work()
+    dist.barrier()
+    return max(1.0, together / alone) if rank == 0 else 1.0
+
+
+def _host_memory() -> int:
+    line = next(line for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines() if line.startswith("MemAvailable:"))
+    return int(line.split()[1]) * 1024

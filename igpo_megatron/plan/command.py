@@ -1,0 +1,72 @@
+"""`igpo plan`: from the command line's words to a table and a file."""
+
+from __future__ import annotations
+
+import shlex
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from igpo_megatron.config.load import ConfigError, build
+from igpo_megatron.plan import machines
+from igpo_megatron.plan.launch import launch_yaml
+from igpo_megatron.plan.model_shape import find_shape
+from igpo_megatron.plan.search import search
+from igpo_megatron.plan.show import show
+from igpo_megatron.plan.types import Settings, Workload
+from igpo_megatron.plan.workload import from_rollouts
+
+
+def plan_run(
+    model: str,
+    gpus: int,
+    gpu: str = "h100",
+    calibration: Path | None = None,
+    out: Path | None = None,
+    workload: Workload | None = None,
+    rollouts: tuple[Path, ...] = (),
+    staleness: int = 0,
+    reference: bool = True,
+    rows: int = 10,
+    console: Console | None = None,
+    shown_out: str | None = None,
+) -> int:
+    """Plan, print, write; the exit code: 0 where something fits, 1 where nothing does. Raises ValueError for the user's mistakes.
+
+    `shown_out`: what the file says of its own place, `out` by default.
+    """
+    name, shape = find_shape(model)
+    workload = workload or Workload()
+    workload = replace(workload, max_context=min(workload.max_context, shape.max_positions))
+    if rollouts:
+        workload = from_rollouts(rollouts, workload)
+    machine = machines.read(calibration) if calibration else machines.gpu(gpu)
+    settings = Settings(dtype_bytes=2 if machine.device == "cuda" else 4, reference=reference)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of libraries that a GPU would want; nothing is computed here
+        plan = search(name, shape, machine, workload, gpus, settings, staleness)
+    show(plan, console or Console(), rows)
+    if not plan.fits:
+        return 1
+    if out is not None:
+        path = model if Path(model).is_dir() else f"models/{name}"
+        where = f"--calibration {calibration}" if calibration else f"--gpu {gpu}"
+        text = launch_yaml(
+            plan, plan.fits[0], f"igpo plan --model {shlex.quote(model)} --gpus {gpus} {where} --out {shown_out or out}", path
+        )
+        _loads(text)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text, encoding="utf-8")
+        (console or Console()).print(f"wrote {out}")
+    return 0
+
+
+def _loads(text: str) -> None:
+    import yaml
+
+    try:
+        build(yaml.safe_load(text))
+    except ConfigError as error:
+        raise AssertionError(f"the planner wrote a file that does not load: {error}") from error

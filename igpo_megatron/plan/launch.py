@@ -1,0 +1,95 @@
+"""The YAML that launches a planned run: a whole configuration of this project, with the planner's numbers beside what they decided."""
+
+from __future__ import annotations
+
+from igpo_megatron.plan.machines import GIB
+from igpo_megatron.plan.parts import total_parameters
+from igpo_megatron.plan.search import UTILISATION, Plan
+from igpo_megatron.plan.types import Estimate
+
+
+def launch_yaml(plan: Plan, one: Estimate, command: str, model_path: str) -> str:
+    """A configuration for `one`'s ranks and engines; `command` is what it says it was made by."""
+    assert one.engines is not None
+    layout, engines, workload = one.layout, one.engines, plan.workload
+    per_node = plan.machine.ranks_per_node
+    nodes = -(-plan.gpus // per_node)
+    sizes = [f"  tensor: {layout.tensor}", *_if(layout.pipeline > 1, f"  pipeline: {layout.pipeline}")]
+    sizes += _if(layout.virtual > 1, f"  virtual_pipeline: {layout.virtual}")
+    if len(set(layout.stages)) > 1:
+        sizes += [f"  first_stage_layers: {layout.stages[0]}", f"  last_stage_layers: {layout.stages[-1]}"]
+    sizes += _if(layout.context > 1, f"  context: {layout.context}")
+    sizes += _if(layout.expert > 1, f"  expert: {layout.expert}")
+    sizes += [f"  data: {layout.data}", *_if(layout.sequence, "  sequence: true")]
+    if plan.machine.device == "cpu":
+        place = f"    kv_cache_mib: {max(64, round(engines.cache_bytes / 2**20))}"
+        start = "igpo train THIS_FILE"
+    elif nodes == 1:
+        place = f"    gpu_ids: {list(range(layout.ranks, layout.ranks + engines.count * engines.tensor))}"
+        start = f"examples/train_1node.sh THIS_FILE    (RANKS={layout.ranks})"
+    else:
+        place = "    ray_address: head:6379               # the engines' nodes, started by examples/start_ray.sh"
+        start = f"examples/train_multinode.sh THIS_FILE rollout.engine.ray_address=HOST:6379    ({layout.ranks // per_node} nodes train)"
+    memory = ", ".join(f"{name} {size / GIB:.1f}" for name, size in one.memory.items() if size >= 0.05 * GIB)
+    times = ", ".join(f"{name} {seconds:.1f}" for name, seconds in one.train.items())
+    dtype = "bf16" if plan.settings.dtype_bytes == 2 else "fp32"
+    drawn = f"{workload.trajectories} trajectories of {workload.turns:.3g} turns"
+    turn = f"{workload.turn_tokens:.0f} sampled and {workload.observation_tokens:.0f} read tokens a turn"
+    return f"""\
+# {plan.model} ({total_parameters(plan.shape) / 1e9:.2f}B) on {plan.gpus} x {plan.machine.name}: {layout.ranks} ranks train \
+({layout.describe()}), {engines.count} engines of TP{engines.tensor} roll out.
+# Made by:  {command}
+# Start by: {start}
+#
+# Predicted, not run. Machine: {plan.machine.source}. Workload, {workload.source}: {drawn},
+# {turn}, tools of {workload.tool_median:.2g} s (median).
+#   step {one.step:.1f} s: rollout {engines.seconds:.1f}, {times}
+#   fullest rank {one.peak / GIB:.1f} of {plan.machine.memory / GIB:.1f} GiB: {memory}
+
+run:
+  name: {plan.model.lower()}-{plan.gpus}gpus
+  device: {plan.machine.device}
+
+model:
+  path: {model_path}
+  dtype: {dtype}
+  recompute: {layout.recompute}
+
+parallel:
+{chr(10).join(sizes)}
+
+data:
+  train: [data/train.parquet]
+  eval: [data/dev.parquet]
+
+search:
+  backend: retriever
+  url: http://127.0.0.1:8000/retrieve
+
+rollout:
+  prompts_per_step: {workload.prompts}
+  samples_per_prompt: {workload.samples}
+  max_turns: {workload.max_turns}
+  max_context: {workload.max_context}
+  engine:
+    count: {engines.count}
+    tensor: {engines.tensor}                            # {engines.weights / GIB:.1f} GiB of weights on each device
+    max_num_seqs: {engines.concurrent}                     # the cache holds {engines.cache_tokens} tokens
+    gpu_memory_utilization: {UTILISATION}
+{place}
+
+loss:
+  name: ppo
+  kl_coef: {0.001 if plan.settings.reference else 0.0}
+
+packing:
+  row_tokens: {layout.row_tokens}
+
+eval:
+  every: 10
+  questions: 512
+"""
+
+
+def _if(condition: bool, line: str) -> list[str]:
+    return [line] if condition else []

@@ -1,0 +1,82 @@
+"""Every layout that the trainer would accept for a model on so many ranks, and how many devices train.
+
+The rules are those of config/check.py; what the schema has no key for (context parallelism, in some versions) is not tried. Engines have
+devices of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from checkpoint_conversion.architectures import ModelShape
+from igpo_megatron.config.check import divisors, stage_layers
+from igpo_megatron.config.schema import Config
+from igpo_megatron.plan.types import Layout, Machine, Recompute
+
+RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
+VIRTUAL = (1, 2, 4)
+MOST_STAGES = 16
+"""Deeper pipelines are not tried: rows of one step would hardly fill them."""
+
+
+def schema_has(section: str, key: str) -> bool:
+    """The configuration knows `section.key`."""
+    field = Config.model_fields.get(section)
+    return field is not None and key in getattr(field.annotation, "model_fields", {})
+
+
+def stages_of(layers: int, pipeline: int, virtual: int) -> tuple[int, ...] | None:
+    """Layers of each stage, as even as the trainer can share them, the ends (embedding, head) lighter; None if it cannot."""
+    even = stage_layers(layers, pipeline, None, None)
+    if even is not None:
+        return tuple(even) if not any(number % virtual for number in even) else None
+    mean = layers // pipeline
+    for less in range(mean):
+        for first, last in ((mean - less, mean - less), (mean + 1 - less, mean - less), (mean - less, mean + 1 - less)):
+            uneven = stage_layers(layers, pipeline, first, last)
+            if uneven is not None and not any(number % virtual for number in uneven) and max(uneven) <= mean + 2:
+                return tuple(uneven)
+    return None
+
+
+def tensor_sizes(shape: ModelShape, ranks: int, per_node: int) -> list[int]:
+    """Tensor-parallel sizes that divide the model's heads and stay inside a machine."""
+    heads = set(divisors(shape.num_heads)) & set(divisors(shape.num_kv_heads))
+    return [size for size in sorted(heads) if size <= min(ranks, per_node) and per_node % size == 0 and not 128 % size]
+
+
+def train_layouts(shape: ModelShape, ranks: int, machine: Machine, row_sizes: tuple[int, ...]) -> Iterator[Layout]:
+    """All layouts that use exactly `ranks` ranks."""
+    experts = shape.mixture.num_experts if shape.mixture else None
+    contexts = (1, 2, 4, 8) if schema_has("parallel", "context") else (1,)
+    for tensor in tensor_sizes(shape, ranks, machine.ranks_per_node):
+        for pipeline in (size for size in divisors(ranks // tensor) if ranks % tensor == 0 and size <= min(MOST_STAGES, shape.num_layers)):
+            for virtual in VIRTUAL if pipeline > 1 else (1,):
+                stages = stages_of(shape.num_layers, pipeline, virtual)
+                if stages is None:
+                    continue
+                for context in contexts:
+                    if ranks % (tensor * pipeline * context) or (context > 1 and experts):
+                        continue
+                    data = ranks // (tensor * pipeline * context)
+                    for expert in _expert_sizes(experts, tensor, ranks // pipeline):
+                        for recompute in RECOMPUTE:
+                            for row_tokens in row_sizes:
+                                yield Layout(
+                                    tensor, pipeline, virtual, context, expert, data, recompute, row_tokens, stages, sequence=tensor > 1
+                                )
+
+
+def _expert_sizes(experts: int | None, tensor: int, stage_ranks: int) -> list[int]:
+    if experts is None:
+        return [1]
+    return [size for size in divisors(experts) if size % tensor == 0 and stage_ranks % size == 0 and size <= 64]
+
+
+def splits(gpus: int, per_node: int) -> list[int]:
+    """How many of `gpus` train, the others serving rollouts: any number on one machine, whole machines on several."""
+    if gpus <= per_node:
+        return list(range(1, gpus))
+    nodes = gpus // per_node
+    step = max(1, nodes // 16)
+    return [per_node * number for number in range(step, nodes, step)]

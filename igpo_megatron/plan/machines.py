@@ -1,0 +1,73 @@
+"""Machines: a table of GPUs from their data sheets, scaled by what programs reach, or a measured file of `igpo plan --calibrate`."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from igpo_megatron.plan.types import Machine
+
+GIB = 2**30
+MATMUL_SHARE, ATTENTION_SHARE, STREAM_SHARE, LINK_SHARE = 0.6, 0.45, 0.8, 0.7
+"""Share of the data sheet's figure that is reckoned with: assumed, until `--calibrate` has measured the machine."""
+
+_SHEETS = {
+    "h100": (79.1, 989, 3350, 450, 50),
+    "h200": (139.8, 989, 4800, 450, 50),
+    "h800": (79.1, 989, 3350, 200, 50),
+    "h20": (95.1, 148, 4000, 450, 50),
+    "b200": (178.4, 2250, 8000, 900, 50),
+    "a100": (79.1, 312, 2039, 300, 25),
+    "a100-40gb": (39.4, 312, 1555, 300, 25),
+    "l40s": (44.4, 362, 864, 32, 25),
+}
+"""Name -> GiB of memory that programs see, dense bf16 TFLOP/s, GB/s of memory, of NVLink (PCIe for l40s) and of the network, each
+way and per GPU; SXM boards, 8 to a node, one 400 (200) Gbit/s adapter per GPU."""
+
+
+def gpu(name: str) -> Machine:
+    """A GPU of the table. Raises ValueError with the nearest names."""
+    key = name.lower()
+    if key not in _SHEETS:
+        near = difflib.get_close_matches(key, _SHEETS, n=2)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(_SHEETS)}"
+        raise ValueError(f"--gpu {name}: unknown; {hint} For other devices measure one with --calibrate and give the file as --calibration")
+    gib, tflops, stream, link, network = _SHEETS[key]
+    peak = tflops * 1e12
+    return Machine(
+        name=key,
+        device="cuda",
+        memory=gib * GIB,
+        # A call of 1 GFLOP takes microseconds and leaves most of the GPU idle.
+        matmul=((1e9, 0.2 * peak), (1e11, MATMUL_SHARE * peak)),
+        attention=ATTENTION_SHARE * peak,
+        stream=STREAM_SHARE * stream * 1e9,
+        link=LINK_SHARE * link * 1e9,
+        link_latency=15e-6,
+        network=LINK_SHARE * network * 1e9,
+        network_latency=30e-6,
+        call=5e-6,
+        decode_call=3e-3,
+        ranks_per_node=8,
+        source="modelled from the data sheet",
+    )
+
+
+def read(path: Path) -> Machine:
+    """A calibration file. Raises ValueError for one that is missing or not of this kind."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        known = {field.name for field in fields(Machine)}
+        if not isinstance(values, dict) or set(values) != known:
+            raise KeyError(f"expected the keys {', '.join(sorted(known))}")
+        return Machine(**{**values, "matmul": tuple((float(size), float(rate)) for size, rate in values["matmul"])})
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"--calibration {path}: not a file written by `igpo plan --calibrate`: {error}") from None
+
+
+def write(machine: Machine, path: Path) -> None:
+    """Write a calibration file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(asdict(machine), indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,67 @@
+"""What a rank holds of each part of the model, counted once for each cut of a layer over tensor- and expert-parallel ranks.
+
+All layers of a supported model are alike, so one of them, built on the meta device, stands for any stage of any pipeline.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+
+from checkpoint_conversion.architectures import ModelShape
+from igpo_megatron.config.schema import Parallel
+from igpo_megatron.plan.types import PartSizes
+
+
+def count_parts(shape: ModelShape, tensor: int, expert: int) -> PartSizes:
+    """Parameters per rank of the embedding, a layer, its experts, and the head."""
+    return _count(_Key(shape, tensor, expert))
+
+
+class _Key:
+    """Hashable stand-in for (shape, tensor, expert): a shape may hold a dictionary."""
+
+    def __init__(self, shape: ModelShape, tensor: int, expert: int) -> None:
+        self.parts = (shape, tensor, expert)
+
+    def __hash__(self) -> int:
+        return hash(repr(self.parts))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Key) and self.parts == other.parts
+
+
+@lru_cache(maxsize=256)
+def _count(key: _Key) -> PartSizes:
+    from igpo_megatron.actor.meta import rank_parameters
+
+    shape, tensor, expert = key.parts
+    one_layer = replace(shape, num_layers=1)
+    layout = Parallel(tensor=tensor, expert=expert, sequence=tensor > 1)
+    sizes = dict(rank_parameters(one_layer, layout, world=max(tensor, expert)))
+    layer = {name: size for name, size in sizes.items() if ".layers." in name}
+    experts = {name: size for name, size in layer.items() if ".experts." in name}
+    embedding = sizes["embedding.word_embeddings.weight"]
+    return PartSizes(
+        embedding=embedding,
+        layer=sum(layer.values()) - sum(experts.values()),
+        layer_experts=sum(experts.values()),
+        final_norm=sizes["decoder.final_layernorm.weight"],
+        head=sizes.get("output_layer.weight", embedding),
+        largest=max(layer.values()),
+        tied=shape.tied,
+    )
+
+
+def total_parameters(shape: ModelShape) -> int:
+    """Of the whole model, the vocabulary padded as the trainer pads it."""
+    dense, experts = count_parts(shape, 1, 1).stage(shape.num_layers, first=True, last=True)
+    return dense + experts
+
+
+def active_parameters(shape: ModelShape) -> int:
+    """Parameters that one token passes through."""
+    parts = count_parts(shape, 1, 1)
+    share = shape.mixture.top_k / shape.mixture.num_experts if shape.mixture else 0.0
+    dense, experts = parts.stage(shape.num_layers, first=True, last=True)
+    return dense + round(experts * share)

@@ -1,0 +1,149 @@
+"""Seconds of a rollout on engines that decode many trajectories at once while others wait for their tools.
+
+Every trajectory alternates between sampling a turn and waiting for a tool. All that sample on one engine advance together, one token per
+decoding step, and a step of B of them takes `step_seconds(B)`: weights and keys read once, the FLOPs, and a fixed cost. The simulation
+runs on a clock of tokens, so that a change of B changes the clock's rate and nobody's remaining length.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from checkpoint_conversion.architectures import ModelShape
+from igpo_megatron.plan.machines import GIB
+from igpo_megatron.plan.parts import active_parameters, count_parts, total_parameters
+from igpo_megatron.plan.types import Engines, Machine, Workload
+from igpo_megatron.plan.workload import Draw, draw
+
+RESERVED = 3 * 2**30
+"""Bytes that an engine keeps on a GPU for activations, graphs and buffers."""
+
+MAX_SEQUENCES = 256
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutTimes:
+    """When trajectories end."""
+
+    seconds: float
+    """The last one."""
+
+    straggler: float
+    """Between the end of nine tenths of them and the last."""
+
+
+def simulate(trajectories: Sequence[Draw], concurrent: int, step_seconds: Callable[[int], float]) -> RolloutTimes:
+    """Run trajectories on one engine that takes `concurrent` of them at once; those that wait for a tool keep their place.
+
+    With one trajectory of n tokens and no tools this is exactly n * step_seconds(1).
+    """
+    waiting_room = list(range(len(trajectories)))[::-1]
+    turn = [0] * len(trajectories)
+    decoding: list[tuple[float, int]] = []  # (token clock at which the turn ends, trajectory)
+    waiting: list[tuple[float, int]] = []  # (time at which the tool answers, trajectory)
+    now, tokens = 0.0, 0.0
+    ends: list[float] = []
+    inside = 0
+    while waiting_room or decoding or waiting:
+        while waiting_room and inside < concurrent:
+            number = waiting_room.pop()
+            heapq.heappush(decoding, (tokens + trajectories[number].sampled[0], number))
+            inside += 1
+        pace = step_seconds(len(decoding)) if decoding else 0.0
+        turn_end = now + (decoding[0][0] - tokens) * pace if decoding else float("inf")
+        if waiting and waiting[0][0] < turn_end:
+            when, number = heapq.heappop(waiting)
+            tokens += (when - now) / pace if decoding else 0.0
+            now = when
+            heapq.heappush(decoding, (tokens + trajectories[number].sampled[turn[number]], number))
+            continue
+        now = turn_end
+        tokens, number = heapq.heappop(decoding)
+        one = trajectories[number]
+        if turn[number] < len(one.observed):
+            heapq.heappush(waiting, (now + one.waits[turn[number]], number))
+            turn[number] += 1
+        else:
+            ends.append(now)
+            inside -= 1
+    return RolloutTimes(now, now - ends[int(0.9 * (len(ends) - 1))])
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How fast one engine decodes: seconds of a step in which `batch` trajectories get a token each."""
+
+    weights: float
+    """Bytes that every step reads on each device."""
+
+    asleep: tuple[float, float]
+    """(bytes of all experts, chance that one token leaves an expert out): a small batch wakes only some of them."""
+
+    keys: float
+    """Bytes read for each trajectory, at the mean length."""
+
+    flops: float
+    """Of one token on each device."""
+
+    fixed: float
+    """Seconds of a step however small."""
+
+    machine: Machine
+
+    def __call__(self, batch: int) -> float:
+        expert_bytes, missed = self.asleep
+        read = self.weights - expert_bytes * missed**batch + batch * self.keys
+        flops = batch * self.flops
+        return max(read / self.machine.stream, flops / self.machine.matmul_rate(flops)) + self.fixed
+
+
+def pace_of(shape: ModelShape, machine: Machine, workload: Workload, tensor: int, dtype_bytes: int) -> Pace:
+    """The pace of an engine of `tensor` devices."""
+    mixture = shape.mixture
+    experts = shape.num_layers * count_parts(shape, 1, 1).layer_experts * dtype_bytes / tensor
+    return Pace(
+        weights=total_parameters(shape) * dtype_bytes / tensor,
+        asleep=(experts, 1 - mixture.top_k / mixture.num_experts) if mixture else (0.0, 0.0),
+        keys=_key_bytes(shape, tensor, dtype_bytes) * mean_tokens(workload) / 2,
+        flops=2.0 * active_parameters(shape) / tensor,
+        # Two small all-reduces in every layer, which engines do by kernels of their own.
+        fixed=machine.decode_call + (2 * shape.num_layers * machine.link_latency / 3 if tensor > 1 else 0.0),
+        machine=machine,
+    )
+
+
+def mean_tokens(workload: Workload) -> float:
+    """Of a trajectory at its end."""
+    trajectories = draw(workload)
+    return sum(one.tokens for one in trajectories) / len(trajectories)
+
+
+def _key_bytes(shape: ModelShape, tensor: int, dtype_bytes: int) -> float:
+    """Of one token's keys and values on each device; where there are fewer key heads than devices, each holds a copy."""
+    return 2.0 * shape.num_layers * max(1, shape.num_kv_heads // tensor) * shape.head_dim * dtype_bytes
+
+
+def serve(
+    shape: ModelShape, machine: Machine, workload: Workload, count: int, tensor: int, utilisation: float, dtype_bytes: int = 2
+) -> Engines | str:
+    """`count` engines of `tensor` devices each, or the reason why such an engine cannot run."""
+    weights = total_parameters(shape) * dtype_bytes / tensor
+    keys = _key_bytes(shape, tensor, dtype_bytes)
+    room = machine.memory * utilisation - weights - (RESERVED if machine.device == "cuda" else 0)
+    cache = int(room / keys)
+    if cache < workload.max_context:
+        return (
+            f"engine TP{tensor}: {weights / GIB:.1f} GiB of weights leave {max(room, 0) / GIB:.1f} GiB for keys and values, one "
+            f"trajectory of {workload.max_context} tokens needs {workload.max_context * keys / GIB:.1f} GiB; use larger engines"
+        )
+    concurrent = max(1, min(MAX_SEQUENCES, int(cache / mean_tokens(workload))))
+    share = draw(workload)[::count]
+    times = simulate(share, concurrent, pace_of(shape, machine, workload, tensor, dtype_bytes))
+    # Prompts (once for a group) and tool results are read in large batches, at the rate of training.
+    read = sum(one.prompt / workload.samples + sum(one.observed) for one in share)
+    flops = 2.0 * active_parameters(shape) / tensor * read
+    return Engines(
+        count, tensor, times.seconds + flops / machine.matmul_rate(flops), weights, cache, cache * keys, concurrent, times.straggler
+    )

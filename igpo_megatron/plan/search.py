@@ -1,0 +1,140 @@
+"""Try every layout and every split, keep what fits, rank by the time of a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from checkpoint_conversion.architectures import ModelShape
+from igpo_megatron.plan.layouts import schema_has, splits, train_layouts
+from igpo_megatron.plan.memory import fullest_stage
+from igpo_megatron.plan.parts import count_parts, total_parameters
+from igpo_megatron.plan.rollout_time import serve
+from igpo_megatron.plan.train_time import pass_time, update_time
+from igpo_megatron.plan.types import Engines, Estimate, Layout, Machine, Memory, Misfit, Row, Settings, Workload
+from igpo_megatron.plan.workload import shares_of
+
+HEADROOM = 0.92
+"""Share of a device's memory that a plan may fill: the rest is for the allocator's fragments, NCCL's buffers and the CUDA context."""
+
+UTILISATION = 0.85
+"""rollout.engine.gpu_memory_utilization of planned runs."""
+
+
+@dataclass(slots=True)
+class Plan:
+    """Everything the search found."""
+
+    model: str
+    shape: ModelShape
+    machine: Machine
+    workload: Workload
+    settings: Settings
+    gpus: int
+    fits: list[Estimate] = field(default_factory=list)
+    """By time of a step, the fastest first."""
+
+    misfits: list[Misfit] = field(default_factory=list)
+    """One for each cut of the model and each kind of engine that does not fit, the nearest miss."""
+
+    tried: int = 0
+
+
+def search(model: str, shape: ModelShape, machine: Machine, workload: Workload, gpus: int, settings: Settings, staleness: int = 0) -> Plan:
+    """Plan `gpus` devices. Raises ValueError for a number that cannot be used."""
+    _check(gpus, machine, workload, shape)
+    if staleness and not schema_has("rollout", "max_staleness"):
+        raise ValueError(f"--staleness {staleness}: this version's configuration has no rollout.max_staleness; plan with 0")
+    plan = Plan(model, shape, machine, workload, settings, gpus)
+    misses: dict[str, Misfit] = {}
+    for training in splits(gpus, machine.ranks_per_node):
+        engines = _best_engines(plan, gpus - training, misses)
+        if engines is None:
+            continue
+        sizes = (workload.max_context, 2 * workload.max_context)
+        for layout in train_layouts(shape, training, machine, sizes):
+            plan.tried += 1
+            found = estimate(plan, layout)
+            if isinstance(found, Misfit):
+                key = f"TP{layout.tensor} PP{layout.pipeline} EP{layout.expert}"
+                if key not in misses or found.peak < misses[key].peak:
+                    misses[key] = found
+                continue
+            plan.fits.append(_with_engines(plan, found, engines, staleness))
+    plan.fits.sort(key=lambda one: (one.step, one.peak))
+    fitting = {f"TP{one.layout.tensor} PP{one.layout.pipeline} EP{one.layout.expert}" for one in plan.fits}
+    plan.misfits = sorted((miss for key, miss in misses.items() if key not in fitting), key=lambda miss: miss.peak)
+    return plan
+
+
+def estimate(plan: Plan, layout: Layout) -> Estimate | Misfit:
+    """Memory and time of scoring and training under one layout."""
+    parts = count_parts(plan.shape, layout.tensor, layout.expert)
+    multiple = layout.tensor if layout.sequence else 1
+    shares = shares_of(plan.workload, layout.row_tokens, layout.data, multiple)
+    rows = len(shares[0])
+    largest = max(max((row.tokens for row in share), default=1) for share in shares)
+    # The longest trajectory that is allowed must fit, not only the longest that was drawn.
+    worst = Row(max(largest, plan.workload.max_context), 0.0, max(layout.row_tokens // 2, 1))
+    cuda = plan.machine.device == "cuda"
+    memory = fullest_stage(plan.shape, parts, layout, plan.settings, worst, rows, cuda=cuda)
+    limit = plan.machine.memory * HEADROOM
+    peak = sum(memory.values())
+    if peak > limit:
+        return Misfit(layout, _why(memory, limit, layout), peak)
+    forward = pass_time(plan.shape, layout, plan.settings, plan.machine, shares, backward=False)
+    times = {
+        "score": forward * (2 if plan.settings.reference else 1),
+        "train": pass_time(plan.shape, layout, plan.settings, plan.machine, shares, backward=True),
+        "update": update_time(parts, layout, plan.settings, plan.machine, rows),
+        "sync": total_parameters(plan.shape) * plan.settings.dtype_bytes / layout.pipeline / plan.machine.network,
+    }
+    return Estimate(layout, None, memory, times, sum(times.values()))
+
+
+def _with_engines(plan: Plan, found: Estimate, engines: Engines, staleness: int) -> Estimate:
+    """A step takes rollout and training in turn; with staleness k up to k rollouts overlap with training: max(T, (R + T) / (k + 1))."""
+    training = sum(found.train.values())
+    step = max(training, (engines.seconds + training) / (staleness + 1))
+    return Estimate(found.layout, engines, found.memory, found.train, step)
+
+
+def _best_engines(plan: Plan, gpus: int, misses: dict[str, Misfit]) -> Engines | None:
+    best: Engines | None = None
+    for tensor in (1, 2, 4, 8, 16):
+        if tensor > gpus or tensor > plan.machine.ranks_per_node or gpus % tensor or plan.shape.num_heads % tensor:
+            continue
+        found = _served(plan, gpus // tensor, tensor)
+        if isinstance(found, str):
+            misses.setdefault(f"engine TP{tensor}", Misfit(Layout(), found))
+        elif best is None or found.seconds < best.seconds:
+            best = found
+    return best
+
+
+def _served(plan: Plan, count: int, tensor: int) -> Engines | str:
+    return serve(plan.shape, plan.machine, plan.workload, count, tensor, UTILISATION, plan.settings.dtype_bytes)
+
+
+def _why(memory: Memory, limit: float, layout: Layout) -> str:
+    gib = 2**30
+    name, size = max(memory.items(), key=lambda item: item[1])
+    total = sum(memory.values())
+    advice = {
+        "activations": "recompute more, cut rows, or raise TP" if layout.recompute != "full" else "raise TP or cut packing.row_tokens",
+        "optimizer": "use more ranks, so that its state is shared by more",
+        "working set": "raise TP, which cuts vocabulary and layers",
+    }.get(name, "raise TP or PP (of experts: EP), which share the weights")
+    others = ", ".join(f"{term} {value / gib:.1f}" for term, value in sorted(memory.items(), key=lambda item: -item[1])[1:4])
+    return f"needs {total / gib:.1f} GiB of {limit / gib:.1f}: {name} {size / gib:.1f} GiB ({others}); {advice}"
+
+
+def _check(gpus: int, machine: Machine, workload: Workload, shape: ModelShape) -> None:
+    if gpus < 2:
+        raise ValueError(f"--gpus {gpus}: training and rollouts need a device each; use 2 or more")
+    if gpus > machine.ranks_per_node and gpus % machine.ranks_per_node:
+        below = gpus // machine.ranks_per_node * machine.ranks_per_node
+        raise ValueError(
+            f"--gpus {gpus}: several machines of {machine.ranks_per_node} must be whole; use {below} or {below + machine.ranks_per_node}"
+        )
+    if workload.max_context > shape.max_positions:
+        raise ValueError(f"--max-context {workload.max_context}: the model has {shape.max_positions} positions; use at most that")

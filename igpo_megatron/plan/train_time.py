@@ -1,0 +1,163 @@
+"""Seconds of scoring and training a step's rows, from FLOPs, bytes moved and the pipeline's shape.
+
+A stage's time per row is the sum of its matmuls, attention, elementwise traffic, collectives inside the tensor-parallel group and the
+fixed cost of each operation. A pipeline of p stages in v chunks each takes (rows + (p - 1) / v) times its slowest stage. Where ranks
+share cores, the step takes no less than all ranks' work over the cores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from checkpoint_conversion.architectures import ModelShape
+from igpo_megatron.plan.memory import layer_activations
+from igpo_megatron.plan.types import Layout, Machine, PartSizes, Row, Settings
+
+FORWARD_OPS, BACKWARD_OPS = 110, 190
+"""Operations of one layer, counted in a profile of Megatron's local layers."""
+
+ROW_OPS = 150
+"""Operations around the layers: embedding, head, loss, schedule."""
+
+FORWARD_TRAFFIC, BACKWARD_TRAFFIC = 2.5, 6.0
+"""Bytes that elementwise operations move for each byte a layer saves: most are written once and read twice; backward also reads and
+writes as many gradients, and frees memory that the next row must be given again."""
+
+HEAD_FORWARD, HEAD_BACKWARD = 10, 18
+"""Bytes moved per byte of logits; an exponential counts as several passes."""
+
+GRADIENT_TRAFFIC = 24
+"""Bytes moved per parameter and row: a gradient is cleared, written, read and added to its fp32 sum."""
+
+ADAM_TRAFFIC = 80
+"""Bytes moved per parameter by the norm, the clip and Adam without fusion."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowTime:
+    """One stage's seconds for one row: `own` keeps the core busy, `waiting` is the network's."""
+
+    own: float
+    waiting: float
+
+    @property
+    def total(self) -> float:
+        return self.own + self.waiting
+
+
+def row_time(shape: ModelShape, layout: Layout, settings: Settings, machine: Machine, row: Row, stage: int, *, backward: bool) -> RowTime:
+    """Forward pass (and backward, with its recomputation) of one row on one stage."""
+    layers = layout.stages[stage]
+    tokens, tensor = row.tokens / layout.context, layout.tensor
+    query, key = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    widths = [(shape.hidden_size, query + 2 * key), (query, shape.hidden_size)]
+    routed = shape.mixture.top_k if shape.mixture else 1
+    ffn = shape.mixture.ffn_size if shape.mixture else shape.ffn_size
+    widths += [(shape.hidden_size, 2 * ffn), (ffn, shape.hidden_size)]
+    matmul = 0.0
+    for number, (inner, outer) in enumerate(widths):
+        flops = 2.0 * tokens * inner * outer / tensor * (routed if number > 1 else 1)
+        # Experts share a row's tokens, so each call is smaller than their sum.
+        calls = max(1, shape.mixture.num_experts // layout.expert) if shape.mixture and number > 1 else 1
+        matmul += flops / machine.matmul_rate(flops / calls)
+    attention = 4.0 * query / tensor / layout.context * row.pairs / machine.attention
+    saved = layer_activations(shape, layout, row.tokens, settings, fused_norm=machine.device == "cuda")
+    forward = matmul + attention + FORWARD_TRAFFIC * saved / machine.stream + FORWARD_OPS * machine.call
+    own = layers * forward
+    if backward:
+        again = {"none": 0.0, "selective": attention, "full": forward}[layout.recompute]
+        per_layer = 2 * matmul + 2.5 * attention + BACKWARD_TRAFFIC * saved / machine.stream + BACKWARD_OPS * machine.call
+        own += layers * (per_layer + again)
+    if stage == layout.pipeline - 1:
+        flops = 2.0 * row.targets / layout.context * shape.hidden_size * shape.vocab_size / tensor
+        chunks = 4.0 * row.targets * shape.vocab_size / tensor  # bytes of all logits, which pass through memory in chunks
+        # Forward; backward computes the logits again, then both gradients.
+        own += (
+            flops * (4 if backward else 1) / machine.matmul_rate(flops)
+            + chunks * (HEAD_FORWARD + backward * HEAD_BACKWARD) / machine.stream
+        )
+    own += ROW_OPS * machine.call * (2.5 if backward else 1) * layout.virtual
+    crowd = machine.crowd if layout.ranks > 1 else 1.0
+    return RowTime(own * crowd, layers * _collectives(shape, layout, settings, machine, tokens, backward=backward))
+
+
+def _collectives(shape: ModelShape, layout: Layout, settings: Settings, machine: Machine, tokens: float, *, backward: bool) -> float:
+    """Seconds of a layer's collectives: two all-reduces (or their two halves) each way, and the exchange of tokens for experts."""
+    seconds = 0.0
+    size = tokens * shape.hidden_size * settings.dtype_bytes
+    again = 1 if layout.recompute == "full" else 0
+    if layout.tensor > 1:
+        volume = 2 * (layout.tensor - 1) / layout.tensor * size
+        calls = 2 * (1 + again) + (2 if backward else 0)
+        seconds += calls * (volume / machine.link + machine.link_latency * (2 if layout.sequence else 1))
+        if layout.sequence and backward:
+            seconds += 2 * (volume / 2 / machine.link + machine.link_latency)  # inputs gathered again for the weights' gradients
+    if shape.mixture and layout.expert > 1:
+        rate, latency = _reach(machine, layout.expert * layout.pipeline)
+        volume = size / layout.tensor * shape.mixture.top_k * (layout.expert - 1) / layout.expert
+        seconds += 2 * (1 + again + backward) * (volume / rate + latency)
+    if layout.context > 1:
+        rate, latency = _reach(machine, layout.tensor * layout.context)
+        keys = 2.0 * tokens * shape.num_kv_heads * shape.head_dim / layout.tensor * settings.dtype_bytes * (layout.context - 1)
+        seconds += (1 + again + 2 * backward) * (keys / rate + latency)
+    return seconds
+
+
+def _reach(machine: Machine, ranks: int) -> tuple[float, float]:
+    """(bytes/s, latency) among `ranks` neighbours: within a machine, or across where they do not fit on one."""
+    if ranks <= machine.ranks_per_node:
+        return machine.link, machine.link_latency
+    return machine.network, machine.network_latency
+
+
+def pass_time(
+    shape: ModelShape, layout: Layout, settings: Settings, machine: Machine, shares: Sequence[Sequence[Row]], *, backward: bool
+) -> float:
+    """Seconds of one pass over the rows; `shares` are the rows of each data-parallel rank."""
+    slowest, work = 0.0, 0.0
+    rate, latency = _reach(machine, layout.ranks)
+    # Stages with as many layers take the same time, unless they hold the head.
+    kinds = {(layers, stage == layout.pipeline - 1): stage for stage, layers in enumerate(layout.stages)}
+    # Where every rank has a device of its own, the data-parallel rank with most tokens decides.
+    busy = shares if machine.cores else [max(shares, key=lambda rows: sum(row.tokens for row in rows))]
+    for rows in busy:
+        times = {
+            kind: [row_time(shape, layout, settings, machine, row, stage, backward=backward) for row in rows]
+            for kind, stage in kinds.items()
+        }
+        busiest = max(sum(time.total for time in of_kind) for of_kind in times.values())
+        longest = max(max((time.total for time in of_kind), default=0.0) for of_kind in times.values())
+        hand_over = 0.0
+        if layout.pipeline > 1:
+            mean = sum(row.tokens for row in rows) / max(1, len(rows))
+            size = mean * shape.hidden_size * settings.dtype_bytes / (layout.tensor if layout.sequence else 1) / layout.context
+            hand_over = (2 if backward else 1) * layout.virtual * (len(rows) + layout.pipeline - 1) * (size / rate + latency)
+        bubble = (layout.pipeline - 1) / layout.virtual * longest
+        slowest = max(slowest, busiest + bubble + hand_over)
+        for stage, layers in enumerate(layout.stages):
+            work += layout.tensor * layout.context * sum(time.own for time in times[layers, stage == layout.pipeline - 1])
+    if machine.cores is None:
+        return slowest
+    return max(slowest, work / machine.cores)
+
+
+def update_time(parts: PartSizes, layout: Layout, settings: Settings, machine: Machine, rows: int) -> float:
+    """Seconds of reducing gradients, the optimizer and gathering weights, on the stage that holds most."""
+    copies = layout.data * layout.context
+    seconds = 0.0
+    for stage in range(layout.pipeline):
+        dense, experts = parts.stage(layout.stages[stage], first=stage == 0, last=stage == layout.pipeline - 1)
+        held = dense + experts
+        expert_copies = max(1, layout.tensor * copies // layout.expert)
+        shard = dense / copies + experts / expert_copies if settings.distributed_optimizer else held
+        # Each row adds its gradients to the fp32 sums; zeroing them comes once.
+        local = (held * (4 + GRADIENT_TRAFFIC * rows) + shard * ADAM_TRAFFIC) / machine.stream
+        crowd = 1.0 if machine.cores is None or layout.ranks == 1 else machine.crowd * max(1.0, layout.ranks / machine.cores)
+        exchange = 0.0
+        if copies > 1:
+            rate, latency = _reach(machine, layout.ranks)
+            volume = (copies - 1) / copies * held * (4 + settings.dtype_bytes)
+            exchange = volume / rate + 2 * latency
+        seconds = max(seconds, local * crowd + exchange)
+    return seconds

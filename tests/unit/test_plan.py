@@ -1,0 +1,222 @@
+"""`igpo plan` end to end: what is tried, ranked, refused and written, and the examples that it made."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
+from typer.testing import CliRunner
+
+from igpo_megatron.cli import app
+from igpo_megatron.config.check import check
+from igpo_megatron.config.load import load
+from igpo_megatron.plan import machines
+from igpo_megatron.plan.command import plan_run
+from igpo_megatron.plan.layouts import schema_has, splits, stages_of, train_layouts
+from igpo_megatron.plan.machines import GIB, gpu
+from igpo_megatron.plan.model_shape import KNOWN, find_shape
+from igpo_megatron.plan.rollout_time import serve
+from igpo_megatron.plan.search import HEADROOM, search
+from igpo_megatron.plan.train_time import pass_time, row_time
+from igpo_megatron.plan.types import Layout, Row, Settings, Workload
+
+SIZES = Path(__file__).resolve().parents[2] / "examples" / "sizes"
+WORLD = {
+    "qwen2.5_1.5b": 8,
+    "qwen2.5_7b": 8,
+    "qwen2.5_14b": 16,
+    "qwen2.5_32b": 32,
+    "qwen2.5_72b": 64,
+    "qwen3_30b_a3b": 32,
+    "qwen3_235b_a22b": 128,
+}
+SMALL = Workload(prompts=8, samples=4, max_context=8192)
+
+
+def planned(model: str, gpus: int, name: str = "h100", workload: Workload = SMALL):
+    return search(model, find_shape(model)[1], gpu(name), workload, gpus, Settings())
+
+
+def fake_folder(folder: Path, model: str) -> Path:
+    """What the checks look at of a model's folder."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(KNOWN[model]), encoding="utf-8")
+    for name in ("model.safetensors", "tokenizer.json"):
+        (folder / name).touch()
+    return folder
+
+
+def test_plans_are_ranked_by_time_and_fit_their_machine():
+    plan = planned("Qwen2.5-7B", 8)
+    assert plan.fits and [one.step for one in plan.fits] == sorted(one.step for one in plan.fits)
+    assert all(one.peak <= HEADROOM * plan.machine.memory for one in plan.fits)
+    assert all(one.layout.ranks + one.engines.count * one.engines.tensor == 8 for one in plan.fits)
+    assert {one.layout.ranks for one in plan.fits} == {3, 4, 5, 6, 7}  # two cannot hold gradients and optimizer
+
+
+def test_more_devices_and_faster_ones_take_less_time():
+    eight = planned("Qwen2.5-7B", 8).fits[0].step
+    assert planned("Qwen2.5-7B", 16).fits[0].step < eight < planned("Qwen2.5-7B", 8, "a100").fits[0].step
+
+
+def test_what_does_not_fit_says_what_it_needs_and_what_to_change():
+    plan = planned("Qwen2.5-72B", 8)
+    assert plan.fits == []
+    reasons = [miss.reason for miss in plan.misfits]
+    assert any("GiB of weights leave 0.0 GiB for keys and values" in reason and "use larger engines" in reason for reason in reasons)
+    assert any("needs" in reason and f"GiB of {HEADROOM * plan.machine.memory / GIB:.1f}" in reason and ";" in reason for reason in reasons)
+    text = Console(record=True, width=200, file=open("/dev/null", "w"))  # noqa: SIM115
+    assert plan_run("Qwen2.5-72B", 8, workload=SMALL, console=text) == 1
+    assert "does not fit" in text.export_text()
+
+
+def test_recomputation_takes_longer_and_holds_less():
+    by_recompute = {}
+    for one in planned("Qwen2.5-1.5B", 8).fits:
+        key = (one.layout.tensor, one.layout.pipeline, one.layout.virtual, one.layout.data, one.layout.row_tokens)
+        by_recompute.setdefault(key, {})[one.layout.recompute] = one
+    both = [found for found in by_recompute.values() if {"none", "full"} <= found.keys()]
+    assert both
+    for found in both:
+        assert found["full"].train["train"] > found["none"].train["train"]
+        assert found["full"].peak <= found["none"].peak
+    assert any(found["full"].peak < 0.8 * found["none"].peak for found in both)
+
+
+@pytest.mark.parametrize(("rows", "pipeline", "virtual"), [(4, 2, 1), (8, 4, 1), (8, 4, 2), (1, 4, 1)])
+def test_a_pipelines_bubble_is_its_depth_less_one_over_the_chunks(rows, pipeline, virtual):
+    # 28 layers and no head to speak of: stages take the same time, so a pass takes rows + (p - 1) / v of them.
+    shape = replace(find_shape("Qwen2.5-7B")[1], vocab_size=1)
+    machine = replace(gpu("h100"), link=1e30, network=1e30, link_latency=0.0, network_latency=0.0, call=0.0)
+    layout = Layout(pipeline=pipeline, virtual=virtual, stages=(28 // pipeline,) * pipeline)
+    row = Row(4096, 4096**2 / 2, 0)
+    one = row_time(shape, layout, Settings(), machine, row, 0, backward=True).total
+    whole = pass_time(shape, layout, Settings(), machine, [[row] * rows], backward=True)
+    assert whole == pytest.approx(one * (rows + (pipeline - 1) / virtual))
+
+
+def test_ranks_that_share_cores_wait_for_one_another():
+    shape = find_shape("Qwen2.5-1.5B")[1]
+    machine = replace(gpu("h100"), device="cpu", cores=2, call=0.0)
+    shares = [[Row(512, 512**2 / 2, 100)] for _ in range(4)]
+    layout = Layout(data=4, stages=(28,))
+    alone = pass_time(shape, layout, Settings(), replace(machine, cores=4), shares, backward=True)
+    assert pass_time(shape, layout, Settings(), machine, shares, backward=True) == pytest.approx(2 * alone)
+
+
+@pytest.mark.parametrize(
+    ("layers", "pipeline", "virtual", "expected"),
+    [(28, 4, 1, (7, 7, 7, 7)), (28, 4, 2, None), (94, 2, 1, (47, 47)), (94, 4, 1, (23, 24, 24, 23)), (28, 1, 1, (28,))],
+)
+def test_layers_are_shared_as_the_trainer_can(layers, pipeline, virtual, expected):
+    assert stages_of(layers, pipeline, virtual) == expected
+
+
+@pytest.mark.parametrize(("model", "ranks"), [("Qwen2.5-7B", 12), ("Qwen3-30B-A3B", 16), ("Qwen3-235B-A22B", 64), ("Mixtral-8x7B", 24)])
+def test_the_trainer_accepts_every_layout_that_is_tried(model, ranks, tmp_path):
+    folder = fake_folder(tmp_path, model)
+    shape = find_shape(model)[1]
+    layouts = list(train_layouts(shape, ranks, gpu("h100"), (8192,)))
+    assert any(layout.pipeline > 1 and layout.tensor > 1 for layout in layouts)
+    assert any(layout.expert > 1 for layout in layouts) == (shape.mixture is not None)
+    for layout in layouts:
+        if layout.recompute != "none":
+            continue
+        settings = {"tensor": layout.tensor, "pipeline": layout.pipeline, "virtual_pipeline": layout.virtual, "expert": layout.expert}
+        settings |= {"data": layout.data, "sequence": str(layout.sequence).lower()}
+        if layout.context > 1:
+            settings["context"] = layout.context
+        if len(set(layout.stages)) > 1:
+            settings |= {"first_stage_layers": layout.stages[0], "last_stage_layers": layout.stages[-1]}
+        config = load(SIZES / "qwen2.5_7b.yaml", [f"model.path={folder}", *(f"parallel.{key}={value}" for key, value in settings.items())])
+        problems = [
+            problem for problem in check(config, world_size=ranks) if problem.startswith(("parallel", "model.vocab")) or "ranks" in problem
+        ]
+        assert [problem for problem in problems if "overlaps" not in problem] == [], layout
+
+
+def test_context_parallelism_is_tried_where_the_configuration_knows_it():
+    layouts = train_layouts(find_shape("Qwen2.5-7B")[1], 8, gpu("h100"), (8192,))
+    assert any(layout.context > 1 for layout in layouts) == schema_has("parallel", "context")
+
+
+def test_devices_are_split_singly_on_one_machine_and_by_machines_on_several():
+    assert splits(4, 8) == [1, 2, 3] and splits(24, 8) == [8, 16]
+    assert len(splits(4096, 8)) <= 16
+
+
+def test_an_engine_needs_room_for_one_whole_trajectory():
+    shape, workload = find_shape("Qwen2.5-32B")[1], Workload(prompts=2, samples=2)
+    assert "61.0 GiB of weights" in str(serve(shape, gpu("h100"), workload, 1, 1, 0.85))
+    two = serve(shape, gpu("h100"), workload, 1, 2, 0.85)
+    room = gpu("h100").memory * 0.85 - 3 * GIB - 32.76e9
+    assert two.cache_tokens == pytest.approx(room / (2 * 64 * 4 * 128 * 2), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--model", "Qwen2.5-71B", "--gpus", "8"], "did you mean Qwen2.5-7"),
+        (["--model", "GPT-9", "--gpus", "8"], "neither a folder nor a known name"),
+        (["--model", "Qwen2.5-7B", "--gpus", "12"], "must be whole; use 8 or 16"),
+        (["--model", "Qwen2.5-7B", "--gpus", "1"], "use 2 or more"),
+        (["--model", "Qwen2.5-7B", "--gpus", "8", "--gpu", "h1000"], "did you mean h100"),
+        (["--model", "Qwen2.5-7B", "--gpus", "8", "--max-context", "99999999"], None),
+        (["--model", "Qwen2.5-7B", "--gpus", "8", "--calibration", "missing.json"], "not a file written by"),
+        (["--gpus", "8"], "needs --model and --gpus"),
+    ],
+)
+def test_bad_input_gets_one_sentence(arguments, problem):
+    result = CliRunner().invoke(app, ["plan", *arguments])
+    if problem is None:  # cut to what the model can do
+        assert result.exit_code == 0
+    else:
+        assert result.exit_code == 2 and problem in result.output
+
+
+def test_a_calibration_comes_back_as_it_was_written(tmp_path):
+    machine = replace(gpu("h200"), name="measured", source="measured")
+    machines.write(machine, tmp_path / "machine.json")
+    assert machines.read(tmp_path / "machine.json") == machine
+    (tmp_path / "other.json").write_text('{"name": "x"}')
+    with pytest.raises(ValueError, match="expected the keys"):
+        machines.read(tmp_path / "other.json")
+
+
+def test_a_measured_cpu_gets_a_plan_that_its_checks_accept(tmp_path):
+    machine = replace(gpu("h100"), name="cpu", device="cpu", memory=8e9, cores=2, crowd=1.1, ranks_per_node=64, source="measured")
+    machines.write(machine, tmp_path / "machine.json")
+    model = fake_folder(tmp_path / "model", "Qwen2.5-0.5B")
+    workload = Workload(prompts=2, samples=2, max_context=4096)
+    arguments = {"calibration": tmp_path / "machine.json", "out": tmp_path / "run.yaml", "workload": workload, "reference": False}
+    assert plan_run(str(model), 3, **arguments, console=Console(quiet=True)) == 0
+    config = load(tmp_path / "run.yaml")
+    assert (config.run.device, config.model.dtype, config.loss.kl_coef) == ("cpu", "fp32", 0.0)
+    assert config.rollout.engine.kv_cache_mib >= 64 and config.rollout.engine.gpu_ids == ()
+    ranks = config.parallel.tensor * config.parallel.pipeline * config.parallel.data
+    assert all("no such file" in problem for problem in check(config, world_size=ranks))
+
+
+def test_a_matmuls_rate_lies_between_its_neighbours():
+    machine = replace(gpu("h100"), matmul=((1e6, 10.0), (1e8, 30.0)))
+    assert [machine.matmul_rate(flops) for flops in (1e3, 1e6, 1e7, 1e8, 1e12)] == pytest.approx([10, 10, 20, 30, 30])
+
+
+@pytest.mark.parametrize("name", WORLD)
+def test_every_example_by_size_passes_the_checks_for_its_ranks(name, tmp_path):
+    path = SIZES / f"{name}.yaml"
+    model = yaml.safe_load(path.read_text())["model"]["path"].removeprefix("models/").removesuffix("-Instruct")
+    config = load(path, [f"model.path={fake_folder(tmp_path, model)}"])
+    layout, engine = config.parallel, config.rollout.engine
+    ranks = layout.tensor * layout.pipeline * layout.data * getattr(layout, "context", 1)
+    assert ranks + engine.count * engine.tensor == WORLD[name]
+    assert all("no such file" in problem for problem in check(config, world_size=ranks, local_world_size=min(ranks, 8)))
+
+
+def test_a_written_plan_is_the_example_that_is_committed(tmp_path):
+    import plan_examples
+
+    plan_examples.main(only="7b", folder=tmp_path)
+    assert (tmp_path / "qwen2.5_7b.yaml").read_text() == (SIZES / "qwen2.5_7b.yaml").read_text()
