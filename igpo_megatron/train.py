@@ -7,6 +7,7 @@ The main rank talks to engines, files and people; all ranks score and train. The
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -29,6 +30,7 @@ from igpo_megatron.config.load import ConfigError, load
 from igpo_megatron.config.schema import Config, PolicyLoss
 from igpo_megatron.data.prompts import PromptStream
 from igpo_megatron.learn import assign_advantages, score_tokens, update
+from igpo_megatron.leftovers import end_with_parent
 from igpo_megatron.observability.metrics import logprob_gap, rollout_metrics
 from igpo_megatron.observability.rollout_dump import read_rollouts, write_rollouts
 from igpo_megatron.observability.tracker import Tracker
@@ -107,6 +109,8 @@ def train(config: Config, policy: Policy, side: Side, tracker: Tracker, first_st
             with tracker.phase("checkpoint"):
                 state = parallel.broadcast({"prompts": side.queue.state() if side.queue else None} if main else None)
                 checkpoint.save(policy, side.folder.checkpoints, step, state, config.checkpoint.keep)
+        if config.run.stop_after == "none":
+            checkpoint.finish(policy, wait=last)
         tracker.log(step, {})
 
 
@@ -258,19 +262,47 @@ def main(arguments: Sequence[str]) -> int:
     if not arguments:
         sys.stderr.write("usage: python -m igpo_megatron.train CONFIG.yaml [section.key=value ...]\n")
         return 2
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()  # torchrun's agent: without it nobody would notice how this rank ends
     try:
         config = load(arguments[0], arguments[1:])
         require(config, int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         run(config)
     except (ConfigError, ValueError) as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            sys.stderr.write(f"error: {error}\n")
+        _say(f"error: {error}\n", str(error))
         return 2
     except RunStopped as stop:
-        if int(os.environ.get("RANK", 0)) == 0:
-            sys.stderr.write(f"stopped: {stop}\nthe same command resumes from the last checkpoint\n")
+        _say(f"stopped: {stop}\nthe same command resumes from the last checkpoint\n", str(stop))
         return 1
+    except RuntimeError as error:
+        if not is_lost_peer(error):
+            raise
+        rank = os.environ.get("RANK", "0")
+        _leave_message(f"rank {rank} lost its connection to another rank")
+        sys.stderr.write(f"rank {rank} lost its connection to another rank\n")
+        sys.stderr.flush()
+        os._exit(1)  # the groups are unusable, and leaving them in order would wait for the lost rank
     return 0
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """A collective failed because a rank at its other end is gone."""
+    text = str(error)
+    return any(words in text for words in ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited"))
+
+
+def _say(text: str, sentence: str) -> None:
+    """What ends the run is said once, by rank 0, and kept for the launcher, which may be on another machine."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        sys.stderr.write(text)
+    _leave_message(sentence)
+
+
+def _leave_message(sentence: str) -> None:
+    """Where torchrun's agent looks for the reason of a rank's end."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        Path(path).write_text(json.dumps({"message": sentence, "timestamp": int(time.time())}), encoding="utf-8")
 
 
 if __name__ == "__main__":
