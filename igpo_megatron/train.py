@@ -39,6 +39,7 @@ from igpo_megatron.rollout_queue import RolloutQueue, staleness_metrics
 from igpo_megatron.run import RunFolder, claim, open_folder
 from igpo_megatron.summary import finish
 from igpo_megatron.types import Prompt, RolloutGroup, RunStopped
+from igpo_megatron.waits import ROLLOUTS, recording, waiting
 
 if TYPE_CHECKING:
     from igpo_megatron.actor.policy import Policy
@@ -123,7 +124,8 @@ def collect(config: Config, side: Side, step: int) -> list[RolloutGroup]:
                 score(group, config.reward, PROTOCOLS[config.rollout.protocol])
     else:
         assert side.queue is not None
-        groups = side.queue.take(step)
+        with waiting(f"the rollouts of step {step}", on=ROLLOUTS, deadline_s=config.parallel.timeout_s):
+            groups = side.queue.take(step)
     if isinstance(config.loss, PolicyLoss) and ADVANTAGES[config.advantage.name].needs_probes:
         assert side.chat is not None
         for group in groups:
@@ -142,7 +144,9 @@ def sync_weights(policy: Policy, side: Side, version: int) -> dict[str, float]:
 
     def compare() -> dict[str, float]:
         assert side.engines is not None
-        served = [scores[1:] for scores in side.engines.score_on_each(canary.context(1))]
+        with waiting(f"the canary of version {version}", on="the engines", deadline_s=config.parallel.timeout_s):
+            answers = side.engines.score_on_each(canary.context(1))
+        served = [scores[1:] for scores in answers]
         return {"canary_gap": weight_sync.check_canary(expected, served, config.sync.max_gap, version)}
 
     return parallel.on_main(policy.ranks, compare) or {}
@@ -210,7 +214,8 @@ def open_side(config: Config, folder: RunFolder, stack: ExitStack, tracker: Trac
     search = make_client(config.search)
     tools = make_tools(config, side.chat.count_tokens)
     tracker.progress("starting rollout engines")
-    side.engines = stack.enter_context(EnginePool(config))
+    with waiting("the engines to start", on="Ray and vLLM"):
+        side.engines = stack.enter_context(EnginePool(config))
     probes_of = partial(rendered_probes, render_probe=side.chat.render_probe, config=config.reward) if engine_scores(config) else None
     side.rollouter = stack.enter_context(
         Rollouter(side.engines, search, side.chat, config.rollout, seed=config.run.seed, probes_of=probes_of, tools=tools)
@@ -229,6 +234,7 @@ def run(config: Config) -> None:
     saved = parallel.broadcast(checkpoint.complete(folder.checkpoints) if ranks.is_main else None)
     resumed = int(saved[-1].name.removeprefix("step_")) if saved else 0
     with ExitStack() as stack:
+        stack.enter_context(recording(f"rank {ranks.rank}", folder.root / "waits"))
         tracker = stack.enter_context(
             Tracker(
                 folder.root, config.track, name=config.run.name, total_steps=config.run.steps, resumed_step=resumed, quiet=not ranks.is_main

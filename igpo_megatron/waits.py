@@ -1,14 +1,16 @@
 """Named waits: who waits for whom, since when, and a record of it when a wait lasts too long.
 
-    with waiting("the rollouts of step 3", on="engines", deadline_s=1800): ...
+    rank 1 ──"what the main rank has to say"──> rank 0 ──"the rollouts of step 3"──> the rollouts ──"turn 2 of ..."──> an engine
+
+    with waiting("the rollouts of step 3", on=ROLLOUTS, deadline_s=1800): ...
 
 A thread looks at the waits once a second. One that lasts is posted in the run's folder, where the other ranks' records find it; one that
 passes its deadline writes a record, names the culprit in one sentence and ends the wait by an exception, or, where nothing can be
 interrupted, the process. SIGUSR1 writes the record without ending anything.
 
     runs/NAME/waits/
-        rank_00000.json              what this rank waits for now, if it has for some seconds
-        record_rank_00000_1.txt      the sentence, the graph of all ranks' waits, the stacks of this rank's threads
+        rank_0.json                  what this rank waits for now, if it has for some seconds
+        record_rank_0_1.txt          the sentence, the graph of all ranks' waits, the stacks of this rank's threads
 """
 
 from __future__ import annotations
@@ -22,12 +24,15 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from igpo_megatron.types import RunStopped
+
+ROLLOUTS = "the rollouts"
+"""Trajectories wait under this name, and the main rank waits on it."""
 
 _LOOK_S = 1.0
 _POSTED_AFTER_S = 5.0
@@ -74,18 +79,21 @@ def culprit(waits: Sequence[Wait], start: Wait) -> str:
     return f"a circle: {' waits for '.join([*chain[chain.index(on) :], on])}"
 
 
+def oldest(waits: Iterable[Wait]) -> list[Wait]:
+    """Of the waits of the same on the same, the one that has lasted longest: hundreds of requests make one edge."""
+    edges: dict[tuple[str, str], Wait] = {}
+    for wait in sorted(waits, key=lambda wait: wait.since):
+        edges.setdefault((wait.who, wait.on), wait)
+    return list(edges.values())
+
+
 @dataclass(slots=True)
 class _Open:
     wait: Wait
     began: float
     deadline_s: float | None
     thread: int
-    on: Callable[[], str] | None = None
     expired: WaitExpired | None = None
-
-    def now(self) -> Wait:
-        """With whom it waits for at this moment."""
-        return Wait(self.wait.who, self.wait.what, self.on(), self.wait.since) if self.on else self.wait
 
 
 class Recorder:
@@ -98,17 +106,13 @@ class Recorder:
         self._numbers, self._records = itertools.count(), itertools.count(1)
         self._closed = threading.Event()
         self._posted = False
-        folder.mkdir(parents=True, exist_ok=True)
-        self._post([])
         self._thread = threading.Thread(target=self._look, daemon=True)
         self._thread.start()
 
     @contextlib.contextmanager
-    def waiting(self, what: str, on: str | Callable[[], str], deadline_s: float | None) -> Iterator[None]:
+    def waiting(self, what: str, on: str, deadline_s: float | None = None, who: str | None = None) -> Iterator[None]:
         number = next(self._numbers)
-        first = on if isinstance(on, str) else ""
-        wait = Wait(self._who, what, first, time.time())
-        entry = _Open(wait, time.monotonic(), deadline_s, threading.get_ident(), None if isinstance(on, str) else on)
+        entry = _Open(Wait(who or self._who, what, on, time.time()), time.monotonic(), deadline_s, threading.get_ident())
         self._open[number] = entry
         try:
             yield
@@ -120,11 +124,12 @@ class Recorder:
     def record(self, start: Wait | None = None) -> str:
         """Write the record; its sentence. `start`: the wait that expired, otherwise this process's oldest."""
         now = time.time()
-        own = [entry.now() for entry in list(self._open.values())]
+        own = oldest([entry.wait for entry in list(self._open.values())])
         waits = [*own, *self._others()]
-        start = start or min(own, key=lambda wait: wait.since, default=None)
+        start = start or min((wait for wait in own if wait.who == self._who), key=lambda wait: wait.since, default=None)
         idle = f"{self._who} waits for nobody"
         sentence = f"{start.sentence(now)}; held up by {culprit(waits, start)}" if start else idle
+        self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"record_{self._file}_{next(self._records)}.txt"
         with path.open("w", encoding="utf-8") as file:
             file.write(f"{sentence}\n\nwho waits for whom:\n")
@@ -151,14 +156,14 @@ class Recorder:
         while not self._closed.wait(self._look_s):
             now = time.monotonic()
             entries = list(self._open.values())
-            self._post([entry.now() for entry in entries if now - entry.began > self._posted_after_s])
+            self._post(oldest([entry.wait for entry in entries if now - entry.began > self._posted_after_s]))
             for entry in entries:
                 if entry.deadline_s is None or now - entry.began < entry.deadline_s:
                     continue
                 if now - entry.began > entry.deadline_s + _UNINTERRUPTED_S:
                     os._exit(1)
                 if entry.expired is None:
-                    sentence = self.record(entry.now())
+                    sentence = self.record(entry.wait)
                     entry.expired = WaitExpired(sentence)
                     sys.stderr.write(f"{sentence}\n")
                     main = threading.main_thread().ident
@@ -173,6 +178,7 @@ class Recorder:
         if not waits:
             path.unlink(missing_ok=True)
             return
+        self._folder.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps([asdict(wait) for wait in waits]), encoding="utf-8")
         partial.rename(path)
@@ -209,12 +215,12 @@ def recording(who: str, folder: Path) -> Iterator[Recorder]:
 
 
 @contextlib.contextmanager
-def waiting(what: str, on: str | Callable[[], str], deadline_s: float | None = None) -> Iterator[None]:
-    """Name a wait. `on` may be a function, asked when it matters. Raises WaitExpired once `deadline_s` have passed."""
+def waiting(what: str, on: str, deadline_s: float | None = None, who: str | None = None) -> Iterator[None]:
+    """Name a wait; `who` waits, by default this process. Raises WaitExpired once `deadline_s` have passed."""
     if _recorder is None:
         yield
         return
-    with _recorder.waiting(what, on, deadline_s):
+    with _recorder.waiting(what, on, deadline_s, who):
         yield
 
 

@@ -57,8 +57,8 @@ MAY_IMPORT = {
     "kernels": set(),
     "packing": {"types"},
     "algorithms": {"types", "protocols", "config"},
-    "rollout": {"types", "leftovers", "protocols", "config", "search"},
-    "actor": {"types", "config", "packing", "kernels", "checkpoint_conversion"},
+    "rollout": {"types", "leftovers", "waits", "protocols", "config", "search"},
+    "actor": {"types", "waits", "config", "packing", "kernels", "checkpoint_conversion"},
     **{module: BELOW | TOP | {"checkpoint_conversion"} for module in TOP},
 }
 """Part of igpo_megatron -> parts it may import, `checkpoint_conversion` among them."""
