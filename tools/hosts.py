@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
+_GATEWAY = "10.77.0.254"
 _HOLD = ["sh", "-c", "echo ready; exec sleep infinity"]
 
 
@@ -38,6 +39,7 @@ class Hosts:
             self._hold(["unshare", *([] if os.geteuid() == 0 else ["-U", "-r"]), "-n", *_HOLD])
             self._in(0, "ip link add name switch type bridge")
             self._in(0, "ip link set switch up")
+            self._in(0, f"ip address add {_GATEWAY}/24 dev switch")
             for number in range(self._count):
                 self._hold([*self._enter(0), "unshare", "-n", *_HOLD])
                 holder = self._holders[-1].pid
@@ -46,6 +48,8 @@ class Hosts:
                 self._in(number + 1, f"ip address add {self.address(number)}/24 dev eth0")
                 self._in(number + 1, "ip link set eth0 up")
                 self._in(number + 1, "ip link set lo up")
+                # It leads nowhere, but programs learn their own address by asking for a route to the outside.
+                self._in(number + 1, f"ip route add default via {_GATEWAY}")
         except NoHosts:
             self.close()
             raise

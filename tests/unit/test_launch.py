@@ -186,6 +186,7 @@ def test_a_peer_that_does_not_come_is_missed_by_every_node_within_the_deadline()
     assert time.monotonic() - began < 8
     assert answers[0] == answers[1] and str(answers[0]).startswith("node 2 of 3 did not come within 6 s")
     began = time.monotonic()
+    nodes, facts = pair(3)
     (alone,) = meet(nodes[1:2], facts[1:2], deadline_s=2)
     assert "no `igpo launch` of node 0 answered" in str(alone) and time.monotonic() - began < 4
 
