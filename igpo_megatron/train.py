@@ -124,7 +124,7 @@ def collect(config: Config, side: Side, step: int) -> list[RolloutGroup]:
                 score(group, config.reward, PROTOCOLS[config.rollout.protocol])
     else:
         assert side.queue is not None
-        with waiting(f"the rollouts of step {step}", on=ROLLOUTS, deadline_s=config.parallel.timeout_s):
+        with waiting(f"the groups of step {step}", on=ROLLOUTS, deadline_s=config.parallel.timeout_s):
             groups = side.queue.take(step)
     if isinstance(config.loss, PolicyLoss) and ADVANTAGES[config.advantage.name].needs_probes:
         assert side.chat is not None

@@ -1,8 +1,8 @@
 """Named waits: who waits for whom, since when, and a record of it when a wait lasts too long.
 
-    rank 1 ──"what the main rank has to say"──> rank 0 ──"the rollouts of step 3"──> the rollouts ──"turn 2 of ..."──> an engine
+    rank 1 ──"what the main rank has to say"──> rank 0 ──"the groups of step 3"──> the rollouts ──"turn 2 of ..."──> an engine
 
-    with waiting("the rollouts of step 3", on=ROLLOUTS, deadline_s=1800): ...
+    with waiting("the groups of step 3", on=ROLLOUTS, deadline_s=1800): ...
 
 A thread looks at the waits once a second. One that lasts is posted in the run's folder, where the other ranks' records find it; one that
 passes its deadline writes a record, names the culprit in one sentence and ends the wait by an exception, or, where nothing can be
@@ -61,7 +61,7 @@ class Wait:
     """Seconds since the epoch."""
 
     def sentence(self, now: float) -> str:
-        return f"{self.who} has waited {now - self.since:.0f} s for {self.what}, which {self.on} has to deliver"
+        return f"{self.who} has waited {now - self.since:.0f} s for {self.what} (from {self.on})"
 
 
 def culprit(waits: Sequence[Wait], start: Wait) -> str:

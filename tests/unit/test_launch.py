@@ -9,7 +9,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+from typer.testing import CliRunner
 
+from igpo_megatron.cli import app
 from igpo_megatron.launch.board import Board, PreflightFailed, Report, Verdict, culprit, decide
 from igpo_megatron.launch.job import Options, launch_arguments, ray_command
 from igpo_megatron.launch.node import Node, busy_ports, place
@@ -225,3 +227,19 @@ def test_a_node_whose_heartbeat_stops_ends_the_job_on_the_others():
     assert eventually(lambda: second.verdict)
     assert second.verdict is not None and "node 0 (host, 127.0.0.1) has not answered node 1" in second.verdict.sentence
     first.leave()
+
+
+@pytest.mark.parametrize(
+    ("environment", "sentence"),
+    [
+        ({"NNODES": "2"}, "--nodes 2 needs --node-rank 0 to 1"),
+        ({"SLURM_NNODES": "2", "SLURM_NODEID": "1"}, "--nodes 2 needs --head"),
+        ({"SLURM_NNODES": "3", "SLURM_NODEID": "3", "MASTER_ADDR": "127.0.0.1"}, "--node-rank 3 is not one of 0 to 2"),
+        ({"NNODES": "2", "NODE_RANK": "0", "IGPO_HEAD": "127.0.0.1", "NODE_ROLE": "rollout"}, "--role rollout on node 0"),
+    ],
+)
+def test_the_command_reads_its_place_from_the_launchers_environment(environment, sentence, tmp_path, monkeypatch):
+    for name in ("NNODES", "NODE_RANK", "NODE_ROLE", "IGPO_HEAD", "MASTER_ADDR", "SLURM_NNODES", "SLURM_NODEID", "RANKS", "NODE_IP"):
+        monkeypatch.delenv(name, raising=False)
+    result = CliRunner().invoke(app, ["launch", "examples/quickstart/igpo.yaml", f"run.folder={tmp_path}"], env=environment)
+    assert result.exit_code == 2 and f"error: {sentence}" in result.output

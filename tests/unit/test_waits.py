@@ -36,7 +36,7 @@ def test_a_circle_of_waits_is_called_one():
 
 
 def test_a_sentence_says_who_what_whom_and_how_long():
-    assert FIRST.sentence(now=130.0) == "rank 1 has waited 30 s for the groups of step 3, which rank 0 has to deliver"
+    assert FIRST.sentence(now=130.0) == "rank 1 has waited 30 s for the groups of step 3 (from rank 0)"
 
 
 def test_a_wait_without_a_recorder_and_one_that_ends_in_time_cost_nothing(tmp_path: Path):
