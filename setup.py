@@ -24,6 +24,7 @@ setup(
         "megatron-core==0.16.1; python_version < '3.12'",
         "megatron-core>=0.16.1; python_version >= '3.12'",
         "numpy",
+        "psutil",
         "pyarrow",
         "pydantic>=2.10",
         "pypdf",
@@ -49,7 +50,6 @@ setup(
         "dev": [
             "fastapi",
             "mypy",
-            "psutil",
             "pytest",
             "pytest-timeout",
             "ruff",

@@ -91,7 +91,13 @@ CHARTS = (
     ),
     Chart(
         "Branching",
-        {"branched": "decisions that branched", "branch_entropy": "entropy behind results", "shared_tokens": "sampled tokens shared"},
+        {
+            "branched": "decisions that branched",
+            "branch_entropy": "entropy behind results",
+            "branch_spread": "std of values behind results",
+            "shared_tokens": "sampled tokens shared",
+            "stopped": "trajectories asked for their answer",
+        },
         "shares; entropy in units of rollout.branching",
     ),
     Chart("Gradient norm", {"grad_norm": "gradient norm"}, "before clipping"),
@@ -472,7 +478,7 @@ def _values(group: RolloutGroup) -> dict[int, float]:
 def _node(node: Node, section: str, tokenizer: Tokenizer | None, limits: Limits) -> tuple[dict[str, Any], str]:
     """A node for the page, and the section that text after it is in. `section` is the one its parent ended in."""
     shown: dict[str, Any] = {"kind": node.kind, "turn": node.turn, "tokens": len(node.token_ids)}
-    if node.kind not in ("forced", "action"):
+    if node.kind not in ("forced", "asking", "action"):
         shown["text"] = node.text[: limits.text_chars]
         shown["cut"] = _left_out(len(node.text) - limits.text_chars, "characters")
         return shown, "text"

@@ -140,8 +140,9 @@ class RolloutQueue:
             return self._stream.draw(self._config.rollout.prompts_per_step)
 
     def _score(self, groups: Sequence[RolloutGroup]) -> None:
+        rollout = self._config.rollout
         for group in groups:
-            score(group, self._config.reward, PROTOCOLS[self._config.rollout.protocol])
+            score(group, self._config.reward, PROTOCOLS[rollout.protocol], rollout.tool_name)
 
     def _show(self, batch: Batch, share: float) -> None:
         """Progress is that of the batch that is waited for."""

@@ -29,8 +29,10 @@ from igpo_megatron.config.check import require
 from igpo_megatron.config.load import ConfigError, load
 from igpo_megatron.config.schema import Config, PolicyLoss
 from igpo_megatron.data.prompts import PromptStream
+from igpo_megatron.device_share import DeviceShare
 from igpo_megatron.learn import assign_advantages, score_tokens, update
 from igpo_megatron.leftovers import end_with_parent
+from igpo_megatron.observability.memory import MemoryLedger, worst_rank
 from igpo_megatron.observability.metrics import logprob_gap, rollout_metrics
 from igpo_megatron.observability.rollout_dump import read_rollouts, write_rollouts
 from igpo_megatron.observability.tracker import Tracker
@@ -63,56 +65,56 @@ class Side:
     held_out: list[Prompt] = field(default_factory=list)
 
 
-def train(config: Config, policy: Policy, side: Side, tracker: Tracker, first_step: int) -> None:
+def train(config: Config, policy: Policy, side: Side, tracker: Tracker, share: DeviceShare, first_step: int) -> None:
     """The training loop: every line is a stage of the picture above."""
     from igpo_megatron.actor import checkpoint, parallel
 
-    main = policy.ranks.is_main
-    if config.run.replay is None:
-        with tracker.phase("sync"):
-            sync_weights(policy, side, version=first_step - 1)
-        if side.queue is not None:
-            side.queue.weights_arrived(first_step - 1)
-        if first_step == 1:
-            parallel.on_main(policy.ranks, partial(evaluate_now, config, side, tracker, step=0, due=config.eval.at_ends))
+    serves, learns = config.run.replay is None, config.run.stop_after == "none"
+    if serves:
+        share.policy_returns(side.engines)
+        sync_weights(policy, side, tracker, share, version=first_step - 1)
+        parallel.on_main(policy.ranks, partial(evaluate_if_due, config, side, tracker, step=first_step - 1))
     for step in range(first_step, config.run.steps + 1):
         started = time.monotonic()
         with tracker.phase("rollout"):
             groups = parallel.broadcast(parallel.on_main(policy.ranks, partial(collect, config, side, step)))
         metrics = rollout_metrics(groups, config.rollout.tool_name)
-        if config.run.stop_after == "none":
-            if isinstance(config.loss, PolicyLoss):
-                with tracker.phase("score"):
-                    score_tokens(policy, groups)
-                with tracker.phase("advantage"):
-                    assign_advantages(groups, config, progress=(step - 1) / max(config.run.steps - 1, 1))
-                metrics = rollout_metrics(groups, config.rollout.tool_name) | logprob_gap(groups)
-            with tracker.phase("train"):
-                metrics |= update(policy, groups)
-            if config.run.replay is None:
-                with tracker.phase("sync"):
-                    metrics |= sync_weights(policy, side, version=step)
-                if side.queue is not None:
-                    metrics |= staleness_metrics(groups, step)
-                    side.queue.weights_arrived(step)
-        if main and config.track.dump_every and (step % config.track.dump_every == 0 or config.run.stop_after == "rollout"):
+        if learns:
+            share.policy_returns(side.engines)
+            metrics |= learn(policy, groups, tracker, step)
+        if policy.ranks.is_main and config.track.dump_every and (step % config.track.dump_every == 0 or not learns):
             with tracker.phase("rollout"):
                 write_rollouts(side.folder.rollouts / f"step_{step:06d}.parquet", step, groups)
         if side.queue is not None:
             metrics |= side.queue.done(step)
         metrics["tokens_per_s"] = sum(len(node.token_ids) for group in groups for node in group.nodes) / (time.monotonic() - started)
-        tracker.log(step, metrics)
-        last = step == config.run.steps
-        if config.run.replay is None and config.run.stop_after == "none":
-            due = (last and config.eval.at_ends) or _every(config.eval.every, step)
-            parallel.on_main(policy.ranks, partial(evaluate_now, config, side, tracker, step=step, due=due))
-        if config.run.stop_after == "none" and (last or _every(config.checkpoint.every, step)):
-            with tracker.phase("checkpoint"):
-                state = parallel.broadcast({"prompts": side.queue.state() if side.queue else None} if main else None)
-                checkpoint.save(policy, side.folder.checkpoints, step, state, config.checkpoint.keep)
-        if config.run.stop_after == "none":
-            checkpoint.finish(policy, wait=last)
+        tracker.log(step, metrics | worst_rank(parallel.gather(tracker.memory())))
+        if learns and (step == config.run.steps or _every(config.checkpoint.every, step)):
+            with tracker.phase("checkpoint"):  # before the weights leave: a policy that shares its device leaves with them
+                state = parallel.broadcast({"prompts": side.queue.state()} if side.queue else None)
+                checkpoint.save(policy, side.folder.checkpoints, step, state or {"prompts": None}, config.checkpoint.keep)
+        if learns and serves:
+            tracker.log(step, sync_weights(policy, side, tracker, share, version=step))
+            parallel.on_main(policy.ranks, partial(evaluate_if_due, config, side, tracker, step=step))
+        if learns:
+            checkpoint.finish(policy, wait=step == config.run.steps)
         tracker.log(step, {})
+
+
+def learn(policy: Policy, groups: list[RolloutGroup], tracker: Tracker, step: int) -> dict[str, float]:
+    """One step's learning; its metrics, those of the groups with their gains among them."""
+    config = policy.config
+    if isinstance(config.loss, PolicyLoss):
+        with tracker.phase("score"):
+            score_tokens(policy, groups)
+        with tracker.phase("advantage"):
+            assign_advantages(groups, config, progress=(step - 1) / max(config.run.steps - 1, 1))
+    metrics = rollout_metrics(groups, config.rollout.tool_name)
+    if config.run.replay is None:
+        metrics |= staleness_metrics(groups, step)
+    metrics |= logprob_gap(groups, step - 1 if config.run.replay is None else None)
+    with tracker.phase("train"):
+        return metrics | update(policy, groups)
 
 
 def collect(config: Config, side: Side, step: int) -> list[RolloutGroup]:
@@ -121,7 +123,7 @@ def collect(config: Config, side: Side, step: int) -> list[RolloutGroup]:
         groups = next(side.replay)
         if isinstance(config.loss, PolicyLoss):
             for group in groups:
-                score(group, config.reward, PROTOCOLS[config.rollout.protocol])
+                score(group, config.reward, PROTOCOLS[config.rollout.protocol], config.rollout.tool_name)
     else:
         assert side.queue is not None
         with waiting(f"the groups of step {step}", on=ROLLOUTS, deadline_s=config.parallel.timeout_s):
@@ -133,27 +135,23 @@ def collect(config: Config, side: Side, step: int) -> list[RolloutGroup]:
     return groups
 
 
-def sync_weights(policy: Policy, side: Side, version: int) -> dict[str, float]:
-    """Send the weights to the engines and prove by the canary that they arrived."""
-    from igpo_megatron.actor import parallel, weight_sync
+def sync_weights(policy: Policy, side: Side, tracker: Tracker, share: DeviceShare, version: int) -> dict[str, float]:
+    """Send the weights to the engines, which serve them once fingerprints and canary have proved that they arrived."""
+    from igpo_megatron.actor import weight_sync
 
     config = policy.config
-    weight_sync.push(policy, side.engines, version)
-    canary = weight_sync.canary_group(policy.shape.vocab_size, config.sync.canary_tokens, seed=config.run.seed)
-    expected = weight_sync.canary_logprobs(policy, canary)
-
-    def compare() -> dict[str, float]:
-        assert side.engines is not None
-        with waiting(f"the canary of version {version}", on="the engines", deadline_s=config.parallel.timeout_s):
-            answers = side.engines.score_on_each(canary.context(1))
-        served = [scores[1:] for scores in answers]
-        return {"canary_gap": weight_sync.check_canary(expected, served, config.sync.max_gap, version)}
-
-    return parallel.on_main(policy.ranks, compare) or {}
+    with tracker.phase("sync"):
+        canary = weight_sync.make_canary(policy, config.sync.canary_tokens, seed=config.run.seed, max_gap=config.sync.max_gap)
+        metrics = weight_sync.push(policy, side.engines, version, canary, exported=share.policy_leaves)
+    if side.queue is not None:
+        side.queue.weights_arrived(version)
+    return metrics
 
 
-def evaluate_now(config: Config, side: Side, tracker: Tracker, step: int, due: bool) -> None:
-    """Evaluate on the held-out questions if it is due and was not done before an interruption."""
+def evaluate_if_due(config: Config, side: Side, tracker: Tracker, step: int) -> None:
+    """Evaluate on the held-out questions behind `step`, if that is due and was not done before an interruption."""
+    at_end = step in (0, config.run.steps) and config.eval.at_ends
+    due = at_end or (step > 0 and _every(config.eval.every, step))
     if not due or side.rollouter is None or (side.folder.eval / f"step_{step:06d}.json").is_file():
         return
     with tracker.phase("eval"):
@@ -237,22 +235,30 @@ def run(config: Config) -> None:
         stack.enter_context(recording(f"rank {ranks.rank}", folder.root / "waits"))
         tracker = stack.enter_context(
             Tracker(
-                folder.root, config.track, name=config.run.name, total_steps=config.run.steps, resumed_step=resumed, quiet=not ranks.is_main
+                folder.root,
+                config.track,
+                name=config.run.name,
+                total_steps=config.run.steps,
+                resumed_step=resumed,
+                quiet=not ranks.is_main,
+                memory=MemoryLedger(partial(parallel.memory_in_use, ranks.device), config.placement.leak_mib),
             )
         )
         if ranks.is_main:
             stack.enter_context(tracker.shows_log("igpo_megatron"))
         with tracker.phase("startup"):
             policy = Policy(config, ranks)
+            share = DeviceShare(config, policy)
             state = None
             if saved:
                 tracker.message(f"resuming from {saved[-1]}")
                 _, state = checkpoint.load(policy, saved[-1])
+            share.policy_leaves()
             opening = partial(open_side, config, folder, stack, tracker, resumed + 1, state)
             side = parallel.on_main(ranks, opening) or Side(folder)
             if ranks.is_main:
                 claim(folder, config)  # not before: a run that could not start leaves its name free for corrected settings
-        train(config, policy, side, tracker, resumed + 1)
+        train(config, policy, side, tracker, share, resumed + 1)
         if ranks.is_main:
             finish(config, folder, tracker)
     parallel.shutdown()

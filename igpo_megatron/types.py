@@ -9,13 +9,14 @@ Tokens live on nodes, turns and rewards on trajectories. This module imports the
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal, Protocol
 
-NodeKind = Literal["prompt", "forced", "action", "observation", "probe"]
-"""Source of a node's tokens: rendered prompt, forced text, sampled by the policy, tool result, ground-truth probe."""
+NodeKind = Literal["prompt", "forced", "asking", "action", "observation", "probe"]
+"""Source of a node's tokens: rendered prompt, text forced at the start of a turn, text that asks a stopped path for its answer, sampled by
+the policy, tool result, ground-truth probe."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +215,48 @@ class BranchPoint:
     """Numbers of the trajectories that start here; empty where it did not branch."""
 
 
+@dataclass(frozen=True, slots=True)
+class ValuePoint:
+    """Two decisions of a gain-guided rollout at one state behind a tool result: to stop the path, and to fork it; kept whatever they were.
+
+    Both were drawn with the probabilities given, so a path that was never stopped had the product of 1 - `stop_probability` over its states
+    as its chance to be seen to its end.
+    """
+
+    node: int
+    """The tool result behind which new paths were, or might have been, started."""
+
+    trajectory: int
+    """Number of the path that was decided on."""
+
+    turn: int
+    """The turn that continues the state."""
+
+    value: float | None
+    """exp(mean log-prob of the true answer) in the state, 0 to 1; None where it could not be measured."""
+
+    siblings: int
+    """First samples of the group that were measured at the same turn, by the same weights."""
+
+    spread: float
+    """Standard deviation of their values; 0 for fewer than two."""
+
+    probability: float | None
+    """Chance of each fork that was tried; None where none was: stopped, not measured, or no room left in the group."""
+
+    children: tuple[int, ...]
+    """Numbers of the trajectories that start here."""
+
+    change: float | None
+    """Largest change of the path's value over the last `stop_turns` turns; None where it had not as many, or may not stop."""
+
+    stop_probability: float
+    """Chance of a stop: 0 where the value was not saturated."""
+
+    stopped: bool
+    """The policy was asked for its answer at once."""
+
+
 @dataclass(slots=True)
 class RolloutGroup:
     """All trajectories of one question, as a tree that shares what they share."""
@@ -226,7 +269,10 @@ class RolloutGroup:
     """(node a probe continues, answer) -> its log-probs, where an engine has scored probes during the rollout."""
 
     branch_points: list[BranchPoint] = field(default_factory=list)
-    """Decisions of a branching rollout, in the order in which they were made."""
+    """Decisions of a rollout that branches by entropy, in the order in which they were made."""
+
+    value_points: list[ValuePoint] = field(default_factory=list)
+    """Decisions of a rollout that branches and stops by information gain, in the order in which they were made."""
 
     def add(self, node: Node) -> int:
         """Append a node and return its index."""
@@ -282,9 +328,36 @@ class RunStopped(RuntimeError):
     """The run cannot go on; the message names the culprit in one sentence. What was saved stays, and the run can be resumed."""
 
 
+class SyncError(RunStopped):
+    """A weight transfer did not bring the policy's weights; the message names the engine and the first tensor that shows it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Canary:
+    """What the policy says of fixed tokens: whoever claims to serve its weights has to say the same."""
+
+    token_ids: tuple[int, ...]
+    """[n + 1]"""
+
+    logprobs: tuple[float, ...]
+    """[n], nats, of `token_ids[1:]` at temperature 1."""
+
+    max_gap: float
+    """Largest |difference| allowed, nats."""
+
+
 class WeightSink(Protocol):
     """Whatever receives new weights: the engine pool, or a test."""
 
-    def update_weights(self, named_tensors: Iterable[tuple[str, Any]], version: int) -> None:
-        """Replace all weights by `(hf_name, tensor)` pairs and serve them as `version` from now on."""
+    def update_weights(
+        self,
+        named_tensors: Iterable[tuple[str, Any]],
+        version: int,
+        canary: Canary | None = None,
+        exported: Callable[[], None] | None = None,
+    ) -> Mapping[str, float]:
+        """Replace all weights by `(hf_name, tensor)` pairs and serve them as `version` from now on; returns metrics.
+
+        `exported` is called when all tensors were taken. With `canary`, whoever serves them is asked before others may. Raises SyncError.
+        """
         ...

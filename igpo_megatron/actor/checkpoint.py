@@ -28,12 +28,14 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import ShardedObject
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch.distributed.checkpoint.api import CheckpointException
 
 from checkpoint_conversion.convert import write_metadata
 from checkpoint_conversion.folders import copy_config
 from igpo_megatron.actor import megatron_fixes
 from igpo_megatron.actor.checkpoint_writer import write_in_thread
 from igpo_megatron.actor.policy import Policy
+from igpo_megatron.types import RunStopped
 
 SHARDING = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -95,7 +97,7 @@ def save(policy: Policy, checkpoints: Path, step: int, state: dict[str, Any], ke
 def finish(policy: Policy, *, wait: bool) -> bool:
     """Complete the save that is under way if every rank has written its part; True when none is left. Collective while one is under way.
 
-    `wait`: stay until it is. A rank that could not write makes every rank raise.
+    `wait`: stay until it is. Raises RunStopped on every rank where one could not write.
     """
     pending = policy.pending_save
     if pending is None:
@@ -107,8 +109,11 @@ def finish(policy: Policy, *, wait: bool) -> bool:
     if not written.item():
         return False
     policy.pending_save = None
-    for complete_part in pending.request.finalize_fns:
-        complete_part()
+    try:
+        for complete_part in pending.request.finalize_fns:
+            complete_part()
+    except CheckpointException as error:  # the main rank knows what happened on which rank
+        raise RunStopped(f"{pending.final.name} could not be written: {error}") from None
     _complete(policy, pending.final, pending.run, pending.own, pending.keep)
     return True
 

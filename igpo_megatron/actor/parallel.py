@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -157,6 +158,19 @@ def raise_together(problem: Exception | None) -> None:
     problem = broadcast(problem)
     if problem is not None:
         raise problem
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Bytes: of the whole GPU, whoever has them, or of this process on CPU."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return total - free
+    return psutil.Process().memory_info().rss
+
+
+def barrier() -> None:
+    """Return when every rank is here."""
+    dist.barrier()
 
 
 def gather(value: Any) -> list[Any]:

@@ -7,24 +7,20 @@ The canary scores fixed tokens on both sides: a stale, swapped or half-loaded we
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
 from checkpoint_conversion.architectures import rules_for
+from checkpoint_conversion.hf_folder import HfReader
 from checkpoint_conversion.rules import Rule
 from igpo_megatron.actor import parallel
 from igpo_megatron.actor.model import global_names, tensor_shards
 from igpo_megatron.actor.policy import Policy
 from igpo_megatron.packing.tree import pack_for_scoring
-from igpo_megatron.types import Node, Prompt, RolloutGroup, RunStopped, Status, Trajectory, WeightSink
-
-
-class SyncError(RunStopped):
-    """Engines and policy disagree after a weight transfer."""
+from igpo_megatron.types import Canary, Node, Prompt, RolloutGroup, RunStopped, Status, SyncError, Trajectory, WeightSink
 
 
 @torch.no_grad()
@@ -114,18 +110,67 @@ def _to_first_stage(full: torch.Tensor | None, stage: int, policy: Policy) -> to
     return None
 
 
-def push(policy: Policy, sink: WeightSink | None, version: int) -> None:
-    """Send all weights to `sink` as `version`. Collective; `sink` is given on the main rank only."""
+def push(
+    policy: Policy,
+    sink: WeightSink | None,
+    version: int,
+    canary: Canary | None = None,
+    exported: Callable[[], None] | None = None,
+) -> dict[str, float]:
+    """Send all weights to `sink` as `version`; the sink's metrics, on the main rank. Collective; only the main rank gives a `sink`.
+
+    `exported` is called on every rank, once, when the last tensor has left; it may be collective itself.
+    """
     weights = named_weights(policy)
-    problem = None
+    calls = [exported] if exported is not None else []
+
+    def all_left() -> None:
+        while calls:
+            calls.pop()()
+
+    problem: RunStopped | None = None
+    metrics: dict[str, float] = {}
     if sink is not None:
         try:
-            sink.update_weights(weights, version)
+            metrics = dict(sink.update_weights(_whole(policy, weights, version), version, canary, all_left))
         except RunStopped as error:
             problem = error
     for _ in weights:  # other ranks walk along; on the main rank the sink has consumed everything, or failed
         pass
+    all_left()
     parallel.raise_together(problem)
+    return metrics
+
+
+def _whole(policy: Policy, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> Iterator[tuple[str, torch.Tensor]]:
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[policy.config.model.dtype]
+    return checked(weights, expected_tensors(policy), dtype, version)
+
+
+def expected_tensors(policy: Policy) -> dict[str, tuple[int, ...]]:
+    """What a complete export consists of: HF name -> shape, by the conversion rules and the headers of the model's folder."""
+    reader = HfReader(policy.config.model.path)
+    rules = rules_for(policy.shape, policy.config.model.vocab_multiple)
+    return {name: reader.shape(name) for rule in rules.values() for name in rule.exports}
+
+
+def checked(
+    named_tensors: Iterable[tuple[str, torch.Tensor]], expected: Mapping[str, tuple[int, ...]], dtype: torch.dtype, version: int
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The same tensors, if they are a whole model: every expected name once, in its shape, as `dtype`. Raises SyncError."""
+    missing = dict(expected)
+    for name, tensor in named_tensors:
+        if name not in missing:
+            raise SyncError(f"sync {version} exports {name}, which {'it did already' if name in expected else 'the model does not have'}")
+        if tuple(tensor.shape) != missing.pop(name):
+            raise SyncError(f"sync {version} exports {name} of shape {list(tensor.shape)}; the model has {list(expected[name])}")
+        if tensor.dtype != dtype:
+            raise SyncError(f"sync {version} exports {name} as {tensor.dtype}; the policy is {dtype}")
+        yield name, tensor
+    if missing:
+        raise SyncError(
+            f"sync {version} exports {len(expected) - len(missing)} of {len(expected)} tensors; {next(iter(missing))} is missing"
+        )
 
 
 def canary_group(vocab_size: int, num_tokens: int, seed: int) -> RolloutGroup:
@@ -141,22 +186,8 @@ def scoring_group(tokens: list[int]) -> RolloutGroup:
     return RolloutGroup(Prompt("canary", "", (), "canary"), nodes, [Trajectory([0, 1], Status.FINISHED)])
 
 
-def canary_logprobs(policy: Policy, group: RolloutGroup) -> list[float]:
-    """The policy's raw log-probs (temperature 1) of the canary's tokens, on every rank."""
+def make_canary(policy: Policy, num_tokens: int, seed: int, max_gap: float) -> Canary:
+    """Fixed tokens, and the policy's raw log-probs (temperature 1) of them; collective, the same on every rank."""
+    group = canary_group(policy.shape.vocab_size, num_tokens, seed)
     rows = pack_for_scoring([group], row_tokens=len(group.context(1)), multiple=policy.row_multiple)
-    return policy.log_probs(rows, temperature=1.0)[0].tolist()
-
-
-def check_canary(policy_logprobs: list[float], engine_logprobs: list[list[float]], max_gap: float, version: int) -> float:
-    """Largest |log-prob difference| over all engines. Raises SyncError above `max_gap`."""
-    worst = 0.0
-    for number, served in enumerate(engine_logprobs):
-        gaps = [abs(left - right) for left, right in zip(policy_logprobs, served, strict=True)]
-        gap = max(gaps) if all(map(math.isfinite, gaps)) else math.inf  # max() would lose a nan
-        if not gap <= max_gap:
-            raise SyncError(
-                f"engine {number} does not serve the policy's weights: after sync {version} their log-probs differ by up to {gap:.3g} "
-                f"on the canary, more than sync.max_gap={max_gap:g}; a transfer was lost or the engine kept old weights"
-            )
-        worst = max(worst, gap)
-    return worst
+    return Canary(tuple(group.context(1)), tuple(policy.log_probs(rows, temperature=1.0)[0].tolist()), max_gap)

@@ -116,10 +116,16 @@ def _drop_probes(group: RolloutGroup) -> None:
 
 
 def _action_parents(group: RolloutGroup, trajectory: Trajectory) -> Iterator[int]:
-    """Index of the node each action of a trajectory continues, in turn order. [num_turns]"""
+    """Index of the node each action of a trajectory continues, in turn order. [num_turns]
+
+    Text that asks a stopped path for its answer does not count: the state, and what is probed, is what stands before it.
+    """
     for action in group.actions(trajectory):
-        assert action.parent is not None, "an action cannot be the root of a group"
-        yield action.parent
+        parent = action.parent
+        while parent is not None and group.nodes[parent].kind == "asking":
+            parent = group.nodes[parent].parent
+        assert parent is not None, "an action cannot be the root of a group"
+        yield parent
 
 
 def rendered_probes(prompt: Prompt, render_probe: RenderProbe, config: Reward) -> list[tuple[str, list[int], tuple[int, int]]]:

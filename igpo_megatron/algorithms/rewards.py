@@ -145,8 +145,8 @@ def own_turns(group: RolloutGroup, trajectory: Trajectory) -> list[str]:
     """The texts the format check may read, one per turn: forced and sampled segments, never the prompt or a tool result."""
     turns, opening = [], ""
     for node in (group.nodes[index] for index in trajectory.path):
-        if node.kind == "forced":
-            opening = node.text
+        if node.kind in ("forced", "asking"):
+            opening += node.text
         elif node.kind == "action":
             turns.append(opening + node.text)
             opening = ""

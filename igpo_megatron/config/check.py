@@ -19,6 +19,7 @@ from igpo_megatron.config.schema import (
     AepoBranching,
     Bapo,
     Config,
+    GainBranching,
     Igpo,
     IgpoLoo,
     NoBranching,
@@ -69,6 +70,7 @@ def check(config: Config, *, world_size: int | None, local_world_size: int | Non
         *_tools(config),
         *_algorithm(config),
         *_branching(config),
+        *_ahead(config),
         *_bonus(config),
         *_schedule(config),
     ]
@@ -247,7 +249,29 @@ def _context(config: Config, shape: dict[str, Any]) -> Iterator[str]:
         )
 
 
+def _colocated(config: Config, local_ranks: int) -> Iterator[str]:
+    engine, wanted = config.rollout.engine, config.rollout.engine.count * config.rollout.engine.tensor
+    if config.rollout.max_staleness:
+        yield (
+            f"placement.mode=colocated lets ranks and engines take turns, but rollout.max_staleness={config.rollout.max_staleness} lets "
+            "engines roll out while the ranks train; use placement.mode=disaggregated, or rollout.max_staleness=0"
+        )
+    if engine.gpu_ids:
+        yield (
+            f"rollout.engine.gpu_ids={list(engine.gpu_ids)} gives the engines GPUs of their own, which placement.mode=colocated does not; "
+            "leave it empty, or use placement.mode=disaggregated"
+        )
+    if config.run.device != "cpu" and engine.ray_address is None and wanted > local_ranks:
+        yield (
+            f"placement.mode=colocated has the GPUs of the {local_ranks} ranks on this machine, but rollout.engine.count={engine.count} x "
+            f"tensor={engine.tensor} needs {wanted}; use at most {local_ranks}"
+        )
+
+
 def _devices(config: Config, local_ranks: int) -> Iterator[str]:
+    if config.placement.mode == "colocated" and _needs_engines(config):
+        yield from _colocated(config, local_ranks)
+        return
     engine = config.rollout.engine
     if config.run.device == "cpu":
         if engine.gpu_ids:
@@ -430,10 +454,53 @@ def _branching(config: Config) -> Iterator[str]:
             f"rollout.branching.initial_rollouts={branching.initial_rollouts} leaves nothing of rollout.samples_per_prompt="
             f"{rollout.samples_per_prompt} to branch with; lower it (published: half), or set rollout.branching.name=none"
         )
-    if branching.entropy_tokens > rollout.max_tokens_per_turn:
+    if isinstance(config.loss, PolicyLoss) and config.loss.mismatch == "mask_sequence":
+        yield (
+            "loss.mismatch=mask_sequence judges whole trajectories, which cannot be taken apart over the turns that branches share; "
+            "use loss.mismatch=mask, or rollout.branching.name=none"
+        )
+    if isinstance(branching, GainBranching):
+        yield from _gain_branching(config)
+    elif branching.entropy_tokens > rollout.max_tokens_per_turn:
         yield (
             f"rollout.branching.entropy_tokens={branching.entropy_tokens} is more than a turn has "
             f"(rollout.max_tokens_per_turn={rollout.max_tokens_per_turn}); lower it"
+        )
+
+
+def _ahead(config: Config) -> Iterator[str]:
+    rollout = config.rollout
+    if rollout.max_staleness and config.reward.scorer == "engine" and isinstance(config.loss, PolicyLoss):
+        yield (
+            f"rollout.max_staleness={rollout.max_staleness} lets weights change while a trajectory grows, so that reward.scorer=engine "
+            "would take the gains of its turns from different weights; use reward.scorer=fold, or rollout.max_staleness=0"
+        )
+    if rollout.close_at is None:
+        return
+    if rollout.close_at > rollout.samples_per_prompt:
+        yield (
+            f"rollout.close_at={rollout.close_at} is more than rollout.samples_per_prompt={rollout.samples_per_prompt}; "
+            "use at most that many, or null to wait for all"
+        )
+    if not isinstance(rollout.branching, NoBranching):
+        yield (
+            f"rollout.close_at gives up independent samples, but rollout.branching.name={rollout.branching.name} grows a tree, whose "
+            "branches depend on all of them; set rollout.close_at to null"
+        )
+
+
+def _gain_branching(config: Config) -> Iterator[str]:
+    found = []
+    if not isinstance(config.advantage, Igpo | IgpoLoo):
+        found.append(f"advantage.name={config.advantage.name}, which has no probes")
+    elif config.reward.gain == "none":
+        found.append("reward.gain=none")
+    if config.reward.scorer != "engine":
+        found.append(f"reward.scorer={config.reward.scorer}, which scores after the rollout")
+    if found:
+        yield (
+            f"rollout.branching.name=gain decides by probes during the rollout; found {' and '.join(found)}; set reward.scorer=engine with "
+            "advantage.name=igpo or igpo_loo, or another rollout.branching.name"
         )
 
 

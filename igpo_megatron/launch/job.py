@@ -123,8 +123,7 @@ class _Job:
             token = ray_token()
             assert token is not None, "preflight has seen a token"
             environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "RAY_USAGE_STATS_ENABLED": "0"}
-            # Ray's own limits of 15 and 30 s would speak first, and in C++ stacks.
-            environment["RAY_agent_register_timeout_ms"] = str(round(1000 * self.options.deadline_s))
+            # Ray's own limit of 30 s for a node to register would speak first.
             environment["RAY_raylet_start_wait_time_s"] = str(round(self.options.deadline_s))
             os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token)
             self.ray = Child(ray_command(self.node, self.config, folder), {**environment, **self._ray_devices()}, folder / "ray.log")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from statistics import fmean, pstdev
 from typing import TypeVar
@@ -9,6 +10,7 @@ from typing import TypeVar
 from igpo_megatron.types import Node, RolloutGroup, Status, Trajectory
 
 _SAME = 1e-9
+_LARGEST_LOG_RATIO = 20.0
 
 Thing = TypeVar("Thing")
 
@@ -61,6 +63,14 @@ def rollout_metrics(groups: Sequence[RolloutGroup], tool_name: str) -> dict[str,
         metrics["branched"] = _share(points, lambda point: bool(point.children))
         metrics["branch_entropy"] = fmean(point.entropy for point in points)
         metrics["branch_probability"] = fmean(point.probability for point in points)
+    if states := [point for group in groups for point in group.value_points]:
+        tried = [point.probability for point in states if point.probability is not None]
+        metrics["branched"] = _share(states, lambda point: bool(point.children))
+        metrics["branch_spread"] = fmean(point.spread for point in states)
+        if tried:
+            metrics["branch_probability"] = fmean(tried)
+        metrics["stopped"] = sum(point.stopped for point in states) / len(ends)
+    if points or states:
         metrics["shared_tokens"] = _shared_tokens(groups)
         metrics["initial_rollouts"] = fmean(group.metrics.get("initial_rollouts", len(group.trajectories)) for group in groups)
     for name in LOST_GAINS:
@@ -74,16 +84,32 @@ def num_calls(actions: Sequence[Node], tool: str) -> int:
     return sum(node.call is not None and node.call.name == tool for node in actions)
 
 
-def logprob_gap(groups: Sequence[RolloutGroup]) -> dict[str, float]:
-    """|engine - trainer| over sampled tokens that both scored: `logprob_gap_mean` and `logprob_gap_max`; empty if there are none."""
-    gaps = [
-        abs(left - right)
-        for group in groups
-        for node in group.nodes
-        if node.kind == "action" and len(node.old_logprobs) == len(node.behavior_logprobs)
-        for left, right in zip(node.behavior_logprobs, node.old_logprobs, strict=True)
-    ]
-    return {"logprob_gap_mean": fmean(gaps), "logprob_gap_max": max(gaps)} if gaps else {}
+def logprob_gap(groups: Sequence[RolloutGroup], version: int | None = None) -> dict[str, float]:
+    """|engine - trainer| over sampled tokens that both scored with the same weights: `logprob_gap_mean` and `logprob_gap_max`.
+
+    `version`: of the weights that the trainer scored with; None takes all turns for theirs. Turns of older weights, where both differ by
+    what was learned since, give `stale_gap_mean` and `importance_ess` instead: the effective share of their tokens under
+    importance sampling, (sum w)^2 / (n sum w^2) with w = exp(trainer - engine). Names are absent where there is nothing to compare.
+    """
+    turns = {
+        fresh: [
+            (trained - sampled)
+            for group in groups
+            for node in group.nodes
+            if node.kind == "action" and len(node.old_logprobs) == len(node.behavior_logprobs)
+            if (version is None or node.weight_version == version) is fresh
+            for sampled, trained in zip(node.behavior_logprobs, node.old_logprobs, strict=True)
+        ]
+        for fresh in (True, False)
+    }
+    metrics: dict[str, float] = {}
+    if gaps := [abs(difference) for difference in turns[True]]:
+        metrics |= {"logprob_gap_mean": fmean(gaps), "logprob_gap_max": max(gaps)}
+    if stale := turns[False]:
+        weights = [math.exp(min(difference, _LARGEST_LOG_RATIO)) for difference in stale]
+        metrics["stale_gap_mean"] = fmean(abs(difference) for difference in stale)
+        metrics["importance_ess"] = math.fsum(weights) ** 2 / (len(weights) * math.fsum(weight**2 for weight in weights))
+    return metrics
 
 
 def status_counts(groups: Sequence[RolloutGroup]) -> dict[str, int]:

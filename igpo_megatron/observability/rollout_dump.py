@@ -1,7 +1,7 @@
 """Rollout groups as parquet: one row per group, everything kept, so that a file can be looked at or trained from again.
 
     step | prompt {id, ...} | nodes [{parent, kind, token_ids, ...}] | trajectories [{path, status, gains, ...}] | metrics {name: value}
-         | branch_points [{node, entropy, ...}], absent in files written before groups could branch
+         | branch_points [{node, entropy, ...}], value_points [{node, value, ...}], absent in files written before groups could branch so
 
 Both directions work on columns: a file of 30 thousand demonstrations is written or read in seconds.
 """
@@ -13,12 +13,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from igpo_megatron.types import BranchPoint, Node, Prompt, RolloutGroup, Status, ToolCall, Trajectory
+from igpo_megatron.types import BranchPoint, Node, Prompt, RolloutGroup, Status, ToolCall, Trajectory, ValuePoint
+
+Point = TypeVar("Point", BranchPoint, ValuePoint)
 
 ROWS = 1024
 """Groups per row group: what a writer holds in memory as columns, and what a reader decodes at once."""
@@ -70,7 +72,26 @@ BRANCH_POINT = pa.struct(
         ("children", pa.list_(pa.int32())),
     ]
 )
+VALUE_POINT = pa.struct(
+    [
+        ("node", pa.int32()),
+        ("trajectory", pa.int32()),
+        ("turn", pa.int32()),
+        ("value", pa.float64()),
+        ("siblings", pa.int32()),
+        ("spread", pa.float64()),
+        ("probability", pa.float64()),
+        ("children", pa.list_(pa.int32())),
+        ("change", pa.float64()),
+        ("stop_probability", pa.float64()),
+        ("stopped", pa.bool_()),
+    ]
+)
 BRANCH_POINTS = pa.field("branch_points", pa.list_(BRANCH_POINT))
+VALUE_POINTS = pa.field("value_points", pa.list_(VALUE_POINT))
+LATER = (BRANCH_POINTS, VALUE_POINTS)
+"""Columns that older files lack."""
+
 SCHEMA = pa.schema(
     [
         ("step", pa.int64()),
@@ -79,6 +100,7 @@ SCHEMA = pa.schema(
         ("trajectories", pa.list_(TRAJECTORY)),
         ("metrics", NUMBERS),
         BRANCH_POINTS,
+        VALUE_POINTS,
     ]
 )
 SPLIT_COLUMNS = [f"nodes.list.element.{name}.list.element" for name in ("behavior_logprobs", "old_logprobs", "ref_logprobs")]
@@ -149,7 +171,7 @@ def _open(path: Path) -> pq.ParquetFile:
     problems = []
     for field in SCHEMA:
         if field.name not in found.names:
-            if field == BRANCH_POINTS:
+            if field in LATER:
                 continue
             problems.append(f"column {field.name!r} is missing")
         elif not found.field(field.name).type.equals(field.type):
@@ -179,6 +201,7 @@ def _columns(step: int, groups: Sequence[RolloutGroup]) -> pa.RecordBatch:
             _nested([len(group.trajectories) for group in groups], _struct(TRAJECTORY, [_trajectory_row(t) for t in trajectories])),
             pa.array([list(group.metrics.items()) for group in groups], NUMBERS),
             pa.array([[asdict(point) for point in group.branch_points] for group in groups], BRANCH_POINTS.type),
+            pa.array([[asdict(point) for point in group.value_points] for group in groups], VALUE_POINTS.type),
         ],
         schema=SCHEMA,
     )
@@ -241,12 +264,16 @@ def _groups(batch: pa.RecordBatch) -> Iterator[RolloutGroup]:
     metrics = [dict(pairs) for pairs in batch.column("metrics").to_pylist()]
     nodes = _cut(batch.column("nodes"), _nodes)
     trajectories = _cut(batch.column("trajectories"), _trajectories)
-    points = [
-        [BranchPoint(**{**point, "children": tuple(point["children"])}) for point in row]
-        for row in (batch.column(BRANCH_POINTS.name).to_pylist() if BRANCH_POINTS.name in batch.schema.names else [[]] * len(prompts))
-    ]
-    for prompt, group_nodes, ends, numbers, decisions in zip(prompts, nodes, trajectories, metrics, points, strict=True):
-        yield RolloutGroup(prompt, group_nodes, ends, numbers, branch_points=decisions)
+    branch_points, value_points = _points(batch, BRANCH_POINTS.name, BranchPoint), _points(batch, VALUE_POINTS.name, ValuePoint)
+    columns = zip(prompts, nodes, trajectories, metrics, branch_points, value_points, strict=True)
+    for prompt, group_nodes, ends, numbers, by_entropy, by_value in columns:
+        yield RolloutGroup(prompt, group_nodes, ends, numbers, branch_points=by_entropy, value_points=by_value)
+
+
+def _points(batch: pa.RecordBatch, column: str, kind: Callable[..., Point]) -> list[list[Point]]:
+    """The decisions of every group; none where the file has no such column."""
+    rows = batch.column(column).to_pylist() if column in batch.schema.names else [[]] * batch.num_rows
+    return [[kind(**{**point, "children": tuple(point["children"])}) for point in row] for row in rows]
 
 
 def _nodes(array: pa.StructArray) -> list[Node]:

@@ -31,6 +31,7 @@ from rich.table import Table
 from rich.text import Text
 
 from igpo_megatron.config.schema import Track
+from igpo_megatron.observability.memory import MemoryLedger
 
 Phase = Literal["startup", "rollout", "score", "advantage", "train", "sync", "eval", "checkpoint"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
@@ -38,6 +39,9 @@ PHASES: tuple[Phase, ...] = get_args(Phase)
 
 ANNOUNCED: tuple[Phase, ...] = ("startup", "eval", "checkpoint")
 """Phases outside the rhythm of steps: without a terminal their start is worth a line."""
+
+STEP_PHASES: tuple[Phase, ...] = ("rollout", "score", "advantage", "train", "sync")
+"""What a step's printed seconds are made of."""
 
 PROGRESS_LINE_S = 10.0
 """Without a terminal a fraction is printed at most this often."""
@@ -59,16 +63,19 @@ class Tracker:
         resumed_step: int = 0,
         quiet: bool = False,
         console: Console | None = None,
+        memory: MemoryLedger | None = None,
     ):
         """Continue `folder/metrics.jsonl` after `resumed_step`, the last step that the loaded checkpoint contains (0: a new run).
 
         Rows of later steps are dropped, since these steps will be run again. `quiet` keeps timers only: no file, no console, no wandb.
+        `memory` is told of the end of every phase.
         """
         self.folder = folder
         self.name = name
         self.total_steps = total_steps
         self.step = resumed_step
         self.quiet = quiet
+        self._memory = memory
         self._stack: list[Phase] = []
         self._since = time.monotonic()
         self._phase_since = self._since
@@ -78,6 +85,9 @@ class Tracker:
         self._totals: dict[str, float] = {}
         self._row: dict[str, Any] | None = None
         self._row_offset = 0
+        self._unshown_s = 0.0
+        """Time of steps that no printed line has counted yet."""
+
         self._step_ends: deque[tuple[int, float]] = deque(maxlen=RATE_STEPS + 1)
         self._console = console or Console(highlight=False)
         self._live: Live | None = None
@@ -107,6 +117,8 @@ class Tracker:
             self._charge()
             self._stack.pop()
             self._enter_phase()
+            if self._memory is not None:
+                self._memory.note(name)
             if name in ANNOUNCED:
                 self._plain_line(f"{name} took {_duration(time.monotonic() - started)}")
 
@@ -119,6 +131,15 @@ class Tracker:
             self._printed_detail_at = time.monotonic()
             self._plain_line(f"{self._stack[-1]}: {state:.0%}")
         self._detail = state
+
+    def memory(self) -> dict[str, float]:
+        """Phase -> MiB that this rank had in use at its end, since the last call; a leak is said aloud. Empty where nobody looks."""
+        if self._memory is None:
+            return {}
+        found = self._memory.step_ended()
+        for leak in self._memory.leaks():
+            self.message(f"warning: {leak}")
+        return found
 
     def phases_total(self) -> dict[str, float]:
         """Seconds per phase over the whole run, the part before a resume included."""
@@ -157,9 +178,10 @@ class Tracker:
         if step > self._step_ends[-1][0]:
             self._step_ends.append((step, time.monotonic()))
         self._write(step, metrics, times)
+        self._unshown_s += sum(seconds for name, seconds in times.items() if name in STEP_PHASES)
         if self._wandb is not None:
             self._wandb.log({**metrics, **{f"phase_s/{name}": seconds for name, seconds in times.items()}}, step=step)
-        for line in self._summaries(step, metrics, sum(times.values())):
+        for line in self._summaries(step, metrics):
             self._console.print(line, soft_wrap=True)
 
     def message(self, text: str) -> None:
@@ -240,13 +262,14 @@ class Tracker:
         if not self.quiet and not self._console.is_terminal:
             self._console.print(Text(f"{self.name}: {text}"), soft_wrap=True)
 
-    def _summaries(self, step: int, metrics: Mapping[str, float], seconds: float) -> list[Text]:
+    def _summaries(self, step: int, metrics: Mapping[str, float]) -> list[Text]:
         """The lines printed for a step: one for training, one for an evaluation."""
         lines = []
         head = f"step {step:>{len(str(self.total_steps))}}/{self.total_steps}"
         training = [text for key, form in SHOWN.items() if (text := _shown(metrics, key, form))]
         if training:
             eta = self._eta_s()
+            seconds, self._unshown_s = self._unshown_s, 0.0
             parts = [head, *training, f"{seconds:.1f} s", *([f"ETA {_duration(eta)}"] if eta else [])]
             lines.append(Text("  ".join(parts), no_wrap=True, overflow="ignore"))
         for mode in ("sampled", "greedy"):

@@ -7,17 +7,18 @@ from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
-from igpo_megatron.types import RolloutGroup, Trajectory
+from igpo_megatron.types import BranchPoint, RolloutGroup, Trajectory, ValuePoint
 
 
 def tree_picture(group: RolloutGroup, trajectories: Sequence[Trajectory]) -> dict[str, Any] | None:
     """Plain data for a drawing in units of turns (x, the prompt at 0) and rows (y); None where nobody decided to branch or not.
 
     nodes   {x, y, from: [x, y], tokens, samples}    sampled turns; `from` is the turn before, or the prompt
-    forks   {x, y, entropy, ...}                     decisions, half a turn behind the turn whose result they follow
+    forks   {x, y, samples, entropy or value, ...}   decisions, half a turn behind the turn whose result they follow
     leaves  {x, y, sample}                           the end of each trajectory, whose number counts from 0
     """
-    if not group.branch_points:
+    points: list[BranchPoint | ValuePoint] = [*group.branch_points, *group.value_points]
+    if not points:
         return None
     # In the order of their paths those that share most stand side by side, so lines do not cross.
     order = sorted(range(len(trajectories)), key=lambda number: (trajectories[number].path, number))
@@ -48,20 +49,33 @@ def tree_picture(group: RolloutGroup, trajectories: Sequence[Trajectory]) -> dic
             {
                 "x": at[sampled[point.node]][0] + 0.5,
                 "y": at[sampled[point.node]][1],
-                "entropy": round(point.entropy, 4),
-                "initial": round(point.initial, 4),
-                "kind": point.kind,
-                "probability": round(point.probability, 4),
-                "consecutive": point.consecutive,
                 "samples": [child + 1 for child in point.children],
+                **(_by_entropy(point) if isinstance(point, BranchPoint) else _by_value(point)),
             }
-            for point in group.branch_points
+            for point in points
             if point.node in sampled
         ],
         "leaves": [
             {"x": at[turns[number][-1]][0] if turns[number] else 0.0, "y": row, "sample": number} for row, number in enumerate(order)
         ],
     }
+
+
+def _by_entropy(point: BranchPoint) -> dict[str, Any]:
+    return {
+        "entropy": round(point.entropy, 4),
+        "initial": round(point.initial, 4),
+        "kind": point.kind,
+        "probability": round(point.probability, 4),
+        "consecutive": point.consecutive,
+    }
+
+
+def _by_value(point: ValuePoint) -> dict[str, Any]:
+    """What is absent stays None."""
+    numbers = {name: getattr(point, name) for name in ("value", "spread", "probability", "change", "stop_probability")}
+    rounded = {name: None if number is None else round(number, 4) for name, number in numbers.items()}
+    return {**rounded, "siblings": point.siblings, "stopped": point.stopped}
 
 
 def _turn_of(group: RolloutGroup, number: int) -> int | None:

@@ -12,7 +12,7 @@ from igpo_megatron.protocols import PROTOCOLS
 from igpo_megatron.rollout.chat import Answer, ChatFormat, Malformed
 from igpo_megatron.search.results import Observed, SearchClient, SearchResult, Tool
 from igpo_megatron.search.tally import why_failed
-from igpo_megatron.types import Completion, Node, ProbeScore, RolloutGroup, RunStopped, Status, ToolCall, Trajectory
+from igpo_megatron.types import Completion, Node, NodeKind, ProbeScore, RolloutGroup, RunStopped, Status, ToolCall, Trajectory
 from igpo_megatron.waits import ROLLOUTS, waiting
 
 if TYPE_CHECKING:
@@ -41,16 +41,20 @@ class Engine(Protocol):
 
 
 class TurnWatch(Protocol):
-    """Whatever wants to know how sure the policy was at the beginning of every turn."""
+    """Whatever wants to know of every turn before it is sampled, or how sure the policy was at its beginning."""
 
     @property
     def tokens(self) -> int:
-        """Tokens to measure."""
+        """Tokens to measure; 0 samples every turn in one piece and measures nothing."""
         ...
 
     @property
     def top_logprobs(self) -> int:
-        """As for `Engine.generate`, not 0."""
+        """As for `Engine.generate`, not 0 where tokens are measured."""
+        ...
+
+    async def begins(self, path: Sequence[int], turn: int) -> bool:
+        """Turn `turn` is about to be sampled behind `path`, whose probes are under way; True asks the policy for its answer at once."""
         ...
 
     async def measured(self, path: Sequence[int], turn: int, entropies: Sequence[float]) -> None:
@@ -79,24 +83,30 @@ async def run_trajectory(
 
     `probe_tokens` are kept free at the end of the context, so that every state can be probed. A `prober` is told of every state
     before the turn that continues it is sampled, and scores it meanwhile. `start`: the path to continue, up to a prompt or a tool
-    result. `watch` is told of the first tokens of every turn.
+    result. `watch` is told of every turn and of its first tokens; where it says so, `chat.asking_ids` are forced before the turn, which
+    must then end in an answer.
     """
     path = list(start)
     used = len(group.context(path[-1]))
     room = config.max_context - probe_tokens
     for turn in range(group.nodes[path[-1]].turn + 1, config.max_turns + 1):
         if chat.forced_ids:
-            path.append(_forced_child(group, path[-1], chat, turn))
+            path.append(_shared_child(group, path[-1], "forced", chat.forced_ids, chat.forced_text, turn))
             used += len(chat.forced_ids)
-        max_tokens = min(config.max_tokens_per_turn, room - used)
-        if max_tokens < 1:
+        if used >= room:
             return Trajectory(path, Status.TRUNCATED_CONTEXT)
         if prober is not None:
             prober.start(path[-1])
+        asked = watch is not None and await watch.begins(path, turn)
+        if asked:
+            path.append(_shared_child(group, path[-1], "asking", chat.asking_ids, chat.asking_text, turn))
+            used += len(chat.asking_ids)
+            room = config.max_context  # no probe follows; what was kept free for one holds this text and an answer
+        max_tokens = min(config.max_tokens_per_turn, room - used)
         seeds = (seed, step, group.prompt.id, sample, turn)
         generate = partial(engine.generate, temperature=temperature, key=group.prompt.id)
         with waiting(f"turn {turn} of question {group.prompt.id}", on="an engine", who=ROLLOUTS):
-            if watch is None:
+            if watch is None or not watch.tokens:
                 completion = await generate(group.context(path[-1]), max_tokens=max_tokens, seed=counter_seed(*seeds))
             else:
                 completion = await _watched(
@@ -110,7 +120,9 @@ async def run_trajectory(
             return Trajectory(path, Status.ENGINE_FAILED, reason="the engine aborted the request")
         if completion.finish == "length":
             return Trajectory(path, Status.TRUNCATED_TOKENS if max_tokens == config.max_tokens_per_turn else Status.TRUNCATED_CONTEXT)
-        wanted = chat.parse(chat.forced_text + text)
+        wanted = chat.parse(chat.forced_text + (chat.asking_text if asked else "") + text)
+        if asked and isinstance(wanted, ToolCall):
+            wanted = Malformed("asked for its answer, the policy called a tool")
         if isinstance(wanted, Answer):
             return Trajectory(path, Status.FINISHED, answer=wanted.text)
         if isinstance(wanted, Malformed):
@@ -188,9 +200,9 @@ def counter_seed(*parts: object) -> int:
     return int.from_bytes(digest, "big") % 2**31
 
 
-def _forced_child(group: RolloutGroup, parent: int, chat: ChatFormat, turn: int) -> int:
-    """The forced opening below `parent`, shared by all samples that continue from there."""
+def _shared_child(group: RolloutGroup, parent: int, kind: NodeKind, token_ids: list[int], text: str, turn: int) -> int:
+    """Text that nobody samples below `parent`, shared by all samples that continue from there."""
     for number, node in enumerate(group.nodes):
-        if node.parent == parent and node.kind == "forced":
+        if node.parent == parent and node.kind == kind:
             return number
-    return group.add(Node(parent, "forced", list(chat.forced_ids), turn, chat.forced_text))
+    return group.add(Node(parent, kind, list(token_ids), turn, text))

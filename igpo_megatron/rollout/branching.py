@@ -1,33 +1,22 @@
-"""A group that grows as a tree: paths fork behind tool results that leave the policy unsure (ARPO, AEPO), until the group is full.
+"""When a group forks by the policy's own uncertainty: behind tool results that leave the policy unsure (ARPO, AEPO).
 
     prompt ─┬─ turn 1 ── result ─┬─ first k tokens of turn 2: entropy H ── rest of turn 2 ── ...     path 0
             │                    └─ turn 2' ── ...                                                  path 8, forked before those tokens
             └─ turn 1' ── ...                                                                       path 1
 
-Every path is a task of its own: none waits for another, except for the first tokens of the first turns, which are what all are compared
-with. When the last path has ended, whatever is missing starts at the question, all at once.
-
-What a path samples, and what it draws to decide, are functions of its label alone ("3" is the fourth sample, "3.2.0" the first fork of it
-behind its second result), so a resumed run repeats them. Only where more forks are wanted than the group has room for, the first comes.
-All state lives in one `Grower` per group: nothing outlives a step.
+No path waits for another, except for the first tokens of the first turns, which are what all are compared with.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from igpo_megatron.config.schema import AepoBranching, ArpoBranching
-from igpo_megatron.types import BranchPoint, RolloutGroup, Trajectory
-
-INITIAL_ROLLOUTS = "initial_rollouts"
-"""Key in `RolloutGroup.metrics`: samples that began at the question before any fork; AEPO lets it vary."""
-
-RunPath = Callable[[list[int], str, "Watch"], Coroutine[Any, Any, Trajectory]]
-"""(path to continue, label, what is told of the first tokens of every turn) -> how the new path ended."""
+from igpo_megatron.rollout.grower import INITIAL_ROLLOUTS, Grower, RunPath, Uniform
+from igpo_megatron.types import BranchPoint, RolloutGroup
 
 
 def step_entropy(entropies: Sequence[float], config: ArpoBranching, vocab_size: int) -> float:
@@ -67,10 +56,10 @@ def initial_rollouts(root: float, tools: Sequence[float], samples: int, config: 
 
 
 @dataclass(slots=True)
-class Watch:
+class EntropyWatch:
     """One path as its group's grower sees it; told by `run_trajectory` of the first tokens of every turn."""
 
-    grower: Grower
+    grower: EntropyGrower
     number: int
     """Of the trajectory."""
 
@@ -94,49 +83,29 @@ class Watch:
         """Likeliest tokens that entropies are computed over; -1 means all."""
         return -1 if self.grower.config.entropy == "full" else self.grower.config.top_k
 
+    async def begins(self, path: Sequence[int], turn: int) -> bool:
+        """No path is asked for its answer early."""
+        return False
+
     async def measured(self, path: Sequence[int], turn: int, entropies: Sequence[float]) -> None:
         """The first tokens behind `path` are there: the place to fork, if at all, is before them."""
         await self.grower.measured(self, list(path), turn, entropies)
 
 
-class Grower:
-    """Starts the paths of one group."""
+class EntropyGrower(Grower[EntropyWatch]):
+    """Forks paths as `rollout.branching.name=arpo` or `aepo` says."""
 
     def __init__(
-        self,
-        group: RolloutGroup,
-        config: ArpoBranching,
-        samples: int,
-        *,
-        run_path: RunPath,
-        uniform: Callable[[str, int, int], float],
-        vocab_size: int,
+        self, group: RolloutGroup, config: ArpoBranching, samples: int, *, run_path: RunPath, uniform: Uniform, vocab_size: int
     ) -> None:
-        """`uniform`: (label, turn, try) -> a number from [0, 1) that depends on nothing else."""
-        self.group, self.config, self._samples = group, config, samples
-        self._run_path, self._uniform, self._vocab_size = run_path, uniform, vocab_size
-        self._tasks: list[asyncio.Task[Trajectory]] = []
-        self._monitored: Watch | None = None
+        super().__init__(group, samples, run_path=run_path, uniform=uniform)
+        self.config, self._vocab_size = config, vocab_size
+        self._monitored: EntropyWatch | None = None
         self._roots: dict[int, float | None] = {}
         self._expected = 0
         self._roots_known = asyncio.Event()
 
-    async def grow(self) -> list[Trajectory]:
-        """All trajectories, as many as `samples`, in the order in which they were started."""
-        try:
-            await self._start()
-            await self._all_ended()
-            for _ in range(self._free):
-                self._launch([0], f"late{len(self._tasks)}")
-            await self._all_ended()
-        except BaseException:
-            for task in self._tasks:
-                task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
-            raise
-        return [task.result() for task in self._tasks]
-
-    async def measured(self, watch: Watch, path: list[int], turn: int, entropies: Sequence[float]) -> None:
+    async def measured(self, watch: EntropyWatch, path: list[int], turn: int, entropies: Sequence[float]) -> None:
         """Note a turn's entropy and, behind a tool result, decide whether to fork."""
         entropy = step_entropy(entropies, self.config, self._vocab_size)
         earlier = watch.steps[-1][2] if watch.steps else None
@@ -148,12 +117,14 @@ class Grower:
         if earlier is not None and watch is not self._monitored:
             await self._decide(watch, path, turn, entropy if self.config.variant == "corrected" else earlier)
 
-    @property
-    def _free(self) -> int:
-        return self._samples - len(self._tasks)
+    def _watch(self, number: int, label: str) -> EntropyWatch:
+        return EntropyWatch(self, number, label)
+
+    def _ended(self, watch: EntropyWatch) -> None:
+        self._root_known(watch.number, None)  # it may have ended before its first tokens
 
     async def _start(self) -> None:
-        """Launch the samples that begin at the question; the one that sets their number first."""
+        """The one that sets their number goes first."""
         count = min(self.config.initial_rollouts, self._samples)
         if isinstance(self.config, AepoBranching) and self.config.premonitor:
             watch = self._monitored = self._launch([0], "0")
@@ -169,7 +140,7 @@ class Grower:
         if self._monitored is not None:
             await self._decide_afterwards(self._monitored)
 
-    async def _decide_afterwards(self, watch: Watch) -> None:
+    async def _decide_afterwards(self, watch: EntropyWatch) -> None:
         """Fork the path that went first, as if it had known the budget."""
         end = self._tasks[watch.number].result()
         for position in range(1, len(watch.steps)):
@@ -177,18 +148,19 @@ class Grower:
             deciding = entropy if self.config.variant == "corrected" else watch.steps[position - 1][2]
             await self._decide(watch, end.path[: end.path.index(node) + 1] if node in end.path else [], turn, deciding)
 
-    async def _decide(self, watch: Watch, path: list[int], turn: int, entropy: float) -> None:
+    async def _decide(self, watch: EntropyWatch, path: list[int], turn: int, entropy: float) -> None:
         await self._roots_known.wait()
         if not path or self._free <= 0:
             return
         initial = self._initial(watch)
         probability = branch_probability(entropy - initial, watch.consecutive, self.config)
-        behind = path[:-1] if self.group.nodes[path[-1]].kind == "forced" else path
+        behind = self._behind(path)
         before, children = watch.consecutive, []
         wanted = [attempt for attempt in range(self.config.beam - 1) if self._forks(watch.label, turn, attempt, probability)]
         watch.consecutive = before + 1 if wanted else 0
         for attempt in wanted[: self._free]:
-            child = self._launch(behind, f"{watch.label}.{turn - 1}.{attempt}", consecutive=watch.consecutive)
+            child = self._launch(behind, f"{watch.label}.{turn - 1}.{attempt}")
+            child.consecutive = watch.consecutive
             children.append(child.number)
         kind = self.config.entropy
         self.group.branch_points.append(
@@ -200,19 +172,12 @@ class Grower:
             return probability > self.config.threshold
         return self._uniform(label, turn, attempt) < probability
 
-    def _initial(self, watch: Watch) -> float:
+    def _initial(self, watch: EntropyWatch) -> float:
         """The entropy that a rise is counted from."""
         roots = [root for root in self._roots.values() if root is not None]
         if self.config.variant == "published" or not roots:
             return watch.first or 0.0
         return math.fsum(roots) / len(roots)
-
-    def _launch(self, path: list[int], label: str, consecutive: int = 0) -> Watch:
-        watch = Watch(self, len(self._tasks), label, consecutive)
-        task = asyncio.ensure_future(self._run_path(path, label, watch))
-        task.add_done_callback(lambda _: self._root_known(watch.number, None))  # it may have ended before its first tokens
-        self._tasks.append(task)
-        return watch
 
     def _root_known(self, number: int, entropy: float | None) -> None:
         if not self._roots_known.is_set():
@@ -222,10 +187,3 @@ class Grower:
     def _check_roots(self) -> None:
         if self._expected and len(self._roots) >= self._expected:
             self._roots_known.set()
-
-    async def _all_ended(self) -> None:
-        """Until no path runs, those counted that start meanwhile; what one raises is raised."""
-        while running := [task for task in self._tasks if not task.done()]:
-            done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()

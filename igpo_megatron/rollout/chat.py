@@ -52,6 +52,8 @@ class ChatFormat:
         added = [token.content for token in tokenizer.added_tokens_decoder.values() if not token.special and len(token.content) > 1]
         self._added = re.compile("|".join(map(re.escape, added))) if added else None
         self.forced_ids: list[int] = self._encode(FORCED_TEXT) if rollout.force_think else []
+        self.asking_text = reward.probe_template.partition("{answer}")[0]
+        self.asking_ids: list[int] = self._encode(self.asking_text)
         self._before_tool, self._after_tool = self._tool_frame() if self.protocol.tool_messages else map(self._encode, self.protocol.result)
         self._probes: dict[str, tuple[list[int], tuple[int, int]]] = {}
 

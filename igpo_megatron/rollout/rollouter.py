@@ -14,10 +14,11 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from igpo_megatron.config.schema import NoBranching, Rollout
-from igpo_megatron.rollout.agent import Engine, EngineError, counter_seed, run_trajectory
-from igpo_megatron.rollout.branching import Grower, Watch
+from igpo_megatron.config.schema import GainBranching, NoBranching, Rollout
+from igpo_megatron.rollout.agent import Engine, EngineError, TurnWatch, counter_seed, run_trajectory
+from igpo_megatron.rollout.branching import EntropyGrower
 from igpo_megatron.rollout.chat import ChatFormat
+from igpo_megatron.rollout.gain_branching import GainGrower
 from igpo_megatron.rollout.prober import Prober, RenderedProbe
 from igpo_megatron.search.results import SearchClient, Tool
 from igpo_megatron.search.tally import Tally, TallyClient, TallyTool, search_tally
@@ -115,7 +116,7 @@ class Rollouter:
         done = 0
 
         async def one(
-            group: RolloutGroup, prober: Prober | None, start: Sequence[int], sample: int | str, watch: Watch | None = None
+            group: RolloutGroup, prober: Prober | None, start: Sequence[int], sample: int | str, watch: TurnWatch | None = None
         ) -> Trajectory:
             nonlocal done
             chosen = self._config.temperature if temperature is None else temperature
@@ -134,7 +135,11 @@ class Rollouter:
                 return counter_seed(self._seed, step, group.prompt.id, "branch", *parts) / 2**31
 
             run_path = partial(one, group, prober)
-            return Grower(group, branching, samples, run_path=run_path, uniform=uniform, vocab_size=self._chat.vocab_size).grow()
+            if isinstance(branching, GainBranching):
+                assert prober is not None, "rollout.branching.name=gain needs probes that the engine scores"
+                return GainGrower(group, branching, samples, run_path=run_path, uniform=uniform, prober=prober).grow()
+            vocab = self._chat.vocab_size
+            return EntropyGrower(group, branching, samples, run_path=run_path, uniform=uniform, vocab_size=vocab).grow()
 
         try:
             ends = await _all([whole(group, prober) for group, prober in zip(groups, probers, strict=True)])
@@ -168,7 +173,7 @@ class Rollouter:
         tools: Mapping[str, Tool],
         start: Sequence[int],
         sample: int | str,
-        watch: Watch | None,
+        watch: TurnWatch | None,
         step: int,
         temperature: float,
     ) -> Trajectory:

@@ -1,76 +1,40 @@
-"""Weights through shared memory: a back-end for vLLM's own weight-transfer API that needs no GPU.
+"""The engine's half of a weight transfer: a back-end for vLLM's weight-transfer API that says what it received.
 
-    trainer: SharedWeights.write(named tensors) ──file in shared memory──> engine worker: SharedMemoryEngine.receive_weights ──> model
+    bucket ──file | nccl | ipc──> TransferEngine.receive_weights ──fingerprint──> model.load_weights ──finish──> repacked model
 
-vLLM's back-ends (NCCL, CUDA IPC) need CUDA. This one is registered with vLLM's factory when a worker imports this module as its
-`worker_extension_cls`, and serves engines on the machine of the main rank. The writing half needs no vLLM.
+vLLM's own back-ends (NCCL, CUDA IPC) need CUDA, and none says what arrived. This one is registered with vLLM's factory when a worker
+imports this module as its `worker_extension_cls`; it reads files itself and leaves NCCL and CUDA IPC to vLLM's.
 """
 
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from igpo_megatron.leftovers import claim, remove_abandoned
+from igpo_megatron.rollout.weight_store import Entry, Received, read, received
 
-BACKEND = "igpo_shm"
-_ALIGNMENT = 64
-_PREFIX = "igpo-weights-"
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """Where a tensor lies in the file."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
+BACKEND = "igpo"
+POSITION_BYTES = 512
 
 
-class SharedWeights:
-    """A file in shared memory, readable by this user only, that holds one version of all weights."""
+class Counting:
+    """Stands for a model while a transfer of vLLM's own loads into it, and keeps account of what comes by."""
 
-    def __init__(self) -> None:
-        room = Path("/dev/shm")
-        folder = room if os.access(room, os.W_OK) else Path(tempfile.gettempdir())
-        remove_abandoned(folder, _PREFIX)
-        descriptor, name = tempfile.mkstemp(prefix=_PREFIX, dir=folder)
-        os.close(descriptor)
-        self.path = Path(name)
-        self._claim = claim(self.path)
+    def __init__(self, model: torch.nn.Module, rows: list[Received]) -> None:
+        self._model, self._rows = model, rows
 
-    def write(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> list[Entry]:
-        """Write all tensors, one in memory at a time; returns what lies where."""
-        entries = []
-        with self.path.open("wb") as file:
-            for name, tensor in named_tensors:
-                file.seek(-file.tell() % _ALIGNMENT, os.SEEK_CUR)
-                data = tensor.detach().to("cpu").contiguous()
-                entry = Entry(name, str(data.dtype).removeprefix("torch."), tuple(data.shape), file.tell(), data.nbytes)
-                file.write(data.reshape(-1).view(torch.uint8).numpy().data)
-                entries.append(entry)
-        return entries
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Any:
+        """Load, tensor by tensor, after its fingerprint was taken."""
+        return self._model.load_weights(self._seen(weights))  # type: ignore[operator]
 
-    def close(self) -> None:
-        """Remove the file."""
-        self.path.unlink(missing_ok=True)
-        os.close(self._claim)
-
-
-def read(path: str, entries: Iterable[Entry]) -> Iterable[tuple[str, torch.Tensor]]:
-    """The tensors, as views of the mapped file."""
-    buffer = torch.from_file(path, shared=True, size=os.path.getsize(path), dtype=torch.uint8)
-    for entry in entries:
-        part = buffer[entry.offset : entry.offset + entry.nbytes]
-        yield entry.name, part.view(getattr(torch, entry.dtype)).view(entry.shape)
+    def _seen(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in weights:
+            self._rows.append(received(name, tensor))
+            yield name, tensor
 
 
 def refresh_packed_weights(model: torch.nn.Module) -> None:
@@ -99,42 +63,85 @@ def _register() -> None:
     @dataclass
     class InitInfo(WeightTransferInitInfo):
         path: str = ""
+        """The file with the weights."""
+
+        position: str = ""
+        """The file that says, while a bucket is loaded, which tensor was reached."""
+
+        native: str = ""
+        """`nccl` or `ipc` to open vLLM's own back-end as well."""
+
+        native_info: dict[str, Any] = field(default_factory=dict)
 
     @dataclass
     class UpdateInfo(WeightTransferUpdateInfo):
+        number: int = 0
         entries: tuple[tuple[Any, ...], ...] = ()
+        native_info: dict[str, Any] | None = None
+        """What vLLM's own back-end needs to receive this bucket; None to read it from the file."""
 
-    class SharedMemoryEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
+    class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         init_info_cls = InitInfo
         update_info_cls = UpdateInfo
+        native: Any = None
+        path = position = ""
 
         def init_transfer_engine(self, init_info: InitInfo) -> None:
-            self.path = init_info.path
+            if init_info.path:
+                self.path, self.position = init_info.path, init_info.position
+            if init_info.native:
+                if self.native is not None:
+                    self.native.shutdown()
+                config = type(self.config)(backend=init_info.native)
+                self.native = WeightTransferEngineFactory.create_engine(config, self.vllm_config, self.device, self.model)
+                self.native.init_transfer_engine(self.native.parse_init_info(init_info.native_info))
 
         def start_weight_update(self) -> None:
             initialize_layerwise_reload(self.model)
 
         def update_weights(self, update_info: Any) -> None:
-            # The base class synchronises an accelerator here, which a CPU worker does not have.
             info = update_info if isinstance(update_info, UpdateInfo) else self.parse_update_info(update_info)
+            self.rows: list[Received] = []
             self.receive_weights(info)
+            if self.device.type != "cpu":
+                torch.accelerator.synchronize()  # on a CPU worker it would raise
 
         def receive_weights(self, update_info: UpdateInfo) -> None:
-            entries = [Entry(*fields) for fields in update_info.entries]
-            self.model.load_weights((name, tensor.to(self.device)) for name, tensor in read(self.path, entries))
+            if update_info.native_info is None:
+                entries = [Entry(*fields) for fields in update_info.entries]
+                located = self._marked(update_info.number, read(self.path, entries))
+                Counting(self.model, self.rows).load_weights((name, tensor.to(self.device)) for name, tensor in located)
+            else:
+                self.native.model = Counting(self.model, self.rows)
+                self.native.receive_weights(self.native.parse_update_info(update_info.native_info))
 
         def finish_weight_update(self) -> None:
             finalize_layerwise_reload(self.model, self.model_config)
             if self.device.type == "cpu":
                 refresh_packed_weights(self.model)
 
-        def shutdown(self) -> None: ...
+        def shutdown(self) -> None:
+            if self.native is not None:
+                self.native.shutdown()
 
-    WeightTransferEngineFactory.register_engine(BACKEND, SharedMemoryEngine)
+        def _marked(self, number: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+            with open(self.position, "r+b", buffering=0) as file:
+                for name, tensor in tensors:
+                    file.seek(0)
+                    file.write(f"bucket {number}, {name}".encode()[:POSITION_BYTES].ljust(POSITION_BYTES))
+                    yield name, tensor
+
+    WeightTransferEngineFactory.register_engine(BACKEND, TransferEngine)
 
 
 class WorkerExtension:
-    """Named in `worker_extension_cls`: vLLM imports this module in each worker before the model is loaded."""
+    """Named in `worker_extension_cls`: vLLM imports this module in each worker before the model is loaded, and adds these methods to it."""
+
+    def load_bucket(self, update_info: dict[str, Any]) -> list[tuple[Any, ...]]:
+        """`update_weights`, and what was loaded: the fields of `Received`, tensor by tensor."""
+        worker: Any = self
+        worker.update_weights(update_info)
+        return [(row.name, row.dtype, row.shape, row.fingerprint) for row in worker.weight_transfer_engine.rows]
 
 
 if os.environ.get("IGPO_ENGINE_PROCESS") == "1":

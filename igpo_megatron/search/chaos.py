@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 from collections import Counter
@@ -47,4 +48,13 @@ class ChaosClient:
         self._asked[query] += 1
         draw = random.Random(f"{self.config.seed}|{number}|{query}")
         fault = draw.choice(FAULTS) if draw.random() < self.config.failed_fraction else None
-        return fault, draw.expovariate(1 / self.config.latency_s) if self.config.latency_s else 0.0
+        return fault, added_latency(self.config, draw)
+
+
+def added_latency(config: Chaos, draw: random.Random) -> float:
+    """Seconds with the mean `latency_s`."""
+    if not config.latency_s:
+        return 0.0
+    if config.latency_sigma is None:
+        return draw.expovariate(1 / config.latency_s)
+    return draw.lognormvariate(math.log(config.latency_s) - config.latency_sigma**2 / 2, config.latency_sigma)

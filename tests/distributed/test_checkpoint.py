@@ -13,7 +13,6 @@ import torch
 from conftest import make_config, run_ranks
 from groups import load_hf, random_groups
 from test_layouts import row_loss, with_off_policy_logprobs
-from torch.distributed.checkpoint.api import CheckpointException
 
 from checkpoint_conversion.convert import megatron_to_hf
 from checkpoint_conversion.hf_folder import HfReader
@@ -21,7 +20,7 @@ from igpo_megatron.actor import checkpoint, checkpoint_writer
 from igpo_megatron.actor.policy import Policy
 from igpo_megatron.actor.weight_sync import named_weights
 from igpo_megatron.packing.tree import pack_for_training, step_counts
-from igpo_megatron.types import RolloutGroup
+from igpo_megatron.types import RolloutGroup, RunStopped
 
 SMALL = {"optim__lr": 1e-3}
 
@@ -89,15 +88,16 @@ def fail_to_write(policy: Policy, folder: Path) -> tuple[str, list[Path]]:
         checkpoint.save(policy, folder, 1, {}, keep=2)
         try:
             checkpoint.finish(policy, wait=True)
-        except CheckpointException as error:
+        except RunStopped as error:
             return str(error), checkpoint.complete(folder)
     return "", checkpoint.complete(folder)
 
 
 def test_a_rank_that_cannot_write_behind_training_is_told_by_every_rank(hf_folders: dict[str, Path], tmp_path: Path) -> None:
     config = make_config(hf_folders["qwen2_tied"], parallel__tensor=2, checkpoint__in_background=True)
-    for message, folders in run_ranks(fail_to_write, config, tmp_path):
-        assert "no space left on device" in message and folders == []
+    answers = run_ranks(fail_to_write, config, tmp_path)
+    assert all(message.startswith("step_000001 could not be written") and folders == [] for message, folders in answers)
+    assert "no space left on device" in answers[0][0]
 
 
 def load_and_train(policy: Policy, folder: Path, groups: list[RolloutGroup]) -> tuple[int, dict[str, Any], int, list[tuple[float, float]]]:

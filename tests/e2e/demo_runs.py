@@ -63,7 +63,11 @@ class DemoRuns:
     def train(self, name: str, *overrides: str, timeout_s: float = 280, **environment: str) -> tuple[int, str]:
         """Exit code and output of a whole `igpo train`."""
         process = self.start(["-m", "igpo_megatron.cli", "train", *self.arguments(name, *overrides)], **environment)
-        output, _ = process.communicate(timeout=timeout_s)
+        try:
+            output, _ = process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            end(family(process.pid))
+            raise
         return process.returncode, output
 
     def rows(self, name: str) -> list[dict[str, float]]:

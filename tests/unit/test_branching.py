@@ -18,7 +18,7 @@ from igpo_megatron.report import write_report
 from igpo_megatron.rollout.agent import EngineError
 from igpo_megatron.rollout.branching import branch_probability, initial_rollouts, step_entropy
 from igpo_megatron.rollout.chat import ChatFormat
-from igpo_megatron.rollout.engines import entropy
+from igpo_megatron.rollout.engine_actor import entropy
 from igpo_megatron.rollout.rollouter import Rollouter
 from igpo_megatron.types import Completion, Prompt, RolloutGroup, Status
 

@@ -1,22 +1,27 @@
-"""The canary after a weight sync: any engine that says something else, or something that is no number, stops the run."""
+"""The canary after a weight sync: an engine that says something else, or something that is no number, stops the run."""
 
 import math
 
 import pytest
 
-from igpo_megatron.actor.weight_sync import SyncError, check_canary
+from igpo_megatron.rollout.canary import check_canary
+from igpo_megatron.types import Canary, SyncError
 
 
-def test_the_largest_difference_over_all_engines_is_returned():
-    assert check_canary([-1.0, -2.0], [[-1.0, -2.0], [-1.25, -2.0]], 0.5, version=3) == 0.25
+def canary(*logprobs):
+    return Canary((5, 6, 7), logprobs, max_gap=0.5)
+
+
+def test_the_largest_difference_is_returned():
+    assert check_canary(canary(-1.0, -2.0), [-1.25, -2.0], version=3, engine=0) == 0.25
 
 
 @pytest.mark.parametrize("served", [[-1.0, -2.75], [-1.1, math.nan], [math.nan, -2.0], [-1.0, -math.inf]])
 def test_an_engine_that_is_off_anywhere_is_named(served):
     with pytest.raises(SyncError, match="engine 1 does not serve the policy's weights: after sync 3"):
-        check_canary([-1.0, -2.0], [[-1.0, -2.0], served], 0.5, version=3)
+        check_canary(canary(-1.0, -2.0), served, version=3, engine=1)
 
 
 def test_a_policy_that_is_no_number_itself_does_not_pass():
     with pytest.raises(SyncError, match="engine 0"):
-        check_canary([-1.0, math.nan], [[-1.0, -2.0]], 0.5, version=1)
+        check_canary(canary(-1.0, math.nan), [-1.0, -2.0], version=1, engine=0)

@@ -301,6 +301,44 @@ def test_branching_must_fit_the_group_the_turn_and_the_loss(sound, monkeypatch):
     monkeypatch.setattr(Ppo, "sequence_level", True)
     (found,) = problems(sound, *arpo)
     assert "loss.name=ppo weighs whole sequences" in found
+    monkeypatch.undo()
+    (found,) = problems(sound, *arpo, "loss.mismatch=mask_sequence")
+    assert "loss.mismatch=mask_sequence judges whole trajectories" in found
+
+
+def test_rollouts_guided_by_gain_need_probes_while_they_grow(sound):
+    gain = ["rollout.branching.name=gain", "rollout.samples_per_prompt=8", "rollout.branching.initial_rollouts=4"]
+    assert problems(sound, *gain, "reward.scorer=engine") == []
+    (found,) = problems(sound, *gain)
+    assert "found reward.scorer=fold, which scores after the rollout; set reward.scorer=engine with" in found
+    (found,) = problems(sound, *gain, "reward.scorer=engine", "advantage.name=grpo")
+    assert "found advantage.name=grpo, which has no probes" in found
+    (found,) = problems(sound, *gain, "advantage.name=igpo_loo", "reward.gain=prob_diff", "reward.scorer=batched")
+    assert "reward.scorer=batched" in found
+    (found,) = problems(sound, *gain, "reward.scorer=engine", "rollout.branching.initial_rollouts=8")
+    assert "leaves nothing of rollout.samples_per_prompt=8" in found
+
+
+def test_rollouts_ahead_need_gains_of_one_version_and_closing_early_needs_independent_samples(sound):
+    assert problems(sound, "rollout.max_staleness=2", "rollout.close_at=4", "rollout.samples_per_prompt=8") == []
+    (found,) = problems(sound, "rollout.max_staleness=1", "reward.scorer=engine", "loss.kl_coef=0")
+    assert "would take the gains of its turns from different weights; use reward.scorer=fold" in found
+    (found,) = problems(sound, "rollout.close_at=9", "rollout.samples_per_prompt=8")
+    assert "rollout.close_at=9 is more than rollout.samples_per_prompt=8" in found
+    arpo = ["rollout.branching.name=arpo", "rollout.samples_per_prompt=8", "rollout.branching.initial_rollouts=4"]
+    (found,) = problems(sound, *arpo, "rollout.close_at=4")
+    assert "rollout.branching.name=arpo grows a tree" in found
+
+
+def test_sharing_devices_needs_turns_and_no_devices_of_their_own(sound):
+    shared = ["placement.mode=colocated", "run.device=cuda"]
+    assert problems(sound, *shared, world_size=2) == []
+    (found,) = problems(sound, *shared, "rollout.max_staleness=1", world_size=2)
+    assert "lets engines roll out while the ranks train" in found
+    (found,) = problems(sound, *shared, "rollout.engine.gpu_ids=[1]", world_size=2)
+    assert "gives the engines GPUs of their own" in found
+    (found,) = problems(sound, *shared, "rollout.engine.count=3", world_size=2)
+    assert "has the GPUs of the 2 ranks on this machine, but rollout.engine.count=3 x tensor=1 needs 3" in found
 
 
 def test_entropies_before_the_step_need_a_pass_and_the_tool_bonus_needs_python(sound):

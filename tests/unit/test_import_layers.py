@@ -36,6 +36,7 @@ TOP = {
     "train",
     "launch",
     "rollout_queue",
+    "device_share",
     "learn",
     "summary",
     "evaluate",
@@ -66,7 +67,20 @@ MAY_IMPORT = {
 TOOLS_MAY_IMPORT = {"types", "config", "data", "search", "rollout", "observability"}
 """tools/bench may import anything. rollout and observability are there for the demonstrations that warm-start the demo policy."""
 
-ENGINE_FILES = ("igpo_megatron/rollout/engines.py", "igpo_megatron/rollout/weight_transfer.py")
+ENGINE_FILES = tuple(
+    f"igpo_megatron/rollout/{name}.py"
+    for name in (
+        "engines",
+        "engine_actor",
+        "fleet",
+        "ray_cluster",
+        "transports",
+        "cuda_transports",
+        "weight_send",
+        "weight_store",
+        "weight_transfer",
+    )
+)
 DOORS = {
     "megatron": ("igpo_megatron/actor/", "tools/bench/"),
     "vllm": (*ENGINE_FILES, "tools/bench/"),

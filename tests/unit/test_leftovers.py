@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from igpo_megatron import leftovers
-from igpo_megatron.rollout import engines
+from igpo_megatron.rollout import ray_cluster
 from igpo_megatron.types import RunStopped
 
 OLD = time.time() - 3600
@@ -57,5 +57,5 @@ def test_a_temporary_folder_too_deep_for_sockets_is_named(tmp_path: Path, monkey
     deep.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(deep))
     with pytest.raises(RunStopped, match="set TMPDIR to a shorter one"):
-        engines._ray_folder()
+        ray_cluster._new_folder()
     assert list(deep.iterdir()) == []

@@ -35,6 +35,14 @@ def test_groups_come_back_exactly(tmp_path):
     assert count_groups(tmp_path / "rollouts" / "step_000003.parquet") == 3
 
 
+def test_a_file_from_before_groups_could_branch_is_read(tmp_path):
+    write_rollouts(tmp_path / "new.parquet", 3, [full_group()])
+    for count in (1, 2):
+        dropped = ["value_points", "branch_points"][:count]
+        pq.write_table(pq.read_table(tmp_path / "new.parquet").drop_columns(dropped), tmp_path / "old.parquet")
+        assert list(read_rollouts(tmp_path / "old.parquet")) == [(3, [full_group()])]
+
+
 def test_a_node_without_weights_and_a_gain_of_zero_stay_what_they_are(tmp_path):
     write_rollouts(tmp_path / "x.parquet", 0, [full_group()])
     ((_, (group,)),) = read_rollouts(tmp_path / "x.parquet")

@@ -10,12 +10,12 @@ import pytest
 from igpo_megatron.algorithms.outcome_advantages import GREEDY_REWARD
 from igpo_megatron.config.load import build
 from igpo_megatron.config.schema import Reward, Rollout
-from igpo_megatron.observability.metrics import rollout_metrics
+from igpo_megatron.observability.metrics import logprob_gap, rollout_metrics
 from igpo_megatron.rollout.agent import EngineError
 from igpo_megatron.rollout.chat import ChatFormat
 from igpo_megatron.rollout.rollouter import Rollouter
 from igpo_megatron.rollout_queue import RolloutQueue, check_staleness, staleness_metrics
-from igpo_megatron.types import Completion, Node, Prompt, RolloutGroup, RunStopped, Status, Trajectory
+from igpo_megatron.types import Completion, Node, Prompt, RolloutGroup, RunStopped, Status, ToolCall, Trajectory
 from tests.unit.test_rollouts import SETTINGS, WORDS, ScriptedSearch
 from tests.unit.test_rollouts import completion as said
 
@@ -86,6 +86,27 @@ def ids(groups: list[RolloutGroup]) -> list[str]:
 
 
 # ---- what a batch is made of
+
+
+def test_the_tool_bonus_knows_the_search_tool_by_the_name_that_the_policy_knows() -> None:
+    class BothTools(AtOnce):
+        async def run(self, prompts: list[Prompt], **_: object) -> list[RolloutGroup]:
+            groups = []
+            for prompt in prompts:
+                group = RolloutGroup(prompt, [Node(None, "prompt", [1])])
+                for name in ("look_up", "python"):
+                    last = len(group.nodes) - 1
+                    group.add(Node(last, "action", [2], 1, "<think>x</think>", weight_version=0, call=ToolCall(name, ("y",))))
+                    group.add(Node(last + 1, "observation", [3], 1))
+                group.add(Node(len(group.nodes) - 1, "action", [2], 3, ANSWER.format("Rome"), weight_version=0))
+                group.trajectories = [Trajectory(list(range(len(group.nodes))), Status.FINISHED)]
+                groups.append(group)
+            return groups
+
+    for name, reward in (("look_up", 1.1), ("search", 1.0)):
+        settings = ["reward.tool_bonus=0.1", f"rollout.tool_name={name}", "rollout.extra_tools=[python]", "rollout.protocol=search_r1"]
+        groups = queue_of(BothTools([True]), *settings).take(1)
+        assert [end.reward for group in groups for end in group.trajectories] == [reward] * 2
 
 
 def test_without_resampling_every_group_is_kept() -> None:
@@ -161,6 +182,23 @@ def test_staleness_counts_every_trained_token_once() -> None:
     assert staleness_metrics([old, new, failed], step=5) == {"staleness_mean": (2 * 2 + 0 * 6) / 8, "staleness_max": 2.0}
     assert staleness_metrics([failed], step=5) == {}
     check_staleness([old, new, failed], 5, 2)
+
+
+def test_turns_of_older_weights_say_nothing_of_the_gap_between_engine_and_trainer() -> None:
+    fresh, stale = (group_of(Prompt("q", "?", ("a",), "t"), ["Rome"], version=version) for version in (4, 3))
+    for group, difference in ((fresh, 0.001), (stale, math.log(2))):
+        group.nodes[1].behavior_logprobs, group.nodes[1].old_logprobs = [-1.0, -1.0], [-1.0, -1.0 + difference]
+    found = logprob_gap([fresh, stale], 4)
+    assert found == pytest.approx(
+        {
+            "logprob_gap_mean": 0.0005,
+            "logprob_gap_max": 0.001,
+            "stale_gap_mean": math.log(2) / 2,
+            "importance_ess": (1 + 2) ** 2 / (2 * (1 + 4)),
+        }
+    )
+    assert logprob_gap([fresh, stale])["logprob_gap_max"] == pytest.approx(math.log(2)), "without a version all are compared"
+    assert logprob_gap([]) == {}
 
 
 @pytest.mark.parametrize(("version", "allowed"), [(2, 1), (3, 0), (5, 2)])
@@ -249,3 +287,35 @@ def test_a_group_closes_when_enough_have_ended_and_gives_up_the_others() -> None
     assert ends == [Status.FINISHED, Status.LATE, Status.FINISHED, Status.LATE, Status.FINISHED]
     metrics = rollout_metrics([group], "search")
     assert metrics["late"] == 0.4 and metrics["failed"] == 0.0
+
+
+class Seeded:
+    """An engine that says more or less by its seed, slower or faster by its seed."""
+
+    async def generate(self, token_ids: list[int], *, seed: int, **_: object) -> Completion:
+        await asyncio.sleep(seed % 7 / 1000)
+        spoken = said("<think>" + "x " * (seed % 5) + "</think><answer>Rome</answer>")
+        return Completion(spoken.token_ids, [-0.25] * len(spoken.token_ids), "stop", 0)
+
+
+def texts(groups: list[RolloutGroup]) -> list[list[str]]:
+    """Every trajectory of every group, in order."""
+    return [[group.nodes[index].text for index in end.path] for group in groups for end in group.trajectories]
+
+
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_the_queue_gives_what_rolling_out_step_by_step_gives(ahead: int) -> None:
+    config = Rollout(**SETTINGS)  # type: ignore[arg-type]
+    search, chat = ScriptedSearch(), ChatFormat(WORDS, config, Reward())
+    with Rollouter(Seeded(), search, chat, config, seed=3) as rollouter:  # type: ignore[arg-type]
+        queue = queue_of(
+            rollouter, f"rollout.max_staleness={ahead}", "rollout.samples_per_prompt=4", "run.steps=4", "run.stop_after=rollout"
+        )
+        for step in range(1, 5):
+            queue.weights_arrived(step - 1)
+            groups = queue.take(step)
+            prompts = [Questions().question(ordinal) for ordinal in (2 * step - 2, 2 * step - 1)]
+            alone = rollouter.run_sync(prompts, samples=4, step=step, temperature=None)
+            assert texts(groups) == texts(alone)
+            assert len({text for path in texts(groups) for text in path}) > 2, "samples differ"
+            queue.done(step)

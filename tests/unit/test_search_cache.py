@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import random
 import sqlite3
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import pytest
@@ -15,7 +18,7 @@ from igpo_megatron.config.schema import Chaos, Search
 from igpo_megatron.data.corpus import Passage
 from igpo_megatron.search import cache
 from igpo_megatron.search.cache import CachedClient, RecordingClient, ReplayClient, Shelf, Store
-from igpo_megatron.search.chaos import ChaosClient
+from igpo_megatron.search.chaos import ChaosClient, added_latency
 from igpo_megatron.search.client import make_client, shelf
 from igpo_megatron.search.results import SearchClient, SearchResult, SearchStatus, SearchStopped
 
@@ -251,6 +254,16 @@ def test_chaos_fails_the_share_it_is_told_by_seed_and_query_and_not_by_order():
     assert faults(config, queries[::-1], Counting())[::-1] == seen
     assert faults(Chaos(failed_fraction=0.3, seed=2), queries, Counting()) != seen
     assert set(faults(config, ["same"] * 100, Counting())) == set(SearchStatus) - {EMPTY}, "each asking has its own luck"
+
+
+@pytest.mark.parametrize("sigma", [None, 0.5])
+def test_added_latency_has_the_mean_it_is_told_and_the_spread_of_its_kind(sigma):
+    draw = random.Random(1)
+    found = [added_latency(Chaos(latency_s=2.0, latency_sigma=sigma), draw) for _ in range(20_000)]
+    assert mean(found) == pytest.approx(2.0, rel=0.03)
+    spread = 2.0 if sigma is None else 2.0 * math.sqrt(math.expm1(sigma**2))
+    assert stdev(found) == pytest.approx(spread, rel=0.05)
+    assert added_latency(Chaos(latency_sigma=1.0), draw) == 0.0
 
 
 def test_chaos_adds_latency():

@@ -152,7 +152,7 @@ def test_without_a_terminal_there_is_a_line_per_step_and_per_long_phase(tmp_path
         "demo: startup took 1:05 min",
         "demo: rollout: 45%",
         "demo: rollout: 95%",
-        "step 1/4  reward +0.500  gain -0.250  F1 0.125  1,234 tokens/s  85.0 s  ETA 4:15 min",
+        "step 1/4  reward +0.500  gain -0.250  F1 0.125  1,234 tokens/s  20.0 s  ETA 4:15 min",
         "demo: rollout: 45%",
         "demo: rollout: 95%",
         "step 2/4  reward +0.500  gain -0.250  F1 0.125  1,234 tokens/s  20.0 s  ETA 1:45 min",

@@ -1,10 +1,15 @@
 """Stages of the training loop that need neither model nor engine: what is refused."""
 
+from pathlib import Path
+
 import pytest
 
+from igpo_megatron.config.load import build
 from igpo_megatron.config.schema import Gspo, Ppo
 from igpo_megatron.learn import refuse_shared_turns
-from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, Trajectory
+from igpo_megatron.run import RunFolder
+from igpo_megatron.train import Side, collect
+from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, ToolCall, Trajectory
 
 ANSWER = "<think>I know.</think>\n<answer>{}</answer>"
 
@@ -26,3 +31,17 @@ def test_losses_on_sequences_refuse_trajectories_that_share_turns():
         refuse_shared_turns([group], Gspo())
     with pytest.raises(ValueError, match=r"loss\.mismatch=mask_sequence judges"):
         refuse_shared_turns([group], Ppo(mismatch="mask_sequence"))
+
+
+@pytest.mark.parametrize(("name", "reward"), [("look_up", 1.1), ("search", 1.0)])
+def test_a_replay_gives_the_tool_bonus_by_the_name_that_the_policy_knows(name: str, reward: float, tmp_path: Path):
+    group = RolloutGroup(Prompt("q", "?", ("Rome",), "t"), [Node(None, "prompt", [1])])
+    for tool in ("look_up", "python"):
+        called = group.add(Node(len(group.nodes) - 1, "action", [2], 1, "<think>x</think>", call=ToolCall(tool, ("y",))))
+        group.add(Node(called, "observation", [3], 1))
+    last = group.add(Node(len(group.nodes) - 1, "action", [4], 3, ANSWER.format("Rome")))
+    group.trajectories = [Trajectory(list(range(last + 1)), Status.FINISHED)]
+    settings = ["advantage.name=grpo", "reward.gain=none", "reward.tool_bonus=0.1", "rollout.protocol=search_r1"]
+    config = build({"model": {"path": "m"}}, [*settings, f"rollout.tool_name={name}"])
+    collect(config, Side(RunFolder(tmp_path), replay=iter([[group]])), step=1)
+    assert group.trajectories[0].reward == pytest.approx(reward)

@@ -28,10 +28,10 @@ from igpo_megatron.config.schema.algorithm import (
     Rloo,
     Sft,
 )
-from igpo_megatron.config.schema.rollout import AepoBranching, ArpoBranching, Branching, Engine, NoBranching, Rollout
+from igpo_megatron.config.schema.rollout import AepoBranching, ArpoBranching, Branching, Engine, GainBranching, NoBranching, Rollout
 from igpo_megatron.config.schema.section import Section
 from igpo_megatron.config.schema.tools import KEY_VARIABLES, Chaos, Python, Search, Summary, Visit
-from igpo_megatron.config.schema.training import Checkpoint, Data, Eval, Model, Optim, Packing, Parallel, Run, Sync, Track
+from igpo_megatron.config.schema.training import Checkpoint, Data, Eval, Model, Optim, Packing, Parallel, Placement, Run, Sync, Track
 
 __all__ = [
     "KEY_VARIABLES",
@@ -50,6 +50,7 @@ __all__ = [
     "Data",
     "Engine",
     "Eval",
+    "GainBranching",
     "GiGpo",
     "Grpo",
     "Gspo",
@@ -61,6 +62,7 @@ __all__ = [
     "Optim",
     "Packing",
     "Parallel",
+    "Placement",
     "PolicyLoss",
     "Ppo",
     "Python",
@@ -97,6 +99,7 @@ class Config(Section):
     loss: Loss = Ppo()
     optim: Optim = Optim()
     packing: Packing = Packing()
+    placement: Placement = Placement()
     sync: Sync = Sync()
     checkpoint: Checkpoint = Checkpoint()
     eval: Eval = Eval()

@@ -40,7 +40,19 @@ class Engine(Section):
     """Ray cluster to join (host:port); null starts one on this machine, bound to loopback."""
 
     start_timeout_s: PositiveFloat = 600
-    """An engine that is not ready by then stops the run."""
+    """An engine that is not ready by then counts as failed: at the start of the run it stops it, later it is started again."""
+
+    request_timeout_s: PositiveFloat = 1800
+    """Wall time of one turn or one probe, waiting for a sync and for a restarted engine included."""
+
+    health_interval_s: PositiveFloat = 10
+    """Time between health checks of each engine."""
+
+    health_timeout_s: PositiveFloat = 60
+    """An engine that does not answer a health check by then counts as dead."""
+
+    max_restarts: NonNegativeInt = 3
+    """Restarts of one engine in a run; one more death stops the run."""
 
 
 class NoBranching(Section):
@@ -108,7 +120,40 @@ class AepoBranching(ArpoBranching):
     """Steepness of the budget."""
 
 
-Branching = Annotated[NoBranching | ArpoBranching | AepoBranching, Field(discriminator="name")]
+class GainBranching(Section):
+    """Forks and stops by information gain (this project's own): needs `reward.scorer=engine`, which measures values during the rollout.
+
+    The value v_t of a path behind t turns is exp(mean log-prob of the true answer), from 0 to 1, whatever `reward.gain` is.
+    """
+
+    name: Literal["gain"] = "gain"
+    initial_rollouts: PositiveInt = 8
+    """Samples that begin at the question; the rest of `samples_per_prompt` is the budget of forks. What no fork used begins there, too."""
+
+    beam: Annotated[int, Field(ge=2)] = 2
+    """Paths behind a fork at most, the forking one included."""
+
+    base_probability: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """alpha: the chance of a fork where the first samples agree."""
+
+    spread_weight: NonNegativeFloat = 2.0
+    """beta: P = alpha + beta std(v_t over the first samples), clipped to [0, 1]; that std is at most 0.5."""
+
+    stop_probability: Annotated[float, Field(ge=0, le=1)] = 0.9
+    """Chance that a saturated path is asked for its answer at once, with the probe's text before `{answer}`. Below 1 some go on, which is
+    what any correction for the stopping needs; 0 never stops."""
+
+    stop_turns: PositiveInt = 2
+    """Saturated: no turn of so many has moved the value by more than `stop_change`, and it is at least `stop_value`."""
+
+    stop_change: NonNegativeFloat = 0.02
+    """Largest change that counts as none."""
+
+    stop_value: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Least value of a saturated path; 0 also stops paths that learn nothing more."""
+
+
+Branching = Annotated[NoBranching | ArpoBranching | AepoBranching | GainBranching, Field(discriminator="name")]
 
 
 class Rollout(Section):

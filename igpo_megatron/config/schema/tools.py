@@ -28,7 +28,10 @@ class Chaos(Section):
     """Share of queries that fail: error, timeout or rate_limited, equally often."""
 
     latency_s: NonNegativeFloat = 0.0
-    """Mean of the exponentially distributed time added to every query."""
+    """Mean of the time added to every query."""
+
+    latency_sigma: PositiveFloat | None = None
+    """The added time is lognormal with this standard deviation of its logarithm (web search: about 1); null: exponential."""
 
     seed: NonNegativeInt = 0
     """The faults of the n-th asking of a query depend on this seed, the query and n only."""

@@ -169,6 +169,34 @@ class Sync(Section):
     max_gap: PositiveFloat = 0.15
     """Largest |log-prob difference| allowed on the canary; a larger one stops the run. fp32 on both sides: about 1e-5."""
 
+    transport: Literal["auto", "shared_memory", "object_store", "nccl", "ipc"] = "auto"
+    """How weights travel. `shared_memory`: a file that engines on this machine map. `object_store`: Ray's, over TCP, to any machine.
+    `auto`: the first for engines on the main rank's machine, the second for others. CUDA only: `nccl`, a broadcast from the main rank's
+    GPU, and `ipc`, for the one engine that shares the GPU of the only rank."""
+
+    bucket_mib: PositiveInt = 256
+    """Tensors are sent in buckets of at most this size; one that is larger travels alone. Two buckets are in memory at a time."""
+
+    base_s: PositiveFloat = 60
+    """Any step of a transfer may take this long, plus the time of its bytes at `min_mib_per_s`; then the run stops."""
+
+    min_mib_per_s: PositiveFloat = 50
+    """The slowest transfer that is not taken for a hang."""
+
+
+class Placement(Section):
+    """Whether engines and ranks share devices. How many devices each have is said by `parallel` and by `rollout.engine`."""
+
+    mode: Literal["disaggregated", "colocated"] = "disaggregated"
+    """`disaggregated`: the engines have devices, or nodes, of their own. `colocated`: they take turns with the ranks on the same GPUs; the
+    engines sleep while the policy trains, and the policy waits in host memory while they roll out."""
+
+    sleep_level: Literal[1, 2] = 2
+    """What a sleeping engine does with its weights: keeps them in host memory (1), or drops them (2), since new ones come anyway."""
+
+    leak_mib: PositiveFloat = 1024
+    """A warning is given when the memory in use at the end of a phase has grown by more than this over three steps."""
+
 
 class Checkpoint(Section):
     """Saving."""

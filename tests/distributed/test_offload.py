@@ -1,0 +1,55 @@
+"""Leaving the device and coming back changes nothing, whatever the layout and whichever tensors are views of others."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_config, run_ranks
+from groups import random_groups
+from test_layouts import with_off_policy_logprobs
+
+from igpo_megatron.actor.offload import Offload
+from igpo_megatron.actor.policy import Policy
+from igpo_megatron.actor.weight_sync import named_weights
+from igpo_megatron.learn import update
+from igpo_megatron.types import RolloutGroup
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "fp32": {"parallel__tensor": 2},
+    "fp32, whole optimizer": {"parallel__distributed_optimizer": False},
+    "bf16, sharded optimizer": {"model__dtype": "bf16", "parallel__data": 2},
+    "experts": {"parallel__expert": 2, "parallel__data": 2},
+}
+
+
+def trained(policy: Policy, groups: list[RolloutGroup], leaves: bool) -> tuple[dict[str, torch.Tensor], int, bool]:
+    """(weights after two steps, bytes given back at most, emptied while away), with or without leaving the device before each step."""
+    offload, given_back, emptied = Offload(policy), 0, False
+    for _ in range(2):
+        if leaves:
+            given_back = max(given_back, offload.leave())
+            emptied = offload.is_away and all(p.untyped_storage().nbytes() == 0 for chunk in policy.chunks for p in chunk.parameters())
+            offload.come_back()
+            assert not offload.is_away
+        update(policy, groups)
+    return {name: tensor.clone() for name, tensor in named_weights(policy)}, given_back, emptied
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_a_policy_that_left_the_device_trains_on_bit_for_bit(hf_folders: dict[str, Path], layout: dict[str, Any]) -> None:
+    folder = hf_folders["qwen3_moe" if "parallel__expert" in layout else "qwen2"]
+    groups = with_off_policy_logprobs(random_groups(seed=2, probes=False))
+    config = make_config(folder, **layout)
+    stayed = run_ranks(partial(trained, leaves=False), config, groups)[0]
+    left = run_ranks(partial(trained, leaves=True), config, groups)[0]
+    assert stayed[0].keys() == left[0].keys()
+    assert all(torch.equal(stayed[0][name], left[0][name]) for name in stayed[0])
+    assert not stayed[2] and left[2]
+    parameters = sum(tensor.numel() for tensor in stayed[0].values())
+    ranks = layout.get("parallel__tensor", layout.get("parallel__data", 1))
+    # Weights and fp32 gradients, and two moments of what this rank's optimizer holds; in fp32 its parameters are the weights themselves.
+    assert left[1] > parameters / ranks * (4 + 4)
