@@ -345,9 +345,9 @@ def _bind(kind: type[Rule], name: str, hf_names: tuple[str, ...], shape: ModelSh
 def check_total(rules: Mapping[str, Rule], *, hf_names: Iterable[str] | None = None, megatron_names: Iterable[str] | None = None) -> None:
     """Raise ConversionError with the full list unless every tensor of each side given is claimed by exactly one rule.
 
-    Megatron names may be of either layer kind. Not counted are rotary buffers, which are recomputed, and on tied models
-    a second copy of the embedding: `lm_head.weight` in the HF folder (compared when the folder is converted), `output_layer.weight`
-    on the Megatron side, which only a last pipeline stage holds.
+    Megatron names may be of either layer kind. Not counted are rotary buffers, which are recomputed, the `_extra_state` of
+    TransformerEngine's modules, which is no weight, and on tied models a second copy of the embedding: `lm_head.weight` in the HF
+    folder (compared when the folder is converted), `output_layer.weight` on the Megatron side, which only a last pipeline stage holds.
     """
     problems: list[str] = []
     tied = {name for name, rule in rules.items() if not rule.exports}
@@ -359,7 +359,7 @@ def check_total(rules: Mapping[str, Rule], *, hf_names: Iterable[str] | None = N
         problems += [f"{name}: expected by the table, but not in the HF folder" for name in sorted(set(claims) - found)]
         problems += [f"{name}: claimed by {count} rules" for name, count in sorted(claims.items()) if count > 1]
     if megatron_names is not None:
-        counts = Counter(local_name(name) for name in megatron_names)
+        counts = Counter(local_name(name) for name in megatron_names if not name.endswith("._extra_state"))
         problems += [f"{name}: in the Megatron model, but no rule claims it" for name in sorted(set(counts) - set(rules))]
         problems += [f"{name}: expected by the table, but not in the Megatron model" for name in sorted(set(rules) - tied - set(counts))]
         problems += [f"{name}: there {count} times in the Megatron model" for name, count in sorted(counts.items()) if count > 1]

@@ -6,6 +6,7 @@ igpo train | launch | eval | score | convert | report | doctor | config
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import sys
@@ -119,7 +120,8 @@ def launch(
 def world_size(config: Config) -> int:
     """Ranks of a run that is started on one machine."""
     layout = config.parallel
-    return layout.tensor * layout.pipeline * (layout.data or max(1, layout.expert // layout.tensor))
+    row_ranks = layout.tensor * layout.context
+    return row_ranks * layout.pipeline * (layout.data or layout.expert // math.gcd(layout.expert, row_ranks))
 
 
 def _torchrun(ranks: int, arguments: list[str], max_restarts: int = 0) -> int:

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 from igpo_megatron.algorithms import ADVANTAGES
 from igpo_megatron.algorithms.info_gain import turn_gains
 from igpo_megatron.algorithms.tree_advantages import entropy_stats
-from igpo_megatron.config.schema import Aepo, Bapo, Config, Loss, PolicyLoss, Ppo
+from igpo_megatron.config.schema import Aepo, Bapo, Config, Hapo, Loss, PolicyLoss, Ppo
+from igpo_megatron.observability.metrics import logprob_gap, routed_share
 from igpo_megatron.types import RolloutGroup
 
 if TYPE_CHECKING:
     from igpo_megatron.actor.policy import Policy
+    from igpo_megatron.packing.experts import ExpertShape
     from igpo_megatron.packing.tree import PackedRow
 
 
@@ -26,13 +28,14 @@ def score_tokens(policy: Policy, groups: Sequence[RolloutGroup]) -> None:
     from igpo_megatron.packing.tree import pack_for_scoring, scatter
 
     config = policy.config
+    experts = replayed_experts(policy)
     pack = partial(pack_for_scoring, groups, row_tokens=config.packing.row_tokens, multiple=policy.row_multiple)
     if takes_engine_logprobs(config):
         for group in groups:
             for node in group.nodes:
                 if node.kind == "action":
                     node.old_logprobs = list(node.behavior_logprobs)
-    elif rows := pack(scorer=config.reward.scorer):  # there are none where every trajectory failed and that was allowed
+    elif rows := pack(scorer=config.reward.scorer, experts=experts):  # there are none where every trajectory failed and that was allowed
         if isinstance(config.loss, PolicyLoss) and config.loss.uses_old_entropies:
             pairs = policy.log_probs(rows, with_entropy=True)
             scatter(rows, [pair[:, 0] for pair in pairs], groups, "old_logprobs")
@@ -42,6 +45,33 @@ def score_tokens(policy: Policy, groups: Sequence[RolloutGroup]) -> None:
     if policy.has_reference and (rows := pack(scorer=None)):
         with policy.as_reference():
             scatter(rows, policy.log_probs(rows), groups, "ref_logprobs")
+
+
+def replayed_experts(policy: Policy) -> ExpertShape | None:
+    """Shape of the engine's choices where the policy repeats them; None where its routers choose."""
+    from igpo_megatron.packing.experts import ExpertShape
+
+    mixture = policy.shape.mixture
+    return ExpertShape(policy.shape.num_layers, mixture.top_k) if mixture and policy.config.rollout.routing_replay else None
+
+
+def routing_metrics(policy: Policy, groups: Sequence[RolloutGroup], step: int) -> dict[str, float]:
+    """With routing replay: `routed_tokens`, and every few steps `logprob_gap`'s names with `_free`, as they would be without replay.
+
+    To be called after `score_tokens`, whose log-probs stay as they are.
+    """
+    from igpo_megatron.packing.tree import pack_for_scoring, scatter
+
+    if replayed_experts(policy) is None:
+        return {}
+    config, every = policy.config, policy.config.rollout.routing_gap_every
+    metrics = routed_share(groups)
+    if not every or (step - 1) % every or takes_engine_logprobs(config):
+        return metrics
+    copies = [replace(group, nodes=[replace(node) for node in group.nodes]) for group in groups]
+    if rows := pack_for_scoring(copies, row_tokens=config.packing.row_tokens, multiple=policy.row_multiple, scorer=None):
+        scatter(rows, policy.log_probs(rows), copies, "old_logprobs")
+    return metrics | {f"{name}_free": value for name, value in logprob_gap(copies).items()}
 
 
 def takes_engine_logprobs(config: Config) -> bool:
@@ -82,8 +112,9 @@ def update(policy: Policy, groups: list[RolloutGroup]) -> dict[str, float]:
             row_tokens=config.packing.row_tokens,
             multiple=policy.row_multiple,
             token_weight=partial(token_weight, aggregation_of(config.loss)),
+            experts=replayed_experts(policy),
         )
-        if isinstance(config.loss, Aepo) and config.loss.uses_old_entropies:
+        if isinstance(config.loss, Aepo | Hapo) and config.loss.uses_old_entropies:
             counts = replace(counts, entropy=entropy_stats(part, config.loss.high_entropy_share))
         settings = balance_bounds(policy, rows, config.loss) if isinstance(config.loss, Bapo) else config.loss
         loss = partial(LOSSES[config.loss.name], counts=counts, config=settings)
@@ -136,5 +167,5 @@ def row_loss(loss: Callable[..., Any], config: Loss, with_reference: bool, row: 
         advantages=advantages,
         weight=row.weight,
         **({"sequence": row.sequence} if isinstance(config, PolicyLoss) and config.sequence_level else {}),
-        **({"old_entropies": row.old_entropies} if isinstance(config, Aepo) and config.uses_old_entropies else {}),
+        **({"old_entropies": row.old_entropies} if isinstance(config, Aepo | Hapo) and config.uses_old_entropies else {}),
     )

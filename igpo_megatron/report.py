@@ -85,7 +85,12 @@ CHARTS = (
     Chart("Entropy", {"entropy": "entropy"}, "nats per sampled token"),
     Chart(
         "Log-prob gap, engine vs trainer",
-        {"logprob_gap_mean": "mean", "logprob_gap_max": "largest", "canary_gap": "canary after sync"},
+        {
+            "logprob_gap_mean": "mean",
+            "logprob_gap_max": "largest",
+            "logprob_gap_max_free": "largest without routing replay",
+            "canary_gap": "canary after sync",
+        },
         "nats, log scale",
         log=True,
     ),
@@ -252,14 +257,15 @@ def _facts(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], summary
 
 
 def _layout(at: Mapping[str, Any]) -> str:
+    context = f" · CP {at['parallel.context']}" if (at["parallel.context"] or 1) > 1 else ""
     data = f" · DP {at['parallel.data']}" if at["parallel.data"] else ""
-    return f"TP {at['parallel.tensor']} · PP {at['parallel.pipeline']}{data}"
+    return f"TP {at['parallel.tensor']}{context} · PP {at['parallel.pipeline']}{data}"
 
 
 FACT_KEYS = (
     *("model.path", "model.dtype", "advantage.name", "loss.name", "reward.gain", "run.steps", "run.device", "run.seed", "optim.lr"),
     *("rollout.prompts_per_step", "rollout.samples_per_prompt", "rollout.engine.count", "rollout.engine.tensor"),
-    *("parallel.tensor", "parallel.pipeline", "parallel.data"),
+    *("parallel.tensor", "parallel.context", "parallel.pipeline", "parallel.data"),
 )
 
 

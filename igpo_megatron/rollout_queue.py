@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from igpo_megatron.algorithms import ADVANTAGES
 from igpo_megatron.algorithms.outcome_advantages import GREEDY_REWARD
+from igpo_megatron.algorithms.replay import SuccessBuffer
 from igpo_megatron.algorithms.rewards import score
 from igpo_megatron.config.schema import Config
 from igpo_megatron.protocols import PROTOCOLS
@@ -64,6 +65,7 @@ class RolloutQueue:
         self._batches: dict[int, Batch] = {}
         self._newest = first_step - 1
         self._awaited = 0
+        self.successes = SuccessBuffer(config.rollout.replay_successes, config.rollout.success_above)
         self._drawing = threading.Lock()  # replacements are drawn on the rollouter's thread
 
     def weights_arrived(self, version: int) -> None:
@@ -79,9 +81,10 @@ class RolloutQueue:
         self._awaited = step
         self._show(batch, batch.progress)
         groups = batch.rollouts.result()
-        if self._config.run.stop_after == "none":
-            check_staleness(groups, step, self._config.rollout.max_staleness)
-        return groups
+        if self._config.run.stop_after != "none":
+            return groups
+        check_staleness(groups, step, self._config.rollout.max_staleness)
+        return self.successes.exchange(groups, step)
 
     def done(self, step: int) -> dict[str, float]:
         """The groups of `step` were trained, or written for later: their questions need not be asked again. Metrics of their tools."""

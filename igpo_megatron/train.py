@@ -30,7 +30,7 @@ from igpo_megatron.config.load import ConfigError, load
 from igpo_megatron.config.schema import Config, PolicyLoss
 from igpo_megatron.data.prompts import PromptStream
 from igpo_megatron.device_share import DeviceShare
-from igpo_megatron.learn import assign_advantages, score_tokens, update
+from igpo_megatron.learn import assign_advantages, routing_metrics, score_tokens, update
 from igpo_megatron.leftovers import end_with_parent
 from igpo_megatron.observability.memory import MemoryLedger, worst_rank
 from igpo_megatron.observability.metrics import logprob_gap, rollout_metrics
@@ -91,8 +91,8 @@ def train(config: Config, policy: Policy, side: Side, tracker: Tracker, share: D
         tracker.log(step, metrics | worst_rank(parallel.gather(tracker.memory())))
         if learns and (step == config.run.steps or _every(config.checkpoint.every, step)):
             with tracker.phase("checkpoint"):  # before the weights leave: a policy that shares its device leaves with them
-                state = parallel.broadcast({"prompts": side.queue.state()} if side.queue else None)
-                checkpoint.save(policy, side.folder.checkpoints, step, state or {"prompts": None}, config.checkpoint.keep)
+                state = parallel.broadcast(queue_state(side.queue))
+                checkpoint.save(policy, side.folder.checkpoints, step, state, config.checkpoint.keep)
         if learns and serves:
             tracker.log(step, sync_weights(policy, side, tracker, share, version=step))
             parallel.on_main(policy.ranks, partial(evaluate_if_due, config, side, tracker, step=step))
@@ -104,17 +104,24 @@ def train(config: Config, policy: Policy, side: Side, tracker: Tracker, share: D
 def learn(policy: Policy, groups: list[RolloutGroup], tracker: Tracker, step: int) -> dict[str, float]:
     """One step's learning; its metrics, those of the groups with their gains among them."""
     config = policy.config
+    routing: dict[str, float] = {}
     if isinstance(config.loss, PolicyLoss):
         with tracker.phase("score"):
             score_tokens(policy, groups)
+            routing = routing_metrics(policy, groups, step)
         with tracker.phase("advantage"):
             assign_advantages(groups, config, progress=(step - 1) / max(config.run.steps - 1, 1))
     metrics = rollout_metrics(groups, config.rollout.tool_name)
     if config.run.replay is None:
         metrics |= staleness_metrics(groups, step)
-    metrics |= logprob_gap(groups, step - 1 if config.run.replay is None else None)
+    metrics |= logprob_gap(groups, step - 1 if config.run.replay is None else None) | routing
     with tracker.phase("train"):
         return metrics | update(policy, groups)
+
+
+def queue_state(queue: RolloutQueue | None) -> dict[str, Any]:
+    """What a checkpoint keeps of the questions and of the successes to be replayed; None where rollouts are replayed from a file."""
+    return {"prompts": queue.state() if queue else None, "successes": queue.successes.state() if queue else None}
 
 
 def collect(config: Config, side: Side, step: int) -> list[RolloutGroup]:
@@ -219,6 +226,8 @@ def open_side(config: Config, folder: RunFolder, stack: ExitStack, tracker: Trac
         Rollouter(side.engines, search, side.chat, config.rollout, seed=config.run.seed, probes_of=probes_of, tools=tools)
     )
     side.queue = RolloutQueue(config, stream, side.rollouter, first_step=first_step, on_progress=tracker.progress)
+    if state and state.get("successes"):  # absent from checkpoints written before successes were replayed
+        side.queue.successes.load_state(state["successes"])
     return side
 
 

@@ -101,6 +101,12 @@ class Completion:
     entropies: list[float] = field(default_factory=list)
     """[L], nats, of the distributions they were sampled from; empty unless asked for."""
 
+    experts_from: int = 0
+    """Position in context + sampled tokens of the first of `experts`."""
+
+    experts: list[bytes] = field(default_factory=list)
+    """As `Node.experts`, of consecutive tokens; empty unless asked for. The last sampled token was never computed, so it has none."""
+
 
 @dataclass(frozen=True, slots=True)
 class ProbeScore:
@@ -150,6 +156,10 @@ class Node:
 
     old_entropies: list[float] = field(default_factory=list)
     """[L] for actions, nats, by the policy before the step; empty where no loss term uses them."""
+
+    experts: list[bytes | None] = field(default_factory=list)
+    """[L] experts that the engine sent each token to: [layers, top_k] numbers of 1 byte (up to 256 experts) or 2, this machine's order;
+    None where no engine computed the token. Empty unless `rollout.routing_replay` asks for them."""
 
 
 @dataclass(slots=True)
@@ -310,6 +320,9 @@ class EntropyStats:
 
     threshold: float
     """High-entropy tokens are those above it."""
+
+    lowest: float
+    highest: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,8 @@
 
 Megatron hands its `attention_mask` argument through untouched, so it carries `subtree_end` [T], on the host; a row holds one
 batch entry. On CPU the chains of the row's plan are calls of SDPA with their keys gathered; on CUDA one compiled FlexAttention
-runs over the whole row with a block mask. Neither works on pairs of tokens that do not see each other.
+runs over the whole row with a block mask. Neither works on pairs of tokens that do not see each other. A rank of a context-parallel
+group has the queries of the tokens it holds, and gathers the keys and values of the others.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.transformer.module import MegatronModule
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from igpo_megatron.actor.tree_plan import PLANS, plan_of
+from igpo_megatron.actor.context import gather_tokens, zigzag
+from igpo_megatron.actor.tree_plan import PLANS, Range, plan_of
 
 BLOCK = 128
 """Tokens per side of a block of the block mask."""
@@ -39,6 +41,7 @@ class TreeAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self.scale = softmax_scale or config.kv_channels**-0.5
+        self.context = pg_collection.cp
 
     def forward(
         self,
@@ -50,28 +53,49 @@ class TreeAttention(MegatronModule):
         attention_bias: Any = None,
         packed_seq_params: Any = None,
     ) -> torch.Tensor:
-        """query [T, 1, heads, d], key and value [T, 1, kv_heads, d], attention_mask = subtree_end [T] -> [T, 1, heads * d]."""
-        attend = flex_tree_attention if query.is_cuda else chain_attention
-        return attend(query[:, 0], key[:, 0], value[:, 0], attention_mask, self.scale).flatten(1)[:, None]
+        """query [t, 1, heads, d], key and value [t, 1, kv_heads, d], attention_mask = subtree_end [T] -> [t, 1, heads * d].
+
+        t = T, or in a context-parallel group this rank's share of the row.
+        """
+        q, k, v, held = query[:, 0], key[:, 0], value[:, 0], None
+        if self.context.size() > 1:
+            held = zigzag(len(attention_mask), self.context.rank(), self.context.size())
+            k, v = gather_tokens(torch.cat((k, v), -1), self.context).chunk(2, -1)
+        attend = flex_tree_attention if q.is_cuda else chain_attention
+        return attend(q, k, v, attention_mask, self.scale, held).flatten(1)[:, None]
 
 
-def chain_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, subtree_end: torch.Tensor, scale: float) -> torch.Tensor:
-    """q [T, heads, d], k and v [T, kv_heads, d], subtree_end [T] -> [T, heads, d]: SDPA call by call of the row's plan."""
-    plan = plan_of(subtree_end)
-    outputs = [
-        F.scaled_dot_product_attention(
-            _heads_first(_rows(q, call.queries)),
-            _heads_first(_rows(k, call.keys)),
-            _heads_first(_rows(v, call.keys)),
-            attn_mask=None if call.mask is None else call.mask.to(q.dtype),
-            is_causal=call.mask is None,
-            scale=scale,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )[0].transpose(0, 1)
-        for call in plan.calls
-    ]
+def chain_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, subtree_end: torch.Tensor, scale: float, held: tuple[Range, ...] | None = None
+) -> torch.Tensor:
+    """SDPA call by call of the row's plan.
+
+    q [t, heads, d] of the tokens `held` (None: all), k and v [T, kv_heads, d], subtree_end [T] -> [t, heads, d].
+    """
+    plan = plan_of(subtree_end, held)
+    outputs = [_attend(_rows(q, call.queries), _rows(k, call.keys), _rows(v, call.keys), call.mask, scale) for call in plan.calls]
     output = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
     return output if plan.order is None else output.index_select(0, plan.order)
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
+    """One call: q [m, heads, d], k and v [n, kv_heads, d], mask [m, n] as in the plan -> [m, heads, d]."""
+    backwards = mask is None and len(q) < len(k)
+    if backwards:
+        # Of the queries in reverse, number i sees the first n - i keys: one line of n zeros and then -inf, read from i on, is row i
+        # of the mask, so the mask takes m + n numbers instead of m x n.
+        line = torch.cat((q.new_zeros(len(k)), q.new_full((len(q) - 1,), -torch.inf)))
+        q, mask = q.flip(0), line.as_strided((len(q), len(k)), (1, 1))
+    output = F.scaled_dot_product_attention(
+        _heads_first(q),
+        _heads_first(k),
+        _heads_first(v),
+        attn_mask=mask if mask is None or backwards else mask.to(q.dtype),
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )[0].transpose(0, 1)
+    return output.flip(0) if backwards else output
 
 
 def _rows(tokens: torch.Tensor, which: slice | torch.Tensor) -> torch.Tensor:
@@ -84,14 +108,21 @@ def _heads_first(tokens: torch.Tensor) -> torch.Tensor:
     return tokens.transpose(0, 1)[None]
 
 
-def flex_tree_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, subtree_end: torch.Tensor, scale: float) -> torch.Tensor:
-    """The same by FlexAttention over the whole row, padded to one of a few lengths so that few kernels are compiled."""
+def flex_tree_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, subtree_end: torch.Tensor, scale: float, held: tuple[Range, ...] | None = None
+) -> torch.Tensor:
+    """The same by one FlexAttention, padded to one of a few lengths so that few kernels are compiled."""
     length = len(q)
-    mask = _block_mask(subtree_end.to("cpu", torch.int64).numpy().tobytes(), q.device)
-    padding = mask.seq_lengths[0] - length
-    padded = (_heads_first(F.pad(x, (0, 0, 0, 0, 0, padding)) if padding else x) for x in (q, k, v))
+    mask = _block_mask(subtree_end.to("cpu", torch.int64).numpy().tobytes(), held, q.device)
+    queries, keys = mask.seq_lengths
+    padded = (_heads_first(_padded(x, size)) for x, size in ((q, queries), (k, keys), (v, keys)))
     attend = _compiled_flex_attention() if q.is_cuda else flex_attention
     return attend(*padded, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])[0].transpose(0, 1)[:length]
+
+
+def _padded(tokens: torch.Tensor, size: int) -> torch.Tensor:
+    """[T, heads, d] -> [size, heads, d]"""
+    return F.pad(tokens, (0, 0, 0, 0, 0, size - len(tokens))) if size > len(tokens) else tokens
 
 
 def bucket(length: int) -> int:
@@ -100,42 +131,58 @@ def bucket(length: int) -> int:
     return -(-length // step) * step
 
 
-def block_mask(subtree_end: torch.Tensor) -> BlockMask:
+def block_mask(subtree_end: torch.Tensor, held: torch.Tensor | None = None) -> BlockMask:
     """FlexAttention's mask of a row [S], S a multiple of BLOCK, on its device, from S / BLOCK numbers instead of S^2.
 
-    Of query block i and key block j, with lo_j and hi_j the least and greatest subtree_end in j: a pair is seen iff
-    j <= i and hi_j > first query of i, and all pairs are iff j < i and lo_j > last query of i.
+    `held` [Q] int64, Q a multiple of BLOCK: the tokens whose queries there are, ascending; None: all of the row.
+    With lo_j and hi_j the least and greatest subtree_end in key block j: no pair of query block i and j is seen unless j begins at or
+    before i's last token and hi_j > i's first token, and all pairs are iff j ends before i's first token and lo_j > i's last token.
     """
     length = len(subtree_end)
     ends = subtree_end.view(-1, BLOCK)
-    number = torch.arange(len(ends), device=subtree_end.device)
-    query, key = number[:, None], number[None, :]
-    seen = (key <= query) & (ends.amax(1)[None, :] > query * BLOCK)
-    full = (key < query) & (ends.amin(1)[None, :] > query * BLOCK + BLOCK - 1)
+    tokens = torch.arange(length, device=subtree_end.device) if held is None else held
+    first, last = tokens[::BLOCK, None], tokens[BLOCK - 1 :: BLOCK, None]
+    key = torch.arange(0, length, BLOCK, device=subtree_end.device)[None, :]
+    seen = (key <= last) & (ends.amax(1)[None, :] > first)
+    full = (key + BLOCK <= first) & (ends.amin(1)[None, :] > last)
 
     def allowed(batch: torch.Tensor, head: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
         return (j <= i) & (i < subtree_end[j])
 
+    def allowed_to_held(batch: torch.Tensor, head: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+        return allowed(batch, head, tokens[i], j)
+
     partial_count, partial_index = _listed(seen & ~full)
     full_count, full_index = _listed(full)
     return BlockMask.from_kv_blocks(
-        partial_count, partial_index, full_count, full_index, BLOCK_SIZE=BLOCK, mask_mod=allowed, seq_lengths=(length, length)
+        partial_count,
+        partial_index,
+        full_count,
+        full_index,
+        BLOCK_SIZE=BLOCK,
+        mask_mod=allowed if held is None else allowed_to_held,
+        seq_lengths=(len(tokens), length),
     )
 
 
 def _listed(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[n, n] bool -> counts [1, 1, n] and, per query block, its key blocks first in ascending order [1, 1, n, n], int32."""
+    """[m, n] bool -> counts [1, 1, m] and, per query block, its key blocks first in ascending order [1, 1, m, n], int32."""
     order = torch.argsort((~blocks).to(torch.int8), dim=1, stable=True)
     return blocks.sum(1, dtype=torch.int32)[None, None], order.to(torch.int32)[None, None]
 
 
 @lru_cache(maxsize=PLANS)
-def _block_mask(subtree_end: bytes, device: torch.device) -> BlockMask:
+def _block_mask(subtree_end: bytes, held: tuple[Range, ...] | None, device: torch.device) -> BlockMask:
     """By content, like the plans: once per row, not once per layer."""
     row = torch.frombuffer(bytearray(subtree_end), dtype=torch.int64)
     size = bucket(len(row))
-    padded = F.pad(row, (0, size - len(row)), value=size)
-    return block_mask(padded.to(device))
+    ends = F.pad(row, (0, size - len(row)), value=size).to(device)
+    if held is None:
+        return block_mask(ends)
+    tokens = torch.cat([torch.arange(start, stop) for start, stop in held])
+    # Queries of the padding see what the last token sees, and are dropped.
+    padding = tokens[-1:].expand(bucket(len(tokens)) - len(tokens))
+    return block_mask(ends, torch.cat((tokens, padding)).to(device))
 
 
 @cache

@@ -1,7 +1,7 @@
 """Training checkpoints: Megatron's resharding format plus what a run needs to go on, complete or absent, never half.
 
     <run>/checkpoints/step_000010/
-        model/          dist_checkpointing: weights, optimizer, RNG state; loads at any TP x PP x EP x DP
+        model/          dist_checkpointing: weights, optimizer, RNG state; loads at any TP x PP x CP x EP x DP
         hf/             config, tokenizer and chat template of the policy
         metadata.json   what this folder is (read by checkpoint_conversion)
         state.json      step, prompt stream, optimizer steps; written last
@@ -171,7 +171,7 @@ def _sharded_state(policy: Policy, *, loading: bool, with_rng: bool = True) -> d
             [rng],
             (ranks.pipeline_size, ranks.tensor_size),
             (ranks.pipeline_rank, ranks.tensor_rank),
-            replica_id=ranks.data_rank,
+            replica_id=parallel_state.get_data_parallel_rank(with_context_parallel=True),
         )
     return state
 

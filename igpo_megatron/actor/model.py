@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
@@ -47,14 +48,17 @@ class HeadInputs:
     """What the last stage computes: log-probs of `targets`, each predicted by hidden row `predictor`."""
 
     predictor: torch.Tensor
-    """[N] int64, index into the row's T tokens."""
+    """[n] int64, index into the tokens given to the model."""
 
     targets: torch.Tensor
-    """[N] int64"""
+    """[n] int64"""
 
     temperature: float
     need_entropy: bool
     """Without it the entropies are 0."""
+
+    owner: torch.Tensor | None = None
+    """[N] int64, context-parallel rank that computes each target of the row; None where this one computes all."""
 
 
 class PolicyModel(GPTModel):
@@ -109,7 +113,11 @@ class PolicyModel(GPTModel):
             implementation=self.head,
             form=self.head_form,
         )
-        return torch.stack((logp, entropy), dim=-1)
+        output = torch.stack((logp, entropy), dim=-1)
+        if labels.owner is None:
+            return output
+        # Every rank computes the loss of the whole row, so each keeps the gradient of its own targets.
+        return gather_owned(output, labels.owner, parallel_state.get_context_parallel_group(), sum_gradients=False)
 
 
 def select_rows(hidden: torch.Tensor, rows: torch.Tensor, sequence_parallel: bool) -> torch.Tensor:
@@ -124,17 +132,25 @@ def select_rows(hidden: torch.Tensor, rows: torch.Tensor, sequence_parallel: boo
     if not sequence_parallel:
         return tensor_parallel.copy_to_tensor_model_parallel_region(gather_rows(hidden, rows))
     owner = rows // len(hidden)
-    counts = torch.bincount(owner, minlength=size)
-    most = max(int(counts.max()), 1)
     rank = parallel_state.get_tensor_model_parallel_rank()
-    mine = rows[owner == rank] - rank * len(hidden)
-    padded = F.pad(mine, (0, most - len(mine)))
-    gathered = tensor_parallel.gather_from_sequence_parallel_region(gather_rows(hidden, padded), tensor_parallel_output_grad=True)
-    # Target n is the k-th of its owner's rows: find k by counting earlier targets of the same owner.
+    mine = gather_rows(hidden, rows[owner == rank] - rank * len(hidden))
+    return gather_owned(mine, owner, parallel_state.get_tensor_model_parallel_group(), sum_gradients=True)
+
+
+def gather_owned(mine: torch.Tensor, owner: torch.Tensor, group: dist.ProcessGroup, *, sum_gradients: bool) -> torch.Tensor:
+    """Rows that the ranks of a group hold, in one order on all of them: [n, H] of this rank, owner [N] of each row -> [N, H].
+
+    The gradient of a row is the sum over the group where its ranks use the rows differently, and the owner's where all do the same.
+    """
+    counts = torch.bincount(owner, minlength=group.size())
+    most = max(int(counts.max()), 1)
+    padded = F.pad(mine, (0, 0, 0, most - len(mine)))
+    gathered = tensor_parallel.gather_from_sequence_parallel_region(padded, tensor_parallel_output_grad=sum_gradients, group=group)
+    # Row n is the k-th of its owner's: find k by counting earlier rows of the same owner.
     order = torch.argsort(owner, stable=True)
     offsets = torch.cumsum(counts, 0) - counts
-    slot = torch.empty_like(rows)
-    slot[order] = torch.arange(len(rows), device=rows.device) - offsets[owner[order]]
+    slot = torch.empty_like(owner)
+    slot[order] = torch.arange(len(owner), device=owner.device) - offsets[owner[order]]
     return gather_rows(gathered, owner * most + slot)
 
 
@@ -183,6 +199,7 @@ def transformer_config(shape: ModelShape, config: Config) -> TransformerConfig:
         perform_initialization=False,
         tensor_model_parallel_size=config.parallel.tensor,
         pipeline_model_parallel_size=config.parallel.pipeline,
+        context_parallel_size=config.parallel.context,
         virtual_pipeline_model_parallel_size=config.parallel.virtual_pipeline if config.parallel.virtual_pipeline > 1 else None,
         num_layers_in_first_pipeline_stage=config.parallel.first_stage_layers,
         num_layers_in_last_pipeline_stage=config.parallel.last_stage_layers,

@@ -32,6 +32,8 @@ class Ranks:
     tensor_size: int
     pipeline_rank: int
     pipeline_size: int
+    context_rank: int
+    context_size: int
     expert_rank: int
     expert_size: int
     device: torch.device
@@ -45,6 +47,11 @@ class Ranks:
     def is_last_stage(self) -> bool:
         """Holds the output layer."""
         return self.pipeline_rank == self.pipeline_size - 1
+
+    @property
+    def reports(self) -> bool:
+        """The one rank of those that share rows whose results are counted: others have none, or the same ones."""
+        return self.is_last_stage and self.tensor_rank == 0 and self.context_rank == 0
 
 
 def wants_cuda(device: str) -> bool:
@@ -86,6 +93,7 @@ def init(config: Config) -> Ranks:
         tensor_model_parallel_size=config.parallel.tensor,
         pipeline_model_parallel_size=config.parallel.pipeline,
         virtual_pipeline_model_parallel_size=config.parallel.virtual_pipeline if config.parallel.virtual_pipeline > 1 else None,
+        context_parallel_size=config.parallel.context,
         expert_model_parallel_size=config.parallel.expert,
         # Experts are never cut: small matrices, and gloo cannot gather their tokens unevenly.
         expert_tensor_parallel_size=1,
@@ -101,6 +109,8 @@ def init(config: Config) -> Ranks:
         tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        context_rank=parallel_state.get_context_parallel_rank(),
+        context_size=parallel_state.get_context_parallel_world_size(),
         expert_rank=parallel_state.get_expert_model_parallel_rank(),
         expert_size=parallel_state.get_expert_model_parallel_world_size(),
         device=torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"),

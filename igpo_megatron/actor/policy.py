@@ -89,7 +89,9 @@ class Policy:
     @property
     def row_multiple(self) -> int:
         """Rows are padded to a multiple of this many tokens."""
-        return self.config.parallel.tensor if self.config.parallel.sequence else 1
+        layout = self.config.parallel
+        chunks = 2 * layout.context if layout.context > 1 else 1
+        return chunks * (layout.tensor if layout.sequence else 1)
 
     def log_probs(self, rows: Sequence[PackedRow], temperature: float | None = None, *, with_entropy: bool = False) -> list[torch.Tensor]:
         """[N] log-probs per row, on every rank, in the order of `rows`; temperature None means `rollout.temperature`.
@@ -99,8 +101,7 @@ class Policy:
         mine, share = self._share(rows)
         temperature = temperature or self.config.rollout.temperature or 1.0
         results = schedule.forward_only(self.wrapped, mine, temperature=temperature, device=self.ranks.device, with_entropy=with_entropy)
-        keeps = self.ranks.is_last_stage and self.ranks.tensor_rank == 0
-        found = {index: result for index, result in zip(share, results, strict=True) if index >= 0} if keeps else {}
+        found = {index: result for index, result in zip(share, results, strict=True) if index >= 0} if self.ranks.reports else {}
         merged = {index: result for part in parallel.gather(found) for index, result in part.items()}
         return [merged[index] for index in range(len(rows))]
 
@@ -164,7 +165,7 @@ class Policy:
 
     def _sum_metrics(self, per_row: list[dict[str, torch.Tensor]]) -> dict[str, float]:
         sums: dict[str, float] = {}
-        if self.ranks.is_last_stage and self.ranks.tensor_rank == 0:
+        if self.ranks.reports:
             for metrics in per_row:
                 for name, metric in metrics.items():
                     sums[name] = sums.get(name, 0.0) + float(metric)

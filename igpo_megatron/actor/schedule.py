@@ -1,7 +1,7 @@
 """Run packed rows through Megatron's pipeline schedules: one row is one micro-batch.
 
-Every pipeline stage of a data-parallel rank is given the same rows; only the last one computes log-probs and losses. A rank holds
-one model, or the chunks of a virtual pipeline, which take the rows in turn.
+Every rank of a data-parallel part is given the same rows: those of a context-parallel group run a share of each, and only the last
+pipeline stage computes log-probs and losses. A rank holds one model, or the chunks of a virtual pipeline, which take the rows in turn.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_attr_wrapped_model
 
+from igpo_megatron.actor.context import part_of
 from igpo_megatron.actor.model import HeadInputs
 from igpo_megatron.actor.routing import replay
 from igpo_megatron.packing.tree import PackedRow
@@ -65,10 +67,11 @@ def _run(
 ) -> list[Any]:
     def step(iterator: Iterator[PackedRow], stage: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
         row = to_device(next(iterator), device)
-        head = HeadInputs(row.predictor, row.targets, temperature, need_entropy=need_entropy)
-        replay(get_attr_wrapped_model(stage, "decoder", return_model_obj=True), row.experts)
+        part = part_of(row, parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size())
+        head = HeadInputs(part.predictor, part.targets, temperature, need_entropy=need_entropy, owner=part.owner)
+        replay(get_attr_wrapped_model(stage, "decoder", return_model_obj=True), part.experts)
         output = stage(
-            input_ids=row.token_ids[None], position_ids=row.position_ids[None], attention_mask=row.subtree_end.cpu(), labels=head
+            input_ids=part.token_ids[None], position_ids=part.position_ids[None], attention_mask=row.subtree_end.cpu(), labels=head
         )
         return output, loss_for(row)
 

@@ -8,7 +8,7 @@
 
 Every token is in one chain, so attention costs the sum of each chain times what it sees: a trunk with probes costs what the trunk
 alone costs, and the probes what they read. Short chains that read much the same are attended to in one call (`grouped`): a call
-and the keys gathered for it cost more than some masked pairs.
+and the keys gathered for it cost more than some masked pairs. Where a rank holds only part of a row, its calls are those of its tokens.
 """
 
 from __future__ import annotations
@@ -48,9 +48,13 @@ class Gather:
     """The chains of one call as index tensors, or slices where those do."""
 
     queries: slice | torch.Tensor
+    """Of the tokens that this rank holds."""
+
     keys: slice | torch.Tensor
+    """Of the tokens of the row."""
+
     mask: torch.Tensor | None
-    """[q, k] fp32, 0 where a query sees a key and -inf elsewhere; None for plain causal attention."""
+    """[q, k] fp32, 0 where a query sees a key and -inf elsewhere; None: the last query sees all keys, each one before it one less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +63,7 @@ class TreePlan:
 
     calls: tuple[Gather, ...]
     order: torch.Tensor | None
-    """[T] int64: output of token t stands at order[t] in the concatenated calls; None where it stands at t."""
+    """[t] int64: output of the n-th token held stands at order[n] in the concatenated calls; None where it stands at n."""
 
 
 @dataclass(slots=True)
@@ -120,27 +124,35 @@ def _runs(subtree_end: Sequence[int]) -> list[_Run]:
     return roots
 
 
-def plan_of(subtree_end: torch.Tensor) -> TreePlan:
-    """The plan of a row; the last `PLANS` different ones are kept, by content, so that every layer and every recomputation shares it."""
-    return _plan(subtree_end.to("cpu", torch.int64).numpy().tobytes())
+def plan_of(subtree_end: torch.Tensor, held: tuple[Range, ...] | None = None) -> TreePlan:
+    """The plan of the tokens `held` (ascending; None: all) of a row.
+
+    The last `PLANS` different ones are kept, by content, so that every layer and every recomputation shares them.
+    """
+    return _plan(subtree_end.to("cpu", torch.int64).numpy().tobytes(), _union(held or ((0, len(subtree_end)),)))
 
 
 @lru_cache(maxsize=PLANS)
-def _plan(subtree_end: bytes) -> TreePlan:
+def _plan(subtree_end: bytes, held: tuple[Range, ...]) -> TreePlan:
     ends = torch.frombuffer(bytearray(subtree_end), dtype=torch.int64)
+    tokens = _indices(held)
     gathers, order_of_calls = [], []
     for group in grouped(chains(ends.tolist())):
-        queries, keys = _indices(_own(group)), _indices(_read(group))
-        mask = None
-        if group[0].prefix:
-            unseen = (keys[None, :] > queries[:, None]) | (queries[:, None] >= ends[keys][None, :])
-            # Added to the logits by every layer: SDPA would turn a bool mask into this each time.
-            mask = torch.zeros(unseen.shape).masked_fill_(unseen, -torch.inf)
-        gathers.append(Gather(_slice_or(queries), _slice_or(keys), mask))
-        order_of_calls.append(queries)
-    positions = torch.cat(order_of_calls)
-    order = torch.empty_like(positions)
-    order[positions] = torch.arange(len(positions))
+        own, read = _indices(_own(group)), _indices(_read(group))
+        # An early range sees fewer keys than a late one, so each has a call of its own.
+        for start, stop in held:
+            queries = own[(own >= start) & (own < stop)]
+            if not len(queries):
+                continue
+            keys, mask = read[read <= queries[-1]], None
+            if len(group) > 1:
+                unseen = (keys[None, :] > queries[:, None]) | (queries[:, None] >= ends[keys][None, :])
+                read_here = ~unseen.all(0)
+                # Added to the logits by every layer: SDPA would turn a bool mask into this each time.
+                keys, mask = keys[read_here], torch.zeros(unseen.shape).masked_fill_(unseen, -torch.inf)[:, read_here]
+            gathers.append(Gather(_slice_or(torch.searchsorted(tokens, queries)), _slice_or(keys), mask))
+            order_of_calls.append(queries)
+    order = torch.argsort(torch.cat(order_of_calls))
     return TreePlan(tuple(gathers), None if bool((order == torch.arange(len(order))).all()) else order)
 
 

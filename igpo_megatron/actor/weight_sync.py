@@ -7,7 +7,7 @@ The canary scores fixed tokens on both sides: a stale, swapped or half-loaded we
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -32,43 +32,65 @@ def named_weights(policy: Policy) -> Iterator[tuple[str, torch.Tensor]]:
     ranks = policy.ranks
     rules = rules_for(policy.shape, policy.config.model.vocab_multiple)
     held = dict(global_names(policy.chunks))
-    stages: list[list[str]] = [list(held)]
+    sizes = {name: parameter.nbytes for name, parameter in held.items()}
+    stages: list[dict[str, int]] = [sizes]
     if ranks.pipeline_size > 1:
-        stages = [[] for _ in range(ranks.pipeline_size)]
-        dist.all_gather_object(stages, list(held), group=parallel_state.get_pipeline_model_parallel_group())
+        stages = [{} for _ in range(ranks.pipeline_size)]
+        dist.all_gather_object(stages, sizes, group=parallel_state.get_pipeline_model_parallel_group())
     sent: set[str] = set()
     for stage, names in enumerate(stages):
-        for name in names:
-            rule = rules[name]
-            if sent.issuperset(rule.exports):  # tied head, or the embedding's copy on the last stage
+        here = stage == ranks.pipeline_rank
+        for batch in batches([rules[name] for name in names], names, policy.config.sync.bucket_mib * 2**20 // ranks.expert_size):
+            if sent.issuperset(name for rule in batch for name in rule.exports):  # tied head, or the embedding's copy on the last stage
                 continue
-            here = stage == ranks.pipeline_rank
-            for part, full in _full_tensors(rule, rules, held.get(name) if here else None, policy):
+            parameters = [held[rule.megatron_name] for rule in batch] if here else None
+            for parts, full in _full_tensors(batch, rules, parameters, policy):
                 full = _to_first_stage(full, stage, policy)
-                sent.update(part.exports)
+                sent.update(name for part in parts for name in part.exports)
                 if full is not None:
-                    yield from zip(part.exports, part.to_hf(full), strict=True)
+                    for part, tensor in zip(parts, full, strict=True):
+                        yield from zip(part.exports, part.to_hf(tensor), strict=True)
+
+
+def batches(rules: Sequence[Rule], sizes: Mapping[str, int], most_bytes: int) -> Iterator[list[Rule]]:
+    """Rules whose tensors travel together, each rule once: experts of one layer and kind in batches of `most_bytes`, others alone.
+
+    `sizes`: bytes of each rule's tensor. A mixture has tens of thousands of experts' tensors: a collective for each would be all waiting.
+    """
+    alike: dict[str, list[Rule]] = {}
+    for rule in rules:
+        alike.setdefault(rule.megatron_name if rule.expert is None else _of_expert(rule, 0), []).append(rule)
+    for kind in alike.values():
+        count = max(1, most_bytes // max(1, sizes[kind[0].megatron_name]))
+        yield from (kind[start : start + count] for start in range(0, len(kind), count))
 
 
 def _full_tensors(
-    rule: Rule, rules: dict[str, Rule], parameter: torch.Tensor | None, policy: Policy
-) -> Iterator[tuple[Rule, torch.Tensor | None]]:
-    """(rule, full tensor) of what this stage's ranks hold under the rule's name: one tensor, or each expert-parallel rank's expert.
+    batch: Sequence[Rule], rules: dict[str, Rule], parameters: Sequence[torch.Tensor] | None, policy: Policy
+) -> Iterator[tuple[list[Rule], torch.Tensor | None]]:
+    """(rules, their full tensors stacked) of what this stage's ranks hold under the batch's names; for experts once per expert rank.
 
-    `parameter` None: the tensor lies on another pipeline stage, and only the rules are given.
+    `parameters` None: the tensors lie on another pipeline stage, and only the rules are given.
     """
-    if rule.expert is None:
-        size = tensor_shards(rule)
-        yield rule, None if parameter is None else rule.unshard(_gather(parameter, size, parallel_state.get_tensor_model_parallel_group()))
+    first = batch[0]
+    if first.expert is None:
+        group = parallel_state.get_tensor_model_parallel_group()
+        yield [first], None if parameters is None else first.unshard(_gather(parameters[0], tensor_shards(first), group))[None]
         return
-    # Every rank holds a range of as many experts: this one and its like on the other ranks travel together.
+    # Every rank holds a range of as many experts: these and their like on the other ranks travel together.
     assert policy.shape.mixture is not None
     ranks = policy.ranks
     held = policy.shape.mixture.num_experts // ranks.expert_size
-    owned = [rules[_of_expert(rule, rank * held + rule.expert % held)] for rank in range(ranks.expert_size)]
     group = parallel_state.get_expert_model_parallel_group()
-    tensors = [None] * len(owned) if parameter is None else _gather(parameter, ranks.expert_size, group)
-    yield from zip(owned, tensors, strict=True)
+    gathered = None if parameters is None else _gather(torch.stack([part.detach() for part in parameters]), ranks.expert_size, group)
+    for rank in range(ranks.expert_size):
+        owned = [rules[_of_expert(rule, rank * held + _number(rule) % held)] for rule in batch]
+        yield owned, None if gathered is None else gathered[rank]
+
+
+def _number(rule: Rule) -> int:
+    assert rule.expert is not None
+    return rule.expert
 
 
 def _of_expert(rule: Rule, expert: int) -> str:
@@ -87,7 +109,7 @@ def _gather(parameter: torch.Tensor, size: int, group: dist.ProcessGroup) -> lis
 
 
 def _to_first_stage(full: torch.Tensor | None, stage: int, policy: Policy) -> torch.Tensor | None:
-    """Move a stage's tensor to the first stage of its pipeline; None on the stages in between."""
+    """Move a stage's tensors to the first stage of its pipeline; None on the stages in between."""
     ranks = policy.ranks
     if stage == 0:
         return full if ranks.pipeline_rank == 0 else None

@@ -12,15 +12,24 @@ from igpo_megatron.algorithms.anchor_advantages import gigpo, gigpo_turn_advanta
 from igpo_megatron.algorithms.outcome_advantages import (
     grpo,
     grpo_advantages,
+    rapo,
     reinforce_pp,
     reinforce_pp_baseline,
     remax,
     rloo,
     rloo_advantages,
+    scale_by_informative,
     whiten,
 )
 from igpo_megatron.algorithms.tree_advantages import arpo
-from igpo_megatron.algorithms.turn_advantages import igpo, igpo_loo, igpo_loo_turn_advantages, igpo_turn_advantages
+from igpo_megatron.algorithms.turn_advantages import (
+    eapo,
+    eapo_turn_advantages,
+    igpo,
+    igpo_loo,
+    igpo_loo_turn_advantages,
+    igpo_turn_advantages,
+)
 from igpo_megatron.types import RolloutGroup
 
 Advantage = Callable[[RolloutGroup, Any, float], None]
@@ -51,12 +60,15 @@ ADVANTAGES: dict[str, AdvantageEntry] = {
     "reinforce_pp_baseline": AdvantageEntry(reinforce_pp_baseline, needs_probes=False, over_batch=whiten),
     "remax": AdvantageEntry(remax, needs_probes=False, needs_greedy=True),
     "arpo": AdvantageEntry(arpo, needs_probes=False),
+    "eapo": AdvantageEntry(eapo, needs_probes=False),
+    "rapo": AdvantageEntry(rapo, needs_probes=False, over_batch=scale_by_informative),
 }
 
 __all__ = [
     "ADVANTAGES",
     "Advantage",
     "AdvantageEntry",
+    "eapo_turn_advantages",
     "gigpo_turn_advantages",
     "grpo_advantages",
     "igpo_loo_turn_advantages",

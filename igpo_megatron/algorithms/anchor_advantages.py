@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator
 
 from igpo_megatron.algorithms.outcome_advantages import grpo_advantages, trained_trajectories
+from igpo_megatron.algorithms.turn_advantages import discounted_outcome
 from igpo_megatron.config.schema import GiGpo
 from igpo_megatron.types import RolloutGroup, Trajectory
 
@@ -22,16 +23,18 @@ def gigpo_turn_advantages(
 
         A_(i,t) = z(o_i) + step_weight * z_s(R_(i,t)),    R_(i,t) = gamma^(T_i - t) * o_i,    s = states[i][t]
 
-    A state that was visited once has z_s = 0.
+    A state that was visited once has z_s = 0. The published code takes z(o) over turns, so that a long trajectory counts more, and
+    deviations with n - 1; by default it divides by none (`divide_by_std=False`).
     """
     episode = grpo_advantages(outcomes, divide_by_std=divide_by_std)
     advantages = [[value] * len(visited) for value, visited in zip(episode, states, strict=True)]
+    discounted = [discounted_outcome(len(visited), outcome, gamma) for visited, outcome in zip(states, outcomes, strict=True)]
     visits: dict[Hashable, list[tuple[int, int]]] = {}
     for number, visited in enumerate(states):
         for turn, state in enumerate(visited):
             visits.setdefault(state, []).append((number, turn))
     for places in visits.values():
-        returns = [gamma ** (len(states[number]) - 1 - turn) * outcomes[number] for number, turn in places]
+        returns = [discounted[number][turn] for number, turn in places]
         for (number, turn), step in zip(places, grpo_advantages(returns, divide_by_std=divide_by_std), strict=True):
             advantages[number][turn] += step_weight * step
     return advantages

@@ -12,15 +12,16 @@ loss of the whole step. Metrics are sums over trained tokens with their count in
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from igpo_megatron.config.schema import Aepo, Bapo, Cispo, Gspo, PolicyLoss, Ppo, Sft
+from igpo_megatron.config.schema import Aepo, Bapo, Cispo, Gspo, Hapo, PolicyLoss, Ppo, Sft
 from igpo_megatron.config.schema import Loss as LossConfig
-from igpo_megatron.types import StepCounts
+from igpo_megatron.types import EntropyStats, StepCounts
 
 Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum"]
 
@@ -32,6 +33,7 @@ Loss = Callable[..., LossResult]
 
 _MAX_LOG_RATIO = 20.0
 _MAX_KL = 10.0
+_LEAST_ENTROPY = 1e-8
 
 
 def aggregation_of(config: LossConfig) -> Aggregation:
@@ -138,6 +140,51 @@ def _entropy_scores(config: Aepo, entropy: Tensor | None, old_entropies: Tensor 
     return (current - trained.mean()) / torch.where(std > 0, std, 1.0) if len(trained) else torch.zeros_like(current)
 
 
+def hapo(
+    *,
+    logprobs: Tensor,
+    entropy: Tensor | None,
+    old_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    advantages: Tensor,
+    weight: Tensor,
+    counts: StepCounts,
+    config: Hapo,
+    old_entropies: Tensor | None = None,
+) -> LossResult:
+    """HAPO (arXiv 2509.16591, eq. 10 to 13): `ppo` with bounds and advantages that follow h, `entropy_position`. Takes what `ppo` takes.
+
+        h <= 0:  clip_low becomes clip_low (1 - h);    A becomes A (1 + h) where r is within [1 - clip_low / 2, 1 + clip_high / 2]
+        h > 0:   clip_high becomes clip_high (1 + h);  A becomes A (1 + h) where r is outside of it
+
+    h is of entropies before the step, over all its tokens, so that packing cannot change the gradient (the code takes those of the
+    current policy over a micro-batch). `clip_weight` and `advantage_weight` multiply h; 1 in the paper.
+    """
+    assert old_logprobs is not None, "hapo needs the log-probs from before the step"
+    assert old_entropies is not None and counts.entropy is not None, "hapo needs old entropies"
+    position = entropy_position(old_entropies, counts.entropy)
+    clip_low = config.clip_low * (1.0 - config.clip_weight * position.clamp(max=0.0))
+    clip_high = config.clip_high * (1.0 + config.clip_weight * position.clamp(min=0.0))
+    log_ratio = logprobs - old_logprobs
+    ratio = _bounded_exp(log_ratio)
+    neutral = (ratio > 1.0 - clip_low / 2) & (ratio < 1.0 + clip_high / 2)
+    scaled = torch.where((position > 0) ^ neutral, 1.0 + config.advantage_weight * position, 1.0)
+    surrogate, clipped = _clipped_surrogate(ratio, advantages * scaled[:, None], clip_low, clip_high, config.dual_clip)
+    per_token = {**clipped, "approx_kl": k3(log_ratio.detach())}
+    return _with_regularisers(surrogate, per_token, logprobs, entropy, ref_logprobs, weight, counts, config)
+
+
+def entropy_position(entropies: Tensor, stats: EntropyStats) -> Tensor:
+    """h in [-1, 1] (HAPO, arXiv 2509.16591, eq. 5 and 6): where ln H lies between the step's least (-1), its threshold (0) and most (1).
+
+    The deviation that eq. 5 divides by cancels in eq. 6. The published code divides by the negative least, which makes h of low
+    entropies positive, too. [N] -> [N]
+    """
+    lowest, middle, highest = (math.log(max(value, _LEAST_ENTROPY)) for value in (stats.lowest, stats.threshold, stats.highest))
+    rise = entropies.clamp(min=_LEAST_ENTROPY).log() - middle
+    return torch.where(rise > 0, rise / max(highest - middle, _LEAST_ENTROPY), rise / max(middle - lowest, _LEAST_ENTROPY)).clamp(-1.0, 1.0)
+
+
 def gspo(
     *,
     logprobs: Tensor,
@@ -212,7 +259,7 @@ def sft(
     return loss, _sums_over_trained(per_token, weight)
 
 
-LOSSES: dict[str, Loss] = {"ppo": ppo, "bapo": ppo, "aepo": aepo, "gspo": gspo, "cispo": cispo, "sft": sft}
+LOSSES: dict[str, Loss] = {"ppo": ppo, "bapo": ppo, "aepo": aepo, "hapo": hapo, "gspo": gspo, "cispo": cispo, "sft": sft}
 """bapo is ppo with the bounds that `balanced_clip` finds before the step."""
 
 
@@ -223,24 +270,26 @@ def balanced_clip(log_ratios: Sequence[Tensor], advantages: Sequence[Tensor], co
 
         share = P / (P + M),    P = sum A+ min(r, h),    M = sum A- max(r, l)
 
-    While it is below `positive_share`, l goes up to its end, then h, in steps. As in the published code M counts the tokens that l clips,
-    so a higher l takes gradient from negative tokens but never raises the share: where it is too low, l always ends at its end.
+    While it is below `positive_share`, h goes up to its end, then l, in steps (algorithm 1; the published code moves l first). As in the
+    code, M counts the tokens that l clips, so a higher l takes gradient from negative tokens but never raises the share; and tokens are
+    not weighted by the probability with which they were sampled, as the paper's sum is.
     """
     ratio = _bounded_exp(torch.cat(list(log_ratios)))
     positive, negative = torch.cat(list(advantages)).unbind(-1)
-    (lower, last_lower), (upper, last_upper) = config.lower, config.upper
+    bound = {"upper": config.upper[0], "lower": config.lower[0]}
+    step = {"upper": config.upper_step, "lower": config.lower_step}
+    end = {"upper": config.upper[1], "lower": config.lower[1]}
 
     def is_balanced() -> bool:
-        gained = float((positive * ratio.clamp(max=upper)).sum())
-        lost = float((negative * ratio.clamp(min=lower)).sum())
+        gained = float((positive * ratio.clamp(max=bound["upper"])).sum())
+        lost = float((negative * ratio.clamp(min=bound["lower"])).sum())
         return gained >= config.positive_share * (gained + lost)
 
-    while not is_balanced() and lower < last_lower:
-        lower = min(lower + config.lower_step, last_lower)
-    while not is_balanced() and upper < last_upper:
-        upper = min(upper + config.upper_step, last_upper)
+    for name in ("upper", "lower") if config.first == "upper" else ("lower", "upper"):
+        while not is_balanced() and bound[name] < end[name]:
+            bound[name] = min(bound[name] + step[name], end[name])
     shared = {name: getattr(config, name) for name in PolicyLoss.model_fields}
-    return Ppo(**shared, clip_low=1.0 - lower, clip_high=upper - 1.0, dual_clip=config.dual_clip)
+    return Ppo(**shared, clip_low=1.0 - bound["lower"], clip_high=bound["upper"] - 1.0, dual_clip=config.dual_clip)
 
 
 def mismatch_factor(old_logprobs: Tensor, behavior_logprobs: Tensor, sequence: Tensor, config: PolicyLoss) -> Tensor:
@@ -285,12 +334,19 @@ def _bounded_exp(log_ratio: Tensor) -> Tensor:
 
 
 def _clipped_surrogate(
-    ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float, dual_clip: float | None, capped: Tensor | None = None
+    ratio: Tensor,
+    advantages: Tensor,
+    clip_low: float | Tensor,
+    clip_high: float | Tensor,
+    dual_clip: float | None,
+    capped: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Sum over tokens of the loss derived in `ppo`, and per token what was clipped. `capped` [N] replaces min(r, h)."""
+    """Sum over tokens of the loss derived in `ppo`, and per token what was clipped. Bounds may be [N]; `capped` [N] replaces min(r, h)."""
     positive, negative = advantages.unbind(-1)
     lower, upper = 1.0 - clip_low, 1.0 + clip_high
-    total = (negative * ratio.clamp(min=lower, max=dual_clip) - positive * (ratio.clamp(max=upper) if capped is None else capped)).sum()
+    floored = torch.clamp(ratio, min=lower)
+    floored = floored.clamp(max=dual_clip) if dual_clip else floored
+    total = (negative * floored - positive * (torch.clamp(ratio, max=upper) if capped is None else capped)).sum()
     fixed_ratio = ratio.detach()
     dual_clipped = (negative > 0) & (fixed_ratio > dual_clip) if dual_clip else torch.zeros_like(negative, dtype=torch.bool)
     clipped = ((positive > 0) & (fixed_ratio > upper)) | ((negative > 0) & (fixed_ratio < lower)) | dual_clipped

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from statistics import fmean
 
-from igpo_megatron.config.schema import Grpo, ReinforcePp, ReinforcePpBaseline, ReMax, Rloo
+from igpo_megatron.config.schema import Grpo, Rapo, ReinforcePp, ReinforcePpBaseline, ReMax, Rloo
 from igpo_megatron.types import RolloutGroup, Trajectory
 
 GREEDY_REWARD = "greedy_reward"
@@ -78,6 +78,24 @@ def grpo(group: RolloutGroup, config: Grpo, progress: float) -> None:
     _set_same_for_all_turns(trained, advantages)
 
 
+def rapo(group: RolloutGroup, config: Rapo, progress: float) -> None:
+    """RAPO (Fathom-DeepResearch, arXiv 2509.24107), before `scale_by_informative`: GRPO's advantages."""
+    trained = trained_trajectories(group)
+    _set_same_for_all_turns(trained, grpo_advantages([trajectory.reward for trajectory in trained]))
+
+
+def scale_by_informative(groups: Sequence[RolloutGroup]) -> None:
+    """RAPO (arXiv 2509.24107, eq. 6): A <- A groups / good groups, so that groups without advantages do not dilute the others.
+
+    A good group is one whose rewards differ; groups of which nothing is trained count nowhere.
+    """
+    rewards = [{end.reward for end in group.trajectories if end.status.is_trainable} for group in groups]
+    good = sum(len(values) > 1 for values in rewards)
+    for group in groups if good else ():
+        for trajectory in group.trajectories:
+            trajectory.turn_advantages = [value * sum(map(bool, rewards)) / good for value in trajectory.turn_advantages]
+
+
 def rloo(group: RolloutGroup, config: Rloo, progress: float) -> None:
     """Set `turn_advantages` by `rloo_advantages` of the rewards."""
     trained = trained_trajectories(group)
@@ -85,13 +103,14 @@ def rloo(group: RolloutGroup, config: Rloo, progress: float) -> None:
 
 
 def reinforce_pp(group: RolloutGroup, config: ReinforcePp, progress: float) -> None:
-    """REINFORCE++ (arXiv 2501.03262), before `whiten`: A_i = r_i. Its KL term is the loss's, not part of the reward."""
+    """REINFORCE++ (arXiv 2501.03262), before `whiten`: A_i = r_i. The paper subtracts a k1 KL estimate from the reward; here it is the
+    loss's k3 term, with a weight of its own (`loss.kl_coef`)."""
     trained = trained_trajectories(group)
     _set_same_for_all_turns(trained, [trajectory.reward for trajectory in trained])
 
 
 def reinforce_pp_baseline(group: RolloutGroup, config: ReinforcePpBaseline, progress: float) -> None:
-    """REINFORCE++-baseline (arXiv 2501.03262), before `whiten`: A_i = r_i - mean(r)."""
+    """REINFORCE++-baseline (arXiv 2501.03262), before `whiten`: A_i = r_i - mean(r). The paper's KL is a term of the loss, too, by k2."""
     trained = trained_trajectories(group)
     _set_same_for_all_turns(trained, grpo_advantages([trajectory.reward for trajectory in trained], divide_by_std=False))
 
@@ -112,6 +131,7 @@ def remax(group: RolloutGroup, config: ReMax, progress: float) -> None:
 def whiten(groups: Sequence[RolloutGroup]) -> None:
     """Normalise all advantages of the step (arXiv 2501.03262): A <- (A - mean) / sqrt(var + 1e-8), statistics over trained tokens.
 
+    The paper's global batch is the step, all groups and ranks together.
     Every trajectory counts its own tokens, so the result does not depend on what trajectories share; a constant becomes 0.
     """
     turns = [

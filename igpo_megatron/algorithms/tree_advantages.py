@@ -53,4 +53,5 @@ def entropy_stats(groups: list[RolloutGroup], high_share: float) -> EntropyStats
     assert values, "entropies of the policy before the step were not taken"
     spread = stdev(values) if len(values) > 1 else 0.0
     above = math.ceil(len(values) * high_share)
-    return EntropyStats(fmean(values), spread or 1.0, values[-above - 1] if above < len(values) else -math.inf)
+    threshold = values[-above - 1] if above < len(values) else -math.inf
+    return EntropyStats(fmean(values), spread or 1.0, threshold, lowest=values[0], highest=values[-1])

@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 from statistics import pstdev
 
-from igpo_megatron.algorithms.outcome_advantages import trained_trajectories, zscore
-from igpo_megatron.config.schema import Igpo, IgpoLoo
+from igpo_megatron.algorithms.outcome_advantages import grpo_advantages, trained_trajectories, zscore
+from igpo_megatron.config.schema import Eapo, Igpo, IgpoLoo
 from igpo_megatron.types import RolloutGroup, Trajectory
 
 Gains = list[list[float | None]]
@@ -91,6 +91,28 @@ def igpo_loo_turn_advantages(
     return [[value - (total - value) / (len(returns) - 1) for value, total in zip(turns, totals, strict=False)] for turns in returns]
 
 
+def eapo_turn_advantages(num_turns: list[int], outcomes: list[float], *, gamma: float = 0.95) -> list[list[float]]:
+    """EAPO (IterResearch, arXiv 2511.07327, eq. 5 and 7) for the trajectories of one question, of T_i turns each:
+
+        r_(i,t) = gamma^(T_i - t) * o_i,    A_(i,t) = z-score (`grpo_advantages`) of r_(i,t) over all turns of all trajectories
+
+    With outcomes of 0 and 1 a right answer is worth more to the turns of a short trajectory. A negative outcome is discounted, too.
+    """
+    rewards = [discounted_outcome(turns, outcome, gamma) for turns, outcome in zip(num_turns, outcomes, strict=True)]
+    scores = iter(grpo_advantages([reward for turns in rewards for reward in turns]))
+    return [[next(scores) for _ in turns] for turns in rewards]
+
+
+def eapo(group: RolloutGroup, config: Eapo, progress: float) -> None:
+    """Set `turn_advantages` by `eapo_turn_advantages`."""
+    trained = trained_trajectories(group)
+    advantages = eapo_turn_advantages(
+        [len(trajectory.turn_advantages) for trajectory in trained], [trajectory.reward for trajectory in trained], gamma=config.gamma
+    )
+    for trajectory, turns in zip(trained, advantages, strict=True):
+        trajectory.turn_advantages = turns
+
+
 def discounted_returns(rewards: list[float], gamma: float) -> list[float]:
     """R_t = r_t + gamma * R_(t+1). [num_turns] -> [num_turns]"""
     returns: list[float] = []
@@ -99,6 +121,11 @@ def discounted_returns(rewards: list[float], gamma: float) -> list[float]:
         following = reward + gamma * following
         returns.append(following)
     return returns[::-1]
+
+
+def discounted_outcome(num_turns: int, outcome: float, gamma: float) -> list[float]:
+    """gamma^(num_turns - t) * outcome for t = 1 .. num_turns: the returns where nothing but the last turn is rewarded."""
+    return discounted_returns([0.0] * (num_turns - 1) + [outcome], gamma)
 
 
 def igpo(group: RolloutGroup, config: Igpo, progress: float) -> None:

@@ -8,14 +8,17 @@ What only the actor can know (which architectures it builds) is checked there.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
+from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from igpo_megatron.config.load import ConfigError
 from igpo_megatron.config.schema import (
+    Aepo,
     AepoBranching,
     Bapo,
     Config,
@@ -52,6 +55,7 @@ def check(config: Config, *, world_size: int | None, local_world_size: int | Non
             *_model_files(config.model.path),
             *_question_files("data.eval", config.data.eval),
             *_engine_shape(config, shape),
+            *_routing(config, shape),
             *_context(config, shape),
             *_devices(config, 0),
             *_search(config),
@@ -64,6 +68,7 @@ def check(config: Config, *, world_size: int | None, local_world_size: int | Non
         *_shape(config, shape),
         *_experts(config, shape, world_size),
         *_engine_shape(config, shape),
+        *_routing(config, shape),
         *_context(config, shape),
         *_devices(config, local_world_size or world_size),
         *_search(config),
@@ -71,6 +76,7 @@ def check(config: Config, *, world_size: int | None, local_world_size: int | Non
         *_algorithm(config),
         *_branching(config),
         *_ahead(config),
+        *_replay_of_successes(config),
         *_bonus(config),
         *_schedule(config),
     ]
@@ -135,8 +141,9 @@ def _question_files(key: str, paths: Sequence[Path]) -> Iterator[str]:
 
 def _layout(config: Config, world_size: int) -> Iterator[str]:
     layout = config.parallel
-    model_ranks = layout.tensor * layout.pipeline
-    product = f"parallel.tensor={layout.tensor} x parallel.pipeline={layout.pipeline}"
+    model_ranks = layout.tensor * layout.context * layout.pipeline
+    shared = f" x parallel.context={layout.context}" if layout.context > 1 else ""
+    product = f"parallel.tensor={layout.tensor}{shared} x parallel.pipeline={layout.pipeline}"
     if layout.sequence and layout.tensor == 1:
         yield "parallel.sequence=true needs parallel.tensor of 2 or more; set it to false"
     if config.model.vocab_multiple % layout.tensor:
@@ -204,9 +211,8 @@ def _stages(layout: Parallel, layers: int) -> Iterator[str]:
 
 def _experts(config: Config, shape: dict[str, Any], world_size: int) -> Iterator[str]:
     layout = config.parallel
-    # transformers writes either key, whatever the family.
-    experts = shape.get("num_experts") or shape.get("num_local_experts")
-    if not isinstance(experts, int):
+    experts = _num_experts(shape)
+    if experts is None:
         if layout.expert > 1 and shape:
             yield f"parallel.expert={layout.expert}, but the model has no experts; set it to 1"
         return
@@ -222,7 +228,31 @@ def _experts(config: Config, shape: dict[str, Any], world_size: int) -> Iterator
     elif (world_size // layout.pipeline) % layout.expert:
         yield (
             f"parallel.expert={layout.expert} does not divide the {world_size // layout.pipeline} ranks of a pipeline stage; "
-            f"set parallel.data to a multiple of {layout.expert // layout.tensor}"
+            f"set parallel.data to a multiple of {layout.expert // math.gcd(layout.expert, layout.tensor * layout.context)}"
+        )
+
+
+def _num_experts(shape: dict[str, Any]) -> int | None:
+    # transformers writes either key, whatever the family.
+    experts = shape.get("num_experts") or shape.get("num_local_experts")
+    return experts if isinstance(experts, int) else None
+
+
+def _routing(config: Config, shape: dict[str, Any]) -> Iterator[str]:
+    if not config.rollout.routing_replay:
+        return
+    if shape and _num_experts(shape) is None:
+        yield "rollout.routing_replay=true, but the model has no experts to route to; set it to false"
+        return
+    if config.rollout.max_staleness:
+        yield (
+            f"rollout.routing_replay=true with rollout.max_staleness={config.rollout.max_staleness}: experts that older weights chose "
+            "would be forced on newer ones; set one of them to its default"
+        )
+    if config.run.device == "cpu" and _needs_engines(config) and not entry_points(group="triton.backends", name="cpu"):
+        yield (
+            "rollout.routing_replay=true with run.device=cpu: vLLM returns experts from a model runner that needs a Triton with a CPU "
+            "back-end (triton-cpu), which is not installed; install it, or set rollout.routing_replay=false"
         )
 
 
@@ -269,10 +299,17 @@ def _colocated(config: Config, local_ranks: int) -> Iterator[str]:
 
 
 def _devices(config: Config, local_ranks: int) -> Iterator[str]:
+    engine, transport = config.rollout.engine, config.sync.transport
+    if config.run.device == "cpu" and transport in ("nccl", "ipc"):
+        yield f"sync.transport={transport} goes from GPU to GPU, run.device=cpu; use auto"
+    if config.run.device != "cpu" and transport == "ipc" and (local_ranks, engine.count, engine.tensor) != (1, 1, 1):
+        yield (
+            f"sync.transport=ipc joins one rank with one engine on its GPU; there are {local_ranks} ranks and {engine.count} engines "
+            f"of tensor={engine.tensor}; use auto or nccl"
+        )
     if config.placement.mode == "colocated" and _needs_engines(config):
         yield from _colocated(config, local_ranks)
         return
-    engine = config.rollout.engine
     if config.run.device == "cpu":
         if engine.gpu_ids:
             yield f"rollout.engine.gpu_ids={list(engine.gpu_ids)} with run.device=cpu; leave it empty, or set run.device=cuda"
@@ -281,7 +318,7 @@ def _devices(config: Config, local_ranks: int) -> Iterator[str]:
     if repeated:
         yield f"rollout.engine.gpu_ids names {repeated} more than once; name each GPU once"
     shared = sorted(set(engine.gpu_ids) & set(range(local_ranks)))
-    if shared:
+    if shared and transport != "ipc":
         yield (
             f"rollout.engine.gpu_ids={list(engine.gpu_ids)} overlaps the GPUs of the {local_ranks} ranks on this machine, "
             f"which take 0 to {local_ranks - 1}; give the engines GPUs from {local_ranks} on"
@@ -411,9 +448,10 @@ def _algorithm(config: Config) -> Iterator[str]:
             "use reward.scorer=engine, or loss.old_logprobs=recompute"
         )
     if isinstance(config.loss, PolicyLoss) and config.loss.uses_old_entropies and config.loss.old_logprobs == "engine":
+        without = ", or entropy_advantage=none with balanced_tokens=all" if isinstance(config.loss, Aepo) else ""
         yield (
-            f"loss.name={config.loss.name} uses entropies that loss.old_logprobs=engine runs no pass for; use old_logprobs=recompute, "
-            "or entropy_advantage=none with balanced_tokens=all"
+            f"loss.name={config.loss.name} uses entropies that loss.old_logprobs=engine runs no pass for; "
+            f"use old_logprobs=recompute{without}"
         )
     if reward.gain != "none" and reward.probe_template.count("{answer}") != 1:
         found = reward.probe_template.count("{answer}")
@@ -501,6 +539,21 @@ def _gain_branching(config: Config) -> Iterator[str]:
         yield (
             f"rollout.branching.name=gain decides by probes during the rollout; found {' and '.join(found)}; set reward.scorer=engine with "
             "advantage.name=igpo or igpo_loo, or another rollout.branching.name"
+        )
+
+
+def _replay_of_successes(config: Config) -> Iterator[str]:
+    if not config.rollout.replay_successes:
+        return
+    if not isinstance(config.rollout.branching, NoBranching):
+        yield (
+            f"rollout.replay_successes={config.rollout.replay_successes} replaces single samples, rollout.branching.name="
+            f"{config.rollout.branching.name} makes them share turns; use one of them"
+        )
+    if config.reward.scorer == "engine":
+        yield (
+            f"rollout.replay_successes={config.rollout.replay_successes} brings samples that no engine has scored probes of in this step; "
+            "use reward.scorer=fold"
         )
 
 

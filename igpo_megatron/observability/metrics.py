@@ -73,7 +73,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup], tool_name: str) -> dict[str,
     if points or states:
         metrics["shared_tokens"] = _shared_tokens(groups)
         metrics["initial_rollouts"] = fmean(group.metrics.get("initial_rollouts", len(group.trajectories)) for group in groups)
-    for name in LOST_GAINS:
+    for name in (*LOST_GAINS, "replayed"):
         if lost := sum(group.metrics.get(name, 0.0) for group in groups):
             metrics[name] = lost
     return metrics
@@ -110,6 +110,17 @@ def logprob_gap(groups: Sequence[RolloutGroup], version: int | None = None) -> d
         metrics["stale_gap_mean"] = fmean(abs(difference) for difference in stale)
         metrics["importance_ess"] = math.fsum(weights) ** 2 / (len(weights) * math.fsum(weight**2 for weight in weights))
     return metrics
+
+
+def routed_share(groups: Sequence[RolloutGroup]) -> dict[str, float]:
+    """`routed_tokens`: share of the tokens of trainable trajectories whose experts an engine recorded; empty without such tokens."""
+    known = [
+        experts is not None
+        for group in groups
+        for index in {index for end in group.trajectories if end.status.is_trainable for index in end.path}
+        for experts in group.nodes[index].experts or [None] * len(group.nodes[index].token_ids)
+    ]
+    return {"routed_tokens": fmean(map(float, known))} if known else {}
 
 
 def status_counts(groups: Sequence[RolloutGroup]) -> dict[str, int]:

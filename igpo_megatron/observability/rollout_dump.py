@@ -1,7 +1,8 @@
 """Rollout groups as parquet: one row per group, everything kept, so that a file can be looked at or trained from again.
 
     step | prompt {id, ...} | nodes [{parent, kind, token_ids, ...}] | trajectories [{path, status, gains, ...}] | metrics {name: value}
-         | branch_points [{node, entropy, ...}], value_points [{node, value, ...}], absent in files written before groups could branch so
+         | branch_points [{node, entropy, ...}], value_points [{node, value, ...}] |
+           experts [[bytes of a token, ...] of a node, ...]: the last three are absent in files from before them
 
 Both directions work on columns: a file of 30 thousand demonstrations is written or read in seconds.
 """
@@ -89,7 +90,10 @@ VALUE_POINT = pa.struct(
 )
 BRANCH_POINTS = pa.field("branch_points", pa.list_(BRANCH_POINT))
 VALUE_POINTS = pa.field("value_points", pa.list_(VALUE_POINT))
-LATER = (BRANCH_POINTS, VALUE_POINTS)
+EXPERTS = pa.field("experts", pa.list_(pa.list_(pa.binary())))
+"""Of every node: absent ones are empty, and so is the whole where no node has any."""
+
+LATER = (BRANCH_POINTS, VALUE_POINTS, EXPERTS)
 """Columns that older files lack."""
 
 SCHEMA = pa.schema(
@@ -101,6 +105,7 @@ SCHEMA = pa.schema(
         ("metrics", NUMBERS),
         BRANCH_POINTS,
         VALUE_POINTS,
+        EXPERTS,
     ]
 )
 SPLIT_COLUMNS = [f"nodes.list.element.{name}.list.element" for name in ("behavior_logprobs", "old_logprobs", "ref_logprobs")]
@@ -202,9 +207,14 @@ def _columns(step: int, groups: Sequence[RolloutGroup]) -> pa.RecordBatch:
             pa.array([list(group.metrics.items()) for group in groups], NUMBERS),
             pa.array([[asdict(point) for point in group.branch_points] for group in groups], BRANCH_POINTS.type),
             pa.array([[asdict(point) for point in group.value_points] for group in groups], VALUE_POINTS.type),
+            pa.array([_experts_of(group) for group in groups], EXPERTS.type),
         ],
         schema=SCHEMA,
     )
+
+
+def _experts_of(group: RolloutGroup) -> list[list[bytes | None]]:
+    return [node.experts for node in group.nodes] if any(node.experts for node in group.nodes) else []
 
 
 def _node_row(node: Node) -> tuple[Any, ...]:
@@ -265,8 +275,11 @@ def _groups(batch: pa.RecordBatch) -> Iterator[RolloutGroup]:
     nodes = _cut(batch.column("nodes"), _nodes)
     trajectories = _cut(batch.column("trajectories"), _trajectories)
     branch_points, value_points = _points(batch, BRANCH_POINTS.name, BranchPoint), _points(batch, VALUE_POINTS.name, ValuePoint)
-    columns = zip(prompts, nodes, trajectories, metrics, branch_points, value_points, strict=True)
-    for prompt, group_nodes, ends, numbers, by_entropy, by_value in columns:
+    experts = batch.column(EXPERTS.name).to_pylist() if EXPERTS.name in batch.schema.names else [[]] * len(prompts)
+    columns = zip(prompts, nodes, trajectories, metrics, branch_points, value_points, experts, strict=True)
+    for prompt, group_nodes, ends, numbers, by_entropy, by_value, routed in columns:
+        for node, recorded in zip(group_nodes, routed, strict=False):
+            node.experts = recorded
         yield RolloutGroup(prompt, group_nodes, ends, numbers, branch_points=by_entropy, value_points=by_value)
 
 

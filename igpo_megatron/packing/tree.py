@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 
 from igpo_megatron.packing.batches import first_fit
+from igpo_megatron.packing.experts import ExpertShape, expert_rows
 from igpo_megatron.types import Node, RolloutGroup, StepCounts, Trajectory
 
 ProbeScorer = Literal["fold", "sequential", "batched", "engine"]
@@ -66,7 +67,7 @@ class PackedRow:
     """[N] fp32, nats, by the actor before the step; zeros where the loss uses none."""
 
     experts: torch.Tensor | None = None
-    """[T, layers, top_k] int64, experts to send each token to; None leaves the choice to the routers."""
+    """[T, layers, top_k] int16, experts to send each token to, -1 where the router shall choose; None leaves it all choices."""
 
     origin: list[tuple[int, int, int, int]] = field(default_factory=list)
     """(group, node, start, stop): targets [start, stop) are that node's tokens, of a probe the scored ones."""
@@ -100,13 +101,18 @@ def step_counts(groups: Sequence[RolloutGroup]) -> StepCounts:
 
 
 def pack_for_scoring(
-    groups: Sequence[RolloutGroup], *, row_tokens: int, multiple: int = 1, scorer: ProbeScorer | None = "fold"
+    groups: Sequence[RolloutGroup],
+    *,
+    row_tokens: int,
+    multiple: int = 1,
+    scorer: ProbeScorer | None = "fold",
+    experts: ExpertShape | None = None,
 ) -> list[PackedRow]:
     """Rows whose targets are all action tokens, and the scored tokens of the probes where this pass scores them.
 
     `fold`: probes are leaves of the trees they hang from. The two published schemes repeat the context of every probe:
     `sequential` in a row per probe, one forward pass each; `batched` ("vectorised") in rows filled up with such sequences.
-    With `engine` (the engines have scored the probes) and with None no probe is packed.
+    With `engine` (the engines have scored the probes) and with None no probe is packed. `experts`: replay those of the nodes.
     """
     pieces = [piece for index, group in enumerate(groups) for piece in _pieces(index, group, row_tokens, with_probes=scorer == "fold")]
     repeated = [
@@ -120,7 +126,7 @@ def pack_for_scoring(
         return node.kind == "probe" or (node.kind == "action" and bool(piece.trajectories))
 
     def rows(pieces: Sequence[Piece]) -> list[PackedRow]:
-        return _rows(groups, pieces, row_tokens, multiple, wanted, lambda trajectory, tokens: 1.0)
+        return _rows(groups, pieces, row_tokens, multiple, wanted, lambda trajectory, tokens: 1.0, experts)
 
     if scorer == "sequential":
         return [*rows(pieces), *(row for piece in repeated for row in rows([piece]))]
@@ -128,11 +134,16 @@ def pack_for_scoring(
 
 
 def pack_for_training(
-    groups: Sequence[RolloutGroup], *, row_tokens: int, multiple: int = 1, token_weight: Callable[[int], float]
+    groups: Sequence[RolloutGroup],
+    *,
+    row_tokens: int,
+    multiple: int = 1,
+    token_weight: Callable[[int], float],
+    experts: ExpertShape | None = None,
 ) -> list[PackedRow]:
     """Rows whose targets are the action tokens of trainable trajectories, with their weights and advantages.
 
-    `token_weight(n)` is the loss weight of each token of a trajectory with n trained tokens.
+    `token_weight(n)` is the loss weight of each token of a trajectory with n trained tokens. `experts`: replay those of the nodes.
     """
     pieces = [piece for index, group in enumerate(groups) for piece in _pieces(index, group, row_tokens, with_probes=False)]
     return _rows(
@@ -142,6 +153,7 @@ def pack_for_training(
         multiple,
         lambda piece, number, node: node.kind == "action",
         lambda trajectory, tokens: token_weight(tokens),
+        experts,
     )
 
 
@@ -228,6 +240,7 @@ class _RowBuilder:
         self.sequence: list[int] = []
         self.trajectories = 0
         self.old_entropies: list[float] = []
+        self.experts: list[bytes | None] = []
         self.origin: list[tuple[int, int, int, int]] = []
 
     def add_piece(
@@ -247,6 +260,7 @@ class _RowBuilder:
             before, depth = ends[node.parent] if node.parent is not None else (-1, 0)
             start, length = len(self.token_ids), len(node.token_ids)
             self.token_ids += node.token_ids
+            self.experts += node.experts or [None] * length
             self.position_ids += range(depth, depth + length)
             self.subtree_end += [0] * length
             spans[number] = (start, start + length)
@@ -279,7 +293,7 @@ class _RowBuilder:
         self.old_entropies += node.old_entropies or [0.0] * length
         self.origin.append((group, number, first, first + length))
 
-    def build(self, multiple: int) -> PackedRow:
+    def build(self, multiple: int, experts: ExpertShape | None = None) -> PackedRow:
         padding = -len(self.token_ids) % multiple
         total = len(self.token_ids) + padding
         return PackedRow(
@@ -295,6 +309,7 @@ class _RowBuilder:
             behavior_logprobs=torch.tensor(self.behavior_logprobs, dtype=torch.float32),
             sequence=torch.tensor(self.sequence, dtype=torch.int64),
             old_entropies=torch.tensor(self.old_entropies, dtype=torch.float32),
+            experts=None if experts is None else expert_rows(self.experts, total, experts),
             origin=self.origin,
         )
 
@@ -319,13 +334,14 @@ def _rows(
     multiple: int,
     wanted: Callable[[Piece, int, Node], bool],
     token_weight: Callable[[Trajectory, int], float],
+    experts: ExpertShape | None,
 ) -> list[PackedRow]:
     rows = []
     for members in first_fit([piece.num_tokens for piece in pieces], row_tokens):
         builder = _RowBuilder()
         for member in members:
             builder.add_piece(groups[pieces[member].group], pieces[member], wanted, token_weight)
-        rows.append(builder.build(multiple))
+        rows.append(builder.build(multiple, experts))
     return rows
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 from igpo_megatron.config.schema import Rollout
 from igpo_megatron.protocols import PROTOCOLS
 from igpo_megatron.rollout.chat import Answer, ChatFormat, Malformed
+from igpo_megatron.rollout.routing import first_unrouted, record_experts
 from igpo_megatron.search.results import Observed, SearchClient, SearchResult, Tool
 from igpo_megatron.search.tally import why_failed
 from igpo_megatron.types import Completion, Node, NodeKind, ProbeScore, RolloutGroup, RunStopped, Status, ToolCall, Trajectory
@@ -27,11 +28,20 @@ class Engine(Protocol):
     """Whatever continues a token sequence."""
 
     async def generate(
-        self, token_ids: list[int], *, max_tokens: int, temperature: float, seed: int, key: str, top_logprobs: int = 0
+        self,
+        token_ids: list[int],
+        *,
+        max_tokens: int,
+        temperature: float,
+        seed: int,
+        key: str,
+        top_logprobs: int = 0,
+        experts_from: int | None = None,
     ) -> Completion:
         """Sample one turn. Requests with the same `key` go to the same engine, whose prefix cache knows them. Raises EngineError.
 
-        `top_logprobs` other than 0 asks for entropies, over that many of the likeliest tokens or, if -1, over all.
+        `top_logprobs` other than 0 asks for entropies, over that many of the likeliest tokens or, if -1, over all. `experts_from` asks
+        for the experts of the context's tokens from there on, and of the sampled ones.
         """
         ...
 
@@ -105,6 +115,8 @@ async def run_trajectory(
         max_tokens = min(config.max_tokens_per_turn, room - used)
         seeds = (seed, step, group.prompt.id, sample, turn)
         generate = partial(engine.generate, temperature=temperature, key=group.prompt.id)
+        if config.routing_replay:
+            generate = partial(generate, experts_from=first_unrouted(group, path[-1]))
         with waiting(f"turn {turn} of question {group.prompt.id}", on="an engine", who=ROLLOUTS):
             if watch is None or not watch.tokens:
                 completion = await generate(group.context(path[-1]), max_tokens=max_tokens, seed=counter_seed(*seeds))
@@ -115,6 +127,7 @@ async def run_trajectory(
         text = chat.decode(completion.token_ids)
         action = Node(path[-1], "action", completion.token_ids, turn, text, completion.weight_version, completion.logprobs)
         path.append(group.add(action))
+        record_experts(group, path[-1], completion)
         used += len(completion.token_ids)
         if completion.finish == "abort":
             return Trajectory(path, Status.ENGINE_FAILED, reason="the engine aborted the request")
@@ -160,12 +173,21 @@ async def _watched(
         await measured(first.entropies)
     if first.finish != "length" or some == max_tokens:
         return first
-    rest = await generate(context + first.token_ids, max_tokens=max_tokens - some, seed=counter_seed(*seeds, "rest"))
+    # The second request computes the last token of the first, so its experts follow without a gap.
+    follows = {"experts_from": first.experts_from + len(first.experts)} if first.experts else {}
+    rest = await generate(context + first.token_ids, max_tokens=max_tokens - some, seed=counter_seed(*seeds, "rest"), **follows)
     ids, logprobs = first.token_ids + rest.token_ids, first.logprobs + rest.logprobs
     # A stop string across the seam is seen by neither request.
     stop = chat.first_stop(ids, some)
     finish = rest.finish if stop is None or rest.finish == "abort" else "stop"
-    return Completion(ids[:stop], logprobs[:stop], finish, min(first.weight_version, rest.weight_version))
+    return Completion(
+        ids[:stop],
+        logprobs[:stop],
+        finish,
+        min(first.weight_version, rest.weight_version),
+        experts_from=first.experts_from,
+        experts=first.experts + rest.experts,
+    )
 
 
 async def _use_tool(call: ToolCall, search: SearchClient, tools: Mapping[str, Tool], chat: ChatFormat, config: Rollout) -> Observed:

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
 from igpo_megatron.config.schema import ArpoBranching, Branching, Config
+from igpo_megatron.rollout.routing import routed_experts
 from igpo_megatron.rollout.weight_store import SharedWeights
 from igpo_megatron.rollout.weight_transfer import BACKEND, POSITION_BYTES
 
@@ -40,6 +41,7 @@ class EngineActor:
         self.version = 0
         self._requests = itertools.count()
         self._engine: Any = None
+        self._returns_experts = False
         self._copy: SharedWeights | None = None
         # Closed while weights are exchanged: a request that came in between would be tagged with weights that never saw it.
         self._gate = asyncio.Event()
@@ -55,6 +57,7 @@ class EngineActor:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         extension = {"worker_extension_cls": "igpo_megatron.rollout.weight_transfer.WorkerExtension"}
+        self._returns_experts = "enable_return_routed_experts" in options
         arguments = AsyncEngineArgs(**{**extension, **options}, weight_transfer_config=WeightTransferConfig(backend=BACKEND))
         self._engine = AsyncLLM.from_engine_args(arguments)
         if weights_path is None:
@@ -77,8 +80,9 @@ class EngineActor:
         stop: int,
         stop_strings: tuple[str, ...] = (),
         top_logprobs: int = 0,
-    ) -> tuple[list[int], list[float], str, int, list[float]]:
-        """Token ids, log-probs, finish reason, weight version and, with `top_logprobs`, entropies of one sampled turn.
+        experts_from: int | None = None,
+    ) -> tuple[list[int], list[float], str, int, list[float], list[bytes]]:
+        """Token ids, log-probs, finish reason, weight version and, where asked for, entropies and experts of one sampled turn.
 
         The version is that of the first token; weights may change while the turn is sampled.
         """
@@ -95,6 +99,7 @@ class EngineActor:
             stop=list(stop_strings),
             include_stop_str_in_output=bool(stop_strings),
             skip_special_tokens=False,
+            **self._experts_from(len(token_ids) if experts_from is None else experts_from),
         )
         await self._gate.wait()
         version = self.version
@@ -102,7 +107,8 @@ class EngineActor:
         ids = list(output.token_ids)
         logprobs = [position[token].logprob for token, position in zip(ids, output.logprobs, strict=True)]
         entropies = [entropy(entry.logprob for entry in position.values()) for position in output.logprobs] if top_logprobs else []
-        return ids, logprobs, output.finish_reason or "abort", version, entropies
+        experts = [] if experts_from is None else routed_experts(output.routed_experts, len(token_ids) + len(ids) - 1 - experts_from)
+        return ids, logprobs, output.finish_reason or "abort", version, entropies, experts
 
     async def score(self, token_ids: list[int], first: int = 1, *, cached: bool = False) -> tuple[list[float], int, int]:
         """Raw log-probs of `token_ids[first:]`, the weight version that computed them, and the prompt tokens taken from the prefix cache.
@@ -115,16 +121,20 @@ class EngineActor:
         """
         assert 1 <= first < len(token_ids), f"tokens from {first} on of {len(token_ids)} cannot be scored"
         await self._gate.wait()
-        version = self.version
-        output = await self._last_output(token_ids, _scoring_params(skip_cache=not cached))
+        version, nothing = self.version, self._experts_from(len(token_ids))
+        output = await self._last_output(token_ids, _scoring_params(skip_cache=not cached, **nothing))
         hits = output.num_cached_tokens
         assert hits is not None, "vLLM does not say how much of a prompt it took from its cache"
         if hits > first - 1:
-            output = await self._last_output(token_ids, _scoring_params(skip_cache=True))
+            output = await self._last_output(token_ids, _scoring_params(skip_cache=True, **nothing))
         if self.version != version:  # it is set before requests go on, so what new weights computed comes after it
             return await self.score(token_ids, first)
         # Some versions of vLLM return computed rows only: the end is the same in all. One token a row, that of the prompt.
         return output.prompt_logprobs.logprobs[first - len(token_ids) :], version, hits
+
+    def _experts_from(self, position: int) -> dict[str, int]:
+        """SamplingParams by which vLLM returns experts from `position` on; earlier versions know no such parameter."""
+        return {"routed_experts_prompt_start": position} if self._returns_experts else {}
 
     async def _last_output(self, token_ids: list[int], params: Any) -> Any:
         output = None
@@ -247,6 +257,7 @@ def engine_options(config: Config, *, cuda: bool, stop_strings: bool) -> dict[st
         "seed": config.run.seed,
         "skip_tokenizer_init": not stop_strings,
         "enable_prefix_caching": True,
+        **({"enable_return_routed_experts": True} if rollout.routing_replay else {}),
         "logprobs_mode": "processed_logprobs",
         "max_logprobs": _most_logprobs(rollout.branching),
         "disable_log_stats": True,
@@ -258,7 +269,8 @@ def engine_environment(config: Config, *, cuda: bool) -> dict[str, str]:
     """Environment of an engine's processes."""
     threads = str(config.rollout.engine.threads)
     cpu = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": threads, "VLLM_TARGET_DEVICE": "cpu"}
-    return {**_QUIET, "IGPO_ENGINE_PROCESS": "1", "VLLM_HOST_IP": "127.0.0.1", **({} if cuda else cpu)}
+    routed = {"VLLM_USE_V2_MODEL_RUNNER": "1"} if config.rollout.routing_replay else {}
+    return {**_QUIET, "IGPO_ENGINE_PROCESS": "1", "VLLM_HOST_IP": "127.0.0.1", **routed, **({} if cuda else cpu)}
 
 
 def entropy(logprobs: Iterable[float]) -> float:
@@ -273,7 +285,7 @@ def _most_logprobs(branching: Branching) -> int:
     return -1 if branching.entropy == "full" else max(branching.top_k, _VLLM_LOGPROBS)
 
 
-def _scoring_params(*, skip_cache: bool) -> Any:
+def _scoring_params(*, skip_cache: bool, **more: Any) -> Any:
     """One token is sampled because vLLM wants to; `detokenize` must stay off, since garbage rows have garbage ids."""
     from vllm import SamplingParams
 
@@ -284,4 +296,5 @@ def _scoring_params(*, skip_cache: bool) -> Any:
         flat_logprobs=True,  # not a dict for every token of the context
         detokenize=False,
         skip_reading_prefix_cache=skip_cache,
+        **more,
     )

@@ -105,14 +105,24 @@ class EnginePool:
     # ---- requests
 
     async def generate(
-        self, token_ids: list[int], *, max_tokens: int, temperature: float, seed: int, key: str, top_logprobs: int = 0
+        self,
+        token_ids: list[int],
+        *,
+        max_tokens: int,
+        temperature: float,
+        seed: int,
+        key: str,
+        top_logprobs: int = 0,
+        experts_from: int | None = None,
     ) -> Completion:
         """Sample one turn, on the engine that serves `key` if it can. Raises EngineError when none can in time."""
-        arguments = (token_ids, max_tokens, temperature, seed, self._stop_token, self._stop_strings, top_logprobs)
+        arguments = (token_ids, max_tokens, temperature, seed, self._stop_token, self._stop_strings, top_logprobs, experts_from)
         number, found = await self._ask(key, "a turn", lambda actor: actor.generate.remote(*arguments))
-        ids, logprobs, finish, version, entropies = found
+        ids, logprobs, finish, version, entropies, experts = found
         self._require_known(version, number)
-        return Completion(ids, logprobs, finish if finish in ("stop", "length") else "abort", version, entropies)
+        return Completion(
+            ids, logprobs, finish if finish in ("stop", "length") else "abort", version, entropies, experts_from or 0, experts
+        )
 
     async def score_probe(self, token_ids: list[int], first: int, *, key: str, cached: bool = True) -> ProbeScore:
         """Log-probs of `token_ids[first:]` by the engine that serves `key`, from its prefix cache where that is safe and `cached`.

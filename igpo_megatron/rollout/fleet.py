@@ -144,6 +144,7 @@ class Fleet:
                 self.problem = EngineError(
                     f"{where}, and rollout.engine.max_restarts={limit} restart{'' if limit == 1 else 's'} of it have been used{log}"
                 )
+                self._end(actor)
             else:
                 member.restarts += 1
                 logger.warning("%s; restart %d of at most %d%s", where, member.restarts, limit, log)
@@ -210,7 +211,7 @@ class Fleet:
         dead = member.actor
         with contextlib.suppress(ray.exceptions.RayError, EngineLost):
             ray.wait([dead.stop.remote()], timeout=_STOP_TIMEOUT_S)
-        ray.kill(dead)
+        self._end(dead)
         if self._closing.is_set():
             return
         try:
@@ -222,6 +223,12 @@ class Fleet:
             self.lost(member, member.actor, error)
         except RunStopped as error:
             self.stop(error)
+
+    def _end(self, actor: Any) -> None:
+        """Kill an actor, and with it what still waits in it for a sync to end."""
+        import ray
+
+        ray.kill(actor)
 
     def _watch(self) -> None:
         while not self._closing.wait(self._engine.health_interval_s):

@@ -102,7 +102,13 @@ def _register() -> None:
         def update_weights(self, update_info: Any) -> None:
             info = update_info if isinstance(update_info, UpdateInfo) else self.parse_update_info(update_info)
             self.rows: list[Received] = []
-            self.receive_weights(info)
+            try:
+                self.receive_weights(info)
+            except Exception as error:
+                if not self.rows:
+                    raise
+                last = self.rows[-1]  # vLLM's own checks of shapes come as assertions that name nothing
+                raise RuntimeError(f"{last.name} ({last.dtype} {list(last.shape)}) could not be loaded: {error!r}") from error
             if self.device.type != "cpu":
                 torch.accelerator.synchronize()  # on a CPU worker it would raise
 

@@ -22,6 +22,7 @@ cpu.install()
 from megatron.core import parallel_state  # noqa: E402
 
 from igpo_megatron.actor import checkpoint, parallel, policy, weight_sync  # noqa: E402, F401  (imported before forking)
+from igpo_megatron.cli import world_size  # noqa: E402
 from igpo_megatron.config.load import build  # noqa: E402
 from igpo_megatron.config.schema import Config  # noqa: E402
 
@@ -123,7 +124,7 @@ def run_ranks(function: Callable[..., Any], config: Config, *arguments: Any) -> 
 
 def run_ranks_for_each(function: Callable[..., Any], configs: Sequence[Config], *arguments: Any) -> list[list[Any]]:
     """The same for several configurations of as many ranks each, one after the other in one process group."""
-    (world,) = {config.parallel.tensor * config.parallel.pipeline * (config.parallel.data or 1) for config in configs}
+    (world,) = {world_size(config) for config in configs}
     context = multiprocessing.get_context("fork")
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

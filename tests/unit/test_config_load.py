@@ -43,8 +43,8 @@ def test_the_values_of_the_caller_stay_as_they_were():
         ("run.device=cuba", "run.device='cuba': expected one of auto, cpu, cuda; did you mean 'cuda'?"),
         (
             "advantage.name=grop",
-            "advantage.name='grop': expected one of igpo, igpo_loo, grpo, rloo, arpo, gigpo, reinforce_pp, reinforce_pp_baseline, remax; "
-            "did you mean 'grpo'?",
+            "advantage.name='grop': expected one of igpo, igpo_loo, grpo, rloo, arpo, gigpo, eapo, rapo, reinforce_pp, "
+            "reinforce_pp_baseline, remax; did you mean 'grpo'?",
         ),
         ("advantage.normalize=joint", "advantage.normalize: unknown key; did you mean 'advantage.normalise'?"),
         ("advantage=grpo", "advantage='grpo': expected a section; write advantage.name=grpo"),
@@ -67,8 +67,8 @@ def test_a_key_in_the_wrong_section_is_told_where_it_belongs():
 
 def test_a_key_of_another_algorithm_is_told_whose_it_is():
     (message,) = problems(["advantage.name=grpo", "advantage.gamma=0.9"])
-    hint = "a key like it belongs to advantage.name=igpo or igpo_loo or gigpo, not grpo; known here: name, divide_by_std, statistics"
-    assert message == f"advantage.gamma: unknown key; {hint}"
+    hint = "a key like it belongs to advantage.name=igpo or igpo_loo or gigpo or eapo, not grpo"
+    assert message == f"advantage.gamma: unknown key; {hint}; known here: name, divide_by_std, statistics"
 
 
 def test_all_problems_are_listed_at_once_those_of_overrides_included():

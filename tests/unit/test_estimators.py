@@ -11,12 +11,34 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass
-from statistics import fmean
+from functools import partial
+from statistics import fmean, pstdev
 
 import pytest
 
-from igpo_megatron.algorithms import ADVANTAGES, gigpo_turn_advantages, igpo_loo_turn_advantages, igpo_turn_advantages, rloo_advantages
-from igpo_megatron.config.schema import GiGpo, Grpo, Igpo, IgpoLoo, ReinforcePp, ReinforcePpBaseline, Rloo
+from igpo_megatron.algorithms import (
+    ADVANTAGES,
+    eapo_turn_advantages,
+    gigpo_turn_advantages,
+    igpo_loo_turn_advantages,
+    igpo_turn_advantages,
+    rloo_advantages,
+)
+from igpo_megatron.algorithms.outcome_advantages import GREEDY_REWARD, grpo_advantages, token_weighted_advantages
+from igpo_megatron.config.schema import (
+    Advantage,
+    Arpo,
+    Eapo,
+    GiGpo,
+    Grpo,
+    Igpo,
+    IgpoLoo,
+    Rapo,
+    ReinforcePp,
+    ReinforcePpBaseline,
+    ReMax,
+    Rloo,
+)
 from igpo_megatron.packing.tree import pack_for_training
 from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, Trajectory
 
@@ -125,10 +147,12 @@ OUTCOMES = Process(gains=(0.0, 0.0), outcomes=(0.0, 1.0, 0.4))
         (UNIT_SCALE, returns, 1.0),  # no baseline: unbiased, the Monte-Carlo truth of the harness itself
         (UNIT_SCALE, leave_one_out, 1.0),
         (OUTCOMES, outcome_only(rloo_advantages), 1.0),
+        (OUTCOMES, outcome_only(lambda outcomes: [outcome - 0.4 for outcome in outcomes]), 1.0),  # a greedy sample's reward: constant
         # A mean that contains the trajectory itself shrinks every gradient by (n - 1) / n, in every direction alike.
         (OUTCOMES, published_order, (GROUP - 1) / GROUP),
+        (OUTCOMES, outcome_only(partial(grpo_advantages, divide_by_std=False)), (GROUP - 1) / GROUP),
     ],
-    ids=["returns", "igpo_loo", "rloo", "group_mean"],
+    ids=["returns", "igpo_loo", "rloo", "remax", "igpo_group_mean", "dr_grpo"],
 )
 def test_the_mean_gradient_is_the_true_one(process, estimator, expected_factor):
     means, errors = estimated_gradient(process, estimator)
@@ -163,6 +187,120 @@ def test_the_published_order_turns_a_gradient_around():
     assert ours[1] > 10 * errors[1]
 
 
+def by_turn(walks: list[Walk], **settings) -> list[list[float]]:
+    """GiGPO where the number of searches so far is the whole state."""
+    states = [list(range(walk.searches + 1)) for walk in walks]
+    return gigpo_turn_advantages(states, [walk.outcome for walk in walks], gamma=1.0, divide_by_std=False, **settings)
+
+
+def test_the_mean_gradient_of_gigpo_is_the_true_one_up_to_a_factor_per_state():
+    """The part within the group shrinks by (n - 1) / n. The part within a state has m ~ B(n, p) visits, whose own mean costs one of them:
+    E[max(m - 1, 0)] / (n p) = (n p - 1 + (1 - p)^n) / (n p). Both parts point where the true gradient points."""
+    means, errors = estimated_gradient(OUTCOMES, partial(by_turn, step_weight=0.5))
+    for mean, error, truth, p in zip(means, errors, true_gradient(OUTCOMES), (1.0, sigmoid(THETA[0])), strict=True):
+        within_state = (GROUP * p - 1 + (1 - p) ** GROUP) / (GROUP * p)
+        assert mean == pytest.approx(((GROUP - 1) / GROUP + 0.5 * within_state) * truth, abs=4 * error)
+        assert abs(truth) > 10 * error
+
+
+def test_dividing_by_the_groups_deviation_forgets_how_much_is_at_stake():
+    """The bias of GRPO's z-score: a question whose rewards are ten times larger has the same gradient. RLOO's is ten times larger."""
+    small, large = (Process(OUTCOMES.gains, tuple(scale * value for value in OUTCOMES.outcomes)) for scale in (1.0, 10.0))
+    assert true_gradient(large) == pytest.approx([10 * value for value in true_gradient(small)])
+    z_scores = [estimated_gradient(process, outcome_only(grpo_advantages), groups=500)[0] for process in (small, large)]
+    assert z_scores[0] == pytest.approx(z_scores[1], rel=1e-3)
+    plain = [estimated_gradient(process, outcome_only(rloo_advantages), groups=500)[0] for process in (small, large)]
+    assert plain[1] == pytest.approx([10 * value for value in plain[0]])
+
+
+def test_an_average_over_tokens_is_a_baseline_that_depends_on_the_trajectory():
+    """The bias of HAPO's token-level average: a long trajectory has more of itself in its own baseline, so directions shrink unequally
+    (Dr. GRPO shrinks both by (n - 1) / n)."""
+
+    def by_tokens(walks: list[Walk]) -> list[list[float]]:
+        lengths = [walk.searches + 1 for walk in walks]
+        values = token_weighted_advantages([walk.outcome for walk in walks], lengths, divide_by_std=False)
+        return [[value] * length for value, length in zip(values, lengths, strict=True)]
+
+    means, errors = estimated_gradient(OUTCOMES, by_tokens)
+    factors = [mean / truth for mean, truth in zip(means, true_gradient(OUTCOMES), strict=True)]
+    slack = [error / abs(truth) for error, truth in zip(errors, true_gradient(OUTCOMES), strict=True)]
+    assert factors[0] - factors[1] > 5 * math.hypot(*slack)
+
+
+def whitened_gradient(process: Process, config, groups: int, seed: int) -> list[float]:
+    """Mean gradient of one large batch by an advantage that is normalised over the batch; every turn has one token. [turns]"""
+    draw = random.Random(seed)
+    batch = [[process.sample(draw) for _ in range(GROUP)] for _ in range(groups)]
+    trees = [group_of(walks) for walks in batch]
+    assigned(trees, config)
+    gradient = [0.0] * len(THETA)
+    for walks, tree in zip(batch, trees, strict=True):
+        for walk, trajectory in zip(walks, tree.trajectories, strict=True):
+            for turn, score in enumerate(scores(walk.searches)):
+                gradient[turn] += trajectory.turn_advantages[turn] * score / (GROUP * groups)
+    return gradient
+
+
+def group_of(walks: list[Walk]) -> RolloutGroup:
+    group = RolloutGroup(Prompt("q", "?", ("a",), "test"), [Node(None, "prompt", [1])])
+    for walk in walks:
+        path = [0]
+        for turn in range(1, walk.searches + 2):
+            path.append(group.add(Node(path[-1], "action", [2], turn)))
+        group.trajectories.append(Trajectory(path, Status.FINISHED, reward=walk.outcome))
+    return group
+
+
+@pytest.mark.parametrize("config", [ReinforcePp(), ReinforcePpBaseline()], ids=lambda config: config.name)
+def test_whitening_over_the_batch_only_scales_the_true_gradient(config):
+    """Mean and deviation of a large batch are constants: a baseline, and a scale that all turns share. So the mean gradient points where
+    the true one does, divided (without a baseline of the group's own) by the deviation of outcomes over tokens."""
+    draws = [whitened_gradient(OUTCOMES, config, groups=300, seed=seed) for seed in range(12)]
+    truth = true_gradient(OUTCOMES)
+    scale = [fmean(column) / value for column, value in zip(zip(*draws, strict=True), truth, strict=True)]
+    errors = [pstdev(column) / math.sqrt(len(draws)) / abs(value) for column, value in zip(zip(*draws, strict=True), truth, strict=True)]
+    assert min(scale) > 10 * max(errors)
+    assert scale[0] == pytest.approx(scale[1], abs=4 * math.hypot(*errors))
+    tokens = [(walks + 1, OUTCOMES.probability(walks)) for walks in range(3)]
+    length = sum(count * p for count, p in tokens)
+    mean = sum(count * p * OUTCOMES.outcomes[walks] for walks, (count, p) in enumerate(tokens)) / length
+    variance = sum(count * p * (OUTCOMES.outcomes[walks] - mean) ** 2 for walks, (count, p) in enumerate(tokens)) / length
+    if isinstance(config, ReinforcePp):
+        assert scale[0] == pytest.approx(1 / math.sqrt(variance), abs=4 * errors[0] + 0.01)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [Igpo(), Grpo(), Grpo(statistics="tokens"), Rloo(), Arpo(), GiGpo(gamma=1.0), Eapo(gamma=1.0), Rapo(), ReinforcePp(), ReMax()],
+    ids=lambda config: config.name,
+)
+def test_under_constant_reward_no_turn_earns_anything(config):
+    """Whatever the lengths. (igpo_loo and discounted returns: below.)"""
+    group = group_of([Walk(searches, [0.0] * searches, 0.7) for searches in (0, 1, 1, 4)])
+    for trajectory in group.trajectories:
+        trajectory.gains = [*[0.0] * (len(trajectory.path) - 2), None]
+    group.metrics[GREEDY_REWARD] = 0.7
+    assigned([group], config)
+    assert [value for trajectory in group.trajectories for value in trajectory.turn_advantages] == pytest.approx([0.0] * 10, abs=1e-9)
+
+
+def test_discounting_per_turn_makes_an_extra_turn_a_loss_under_constant_reward():
+    """EAPO's intended bias: the true gradient is 0, its own is against searching on; without discount it is 0 again."""
+    constant = Process(gains=(0.0, 0.0), outcomes=(1.0, 1.0, 1.0))
+
+    def gradient(gamma: float) -> tuple[list[float], list[float]]:
+        return estimated_gradient(
+            constant,
+            lambda walks: eapo_turn_advantages([walk.searches + 1 for walk in walks], [walk.outcome for walk in walks], gamma=gamma),
+            groups=1000,
+        )
+
+    means, errors = gradient(0.5)
+    assert all(mean < -10 * error for mean, error in zip(means, errors, strict=True))
+    assert gradient(1.0)[0] == pytest.approx([0.0, 0.0], abs=1e-9)
+
+
 @pytest.mark.parametrize("extra_turns", [0, 1, 2])
 def test_under_constant_reward_an_extra_turn_earns_nothing_with_igpo_loo(extra_turns):
     """Gains of 0 and equal outcomes: however long, a walk and each of its turns have advantage 0 up to where the others ended."""
@@ -189,6 +327,7 @@ def random_group(draw: random.Random, size: int = 6) -> RolloutGroup:
                 path.append(group.add(Node(path[-1], "observation", [draw.randint(7, 8)], turn)))
         gains = [draw.gauss(0, 1) for _ in range(turns - 1)]
         group.trajectories.append(Trajectory(path, Status.FINISHED, reward=draw.random(), gains=[*gains, None]))
+    group.metrics[GREEDY_REWARD] = 0.4
     return group
 
 
@@ -200,7 +339,24 @@ def assigned(groups: list[RolloutGroup], config) -> None:
         entry.over_batch(groups)
 
 
-CONFIGS = [Igpo(), IgpoLoo(), Grpo(), Rloo(), GiGpo(), ReinforcePp(), ReinforcePpBaseline()]
+CONFIGS = [
+    Igpo(),
+    IgpoLoo(),
+    Grpo(),
+    Grpo(statistics="tokens"),
+    Rloo(),
+    GiGpo(),
+    Eapo(),
+    Rapo(),
+    Arpo(),
+    ReinforcePp(),
+    ReinforcePpBaseline(),
+    ReMax(),
+]
+
+
+def test_every_advantage_is_checked_for_what_must_change_nothing():
+    assert {type(config) for config in CONFIGS} == set(Advantage.__args__[0].__args__)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.name)

@@ -1,6 +1,7 @@
 """Losses against numbers worked by hand and against one-trajectory-at-a-time formulas."""
 
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from igpo_megatron.algorithms.losses import (
     balanced_clip,
     cispo,
     denominator,
+    entropy_position,
     gspo,
+    hapo,
     k3,
     mismatch_factor,
     ppo,
@@ -19,13 +22,13 @@ from igpo_megatron.algorithms.losses import (
     sft,
     token_weight,
 )
-from igpo_megatron.config.schema import Bapo, Cispo, Gspo, Loss, Ppo, Sft
-from igpo_megatron.types import StepCounts
+from igpo_megatron.config.schema import Bapo, Cispo, Gspo, Hapo, Loss, PolicyLoss, Ppo, Sft
+from igpo_megatron.types import EntropyStats, StepCounts
 
 PLAIN = Ppo(kl_coef=0.0, aggregation="token_mean")
 
 
-def ppo_on(ratios, advantages, config=PLAIN, weight=None, tokens=None, loss_function=ppo, **kwargs):
+def ppo_on(ratios, advantages, config=PLAIN, weight=None, tokens=None, loss_function=ppo, counts=None, **kwargs):
     """Loss of tokens with given ratios (old log-prob -1) and signed advantages, with the gradient for each log-prob."""
     old = torch.full((len(ratios),), -1.0)
     logprobs = (old + torch.tensor(ratios).log()).requires_grad_()
@@ -38,7 +41,7 @@ def ppo_on(ratios, advantages, config=PLAIN, weight=None, tokens=None, loss_func
         **kwargs,
         advantages=torch.stack([signed.clamp(min=0), (-signed).clamp(min=0)], dim=-1),
         weight=torch.ones(len(ratios)) if weight is None else torch.tensor(weight),
-        counts=StepCounts(trained_tokens=tokens or len(ratios), trajectories=1, groups=1),
+        counts=counts or StepCounts(trained_tokens=tokens or len(ratios), trajectories=1, groups=1),
         config=config,
     )
     loss.backward()
@@ -186,6 +189,44 @@ def test_metrics_leave_out_tokens_without_weight():
     assert metrics["ratio"] == pytest.approx(2.0)
 
 
+def loss_over(config, tokens):
+    """(loss, gradient, metrics) of some of five tokens: three of one trajectory, two of another."""
+    old = torch.tensor([-1.0, -2.0, -0.5, -1.5, -0.7], dtype=torch.float64)[tokens]
+    logprobs = (old + torch.tensor([0.4, -0.7, -0.1, 1.3, 0.0], dtype=torch.float64)[tokens]).requires_grad_()
+    signed = torch.tensor([2.0, -1.0, 1.0, -3.0, 0.5], dtype=torch.float64)[tokens]
+    entropies = torch.tensor([0.1, 1.0, 2.0, 0.4, 1.5], dtype=torch.float64)[tokens]
+    extra = {"sequence": torch.tensor([0, 0, 0, 1, 1])[tokens]} if getattr(config, "sequence_level", False) else {}
+    if getattr(config, "uses_old_entropies", False):
+        extra["old_entropies"] = entropies
+    loss, metrics = LOSSES[config.name](
+        logprobs=logprobs,
+        entropy=entropies,
+        old_logprobs=old,
+        ref_logprobs=old - 0.2,
+        advantages=torch.stack([signed.clamp(min=0), (-signed).clamp(min=0)], dim=-1),
+        weight=torch.ones_like(old),
+        counts=StepCounts(5, 2, 1, EntropyStats(1.0, 0.7, threshold=1.0, lowest=0.1, highest=2.0)),
+        config=Ppo(**{name: getattr(config, name) for name in PolicyLoss.model_fields}) if isinstance(config, Bapo) else config,
+        **extra,
+    )
+    loss.backward()
+    return loss.item(), logprobs.grad.tolist(), {name: value.item() for name, value in metrics.items()}
+
+
+@pytest.mark.parametrize("config", [section() for section in Loss.__args__[0].__args__], ids=lambda config: config.name)
+def test_every_loss_adds_up_over_micro_batches_and_does_not_care_for_the_order_of_tokens(config):
+    """So that neither packing nor the layout can change a step. Whole trajectories, since gspo needs them together."""
+    whole, gradient, metrics = loss_over(config, [0, 1, 2, 3, 4])
+    first, second = loss_over(config, [0, 1, 2]), loss_over(config, [3, 4])
+    assert whole == pytest.approx(first[0] + second[0])
+    assert gradient == pytest.approx(first[1] + second[1])
+    assert metrics == {name: pytest.approx(first[2][name] + second[2][name]) for name in metrics}
+    shuffled = [3, 0, 4, 2, 1]
+    again = loss_over(config, shuffled)
+    assert again[0] == pytest.approx(whole) and again[1] == pytest.approx([gradient[token] for token in shuffled])
+    assert any(gradient)
+
+
 def test_losses_and_metrics_add_up_over_micro_batches():
     ratios, advantages = [1.5, 0.5, 0.9, 2.0], [2.0, -1.0, 1.0, -3.0]
     whole, whole_gradient, whole_metrics = ppo_on(ratios, advantages, tokens=4)
@@ -239,8 +280,11 @@ def test_sft_is_the_mean_negative_log_prob_of_trained_tokens():
     assert metrics["tokens"].item() == 2.0
 
 
-def test_every_loss_of_the_schema_is_in_the_table_and_names_its_aggregation():
+def test_every_loss_of_the_schema_is_in_both_tables_and_names_its_aggregation():
     union = Loss.__args__[0]
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    table = readme.partition("### Algorithms")[2].partition("\nLeft out")[0]
+    assert [name for name in LOSSES if f"| `{name}`" not in table and f"| `loss.name={name}`" not in table] == []
     assert set(LOSSES) == {section.model_fields["name"].default for section in union.__args__}
     assert aggregation_of(Sft()) == "token_mean"
     assert aggregation_of(Ppo(aggregation="sequence_sum")) == "sequence_sum"
@@ -313,18 +357,67 @@ def test_the_mean_of_a_trajectory_needs_no_order_of_its_tokens():
     assert sequence_mean(torch.zeros(0), torch.zeros(0, dtype=torch.int64)).tolist() == []
 
 
-def test_bapo_moves_its_bounds_until_the_positive_part_weighs_enough():
-    """Ratio 2 with A = 1, ratio 0.5 with A = -1, bounds from 0.6 and 1.2. For a share of 1/2: 1.2 >= 0.6 holds at once. For 0.7:
-    1.2 / 1.8 is too little; l goes to its end, 0.8, then h in steps of 0.3: 1.5 / 2.3, 1.8 / 2.6 = 0.692, and 2 / 2.8 at h = 2.1."""
+def bapo_bounds(share, **settings):
+    """Bounds for a ratio 2 with A = 1 and a ratio 0.5 with A = -1, from 0.6 to 0.8 by 0.1 and from 1.2 to 3 by 0.3."""
     log_ratios = [torch.tensor([2.0]).log(), torch.tensor([0.5]).log()]
     advantages = [torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])]
+    steps = {"lower": (0.6, 0.8), "upper": (1.2, 3.0), "lower_step": 0.1, "upper_step": 0.3}
+    found = balanced_clip(log_ratios, advantages, Bapo(**steps, positive_share=share, kl_coef=0.5, **settings))
+    assert found.kl_coef == 0.5
+    return 1 - found.clip_low, 1 + found.clip_high
 
-    def bounds(share):
-        config = Bapo(lower=(0.6, 0.8), upper=(1.2, 3.0), lower_step=0.1, upper_step=0.3, positive_share=share, kl_coef=0.5)
-        found = balanced_clip(log_ratios, advantages, config)
-        assert found.kl_coef == 0.5
-        return 1 - found.clip_low, 1 + found.clip_high
 
-    assert bounds(0.5) == pytest.approx((0.6, 1.2))
-    assert bounds(0.7) == pytest.approx((0.8, 2.1))
-    assert bounds(0.99) == pytest.approx((0.8, 3.0))
+def test_bapo_moves_its_upper_bound_until_the_positive_part_weighs_enough():
+    """For a share of 1/2: 1.2 / (1.2 + 0.6) holds at once. For 0.7: 1.2 / 1.8 is too little, 1.5 / 2.1 is enough. For 0.99 nothing is:
+    h at its end gives 2 / 2.6, then l goes to its own."""
+    assert bapo_bounds(0.5) == pytest.approx((0.6, 1.2))
+    assert bapo_bounds(0.7) == pytest.approx((0.6, 1.5))
+    assert bapo_bounds(0.99) == pytest.approx((0.8, 3.0))
+
+
+def test_bapo_can_move_its_lower_bound_first_as_the_published_code_does():
+    """For 0.7: 1.2 / 1.8 is too little; l goes to its end, 0.8, then h: 1.5 / 2.3, 1.8 / 2.6 = 0.692, and 2 / 2.8 at h = 2.1."""
+    assert bapo_bounds(0.5, first="lower") == pytest.approx((0.6, 1.2))
+    assert bapo_bounds(0.7, first="lower") == pytest.approx((0.8, 2.1))
+
+
+E = 2.718281828
+HAPO = {"kl_coef": 0.0, "clip_low": 0.2, "clip_high": 0.3}
+STATS = EntropyStats(0.0, 1.0, threshold=1.0, lowest=1 / E, highest=E)
+"""ln of least, threshold and most: -1, 0, 1, so h is the logarithm of a token's entropy."""
+
+
+def test_hapo_places_entropies_between_least_threshold_and_most():
+    entropies = torch.tensor([1 / E, E**-0.5, 1.0, E**0.5, E, 99.0, 0.0])
+    assert entropy_position(entropies, STATS).tolist() == pytest.approx([-1.0, -0.5, 0.0, 0.5, 1.0, 1.0, -1.0], abs=1e-5)
+    equal = EntropyStats(1.0, 1.0, threshold=1.0, lowest=1.0, highest=1.0)
+    assert entropy_position(torch.ones(2), equal).tolist() == [0.0, 0.0]
+
+
+def hapo_on(ratios, advantages, entropies, **settings):
+    counts = StepCounts(len(ratios), 1, 1, STATS)
+    return ppo_on(ratios, advantages, Hapo(**HAPO, **settings), loss_function=hapo, old_entropies=torch.tensor(entropies), counts=counts)
+
+
+def test_hapo_widens_the_upper_bound_where_the_policy_was_unsure_and_the_lower_one_where_it_was_sure():
+    """h = 1: bounds 0.8 and 1.6; r 1.5 is inside, and outside of the neutral 0.9 to 1.3, so A = 1 counts twice. h = 0: bounds 0.8 and 1.3,
+    r 1.5 is clipped. h = -1: bounds 0.6 and 1.3; r 0.7 with A = -1 keeps its gradient (0.7 is not neutral: no scale); with h = 1 it is
+    clipped at 0.8, where A counts twice."""
+    loss, gradient, metrics = hapo_on([1.5, 1.5, 0.7, 0.7], [1.0, 1.0, -1.0, -1.0], [E, 1.0, 1 / E, E])
+    assert gradient.tolist() == pytest.approx([-2 * 1.5 / 4, 0.0, 0.7 / 4, 0.0], rel=1e-5)
+    assert loss == pytest.approx((-2 * 1.5 - 1.3 + 0.7 + 2 * 0.8) / 4, rel=1e-5)
+    assert metrics["clipped"] == 2.0
+
+
+def test_hapo_scales_advantages_only_where_the_update_has_a_direction():
+    """r = 1 is neutral: h = 1 changes nothing, h = -1/2 halves A; r = 1.2 is neutral for h = 1 (up to 1.3) and not for h = -1/2 (1.15)."""
+    _, gradient, _ = hapo_on([1.0, 1.0, 1.2, 1.2], [1.0] * 4, [E, E**-0.5, E, E**-0.5])
+    assert gradient.tolist() == pytest.approx([-1 / 4, -0.5 / 4, -1.2 / 4, -1.2 / 4], rel=1e-5)
+
+
+def test_hapo_without_weights_is_ppo():
+    case = ([1.5, 0.5, 0.5, 1.5, 4.0], [2.0, 2.0, -2.0, -2.0, -2.0])
+    found = hapo_on(*case, [E, 1.0, 1 / E, E, E], clip_weight=0.0, advantage_weight=0.0)
+    expected = ppo_on(*case, Ppo(**HAPO, aggregation="token_mean"))
+    assert found[0] == pytest.approx(expected[0]) and found[1].tolist() == pytest.approx(expected[1].tolist())
+    assert hapo_on(*case, [E, 1.0, 1 / E, E, E])[0] != pytest.approx(expected[0])

@@ -1,8 +1,10 @@
 """Which questions are under way when, what a checkpoint knows of them, and how old the tokens of a step may be."""
 
 import asyncio
+import json
 import math
 import threading
+import time
 from concurrent.futures import Future
 
 import pytest
@@ -15,6 +17,7 @@ from igpo_megatron.rollout.agent import EngineError
 from igpo_megatron.rollout.chat import ChatFormat
 from igpo_megatron.rollout.rollouter import Rollouter
 from igpo_megatron.rollout_queue import RolloutQueue, check_staleness, staleness_metrics
+from igpo_megatron.train import queue_state
 from igpo_megatron.types import Completion, Node, Prompt, RolloutGroup, RunStopped, Status, ToolCall, Trajectory
 from tests.unit.test_rollouts import SETTINGS, WORDS, ScriptedSearch
 from tests.unit.test_rollouts import completion as said
@@ -112,6 +115,31 @@ def test_the_tool_bonus_knows_the_search_tool_by_the_name_that_the_policy_knows(
 def test_without_resampling_every_group_is_kept() -> None:
     rollouts = AtOnce([False, True, True])
     assert ids(queue_of(rollouts).take(1)) == ["q0", "q1"] == rollouts.asked
+
+
+class OneQuestion(Questions):
+    """The same question, under the ordinals 0, 1, ..."""
+
+    def question(self, ordinal: int) -> Prompt:
+        return Prompt("q" + str(ordinal % 2), "Where?", ("Rome",), "test")
+
+
+def test_successes_are_replayed_into_later_groups_that_failed() -> None:
+    """Steps 1 and 2 ask q0 and q1; the second time both fail. Only q0 has succeeded before; an older token is no error."""
+    settings = ("rollout.replay_successes=4", "rollout.prompts_per_step=2")
+    rollouts = AtOnce([True, False], version=0)
+    queue = queue_of(rollouts, *settings, questions=OneQuestion())
+    assert [sum(end.reward for end in group.trajectories) for group in queue.take(1)] == [1.0, 0.0]
+    rollouts.hits, rollouts.version = [False, False], 1
+    groups = queue.take(2)
+    assert [sum(end.reward for end in group.trajectories) for group in groups] == [1.0, 0.0]
+    assert rollout_metrics(groups, "search")["replayed"] == 1.0 and staleness_metrics(groups, 2)["staleness_max"] == 0.0
+
+    resumed = queue_of(rollouts, *settings, questions=OneQuestion(), first_step=2)
+    resumed.successes.load_state(json.loads(json.dumps(queue_state(queue)))["successes"])
+    assert [[end.reward for end in group.trajectories] for group in resumed.take(2)] == [
+        [end.reward for end in group.trajectories] for group in groups
+    ]
 
 
 def test_groups_of_equal_rewards_are_replaced_as_long_as_batches_are_left() -> None:
@@ -267,7 +295,11 @@ def test_leaving_the_rollouter_ends_what_is_under_way() -> None:
         queue = queue_of(rollouter, "rollout.max_staleness=1", "rollout.samples_per_prompt=1", questions=Named())
         queue.weights_arrived(0)
         queue.take(1)
-    assert any("capital" in text for text in engine.asked), "step 2 was under way"
+        deadline = time.monotonic() + 30
+        while not any("capital" in text for text in engine.asked):
+            assert time.monotonic() < deadline, "step 2 never began"
+            time.sleep(0.002)
+    # Leaving did not wait for what the engine holds back.
 
 
 def test_a_group_closes_when_enough_have_ended_and_gives_up_the_others() -> None:

@@ -71,6 +71,7 @@ def test_statistics_of_entropies_count_a_shared_token_for_each_of_its_trajectori
     """Turns: 3 x (1, 0), then 1 + 2 x (2, 0), 2 x (3, 0), and 1 x (1, 0): 9 zeros, 4 ones, 3 twos, 2 threes. Sum 16, squares 34."""
     stats = entropy_stats([forked()], 0.2)
     assert stats.mean == pytest.approx(16 / 18) and stats.std == pytest.approx(math.sqrt((34 - 16**2 / 18) / 17))
+    assert (stats.lowest, stats.highest) == (0.0, 3.0)
     assert stats.threshold == 2.0 and entropy_stats([forked()], 1.0).threshold == -math.inf
     # The same statistics over two groups, whatever rows they will lie in.
     assert entropy_stats([forked(), forked()], 0.2).mean == pytest.approx(stats.mean)
@@ -112,7 +113,7 @@ def test_the_balanced_clip_has_ppos_value_and_keeps_a_bounded_gradient():
 
 def test_only_high_entropy_tokens_may_be_balanced():
     config = Aepo(**PLAIN, entropy_advantage="none", balanced_tokens="high_entropy")
-    stats = EntropyStats(0.0, 1.0, threshold=1.0)
+    stats = EntropyStats(0.0, 1.0, threshold=1.0, lowest=0.0, highest=2.0)
     _, gradient, _ = run(aepo, config, [1.5, 1.5], [1.0, 1.0], entropies=[1.0, 1.1], stats=stats)
     assert gradient.tolist() == pytest.approx([0.0, -0.6])
 
@@ -136,7 +137,7 @@ def test_extreme_log_probs_cannot_make_inf_times_zero():
 
 def test_entropy_scales_advantages_by_the_step_s_statistics():
     """z = (H - 1) / 0.5 with a = 0.2: H 1 -> 1, H 2 -> 1.4, H 0 -> 0.6."""
-    config, stats = Aepo(**PLAIN), EntropyStats(1.0, 0.5, 0.0)
+    config, stats = Aepo(**PLAIN), EntropyStats(1.0, 0.5, 0.0, lowest=0.0, highest=2.0)
     _, gradient, _ = run(aepo, config, [1.0] * 3, [1.0, -1.0, 1.0], entropies=[1.0, 2.0, 0.0], stats=stats)
     assert gradient.tolist() == pytest.approx([-1 / 3, 1.4 / 3, -0.6 / 3])
     # A factor below zero turns an advantage round: a = 2, H = 0: 1 + 2 (-2) = -3.

@@ -10,6 +10,7 @@ import torch
 
 from igpo_megatron.actor import tree_plan
 from igpo_megatron.actor.attention import chain_attention
+from igpo_megatron.actor.context import zigzag
 from igpo_megatron.actor.tree_plan import NEXT_BONUS, Chain, chains, grouped, plan_of
 
 
@@ -135,6 +136,44 @@ def test_attention_by_chains_equals_dense_attention_in_values_and_gradients(seed
         assert float((found - expected).detach().abs().max()) < 1e-12
 
 
+@pytest.mark.parametrize(("seed", "ranks"), [(0, 2), (1, 3), (2, 4)])
+def test_shares_of_a_row_together_attend_as_the_whole_row_does(seed: int, ranks: int) -> None:
+    """Trees, and one long chain: outputs side by side, gradients of keys and values summed, as the ranks of a group do."""
+    trees = random_row(seed)
+    trees = trees[: len(trees) // (2 * ranks) * 2 * ranks]
+    for row in ([min(end, len(trees)) for end in trees], [24 * ranks] * (24 * ranks)):
+        ends, tensors = torch.tensor(row), inputs(len(row), seed)
+        upstream = torch.randn(len(row), 4, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+        output = dense_attention(*tensors, ends, 0.3)
+        expected = (output.detach(), *torch.autograd.grad((output * upstream).sum(), tensors))
+        found = [torch.zeros_like(x) for x in expected]
+        for rank in range(ranks):
+            held = zigzag(len(row), rank, ranks)
+            tokens = torch.cat([torch.arange(start, stop) for start, stop in held])
+            share = chain_attention(tensors[0][tokens], *tensors[1:], ends, 0.3, held)
+            found[0][tokens] = share.detach()
+            for total, part in zip(found[1:], torch.autograd.grad((share * upstream[tokens]).sum(), tensors), strict=True):
+                total += part
+        for here, there in zip(found, expected, strict=True):
+            assert float((here - there).abs().max()) < 1e-12
+
+
+def test_a_share_of_one_chain_needs_no_mask_of_its_pairs() -> None:
+    plan = plan_of(torch.full((64,), 64), zigzag(64, 0, 2))
+    assert [(call.queries, call.keys, call.mask) for call in plan.calls] == [
+        (slice(0, 16), slice(0, 16), None),
+        (slice(16, 32), slice(0, 64), None),
+    ]
+
+
+def test_another_ranks_share_gives_other_values() -> None:
+    ends, tensors = torch.full((64,), 64), inputs(64)
+    own = zigzag(64, 0, 2)
+    tokens = torch.cat([torch.arange(start, stop) for start, stop in own])
+    found = chain_attention(tensors[0][tokens], *tensors[1:], ends, 0.3, zigzag(64, 1, 2))
+    assert float((found - dense_attention(*tensors, ends, 0.3)[tokens]).detach().abs().max()) > 1e-2
+
+
 def test_a_wrong_tree_gives_other_values() -> None:
     ends = torch.tensor(random_row(1))
     tensors = inputs(len(ends))
@@ -181,6 +220,21 @@ def test_flex_attention_with_that_mask_equals_dense_attention() -> None:
     with torch.no_grad():
         tensors = [x.detach().float() for x in inputs(len(ends))]
         assert float((flex_tree_attention(*tensors, ends, 0.3) - dense_attention(*tensors, ends, 0.3)).abs().max()) < 1e-5
+
+
+def test_flex_attention_of_a_share_equals_dense_attention() -> None:
+    from igpo_megatron.actor.attention import flex_tree_attention
+
+    row = random_row(5, trees=2, tokens=400)
+    ends = torch.tensor([min(end, len(row) // 4 * 4) for end in row[: len(row) // 4 * 4]])
+    with torch.no_grad():
+        tensors = [x.detach().float() for x in inputs(len(ends))]
+        expected = dense_attention(*tensors, ends, 0.3)
+        for rank in range(2):
+            held = zigzag(len(ends), rank, 2)
+            tokens = torch.cat([torch.arange(start, stop) for start, stop in held])
+            found = flex_tree_attention(tensors[0][tokens], *tensors[1:], ends, 0.3, held)
+            assert float((found - expected[tokens]).abs().max()) < 1e-5
 
 
 @pytest.mark.parametrize(

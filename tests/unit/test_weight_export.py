@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from igpo_megatron.actor.weight_sync import checked
+from checkpoint_conversion.rules import Rule
+from igpo_megatron.actor.weight_sync import batches, checked
 from igpo_megatron.types import SyncError
 
 EXPECTED = {"embed": (9, 8), "layers.0.q": (8, 8), "layers.0.bias": (8,)}
@@ -33,3 +34,18 @@ def test_a_whole_model_passes_unchanged():
 def test_an_export_that_is_no_whole_model_is_named(change, expected):
     with pytest.raises(SyncError, match=expected):
         list(checked(change(list(weights().items())), EXPECTED, torch.float32, version=4))
+
+
+def test_experts_travel_together_and_every_rule_once():
+    def rule(layer, part, expert=None):
+        name = f"decoder.layers.{layer}.mlp." + (f"experts.local_experts.{expert}.{part}" if expert is not None else part)
+        return Rule(name, (name,), expert=expert)
+
+    rules = [rule(0, "router"), *(rule(layer, part, expert) for layer in (0, 1) for expert in range(5) for part in ("fc1", "fc2"))]
+    sizes = {rule.megatron_name: 100 for rule in rules}
+    found = list(batches(rules, sizes, most_bytes=250))
+    assert sorted(rule.megatron_name for batch in found for rule in batch) == sorted(sizes)
+    assert [len(batch) for batch in found] == [1, *[2, 2, 1] * 4]
+    for batch in found[1:]:
+        assert len({(rule.megatron_name.split(".")[2], rule.megatron_name.split(".")[-1]) for rule in batch}) == 1
+    assert [len(batch) for batch in batches(rules, sizes, most_bytes=1)] == [1] * 21  # never none

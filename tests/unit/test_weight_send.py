@@ -185,8 +185,7 @@ def test_the_next_bucket_is_exported_while_engines_load_the_one_before(store: Sh
             return [future]
 
     def weights() -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in model(1):
-            yield name, tensor
+        yield from model(1)
         release()
 
     def release() -> None:

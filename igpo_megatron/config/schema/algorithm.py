@@ -114,6 +114,23 @@ class GiGpo(Section):
     """False subtracts means only, in both parts."""
 
 
+class Eapo(Section):
+    """EAPO (IterResearch, arXiv 2511.07327, eq. 5): the outcome discounted per remaining turn, z-scored over all turns of the group.
+
+    Its downsampling to a multiple of the data-parallel size is not needed here: ranks with fewer rows get blank ones.
+    """
+
+    name: Literal["eapo"] = "eapo"
+    gamma: Annotated[float, Field(ge=0, le=1)] = 0.95
+    """Discount of the outcome per remaining turn. The paper asks for less than 1 and does not state its value."""
+
+
+class Rapo(Section):
+    """RAPO's advantage scaling (Fathom-DeepResearch, arXiv 2509.24107, eq. 6): GRPO's advantages, times groups per group that differs."""
+
+    name: Literal["rapo"] = "rapo"
+
+
 class Arpo(Section):
     """ARPO (arXiv 2507.19849, section 3.2): group z-score of the outcome, on trees."""
 
@@ -141,7 +158,7 @@ class ReMax(Section):
 
 
 Advantage = Annotated[
-    Igpo | IgpoLoo | Grpo | Rloo | Arpo | GiGpo | ReinforcePp | ReinforcePpBaseline | ReMax,
+    Igpo | IgpoLoo | Grpo | Rloo | Arpo | GiGpo | Eapo | Rapo | ReinforcePp | ReinforcePpBaseline | ReMax,
     Field(discriminator="name"),
 ]
 
@@ -194,7 +211,11 @@ class Ppo(PolicyLoss):
 
 
 class Bapo(PolicyLoss):
-    """BAPO (arXiv 2510.18927): PPO whose bounds move, before every optimizer step, until gains weigh as much as losses."""
+    """BAPO (arXiv 2510.18927): PPO whose bounds move, before every optimizer step, until positive advantages have their share.
+
+    Defaults are the paper's; its code has `first=lower`, `lower_step=0.05`, `positive_share=0.5`, and `lower=[0.6, 0.8]`,
+    `upper=[1.2, 2.0]` in its settings file.
+    """
 
     name: Literal["bapo"] = "bapo"
     lower: tuple[PositiveFloat, PositiveFloat] = (0.6, 0.9)
@@ -203,13 +224,16 @@ class Bapo(PolicyLoss):
     upper: tuple[PositiveFloat, PositiveFloat] = (1.2, 3.0)
     """First and last value of the upper bound on ratios."""
 
-    lower_step: PositiveFloat = 0.05
+    first: Literal["upper", "lower"] = "upper"
+    """The bound that moves first; the other one moves when it has come to its end."""
+
+    lower_step: PositiveFloat = 0.02
     """How far the lower bound moves at a time."""
 
     upper_step: PositiveFloat = 0.05
     """How far the upper bound moves at a time."""
 
-    positive_share: Annotated[float, Field(ge=0, le=1)] = 0.5
+    positive_share: Annotated[float, Field(ge=0, le=1)] = 0.4
     """Share of the clipped surrogate that positive advantages shall have; the bounds move until it is reached."""
 
     dual_clip: Annotated[float, Field(gt=1)] | None = 3.0
@@ -266,10 +290,37 @@ class Aepo(Ppo):
         return self.entropy_advantage == "corrected" or self.balanced_tokens == "high_entropy"
 
 
+class Hapo(Ppo):
+    """HAPO's clip and advantages (arXiv 2509.16591, sections 4.4 and 4.5): both follow the entropy of each token.
+
+    Its group average is `advantage.statistics=tokens` of grpo. Its temperature per sampled token is not built.
+    """
+
+    name: Literal["hapo"] = "hapo"  # type: ignore[assignment]
+    clip_high: NonNegativeFloat = 0.28
+    """Ratios above 1 + clip_high, where entropy is high 1 + clip_high (1 + h), get no gradient when the advantage is positive."""
+
+    high_entropy_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Share of a step's tokens that count as high-entropy ones (h > 0)."""
+
+    clip_weight: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """How far h moves the bounds."""
+
+    advantage_weight: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """How far h moves the advantages."""
+
+    aggregation: Literal["token_mean", "sequence_mean", "sequence_sum"] = "token_mean"
+    """As for ppo; the paper takes token_mean."""
+
+    @property
+    def uses_old_entropies(self) -> bool:
+        return True
+
+
 class Sft(Section):
     """Cross-entropy on the action tokens of demonstrations."""
 
     name: Literal["sft"] = "sft"
 
 
-Loss = Annotated[Ppo | Aepo | Bapo | Gspo | Cispo | Sft, Field(discriminator="name")]
+Loss = Annotated[Ppo | Aepo | Hapo | Bapo | Gspo | Cispo | Sft, Field(discriminator="name")]

@@ -203,6 +203,14 @@ class Rollout(Section):
     """Dynamic sampling (DAPO, arXiv 2503.14476): up to this many further batches of questions replace groups whose rewards are all equal;
     where they do not suffice, such groups fill the step. 0 keeps every group."""
 
+    replay_successes: NonNegativeInt = 0
+    """Questions whose latest success is kept, to replace a trajectory where all of a later group fail (ARPO for GUI agents, arXiv
+    2505.16282; RAPO, arXiv 2509.24107). Kept in checkpoints; counts in the step's metrics like any other. It is trained as if it had just
+    been sampled, as in the published code; `loss.mismatch` weighs it by how likely it still is. 0 replays nothing."""
+
+    success_above: float = 0.5
+    """For replay_successes: a trajectory whose reward is above this is a success."""
+
     tool_in_prompt: bool = True
     """Describe the tools in the prompt, through the chat template's `tools` or the protocol's own text; false for a policy that was
     taught the format."""
@@ -224,6 +232,13 @@ class Rollout(Section):
     max_staleness: NonNegativeInt = 0
     """Steps that rollouts may run ahead: every token that a step trains was sampled by weights at most this many updates older than those
     it updates. 0 rolls out and trains in turn. With 1 or more, choose a `loss.mismatch`."""
+
+    routing_replay: bool = False
+    """Mixtures of experts: the engine's choice of experts is recorded per token, and the trainer's scoring and training passes repeat it.
+    Tokens that no engine computed (probes, the end of a last turn) and the reference policy are routed freely."""
+
+    routing_gap_every: NonNegativeInt = 10
+    """With routing_replay, steps between measurements of the log-prob gap as it would be without, by one more scoring pass; 0 never."""
 
     branching: Branching = NoBranching()
     """How a training group grows: independent samples, or forks of them. Evaluations always draw independent samples."""

@@ -67,7 +67,7 @@ class Model(Section):
 
 
 class Parallel(Section):
-    """How the policy is spread over ranks: world size = tensor x pipeline x data; experts share the tensor x data ranks of a stage."""
+    """How the policy is spread over ranks: world size = tensor x context x pipeline x data; experts share a stage's ranks."""
 
     tensor: PositiveInt = 1
     """Tensor-parallel degree."""
@@ -83,6 +83,9 @@ class Parallel(Section):
 
     last_stage_layers: PositiveInt | None = None
     """Layers on the last pipeline stage, which also holds the output layer; null shares the layers evenly."""
+
+    context: PositiveInt = 1
+    """Context-parallel degree: ranks share each row's tokens, for trajectories whose activations do not fit one rank."""
 
     expert: PositiveInt = 1
     """Expert-parallel degree: each rank holds 1/expert of every layer's experts, whole. A multiple of parallel.tensor."""

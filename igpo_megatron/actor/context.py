@@ -1,0 +1,80 @@
+"""Context parallelism: a row's tokens are spread over the ranks of a group, which together run one row.
+
+    row [T] ──zigzag──> rank r: chunks r and 2n-1-r of 2n ──> embedding, projections, MLPs on T / n tokens
+                                                           ──> attention: own queries; keys and values of the row, gathered
+    log-probs of own targets ──gathered──> [N] on every rank ──> loss of the whole row, gradient of own targets
+
+A late token sees more keys than an early one, so everybody gets an early and a late chunk. Keys and values are gathered in each layer
+(backward: their gradients are summed and scattered), so the mask stays the row's `subtree_end` and trees are as exact as flat rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import tensor_parallel
+
+from igpo_megatron.actor.tree_plan import Range
+from igpo_megatron.packing.tree import PackedRow
+
+
+@dataclass(frozen=True, slots=True)
+class RowPart:
+    """What one rank of a context-parallel group puts into the model: t = T / n of a row's tokens, and the targets they predict."""
+
+    token_ids: torch.Tensor
+    """[t] int64"""
+
+    position_ids: torch.Tensor
+    """[t] int64, depth in the tree."""
+
+    experts: torch.Tensor | None
+    """[t, layers, top_k] int64, as in PackedRow."""
+
+    predictor: torch.Tensor
+    """[n] int64, index in [0, t)."""
+
+    targets: torch.Tensor
+    """[n] int64"""
+
+    owner: torch.Tensor | None
+    """[N] int64, rank in the group that predicts each target of the row; None where one rank does them all."""
+
+
+def part_of(row: PackedRow, rank: int, size: int) -> RowPart:
+    """What `rank` of the `size` ranks that share a row runs."""
+    if size == 1:
+        return RowPart(row.token_ids, row.position_ids, row.experts, row.predictor, row.targets, None)
+    tokens = torch.cat([torch.arange(start, stop, device=row.token_ids.device) for start, stop in zigzag(row.num_tokens, rank, size)])
+    chunk = row.predictor // (row.num_tokens // (2 * size))
+    owner = torch.minimum(chunk, 2 * size - 1 - chunk)
+    mine = owner == rank
+    return RowPart(
+        token_ids=row.token_ids[tokens],
+        position_ids=row.position_ids[tokens],
+        experts=None if row.experts is None else row.experts[tokens],
+        predictor=torch.searchsorted(tokens, row.predictor[mine]),
+        targets=row.targets[mine],
+        owner=owner,
+    )
+
+
+def zigzag(length: int, rank: int, size: int) -> tuple[Range, Range]:
+    """Tokens that a rank holds, as [start, stop): `zigzag(8, 0, 2) == ((0, 2), (6, 8))`."""
+    assert length % (2 * size) == 0, f"a row of {length} tokens cannot be cut into {2 * size} equal chunks"
+    chunk = length // (2 * size)
+    return (rank * chunk, (rank + 1) * chunk), (length - (rank + 1) * chunk, length - rank * chunk)
+
+
+def gather_tokens(tokens: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Everybody's tokens in the order of the row: [t, ...] -> [T, ...]; every rank's gradients reach the rank a token came from."""
+    gathered = tensor_parallel.gather_from_sequence_parallel_region(tokens, tensor_parallel_output_grad=True, group=group)
+    return in_row_order(gathered, group.size())
+
+
+def in_row_order(gathered: torch.Tensor, size: int) -> torch.Tensor:
+    """[T, ...] rank by rank -> [T, ...] token by token."""
+    pairs = gathered.unflatten(0, (size, 2, -1))
+    return torch.cat((pairs[:, 0], pairs[:, 1].flip(0))).flatten(0, 1)

@@ -1,0 +1,67 @@
+"""Which experts an engine sent tokens to: asked for once per token, and kept on the nodes of the tree.
+
+vLLM answers for every token that was computed, from the position asked for up to the last sampled token but one (the last one is
+computed by the request that continues it, if any). Tokens found in its prefix cache are answered for, too: it keeps the experts of a
+cached block beside the block, so they are those of the request that computed the keys and values now attended to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from igpo_megatron.types import Completion, RolloutGroup
+
+
+def routed_experts(rows: Any, expected: int) -> list[bytes]:
+    """vLLM's answer, an array [tokens, layers, top_k] of 1 or 2 bytes each, as `Node.experts`; empty where it gave none (an abort).
+
+    Raises ValueError unless it is about as many tokens as expected: those of other places must not be taken for ours.
+    """
+    if rows is None:
+        return []
+    if len(rows) != expected:
+        raise ValueError(f"vLLM returned the experts of {len(rows)} tokens instead of {expected}; set rollout.routing_replay=false")
+    return [row.tobytes() for row in rows]
+
+
+def first_unrouted(group: RolloutGroup, index: int) -> int:
+    """Position in the context of node `index` of the first token whose experts are unknown; its length where all are known."""
+    position = 0
+    for number in _path(group, index):
+        node = group.nodes[number]
+        known = node.experts.index(None) if None in node.experts else len(node.experts)
+        position += known
+        if known < len(node.token_ids):
+            break
+    return position
+
+
+def record_experts(group: RolloutGroup, index: int, completion: Completion) -> None:
+    """Give the tokens on the way to node `index`, the completion's own, their experts.
+
+    A token that has some keeps them. Only samples that computed a shared prompt at the same moment can disagree, at a near tie.
+    """
+    start = 0
+    for number in _path(group, index):
+        node = group.nodes[number]
+        stop = start + len(node.token_ids)
+        found = _between(completion, start, stop)
+        if any(experts is not None for experts in found):
+            node.experts = [old or new for old, new in zip(node.experts or [None] * len(found), found, strict=True)]
+        start = stop
+
+
+def _between(completion: Completion, start: int, stop: int) -> list[bytes | None]:
+    """The completion's experts of positions [start, stop); None where it has none."""
+    places: Sequence[int] = range(start - completion.experts_from, stop - completion.experts_from)
+    return [completion.experts[place] if 0 <= place < len(completion.experts) else None for place in places]
+
+
+def _path(group: RolloutGroup, index: int) -> list[int]:
+    path: list[int] = []
+    cursor: int | None = index
+    while cursor is not None:
+        path.append(cursor)
+        cursor = group.nodes[cursor].parent
+    return path[::-1]

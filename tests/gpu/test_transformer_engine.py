@@ -1,0 +1,59 @@
+"""TransformerEngine's layers with our attention: log-probs and gradients are those of the local layers.
+
+pytest tests/gpu/test_transformer_engine.py
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_config, make_hf_folder
+from groups import random_groups
+from megatron.core import parallel_state
+from test_layouts import gradients, relative_error, row_loss, with_off_policy_logprobs
+
+from igpo_megatron.actor import parallel, schedule
+from igpo_megatron.actor.attention import TreeAttention
+from igpo_megatron.actor.policy import Policy
+from igpo_megatron.packing.tree import pack_for_scoring, pack_for_training, step_counts
+from igpo_megatron.types import RolloutGroup
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or importlib.util.find_spec("transformer_engine") is None, reason="needs a GPU and TransformerEngine"
+)
+BOUNDS = {"fp32": 2e-3, "bf16": 0.15}
+"""Largest difference of log-probs: TransformerEngine's fp32 matmuls may run in TF32."""
+
+
+def scores_and_gradients(
+    folder: Path, backend: str, dtype: str, groups: list[RolloutGroup], device: str = "cuda"
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """(log-probs of all targets, gradients under HF names) by one rank in this process."""
+    config = make_config(folder, model__backend=backend, model__dtype=dtype, run__device=device, parallel__distributed_optimizer=False)
+    policy = Policy(config, parallel.init(config))
+    assert all(type(layer.self_attention.core_attention) is TreeAttention for layer in policy.chunks[0].decoder.layers)
+    logprobs = torch.cat(policy.log_probs(pack_for_scoring(groups, row_tokens=60)))
+    rows = pack_for_training(groups, row_tokens=60, token_weight=lambda tokens: 1.0)
+    policy.zero_gradients()
+    loss = partial(row_loss, step_counts(groups))
+    schedule.forward_backward(policy.wrapped, rows, loss, temperature=1.0, device=policy.ranks.device)
+    found = {name: tensor.float().cpu() for name, tensor in gradients(policy).items()}
+    parallel_state.destroy_model_parallel()
+    return logprobs, found
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("architecture", ["qwen2_tied", "qwen3", "llama3", "qwen3_moe", "mixtral"])
+def test_transformer_engines_layers_score_and_learn_as_the_local_ones(tmp_path: Path, architecture: str, dtype: str) -> None:
+    folder = make_hf_folder(tmp_path / architecture, architecture)
+    groups = with_off_policy_logprobs(random_groups(seed=2, probes=False))
+    expected, gradients_expected = scores_and_gradients(folder, "local", dtype, groups)
+    found, gradients_found = scores_and_gradients(folder, "te", dtype, groups)
+    assert float((found - expected).abs().max()) < BOUNDS[dtype]
+    assert set(gradients_found) == set(gradients_expected)
+    for name, tensor in gradients_found.items():
+        assert relative_error(tensor, gradients_expected[name]) < (0.02 if dtype == "fp32" else 0.3), name

@@ -1,0 +1,156 @@
+"""Requests and engines that die, without a real engine: who is asked, who is started again, and when the run ends."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from igpo_megatron.config.load import build
+from igpo_megatron.config.schema import Config
+from igpo_megatron.rollout.agent import EngineError
+from igpo_megatron.rollout.engine_actor import EngineLost
+from igpo_megatron.rollout.engines import EnginePool
+from igpo_megatron.rollout.fleet import EngineState, Fleet
+
+POLICY = Path(__file__).parents[2] / "examples/quickstart/policy"
+DEAD, HEALTHY, STALE, STARTING = EngineState.DEAD, EngineState.HEALTHY, EngineState.STALE, EngineState.STARTING
+
+
+class Actor:
+    """An engine that answers `script(arguments)`, or raises it."""
+
+    def __init__(self, script: Callable[..., Any]) -> None:
+        self.asked: list[tuple[Any, ...]] = []
+        self.generate = self.score = SimpleNamespace(remote=self._remote)
+        self._script = script
+
+    async def _remote(self, *arguments: Any, **options: Any) -> Any:
+        self.asked.append(arguments)
+        found = self._script(*arguments)
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+
+def turn(version: int = 0) -> Callable[..., Any]:
+    return lambda *arguments: ([7], [-0.5], "stop", version, [])
+
+
+def settings(count: int, **engine: Any) -> Config:
+    return build({"model": {"path": str(POLICY)}, "run": {"device": "cpu"}, "rollout": {"engine": {"count": count, **engine}}})
+
+
+def pool_of(*actors: Actor, states: tuple[EngineState, ...] | None = None, **engine: Any) -> tuple[EnginePool, list[Callable[[], None]]]:
+    """A pool over scripted engines, and the restarts that it wants to run."""
+    config = settings(len(actors), **engine)
+    pool, wanted = EnginePool(config), []
+    cluster: Any = SimpleNamespace(last_log_lines=lambda process: f"\nlast lines of the engine's log:\n  of {process}")
+    fleet = Fleet(config, cluster, Path("weights"), cuda=False, stop_strings=False, fill=lambda member: None)
+    for number, (member, actor) in enumerate(zip(fleet.members, actors, strict=True)):
+        member.actor, member.process, member.state = actor, 100 + number, (states or (HEALTHY,) * len(actors))[number]
+    fleet._run = lambda work, name: wanted.append(work)  # type: ignore[method-assign]
+    fleet._end = lambda actor: None  # type: ignore[method-assign]
+    pool._fleet = fleet
+    return pool, wanted
+
+
+def ask(pool: EnginePool, key: str = "q", seed: int = 3) -> Any:
+    return pool.generate([1, 2], max_tokens=5, temperature=1.0, seed=seed, key=key)
+
+
+def test_equal_keys_go_to_the_same_engine_and_others_are_spread() -> None:
+    actors = [Actor(turn()), Actor(turn())]
+    pool, _ = pool_of(*actors)
+    for key in "abcdefgh":
+        for _ in range(2):
+            asyncio.run(ask(pool, key))
+    assert sum(len(actor.asked) for actor in actors) == 16 and all(actor.asked and len(actor.asked) % 2 == 0 for actor in actors)
+
+
+def test_a_turn_whose_engine_dies_is_generated_again_elsewhere_with_the_same_seed(caplog: pytest.LogCaptureFixture) -> None:
+    dying = [Actor(lambda *arguments: EngineLost("EngineCore died")) for _ in range(2)]
+    for place in (0, 1):
+        actors = [Actor(turn()), Actor(turn())]
+        actors[place] = dying[place]
+        pool, wanted = pool_of(*actors)
+        with caplog.at_level(logging.WARNING):
+            found = [asyncio.run(ask(pool, key, seed=40)) for key in "abcd"]
+        assert all(done.token_ids == [7] for done in found)
+        assert len(dying[place].asked) == 1 and len(actors[1 - place].asked) == 4
+        assert dying[place].asked[0] in actors[1 - place].asked and dying[place].asked[0][3] == 40
+        assert pool.states()[place] is DEAD and len(wanted) == 1 and pool.metrics() == {"engine_restarts": 1.0}
+        assert f"engine {place} died (EngineCore died); restart 1 of at most 3" in caplog.text and f"of {100 + place}" in caplog.text
+
+
+def test_a_request_waits_for_the_only_engine_to_come_back() -> None:
+    answers = iter([EngineLost("gone"), ([9], [-0.1], "stop", 0, [])])
+    pool, wanted = pool_of(Actor(lambda *arguments: next(answers)))
+
+    async def wait() -> Any:
+        asked = asyncio.ensure_future(ask(pool))
+        while not wanted:
+            await asyncio.sleep(0)
+        assert not asked.done()
+        await asyncio.to_thread(pool._fleet.set_state, pool._fleet.members[0], STALE)
+        await asyncio.sleep(0.01)
+        assert not asked.done(), "a stale engine serves nobody"
+        await asyncio.to_thread(pool._fleet.set_state, pool._fleet.members[0], HEALTHY)
+        return await asked
+
+    assert asyncio.run(wait()).token_ids == [9]
+
+
+@pytest.mark.parametrize("state", [STALE, STARTING, DEAD])
+def test_only_a_healthy_engine_is_asked_and_the_wait_for_one_ends(state: EngineState) -> None:
+    actor = Actor(turn())
+    pool, _ = pool_of(actor, states=(state,), request_timeout_s=0.05)
+    with pytest.raises(EngineError, match=f"a turn found no engine within rollout.engine.request_timeout_s=0.05: engine 0 is {state}"):
+        asyncio.run(ask(pool))
+    assert actor.asked == []
+
+
+def test_a_turn_that_takes_too_long_is_named() -> None:
+    actor = Actor(turn())
+    actor.generate = SimpleNamespace(remote=lambda *arguments: asyncio.sleep(30))
+    pool, _ = pool_of(actor, request_timeout_s=0.05)
+    with pytest.raises(EngineError, match=r"engine 0 did not answer a turn within rollout.engine.request_timeout_s=0.05"):
+        asyncio.run(ask(pool))
+
+
+def test_weights_that_were_never_sent_are_refused() -> None:
+    pool, _ = pool_of(Actor(turn(version=5)))
+    with pytest.raises(EngineError, match="engine 0 answered with weights 5, which it was never given"):
+        asyncio.run(ask(pool))
+    pool._versions.add(5)
+    assert asyncio.run(ask(pool)).weight_version == 5
+
+
+def test_an_engine_without_restarts_left_stops_the_run_and_is_named_with_its_log() -> None:
+    pool, wanted = pool_of(Actor(lambda *arguments: EngineLost("out of memory")), Actor(turn()), max_restarts=1)
+    fleet, member = pool._fleet, pool._fleet.members[0]
+    fleet.lost(member, member.actor, EngineLost("out of memory"))
+    fleet.lost(member, member.actor, EngineLost("said twice"))  # by another request
+    assert member.restarts == 1 and len(wanted) == 1 and fleet.problem is None
+    member.state = HEALTHY
+    fleet.lost(member, member.actor, EngineLost("out of memory"))
+    with pytest.raises(
+        EngineError, match=r"engine 0 died \(out of memory\), and rollout.engine.max_restarts=1 restart of it .*used\n.*log:\n.*of 100"
+    ):
+        asyncio.run(ask(pool, "b"))
+    with pytest.raises(EngineError, match="engine 0 died"):
+        pool._weights = object()  # type: ignore[assignment]
+        pool.update_weights([], 1)
+
+
+def test_probes_are_asked_again_like_turns() -> None:
+    answers = iter([EngineLost("gone"), ([-0.25], 0, 0)])
+    actor = Actor(lambda *arguments: next(answers))
+    pool, _ = pool_of(actor, actor)
+    assert asyncio.run(pool.score_probe([1, 2, 3], 2, key="q")).logprobs == (-0.25,)
+    assert len(actor.asked) == 2

@@ -1,0 +1,132 @@
+"""Claim: what a rank keeps of a long row for the backward pass shrinks with the context-parallel degree.
+
+    python tools/bench/context_memory.py     under 3 minutes on two cores
+
+One trajectory, every token of it trained, at each degree. Counted are the bytes that autograd has saved when the forward pass ends,
+weights left out: no estimate, and the same whatever else the machine does. What does not shrink are the keys and values that each
+layer gathers; `model.recompute=selective` gathers them again instead of keeping them. Time is not measured: on two cores there is
+nothing to gain.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import torch
+import typer
+from common import finish
+from models import CONTEXT, SHAPES
+
+from igpo_megatron.actor import cpu
+
+cpu.install()
+
+from megatron.core import parallel_state  # noqa: E402
+
+from igpo_megatron.actor import parallel, schedule  # noqa: E402
+from igpo_megatron.actor.policy import Policy  # noqa: E402
+from igpo_megatron.actor.weight_sync import canary_group  # noqa: E402
+from igpo_megatron.config.load import build  # noqa: E402
+from igpo_megatron.packing.tree import PackedRow, pack_for_training  # noqa: E402
+
+DEGREES = (1, 2, 4)
+RECOMPUTE = ("none", "selective")
+LAYERS, VOCAB = 2, 1024
+MIB = 2**20
+
+
+def main(
+    shape: Annotated[str, typer.Option(help="demo, 0.5B, 1.5B or 7B: the shape of the layers, of which two are built.")] = "0.5B",
+    tokens: Annotated[int, typer.Option(help="Tokens of the trajectory; a multiple of 8.")] = 2048,
+    out: Annotated[Path | None, typer.Option(help="Result file; default: results/cpu/context_memory.json.")] = None,
+) -> None:
+    """Measure every degree, with and without recomputation of the attention."""
+    figures: dict[str, Any] = {"shape": shape, "layers": LAYERS, "tokens": tokens, "saved_mib_per_rank": {}}
+    with TemporaryDirectory(prefix="igpo-bench-") as folder:
+        _save_policy(Path(folder), shape)
+        for degree in DEGREES:
+            figures["saved_mib_per_rank"][str(degree)] = _on_ranks(degree, folder, tokens)
+    saved = figures["saved_mib_per_rank"]
+    for mode in RECOMPUTE:
+        figures[f"share_of_one_rank_{mode}"] = {str(degree): round(saved[str(degree)][mode] / saved["1"][mode], 3) for degree in DEGREES}
+    at = SHAPES[shape]
+    gathered = LAYERS * tokens * 2 * at["num_key_value_heads"] * (at["hidden_size"] // at["num_attention_heads"]) * 4 / MIB
+    floors = {"share": {str(degree): 1 / degree for degree in DEGREES}, "keys_and_values_of_the_row_mib": round(gathered, 2)}
+    finish("context_memory", figures, floors, ("torch", "megatron-core"), out)
+
+
+def _save_policy(folder: Path, shape: str) -> None:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    few = {"num_hidden_layers": LAYERS, "vocab_size": VOCAB, "max_position_embeddings": CONTEXT}
+    Qwen2ForCausalLM(Qwen2Config(**{**SHAPES[shape], **few})).save_pretrained(folder)
+
+
+def _on_ranks(degree: int, folder: str, tokens: int) -> dict[str, float]:
+    """MiB by recomputation mode, of the rank that saved most."""
+    context = multiprocessing.get_context("fork")
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    results: Any = context.Queue()
+    ranks = [context.Process(target=_rank, args=(rank, degree, port, folder, tokens, results)) for rank in range(degree)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+        if process.exitcode:
+            raise SystemExit(f"a rank of degree {degree} failed; see above")
+    found = [results.get() for _ in ranks]
+    return {mode: round(max(one[mode] for one in found), 2) for mode in RECOMPUTE}
+
+
+def _rank(rank: int, degree: int, port: int, folder: str, tokens: int, results: Any) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(degree), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+    found = {}
+    for mode in RECOMPUTE:
+        values = {
+            "model": {"path": folder, "dtype": "fp32", "recompute": mode},
+            "run": {"device": "cpu"},
+            "loss": {"kl_coef": 0.0},
+            "parallel": {"context": degree},
+        }
+        config = build(values)
+        policy = Policy(config, parallel.init(config))
+        group = canary_group(VOCAB, tokens - 1, seed=0)
+        rows = pack_for_training([group], row_tokens=tokens, multiple=policy.row_multiple, token_weight=lambda n: 1.0)
+        found[mode] = _saved_bytes(policy, rows) / MIB
+        parallel_state.destroy_model_parallel()
+    parallel.shutdown()
+    results.put(found)
+
+
+def _saved_bytes(policy: Policy, rows: list[PackedRow]) -> int:
+    """Bytes that autograd holds between the forward and the backward pass of the row."""
+    weights = {parameter.untyped_storage().data_ptr() for chunk in policy.chunks for parameter in chunk.parameters()}
+    saved: dict[int, int] = {}
+    at_the_end_of_forward = 0
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def loss(row: PackedRow, logprobs: torch.Tensor, entropy: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        nonlocal at_the_end_of_forward
+        at_the_end_of_forward = sum(saved.values())
+        return -logprobs.sum(), {}
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        schedule.forward_backward(policy.wrapped, rows, loss, temperature=1.0, device=policy.ranks.device)
+    return at_the_end_of_forward
+
+
+if __name__ == "__main__":
+    typer.run(main)
