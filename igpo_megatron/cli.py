@@ -1,22 +1,20 @@
 """The `igpo` command: a thin front door over the modules.
 
-igpo train | eval | score | convert | report | plan | doctor | config
+igpo train | launch | eval | score | convert | report | plan | doctor | config
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import secrets
-import signal
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -25,9 +23,6 @@ from igpo_megatron.config.load import explain, load
 from igpo_megatron.config.schema import Config
 from igpo_megatron.leftovers import claim, remove_abandoned
 from igpo_megatron.run import open_folder, read_summary
-
-if TYPE_CHECKING:
-    from torch.distributed.launcher.api import LaunchConfig
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -66,17 +61,60 @@ def train(config: Annotated[Path, typer.Argument(help="YAML file of the run.")],
     """Start or resume a run. Starts the ranks itself (torchrun on this machine); inside torchrun use -m igpo_megatron.train."""
     with _one_sentence():
         settings = load(config, overrides or [])
-        folder = open_folder(settings)
-        summary = read_summary(folder)
-        if summary is not None:
-            from igpo_megatron.summary import show_finished
-
-            show_finished(summary, folder.report)
-            typer.echo(f"this run is finished; to train again choose another run.name, or remove {folder.root}")
+        if _is_finished(settings):
             return
         ranks = world_size(settings)
         require(settings, ranks)
     raise typer.Exit(_torchrun(ranks, [str(config), *(overrides or [])]))
+
+
+def _is_finished(settings: Config) -> bool:
+    """The run is finished, and this has been said. Raises ConfigError where its folder was made with other settings."""
+    folder = open_folder(settings)
+    summary = read_summary(folder)
+    if summary is None:
+        return False
+    from igpo_megatron.summary import show_finished
+
+    show_finished(summary, folder.report)
+    typer.echo(f"this run is finished; to train again choose another run.name, or remove {folder.root}")
+    return True
+
+
+@app.command()
+def launch(
+    config: Annotated[Path, typer.Argument(help="YAML file of the run, the same on every node.")],
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1, envvar=["NNODES", "SLURM_NNODES"], help="Machines of the job.")] = 1,
+    node_rank: Annotated[int | None, typer.Option(envvar=["NODE_RANK", "SLURM_NODEID"], help="This machine's place among them.")] = None,
+    head: Annotated[str | None, typer.Option(envvar=["IGPO_HEAD", "MASTER_ADDR"], help="HOST[:PORT] of node 0.")] = None,
+    role: Annotated[str, typer.Option(envvar="NODE_ROLE", help="train, rollout or both: ranks, engines or both live here.")] = "both",
+    ranks: Annotated[int | None, typer.Option(envvar="RANKS", help="Ranks on this machine; default: an equal share of the layout.")] = None,
+    address: Annotated[str | None, typer.Option(envvar="NODE_IP", help="Address by which the others reach this machine.")] = None,
+    rendezvous: Annotated[str, typer.Option(help="How torchrun's agents meet: c10d or static.")] = "c10d",
+    max_restarts: Annotated[int, typer.Option(min=0, help="Times that torchrun restarts ranks that died.")] = 0,
+    deadline_s: Annotated[float, typer.Option(min=1, help="The nodes agree within this time, or each says in a sentence why not.")] = 120,
+    lost_after_s: Annotated[float, typer.Option(min=2, help="A node that is silent for this long ends the job on all.")] = 20,
+) -> None:
+    """Run on this machine its part of a job of one or many: the same command on each, resumed by the same command."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch: a node that is not there yet is no warning
+    from igpo_megatron.launch.job import Options, run_node
+    from igpo_megatron.launch.node import place
+
+    with _one_sentence():
+        options = Options(rendezvous, max_restarts, deadline_s, lost_after_s)
+        settings = load(config, overrides or [])
+        if _is_finished(settings):
+            return
+        world = world_size(settings)
+        node = place(rank=node_rank, nodes=nodes, head=head, role=role, ranks=ranks, world=world, address=address)
+        arguments = [str(config), *(overrides or [])]
+        if nodes == 1:
+            require(settings, node.ranks)
+            raise typer.Exit(_torchrun(node.ranks, arguments, max_restarts))
+        for name, value in OFFLINE.items():
+            os.environ.setdefault(name, value)
+        raise typer.Exit(run_node(node, settings, arguments, options))
 
 
 def world_size(config: Config) -> int:
@@ -86,12 +124,13 @@ def world_size(config: Config) -> int:
     return row_ranks * layout.pipeline * (layout.data or layout.expert // math.gcd(layout.expert, row_ranks))
 
 
-def _torchrun(ranks: int, arguments: list[str]) -> int:
+def _torchrun(ranks: int, arguments: list[str], max_restarts: int = 0) -> int:
     """Run the ranks on this machine by torchrun's own launcher; the exit code of the first rank that failed, 0 if none did."""
     from torch.distributed.launcher.api import LaunchConfig
 
+    from igpo_megatron.launch.agent import run_ranks
+
     _stay_offline()
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks have said what happened
     # One agent meets nobody: a file serves it, and the ranks make their own store (actor.parallel), where the server that
     # torch would start for both listens on every interface.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
@@ -107,10 +146,15 @@ def _torchrun(ranks: int, arguments: list[str]) -> int:
             rdzv_endpoint=f"{meeting}/store",
             rdzv_configs={"store_type": "file"},
             local_addr="127.0.0.1",
-            max_restarts=0,
+            max_restarts=max_restarts,
             monitor_interval=0.2,
         )
-        return _launch(launch, arguments)
+        outcome = run_ranks(launch, arguments)
+    if outcome.kind == "signal":
+        typer.echo(f"stopped: {outcome.sentence}; the same command resumes", err=True)
+    elif outcome.kind == "interrupted":
+        typer.echo(f"{outcome.sentence}; the same command resumes from the last checkpoint", err=True)
+    return outcome.code
 
 
 def _stay_offline() -> None:
@@ -118,25 +162,6 @@ def _stay_offline() -> None:
     loopback = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
     for name, value in {**OFFLINE, **loopback, "OMP_NUM_THREADS": "1"}.items():
         os.environ.setdefault(name, value)
-
-
-def _launch(launch: LaunchConfig, arguments: list[str]) -> int:
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import elastic_launch
-
-    try:
-        elastic_launch(launch, sys.executable)("-u", "-m", "igpo_megatron.train", *arguments)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        code = failure.exitcode
-        if code < 0:
-            typer.echo(f"stopped: rank {rank} was ended by {signal.Signals(-code).name}; the same command resumes", err=True)
-        return code if code > 0 else 128 - code
-    except SignalException as error:
-        typer.echo(f"interrupted by {error.sigval.name}; the same command resumes from the last checkpoint", err=True)
-        return 128 + error.sigval.value
-    return 0
 
 
 @app.command("eval")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import os
 import shutil
+import signal
+import sys
 import time
 from pathlib import Path
 
+_PR_SET_PDEATHSIG = 1
 _YOUNG_S = 2.0
 """Younger paths are never removed: their owner may not have claimed them yet."""
 
@@ -37,3 +41,9 @@ def remove_abandoned(folder: Path, prefix: str) -> None:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         finally:
             os.close(descriptor)
+
+
+def end_with_parent() -> None:
+    """Let the kernel send SIGTERM to this process when the thread that started it ends, however it ends. On Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

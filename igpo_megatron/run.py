@@ -23,7 +23,7 @@ from igpo_megatron.config.load import ConfigError, differing_keys, to_json
 from igpo_megatron.config.schema import Config
 
 MAY_CHANGE = (
-    *("parallel.", "rollout.engine.", "run.threads", "run.resume", "track.", "checkpoint.keep"),
+    *("parallel.", "rollout.engine.", "run.threads", "run.resume", "track.", "checkpoint.keep", "checkpoint.in_background"),
     # A run that its search provider stopped goes on with another key, slower, or through a proxy.
     *("search.api_key_env", "search.attempts", "search.breaker_", "search.cache", "search.deadline_s", "search.max_concurrency"),
     *("search.rate_per_s", "search.timeout_s", "search.use_proxy", "search.vectors"),

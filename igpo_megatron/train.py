@@ -7,6 +7,7 @@ The main rank talks to engines, files and people; all ranks score and train. The
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -30,6 +31,7 @@ from igpo_megatron.config.schema import Config, PolicyLoss
 from igpo_megatron.data.prompts import PromptStream
 from igpo_megatron.device_share import DeviceShare
 from igpo_megatron.learn import assign_advantages, routing_metrics, score_tokens, update
+from igpo_megatron.leftovers import end_with_parent
 from igpo_megatron.observability.memory import MemoryLedger, worst_rank
 from igpo_megatron.observability.metrics import logprob_gap, rollout_metrics
 from igpo_megatron.observability.rollout_dump import read_rollouts, write_rollouts
@@ -39,6 +41,7 @@ from igpo_megatron.rollout_queue import RolloutQueue, staleness_metrics
 from igpo_megatron.run import RunFolder, claim, open_folder
 from igpo_megatron.summary import finish
 from igpo_megatron.types import Prompt, RolloutGroup, RunStopped
+from igpo_megatron.waits import ROLLOUTS, recording, waiting
 
 if TYPE_CHECKING:
     from igpo_megatron.actor.policy import Policy
@@ -93,6 +96,8 @@ def train(config: Config, policy: Policy, side: Side, tracker: Tracker, share: D
         if learns and serves:
             tracker.log(step, sync_weights(policy, side, tracker, share, version=step))
             parallel.on_main(policy.ranks, partial(evaluate_if_due, config, side, tracker, step=step))
+        if learns:
+            checkpoint.finish(policy, wait=step == config.run.steps)
         tracker.log(step, {})
 
 
@@ -128,7 +133,8 @@ def collect(config: Config, side: Side, step: int) -> list[RolloutGroup]:
                 score(group, config.reward, PROTOCOLS[config.rollout.protocol], config.rollout.tool_name)
     else:
         assert side.queue is not None
-        groups = side.queue.take(step)
+        with waiting(f"the groups of step {step}", on=ROLLOUTS, deadline_s=config.parallel.timeout_s):
+            groups = side.queue.take(step)
     if isinstance(config.loss, PolicyLoss) and ADVANTAGES[config.advantage.name].needs_probes:
         assert side.chat is not None
         for group in groups:
@@ -213,7 +219,8 @@ def open_side(config: Config, folder: RunFolder, stack: ExitStack, tracker: Trac
     search = make_client(config.search)
     tools = make_tools(config, side.chat.count_tokens)
     tracker.progress("starting rollout engines")
-    side.engines = stack.enter_context(EnginePool(config))
+    with waiting("the engines to start", on="Ray and vLLM"):
+        side.engines = stack.enter_context(EnginePool(config))
     probes_of = partial(rendered_probes, render_probe=side.chat.render_probe, config=config.reward) if engine_scores(config) else None
     side.rollouter = stack.enter_context(
         Rollouter(side.engines, search, side.chat, config.rollout, seed=config.run.seed, probes_of=probes_of, tools=tools)
@@ -234,6 +241,7 @@ def run(config: Config) -> None:
     saved = parallel.broadcast(checkpoint.complete(folder.checkpoints) if ranks.is_main else None)
     resumed = int(saved[-1].name.removeprefix("step_")) if saved else 0
     with ExitStack() as stack:
+        stack.enter_context(recording(f"rank {ranks.rank}", folder.root / "waits"))
         tracker = stack.enter_context(
             Tracker(
                 folder.root,
@@ -275,19 +283,47 @@ def main(arguments: Sequence[str]) -> int:
     if not arguments:
         sys.stderr.write("usage: python -m igpo_megatron.train CONFIG.yaml [section.key=value ...]\n")
         return 2
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()  # torchrun's agent: without it nobody would notice how this rank ends
     try:
         config = load(arguments[0], arguments[1:])
         require(config, int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         run(config)
     except (ConfigError, ValueError) as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            sys.stderr.write(f"error: {error}\n")
+        _say(f"error: {error}\n", str(error))
         return 2
     except RunStopped as stop:
-        if int(os.environ.get("RANK", 0)) == 0:
-            sys.stderr.write(f"stopped: {stop}\nthe same command resumes from the last checkpoint\n")
+        _say(f"stopped: {stop}\nthe same command resumes from the last checkpoint\n", str(stop))
         return 1
+    except RuntimeError as error:
+        if not is_lost_peer(error):
+            raise
+        rank = os.environ.get("RANK", "0")
+        _leave_message(f"rank {rank} lost its connection to another rank")
+        sys.stderr.write(f"rank {rank} lost its connection to another rank\n")
+        sys.stderr.flush()
+        os._exit(1)  # the groups are unusable, and leaving them in order would wait for the lost rank
     return 0
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """A collective failed because a rank at its other end is gone."""
+    text = str(error)
+    return any(words in text for words in ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited"))
+
+
+def _say(text: str, sentence: str) -> None:
+    """What ends the run is said once, by rank 0, and kept for the launcher, which may be on another machine."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        sys.stderr.write(text)
+    _leave_message(sentence)
+
+
+def _leave_message(sentence: str) -> None:
+    """Where torchrun's agent looks for the reason of a rank's end."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        Path(path).write_text(json.dumps({"message": sentence, "timestamp": int(time.time())}), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,9 @@
         state.json      step, prompt stream, optimizer steps; written last
 
 A save goes to a `.partial` folder that is renamed when all ranks are done, so a killed save never hurts the last good one.
+
+With `checkpoint.in_background` a save copies the state and returns; a thread of each rank writes the copy, and the ranks meet to complete
+the folder in the next call of `finish` that finds all of them done. Only that thread works beside training: it does no collectives.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +26,16 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import ShardedObject
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch.distributed.checkpoint.api import CheckpointException
 
 from checkpoint_conversion.convert import write_metadata
 from checkpoint_conversion.folders import copy_config
 from igpo_megatron.actor import megatron_fixes
+from igpo_megatron.actor.checkpoint_writer import write_in_thread
 from igpo_megatron.actor.policy import Policy
+from igpo_megatron.types import RunStopped
 
 SHARDING = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -46,8 +55,25 @@ def complete(checkpoints: Path) -> list[Path]:
     return sorted(folder for folder in checkpoints.glob("step_??????") if (folder / "state.json").is_file())
 
 
+@dataclass(slots=True)
+class Pending:
+    """A save of which all is planned, and this rank's part is being written."""
+
+    final: Path
+    keep: int
+    run: dict[str, Any]
+    own: dict[str, Any]
+    request: AsyncRequest
+    writer: threading.Thread | None
+    """None on a rank that has nothing to write."""
+
+
 def save(policy: Policy, checkpoints: Path, step: int, state: dict[str, Any], keep: int) -> Path:
-    """Write a checkpoint from all ranks and remove all but the newest `keep`. `state` is JSON-able and the same on every rank."""
+    """Write a checkpoint from all ranks and remove all but the newest `keep`. `state` is JSON-able and the same on every rank.
+
+    In the background with `checkpoint.in_background`: then the folder is complete after a `finish`, which the next save begins with.
+    """
+    finish(policy, wait=True)
     final = folder_of(checkpoints, step)
     partial = final.with_suffix(".partial")
     if policy.ranks.is_main:
@@ -55,24 +81,59 @@ def save(policy: Policy, checkpoints: Path, step: int, state: dict[str, Any], ke
             shutil.rmtree(stale)
         (partial / "model").mkdir(parents=True)
     dist.barrier()
-    dist_checkpointing.save(_sharded_state(policy, loading=False), str(partial / "model"), content_metadata=SHARDING)
+    layout = [policy.ranks.tensor_size, policy.ranks.pipeline_size, policy.ranks.data_size]
+    own = {"step": step, "optimizer_steps": policy.steps_taken, "layout": layout}
+    sharded = _sharded_state(policy, loading=False)
+    if policy.config.checkpoint.in_background:
+        request = dist_checkpointing.save(sharded, str(partial / "model"), content_metadata=SHARDING, async_sharded_save=True)
+        policy.pending_save = Pending(final, keep, state, own, request, write_in_thread(request))
+        return final
+    dist_checkpointing.save(sharded, str(partial / "model"), content_metadata=SHARDING)
     dist.barrier()
+    _complete(policy, final, state, own, keep)
+    return final
+
+
+def finish(policy: Policy, *, wait: bool) -> bool:
+    """Complete the save that is under way if every rank has written its part; True when none is left. Collective while one is under way.
+
+    `wait`: stay until it is. Raises RunStopped on every rank where one could not write.
+    """
+    pending = policy.pending_save
+    if pending is None:
+        return True
+    if wait and pending.writer:
+        pending.writer.join()
+    written = torch.tensor([pending.writer is None or not pending.writer.is_alive()], dtype=torch.int32, device=policy.ranks.device)
+    dist.all_reduce(written, op=dist.ReduceOp.MIN)
+    if not written.item():
+        return False
+    policy.pending_save = None
+    try:
+        for complete_part in pending.request.finalize_fns:
+            complete_part()
+    except CheckpointException as error:  # the main rank knows what happened on which rank
+        raise RunStopped(f"{pending.final.name} could not be written: {error}") from None
+    _complete(policy, pending.final, pending.run, pending.own, pending.keep)
+    return True
+
+
+def _complete(policy: Policy, final: Path, state: dict[str, Any], own: dict[str, Any], keep: int) -> None:
+    """What makes a folder whole: the policy's description, then the marker, then the name."""
+    partial = final.with_suffix(".partial")
     if policy.ranks.is_main:
         (partial / "hf").mkdir()
         copy_config(policy.config.model.path, partial / "hf")
         write_metadata(partial, model_type=policy.shape.model_type, vocab_multiple=policy.config.model.vocab_multiple)
-        layout = [policy.ranks.tensor_size, policy.ranks.pipeline_size, policy.ranks.data_size]
-        own = {"step": step, "optimizer_steps": policy.steps_taken, "layout": layout}
         (partial / "state.json").write_text(json.dumps({**own, "run": state}, indent=2), encoding="utf-8")
         _sync_to_disk(partial)
         if final.exists():  # the same step saved again after a resume
             shutil.rmtree(final)
         partial.rename(final)
-        _sync_to_disk(checkpoints)
-        for old in complete(checkpoints)[:-keep]:
+        _sync_to_disk(final.parent)
+        for old in complete(final.parent)[:-keep]:
             shutil.rmtree(old)
     dist.barrier()
-    return final
 
 
 def load(policy: Policy, folder: Path) -> tuple[int, dict[str, Any]]:

@@ -45,7 +45,7 @@ def install() -> None:
     optimizer._set_main_param_and_optimizer_states = set_states_with_step
     optimizer.load_state_dict = load_state_dict_with_own_steps
     optimizer._igpo_fixed = True
-    # Saves are synchronous here, so a queue inside the process does what the Manager's would.
+    # A save is waited for, or written by a thread of this process: a queue inside it does what the Manager's would.
     filesystem_async._results_queue = queue.Queue()
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from igpo_megatron.config.schema import Config
 from igpo_megatron.types import RunStopped
+from igpo_megatron.waits import waiting
 
 Value = TypeVar("Value")
 
@@ -144,7 +145,8 @@ def broadcast(value: Any) -> Any:
     if dist.get_world_size() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    with waiting("what the main rank has to say", on="rank 0" if dist.get_rank() else "the other ranks"):
+        dist.broadcast_object_list(box, src=0)
     return box[0]
 
 

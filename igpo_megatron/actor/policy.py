@@ -73,6 +73,9 @@ class Policy:
         self.steps_taken = 0
         """Optimizer steps since the run's start; the learning-rate schedule is a function of it."""
 
+        self.pending_save: Any = None
+        """What checkpoint.py is writing in the background."""
+
         self.total_steps = config.run.steps * config.optim.minibatches
         self._skipped_in_a_row = 0
         needs_reference = isinstance(config.loss, PolicyLoss) and config.loss.kl_coef > 0

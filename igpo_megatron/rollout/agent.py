@@ -14,6 +14,7 @@ from igpo_megatron.rollout.routing import first_unrouted, record_experts
 from igpo_megatron.search.results import Observed, SearchClient, SearchResult, Tool
 from igpo_megatron.search.tally import why_failed
 from igpo_megatron.types import Completion, Node, NodeKind, ProbeScore, RolloutGroup, RunStopped, Status, ToolCall, Trajectory
+from igpo_megatron.waits import ROLLOUTS, waiting
 
 if TYPE_CHECKING:
     from igpo_megatron.rollout.prober import Prober
@@ -116,12 +117,13 @@ async def run_trajectory(
         generate = partial(engine.generate, temperature=temperature, key=group.prompt.id)
         if config.routing_replay:
             generate = partial(generate, experts_from=first_unrouted(group, path[-1]))
-        if watch is None or not watch.tokens:
-            completion = await generate(group.context(path[-1]), max_tokens=max_tokens, seed=counter_seed(*seeds))
-        else:
-            completion = await _watched(
-                generate, group.context(path[-1]), max_tokens, seeds, chat, partial(watch.measured, path, turn), watch
-            )
+        with waiting(f"turn {turn} of question {group.prompt.id}", on="an engine", who=ROLLOUTS):
+            if watch is None or not watch.tokens:
+                completion = await generate(group.context(path[-1]), max_tokens=max_tokens, seed=counter_seed(*seeds))
+            else:
+                completion = await _watched(
+                    generate, group.context(path[-1]), max_tokens, seeds, chat, partial(watch.measured, path, turn), watch
+                )
         text = chat.decode(completion.token_ids)
         action = Node(path[-1], "action", completion.token_ids, turn, text, completion.weight_version, completion.logprobs)
         path.append(group.add(action))
@@ -141,7 +143,8 @@ async def run_trajectory(
         action.call = wanted
         if turn == config.max_turns:
             return Trajectory(path, Status.TRUNCATED_TURNS)
-        shown = await _use_tool(wanted, search, tools, chat, config)
+        with waiting(f"the result of turn {turn} of question {group.prompt.id}", on=f"the tool {wanted.name}", who=ROLLOUTS):
+            shown = await _use_tool(wanted, search, tools, chat, config)
         if shown.failure is not None:
             status = Status.TOOL_FAILED if config.failed_search == "mask" else Status.ENDED_BY_TOOL
             return Trajectory(path, status, reason=shown.failure)

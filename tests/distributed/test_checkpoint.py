@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,11 @@ from test_layouts import row_loss, with_off_policy_logprobs
 
 from checkpoint_conversion.convert import megatron_to_hf
 from checkpoint_conversion.hf_folder import HfReader
-from igpo_megatron.actor import checkpoint
+from igpo_megatron.actor import checkpoint, checkpoint_writer
 from igpo_megatron.actor.policy import Policy
 from igpo_megatron.actor.weight_sync import named_weights
 from igpo_megatron.packing.tree import pack_for_training, step_counts
-from igpo_megatron.types import RolloutGroup
+from igpo_megatron.types import RolloutGroup, RunStopped
 
 SMALL = {"optim__lr": 1e-3}
 
@@ -37,6 +38,66 @@ def train_and_save(policy: Policy, folder: Path, groups: list[RolloutGroup]) -> 
     checkpoint.save(policy, folder, 3, {"prompts": {"row": 24}}, keep=2)
     weights = {name: tensor.clone() for name, tensor in named_weights(policy)}
     return losses(policy, groups, 2), weights
+
+
+def save_behind_training(
+    policy: Policy, folder: Path, groups: list[RolloutGroup]
+) -> tuple[list[tuple[float, float]], list[tuple[bool, list[str]]]]:
+    """As `train_and_save`, but nothing is written before both later steps are done; (finished, complete folders) on the way."""
+    losses(policy, groups, 3)
+    trained, write = threading.Event(), checkpoint_writer._write
+
+    def late(*arguments: Any) -> None:
+        assert trained.wait(120)
+        write(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint_writer, "_write", late)
+        checkpoint.save(policy, folder, 3, {"prompts": {"row": 24}}, keep=2)
+        seen = [(checkpoint.finish(policy, wait=False), [path.name for path in checkpoint.complete(folder)])]
+        later = losses(policy, groups, 2)
+        trained.set()
+        seen.append((checkpoint.finish(policy, wait=True), [path.name for path in checkpoint.complete(folder)]))
+    return later, seen
+
+
+@pytest.mark.parametrize("layout", [{"parallel__tensor": 2}, {"parallel__data": 2}])
+def test_a_checkpoint_written_behind_training_holds_the_state_it_was_asked_for(
+    hf_folders: dict[str, Path], tmp_path: Path, layout: dict[str, Any]
+) -> None:
+    groups = with_off_policy_logprobs(random_groups(seed=6, probes=False))
+    config = make_config(hf_folders["qwen2_tied"], **layout, **SMALL, checkpoint__in_background=True)
+    answers = run_ranks(save_behind_training, config, tmp_path, groups)
+    assert [seen for _, seen in answers] == [[(False, []), (True, ["step_000003"])]] * 2
+    later = answers[0][0]
+    step, state, taken, resumed = run_ranks(load_and_train, config, tmp_path, groups)[0]
+    assert (step, state, taken) == (3, {"prompts": {"row": 24}}, 3)
+    for found, expected in zip(resumed, later, strict=True):
+        assert found == pytest.approx(expected, rel=2e-5)
+
+
+def fail_to_write(policy: Policy, folder: Path) -> tuple[str, list[Path]]:
+    """What every rank is told when one of them cannot write, and what counts as a checkpoint then."""
+
+    def full(*arguments: Any, **named: Any) -> None:
+        arguments[3].put((arguments[1], OSError("no space left on device")))
+
+    with pytest.MonkeyPatch.context() as patch:
+        if policy.ranks.rank == 1:
+            patch.setattr(checkpoint_writer.FileSystemWriterAsync, "write_preloaded_data", full)
+        checkpoint.save(policy, folder, 1, {}, keep=2)
+        try:
+            checkpoint.finish(policy, wait=True)
+        except RunStopped as error:
+            return str(error), checkpoint.complete(folder)
+    return "", checkpoint.complete(folder)
+
+
+def test_a_rank_that_cannot_write_behind_training_is_told_by_every_rank(hf_folders: dict[str, Path], tmp_path: Path) -> None:
+    config = make_config(hf_folders["qwen2_tied"], parallel__tensor=2, checkpoint__in_background=True)
+    answers = run_ranks(fail_to_write, config, tmp_path)
+    assert all(message.startswith("step_000001 could not be written") and folders == [] for message, folders in answers)
+    assert "no space left on device" in answers[0][0]
 
 
 def load_and_train(policy: Policy, folder: Path, groups: list[RolloutGroup]) -> tuple[int, dict[str, Any], int, list[tuple[float, float]]]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+import hosts
 from igpo_megatron.observability.rollout_dump import write_rollouts
 from igpo_megatron.observability.tracker import read_metrics
 from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, Trajectory
@@ -86,15 +87,17 @@ def kill_while_saving(process: subprocess.Popen[str], checkpoints: Path) -> None
     process.communicate(timeout=30)
 
 
+@pytest.mark.parametrize("in_background", [False, True])
 def test_a_run_killed_while_saving_resumes_from_the_last_good_checkpoint_and_repeats_nothing(
-    folder: Path, uninterrupted: list[float]
+    folder: Path, uninterrupted: list[float], in_background: bool
 ) -> None:
-    arguments = ["-m", "igpo_megatron.cli", "train", *settings(folder, "killed")]
-    checkpoints = folder / "killed" / "checkpoints"
+    name = f"killed-{in_background}"
+    arguments = ["-m", "igpo_megatron.cli", "train", *settings(folder, name), f"checkpoint.in_background={str(in_background).lower()}"]
+    checkpoints = folder / name / "checkpoints"
     kill_while_saving(start(arguments), checkpoints)
-    assert list(checkpoints.glob("*.partial")) and not (folder / "killed" / "summary.json").exists()
+    assert list(checkpoints.glob("*.partial")) and not (folder / name / "summary.json").exists()
     finish(start(arguments))
-    rows = read_metrics(folder / "killed" / "metrics.jsonl")
+    rows = read_metrics(folder / name / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     # Every step has its own sequences, so equal losses mean that the same sequences were trained in the same order from the same weights.
     assert [row["loss"] for row in rows] == pytest.approx(uninterrupted, rel=1e-5)
@@ -116,6 +119,53 @@ def test_two_torchrun_agents_train_as_one_node_does(folder: Path, uninterrupted:
         finish(agent)
     losses = [row["loss"] for row in read_metrics(folder / "two-nodes" / "metrics.jsonl")]
     assert losses == pytest.approx(uninterrupted, rel=1e-5)
+
+
+def start_on(network: hosts.Hosts, number: int, arguments: list[str]) -> subprocess.Popen[str]:
+    """`igpo launch` on a host of two; a signal or a cut link between them must be noticed within 25 s on a busy machine."""
+    options = ["--nodes", "2", "--node-rank", str(number), "--head", network.address(0), "--lost-after-s", "25", "--max-restarts", "1"]
+    command = network.command(number, [sys.executable, "-m", "igpo_megatron.cli", "launch", *arguments, *options])
+    environment = {name: value for name, value in ENVIRONMENT.items() if name != "GLOO_SOCKET_IFNAME"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+
+
+def wait_for(path: Path, process: subprocess.Popen[str], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0] if process.poll() is not None else path
+        time.sleep(0.005)
+
+
+@pytest.mark.timeout(600)
+def test_two_hosts_survive_a_killed_rank_and_a_cut_link_and_train_what_one_node_trains(folder: Path, uninterrupted: list[float]) -> None:
+    reason = hosts.available()
+    if reason:
+        pytest.skip(f"this machine makes no network namespaces: {reason}")
+    arguments = settings(folder, "hosts")
+    checkpoints = folder / "hosts" / "checkpoints"
+    with hosts.Hosts(2) as network:
+        first, second = (start_on(network, number, arguments) for number in (0, 1))
+        wait_for(checkpoints / "step_000002", first, 200)
+        (agent,) = [one for one in psutil.Process(second.pid).children() if "igpo_megatron.launch.agent" in one.cmdline()]
+        (rank,) = agent.children()
+        rank.kill()  # torchrun starts both ranks again, once
+        wait_for(checkpoints / "step_000005", first, 200)
+        network.cut(1)
+        cut = time.monotonic()
+        outputs = [process.communicate(timeout=120)[0] for process in (first, second)]
+        assert [process.returncode for process in (first, second)] == [1, 1], outputs
+        assert time.monotonic() - cut < 90
+        assert "stopped: node 1 (" in outputs[0] and "has not been heard of for" in outputs[0], outputs[0]
+        assert "has not answered node 1" in outputs[1] and "one of them is down or cut off" in outputs[1], outputs[1]
+        assert all(text.rstrip().endswith("the same command on every node resumes from the last checkpoint") for text in outputs)
+        assert not (folder / "hosts" / "summary.json").exists()
+        network.join(1)
+        again = [start_on(network, number, arguments) for number in (0, 1)]
+        for process in again:
+            finish(process)
+    rows = read_metrics(folder / "hosts" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert [row["loss"] for row in rows] == pytest.approx(uninterrupted, rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from igpo_megatron.config.schema import Igpo, Ppo
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 CONFIGS = sorted(EXAMPLES.rglob("*.yaml"))
-SCRIPTS = sorted(EXAMPLES.rglob("*.sh"))
+SCRIPTS = sorted([*EXAMPLES.rglob("*.sh"), *EXAMPLES.rglob("*.sbatch")])
 QWEN_7B = {"num_attention_heads": 28, "num_key_value_heads": 4, "num_hidden_layers": 28, "max_position_embeddings": 32768}
 
 SHAPES = {
@@ -93,7 +93,7 @@ def test_the_published_layout_fits_its_model_and_lacks_only_files_of_the_user(tm
 
 
 def test_there_are_scripts_and_bash_can_read_them():
-    assert {path.name for path in SCRIPTS} >= {"train_1node.sh", "train_multinode.sh", "start_ray.sh"}
+    assert {path.name for path in SCRIPTS} >= {"launch.sh", "launch.sbatch", "train_1node.sh", "train_multinode.sh", "start_ray.sh"}
     for path in SCRIPTS:
         assert os.access(path, os.X_OK), f"{path.name} is not executable"
         subprocess.run(["bash", "-n", str(path)], check=True, timeout=30)
@@ -124,7 +124,13 @@ def test_several_nodes_need_their_three_variables(missing):
     assert result.returncode != 0 and missing in result.stderr
 
 
-@pytest.mark.parametrize("script", ["train_1node.sh", "train_multinode.sh", "start_ray.sh"])
+def test_every_node_runs_the_same_launch_command():
+    place = {"NNODES": "2", "IGPO_HEAD": "10.0.0.1", "MAX_RESTARTS": "2", "RENDEZVOUS": "static"}
+    first, second = (dry_run("launch.sh", "a.yaml", "optim.lr=1e-5", **place, NODE_RANK=rank).stdout for rank in ("0", "1"))
+    assert first == second == "igpo launch a.yaml optim.lr=1e-5 --rendezvous static --max-restarts 2\n"
+
+
+@pytest.mark.parametrize("script", ["launch.sh", "train_1node.sh", "train_multinode.sh", "start_ray.sh"])
 def test_a_script_without_arguments_prints_its_usage(script):
     result = dry_run(script)
     assert result.returncode == 2 and result.stderr.startswith("usage: ")

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BELOW = {
     "types",
     "leftovers",
+    "waits",
     "protocols",
     "config",
     "data",
@@ -33,6 +34,7 @@ TOP = {
     "probe_check",
     "tool_check",
     "train",
+    "launch",
     "rollout_queue",
     "device_share",
     "learn",
@@ -47,6 +49,7 @@ MAY_IMPORT = {
     "__init__": set(),
     "types": set(),
     "leftovers": set(),
+    "waits": {"types"},
     "protocols": {"types"},
     "config": {"types"},
     "data": {"types", "config"},
@@ -55,8 +58,8 @@ MAY_IMPORT = {
     "kernels": set(),
     "packing": {"types"},
     "algorithms": {"types", "protocols", "config"},
-    "rollout": {"types", "leftovers", "protocols", "config", "search"},
-    "actor": {"types", "config", "packing", "kernels", "checkpoint_conversion"},
+    "rollout": {"types", "leftovers", "waits", "protocols", "config", "search"},
+    "actor": {"types", "waits", "config", "packing", "kernels", "checkpoint_conversion"},
     **{module: BELOW | TOP | {"checkpoint_conversion"} for module in TOP},
 }
 """Part of igpo_megatron -> parts it may import, `checkpoint_conversion` among them."""
@@ -92,6 +95,7 @@ DOORS = {
         *ENGINE_FILES,
         *(f"igpo_megatron/{module}.py" for module in sorted(TOP)),
         "igpo_megatron/plan/calibrate.py",
+        "igpo_megatron/launch/",
         "checkpoint_conversion/",
         "tools/",
     ),

@@ -210,6 +210,9 @@ class Checkpoint(Section):
     keep: PositiveInt = 2
     """Newest checkpoints kept."""
 
+    in_background: bool = False
+    """Training goes on from a copy of the state in host memory while it is written; the folder counts once all of it is."""
+
 
 class Eval(Section):
     """Held-out evaluation."""

@@ -1,0 +1,80 @@
+"""The ranks of one node, by torchrun's own launcher; how they ended becomes one sentence.
+
+`python -m igpo_megatron.launch.agent SPEC`: SPEC is JSON with `launch` (arguments of LaunchConfig), `arguments` (of igpo_megatron.train),
+and `outcome`, the file that says how it ended.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from igpo_megatron.leftovers import end_with_parent
+
+if TYPE_CHECKING:
+    from torch.distributed.launcher.api import LaunchConfig
+
+NO_MESSAGE = "<NONE>"  # torchrun's word for a rank that left none
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How the ranks of one node ended."""
+
+    code: int
+    """0, or an exit code for the shell."""
+
+    kind: str
+    """done, interrupted (this agent was asked to stop), signal (a rank was ended by one), error (a rank ended itself)."""
+
+    sentence: str = ""
+    """What a person needs to know; empty where all went well."""
+
+    told: bool = False
+    """The rank has said it on its own output."""
+
+
+def run_ranks(launch: LaunchConfig, arguments: Sequence[str]) -> Outcome:
+    """Start the ranks and wait for them."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks have said what happened
+    try:
+        elastic_launch(launch, sys.executable)("-u", "-m", "igpo_megatron.train", *arguments)
+    except ChildFailedError as error:
+        # A rank that was killed makes others fail within the same second, which is all that torchrun's timestamps tell.
+        rank, failure = min(error.failures.items(), key=lambda item: (item[1].exitcode > 0, item[1].timestamp))
+        if failure.exitcode < 0:
+            return Outcome(128 - failure.exitcode, "signal", f"rank {rank} was ended by {signal.Signals(-failure.exitcode).name}")
+        said = failure.error_file_data.get("message")
+        sentence = said if isinstance(said, str) and said != NO_MESSAGE else f"rank {rank} ended with exit code {failure.exitcode}"
+        return Outcome(failure.exitcode, "error", sentence, told=True)
+    except SignalException as error:
+        return Outcome(128 + error.sigval.value, "interrupted", f"interrupted by {error.sigval.name}")
+    return Outcome(0, "done")
+
+
+def main(spec: dict[str, Any]) -> int:
+    """Run the ranks that a launcher asked for and leave the outcome where it looks."""
+    from torch.distributed.elastic.rendezvous.api import RendezvousError
+    from torch.distributed.launcher.api import LaunchConfig
+
+    end_with_parent()
+    try:
+        outcome = run_ranks(LaunchConfig(**spec["launch"]), spec["arguments"])
+    except RendezvousError as error:
+        outcome = Outcome(1, "error", f"the agents of the nodes did not meet: {error}")
+    Path(spec["outcome"]).write_text(json.dumps(asdict(outcome)), encoding="utf-8")
+    return outcome.code
+
+
+if __name__ == "__main__":
+    sys.exit(main(json.loads(sys.argv[1])))

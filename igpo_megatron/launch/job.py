@@ -1,0 +1,225 @@
+"""The life of one node of many: meet, start Ray, start the ranks, watch, stop what was started, end with the sentence of all nodes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from igpo_megatron.actor.parallel import wants_cuda
+from igpo_megatron.config.check import check
+from igpo_megatron.config.schema import Config
+from igpo_megatron.launch.board import Board, PreflightFailed, Verdict
+from igpo_megatron.launch.node import Node, interface_of, reachable
+from igpo_megatron.launch.preflight import Facts, disagreements, facts_of, ray_token
+from igpo_megatron.launch.processes import Child
+from igpo_megatron.leftovers import claim, remove_abandoned
+
+_TEMPORARY_PREFIX = "igpo-node-"
+_POLL_S = 0.3
+_PATIENCE_S = 10.0
+_RAY_IS_UP = "Ray runtime started"
+_RANK_COMMAND = "igpo_megatron.train"
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a job is supervised; the same on every node. Raises ValueError for a rendezvous that does not exist."""
+
+    rendezvous: str
+    max_restarts: int
+    deadline_s: float
+    lost_after_s: float
+
+    def __post_init__(self) -> None:
+        if self.rendezvous not in ("c10d", "static"):
+            raise ValueError(f"--rendezvous {self.rendezvous}: expected c10d or static")
+
+
+class _Interrupted(Exception):
+    """This launcher was sent a signal."""
+
+
+def run_node(node: Node, config: Config, arguments: list[str], options: Options) -> int:
+    """One node's part of the job; the exit code: 0 finished, 2 a mistake of the user's, others as the cause had it."""
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    with_ray = config.run.replay is None
+
+    def judge(facts: list[Facts]) -> list[str]:
+        problems = disagreements(facts, with_ray=with_ray)
+        if not problems and len(facts) == node.nodes:
+            problems = check(config, world_size=sum(one.ranks for one in facts), local_world_size=node.ranks)
+        return problems
+
+    try:
+        board = Board(node, lost_after_s=options.lost_after_s)
+        facts = board.meet(facts_of(node, config, asdict(options), with_ray=with_ray), options.deadline_s, judge)
+    except PreflightFailed as problem:
+        sys.stderr.write(f"error: {problem}\n")
+        return 2
+    verdict = _Job(node, config, arguments, options, board, facts).run()
+    if verdict.code == 0:
+        sys.stderr.write(f"{node.name}: finished\n")
+    elif verdict.code == 2:
+        sys.stderr.write(f"error: {verdict.sentence}\n")
+    else:
+        sys.stderr.write(f"stopped: {verdict.sentence}; the same command on every node resumes from the last checkpoint\n")
+    sys.stderr.flush()
+    return verdict.code
+
+
+class _Job:
+    """What one node has running, in the order in which it is started; stopped in the reverse order."""
+
+    def __init__(self, node: Node, config: Config, arguments: list[str], options: Options, board: Board, facts: list[Facts]) -> None:
+        self.node, self.config, self.arguments, self.options, self.board = node, config, arguments, options, board
+        self.trainers = sorted(one.rank for one in facts if one.ranks)
+        self.ray: Child | None = None
+        self.agent: Child | None = None
+        self.signal: int | None = None
+
+    def run(self) -> Verdict:
+        """Until there is a verdict."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._note_signal)
+        with ExitStack() as stack:
+            remove_abandoned(Path(tempfile.gettempdir()), _TEMPORARY_PREFIX)
+            folder = Path(tempfile.mkdtemp(prefix=_TEMPORARY_PREFIX))
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            stack.callback(os.close, claim(folder))
+            stack.callback(self._stop)
+            self._start(folder)
+            while (verdict := self.board.verdict) is None:
+                self._watch(folder)
+                time.sleep(_POLL_S)
+            if verdict.code not in (0, 2) and self.agent:
+                # Ranks write down whom they wait for (waits.py): what a hang leaves to be read.
+                self.agent.signal_descendants(signal.SIGUSR1, _RANK_COMMAND)
+                time.sleep(_POLL_S)
+        self.board.leave()
+        return verdict
+
+    def _note_signal(self, number: int, frame: Any) -> None:
+        self.signal = number
+
+    def _start(self, folder: Path) -> None:
+        """Ray, then the ranks; returns early when there is a verdict."""
+        if self.config.run.replay is None:
+            if not self.node.is_head and not self._until(lambda: self.board.has("ray"), "node 0 has not started Ray", folder):
+                return
+            if not self.node.is_head and not reachable(self.node.head, self.node.ray_port, 10.0):
+                self.board.report("ray", f"{self.node.name} cannot reach Ray's head at {self.node.head}:{self.node.ray_port}", 1)
+                return
+            token = ray_token()
+            assert token is not None, "preflight has seen a token"
+            environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "RAY_USAGE_STATS_ENABLED": "0"}
+            # Ray's own limit of 30 s for a node to register would speak first.
+            environment["RAY_raylet_start_wait_time_s"] = str(round(self.options.deadline_s))
+            os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token)
+            self.ray = Child(ray_command(self.node, self.config, folder), {**environment, **self._ray_devices()}, folder / "ray.log")
+            if not self._until(lambda: self.ray is not None and self.ray.says(_RAY_IS_UP), "Ray did not start", folder):
+                return
+            if self.node.is_head:
+                self.board.post("ray")
+        if self.node.ranks and self.board.verdict is None:
+            spec = {
+                "launch": launch_arguments(self.node, self.trainers, self.options),
+                "arguments": [*self.arguments, *self._ray_override()],
+                "outcome": str(folder / "outcome.json"),
+            }
+            interface = interface_of(self.node.address) or ""
+            environment = {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
+            environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
+            self.agent = Child([sys.executable, "-m", "igpo_megatron.launch.agent", json.dumps(spec)], environment)
+
+    def _until(self, happened: Callable[[], bool], problem: str, folder: Path) -> bool:
+        """Wait for a part of the start; False when there is a verdict first, which a passed deadline makes."""
+        deadline = time.monotonic() + self.options.deadline_s
+        while not happened():
+            if self.board.verdict is not None:
+                return False
+            if time.monotonic() > deadline:
+                self.board.report("ray", f"{problem} within {self.options.deadline_s:g} s on {self.node.name}", 1)
+            self._watch(folder)
+            time.sleep(_POLL_S)
+        return True
+
+    def _watch(self, folder: Path) -> None:
+        """Report what ended here."""
+        if self.signal is not None:
+            self.board.report("interrupted", f"{self.node.name} was interrupted by {signal.Signals(self.signal).name}", 128 + self.signal)
+        if self.ray and self.ray.poll() is not None:
+            reason = "" if self.ray.says(_RAY_IS_UP) else f" before it was up; its log ends with:\n  {self.ray.last_lines()}\n"
+            self.board.report("ray", f"Ray ended on {self.node.name}{reason}", 1)
+        code = self.agent.poll() if self.agent else None
+        if code is None:
+            return
+        outcome = folder / "outcome.json"
+        if not outcome.is_file():
+            self.board.report("signal", f"torchrun's agent ended with code {code} on {self.node.name}", 1)
+            return
+        said = json.loads(outcome.read_text(encoding="utf-8"))
+        place = f" on {self.node.name}" if said["kind"] in ("signal", "interrupted") else f" ({self.node.name})"
+        self.board.report(said["kind"], said["sentence"] + place, said["code"])
+
+    def _stop(self) -> None:
+        for child in (self.agent, self.ray):
+            if child:
+                child.stop(_PATIENCE_S)
+
+    def _ray_override(self) -> list[str]:
+        return [f"rollout.engine.ray_address={self.node.head}:{self.node.ray_port}"] if self.ray else []
+
+    def _ray_devices(self) -> dict[str, str]:
+        """Ray sees the engines' GPUs only."""
+        if not wants_cuda(self.config.run.device):
+            return {}
+        if self.node.role == "rollout" and not self.config.rollout.engine.gpu_ids:
+            return {}
+        return {"CUDA_VISIBLE_DEVICES": "" if self.node.role == "train" else ",".join(map(str, self.config.rollout.engine.gpu_ids))}
+
+
+def ray_command(node: Node, config: Config, folder: Path) -> list[str]:
+    """`ray start` for this node. A training node takes part without room for engines: rank 0 joins Ray where it runs."""
+    engine = config.rollout.engine
+    room = 0 if node.role == "train" else engine.count + 1  # logical: what an engine really uses is its `threads`
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
+    command += ["--node-ip-address", node.address, "--num-cpus", str(room)]
+    if wants_cuda(config.run.device):
+        gpus = 0 if node.role == "train" else len(engine.gpu_ids)
+        if node.role != "rollout" or gpus:
+            command += ["--num-gpus", str(gpus)]
+    else:
+        command += ["--num-gpus", "0"]
+    if node.is_head:
+        return [*command, "--head", "--port", str(node.ray_port), "--include-dashboard", "false", "--temp-dir", str(folder / "ray")]
+    return [*command, "--address", f"{node.head}:{node.ray_port}"]
+
+
+def launch_arguments(node: Node, trainers: list[int], options: Options) -> dict[str, Any]:
+    """Arguments of torchrun's LaunchConfig for this node. c10d meets in the store of node 0's launcher; static on a port of node 0."""
+    common = {
+        "min_nodes": len(trainers),
+        "max_nodes": len(trainers),
+        "nproc_per_node": node.ranks,
+        "run_id": "igpo",
+        "local_addr": node.address,
+        "max_restarts": options.max_restarts,
+        "monitor_interval": 0.2,
+        "rdzv_backend": options.rendezvous,
+    }
+    if options.rendezvous == "static":
+        place = {"rank": trainers.index(node.rank), "timeout": options.deadline_s}
+        return {**common, "rdzv_endpoint": f"{node.head}:{node.static_port}", "rdzv_configs": place}
+    meeting = {"is_host": "false", "join_timeout": int(options.deadline_s)}
+    return {**common, "rdzv_endpoint": f"{node.head}:{node.port}", "rdzv_configs": meeting}

@@ -1,0 +1,80 @@
+"""Children of a launcher: started with their log, watched with everything below them, and all ended, whoever of them is left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import psutil
+
+from igpo_megatron.leftovers import end_with_parent
+
+_LOG_LINES = 6
+
+
+class Child:
+    """A process and all its descendants, those included whose parent has already ended."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path | None = None) -> None:
+        self.log = log
+        output = log.open("w") if log else None
+        self._process = subprocess.Popen(
+            command, env={**os.environ, **environment}, stdout=output, stderr=output and subprocess.STDOUT, preexec_fn=end_with_parent
+        )
+        if output:
+            output.close()
+        self._family: dict[int, psutil.Process] = {}
+        self.poll()
+
+    def poll(self) -> int | None:
+        """Exit code, None while it runs; remembers what it has started meanwhile."""
+        code = self._process.poll()
+        if code is None:
+            try:
+                own = psutil.Process(self._process.pid)
+                self._family.update({one.pid: one for one in [own, *own.children(recursive=True)]})
+            except psutil.NoSuchProcess:
+                pass
+        return code
+
+    def signal_descendants(self, number: int, command_part: str) -> int:
+        """Send a signal to every descendant whose command line holds a text; how many there were."""
+        count = 0
+        for process in self._living():
+            try:
+                if command_part in process.cmdline():
+                    process.send_signal(number)
+                    count += 1
+            except psutil.NoSuchProcess:
+                continue
+        return count
+
+    def stop(self, patience_s: float) -> None:
+        """SIGTERM to the child, `patience_s` to end, then SIGKILL to whoever is left of the family."""
+        self.poll()
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+        psutil.wait_procs(self._living(), timeout=patience_s)
+        for process in self._living():
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+        psutil.wait_procs(self._living(), timeout=5)
+        self._process.poll()
+
+    def last_lines(self) -> str:
+        """The end of its log."""
+        lines = self.log.read_text(errors="replace").splitlines() if self.log else []
+        return "\n  ".join(line for line in lines if line.strip())[-400 * _LOG_LINES :]
+
+    def says(self, text: str) -> bool:
+        """Its log holds a text."""
+        return self.log is not None and text in self.log.read_text(errors="replace")
+
+    def _living(self) -> list[psutil.Process]:
+        # psutil compares the time of birth: a process that took over a number is not ours.
+        return [one for one in self._family.values() if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]

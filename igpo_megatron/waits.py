@@ -1,0 +1,228 @@
+"""Named waits: who waits for whom, since when, and a record of it when a wait lasts too long.
+
+    rank 1 ──"what the main rank has to say"──> rank 0 ──"the groups of step 3"──> the rollouts ──"turn 2 of ..."──> an engine
+
+    with waiting("the groups of step 3", on=ROLLOUTS, deadline_s=1800): ...
+
+A thread looks at the waits once a second. One that lasts is posted in the run's folder, where the other ranks' records find it; one that
+passes its deadline writes a record, names the culprit in one sentence and ends the wait by an exception, or, where nothing can be
+interrupted, the process. SIGUSR1 writes the record without ending anything.
+
+    runs/NAME/waits/
+        rank_0.json                  what this rank waits for now, if it has for some seconds
+        record_rank_0_1.txt          the sentence, the graph of all ranks' waits, the stacks of this rank's threads
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import itertools
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from igpo_megatron.types import RunStopped
+
+ROLLOUTS = "the rollouts"
+"""Trajectories wait under this name, and the main rank waits on it."""
+
+_LOOK_S = 1.0
+_POSTED_AFTER_S = 5.0
+_UNINTERRUPTED_S = 20.0
+"""A process that has not left a wait this long after its deadline ends itself."""
+
+
+class WaitExpired(RunStopped):
+    """A wait passed its deadline."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """One edge of the graph."""
+
+    who: str
+    """Who waits, e.g. `rank 0`."""
+
+    what: str
+    """What for, in words."""
+
+    on: str
+    """Who must act, e.g. `engine 1`; a name that may itself be the `who` of another wait."""
+
+    since: float
+    """Seconds since the epoch."""
+
+    def sentence(self, now: float) -> str:
+        return f"{self.who} has waited {now - self.since:.0f} s for {self.what} (from {self.on})"
+
+
+def culprit(waits: Sequence[Wait], start: Wait) -> str:
+    """Who keeps `start` waiting: the end of the chain of waits that begins there, or its circle."""
+    chain = [start.who]
+    on = start.on
+    oldest: dict[str, Wait] = {}
+    for wait in sorted(waits, key=lambda wait: wait.since):
+        oldest.setdefault(wait.who, wait)
+    while on not in chain:
+        chain.append(on)
+        if on not in oldest:
+            return on
+        on = oldest[on].on
+    return f"a circle: {' waits for '.join([*chain[chain.index(on) :], on])}"
+
+
+def oldest(waits: Iterable[Wait]) -> list[Wait]:
+    """Of the waits of the same on the same, the one that has lasted longest: hundreds of requests make one edge."""
+    edges: dict[tuple[str, str], Wait] = {}
+    for wait in sorted(waits, key=lambda wait: wait.since):
+        edges.setdefault((wait.who, wait.on), wait)
+    return list(edges.values())
+
+
+@dataclass(slots=True)
+class _Open:
+    wait: Wait
+    began: float
+    deadline_s: float | None
+    thread: int
+    expired: WaitExpired | None = None
+
+
+class Recorder:
+    """The waits of one process. `open_recorder` makes it; a process without one waits unobserved."""
+
+    def __init__(self, who: str, folder: Path, *, look_s: float = _LOOK_S, posted_after_s: float = _POSTED_AFTER_S) -> None:
+        self._who, self._folder, self._look_s, self._posted_after_s = who, folder, look_s, posted_after_s
+        self._file = who.replace(" ", "_")
+        self._open: dict[int, _Open] = {}
+        self._numbers, self._records = itertools.count(), itertools.count(1)
+        self._closed = threading.Event()
+        self._posted = False
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+
+    @contextlib.contextmanager
+    def waiting(self, what: str, on: str, deadline_s: float | None = None, who: str | None = None) -> Iterator[None]:
+        number = next(self._numbers)
+        entry = _Open(Wait(who or self._who, what, on, time.time()), time.monotonic(), deadline_s, threading.get_ident())
+        self._open[number] = entry
+        try:
+            yield
+        finally:
+            del self._open[number]
+        if entry.expired is not None:  # it ended by itself in the moment in which it expired
+            raise entry.expired
+
+    def record(self, start: Wait | None = None) -> str:
+        """Write the record; its sentence. `start`: the wait that expired, otherwise this process's oldest."""
+        now = time.time()
+        own = oldest([entry.wait for entry in list(self._open.values())])
+        waits = [*own, *self._others()]
+        start = start or min((wait for wait in own if wait.who == self._who), key=lambda wait: wait.since, default=None)
+        idle = f"{self._who} waits for nobody"
+        sentence = f"{start.sentence(now)}; held up by {culprit(waits, start)}" if start else idle
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / f"record_{self._file}_{next(self._records)}.txt"
+        with path.open("w", encoding="utf-8") as file:
+            file.write(f"{sentence}\n\nwho waits for whom:\n")
+            file.writelines(f"  {wait.sentence(now)}\n" for wait in sorted(waits, key=lambda wait: wait.since))
+            file.write("\nstacks of this process:\n")
+            file.flush()
+            faulthandler.dump_traceback(file, all_threads=True)
+        return f"{sentence} (record: {path})"
+
+    def interrupt(self) -> None:
+        """On the main thread: raise what has expired there."""
+        for entry in list(self._open.values()):
+            if entry.expired is not None and entry.thread == threading.main_thread().ident:
+                expired, entry.expired = entry.expired, None
+                raise expired
+
+    def close(self) -> None:
+        """Stop looking."""
+        self._closed.set()
+        self._thread.join()
+        (self._folder / f"{self._file}.json").unlink(missing_ok=True)
+
+    def _look(self) -> None:
+        while not self._closed.wait(self._look_s):
+            now = time.monotonic()
+            entries = list(self._open.values())
+            self._post(oldest([entry.wait for entry in entries if now - entry.began > self._posted_after_s]))
+            for entry in entries:
+                if entry.deadline_s is None or now - entry.began < entry.deadline_s:
+                    continue
+                if now - entry.began > entry.deadline_s + _UNINTERRUPTED_S:
+                    os._exit(1)
+                if entry.expired is None:
+                    sentence = self.record(entry.wait)
+                    entry.expired = WaitExpired(sentence)
+                    sys.stderr.write(f"{sentence}\n")
+                    main = threading.main_thread().ident
+                    if entry.thread == main and main is not None:
+                        signal.pthread_kill(main, signal.SIGUSR2)
+
+    def _post(self, waits: list[Wait]) -> None:
+        if not waits and not self._posted:
+            return
+        self._posted = bool(waits)
+        path = self._folder / f"{self._file}.json"
+        if not waits:
+            path.unlink(missing_ok=True)
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps([asdict(wait) for wait in waits]), encoding="utf-8")
+        partial.rename(path)
+
+    def _others(self) -> list[Wait]:
+        waits = []
+        for path in sorted(self._folder.glob("*.json")):
+            if path.name == f"{self._file}.json":
+                continue
+            with contextlib.suppress(OSError, ValueError):  # it is being replaced
+                waits += [Wait(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
+        return waits
+
+
+_recorder: Recorder | None = None
+
+
+@contextlib.contextmanager
+def recording(who: str, folder: Path) -> Iterator[Recorder]:
+    """Observe this process's waits. On the main thread, whose signals SIGUSR1 (write a record) and SIGUSR2 (end a wait) it takes."""
+    global _recorder
+    _recorder = recorder = Recorder(who, folder)
+    before = {
+        signal.SIGUSR1: signal.signal(signal.SIGUSR1, lambda number, frame: _tell(recorder)),
+        signal.SIGUSR2: signal.signal(signal.SIGUSR2, lambda number, frame: recorder.interrupt()),
+    }
+    try:
+        yield recorder
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _recorder = None
+        recorder.close()
+
+
+@contextlib.contextmanager
+def waiting(what: str, on: str, deadline_s: float | None = None, who: str | None = None) -> Iterator[None]:
+    """Name a wait; `who` waits, by default this process. Raises WaitExpired once `deadline_s` have passed."""
+    if _recorder is None:
+        yield
+        return
+    with _recorder.waiting(what, on, deadline_s, who):
+        yield
+
+
+def _tell(recorder: Recorder) -> Any:
+    sys.stderr.write(f"{recorder.record()}\n")

@@ -1,0 +1,245 @@
+"""One command per node: what a node is, what is wrong between nodes, whose fault an end was. Nothing is started here but torch's store."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from typer.testing import CliRunner
+
+from igpo_megatron.cli import app
+from igpo_megatron.launch.board import Board, PreflightFailed, Report, Verdict, culprit, decide
+from igpo_megatron.launch.job import Options, launch_arguments, ray_command
+from igpo_megatron.launch.node import Node, busy_ports, place
+from igpo_megatron.launch.preflight import Facts, disagreements, missing
+
+FIRST = Facts(0, 2, "both", 1, "a", "10.0.0.1", {"torch": "2.13", "python": "3.11"}, {"optim": {"lr": 0.1}}, "m", "t")
+SECOND = replace(FIRST, rank=1, host="b", address="10.0.0.2")
+
+
+def given(**changes: object) -> Node:
+    return place(**{"rank": 0, "nodes": 2, "head": "127.0.0.1:5000", "role": "both", "ranks": None, "world": 4, **changes})  # type: ignore[arg-type]
+
+
+def test_a_node_takes_its_equal_share_of_the_layout_and_the_heads_next_ports():
+    node = given()
+    assert (node.rank, node.ranks, node.address, node.port, node.ray_port, node.static_port) == (0, 2, "127.0.0.1", 5000, 5001, 5002)
+    assert given(rank=1, role="rollout").ranks == 0 and given(ranks=3).ranks == 3
+
+
+def test_a_single_node_is_bound_to_loopback_whatever_head_it_was_given():
+    node = given(nodes=1, head="10.1.2.3", rank=None)
+    assert (node.address, node.head, node.ranks) == ("127.0.0.1", "127.0.0.1", 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"rank": None}, "--nodes 2 needs --node-rank 0 to 1"),
+        ({"rank": 2}, "--node-rank 2 is not one of 0 to 1"),
+        ({"head": None}, "needs --head HOST"),
+        ({"head": "127.0.0.1:x"}, "expected HOST or HOST:PORT"),
+        ({"head": "203.0.113.9"}, "--head 203.0.113.9 is 203.0.113.9, which is no address of this machine"),
+        ({"role": "rollout"}, "--role rollout on node 0"),
+        ({"role": "serve"}, "--role serve: expected one of train, rollout, both"),
+        ({"world": 3}, "the layout has 3 ranks, which 2 nodes cannot share evenly"),
+        ({"rank": 1, "address": "203.0.113.9"}, "--address 203.0.113.9 is no address of this machine"),
+    ],
+)
+def test_a_command_line_that_names_no_place_is_answered_in_one_sentence(changes, sentence):
+    with pytest.raises(ValueError, match=sentence.replace("(", r"\(")):
+        given(**changes)
+
+
+def test_a_busy_port_is_seen_and_a_free_one_is_not():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        assert busy_ports("127.0.0.1", [port]) == [port]
+    assert busy_ports("127.0.0.1", [port]) == []
+
+
+def test_nodes_that_agree_have_no_problem():
+    assert disagreements([FIRST, SECOND], with_ray=True) == [] and missing([FIRST, SECOND], 2, 5) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"nodes": 3}, "node 0 (a, 10.0.0.1) expects 2 nodes and node 1 (b, 10.0.0.2) expects 3"),
+        ({"rank": 0}, "node 0 (a, 10.0.0.1) and node 0 (b, 10.0.0.2) have the same --node-rank"),
+        ({"packages": {"torch": "2.12", "python": "3.11"}}, "other versions: torch: '2.13' -> '2.12'"),
+        ({"config": {"optim": {"lr": 0.2}}}, "other settings: optim.lr: 0.1 -> 0.2"),
+        ({"model": "n"}, "the model folder on node 1 (b, 10.0.0.2) is another"),
+        ({"token": ""}, "node 1 (b, 10.0.0.2) has no Ray token: set RAY_AUTH_TOKEN"),
+        ({"token": "u"}, "has another Ray token than node 0"),
+        ({"options": {"max_restarts": 1}}, "started with other options: max_restarts: None -> 1"),
+    ],
+)
+def test_what_differs_between_nodes_is_named_with_both_values(changes, sentence):
+    (problem,) = disagreements([FIRST, replace(SECOND, **changes)], with_ray=True)
+    assert sentence in problem
+
+
+def test_a_busy_port_and_missing_nodes_are_named():
+    (problem,) = disagreements([replace(FIRST, busy=[29401]), SECOND], with_ray=True)
+    assert problem.startswith("port 29401 of node 0 (a, 10.0.0.1) is busy")
+    assert missing([SECOND], 3, 60) == "nodes 0, 2 of 3 did not come within 60 s; here: node 1 (b, 10.0.0.2)"
+
+
+def test_facts_survive_the_wire():
+    assert Facts.from_json(FIRST.to_json()) == FIRST
+
+
+def test_a_killed_rank_is_the_cause_though_its_neighbour_reported_first():
+    neighbour = Report(0, "error", "rank 0 lost its connection", 1, 10.0)
+    killed = Report(1, "signal", "rank 1 was ended by SIGKILL", 137, 10.4)
+    assert culprit([neighbour, killed]) == killed and culprit([neighbour]) == neighbour
+    assert culprit([killed, Report(0, "ray", "Ray ended", 1, 11.0)]).kind == "ray"
+
+
+def test_a_verdict_waits_for_later_reports_and_for_every_trainer():
+    failed = Report(1, "signal", "rank 1 was ended by SIGKILL", 137, 10.4)
+    done = [Report(rank, "done", "", 0, 1.0) for rank in (0, 1)]
+    assert decide([failed], {0, 1}, {}, 20, since_first_s=0.5) is None
+    assert decide([failed], {0, 1}, {}, 20, since_first_s=2.5) == Verdict(137, failed.sentence)
+    assert decide(done[:1], {0, 1}, {"b": 19.0}, 20, 0.0) is None
+    assert decide(done, {0, 1}, {}, 20, 0.0) == Verdict(0, "finished")
+    lost = decide(done[:1], {0, 1}, {"node 1 (b)": 21.0}, 20, 0.0)
+    assert lost == Verdict(1, "node 1 (b) has not been heard of for 21 s: it is down or cut off")
+
+
+def test_ray_and_torchrun_get_the_addresses_of_the_job(tmp_path):
+    from igpo_megatron.config.load import load
+
+    config = load("examples/quickstart/igpo.yaml", ["rollout.engine.count=3"])
+    head = Node(0, 3, "train", 2, "a", "10.0.0.1", "10.0.0.1", 29400)
+    worker = Node(2, 3, "rollout", 0, "c", "10.0.0.3", "10.0.0.1", 29400)
+    first, second = " ".join(ray_command(head, config, tmp_path)), " ".join(ray_command(worker, config, tmp_path))
+    assert "--node-ip-address 10.0.0.1 --num-cpus 0 --num-gpus 0 --head --port 29401" in first and "pkill" not in first
+    assert "--node-ip-address 10.0.0.3 --num-cpus 4 --num-gpus 0 --address 10.0.0.1:29401" in second
+    options = Options("c10d", 2, 120, 20)
+    agent = launch_arguments(replace(head, rank=1), [0, 1], options)
+    assert (agent["min_nodes"], agent["max_restarts"], agent["rdzv_endpoint"]) == (2, 2, "10.0.0.1:29400")
+    static = launch_arguments(replace(head, rank=1), [0, 1], replace(options, rendezvous="static"))
+    assert (static["rdzv_endpoint"], static["rdzv_configs"]["rank"]) == ("10.0.0.1:29402", 1)
+    with pytest.raises(ValueError, match="expected c10d or static"):
+        Options("etcd", 0, 1, 1)
+
+
+# ---- the store, for real: threads stand in for nodes
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def meet(nodes: list[Node], facts: list[Facts], deadline_s: float, lost_after_s: float = 5.0) -> list[Board | str]:
+    """Each node's board once all have met, or the sentence it would print; every node within the deadline."""
+    answers: list[Board | str] = ["no answer"] * len(nodes)
+
+    def one(number: int) -> None:
+        try:
+            board = Board(nodes[number], lost_after_s=lost_after_s)
+            board.meet(facts[number], deadline_s, lambda found: disagreements(found, with_ray=False))
+            answers[number] = board
+        except PreflightFailed as problem:
+            answers[number] = str(problem)
+
+    threads = [threading.Thread(target=one, args=(number,), daemon=True) for number in range(len(nodes))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(deadline_s + 3)
+    return answers
+
+
+def pair(count: int = 2) -> tuple[list[Node], list[Facts]]:
+    port = free_port()
+    nodes = [Node(rank, count, "both", 1, "host", "127.0.0.1", "127.0.0.1", port) for rank in range(count)]
+    return nodes, [Facts(rank, count, "both", 1, "host", "127.0.0.1", config={"lr": 1}) for rank in range(count)]
+
+
+def eventually(happened: Callable[[], object], within_s: float = 15.0) -> bool:
+    until = time.monotonic() + within_s
+    while time.monotonic() < until:
+        if happened():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_every_node_prints_the_same_sentence_where_settings_differ():
+    nodes, facts = pair()
+    facts[1] = replace(facts[1], config={"lr": 2})
+    first, second = meet(nodes, facts, deadline_s=20)
+    assert isinstance(first, str) and first == second and "lr: 1 -> 2" in first
+
+
+def test_a_peer_that_does_not_come_is_missed_by_every_node_within_the_deadline():
+    nodes, facts = pair(3)
+    began = time.monotonic()
+    answers = meet(nodes[:2], facts[:2], deadline_s=6)
+    assert time.monotonic() - began < 8
+    assert answers[0] == answers[1] and str(answers[0]).startswith("node 2 of 3 did not come within 6 s")
+    began = time.monotonic()
+    nodes, facts = pair(3)
+    (alone,) = meet(nodes[1:2], facts[1:2], deadline_s=2)
+    assert "no `igpo launch` of node 0 answered" in str(alone) and time.monotonic() - began < 4
+
+
+def test_a_port_taken_by_somebody_else_is_told_by_every_node():
+    nodes, facts = pair()
+    with socket.create_server(("127.0.0.1", nodes[0].port)):
+        first, second = meet(nodes, facts, deadline_s=4)
+    assert f"port {nodes[0].port} of node 0 (host, 127.0.0.1) is busy" in str(first)
+    assert "if something else listens on that port" in str(second)
+
+
+def test_a_failure_on_one_node_becomes_the_verdict_on_all_and_a_silent_node_is_missed():
+    nodes, facts = pair()
+    first, second = meet(nodes, facts, deadline_s=20, lost_after_s=3.0)
+    assert isinstance(first, Board) and isinstance(second, Board)
+    second.post("ray")
+    assert eventually(lambda: first.has("ray"))
+    assert first.verdict is None and second.verdict is None
+    second.report("signal", "rank 1 was ended by SIGKILL", 137)
+    assert eventually(lambda: first.verdict and second.verdict)
+    assert first.verdict == second.verdict == Verdict(137, "rank 1 was ended by SIGKILL")
+    second.leave()
+    began = time.monotonic()
+    first.leave()
+    assert time.monotonic() - began < 6
+
+
+def test_a_node_whose_heartbeat_stops_ends_the_job_on_the_others():
+    nodes, facts = pair()
+    first, second = meet(nodes, facts, deadline_s=20, lost_after_s=2.0)
+    assert isinstance(first, Board) and isinstance(second, Board)
+    second._ended.set()  # its thread stops: what a cut link looks like from node 0
+    assert eventually(lambda: first.verdict)
+    assert first.verdict is not None and first.verdict.sentence.startswith("node 1 (host, 127.0.0.1) has not been heard of for")
+    assert eventually(lambda: second.verdict)
+    assert second.verdict is not None and "node 0 (host, 127.0.0.1) has not answered node 1" in second.verdict.sentence
+    first.leave()
+
+
+@pytest.mark.parametrize(
+    ("environment", "sentence"),
+    [
+        ({"NNODES": "2"}, "--nodes 2 needs --node-rank 0 to 1"),
+        ({"SLURM_NNODES": "2", "SLURM_NODEID": "1"}, "--nodes 2 needs --head"),
+        ({"SLURM_NNODES": "3", "SLURM_NODEID": "3", "MASTER_ADDR": "127.0.0.1"}, "--node-rank 3 is not one of 0 to 2"),
+        ({"NNODES": "2", "NODE_RANK": "0", "IGPO_HEAD": "127.0.0.1", "NODE_ROLE": "rollout"}, "--role rollout on node 0"),
+    ],
+)
+def test_the_command_reads_its_place_from_the_launchers_environment(environment, sentence, tmp_path, monkeypatch):
+    for name in ("NNODES", "NODE_RANK", "NODE_ROLE", "IGPO_HEAD", "MASTER_ADDR", "SLURM_NNODES", "SLURM_NODEID", "RANKS", "NODE_IP"):
+        monkeypatch.delenv(name, raising=False)
+    result = CliRunner().invoke(app, ["launch", "examples/quickstart/igpo.yaml", f"run.folder={tmp_path}"], env=environment)
+    assert result.exit_code == 2 and f"error: {sentence}" in result.output

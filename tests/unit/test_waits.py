@@ -1,0 +1,103 @@
+"""Named waits: the culprit at the end of the chain, the record, the end of a wait that lasts too long."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from igpo_megatron.waits import Recorder, Wait, WaitExpired, culprit, oldest, recording, waiting
+
+FIRST = Wait("rank 1", "the groups of step 3", "rank 0", 100.0)
+SECOND = Wait("rank 0", "the rollouts of step 3", "engine 1", 101.0)
+
+
+def test_the_culprit_is_the_end_of_the_chain_of_waits():
+    assert culprit([FIRST, SECOND], FIRST) == "engine 1"
+    assert culprit([FIRST], FIRST) == "rank 0"
+    assert culprit([SECOND, Wait("engine 2", "a GPU", "nobody", 1.0)], SECOND) == "engine 1"
+
+
+def test_a_hundred_requests_to_one_engine_are_one_edge_and_the_slow_tool_is_named():
+    turns = [Wait("the rollouts", f"turn {number}", "an engine", 200.0 + number) for number in range(100)]
+    search = Wait("the rollouts", "a result", "the tool search", 150.0)
+    main = Wait("rank 0", "the rollouts of step 3", "the rollouts", 140.0)
+    assert oldest([*turns, search]) == [search, turns[0]]
+    assert culprit([FIRST, main, *oldest([*turns, search])], FIRST) == "the tool search"
+
+
+def test_a_circle_of_waits_is_called_one():
+    back = Wait("rank 0", "a gradient", "rank 1", 99.0)
+    assert culprit([FIRST, back], FIRST) == "a circle: rank 1 waits for rank 0 waits for rank 1"
+
+
+def test_a_sentence_says_who_what_whom_and_how_long():
+    assert FIRST.sentence(now=130.0) == "rank 1 has waited 30 s for the groups of step 3 (from rank 0)"
+
+
+def test_a_wait_without_a_recorder_and_one_that_ends_in_time_cost_nothing(tmp_path: Path):
+    with waiting("nothing", on="nobody", deadline_s=0.0):
+        pass
+    with recording("rank 0", tmp_path), waiting("a moment", on="the clock", deadline_s=60.0):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wait_on_another_thread_is_ended_when_it_returns_and_not_before(tmp_path: Path):
+    caught: list[str] = []
+
+    def other() -> None:
+        with recorder.waiting("a slow answer", on="the tool search", deadline_s=0.2):
+            time.sleep(1.0)
+
+    def outer() -> None:
+        try:
+            other()
+        except WaitExpired as problem:
+            caught.append(str(problem))
+
+    recorder = Recorder("rank 0", tmp_path, look_s=0.05)
+    thread = threading.Thread(target=outer)
+    thread.start()
+    thread.join(20)
+    recorder.close()
+    assert len(caught) == 1 and "held up by the tool search" in caught[0]
+
+
+def test_a_wait_that_passes_its_deadline_is_ended_by_a_sentence_and_leaves_a_record(tmp_path: Path, capfd):
+    began = time.monotonic()
+    expected = pytest.raises(WaitExpired, match="held up by engine 1")
+    with recording("rank 0", tmp_path), expected, waiting("the rollouts of step 3", on="engine 1", deadline_s=0.5):
+        threading.Event().wait(60)
+    assert time.monotonic() - began < 20
+    (record,) = tmp_path.glob("record_rank_0_*.txt")
+    text = record.read_text()
+    assert text.startswith("rank 0 has waited") and "who waits for whom:\n  rank 0 has waited" in text
+    assert "test_waits.py" in text and "wait" in text.split("stacks of this process")[1]
+    assert "held up by engine 1" in capfd.readouterr().err
+
+
+def test_records_know_what_other_ranks_wait_for(tmp_path: Path):
+    main, other = (Recorder(who, tmp_path, look_s=0.05, posted_after_s=0.1) for who in ("rank 0", "rank 1"))
+    with main.waiting("the rollouts of step 3", on="engine 1", deadline_s=None):
+        deadline = time.monotonic() + 20
+        while not (tmp_path / "rank_0.json").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        with other.waiting("the groups of step 3", on="rank 0", deadline_s=None):
+            sentence = other.record()
+    assert "rank 1 has waited" in sentence and "held up by engine 1" in sentence
+    main.close()
+    other.close()
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_a_signal_writes_a_record_and_ends_nothing(tmp_path: Path, capfd):
+    with recording("rank 7", tmp_path), waiting("a parcel", on="the post", deadline_s=60.0):
+        os.kill(os.getpid(), signal.SIGUSR1)
+    (record,) = tmp_path.glob("record_rank_7_*.txt")
+    assert "held up by the post" in record.read_text() and "held up by the post" in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
