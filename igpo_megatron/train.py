@@ -78,10 +78,11 @@ def train(config: Config, policy: Policy, side: Side, tracker: Tracker, share: D
         started = time.monotonic()
         with tracker.phase("rollout"):
             groups = parallel.broadcast(parallel.on_main(policy.ranks, partial(collect, config, side, step)))
-        metrics = rollout_metrics(groups, config.rollout.tool_name)
         if learns:
             share.policy_returns(side.engines)
-            metrics |= learn(policy, groups, tracker, step)
+            metrics = learn(policy, groups, tracker, step)
+        else:
+            metrics = rollout_metrics(groups, config.rollout.tool_name)
         if policy.ranks.is_main and config.track.dump_every and (step % config.track.dump_every == 0 or not learns):
             with tracker.phase("rollout"):
                 write_rollouts(side.folder.rollouts / f"step_{step:06d}.parquet", step, groups)
