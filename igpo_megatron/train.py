@@ -72,7 +72,7 @@ def train(config: Config, policy: Policy, side: Side, tracker: Tracker, share: D
     serves, learns = config.run.replay is None, config.run.stop_after == "none"
     if serves:
         share.policy_returns(side.engines)
-        sync_weights(policy, side, tracker, share, version=first_step - 1)
+        tracker.log(first_step - 1, sync_weights(policy, side, tracker, share, version=first_step - 1))
         parallel.on_main(policy.ranks, partial(evaluate_if_due, config, side, tracker, step=first_step - 1))
     for step in range(first_step, config.run.steps + 1):
         started = time.monotonic()

@@ -8,6 +8,7 @@ The file stays after a transfer: an engine that is started again later is filled
 
 from __future__ import annotations
 
+import ctypes
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -134,7 +135,7 @@ class SharedWeights:
             cursor += -cursor % _ALIGNMENT
             data = tensor.detach().to("cpu").contiguous()
             entries.append(Entry(name, dtype_name(data), tuple(data.shape), fingerprint(tensor), cursor, data.nbytes))
-            self.write_bytes(data.reshape(-1).view(torch.uint8).numpy().data, cursor)
+            self.write_bytes(_memory_of(data), cursor)
             cursor += data.nbytes
         return Bucket(number, tuple(entries))
 
@@ -168,6 +169,11 @@ def read(path: str, entries: Iterable[Entry]) -> Iterator[tuple[str, torch.Tenso
     for entry in entries:
         part = buffer[entry.offset : entry.offset + entry.nbytes]
         yield entry.name, part.view(getattr(torch, entry.dtype)).view(entry.shape)
+
+
+def _memory_of(tensor: torch.Tensor) -> memoryview:
+    """A contiguous CPU tensor's bytes. `numpy()` would fix its storage for good, which a policy that leaves its device has to empty."""
+    return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
 def _mapped(path: str, size: int) -> torch.Tensor:

@@ -16,6 +16,7 @@ from igpo_megatron.actor.offload import Offload
 from igpo_megatron.actor.policy import Policy
 from igpo_megatron.actor.weight_sync import named_weights
 from igpo_megatron.learn import update
+from igpo_megatron.rollout.weight_store import SharedWeights
 from igpo_megatron.types import RolloutGroup
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -36,6 +37,10 @@ def trained(policy: Policy, groups: list[RolloutGroup], leaves: bool) -> tuple[d
             offload.come_back()
             assert not offload.is_away
         update(policy, groups)
+        # An export must not pin what is to be emptied next.
+        store = SharedWeights()
+        store.write(0, [*named_weights(policy)], 0)
+        store.close()
     return {name: tensor.clone() for name, tensor in named_weights(policy)}, given_back, emptied
 
 

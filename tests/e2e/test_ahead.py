@@ -23,7 +23,7 @@ SETTINGS = (
     "rollout.samples_per_prompt=4",
     f"rollout.max_staleness={AHEAD}",
     "loss.mismatch=truncate",
-    # Searches slow enough that trajectories are in the middle of a turn when weights change.
+    # Slow searches: rollouts are under way when weights change.
     "search.mode=chaos",
     "search.chaos.failed_fraction=0",
     "search.chaos.latency_s=1.5",
@@ -71,17 +71,18 @@ def test_rollouts_run_ahead_as_far_as_they_may_and_no_further(ahead: DemoRuns) -
     assert 0.0 < rows[2]["staleness_mean"] <= rows[2]["staleness_max"] == 1.0
 
 
-def test_what_was_being_sampled_goes_on_with_new_weights_and_each_turn_names_its_own(ahead: DemoRuns) -> None:
-    groups = [group for step, groups in ahead.rollouts("ahead") if step in (2, 4) for group in groups]
-    changed = [{group.nodes[index].weight_version for index in end.path} - {None} for group in groups for end in group.trajectories]
-    assert any(len(versions) == 2 for versions in changed), "no trajectory saw two versions: the test's searches are too fast"
-    assert all(end.status.is_trainable for group in groups for end in group.trajectories)
+def test_every_turn_names_the_weights_it_began_with_and_none_is_lost_to_an_update(ahead: DemoRuns) -> None:
+    groups = [group for _, groups in ahead.rollouts("ahead") for group in groups]
+    for group in groups:
+        for trajectory in group.trajectories:
+            versions = [node.weight_version or 0 for node in group.actions(trajectory)]
+            assert trajectory.status.is_trainable and versions == sorted(versions)
 
 
 def test_engine_and_trainer_agree_on_turns_of_the_same_weights(ahead: DemoRuns) -> None:
     rows = ahead.rows("ahead")
     assert all(row["canary_gap"] < 1e-3 for row in rows)
-    assert all(row.get("logprob_gap_max", 0.0) < 1e-3 for row in rows)
+    assert all(row["logprob_gap_max"] < 1e-3 for row in rows if row["staleness_max"] == 0.0)
     assert any("stale_gap_mean" in row and 0.0 < row["importance_ess"] <= 1.0 for row in rows)
 
 
