@@ -218,14 +218,13 @@ def test_requests_in_flight_outlive_a_sync_and_carry_the_weights_they_began_with
         first = [asyncio.ensure_future(ask(number, 400)) for number in range(12)]
         await asyncio.sleep(0.4)
         syncing = asyncio.ensure_future(asyncio.to_thread(send, pool, 21, 0.9, canary_of(0.9)))
-        during = []
+        during, probes = [], []
         while not syncing.done():
             during.append(asyncio.ensure_future(ask(len(during), 8)))
-            during.append(asyncio.ensure_future(probe()))
+            probes.append(asyncio.ensure_future(probe()))
             await asyncio.sleep(0.01)
         await syncing
-        found = await asyncio.gather(*during)
-        return await asyncio.gather(*first), found[::2], found[1::2]
+        return await asyncio.gather(*first), await asyncio.gather(*during), await asyncio.gather(*probes)
 
     def by(scale: float, number: int, done: Completion) -> torch.Tensor:
         """Tokens of a turn that the weights of `scale` sampled."""
