@@ -24,7 +24,7 @@ from torch import Tensor
 from checkpoint_conversion.architectures import ModelShape, local_name
 from checkpoint_conversion.folders import complete_file
 from checkpoint_conversion.rules import ConversionError, Rule
-from checkpoint_conversion.torch_file import load_mapped
+from checkpoint_conversion.torch_file import append_archive, load_mapped
 from checkpoint_conversion.units import Unit
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -94,7 +94,7 @@ def write_classic(
             on_bytes(state[local].nbytes)
         content = {"model": state, "checkpoint_version": 3.0, "iteration": 0, "args": _arguments(shape, grid, state)}
         with complete_file(path) as file:
-            torch.save(content, file)
+            append_archive(file, content)
     with complete_file(folder / TRACKER) as file:
         file.write(b"release")
 

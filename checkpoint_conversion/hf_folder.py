@@ -106,9 +106,12 @@ class HfReader:
         path = self.folder / HF_INDEX
         if path.is_file():
             try:
-                return dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
-            except (json.JSONDecodeError, KeyError) as error:
-                raise ConversionError(f"{path} is not an index of safetensors files: {error!r}") from error
+                weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ConversionError(f"{path} is not an index of safetensors files ({error!r}); download it again") from error
+            if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(file, str) for file in weight_map.values()):
+                raise ConversionError(f"{path}: weight_map does not give the file of each tensor; download it again")
+            return weight_map
         single = self.folder / "model.safetensors"
         if single.is_file():
             return dict.fromkeys(self._open(single.name).keys(), single.name)

@@ -12,7 +12,6 @@ the whole model in memory and a running process group.
 
 from __future__ import annotations
 
-import io
 import json
 import mmap
 import pickle
@@ -41,7 +40,7 @@ from checkpoint_conversion.architectures import local_name
 from checkpoint_conversion.folders import complete_file
 from checkpoint_conversion.hf_folder import raw_bytes
 from checkpoint_conversion.rules import ConversionError, Rule
-from checkpoint_conversion.torch_file import map_tensor
+from checkpoint_conversion.torch_file import append_archive, map_tensor
 from checkpoint_conversion.units import MAX_SHARD_BYTES, TensorInfo, Unit, shards
 
 _LAYER_KEY = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
@@ -219,7 +218,7 @@ def write_megatron(
     content = {"singleton_local_shards": False, "non_homogeneous_layers": False}
     formats = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
     with complete_file(folder / "common.pt") as stream:
-        torch.save({"content_metadata": content}, stream)
+        append_archive(stream, {"content_metadata": content})
     with complete_file(folder / "metadata.json") as stream:
         stream.write(json.dumps(formats).encode())
     with complete_file(folder / ".metadata") as stream:
@@ -286,23 +285,10 @@ def _append(file: BinaryIO, content: Any) -> tuple[int, int]:
     checksums = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
-        torch.save(content, _Tail(file))
+        append_archive(file, content)
     finally:
         torch.serialization.set_crc32_options(checksums)
     return start, file.tell() - start
-
-
-class _Tail(io.RawIOBase):
-    """The end of an open file as a stream of its own, because torch.save writes offsets from the start of its stream."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        return self._stream.write(data)
 
 
 def _compact(tensor: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""Look into what torch.save wrote without building Python objects that a file may ask for, and without reading its tensors.
+"""Files of torch.save: written with errors that say what happened, and read without building Python objects that a file may ask for
+and without reading its tensors.
 
 torch.save writes a zip archive, not compressed: `NAME/data.pkl` describes the object, `NAME/data/0` and so on are the bytes of its tensors.
 """
@@ -12,7 +13,7 @@ import struct
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -21,6 +22,35 @@ from checkpoint_conversion.rules import ConversionError
 
 _LOCAL_HEADER = struct.Struct("<26xHH")
 """Of a zip archive's entry: length of its name and of its extra field at the end of 30 bytes."""
+
+
+def append_archive(file: BinaryIO, content: Any) -> None:
+    """torch.save at the end of an open file. What the disk refuses is an OSError, which torch.save may replace by a RuntimeError."""
+    tail = _Tail(file)
+    try:
+        torch.save(content, tail)
+    except RuntimeError as error:
+        if tail.refused is None:
+            raise
+        raise tail.refused from error
+
+
+class _Tail(io.RawIOBase):
+    """The end of an open file as a stream of its own, because torch.save writes offsets from the start of its stream."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self.refused: OSError | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        try:
+            return self._stream.write(data)
+        except OSError as error:
+            self.refused = self.refused or error
+            raise
 
 
 def load_mapped(path: Path) -> Any:

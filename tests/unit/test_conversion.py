@@ -416,6 +416,22 @@ def test_an_index_that_does_not_match_its_files_is_refused_with_the_names(tmp_pa
     assert "model.extra.weight: not in" in str(error.value) and "model.norm.weight: in" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "content", [b"[]", b"\xff\xfe", b"{", *(b'{"weight_map": %s}' % held for held in (b"null", b"[]", b"{}", b'{"a": 3}'))]
+)
+def test_an_index_that_is_none_is_refused(tmp_path, content):
+    (tmp_path / HF_INDEX).write_bytes(content)
+    with pytest.raises(ConversionError, match=r"index\.json.*download it again"):
+        HfReader(tmp_path)
+
+
+@pytest.mark.parametrize("content, message", [(b"[]", "holds a list"), (b"null", "holds a NoneType"), (b"\xff", "is not JSON")])
+def test_a_config_that_is_none_is_refused(tmp_path, content, message):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ConversionError, match=message):
+        read_shape(tmp_path)
+
+
 def test_a_tensor_that_no_rule_knows_stops_the_conversion_and_leaves_nothing(tmp_path):
     hf = hf_folder(tmp_path / "hf", "qwen2")
     tensors = load_file(hf / "model.safetensors")

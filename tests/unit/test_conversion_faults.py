@@ -8,6 +8,7 @@ import mmap
 import multiprocessing
 import os
 import pickle
+import resource
 import shutil
 import signal
 import time
@@ -121,6 +122,42 @@ def test_a_full_disk_is_a_clear_error_and_the_same_command_resumes(hf, megatron,
     convert(direction, hf, megatron, out)
     assert {name: finished(out)[name] for name in before} == before
     assert_right(direction, hf, megatron, out)
+
+
+def message_where_files_may_have(limit: int, function, *arguments, **options) -> str:
+    """What a conversion says in a process in which the system itself refuses to write beyond `limit` bytes of a file."""
+
+    def work(queue) -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then a write raises OSError, as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        try:
+            function(*arguments, **options)
+            queue.put("nothing")
+        except (ConversionError, OSError, RuntimeError) as error:
+            queue.put(f"{type(error).__name__}: {error}")
+
+    queue = multiprocessing.get_context("fork").SimpleQueue()
+    process = multiprocessing.get_context("fork").Process(target=work, args=(queue,))
+    process.start()
+    message = queue.get()
+    process.join()
+    return message
+
+
+@pytest.mark.parametrize("limit", [3_000, 20_000, 150_001])
+@pytest.mark.parametrize("target", ["torch_dist", "classic", "hf"])
+def test_a_disk_that_fills_within_a_tensor_is_a_clear_error_in_every_layout(hf, megatron, tmp_path, target, limit):
+    out = tmp_path / "out"
+    source, function = (megatron, megatron_to_hf) if target == "hf" else (hf, hf_to_megatron)
+    options = {"classic": Grid()} if target == "classic" else {}
+    message = message_where_files_may_have(limit, function, source, out, **options)
+    assert message.startswith("ConversionError") and "File too large" in message and "the same command" in message
+    assert not out.exists() and partial_of(out).exists() and not list(partial_of(out).rglob("*.tmp"))
+    function(source, out, **options)
+    if target == "hf":
+        assert_same_bits(hf, out)
+    else:
+        assert verify(hf, out).differences == {}
 
 
 def test_what_was_begun_from_another_source_is_not_resumed(tmp_path):
