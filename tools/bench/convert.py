@@ -5,10 +5,14 @@
 A synthetic bf16 checkpoint in shards goes HF -> Megatron -> HF. The measure is a plain safetensors copy of the same files (load a shard,
 save it); both have the disk hold what they wrote before they end. Every call is a process of its own. Its memory is the peak of
 RssAnon in /proc/self/status, read every 5 ms, above what it was after imports: memory-mapped pages of files do not count.
+
+Where mbridge and TransformerEngine, of whose layers all its models are made, are installed, mbridge reads the same folder into a model
+beside them. It writes no files, so its time is a lower bound of a conversion. Where it did not run, the result says why.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -66,6 +70,7 @@ def main(
                 measured = in_a_process(kind, source, root / kind)
                 if number > 0:
                     found.append(measured)
+        mbridge = mbridge_row(hf, nbytes)
         differing = verify(root / "megatron_to_hf", root / "hf_to_megatron").differences | verify(hf, root / "hf_to_megatron").differences
     seconds = {kind: [measured["seconds"] for measured in found] for kind, found in runs.items()}
     peaks = {kind: max(measured["peak_mb"] for measured in found) for kind, found in runs.items()}
@@ -80,6 +85,7 @@ def main(
         "rss_bound_mb": round(2 * largest / 1e6 + SLACK_MB, 1),
         "largest_tensor_mb": round(largest / 1e6, 1),
         "tensors_that_differ": len(differing),
+        "mbridge": mbridge,
     }
     finish("convert", figures, {"copy_ratio": FLOOR, "peak_rss_mb": figures["rss_bound_mb"]}, ("torch", "safetensors"), out)
 
@@ -139,10 +145,34 @@ def tensor_shapes(layers: int) -> dict[str, tuple[int, ...]]:
     return {**shapes, "model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCAB, HIDDEN)}
 
 
-def in_a_process(kind: str, source: Path, target: Path) -> dict[str, float]:
+def in_a_process(kind: str, source: Path, target: Path, stderr: int | None = None) -> dict[str, float]:
     """{"seconds", "peak_mb"} of one call."""
     command = [sys.executable, __file__, "--one", kind, str(source), str(target)]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=stderr, text=True).stdout)
+
+
+def mbridge_row(hf: Path, nbytes: int) -> dict[str, float] | str:
+    """GB/s and memory of mbridge, or why there are none."""
+    for package in ("mbridge", "transformer_engine"):
+        if importlib.util.find_spec(package) is None:
+            return f"not run: {package} is not installed"
+    try:
+        found = in_a_process("mbridge", hf, hf, subprocess.PIPE)
+    except subprocess.CalledProcessError as error:
+        return f"not run: {(error.stderr.strip().splitlines() or ['it ended without a word'])[-1]}"
+    return {"load_gb_per_s": round(nbytes / 1e9 / found["seconds"], 3), "peak_mb": found["peak_mb"]}
+
+
+def mbridge_load(source: Path, target: Path) -> None:
+    """mbridge's way from an HF folder to a Megatron model of one rank."""
+    from mbridge import AutoBridge
+    from megatron.core import parallel_state
+    from torch import distributed
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    bridge = AutoBridge.from_pretrained(str(source))
+    bridge.load_weights(bridge.get_model(), str(source))
 
 
 def one(kind: str, source: Path, target: Path) -> None:
@@ -154,7 +184,10 @@ def one(kind: str, source: Path, target: Path) -> None:
         "copy": plain_copy,
         "hf_to_megatron": hf_to_megatron,
         "megatron_to_hf": megatron_to_hf,
+        "mbridge": mbridge_load,
     }
+    if kind == "mbridge":
+        importlib.import_module("mbridge")
     with anonymous_peak() as peak:
         started = time.perf_counter()
         calls[kind](source, target)
