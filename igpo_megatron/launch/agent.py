@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -68,6 +69,8 @@ def main(spec: dict[str, Any]) -> int:
     from torch.distributed.launcher.api import LaunchConfig
 
     end_with_parent()
+    # One store of the agents for every attempt would still hold the addresses of the ranks that died, and new ones would knock there.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     try:
         outcome = run_ranks(LaunchConfig(**spec["launch"]), spec["arguments"])
     except RendezvousError as error:
