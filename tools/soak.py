@@ -92,7 +92,7 @@ class Kill:
 
     codes: list[int | None] = field(default_factory=list)
     sentences: list[str] = field(default_factory=list)
-    """The last line that each host printed."""
+    """What each host printed about it."""
 
 
 # ---- what was trained
@@ -163,9 +163,14 @@ class Job:
                 continue
         return False
 
-    def last_lines(self) -> list[str]:
-        """What each host printed last."""
-        return [next((line for line in reversed(log.read_text(errors="replace").splitlines()) if line.strip()), "") for log in self.logs]
+    def sentences(self) -> list[str]:
+        """What each host said at last: how it ended, or of an engine that is started again; otherwise its last line."""
+        found = []
+        for log in self.logs:
+            lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+            said = [line for line in lines if line.startswith(("stopped: ", "error: ")) or "; restart " in line]
+            found.append((said or lines or [""])[-1])
+        return found
 
     def left_behind(self) -> list[str]:
         """Command lines of processes that outlived their launcher; they are ended."""
@@ -319,7 +324,7 @@ class _Trial:
         kill.outcome = "went on" if went_on else "stopped"
         kill.ended_s = round(time.monotonic() - began, 1)
         kill.codes = [process.poll() for process in self.job.launchers]
-        kill.sentences = self.job.last_lines()
+        kill.sentences = self.job.sentences()
         if not fault.match and self.network is not None:
             self.network.join(host)
         self._done.append(kill)

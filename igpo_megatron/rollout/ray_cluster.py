@@ -36,7 +36,7 @@ class RayCluster:
     """Ray for one pool; `close` ends what was started here and leaves a joined cluster."""
 
     def __init__(self, config: Config, *, cuda: bool) -> None:
-        """Raises EngineError where the cluster to join does not answer."""
+        """Raises EngineError where Ray does not start, or the cluster to join does not answer."""
         self._folder: Path | None = None
         self._servers: dict[str, psutil.Process] = {}
         engine = config.rollout.engine
@@ -64,15 +64,18 @@ class RayCluster:
             if cuda and engine.gpu_ids:
                 os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, engine.gpu_ids))
             carried = _BUCKETS_IN_FLIGHT * config.sync.bucket_mib * 2**20 if config.sync.transport == "object_store" else 0
-            ray.init(
-                address="local",
-                num_cpus=engine.count + 1,  # logical: what an engine really uses is its `threads`
-                include_dashboard=False,
-                object_store_memory=_OBJECT_STORE_BYTES + carried,
-                _node_ip_address="127.0.0.1",
-                _temp_dir=str(self._folder),
-                **quiet,
-            )
+            try:
+                ray.init(
+                    address="local",
+                    num_cpus=engine.count + 1,  # logical: what an engine really uses is its `threads`
+                    include_dashboard=False,
+                    object_store_memory=_OBJECT_STORE_BYTES + carried,
+                    _node_ip_address="127.0.0.1",
+                    _temp_dir=str(self._folder),
+                    **quiet,
+                )
+            except Exception as error:  # noqa: BLE001 (Ray raises nothing narrower)
+                raise EngineError(f"Ray did not start on this machine: {cause(error)}") from None
             self._servers = {child.name(): child for child in psutil.Process().children() if child.name() in _SERVERS}
 
     def ended(self) -> str | None:
