@@ -43,6 +43,9 @@ from igpo_megatron.observability.tracker import read_metrics
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "tools/bench/results/cpu/soak.json"
 VERDICTS = {"lost": "lost", "repeated": "trained twice", "left_behind": "processes left behind"}
+PATIENCE_S = 40
+"""Ray's agents look five times, two seconds apart, before they believe that their raylet is dead."""
+
 STARTUP_SHARE = 0.2
 """Of the kills hit a job that has not made a step yet."""
 
@@ -175,7 +178,7 @@ class Job:
     def left_behind(self) -> list[str]:
         """Command lines of processes that outlived their launcher; they are ended."""
         alive = [one for seen in self.seen for one in seen.values() if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
-        _, alive = psutil.wait_procs(alive, timeout=15)
+        _, alive = psutil.wait_procs(alive, timeout=PATIENCE_S)
         names = []
         for process in alive:
             try:
