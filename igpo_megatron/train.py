@@ -51,6 +51,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_MAIN_CLOSES_S = 60.0
+
 
 @dataclass(slots=True)
 class Side:
@@ -295,6 +297,10 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     except RunStopped as stop:
         _say(f"stopped: {stop}\nthe same command resumes from the last checkpoint\n", str(stop))
+        if int(os.environ.get("RANK", 0)):
+            time.sleep(
+                _MAIN_CLOSES_S
+            )  # the first rank that ends lets torchrun end the others, and the main rank still has engines to close
         return 1
     except RuntimeError as error:
         if not is_lost_peer(error):

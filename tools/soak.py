@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import secrets
@@ -24,8 +25,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 import pyarrow.parquet as pq
@@ -41,28 +43,36 @@ from igpo_megatron.observability.tracker import read_metrics
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "tools/bench/results/cpu/soak.json"
 VERDICTS = {"lost": "lost", "repeated": "trained twice", "left_behind": "processes left behind"}
+PATIENCE_S = 40
+"""Ray's agents look five times, two seconds apart, before they believe that their raylet is dead."""
+
 STARTUP_SHARE = 0.2
 """Of the kills hit a job that has not made a step yet."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What is killed: a process whose command line or name holds a text; the empty text is the host's network."""
+    """What is killed."""
 
     name: str
     match: str
-    on_head: bool | None = None
-    """True: only on host 0; None: on a host drawn by chance."""
+    """Name of the process, or one word of its command line; empty for the host's network."""
+
+    on_head: bool = False
+    """Only on host 0; otherwise on a host drawn by chance."""
+
+    needs_hosts: bool = False
+    """Nothing of the kind exists where one host is all: its launcher is torchrun's agent itself."""
 
 
 FAULTS = (
     Fault("rank", "igpo_megatron.train"),
     Fault("engine", "VLLM::EngineCore"),
     Fault("Ray head", "gcs_server", on_head=True),
-    Fault("raylet", "raylet/raylet"),
-    Fault("torchrun agent", "igpo_megatron.launch.agent"),
-    Fault("launcher", "igpo_megatron.cli launch"),
-    Fault("host cut off", ""),
+    Fault("raylet", "raylet"),
+    Fault("torchrun agent", "igpo_megatron.launch.agent", needs_hosts=True),
+    Fault("launcher", "igpo_megatron.cli"),
+    Fault("host cut off", "", needs_hosts=True),
 )
 
 
@@ -85,24 +95,26 @@ class Kill:
 
     codes: list[int | None] = field(default_factory=list)
     sentences: list[str] = field(default_factory=list)
-    """The last line that each host printed."""
+    """What each host printed about it."""
 
 
 # ---- what was trained
 
 
-def trained_questions(run: Path) -> Counter[str]:
-    """How often each question was trained: the rollout files hold every step that counts, a repeated step once."""
+def trained_questions(run: Path, steps: int) -> Counter[str]:
+    """How often each question was trained in the first `steps`: the rollout files hold every step that counts, a repeated step once."""
     found: Counter[str] = Counter()
     for path in sorted((run / "rollouts").glob("step_*.parquet")):
+        if int(path.stem[5:]) > steps:
+            continue  # it was not saved, and will be trained again
         found.update(prompt["id"] for prompt in pq.read_table(path, columns=["prompt"])["prompt"].to_pylist())
     return found
 
 
-def expected_questions(config: Config) -> Counter[str]:
-    """What a run that nobody disturbs trains: the first steps x prompts_per_step questions of its stream."""
+def expected_questions(config: Config, steps: int) -> Counter[str]:
+    """What a run that nobody disturbs trains in `steps`: the first steps x prompts_per_step questions of its stream."""
     stream = PromptStream(config.data.train, seed=config.run.seed, shuffle=config.data.shuffle, balance=config.data.balance)
-    return Counter(stream.question(ordinal).id for ordinal in stream.draw(config.run.steps * config.rollout.prompts_per_step))
+    return Counter(stream.question(ordinal).id for ordinal in stream.draw(steps * config.rollout.prompts_per_step))
 
 
 def difference(trained: Counter[str], expected: Counter[str]) -> dict[str, list[str]]:
@@ -139,7 +151,7 @@ class Job:
         while not happened():
             if not self.running or time.monotonic() > deadline:
                 return False
-            time.sleep(0.1)
+            time.sleep(0.2)
         return True
 
     def kill(self, fault: Fault, host: int) -> bool:
@@ -147,21 +159,26 @@ class Job:
         self._look()
         for process in self.seen[host].values():
             try:
-                if process.is_running() and fault.match in " ".join([process.name(), *process.cmdline()]):
+                if process.is_running() and fault.match in (process.name(), *process.cmdline()):
                     process.send_signal(signal.SIGKILL)
                     return True
             except (psutil.NoSuchProcess, psutil.AccessDenied):
                 continue
         return False
 
-    def last_lines(self) -> list[str]:
-        """What each host printed last."""
-        return [next((line for line in reversed(log.read_text(errors="replace").splitlines()) if line.strip()), "") for log in self.logs]
+    def sentences(self) -> list[str]:
+        """What each host said at last: how it ended, or of an engine that is started again; otherwise its last line."""
+        found = []
+        for log in self.logs:
+            lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+            said = [line for line in lines if line.startswith(("stopped: ", "error: ")) or "; restart " in line]
+            found.append((said or lines or [""])[-1])
+        return found
 
     def left_behind(self) -> list[str]:
         """Command lines of processes that outlived their launcher; they are ended."""
         alive = [one for seen in self.seen for one in seen.values() if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
-        _, alive = psutil.wait_procs(alive, timeout=15)
+        _, alive = psutil.wait_procs(alive, timeout=PATIENCE_S)
         names = []
         for process in alive:
             try:
@@ -203,105 +220,156 @@ def soak(
     seed: int,
     count: int,
     patience_s: float,
+    until: float = math.inf,
     faults: Sequence[Fault] = FAULTS,
-    environment: dict[str, str] | None = None,
+    logs: Path,
+    report: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
-    """Kill, resume, finish; the result as JSON-able data. `arguments`: configuration and overrides; `patience_s`: for a start or an end."""
+    """Kill, resume, finish; the result as JSON-able data, told to `report` after every kill, too.
+
+    `arguments`: configuration and overrides; `patience_s`: for a start, a step or an end; `until`: no kill after it (monotonic).
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_TOKEN": secrets.token_hex(16), "HF_HUB_OFFLINE": "1"}
+    trial = _Trial(arguments, run, seed, count, patience_s, logs, environment)
     rng = random.Random(seed)
-    token = secrets.token_hex(16)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_TOKEN": token, "HF_HUB_OFFLINE": "1", **(environment or {})}
-    done: list[Kill] = []
-    left: list[str] = []
-    began = time.monotonic()
     with ExitStack() as stack:
-        network = stack.enter_context(hosts.Hosts(count)) if count > 1 else None
-        logs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="igpo-soak-")))
-        possible = [fault for fault in faults if fault.match or network is not None]
-        while len(done) < kills:
-            job = Job(network, count, arguments, logs, environment)
-            stack.callback(job.end)
-            while job.running and len(done) < kills:
-                kill = _one_kill(job, network, rng, possible, run, count, len(done) + 1, patience_s)
-                if kill is None:
-                    break  # it ended, or made no step, without our doing
-                done.append(kill)
-                print(line(kill), flush=True)
-            if len(done) < kills and saved_step(run) and not job.running and (run / "summary.json").exists():
-                break  # the run was over before the kills were
-            job.wait(lambda: False, 0.0 if job.running else 1.0)
-            if job.running and len(done) < kills:
-                raise SystemExit(f"the job neither made a step nor ended within {patience_s:g} s:\n" + "\n".join(job.last_lines()))
-            if not job.running:
-                left += job.left_behind()
-            if job.running:
-                break
-        if not (run / "summary.json").exists():
-            if not job.running:
-                job = Job(network, count, arguments, logs, environment)
-                stack.callback(job.end)
-            if job.wait(lambda: (run / "summary.json").exists(), patience_s * 4):
-                job.wait(lambda: False, patience_s)
-            left += job.left_behind()
-            if not (run / "summary.json").exists():
-                raise SystemExit("the last start did not finish:\n" + "\n".join(log.read_text()[-2000:] for log in job.logs))
-    config = load(arguments[0], list(arguments[1:]))
-    expected, trained = expected_questions(config), trained_questions(run)
-    return {
-        "seed": seed,
-        "hosts": count,
-        "steps": config.run.steps,
-        "steps_logged": [int(row["step"]) for row in read_metrics(run / "metrics.jsonl") if row["step"] > 0],
-        "questions": sum(expected.values()),
-        **difference(trained, expected),
-        "left_behind": left,
-        "seconds": round(time.monotonic() - began),
-        "kills": [asdict(kill) for kill in done],
-    }
+        trial.network = stack.enter_context(hosts.Hosts(count)) if count > 1 else None
+        stack.callback(trial.end)
+        order: list[Fault] = []
+        possible = [fault for fault in faults if count > 1 or not fault.needs_hosts]
+        while trial.goes_on(kills, until):
+            trial.start()
+            while trial.job.running and trial.goes_on(kills, until):
+                order = order or rng.sample(possible, len(possible))  # all kinds come equally often
+                trial.kill(rng, order.pop())
+                report(trial.result())
+        trial.finish()
+        return trial.result()
 
 
-def _one_kill(
-    job: Job,
-    network: hosts.Hosts | None,
-    rng: random.Random,
-    faults: Sequence[Fault],
-    run: Path,
-    count: int,
-    number: int,
-    patience_s: float,
-) -> Kill | None:
-    """Wait for a random point, do one thing, and see what becomes of the job; None where it ended by itself or never got that far."""
-    before = saved_step(run)
-    early = rng.random() < STARTUP_SHARE
-    fault, host, delay_s = rng.choice(faults), rng.randrange(count), rng.uniform(0.0, 10.0)
-    host = 0 if fault.on_head else host
-    if not early and not job.wait(lambda: saved_step(run) > before, patience_s):
-        return None
-    until = time.monotonic() + delay_s
-    job.wait(lambda: time.monotonic() > until, delay_s + 1)
-    if fault.match:
-        # A kind that is not running there yet is waited for; a kind that this host never has is looked for on the others.
-        places = [host, *(other for other in range(count) if other != host)]
-        if not job.wait(lambda: any(job.kill(fault, place) for place in places), patience_s):
-            return None
-    else:
-        assert network is not None
-        network.cut(host)
-    began = time.monotonic()
-    kill = Kill(number, fault.name, host, round(delay_s, 1), saved_step(run))
-    step = saved_step(run)
-    job.wait(lambda: saved_step(run) >= step + 2, patience_s)  # two more steps: it went on
-    if job.running:
-        kill.outcome = "went on" if saved_step(run) >= step + 2 else "hung"
-    else:
-        kill.outcome = "stopped"
-    kill.ended_s = round(time.monotonic() - began, 1)
-    kill.codes = [process.poll() for process in job.launchers]
-    kill.sentences = job.last_lines()
-    if not fault.match and network is not None:
-        network.join(host)
-    if kill.outcome == "hung":
-        raise SystemExit(f"after {fault.name} on host {host} nothing happened within {patience_s:g} s:\n" + "\n".join(kill.sentences))
-    return kill
+class _Trial:
+    """A run that is started again and again, and what was done to it."""
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        run: Path,
+        seed: int,
+        count: int,
+        patience_s: float,
+        logs: Path,
+        environment: dict[str, str],
+    ) -> None:
+        self._arguments, self._run, self._seed, self._count, self._patience_s = arguments, run, seed, count, patience_s
+        self._logs, self._environment = logs, environment
+        self.network: hosts.Hosts | None = None
+        self._job: Job | None = None
+        self._starts = 0
+        self._done: list[Kill] = []
+        self._left: list[str] = []
+        self._began = time.monotonic()
+
+    @property
+    def job(self) -> Job:
+        assert self._job is not None, "nothing was started"
+        return self._job
+
+    @property
+    def _finished(self) -> bool:
+        return (self._run / "summary.json").exists()
+
+    def goes_on(self, kills: int, until: float) -> bool:
+        """There is more to kill, and time for it."""
+        return len(self._done) < kills and time.monotonic() < until and not self._finished
+
+    def start(self) -> None:
+        """The command, given once more on every host."""
+        self._starts += 1
+        folder = self._logs / f"start_{self._starts:02d}"
+        folder.mkdir(parents=True)
+        self._job = Job(self.network, self._count, self._arguments, folder, self._environment)
+
+    def end(self) -> None:
+        """End whatever runs."""
+        if self._job is not None:
+            self._job.end()
+
+    def kill(self, rng: random.Random, fault: Fault) -> None:
+        """Wait for a random point, do one thing, and see what becomes of the job. SystemExit where it stops by itself, or hangs."""
+        before = saved_step(self._run)
+        early = rng.random() < STARTUP_SHARE
+        host, delay_s = rng.randrange(self._count), rng.uniform(0.0, 10.0)
+        host = 0 if fault.on_head else host
+        if not early and not self.job.wait(lambda: saved_step(self._run) > before, self._patience_s):
+            self._give_up("without a new step")
+        until = time.monotonic() + delay_s
+        self.job.wait(lambda: time.monotonic() > until, delay_s + 1)
+        if fault.match:
+            # A kind that is not running there yet is waited for; a kind that this host never has is looked for on the others.
+            places = [host, *(other for other in range(self._count) if other != host)]
+            hit: list[int] = []
+
+            def struck() -> bool:
+                hit.extend(islice((place for place in places if self.job.kill(fault, place)), 1))
+                return bool(hit)
+
+            if not self.job.wait(struck, self._patience_s):
+                self._give_up(f"with nothing to kill that is a {fault.name}")
+            host = hit[0]
+        else:
+            assert self.network is not None
+            self.network.cut(host)
+        began, step = time.monotonic(), saved_step(self._run)
+        kill = Kill(len(self._done) + 1, fault.name, host, round(delay_s, 1), step)
+        went_on = self.job.wait(lambda: saved_step(self._run) >= step + 2, self._patience_s)
+        if not went_on and self.job.running:
+            self._give_up(f"after {fault.name} on host {host}")
+        kill.outcome = "went on" if went_on else "stopped"
+        kill.ended_s = round(time.monotonic() - began, 1)
+        kill.codes = [process.poll() for process in self.job.launchers]
+        kill.sentences = self.job.sentences()
+        if not fault.match and self.network is not None:
+            self.network.join(host)
+        self._done.append(kill)
+        if not went_on:
+            self._left += self.job.left_behind()
+        print(line(kill), flush=True)
+
+    def finish(self) -> None:
+        """Undisturbed, to the last step. SystemExit where that fails."""
+        if self._job is None or not self._job.running:
+            if self._finished:
+                return
+            self.start()
+        if not self.job.wait(lambda: self._finished, self._patience_s * 4) and not self._finished:
+            self._give_up("undisturbed")
+        self.job.wait(lambda: False, self._patience_s)
+        self._left += self.job.left_behind()
+
+    def result(self) -> dict[str, Any]:
+        """Of the steps that were saved so far."""
+        config = load(self._arguments[0], list(self._arguments[1:]))
+        steps = saved_step(self._run)
+        expected, trained = expected_questions(config, steps), trained_questions(self._run, steps)
+        rows = read_metrics(self._run / "metrics.jsonl") if (self._run / "metrics.jsonl").exists() else []
+        return {
+            "seed": self._seed,
+            "hosts": self._count,
+            "finished": self._finished,
+            "steps": steps,
+            "steps_logged": len({int(row["step"]) for row in rows if 0 < row["step"] <= steps}),
+            "questions": sum(expected.values()),
+            **difference(trained, expected),
+            "left_behind": self._left,
+            "starts": self._starts,
+            "seconds": round(time.monotonic() - self._began),
+            "kills": [asdict(kill) for kill in self._done],
+        }
+
+    def _give_up(self, what: str) -> NoReturn:
+        state = f"nothing happened within {self._patience_s:g} s" if self.job.running else "the job ended"
+        logs = "\n".join(f"{log}:\n{log.read_text(errors='replace')[-3000:]}" for log in self.job.logs)
+        raise SystemExit(f"start {self._starts}, {what}: {state}, last saved step {saved_step(self._run)}\n{logs}")
 
 
 def line(kill: Kill) -> str:
@@ -341,23 +409,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, help="default: three for each kill, so that the run outlasts them")
     parser.add_argument("--faults", nargs="*", choices=[fault.name for fault in FAULTS], help="only these; default: all")
     parser.add_argument("--patience-s", type=float, default=600, help="for a start, a step or an end")
-    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="no kill after that; the steps that are left are trained in peace")
+    parser.add_argument("--logs", type=Path, help="keep what every start printed here; default: nowhere")
+    parser.add_argument("--out", type=Path, default=RESULT, help="written after every kill")
     parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value")
     options = parser.parse_args(arguments)
     faults = [fault for fault in FAULTS if not options.faults or fault.name in options.faults]
-    with tempfile.TemporaryDirectory(prefix="igpo-soak-run-") as folder:
-        command = [*demo_arguments(Path(folder), options.steps or 3 * options.kills + 2), *options.overrides]
+
+    def write(result: dict[str, Any]) -> None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+    with tempfile.TemporaryDirectory(prefix="igpo-soak-") as folder:
         result = soak(
-            command,
+            [*demo_arguments(Path(folder), options.steps or 3 * options.kills + 2), *options.overrides],
             Path(folder) / "soak",
             kills=options.kills,
             seed=options.seed,
             count=options.hosts,
             patience_s=options.patience_s,
+            until=time.monotonic() + 60 * options.minutes,
             faults=faults,
+            logs=options.logs or Path(folder) / "logs",
+            report=write,
         )
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write(result)
     good = not any(result[key] for key in VERDICTS) and len(result["kills"]) == options.kills
     found = ", ".join(f"{len(result[key])} {words}" for key, words in VERDICTS.items())
     print(f"{len(result['kills'])} kills, {result['questions']} questions: {found}; {options.out}")

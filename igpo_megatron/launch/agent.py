@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from igpo_megatron.leftovers import end_with_parent
 
 if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
     from torch.distributed.launcher.api import LaunchConfig
 
 NO_MESSAGE = "<NONE>"  # torchrun's word for a rank that left none
@@ -50,16 +52,30 @@ def run_ranks(launch: LaunchConfig, arguments: Sequence[str]) -> Outcome:
     try:
         elastic_launch(launch, sys.executable)("-u", "-m", "igpo_megatron.train", *arguments)
     except ChildFailedError as error:
-        # A rank that was killed makes others fail within the same second, which is all that torchrun's timestamps tell.
-        rank, failure = min(error.failures.items(), key=lambda item: (item[1].exitcode > 0, item[1].timestamp))
+        rank, failure = min(error.failures.items(), key=lambda item: (_consequence(item[1]), item[1].timestamp))
+        said = _said(failure)
+        if said is not None:
+            return Outcome(max(failure.exitcode, 1), "error", said, told=True)
         if failure.exitcode < 0:
             return Outcome(128 - failure.exitcode, "signal", f"rank {rank} was ended by {signal.Signals(-failure.exitcode).name}")
-        said = failure.error_file_data.get("message")
-        sentence = said if isinstance(said, str) and said != NO_MESSAGE else f"rank {rank} ended with exit code {failure.exitcode}"
-        return Outcome(failure.exitcode, "error", sentence, told=True)
+        return Outcome(failure.exitcode, "error", f"rank {rank} ended with exit code {failure.exitcode}", told=True)
     except SignalException as error:
         return Outcome(128 + error.sigval.value, "interrupted", f"interrupted by {error.sigval.name}")
     return Outcome(0, "done")
+
+
+def _said(failure: ProcessFailure) -> str | None:
+    """What a rank left behind (`train._leave_message`)."""
+    said = failure.error_file_data.get("message")
+    return said if isinstance(said, str) and said != NO_MESSAGE and failure.exitcode != -signal.SIGKILL else None
+
+
+def _consequence(failure: ProcessFailure) -> int:
+    """How likely others caused it: 0 a kill, which makes others fail within the second that torchrun's timestamps tell; 1 an error;
+    2 torchrun's own SIGTERM to ranks that were still there."""
+    if failure.exitcode >= 0 or _said(failure) is not None:
+        return 1
+    return 2 if failure.exitcode == -signal.SIGTERM else 0
 
 
 def main(spec: dict[str, Any]) -> int:
@@ -68,6 +84,8 @@ def main(spec: dict[str, Any]) -> int:
     from torch.distributed.launcher.api import LaunchConfig
 
     end_with_parent()
+    # One store of the agents for every attempt would still hold the addresses of the ranks that died, and new ones would knock there.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     try:
         outcome = run_ranks(LaunchConfig(**spec["launch"]), spec["arguments"])
     except RendezvousError as error:

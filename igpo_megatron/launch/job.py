@@ -34,7 +34,7 @@ _RANK_COMMAND = "igpo_megatron.train"
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How a job is supervised; the same on every node. Raises ValueError for a rendezvous that does not exist."""
+    """How a job is supervised; the same on every node. Raises ValueError for a rendezvous that does not exist or cannot do it."""
 
     rendezvous: str
     max_restarts: int
@@ -44,6 +44,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.rendezvous not in ("c10d", "static"):
             raise ValueError(f"--rendezvous {self.rendezvous}: expected c10d or static")
+        if self.rendezvous == "static" and self.max_restarts:
+            raise ValueError(f"--max-restarts {self.max_restarts} needs --rendezvous c10d: ranks that meet statically can do so once")
 
 
 class _Interrupted(Exception):

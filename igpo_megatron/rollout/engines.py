@@ -147,7 +147,7 @@ class EnginePool:
             actor = member.actor
             try:
                 async with asyncio.timeout_at(deadline):
-                    return member.number, await call(actor)
+                    return member.number, await self._unless_stopped(call(actor))
             except TimeoutError:
                 raise EngineError(
                     f"engine {member.number} did not answer {what} within rollout.engine.request_timeout_s={limit:g}"
@@ -156,6 +156,21 @@ class EnginePool:
                 if not is_lost(error):
                     raise EngineError(f"engine {member.number} refused {what}: {cause(error)}") from None
                 self._running.lost(member, actor, error)
+
+    async def _unless_stopped(self, asked: Any) -> Any:
+        """What was asked; raises what ends the run where that comes first."""
+        answer = asyncio.ensure_future(asked)
+        try:
+            while True:
+                change = self._running.changes.next()
+                if self._running.problem is not None:
+                    raise self._running.problem
+                await asyncio.wait((answer, change), return_when=asyncio.FIRST_COMPLETED)
+                change.cancel()
+                if answer.done():
+                    return answer.result()
+        finally:
+            answer.cancel()
 
     async def _serving(self, key: str, what: str, deadline: float) -> Member:
         """The engine of a key, always the same so that its prefix cache knows the context; another one while that cannot serve."""
@@ -278,7 +293,8 @@ class EnginePool:
                         self._running.lost(member, actor, error)
             except SyncError as error:
                 self._running.stop(error)  # requests that wait for these weights must not wait on
-                raise
+                assert self._running.problem is not None
+                raise self._running.problem from None  # Ray may have ended first
             for member, actor in zip(members, actors, strict=True):
                 if member.actor is actor and member.state is EngineState.STALE:
                     self._running.set_state(member, EngineState.HEALTHY)

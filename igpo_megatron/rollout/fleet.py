@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 _STOP_TIMEOUT_S = 20
 _PLACE_TIMEOUT_S = 120
+_LOOK_S = 1.0
 
 
 class EngineState(StrEnum):
@@ -90,9 +92,10 @@ class Fleet:
         from ray.util.placement_group import placement_group
 
         bundle: dict[str, float] = {"CPU": 1, **({"GPU": self._engine.tensor} if self._cuda else {})}
+        self._run(self._watch_ray, "Ray's health")
         self._group = placement_group([bundle] * self._engine.count, strategy="PACK")
         try:
-            ray.get(self._group.ready(), timeout=self._engine.start_timeout_s)
+            self._get(self._group.ready(), self._engine.start_timeout_s)
         except ray.exceptions.GetTimeoutError:
             raise EngineError(
                 f"Ray could not place {self._engine.count} engines of {bundle} within {self._engine.start_timeout_s:g} s; "
@@ -112,7 +115,7 @@ class Fleet:
 
         self._closing.set()
         self.stop(EngineError("the engines were closed"))
-        if ray.is_initialized():
+        if ray.is_initialized() and not self._cluster.ended():
             stopping = [member.actor.stop.remote() for member in self.members if member.actor is not None]
             with contextlib.suppress(ray.exceptions.RayError):
                 ray.wait(stopping, num_returns=len(stopping), timeout=_STOP_TIMEOUT_S) if stopping else None
@@ -134,8 +137,8 @@ class Fleet:
     def lost(self, member: Member, actor: Any, error: BaseException) -> None:
         """`actor`, a member's, is gone: start another one, or end the run where it has no restarts left."""
         with self._lock:
-            if member.actor is not actor or member.state is EngineState.DEAD or self._closing.is_set():
-                return  # somebody else was faster
+            if member.actor is not actor or member.state is EngineState.DEAD or self._closing.is_set() or self._ray_ended():
+                return  # somebody else was faster, or it is not the engine that died
             member.state = EngineState.DEAD
             limit = self._engine.max_restarts
             where = f"engine {member.number} died ({cause(error)})"
@@ -161,7 +164,7 @@ class Fleet:
         import ray
 
         try:
-            return ray.get(reference, timeout=timeout_s)
+            return self._get(reference, timeout_s)
         except ray.exceptions.GetTimeoutError:
             log = self._cluster.last_log_lines(member.process)
             raise EngineError(f"engine {member.number} {what} within {timeout_s:g} s{log}") from None
@@ -170,6 +173,28 @@ class Fleet:
             raise EngineError(f"engine {member.number} {what}: {cause(error)}{log}") from None
 
     # ---- inside
+
+    def _get(self, reference: Any, timeout_s: float) -> Any:
+        """As ray.get, which would not notice that the run cannot go on."""
+        import ray
+
+        deadline = time.monotonic() + timeout_s
+        while self.problem is None:
+            left = deadline - time.monotonic()
+            ready, _ = ray.wait([reference], timeout=max(0.0, min(_LOOK_S, left)))
+            if ready or left <= 0:
+                return ray.get(reference, timeout=0 if left <= 0 else None)
+        raise self.problem
+
+    def _ray_ended(self) -> bool:
+        ended = self._cluster.ended()
+        if ended:
+            self.stop(EngineError(ended))
+        return ended is not None
+
+    def _watch_ray(self) -> None:
+        while not self._closing.wait(_LOOK_S) and not self._ray_ended():
+            pass
 
     def _place(self, member: Member) -> None:
         """A new actor for a member."""

@@ -13,6 +13,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
+
 from igpo_megatron.config.schema import Config
 from igpo_megatron.leftovers import claim, remove_abandoned
 from igpo_megatron.rollout.agent import EngineError
@@ -23,6 +25,7 @@ _RAY_PREFIX = "igpo-ray-"
 _SOCKET_PATH_BYTES = 107
 _RAY_SOCKET_BYTES = len("/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store")
 _LOG_LINES = 12
+_SERVERS = {"gcs_server": "its head (gcs_server)", "raylet": "its raylet"}
 # What torchrun tells its ranks must not reach the engines: vLLM makes process groups of its own.
 _LAUNCHER_VARIABLES = re.compile(
     r"(RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|GROUP_RANK|GROUP_WORLD_SIZE|ROLE_.*|MASTER_ADDR|MASTER_PORT|TORCHELASTIC_.*)"
@@ -33,8 +36,9 @@ class RayCluster:
     """Ray for one pool; `close` ends what was started here and leaves a joined cluster."""
 
     def __init__(self, config: Config, *, cuda: bool) -> None:
-        """Raises EngineError where the cluster to join does not answer."""
+        """Raises EngineError where Ray does not start, or the cluster to join does not answer."""
         self._folder: Path | None = None
+        self._servers: dict[str, psutil.Process] = {}
         engine = config.rollout.engine
         # Read when ray is imported: without it Ray replaces 127.0.0.1 by the machine's own address and listens on it.
         address = engine.ray_address
@@ -60,15 +64,27 @@ class RayCluster:
             if cuda and engine.gpu_ids:
                 os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, engine.gpu_ids))
             carried = _BUCKETS_IN_FLIGHT * config.sync.bucket_mib * 2**20 if config.sync.transport == "object_store" else 0
-            ray.init(
-                address="local",
-                num_cpus=engine.count + 1,  # logical: what an engine really uses is its `threads`
-                include_dashboard=False,
-                object_store_memory=_OBJECT_STORE_BYTES + carried,
-                _node_ip_address="127.0.0.1",
-                _temp_dir=str(self._folder),
-                **quiet,
-            )
+            try:
+                ray.init(
+                    address="local",
+                    num_cpus=engine.count + 1,  # logical: what an engine really uses is its `threads`
+                    include_dashboard=False,
+                    object_store_memory=_OBJECT_STORE_BYTES + carried,
+                    _node_ip_address="127.0.0.1",
+                    _temp_dir=str(self._folder),
+                    **quiet,
+                )
+            except Exception as error:  # noqa: BLE001 (Ray raises nothing narrower)
+                raise EngineError(f"Ray did not start on this machine: {cause(error)}") from None
+            self._servers = {child.name(): child for child in psutil.Process().children() if child.name() in _SERVERS}
+
+    def ended(self) -> str | None:
+        """Why the Ray started here can serve nobody any more; None while it can. Of a joined one its launcher says so.
+
+        Ray itself reconnects in silence for a minute and then ends this process.
+        """
+        gone = [words for name, words in _SERVERS.items() if name in self._servers and not _is_alive(self._servers[name])]
+        return f"Ray ended on this machine: {' and '.join(gone)} died" if gone else None
 
     @property
     def folder(self) -> Path | None:
@@ -93,6 +109,13 @@ class RayCluster:
         files = sorted(self._folder.glob(pattern), key=lambda path: path.stat().st_mtime)
         lines = [line for path in files for line in path.read_text(errors="replace").splitlines() if line.strip()]
         return "\nlast lines of the engine's log:\n  " + "\n  ".join(lines[-_LOG_LINES:]) if lines else ""
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def cause(error: BaseException) -> str:

@@ -49,7 +49,7 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str]) -> None:
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
 
 
@@ -129,10 +129,12 @@ def start_on(network: hosts.Hosts, number: int, arguments: list[str]) -> subproc
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
 
 
-def wait_for(path: Path, process: subprocess.Popen[str], timeout_s: float) -> None:
+def wait_for(path: Path, processes: list[subprocess.Popen[str]], timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
     while not path.exists():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0] if process.poll() is not None else path
+        if any(process.poll() is not None for process in processes):
+            pytest.fail("\n--- the other host:\n".join(process.communicate(timeout=60)[0] for process in processes))
+        assert time.monotonic() < deadline, path
         time.sleep(0.005)
 
 
@@ -145,11 +147,11 @@ def test_two_hosts_survive_a_killed_rank_and_a_cut_link_and_train_what_one_node_
     checkpoints = folder / "hosts" / "checkpoints"
     with hosts.Hosts(2) as network:
         first, second = (start_on(network, number, arguments) for number in (0, 1))
-        wait_for(checkpoints / "step_000002", first, 200)
+        wait_for(checkpoints / "step_000002", [first, second], 200)
         (agent,) = [one for one in psutil.Process(second.pid).children() if "igpo_megatron.launch.agent" in one.cmdline()]
         (rank,) = agent.children()
         rank.kill()  # torchrun starts both ranks again, once
-        wait_for(checkpoints / "step_000005", first, 200)
+        wait_for(checkpoints / "step_000005", [first, second], 200)
         network.cut(1)
         cut = time.monotonic()
         outputs = [process.communicate(timeout=120)[0] for process in (first, second)]

@@ -50,7 +50,7 @@ def pool_of(*actors: Actor, states: tuple[EngineState, ...] | None = None, **eng
     """A pool over scripted engines, and the restarts that it wants to run."""
     config = settings(len(actors), **engine)
     pool, wanted = EnginePool(config), []
-    cluster: Any = SimpleNamespace(last_log_lines=lambda process: f"\nlast lines of the engine's log:\n  of {process}")
+    cluster: Any = SimpleNamespace(last_log_lines=lambda process: f"\nlast lines of the engine's log:\n  of {process}", ended=lambda: None)
     fleet = Fleet(config, cluster, Path("weights"), cuda=False, stop_strings=False, fill=lambda member: None)
     for number, (member, actor) in enumerate(zip(fleet.members, actors, strict=True)):
         member.actor, member.process, member.state = actor, 100 + number, (states or (HEALTHY,) * len(actors))[number]

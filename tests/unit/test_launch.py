@@ -124,10 +124,12 @@ def test_ray_and_torchrun_get_the_addresses_of_the_job(tmp_path):
     options = Options("c10d", 2, 120, 20)
     agent = launch_arguments(replace(head, rank=1), [0, 1], options)
     assert (agent["min_nodes"], agent["max_restarts"], agent["rdzv_endpoint"]) == (2, 2, "10.0.0.1:29400")
-    static = launch_arguments(replace(head, rank=1), [0, 1], replace(options, rendezvous="static"))
+    static = launch_arguments(replace(head, rank=1), [0, 1], replace(options, rendezvous="static", max_restarts=0))
     assert (static["rdzv_endpoint"], static["rdzv_configs"]["rank"]) == ("10.0.0.1:29402", 1)
     with pytest.raises(ValueError, match="expected c10d or static"):
         Options("etcd", 0, 1, 1)
+    with pytest.raises(ValueError, match="--max-restarts 2 needs --rendezvous c10d"):
+        Options("static", 2, 1, 1)
 
 
 # ---- the store, for real: threads stand in for nodes

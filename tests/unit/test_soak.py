@@ -46,9 +46,9 @@ def drawn(config: Config) -> dict[int, list[Prompt]]:
 
 def test_a_run_that_trained_its_stream_lost_and_repeated_nothing(config: Config, tmp_path: Path) -> None:
     record(tmp_path, drawn(config))
-    trained = soak.trained_questions(tmp_path)
+    trained = soak.trained_questions(tmp_path, STEPS)
     assert sum(trained.values()) == 3 * STEPS
-    assert soak.difference(trained, soak.expected_questions(config)) == {"lost": [], "repeated": []}
+    assert soak.difference(trained, soak.expected_questions(config, STEPS)) == {"lost": [], "repeated": []}
 
 
 def test_a_step_trained_with_the_questions_of_another_is_both_lost_and_repeated(config: Config, tmp_path: Path) -> None:
@@ -56,7 +56,15 @@ def test_a_step_trained_with_the_questions_of_another_is_both_lost_and_repeated(
     lost, repeated = (sorted(prompt.id for prompt in steps[step]) for step in (3, 2))
     steps[3] = steps[2]
     record(tmp_path, steps)
-    assert soak.difference(soak.trained_questions(tmp_path), soak.expected_questions(config)) == {"lost": lost, "repeated": repeated}
+    found = soak.difference(soak.trained_questions(tmp_path, STEPS), soak.expected_questions(config, STEPS))
+    assert found == {"lost": lost, "repeated": repeated}
+
+
+def test_steps_that_were_not_saved_do_not_count(config: Config, tmp_path: Path) -> None:
+    steps = drawn(config)
+    record(tmp_path, {**steps, 4: steps[1]})
+    found = soak.difference(soak.trained_questions(tmp_path, 3), soak.expected_questions(config, 3))
+    assert found == {"lost": [], "repeated": []}
 
 
 def test_every_time_too_often_counts() -> None:
