@@ -11,7 +11,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,16 +52,21 @@ def run_ranks(launch: LaunchConfig, arguments: Sequence[str]) -> Outcome:
     try:
         elastic_launch(launch, sys.executable)("-u", "-m", "igpo_megatron.train", *arguments)
     except ChildFailedError as error:
-        rank, failure = min(error.failures.items(), key=lambda item: (_consequence(item[1]), item[1].timestamp))
-        said = _said(failure)
-        if said is not None:
-            return Outcome(max(failure.exitcode, 1), "error", said, told=True)
-        if failure.exitcode < 0:
-            return Outcome(128 - failure.exitcode, "signal", f"rank {rank} was ended by {signal.Signals(-failure.exitcode).name}")
-        return Outcome(failure.exitcode, "error", f"rank {rank} ended with exit code {failure.exitcode}", told=True)
+        return outcome_of(error.failures)
     except SignalException as error:
         return Outcome(128 + error.sigval.value, "interrupted", f"interrupted by {error.sigval.name}")
     return Outcome(0, "done")
+
+
+def outcome_of(failures: Mapping[int, ProcessFailure]) -> Outcome:
+    """The cause among the ranks that failed, by global rank."""
+    rank, failure = min(failures.items(), key=lambda item: (_consequence(item[1]), item[1].timestamp))
+    said = _said(failure)
+    if said is not None:
+        return Outcome(max(failure.exitcode, 1), "error", said, told=True)
+    if failure.exitcode < 0:
+        return Outcome(128 - failure.exitcode, "signal", f"rank {rank} was ended by {signal.Signals(-failure.exitcode).name}")
+    return Outcome(failure.exitcode, "error", f"rank {rank} ended with exit code {failure.exitcode}", told=True)
 
 
 def _said(failure: ProcessFailure) -> str | None:

@@ -107,6 +107,7 @@ class Fleet:
         for member, reference in started:
             self.wait_for(member, reference, "did not start", self._engine.start_timeout_s)
             self.set_state(member, EngineState.HEALTHY)
+        self._cluster.remember()
         self._run(self._watch, "engine health")
 
     def close(self) -> None:

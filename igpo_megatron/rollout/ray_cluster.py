@@ -39,6 +39,7 @@ class RayCluster:
         """Raises EngineError where Ray does not start, or the cluster to join does not answer."""
         self._folder: Path | None = None
         self._servers: dict[str, psutil.Process] = {}
+        self._family: list[psutil.Process] = []
         engine = config.rollout.engine
         # Read when ray is imported: without it Ray replaces 127.0.0.1 by the machine's own address and listens on it.
         address = engine.ray_address
@@ -78,6 +79,11 @@ class RayCluster:
                 raise EngineError(f"Ray did not start on this machine: {cause(error)}") from None
             self._servers = {child.name(): child for child in psutil.Process().children() if child.name() in _SERVERS}
 
+    def remember(self) -> None:
+        """Note what the raylet has started: its agents outlive it when it is killed, and nobody would find them then."""
+        if "raylet" in self._servers:
+            self._family = self._servers["raylet"].children(recursive=True)
+
     def ended(self) -> str | None:
         """Why the Ray started here can serve nobody any more; None while it can. Of a joined one its launcher says so.
 
@@ -96,6 +102,9 @@ class RayCluster:
         import ray
 
         ray.shutdown()
+        for process in self._family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             os.close(self._claim)

@@ -7,11 +7,13 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
 
 from igpo_megatron.cli import app
+from igpo_megatron.launch.agent import Outcome, outcome_of
 from igpo_megatron.launch.board import Board, PreflightFailed, Report, Verdict, culprit, decide
 from igpo_megatron.launch.job import Options, launch_arguments, ray_command
 from igpo_megatron.launch.node import Node, busy_ports, place
@@ -130,6 +132,19 @@ def test_ray_and_torchrun_get_the_addresses_of_the_job(tmp_path):
         Options("etcd", 0, 1, 1)
     with pytest.raises(ValueError, match="--max-restarts 2 needs --rendezvous c10d"):
         Options("static", 2, 1, 1)
+
+
+def failure(code: int, second: int, message: str = "<NONE>"):
+    return SimpleNamespace(exitcode=code, timestamp=second, error_file_data={"message": message})
+
+
+def test_the_rank_that_was_killed_or_said_why_is_the_culprit_not_those_that_torchrun_ended():
+    ended, lost, why = failure(-15, 1), failure(1, 2, "rank 1 lost its connection to another rank"), "engine 0 did not start"
+    assert outcome_of({0: ended, 1: lost, 2: failure(-9, 3)}).sentence == "rank 2 was ended by SIGKILL"
+    assert outcome_of({0: failure(-15, 1, why), 1: failure(1, 2, why)}) == Outcome(1, "error", why, told=True)
+    assert outcome_of({0: ended, 1: lost}).sentence == "rank 1 lost its connection to another rank"
+    assert outcome_of({0: failure(3, 4), 1: failure(-15, 3)}) == Outcome(3, "error", "rank 0 ended with exit code 3", told=True)
+    assert outcome_of({0: ended}).sentence == "rank 0 was ended by SIGTERM"
 
 
 # ---- the store, for real: threads stand in for nodes
