@@ -34,7 +34,8 @@ check: venv
 	@$(BIN)/mypy
 
 test: check
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest tests/unit -n $(or $(WORKERS),2) --dist loadfile
+	@$(BIN)/python -m pytest tests/distributed tests/e2e tests/gpu
 
 quickstart: venv
 	@test -e runs/world-facts || $(BIN)/python tools/prepare_data.py world-facts --out runs/world-facts

@@ -1,6 +1,7 @@
 """Named waits: who waits for whom, since when, and a record of it when a wait lasts too long.
 
-    rank 1 ──"what the main rank has to say"──> rank 0 ──"the groups of step 3"──> the rollouts ──"turn 2 of ..."──> an engine
+    rank 1 ──"what the main rank has to say"──> rank 0 ──"the groups of step 3"──> the rollouts ──"turn 2 of ..."──> the engines
+                                                                 ──"a turn"──> engine 1
 
     with waiting("the groups of step 3", on=ROLLOUTS, deadline_s=1800): ...
 
@@ -33,6 +34,9 @@ from igpo_megatron.types import RunStopped
 
 ROLLOUTS = "the rollouts"
 """Trajectories wait under this name, and the main rank waits on it."""
+
+ENGINES = "the engines"
+"""Requests to engines wait under this name, each on the engine that has it, and trajectories wait on it."""
 
 _LOOK_S = 1.0
 _POSTED_AFTER_S = 5.0

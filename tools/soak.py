@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
@@ -418,7 +419,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def write(result: dict[str, Any]) -> None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        versions = {name: version(name) for name in ("torch", "ray", "vllm")}
+        record = {"name": options.out.stem, "device": "cpu", "figures": result, "floors": dict.fromkeys(VERDICTS, 0), "versions": versions}
+        options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
     with tempfile.TemporaryDirectory(prefix="igpo-soak-") as folder:
         result = soak(

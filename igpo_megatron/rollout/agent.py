@@ -14,7 +14,7 @@ from igpo_megatron.rollout.routing import first_unrouted, record_experts
 from igpo_megatron.search.results import Observed, SearchClient, SearchResult, Tool
 from igpo_megatron.search.tally import why_failed
 from igpo_megatron.types import Completion, Node, NodeKind, ProbeScore, RolloutGroup, RunStopped, Status, ToolCall, Trajectory
-from igpo_megatron.waits import ROLLOUTS, waiting
+from igpo_megatron.waits import ENGINES, ROLLOUTS, waiting
 
 if TYPE_CHECKING:
     from igpo_megatron.rollout.prober import Prober
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 class EngineError(RunStopped):
     """An engine cannot serve; the message names it and says why."""
+
+
+class EnginesEnded(RunStopped):
+    """No engine will serve any more: what ends the run, rather than a trajectory."""
 
 
 class Engine(Protocol):
@@ -117,7 +121,7 @@ async def run_trajectory(
         generate = partial(engine.generate, temperature=temperature, key=group.prompt.id)
         if config.routing_replay:
             generate = partial(generate, experts_from=first_unrouted(group, path[-1]))
-        with waiting(f"turn {turn} of question {group.prompt.id}", on="an engine", who=ROLLOUTS):
+        with waiting(f"turn {turn} of question {group.prompt.id}", on=ENGINES, who=ROLLOUTS):
             if watch is None or not watch.tokens:
                 completion = await generate(group.context(path[-1]), max_tokens=max_tokens, seed=counter_seed(*seeds))
             else:

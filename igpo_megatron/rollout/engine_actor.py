@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import math
 import os
+import re
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
@@ -27,6 +28,8 @@ _QUIET = {
 }
 _CPU_BATCH_TOKENS = 4096
 _VLLM_LOGPROBS = 20
+KILLED = re.compile(r"Failed core proc\(s\): \{[^}]*: -\d")
+"""What vLLM says when a signal ended a process of it that was starting; one that ended by itself has a positive exit code."""
 
 
 class EngineLost(RuntimeError):
@@ -47,7 +50,7 @@ class EngineActor:
         self._gate = asyncio.Event()
 
     async def start(self, options: dict[str, Any], weights_path: str | None) -> None:
-        """Load the model; returns when requests can be served.
+        """Load the model; returns when requests can be served. Raises EngineLost where a signal ended vLLM meanwhile.
 
         `weights_path`: the file of later weights on this machine; None to keep a copy of it here.
         """
@@ -59,7 +62,12 @@ class EngineActor:
         extension = {"worker_extension_cls": "igpo_megatron.rollout.weight_transfer.WorkerExtension"}
         self._returns_experts = "enable_return_routed_experts" in options
         arguments = AsyncEngineArgs(**{**extension, **options}, weight_transfer_config=WeightTransferConfig(backend=BACKEND))
-        self._engine = AsyncLLM.from_engine_args(arguments)
+        try:
+            self._engine = AsyncLLM.from_engine_args(arguments)
+        except RuntimeError as error:
+            if KILLED.search(str(error)):
+                raise EngineLost(str(error)) from None
+            raise
         if weights_path is None:
             self._copy = SharedWeights()
             weights_path = str(self._copy.path)

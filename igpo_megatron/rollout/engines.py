@@ -32,6 +32,7 @@ from igpo_megatron.rollout.transports import EngineReceiver, ObjectStore, Shared
 from igpo_megatron.rollout.weight_send import Transfer, Transport, export, fingerprints
 from igpo_megatron.rollout.weight_store import Bucket, SharedWeights
 from igpo_megatron.types import Canary, Completion, ProbeScore, SyncError
+from igpo_megatron.waits import ENGINES, waiting
 
 _OPERATION_TIMEOUT_S = 600
 
@@ -146,8 +147,9 @@ class EnginePool:
             member = await self._serving(key, what, deadline)
             actor = member.actor
             try:
-                async with asyncio.timeout_at(deadline):
-                    return member.number, await self._unless_stopped(call(actor))
+                with waiting(what, on=f"engine {member.number}", who=ENGINES):
+                    async with asyncio.timeout_at(deadline):
+                        return member.number, await self._unless_stopped(call(actor))
             except TimeoutError:
                 raise EngineError(
                     f"engine {member.number} did not answer {what} within rollout.engine.request_timeout_s={limit:g}"
@@ -184,8 +186,9 @@ class EnginePool:
                 if member.state is EngineState.HEALTHY:
                     return member
             try:
-                async with asyncio.timeout_at(deadline):
-                    await change
+                with waiting(what, on="engines that are started or take weights", who=ENGINES):
+                    async with asyncio.timeout_at(deadline):
+                        await change
             except TimeoutError:
                 states = ", ".join(f"engine {member.number} is {member.state}" for member in members)
                 raise EngineError(

@@ -17,11 +17,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from igpo_megatron.config.schema import Config
-from igpo_megatron.rollout.agent import EngineError
+from igpo_megatron.rollout.agent import EngineError, EnginesEnded
 from igpo_megatron.rollout.engine_actor import EngineActor, EngineLost, engine_environment, engine_options
 from igpo_megatron.rollout.ray_cluster import RayCluster, cause
 from igpo_megatron.types import RunStopped
@@ -31,6 +32,11 @@ logger = logging.getLogger(__name__)
 _STOP_TIMEOUT_S = 20
 _PLACE_TIMEOUT_S = 120
 _LOOK_S = 1.0
+_START_LOOK_S = 0.1
+
+
+class EngineDied(EngineError):
+    """The engine is gone, rather than unable: another one may be started in its place."""
 
 
 class EngineState(StrEnum):
@@ -71,7 +77,7 @@ class Fleet:
     def __init__(
         self, config: Config, cluster: RayCluster, weights: Path, *, cuda: bool, stop_strings: bool, fill: Callable[[Member], None]
     ) -> None:
-        """`weights`: the file of later weights; `fill` makes an engine that was started again HEALTHY, or raises EngineError, SyncError."""
+        """`weights`: the file of later weights; `fill` makes an engine that has started HEALTHY, or raises EngineError, SyncError."""
         self._config, self._engine, self._cluster = config, config.rollout.engine, cluster
         self._cuda, self._stop_strings, self._weights, self._fill = cuda, stop_strings, weights, fill
         self.members = [Member(number) for number in range(self._engine.count)]
@@ -102,11 +108,11 @@ class Fleet:
                 f"the cluster has {ray.cluster_resources()}"
             ) from None
         for member in self.members:
-            self._place(member)
-        started = [(member, self._load(member)) for member in self.members]
-        for member, reference in started:
-            self.wait_for(member, reference, "did not start", self._engine.start_timeout_s)
-            self.set_state(member, EngineState.HEALTHY)
+            self._run(partial(self._start, member, first=True), f"start of engine {member.number}")
+        while any(member.state is not EngineState.HEALTHY for member in self.members):
+            if self.problem is not None:
+                raise self.problem
+            self._closing.wait(_START_LOOK_S)
         self._cluster.remember()
         self._run(self._watch, "engine health")
 
@@ -115,7 +121,7 @@ class Fleet:
         import ray
 
         self._closing.set()
-        self.stop(EngineError("the engines were closed"))
+        self.stop(EnginesEnded("the engines were closed"))
         if ray.is_initialized() and not self._cluster.ended():
             stopping = [member.actor.stop.remote() for member in self.members if member.actor is not None]
             with contextlib.suppress(ray.exceptions.RayError):
@@ -145,7 +151,7 @@ class Fleet:
             where = f"engine {member.number} died ({cause(error)})"
             log = self._cluster.last_log_lines(member.process)
             if member.restarts >= limit:
-                self.problem = EngineError(
+                self.problem = EnginesEnded(
                     f"{where}, and rollout.engine.max_restarts={limit} restart{'' if limit == 1 else 's'} of it have been used{log}"
                 )
                 self._end(actor)
@@ -171,7 +177,8 @@ class Fleet:
             raise EngineError(f"engine {member.number} {what} within {timeout_s:g} s{log}") from None
         except (ray.exceptions.RayError, EngineLost) as error:
             log = self._cluster.last_log_lines(member.process)
-            raise EngineError(f"engine {member.number} {what}: {cause(error)}{log}") from None
+            kind = EngineDied if is_lost(error) else EngineError
+            raise kind(f"engine {member.number} {what}: {cause(error)}{log}") from None
 
     # ---- inside
 
@@ -190,7 +197,7 @@ class Fleet:
     def _ray_ended(self) -> bool:
         ended = self._cluster.ended()
         if ended:
-            self.stop(EngineError(ended))
+            self.stop(EnginesEnded(ended))
         return ended is not None
 
     def _watch_ray(self) -> None:
@@ -231,24 +238,34 @@ class Fleet:
         return node == ray.get_runtime_context().get_node_id()
 
     def _restart(self, member: Member) -> None:
-        """From DEAD to HEALTHY, or to another death."""
+        """End what is left of a dead engine, and start it again."""
         import ray
 
         dead = member.actor
         with contextlib.suppress(ray.exceptions.RayError, EngineLost):
             ray.wait([dead.stop.remote()], timeout=_STOP_TIMEOUT_S)
         self._end(dead)
-        if self._closing.is_set():
-            return
+        if not self._closing.is_set():
+            self._start(member)
+
+    def _start(self, member: Member, *, first: bool = False) -> None:
+        """From STARTING to HEALTHY, or to a death. What it refuses when it is started `first` it would refuse again: the run ends."""
+        import ray
+
         try:
             self._place(member)
-            self.wait_for(member, self._load(member), "did not start again", self._engine.start_timeout_s)
+            self.wait_for(member, self._load(member), "did not start", self._engine.start_timeout_s)
             self.set_state(member, EngineState.STALE)
             self._fill(member)
         except EngineError as error:
-            self.lost(member, member.actor, error)
+            if first and not isinstance(error, EngineDied):
+                self.stop(error)
+            else:
+                self.lost(member, member.actor, error)
         except RunStopped as error:
             self.stop(error)
+        except ray.exceptions.RayError as error:
+            self.stop(EnginesEnded(f"engine {member.number} could not be placed: {cause(error)}"))
 
     def _end(self, actor: Any) -> None:
         """Kill an actor, and with it what still waits in it for a sync to end."""
@@ -264,6 +281,8 @@ class Fleet:
                     self.wait_for(member, actor.check_health.remote(), "failed its health check", self._engine.health_timeout_s)
                 except EngineError as error:
                     self.lost(member, actor, error)
+                except RunStopped:
+                    continue  # the run ends: nobody is started again
 
     def _run(self, work: Callable[[], None], name: str) -> None:
         thread = threading.Thread(target=work, name=name, daemon=True)

@@ -1,8 +1,10 @@
-"""Two real engines, one as if on another machine: weights go by both ways, and an engine that is killed mid-turn comes back with them."""
+"""Two real engines, one as if on another machine: weights go by both ways, and one that is killed, early or mid-turn, comes back."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +28,7 @@ RESTART_S = 400
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[EnginePool]:
-    engine = {"count": 2, "kv_cache_mib": 64, "max_num_seqs": 64, "health_interval_s": 0.5, "max_restarts": 1}
+    engine = {"count": 2, "kv_cache_mib": 64, "max_num_seqs": 64, "health_interval_s": 0.5, "max_restarts": 2}
     config = build(
         {
             "model": {"path": str(POLICY), "dtype": "fp32"},
@@ -37,8 +39,23 @@ def pool() -> Iterator[EnginePool]:
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Fleet, "_is_here", lambda self, member, node: member.number == 0)
+        killer = threading.Thread(target=kill_a_starting_engine, daemon=True)
+        killer.start()
         with EnginePool(config) as started:
+            killer.join(timeout=0)
+            assert not killer.is_alive(), "no engine was killed"
             yield started
+
+
+def kill_a_starting_engine() -> None:
+    """SIGKILL the first vLLM process that appears below this one."""
+    while True:
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "VLLM::EngineCore" in (process.name(), *process.cmdline()):
+                    process.kill()
+                    return
+        time.sleep(0.1)
 
 
 def served(scale: float) -> torch.Tensor:
@@ -58,7 +75,7 @@ def test_an_engine_killed_in_a_rollout_comes_back_with_the_newest_weights_and_no
     reader = HfReader(POLICY)
     weights = ((name, reader.get(name) * (SCALE if "embed_tokens" in name else 1.0)) for name in reader.names())
     metrics = pool.update_weights(weights, 1, Canary(tuple(TOKENS), tuple(expected.tolist()), max_gap=1e-3))
-    assert metrics["sync/buckets"] > 2 and metrics["canary_gap"] < 1e-3 and metrics["engine_restarts"] == 0
+    assert metrics["sync/buckets"] > 2 and metrics["canary_gap"] < 1e-3 and metrics["engine_restarts"] == 1  # the one killed as it started
 
     keys = [str(number) for number in range(16)]
 
@@ -78,7 +95,7 @@ def test_an_engine_killed_in_a_rollout_comes_back_with_the_newest_weights_and_no
     disturbed = asyncio.run(rollout())
     assert all(done.weight_version == 1 and done.finish in ("stop", "length") for done in disturbed)
     assert [done.token_ids for done in disturbed] == [done.token_ids for done in calm]  # the same seeds, whoever sampled them
-    assert pool.metrics()["engine_restarts"] == 1
+    assert pool.metrics()["engine_restarts"] == 2
     deadline = time.monotonic() + RESTART_S
     while pool.states() != [EngineState.HEALTHY] * 2:
         assert pool._fleet.problem is None, pool._fleet.problem

@@ -15,7 +15,7 @@ import torch
 from checkpoint_conversion.hf_folder import HfReader
 from igpo_megatron.config.load import build
 from igpo_megatron.rollout import fleet
-from igpo_megatron.rollout.agent import EngineError
+from igpo_megatron.rollout.agent import EnginesEnded
 from igpo_megatron.rollout.canary import check_canary
 from igpo_megatron.rollout.engine_actor import engine_environment, engine_options
 from igpo_megatron.rollout.engines import EnginePool
@@ -310,12 +310,12 @@ def test_a_killed_engine_is_named_within_seconds_and_nothing_is_left_behind(pool
     started = time.monotonic()
     pool._fleet.problem = None
     pool._fleet.set_state(pool._fleet.members[0], EngineState.HEALTHY)  # which the last fault made it lose
-    with pytest.raises(EngineError, match=r"engine 0 died .*rollout.engine.max_restarts=0 restarts of it have been used"):
+    with pytest.raises(EnginesEnded, match=r"engine 0 died .*rollout.engine.max_restarts=0 restarts of it have been used"):
         asyncio.run(kill_while_generating())
     assert time.monotonic() - started < 30
-    with pytest.raises(EngineError, match="engine 0"):
+    with pytest.raises(EnginesEnded, match="engine 0"):
         pool.check_health()
-    with pytest.raises(EngineError, match="engine 0 died"):
+    with pytest.raises(EnginesEnded, match="engine 0 died"):
         send(pool, version=99, scale=1.0)
     weights, folder = pool._weights.path, pool._cluster.folder
     pool.close()

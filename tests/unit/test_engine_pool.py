@@ -13,10 +13,11 @@ import pytest
 
 from igpo_megatron.config.load import build
 from igpo_megatron.config.schema import Config
-from igpo_megatron.rollout.agent import EngineError
-from igpo_megatron.rollout.engine_actor import EngineLost
+from igpo_megatron.rollout.agent import EngineError, EnginesEnded
+from igpo_megatron.rollout.engine_actor import KILLED, EngineLost
 from igpo_megatron.rollout.engines import EnginePool
-from igpo_megatron.rollout.fleet import EngineState, Fleet
+from igpo_megatron.rollout.fleet import EngineDied, EngineState, Fleet
+from igpo_megatron.types import SyncError
 
 POLICY = Path(__file__).parents[2] / "examples/quickstart/policy"
 DEAD, HEALTHY, STALE, STARTING = EngineState.DEAD, EngineState.HEALTHY, EngineState.STALE, EngineState.STARTING
@@ -140,10 +141,10 @@ def test_an_engine_without_restarts_left_stops_the_run_and_is_named_with_its_log
     member.state = HEALTHY
     fleet.lost(member, member.actor, EngineLost("out of memory"))
     with pytest.raises(
-        EngineError, match=r"engine 0 died \(out of memory\), and rollout.engine.max_restarts=1 restart of it .*used\n.*log:\n.*of 100"
+        EnginesEnded, match=r"engine 0 died \(out of memory\), and rollout.engine.max_restarts=1 restart of it .*used\n.*log:\n.*of 100"
     ):
         asyncio.run(ask(pool, "b"))
-    with pytest.raises(EngineError, match="engine 0 died"):
+    with pytest.raises(EnginesEnded, match="engine 0 died"):
         pool._weights = object()  # type: ignore[assignment]
         pool.update_weights([], 1)
 
@@ -154,3 +155,61 @@ def test_probes_are_asked_again_like_turns() -> None:
     pool, _ = pool_of(actor, actor)
     assert asyncio.run(pool.score_probe([1, 2, 3], 2, key="q")).logprobs == (-0.25,)
     assert len(actor.asked) == 2
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_an_engine_that_dies_while_it_starts_is_started_again(monkeypatch: pytest.MonkeyPatch, first: bool) -> None:
+    fleet, wanted = starting(monkeypatch, EngineDied("engine 0 did not start: SIGKILL"))
+    fleet._start(fleet.members[0], first=first)
+    assert fleet.problem is None and len(wanted) == 1 and fleet.members[0].state is DEAD and fleet.members[0].restarts == 1
+
+
+def test_what_an_engine_refuses_ends_a_run_that_begins_and_is_tried_again_in_one_that_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    refusal = EngineError("engine 0 did not start: no such model")
+    fleet, wanted = starting(monkeypatch, refusal)
+    fleet._start(fleet.members[0], first=True)
+    assert fleet.problem is refusal and not wanted
+    fleet, wanted = starting(monkeypatch, refusal)
+    fleet._start(fleet.members[0])
+    assert fleet.problem is None and len(wanted) == 1
+
+
+def starting(monkeypatch: pytest.MonkeyPatch, problem: Exception) -> tuple[Fleet, list[Callable[[], None]]]:
+    """A fleet of one engine, which starts with a problem, and the restarts that it wants to run."""
+    pool, wanted = pool_of(Actor(turn()), states=(STARTING,))
+    fleet = pool._fleet
+    assert fleet is not None
+
+    def wait_for(*arguments: Any) -> Any:
+        raise problem
+
+    for name, stand_in in {"_place": lambda member: None, "_load": lambda member: None, "wait_for": wait_for}.items():
+        monkeypatch.setattr(fleet, name, stand_in)
+    return fleet, wanted
+
+
+def test_a_health_check_outlives_what_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its thread must not end with a traceback when a sync has failed; nobody is started again for that."""
+    pool, wanted = pool_of(Actor(turn()), health_interval_s=0.01)
+    fleet, looks = pool._fleet, 0
+    assert fleet is not None
+    fleet.members[0].actor.check_health = SimpleNamespace(remote=lambda: None)
+
+    def wait_for(*arguments: Any) -> Any:
+        nonlocal looks
+        looks += 1
+        if looks == 3:
+            fleet._closing.set()
+        raise SyncError("engine 0 has other weights")
+
+    monkeypatch.setattr(fleet, "wait_for", wait_for)
+    fleet._watch()
+    assert looks == 3 and not wanted
+
+
+@pytest.mark.parametrize(
+    ("codes", "killed"), [("{'EngineCore': -9}", True), ("{'EngineCore': 1}", False), ("{'A': 1, 'EngineCore': -15}", True)]
+)
+def test_a_signal_that_ends_a_starting_engine_is_told_from_its_own_end(codes: str, killed: bool) -> None:
+    said = f"Engine core initialization failed. See root cause above. Failed core proc(s): {codes}"
+    assert bool(KILLED.search(said)) is killed

@@ -18,7 +18,7 @@ from igpo_megatron.algorithms.rewards import score
 from igpo_megatron.config.schema import Reward, Rollout
 from igpo_megatron.data.corpus import Passage
 from igpo_megatron.observability.metrics import rollout_metrics
-from igpo_megatron.rollout.agent import EngineError, counter_seed, render_results
+from igpo_megatron.rollout.agent import EngineError, EnginesEnded, counter_seed, render_results
 from igpo_megatron.rollout.chat import ChatFormat
 from igpo_megatron.rollout.rollouter import Rollouter, RolloutFailure
 from igpo_megatron.search import http
@@ -101,6 +101,11 @@ def run(
     questions = [Prompt(f"q{number}", "What is the capital of Italy?", ("Rome",), "test") for number in range(prompts)]
     with Rollouter(engine, search or ScriptedSearch(), form, config, seed=1, probes_of=probes_of) as rollouter:  # type: ignore[arg-type]
         return rollouter.run_sync(questions, samples=samples, step=1, temperature=None, probe=probe)
+
+
+def test_what_ends_every_engine_stops_the_rollout_by_its_own_sentence() -> None:
+    with pytest.raises(EnginesEnded, match=r"^Ray ended on this machine: its raylet died$"):
+        run(ScriptedEngine(SEARCH, EnginesEnded("Ray ended on this machine: its raylet died")), samples=4)
 
 
 def test_a_trajectory_searches_reads_and_answers() -> None:

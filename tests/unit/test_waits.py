@@ -23,7 +23,7 @@ def test_the_culprit_is_the_end_of_the_chain_of_waits():
 
 
 def test_a_hundred_requests_to_one_engine_are_one_edge_and_the_slow_tool_is_named():
-    turns = [Wait("the rollouts", f"turn {number}", "an engine", 200.0 + number) for number in range(100)]
+    turns = [Wait("the rollouts", f"turn {number}", "the engines", 200.0 + number) for number in range(100)]
     search = Wait("the rollouts", "a result", "the tool search", 150.0)
     main = Wait("rank 0", "the rollouts of step 3", "the rollouts", 140.0)
     assert oldest([*turns, search]) == [search, turns[0]]
