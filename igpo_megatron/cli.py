@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -219,6 +219,9 @@ def plan_command(
     turns: Annotated[float, typer.Option(min=1.0, help="Mean turns of a trajectory.")] = 4.0,
     tool_latency: Annotated[float, typer.Option(min=0.001, help="Median seconds of a tool call.")] = 0.5,
     staleness: Annotated[int, typer.Option(min=0, help="Rollouts this many updates old may overlap with training.")] = 0,
+    placement: Annotated[
+        Literal["disaggregated", "colocated"] | None, typer.Option(help="Engines' devices: their own, or the ranks'; default: try both.")
+    ] = None,
     reference: Annotated[bool, typer.Option(help="Keep the first weights for a KL term (loss.kl_coef above 0).")] = True,
     rows: Annotated[int, typer.Option(min=1, help="Rows of the tables.")] = 10,
 ) -> None:
@@ -245,7 +248,8 @@ def plan_command(
             max_context=max_context,
             max_turns=max(10, round(turns)),
         )
-        raise typer.Exit(plan_run(model, gpus, gpu, calibration, out, workload, tuple(rollouts or ()), staleness, reference, rows))
+        files = tuple(rollouts or ())
+        raise typer.Exit(plan_run(model, gpus, gpu, calibration, out, workload, files, staleness, placement, reference, rows))
 
 
 @app.command("config")

@@ -19,6 +19,9 @@ SIZES = Path(__file__).resolve().parents[1] / "examples" / "sizes"
 WORKLOAD = Workload()
 """The IGPO paper's batch: 32 questions of 16 trajectories, contexts up to 32,768 tokens."""
 
+PLACEMENT = "disaggregated"
+"""Ranks and engines by turns on the same GPUs may be planned faster; that was not run on a GPU yet."""
+
 EXAMPLES = {
     "qwen2.5_1.5b": ("Qwen2.5-1.5B-Instruct", 8),
     "qwen2.5_7b": ("Qwen2.5-7B-Instruct", 8),
@@ -41,7 +44,14 @@ def main(
             continue
         out = folder / f"{name}.yaml"
         if plan_run(
-            model, gpus, workload=replace(WORKLOAD), out=out, rows=3, console=Console(stderr=True), shown_out=f"examples/sizes/{out.name}"
+            model,
+            gpus,
+            workload=replace(WORKLOAD),
+            out=out,
+            rows=3,
+            console=Console(stderr=True),
+            placement="disaggregated",
+            shown_out=f"examples/sizes/{out.name}",
         ):
             raise typer.Exit(1)
 

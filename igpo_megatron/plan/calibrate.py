@@ -50,12 +50,13 @@ def calibrate(threads: int = 1) -> Machine:
         link_latency=latency,
         network=known.network if cuda else link,
         network_latency=known.network_latency if cuda else latency,
+        host_link=known.host_link,
         call=_call(device, dtype),
         decode_call=3e-3,
         ranks_per_node=8 if single else torch.cuda.device_count() if cuda else 64,
         crowd=crowd,
         cores=None if cuda else max(1, cores // threads),
-        source=f"measured {time.strftime('%Y-%m-%d')}; assumed: decode_call{', network' * cuda}{', link' * single}",
+        source=f"measured {time.strftime('%Y-%m-%d')}; assumed: decode_call{', network, host_link' * cuda}{', link' * single}",
     )
 
 
@@ -78,10 +79,13 @@ def best_of(call: Callable[[], object], device: torch.device, repeats: int = REP
 
 
 def _matmul(shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """A linear layer's three products: forward, and the gradients of its input and of its weight, each at a rate of its own."""
     tokens, inner, outer = shape
-    a, b = torch.randn(tokens, inner, device=device, dtype=dtype), torch.randn(outer, inner, device=device, dtype=dtype)
+    x, weight = torch.randn(tokens, inner, device=device, dtype=dtype), torch.randn(outer, inner, device=device, dtype=dtype)
+    gradient = torch.randn(tokens, outer, device=device, dtype=dtype)
     flops = 2.0 * tokens * inner * outer
-    return flops, flops / best_of(lambda: a @ b.t(), device)
+    seconds = sum(best_of(call, device) for call in (lambda: x @ weight.t(), lambda: gradient @ weight, lambda: gradient.t() @ x))
+    return flops, 3 * flops / seconds
 
 
 def _attention(device: torch.device, dtype: torch.dtype) -> float:
@@ -147,14 +151,36 @@ def _rank(rank: int, port: int, cuda: bool, connection: Connection) -> None:
 
 
 def _halves(elements: int, device: torch.device) -> float:
-    """Seconds of a reduce-scatter and an all-gather, which is what the trainer's collectives are."""
-    whole, part = torch.ones(elements, device=device), torch.ones(elements // 2, device=device)
+    """Seconds of a reduce-scatter and an all-gather, which is what the trainer's collectives are, each after some computing.
 
-    def call() -> None:
+    On CPU ranks that compute keep the cores from the threads that communicate, so that a collective in a step takes many times as long
+    as one alone: the mean counts, since a rank waits for the slowest.
+    """
+    whole, part = torch.ones(elements, device=device), torch.ones(elements // 2, device=device)
+    a, b = torch.randn(512, 256, device=device), torch.randn(256, 1024, device=device)
+
+    def compute() -> None:
+        (a @ b).mul_(0.5)
+
+    def step() -> None:
+        compute()
         dist.reduce_scatter_tensor(part, whole)
+        compute()
         dist.all_gather_into_tensor(whole, part)
 
-    return best_of(call, device, 20, 2, wall=True)
+    if device.type == "cuda":
+        return best_of(step, device, 20, 2) - 2 * best_of(compute, device, 20, 2)
+    return _mean(step) - 2 * _mean(compute)
+
+
+def _mean(call: Callable[[], object], repeats: int = 100) -> float:
+    """Mean seconds of a call by the clock on the wall, both ranks beginning together."""
+    call()
+    dist.barrier()
+    started = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - started) / repeats
 
 
 def _crowd(rank: int, device: torch.device) -> float:

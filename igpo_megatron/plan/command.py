@@ -15,7 +15,7 @@ from igpo_megatron.plan.launch import launch_yaml
 from igpo_megatron.plan.model_shape import find_shape
 from igpo_megatron.plan.search import search
 from igpo_megatron.plan.show import show
-from igpo_megatron.plan.types import Settings, Workload
+from igpo_megatron.plan.types import Placement, Settings, Workload
 from igpo_megatron.plan.workload import from_rollouts
 
 
@@ -28,6 +28,7 @@ def plan_run(
     workload: Workload | None = None,
     rollouts: tuple[Path, ...] = (),
     staleness: int = 0,
+    placement: Placement | None = None,
     reference: bool = True,
     rows: int = 10,
     console: Console | None = None,
@@ -46,16 +47,16 @@ def plan_run(
     settings = Settings(dtype_bytes=2 if machine.device == "cuda" else 4, reference=reference)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of libraries that a GPU would want; nothing is computed here
-        plan = search(name, shape, machine, workload, gpus, settings, staleness)
+        plan = search(name, shape, machine, workload, gpus, settings, staleness, placement)
     show(plan, console or Console(), rows)
     if not plan.fits:
         return 1
     if out is not None:
         path = model if Path(model).is_dir() else f"models/{name}"
         where = f"--calibration {calibration}" if calibration else f"--gpu {gpu}"
-        text = launch_yaml(
-            plan, plan.fits[0], f"igpo plan --model {shlex.quote(model)} --gpus {gpus} {where} --out {shown_out or out}", path
-        )
+        options = f" --staleness {staleness}" * bool(staleness) + f" --placement {placement}" * (placement is not None)
+        command = f"igpo plan --model {shlex.quote(model)} --gpus {gpus} {where}{options} --out {shown_out or out}"
+        text = launch_yaml(plan, plan.fits[0], command, path)
         _loads(text)
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(text, encoding="utf-8")

@@ -24,12 +24,20 @@ def launch_yaml(plan: Plan, one: Estimate, command: str, model_path: str) -> str
     if plan.machine.device == "cpu":
         place = f"    kv_cache_mib: {max(64, round(engines.cache_bytes / 2**20))}"
         start = "igpo train THIS_FILE"
+    elif nodes == 1 and one.placement == "colocated":
+        place = ""
+        start = f"examples/train_1node.sh THIS_FILE    (RANKS={layout.ranks})"
     elif nodes == 1:
         place = f"    gpu_ids: {list(range(layout.ranks, layout.ranks + engines.count * engines.tensor))}"
         start = f"examples/train_1node.sh THIS_FILE    (RANKS={layout.ranks})"
     else:
         place = "    ray_address: head:6379               # the engines' nodes, started by examples/start_ray.sh"
         start = f"examples/train_multinode.sh THIS_FILE rollout.engine.ray_address=HOST:6379    ({layout.ranks // per_node} nodes train)"
+    place += "\n" if place else ""
+    colocated = one.placement == "colocated"
+    by_turns = " by turns on the same devices" if colocated else ""
+    placement = "\nplacement:\n  mode: colocated\n" if colocated else ""
+    staleness = f"  max_staleness: {plan.staleness}\n" if plan.staleness else ""
     memory = ", ".join(f"{name} {size / GIB:.1f}" for name, size in one.memory.items() if size >= 0.05 * GIB)
     times = ", ".join(f"{name} {seconds:.1f}" for name, seconds in one.train.items())
     dtype = "bf16" if plan.settings.dtype_bytes == 2 else "fp32"
@@ -37,7 +45,7 @@ def launch_yaml(plan: Plan, one: Estimate, command: str, model_path: str) -> str
     turn = f"{workload.turn_tokens:.0f} sampled and {workload.observation_tokens:.0f} read tokens a turn"
     return f"""\
 # {plan.model} ({total_parameters(plan.shape) / 1e9:.2f}B) on {plan.gpus} x {plan.machine.name}: {layout.ranks} ranks train \
-({layout.describe()}), {engines.count} engines of TP{engines.tensor} roll out.
+({layout.describe()}), {engines.count} engines of TP{engines.tensor} roll out{by_turns}.
 # Made by:  {command}
 # Start by: {start}
 #
@@ -57,7 +65,7 @@ model:
 
 parallel:
 {chr(10).join(sizes)}
-
+{placement}
 data:
   train: [data/train.parquet]
   eval: [data/dev.parquet]
@@ -71,13 +79,12 @@ rollout:
   samples_per_prompt: {workload.samples}
   max_turns: {workload.max_turns}
   max_context: {workload.max_context}
-  engine:
+{staleness}  engine:
     count: {engines.count}
     tensor: {engines.tensor}                            # {engines.weights / GIB:.1f} GiB of weights on each device
     max_num_seqs: {engines.concurrent}                     # the cache holds {engines.cache_tokens} tokens
     gpu_memory_utilization: {UTILISATION}
 {place}
-
 loss:
   name: ppo
   kl_coef: {0.001 if plan.settings.reference else 0.0}

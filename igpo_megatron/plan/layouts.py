@@ -1,7 +1,6 @@
 """Every layout that the trainer would accept for a model on so many ranks, and how many devices train.
 
-The rules are those of config/check.py; what the schema has no key for (context parallelism, in some versions) is not tried. Engines have
-devices of their own.
+The rules are those of config/check.py.
 """
 
 from __future__ import annotations
@@ -10,19 +9,13 @@ from collections.abc import Iterator
 
 from checkpoint_conversion.architectures import ModelShape
 from igpo_megatron.config.check import divisors, stage_layers
-from igpo_megatron.config.schema import Config
 from igpo_megatron.plan.types import Layout, Machine, Recompute
 
 RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
 VIRTUAL = (1, 2, 4)
+CONTEXT = (1, 2, 4, 8)
 MOST_STAGES = 16
 """Deeper pipelines are not tried: rows of one step would hardly fill them."""
-
-
-def schema_has(section: str, key: str) -> bool:
-    """The configuration knows `section.key`."""
-    field = Config.model_fields.get(section)
-    return field is not None and key in getattr(field.annotation, "model_fields", {})
 
 
 def stages_of(layers: int, pipeline: int, virtual: int) -> tuple[int, ...] | None:
@@ -48,15 +41,14 @@ def tensor_sizes(shape: ModelShape, ranks: int, per_node: int) -> list[int]:
 def train_layouts(shape: ModelShape, ranks: int, machine: Machine, row_sizes: tuple[int, ...]) -> Iterator[Layout]:
     """All layouts that use exactly `ranks` ranks."""
     experts = shape.mixture.num_experts if shape.mixture else None
-    contexts = (1, 2, 4, 8) if schema_has("parallel", "context") else (1,)
     for tensor in tensor_sizes(shape, ranks, machine.ranks_per_node):
         for pipeline in (size for size in divisors(ranks // tensor) if ranks % tensor == 0 and size <= min(MOST_STAGES, shape.num_layers)):
             for virtual in VIRTUAL if pipeline > 1 else (1,):
                 stages = stages_of(shape.num_layers, pipeline, virtual)
                 if stages is None:
                     continue
-                for context in contexts:
-                    if ranks % (tensor * pipeline * context) or (context > 1 and experts):
+                for context in CONTEXT:
+                    if ranks % (tensor * pipeline * context):
                         continue
                     data = ranks // (tensor * pipeline * context)
                     for expert in _expert_sizes(experts, tensor, ranks // pipeline):

@@ -14,17 +14,17 @@ MATMUL_SHARE, ATTENTION_SHARE, STREAM_SHARE, LINK_SHARE = 0.6, 0.45, 0.8, 0.7
 """Share of the data sheet's figure that is reckoned with: assumed, until `--calibrate` has measured the machine."""
 
 _SHEETS = {
-    "h100": (79.1, 989, 3350, 450, 50),
-    "h200": (139.8, 989, 4800, 450, 50),
-    "h800": (79.1, 989, 3350, 200, 50),
-    "h20": (95.1, 148, 4000, 450, 50),
-    "b200": (178.4, 2250, 8000, 900, 50),
-    "a100": (79.1, 312, 2039, 300, 25),
-    "a100-40gb": (39.4, 312, 1555, 300, 25),
-    "l40s": (44.4, 362, 864, 32, 25),
+    "h100": (79.1, 989, 3350, 450, 50, 64),
+    "h200": (139.8, 989, 4800, 450, 50, 64),
+    "h800": (79.1, 989, 3350, 200, 50, 64),
+    "h20": (95.1, 148, 4000, 450, 50, 64),
+    "b200": (178.4, 2250, 8000, 900, 50, 64),
+    "a100": (79.1, 312, 2039, 300, 25, 32),
+    "a100-40gb": (39.4, 312, 1555, 300, 25, 32),
+    "l40s": (44.4, 362, 864, 32, 25, 32),
 }
-"""Name -> GiB of memory that programs see, dense bf16 TFLOP/s, GB/s of memory, of NVLink (PCIe for l40s) and of the network, each
-way and per GPU; SXM boards, 8 to a node, one 400 (200) Gbit/s adapter per GPU."""
+"""Name -> GiB of memory that programs see, dense bf16 TFLOP/s, GB/s of memory, of NVLink (PCIe for l40s), of the network and of
+PCIe, each way and per GPU; SXM boards, 8 to a node, one 400 (200) Gbit/s adapter per GPU."""
 
 
 def gpu(name: str) -> Machine:
@@ -34,7 +34,7 @@ def gpu(name: str) -> Machine:
         near = difflib.get_close_matches(key, _SHEETS, n=2)
         hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(_SHEETS)}"
         raise ValueError(f"--gpu {name}: unknown; {hint} For other devices measure one with --calibrate and give the file as --calibration")
-    gib, tflops, stream, link, network = _SHEETS[key]
+    gib, tflops, stream, link, network, pcie = _SHEETS[key]
     peak = tflops * 1e12
     return Machine(
         name=key,
@@ -48,6 +48,7 @@ def gpu(name: str) -> Machine:
         link_latency=15e-6,
         network=LINK_SHARE * network * 1e9,
         network_latency=30e-6,
+        host_link=LINK_SHARE * pcie * 1e9,
         call=5e-6,
         decode_call=3e-3,
         ranks_per_node=8,

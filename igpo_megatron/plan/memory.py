@@ -16,6 +16,10 @@ from igpo_megatron.plan.types import Layout, Memory, PartSizes, Row, Settings
 CHUNK = 16 * 2**20
 """Bytes of one chunk of logits in the head (kernels/torch_chunked.py); two are alive at a time."""
 
+LIBRARIES = 10 * 2**20
+"""Bytes that a rank's libraries take in its first step on a CPU, whatever the model: gloo's buffers, primitives, threads, modules; measured
+by tools/bench/plan.py. A GPU's are within `search.HEADROOM`."""
+
 
 def layer_activations(shape: ModelShape, layout: Layout, tokens: int, settings: Settings, *, fused_norm: bool) -> float:
     """Bytes that autograd saves of one layer for its backward pass, attention without copies of keys.
@@ -100,6 +104,8 @@ def stage_memory(
         "gradients": held * 4.0,
         "optimizer": state * (8 + (4 if e == 2 else 0)),
     }
+    if not cuda:
+        always["libraries"] = float(LIBRARIES)
     if settings.reference and not cuda:
         always["reference"] = float(held * e)
     moments = [

@@ -1,20 +1,23 @@
-"""Try every layout and every split, keep what fits, rank by the time of a step."""
+"""Try every layout, with engines on devices of their own or on those of the ranks, keep what fits, rank by the time of a step."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from checkpoint_conversion.architectures import ModelShape
-from igpo_megatron.plan.layouts import schema_has, splits, train_layouts
+from igpo_megatron.plan.layouts import splits, train_layouts
 from igpo_megatron.plan.memory import fullest_stage
 from igpo_megatron.plan.parts import count_parts, total_parameters
 from igpo_megatron.plan.rollout_time import serve
 from igpo_megatron.plan.train_time import pass_time, update_time
-from igpo_megatron.plan.types import Engines, Estimate, Layout, Machine, Memory, Misfit, Row, Settings, Workload
+from igpo_megatron.plan.types import Engines, Estimate, Layout, Machine, Memory, Misfit, Placement, Row, Settings, Workload
 from igpo_megatron.plan.workload import shares_of
 
 HEADROOM = 0.92
 """Share of a device's memory that a plan may fill: the rest is for the allocator's fragments, NCCL's buffers and the CUDA context."""
+
+ASLEEP = 2.5 * 2**30
+"""Bytes that a sleeping engine keeps on its device (context, kernels, graphs): assumed, not measured."""
 
 UTILISATION = 0.85
 """rollout.engine.gpu_memory_utilization of planned runs."""
@@ -30,6 +33,7 @@ class Plan:
     workload: Workload
     settings: Settings
     gpus: int
+    staleness: int = 0
     fits: list[Estimate] = field(default_factory=list)
     """By time of a step, the fastest first."""
 
@@ -39,35 +43,43 @@ class Plan:
     tried: int = 0
 
 
-def search(model: str, shape: ModelShape, machine: Machine, workload: Workload, gpus: int, settings: Settings, staleness: int = 0) -> Plan:
-    """Plan `gpus` devices. Raises ValueError for a number that cannot be used."""
-    _check(gpus, machine, workload, shape)
-    if staleness and not schema_has("rollout", "max_staleness"):
-        raise ValueError(f"--staleness {staleness}: this version's configuration has no rollout.max_staleness; plan with 0")
-    plan = Plan(model, shape, machine, workload, settings, gpus)
+def search(
+    model: str,
+    shape: ModelShape,
+    machine: Machine,
+    workload: Workload,
+    gpus: int,
+    settings: Settings,
+    staleness: int = 0,
+    placement: Placement | None = None,
+) -> Plan:
+    """Plan `gpus` devices; `placement` None tries both. Raises ValueError for a number or a combination that cannot be used."""
+    _check(gpus, machine, workload, shape, staleness, placement)
+    plan = Plan(model, shape, machine, workload, settings, gpus, staleness)
     misses: dict[str, Misfit] = {}
-    for training in splits(gpus, machine.ranks_per_node):
-        engines = _best_engines(plan, gpus - training, misses)
+    shared = placement != "disaggregated" and not staleness and machine.device == "cuda"
+    for training in [*(splits(gpus, machine.ranks_per_node) if placement != "colocated" else []), *([gpus] if shared else [])]:
+        engines = _best_engines(plan, gpus - training or gpus, misses)
         if engines is None:
             continue
         sizes = (workload.max_context, 2 * workload.max_context)
         for layout in train_layouts(shape, training, machine, sizes):
             plan.tried += 1
-            found = estimate(plan, layout)
+            found = estimate(plan, layout, engines if training == gpus else None)
             if isinstance(found, Misfit):
                 key = f"TP{layout.tensor} PP{layout.pipeline} EP{layout.expert}"
                 if key not in misses or found.peak < misses[key].peak:
                     misses[key] = found
                 continue
-            plan.fits.append(_with_engines(plan, found, engines, staleness))
+            plan.fits.append(_with_engines(found, engines, staleness))
     plan.fits.sort(key=lambda one: (one.step, one.peak))
     fitting = {f"TP{one.layout.tensor} PP{one.layout.pipeline} EP{one.layout.expert}" for one in plan.fits}
     plan.misfits = sorted((miss for key, miss in misses.items() if key not in fitting), key=lambda miss: miss.peak)
     return plan
 
 
-def estimate(plan: Plan, layout: Layout) -> Estimate | Misfit:
-    """Memory and time of scoring and training under one layout."""
+def estimate(plan: Plan, layout: Layout, colocated: Engines | None = None) -> Estimate | Misfit:
+    """Memory and time of scoring and training under one layout; `colocated`: the engines that share its devices."""
     parts = count_parts(plan.shape, layout.tensor, layout.expert)
     multiple = layout.tensor if layout.sequence else 1
     shares = shares_of(plan.workload, layout.row_tokens, layout.data, multiple)
@@ -77,6 +89,11 @@ def estimate(plan: Plan, layout: Layout) -> Estimate | Misfit:
     worst = Row(max(largest, plan.workload.max_context), 0.0, max(layout.row_tokens // 2, 1))
     cuda = plan.machine.device == "cuda"
     memory = fullest_stage(plan.shape, parts, layout, plan.settings, worst, rows, cuda=cuda)
+    held = {name: memory[name] for name in ("weights", "gradients", "optimizer")}
+    if colocated is not None:
+        # New weights go from rank to engine while both are on the device; activations and the KV cache are not.
+        handing_over: Memory = {**held, "engine's weights": colocated.weights, "asleep": ASLEEP}
+        memory = max({**memory, "asleep": ASLEEP}, handing_over, key=lambda terms: sum(terms.values()))
     limit = plan.machine.memory * HEADROOM
     peak = sum(memory.values())
     if peak > limit:
@@ -88,14 +105,17 @@ def estimate(plan: Plan, layout: Layout) -> Estimate | Misfit:
         "update": update_time(parts, layout, plan.settings, plan.machine, rows),
         "sync": total_parameters(plan.shape) * plan.settings.dtype_bytes / layout.pipeline / plan.machine.network,
     }
-    return Estimate(layout, None, memory, times, sum(times.values()))
+    if colocated is not None:
+        # Gradients are not kept while the policy is away.
+        times["swap"] = 2 * (held["weights"] + held["optimizer"]) / plan.machine.host_link
+    return Estimate(layout, None, memory, times, sum(times.values()), "disaggregated" if colocated is None else "colocated")
 
 
-def _with_engines(plan: Plan, found: Estimate, engines: Engines, staleness: int) -> Estimate:
+def _with_engines(found: Estimate, engines: Engines, staleness: int) -> Estimate:
     """A step takes rollout and training in turn; with staleness k up to k rollouts overlap with training: max(T, (R + T) / (k + 1))."""
     training = sum(found.train.values())
     step = max(training, (engines.seconds + training) / (staleness + 1))
-    return Estimate(found.layout, engines, found.memory, found.train, step)
+    return replace(found, engines=engines, step=step)
 
 
 def _best_engines(plan: Plan, gpus: int, misses: dict[str, Misfit]) -> Engines | None:
@@ -123,13 +143,19 @@ def _why(memory: Memory, limit: float, layout: Layout) -> str:
         "activations": "recompute more, cut rows, or raise TP" if layout.recompute != "full" else "raise TP or cut packing.row_tokens",
         "optimizer": "use more ranks, so that its state is shared by more",
         "working set": "raise TP, which cuts vocabulary and layers",
+        "engine's weights": "give the engines devices of their own",
     }.get(name, "raise TP or PP (of experts: EP), which share the weights")
     others = ", ".join(f"{term} {value / gib:.1f}" for term, value in sorted(memory.items(), key=lambda item: -item[1])[1:4])
     return f"needs {total / gib:.1f} GiB of {limit / gib:.1f}: {name} {size / gib:.1f} GiB ({others}); {advice}"
 
 
-def _check(gpus: int, machine: Machine, workload: Workload, shape: ModelShape) -> None:
-    if gpus < 2:
+def _check(gpus: int, machine: Machine, workload: Workload, shape: ModelShape, staleness: int, placement: Placement | None) -> None:
+    if placement == "colocated" and staleness:
+        raise ValueError(f"--placement colocated lets ranks and engines take turns, which --staleness {staleness} does not; use 0")
+    if placement == "colocated" and machine.device == "cpu":
+        raise ValueError("--placement colocated: on a CPU there is no device memory to give back; use --placement disaggregated")
+    by_turns = machine.device == "cuda" and not staleness and placement != "disaggregated"
+    if gpus < (1 if by_turns else 2):
         raise ValueError(f"--gpus {gpus}: training and rollouts need a device each; use 2 or more")
     if gpus > machine.ranks_per_node and gpus % machine.ranks_per_node:
         below = gpus // machine.ranks_per_node * machine.ranks_per_node

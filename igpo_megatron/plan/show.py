@@ -29,9 +29,9 @@ def show(plan: Plan, console: Console, rows: int = 10) -> None:
 
 
 def ranked_table(plan: Plan, rows: int) -> Table:
-    title = "fastest first (ranks that train, GiB of the fullest; rollout, score, train and step in seconds)"
+    title = "fastest first; GiB of the fullest rank, seconds of rollout, training (with scoring) and step; + engines on the ranks' devices"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0, pad_edge=False)
-    for heading in ("", "ranks", "layout", "recompute", "rows", "engines", "GiB", "rollout", "score", "train", "step"):
+    for heading in ("", "ranks", "layout", "recompute", "rows", "engines", "GiB", "rollout", "train", "step"):
         table.add_column(heading, justify="left" if heading in ("layout", "recompute") else "right", no_wrap=True)
     for number, one in enumerate(distinct(plan.fits)[:rows], start=1):
         assert one.engines is not None
@@ -41,11 +41,10 @@ def ranked_table(plan: Plan, rows: int) -> Table:
             one.layout.describe(),
             one.layout.recompute,
             str(one.layout.row_tokens),
-            f"{one.engines.count}xTP{one.engines.tensor}",
+            f"{one.engines.count}xTP{one.engines.tensor}{'+' if one.placement == 'colocated' else ''}",
             f"{one.peak / GIB:.0f}",
             f"{one.engines.seconds:.0f}",
-            f"{one.train['score']:.0f}",
-            f"{one.train['train'] + one.train['update']:.0f}",
+            f"{one.train['score'] + one.train['train'] + one.train['update']:.0f}",
             f"{one.step:.1f}",
         )
     return table
@@ -56,7 +55,7 @@ def distinct(fits: list[Estimate]) -> list[Estimate]:
     seen: set[tuple[object, ...]] = set()
     kept = []
     for one in fits:
-        key = (one.layout.tensor, one.layout.pipeline, one.layout.context, one.layout.expert, one.layout.ranks)
+        key = (one.layout.tensor, one.layout.pipeline, one.layout.context, one.layout.expert, one.layout.ranks, one.placement)
         if key not in seen:
             seen.add(key)
             kept.append(one)

@@ -136,7 +136,8 @@ def pass_time(
         bubble = (layout.pipeline - 1) / layout.virtual * longest
         slowest = max(slowest, busiest + bubble + hand_over)
         for stage, layers in enumerate(layout.stages):
-            work += layout.tensor * layout.context * sum(time.own for time in times[layers, stage == layout.pipeline - 1])
+            # Who waits in a collective of gloo keeps its core busy.
+            work += layout.tensor * layout.context * sum(time.total for time in times[layers, stage == layout.pipeline - 1])
     if machine.cores is None:
         return slowest
     return max(slowest, work / machine.cores)

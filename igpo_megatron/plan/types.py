@@ -14,6 +14,7 @@ from math import log
 from typing import Literal
 
 Recompute = Literal["none", "selective", "full"]
+Placement = Literal["disaggregated", "colocated"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,9 @@ class Machine:
     """Bytes/s of one rank across machines."""
 
     network_latency: float
+    host_link: float
+    """Bytes/s between a device's memory and its host's, each way, while all ranks of a machine use it."""
+
     call: float
     """Seconds that one operation costs however small it is."""
 
@@ -240,6 +244,7 @@ class Estimate:
     """Parts of the time of scoring and training; they sum."""
 
     step: float
+    placement: Placement = "disaggregated"
 
     @property
     def peak(self) -> float:

@@ -1,4 +1,7 @@
-"""Two steps each of ARPO, AEPO and gain-guided rollouts on the demo, with one real engine: what grew as a tree is trained as one."""
+"""Two steps each of ARPO, AEPO and gain-guided rollouts on the demo, with one real engine: what grew as a tree is trained as one.
+
+A fourth run replays successes: it shares the engine.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from demo_runs import ROOT, DemoRuns, end, family
 
@@ -42,12 +46,27 @@ RUNS = {
 }
 
 
+FEW = 3
+"""Questions of the run that replays: every step asks all of them, so what failed may have succeeded before."""
+
+REPLAYING = (
+    "igpo",
+    "run.steps=6",
+    f"rollout.prompts_per_step={FEW}",
+    "rollout.samples_per_prompt=2",
+    "rollout.replay_successes=8",
+    "loss.mismatch=truncate",
+)
+
+
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DemoRuns]:
     with tempfile.TemporaryDirectory(prefix="igpo-e2e-") as temporary:
         demo = DemoRuns(tmp_path_factory.mktemp("branching"), Path(temporary))
+        few = demo.folder / "few.parquet"
+        pq.write_table(pq.read_table(demo.folder / "train.parquet").slice(0, FEW), few)
         arguments: list[str] = []
-        for name, (recipe, *overrides) in RUNS.items():
+        for name, (recipe, *overrides) in {**RUNS, "replay": (*REPLAYING, f"data.train=[{few}]")}.items():
             _, *common = demo.arguments(name, *SMALL, *overrides)
             arguments += [*(["--"] if arguments else []), str(ROOT / f"examples/quickstart/{recipe}.yaml"), *common]
         process = demo.start([str(ROOT / "tests/e2e/branching_runs.py"), *arguments])
@@ -107,7 +126,7 @@ def test_decisions_by_gain_stand_in_the_rollout_file_and_are_what_the_probes_say
     points = [(group, point) for group in groups for point in group.value_points]
     assert {bool(point.children) for _, point in points} == {point.stopped for _, point in points} == {True, False}
     for group, point in points:
-        assert point.value is not None and point.siblings > 0
+        assert point.value is not None and (point.siblings > 0 or point.spread == 0.0)
         probes = [node for node in group.nodes if node.kind == "probe" and node.parent == point.node]
         assert [point.value] == pytest.approx([math.exp(sum(node.old_logprobs) / len(node.old_logprobs)) for node in probes])
         assert point.stop_probability in (0.0, 0.6) and (point.stop_probability == 0.6 or not point.stopped)
@@ -119,6 +138,24 @@ def test_decisions_by_gain_stand_in_the_rollout_file_and_are_what_the_probes_say
     assert len(stopped) == len(asked) and {id(end_) for end_ in stopped} == {id(end_) for end_ in asked}
     # A policy that is asked within its answer tag answers, unless it rambles past its tokens.
     assert sum(end_.status is Status.FINISHED for end_ in stopped) > len(stopped) / 2
+
+
+def test_a_group_that_fails_is_trained_with_its_questions_earlier_success(demo: DemoRuns) -> None:
+    succeeded: dict[str, list[list[int]]] = {}
+    replayed = 0
+    for step, groups in demo.rollouts("replay"):
+        for group in groups:
+            rewards = [end_.reward for end_ in group.trajectories]
+            tokens = [[token for index in end_.path for token in group.nodes[index].token_ids] for end_ in group.trajectories]
+            if group.metrics.get("replayed"):
+                replayed += 1
+                assert sorted(reward > 0.5 for reward in rewards) == [False, True], "one of two failures was replaced"
+                assert tokens[rewards.index(max(rewards))] == succeeded[group.prompt.id][-1], f"step {step}: not the latest success"
+            elif max(rewards) > 0.5:
+                succeeded.setdefault(group.prompt.id, []).append(tokens[max(n for n, reward in enumerate(rewards) if reward > 0.5)])
+    rows = demo.rows("replay")
+    assert replayed > 0 and sum(row.get("replayed", 0.0) for row in rows) > 0
+    assert all(math.isfinite(row["loss"]) and row["grad_norm"] >= 0 for row in rows)
 
 
 def test_the_reports_draw_the_trees(demo: DemoRuns) -> None:

@@ -14,7 +14,7 @@ from igpo_megatron.config.check import check
 from igpo_megatron.config.load import load
 from igpo_megatron.plan import machines
 from igpo_megatron.plan.command import plan_run
-from igpo_megatron.plan.layouts import schema_has, splits, stages_of, train_layouts
+from igpo_megatron.plan.layouts import splits, stages_of, train_layouts
 from igpo_megatron.plan.machines import GIB, gpu
 from igpo_megatron.plan.model_shape import KNOWN, find_shape
 from igpo_megatron.plan.rollout_time import serve
@@ -52,8 +52,11 @@ def test_plans_are_ranked_by_time_and_fit_their_machine():
     plan = planned("Qwen2.5-7B", 8)
     assert plan.fits and [one.step for one in plan.fits] == sorted(one.step for one in plan.fits)
     assert all(one.peak <= HEADROOM * plan.machine.memory for one in plan.fits)
-    assert all(one.layout.ranks + one.engines.count * one.engines.tensor == 8 for one in plan.fits)
-    assert {one.layout.ranks for one in plan.fits} == {3, 4, 5, 6, 7}  # two cannot hold gradients and optimizer
+    apart = [one for one in plan.fits if one.placement == "disaggregated"]
+    assert all(one.layout.ranks + one.engines.count * one.engines.tensor == 8 for one in apart)
+    assert {one.layout.ranks for one in apart} == {3, 4, 5, 6, 7}  # two cannot hold gradients and optimizer
+    shared = [one for one in plan.fits if one.placement == "colocated"]
+    assert shared and all(one.layout.ranks == one.engines.count * one.engines.tensor == 8 for one in shared)
 
 
 def test_more_devices_and_faster_ones_take_less_time():
@@ -137,9 +140,48 @@ def test_the_trainer_accepts_every_layout_that_is_tried(model, ranks, tmp_path):
         assert [problem for problem in problems if "overlaps" not in problem] == [], layout
 
 
-def test_context_parallelism_is_tried_where_the_configuration_knows_it():
-    layouts = train_layouts(find_shape("Qwen2.5-7B")[1], 8, gpu("h100"), (8192,))
-    assert any(layout.context > 1 for layout in layouts) == schema_has("parallel", "context")
+def test_context_parallelism_is_tried_also_with_experts():
+    for model in ("Qwen2.5-7B", "Qwen3-30B-A3B"):
+        layouts = train_layouts(find_shape(model)[1], 8, gpu("h100"), (8192,))
+        assert any(layout.context > 1 and (layout.expert > 1 or "A3B" not in model) for layout in layouts)
+
+
+def test_on_shared_devices_both_take_all_of_them_and_pay_for_the_exchange():
+    shape, machine = find_shape("Qwen2.5-1.5B")[1], gpu("h100")
+
+    def best(gpus, staleness=0, placement=None, link=machine.host_link):
+        plan = search("m", shape, replace(machine, host_link=link), SMALL, gpus, Settings(), staleness, placement)
+        return plan.fits[0] if plan.fits else None
+
+    (one,) = {best(1).layout}
+    assert one.ranks == 1  # nothing else can run on a single device
+    shared = best(8, placement="colocated")
+    held = shared.memory["weights"] + shared.memory["optimizer"]
+    assert shared.train["swap"] == pytest.approx(2 * held / machine.host_link)
+    assert best(8, placement="colocated", link=1e9).step > shared.step + held / 1e9
+    assert best(8, staleness=1).placement == best(8, placement="disaggregated").placement == "disaggregated"
+
+
+def test_weights_must_fit_beside_the_engines_while_they_are_handed_over():
+    roomy = search("m", find_shape("Qwen2.5-32B")[1], gpu("h200"), SMALL, 8, Settings(), placement="colocated")
+    assert roomy.fits and all(one.peak <= HEADROOM * roomy.machine.memory for one in roomy.fits)
+    assert all({"asleep", "optimizer"} < set(one.memory) for one in roomy.fits)
+    tight = search("m", find_shape("Qwen2.5-32B")[1], gpu("h100"), SMALL, 8, Settings(), placement="colocated")
+    assert not tight.fits and "weights" in tight.misfits[0].reason
+
+
+def test_a_colocated_and_a_stale_plan_load_as_such(tmp_path):
+    for name, options in {"colocated": {"placement": "colocated"}, "stale": {"staleness": 2}}.items():
+        out = tmp_path / f"{name}.yaml"
+        assert plan_run("Qwen2.5-1.5B", 8, out=out, workload=SMALL, console=Console(quiet=True), **options) == 0
+        config = load(out, [f"model.path={fake_folder(tmp_path / name, 'Qwen2.5-1.5B')}"])
+        assert (config.placement.mode == "colocated") == (name == "colocated") and config.rollout.max_staleness == options.get(
+            "staleness", 0
+        )
+        layout, engine = config.parallel, config.rollout.engine
+        ranks = layout.tensor * layout.pipeline * layout.data * layout.context
+        assert (ranks == 8) == (name == "colocated") and bool(engine.gpu_ids) == (name == "stale")
+        assert all("no such file" in problem for problem in check(config, world_size=ranks, local_world_size=min(ranks, 8)))
 
 
 def test_devices_are_split_singly_on_one_machine_and_by_machines_on_several():
@@ -161,7 +203,9 @@ def test_an_engine_needs_room_for_one_whole_trajectory():
         (["--model", "Qwen2.5-71B", "--gpus", "8"], "did you mean Qwen2.5-7"),
         (["--model", "GPT-9", "--gpus", "8"], "neither a folder nor a known name"),
         (["--model", "Qwen2.5-7B", "--gpus", "12"], "must be whole; use 8 or 16"),
-        (["--model", "Qwen2.5-7B", "--gpus", "1"], "use 2 or more"),
+        (["--model", "Qwen2.5-7B", "--gpus", "1", "--placement", "disaggregated"], "use 2 or more"),
+        (["--model", "Qwen2.5-7B", "--gpus", "8", "--placement", "colocated", "--staleness", "1"], "take turns, which --staleness 1"),
+        (["--model", "Qwen2.5-7B", "--gpus", "8", "--placement", "beside"], "'beside' is not one of"),
         (["--model", "Qwen2.5-7B", "--gpus", "8", "--gpu", "h1000"], "did you mean h100"),
         (["--model", "Qwen2.5-7B", "--gpus", "8", "--max-context", "99999999"], None),
         (["--model", "Qwen2.5-7B", "--gpus", "8", "--calibration", "missing.json"], "not a file written by"),

@@ -11,6 +11,7 @@ only meaningful on a machine that does nothing else, where --fresh forgets what 
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import multiprocessing
 import os
@@ -298,6 +299,9 @@ def rank_main(case: Case, model: Path, steps: int) -> dict[str, Any]:
     from igpo_megatron.packing.tree import pack_for_training, step_counts
 
     torch.ones(64, 64) @ torch.ones(64, 64)  # the matmul library's own buffers
+    # What the parent had freed would be filled first, without a trace.
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
     with anonymous_peak(0.002) as peak:
         policy = Policy(config, ranks)
         groups = synthetic_groups()
