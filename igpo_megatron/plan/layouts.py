@@ -1,6 +1,6 @@
 """Every layout that the trainer would accept for a model on so many ranks, and how many devices train.
 
-The rules are those of config/check.py.
+The rules are those of config/check/layout.py.
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from checkpoint_conversion.architectures import ModelShape
-from igpo_megatron.config.check import divisors, stage_layers
+from igpo_megatron.config.check.common import divisors
+from igpo_megatron.config.check.layout import stage_layers
 from igpo_megatron.plan.types import Layout, Machine, Recompute
 
 RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")

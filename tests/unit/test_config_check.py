@@ -5,7 +5,9 @@ import json
 import pytest
 
 from igpo_megatron.cli import world_size
-from igpo_megatron.config.check import check, divisors, require, stage_layers
+from igpo_megatron.config.check import check, require
+from igpo_megatron.config.check.common import divisors
+from igpo_megatron.config.check.layout import stage_layers
 from igpo_megatron.config.load import ConfigError, build
 from igpo_megatron.config.schema import Config, Ppo
 
@@ -218,13 +220,13 @@ def test_a_web_api_needs_its_usual_variable_unless_it_is_replayed(sound, monkeyp
 
 
 def test_dense_retrieval_names_what_is_not_installed_and_not_set(sound, monkeypatch):
-    monkeypatch.setattr("igpo_megatron.config.check.find_spec", lambda name: None)
+    monkeypatch.setattr("igpo_megatron.config.check.tools.find_spec", lambda name: None)
     found = problems(sound, "search.backend=dense")
     assert [problem.split(", ")[0] for problem in found] == [
         "search.backend=dense needs search.encoder",
         "search.backend=dense needs sentence-transformers",
     ]
-    monkeypatch.setattr("igpo_megatron.config.check.find_spec", lambda name: name)
+    monkeypatch.setattr("igpo_megatron.config.check.tools.find_spec", lambda name: name)
     assert problems(sound, "search.backend=dense", "search.encoder=e5") == []
 
 
