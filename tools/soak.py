@@ -130,6 +130,7 @@ class Job:
     """`igpo launch` on every host, with whatever it has started."""
 
     def __init__(self, network: hosts.Hosts | None, count: int, arguments: Sequence[str], logs: Path, environment: dict[str, str]) -> None:
+        """`arguments`: of `igpo launch`, whose nodes they do not number."""
         self.logs = [logs / f"host{number}.log" for number in range(count)]
         self.seen: list[dict[int, psutil.Process]] = [{} for _ in range(count)]
         self.launchers = []
@@ -224,14 +225,16 @@ def soak(
     until: float = math.inf,
     faults: Sequence[Fault] = FAULTS,
     logs: Path,
+    rendezvous: str = "c10d",
     report: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
     """Kill, resume, finish; the result as JSON-able data, told to `report` after every kill, too.
 
-    `arguments`: configuration and overrides; `patience_s`: for a start, a step or an end; `until`: no kill after it (monotonic).
+    `arguments`: configuration and overrides; `rendezvous`: how torchrun's agents meet; `patience_s`: for a start, a step or an end;
+    `until`: no kill after it (monotonic).
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_TOKEN": secrets.token_hex(16), "HF_HUB_OFFLINE": "1"}
-    trial = _Trial(arguments, run, seed, count, patience_s, logs, environment)
+    trial = _Trial(arguments, run, seed, count, patience_s, logs, rendezvous, environment)
     rng = random.Random(seed)
     with ExitStack() as stack:
         trial.network = stack.enter_context(hosts.Hosts(count)) if count > 1 else None
@@ -259,10 +262,11 @@ class _Trial:
         count: int,
         patience_s: float,
         logs: Path,
+        rendezvous: str,
         environment: dict[str, str],
     ) -> None:
         self._arguments, self._run, self._seed, self._count, self._patience_s = arguments, run, seed, count, patience_s
-        self._logs, self._environment = logs, environment
+        self._logs, self._rendezvous, self._environment = logs, rendezvous, environment
         self.network: hosts.Hosts | None = None
         self._job: Job | None = None
         self._starts = 0
@@ -288,7 +292,7 @@ class _Trial:
         self._starts += 1
         folder = self._logs / f"start_{self._starts:02d}"
         folder.mkdir(parents=True)
-        self._job = Job(self.network, self._count, self._arguments, folder, self._environment)
+        self._job = Job(self.network, self._count, [*self._arguments, "--rendezvous", self._rendezvous], folder, self._environment)
 
     def end(self) -> None:
         """End whatever runs."""
@@ -356,6 +360,7 @@ class _Trial:
         return {
             "seed": self._seed,
             "hosts": self._count,
+            "rendezvous": self._rendezvous,
             "finished": self._finished,
             "steps": steps,
             "steps_logged": len({int(row["step"]) for row in rows if 0 < row["step"] <= steps}),
@@ -407,6 +412,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hosts", type=int, default=2, help="network namespaces; 1 for none")
+    parser.add_argument("--rendezvous", choices=("c10d", "static"), default="c10d", help="how torchrun's agents meet")
     parser.add_argument("--steps", type=int, help="default: three for each kill, so that the run outlasts them")
     parser.add_argument("--faults", nargs="*", choices=[fault.name for fault in FAULTS], help="only these; default: all")
     parser.add_argument("--patience-s", type=float, default=600, help="for a start, a step or an end")
@@ -420,7 +426,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def write(result: dict[str, Any]) -> None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         versions = {name: version(name) for name in ("torch", "ray", "vllm")}
-        record = {"name": options.out.stem, "device": "cpu", "figures": result, "floors": dict.fromkeys(VERDICTS, 0), "versions": versions}
+        known = json.loads(options.out.read_text(encoding="utf-8"))["figures"] if options.out.is_file() else {}
+        figures = {**known, f"hosts_{options.hosts}": result}
+        record = {"name": options.out.stem, "device": "cpu", "figures": figures, "floors": dict.fromkeys(VERDICTS, 0), "versions": versions}
         options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
     with tempfile.TemporaryDirectory(prefix="igpo-soak-") as folder:
@@ -434,6 +442,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             until=time.monotonic() + 60 * options.minutes,
             faults=faults,
             logs=options.logs or Path(folder) / "logs",
+            rendezvous=options.rendezvous,
             report=write,
         )
     write(result)

@@ -121,10 +121,10 @@ def test_two_torchrun_agents_train_as_one_node_does(folder: Path, uninterrupted:
     assert losses == pytest.approx(uninterrupted, rel=1e-5)
 
 
-def start_on(network: hosts.Hosts, number: int, arguments: list[str]) -> subprocess.Popen[str]:
+def start_on(network: hosts.Hosts, number: int, arguments: list[str], *how: str) -> subprocess.Popen[str]:
     """`igpo launch` on a host of two; a signal or a cut link between them must be noticed within 25 s on a busy machine."""
-    options = ["--nodes", "2", "--node-rank", str(number), "--head", network.address(0), "--lost-after-s", "25", "--max-restarts", "1"]
-    command = network.command(number, [sys.executable, "-m", "igpo_megatron.cli", "launch", *arguments, *options])
+    options = ["--nodes", "2", "--node-rank", str(number), "--head", network.address(0), "--lost-after-s", "25"]
+    command = network.command(number, [sys.executable, "-m", "igpo_megatron.cli", "launch", *arguments, *options, *how])
     environment = {name: value for name, value in ENVIRONMENT.items() if name != "GLOO_SOCKET_IFNAME"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
 
@@ -146,7 +146,7 @@ def test_two_hosts_survive_a_killed_rank_and_a_cut_link_and_train_what_one_node_
     arguments = settings(folder, "hosts")
     checkpoints = folder / "hosts" / "checkpoints"
     with hosts.Hosts(2) as network:
-        first, second = (start_on(network, number, arguments) for number in (0, 1))
+        first, second = (start_on(network, number, arguments, "--max-restarts", "1") for number in (0, 1))
         wait_for(checkpoints / "step_000002", [first, second], 200)
         (agent,) = [one for one in psutil.Process(second.pid).children() if "igpo_megatron.launch.agent" in one.cmdline()]
         (rank,) = agent.children()
@@ -162,7 +162,7 @@ def test_two_hosts_survive_a_killed_rank_and_a_cut_link_and_train_what_one_node_
         assert all(text.rstrip().endswith("the same command on every node resumes from the last checkpoint") for text in outputs)
         assert not (folder / "hosts" / "summary.json").exists()
         network.join(1)
-        again = [start_on(network, number, arguments) for number in (0, 1)]
+        again = [start_on(network, number, arguments, "--rendezvous", "static") for number in (0, 1)]
         for process in again:
             finish(process)
     rows = read_metrics(folder / "hosts" / "metrics.jsonl")
