@@ -202,7 +202,8 @@ class Fleet:
 
     def _watch_ray(self) -> None:
         while not self._closing.wait(_LOOK_S) and not self._ray_ended():
-            pass
+            if any(member.state is EngineState.STARTING for member in self.members):
+                self._cluster.remember()  # its agents come up while engines do
 
     def _place(self, member: Member) -> None:
         """A new actor for a member."""

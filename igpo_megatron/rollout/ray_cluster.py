@@ -82,7 +82,8 @@ class RayCluster:
     def remember(self) -> None:
         """Note what the raylet has started: its agents outlive it when it is killed, and nobody would find them then."""
         if "raylet" in self._servers:
-            self._family = self._servers["raylet"].children(recursive=True)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                self._family = self._servers["raylet"].children(recursive=True)
 
     def ended(self) -> str | None:
         """Why the Ray started here can serve nobody any more; None while it can. Of a joined one its launcher says so.
