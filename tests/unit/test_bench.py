@@ -124,6 +124,17 @@ def test_the_stated_bounds_hold_in_the_committed_results_of_the_cpu():
     assert probes["fold_vs_sequential"] >= 4
     assert engine["cached_vs_uncached_800"]["median"] >= 4
     assert engine["invalid_rows_accepted"] == 0
+    tree = figures("tree_training")
+    assert tree["speedup"] >= 1.2 and tree["token_ratio"] >= 1.2 and tree["max_grad_diff"] <= 1e-5
+    conversion = figures("convert")
+    assert conversion["checkpoint_gb"] >= 4 and conversion["copy_ratio"]["median"] >= 0.6 and conversion["tensors_that_differ"] == 0
+    assert conversion["peak_rss_mb"] <= conversion["rss_bound_mb"]
+    plan = figures("plan")
+    assert plan["largest_memory_error"] <= 0.10 and plan["median_time_error"] <= 0.25 and plan["ranked_right"] == plan["ranked_pairs"]
+    ahead = figures("async")
+    assert ahead["speedup_staleness_1"] >= 1.5
+    exact, stale = ahead["staleness_0"], ahead["staleness_1"]
+    assert abs(exact["f1_sampled"] - stale["f1_sampled"]) <= 2 * (exact["f1_sampled_se"] ** 2 + stale["f1_sampled_se"] ** 2) ** 0.5
 
 
 def test_the_stated_bounds_hold_in_the_committed_result_of_search():
