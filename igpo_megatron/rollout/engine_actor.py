@@ -28,8 +28,8 @@ _QUIET = {
 }
 _CPU_BATCH_TOKENS = 4096
 _VLLM_LOGPROBS = 20
-KILLED = re.compile(r"Failed core proc\(s\): \{[^}]*: -\d")
-"""What vLLM says when a signal ended a process of it that was starting; one that ended by itself has a positive exit code."""
+KILLED = re.compile(r"Failed core proc\(s\): \{(\}|[^}]*: -\d)")
+"""What vLLM says when a signal ended a process of it that was starting, or it cannot tell yet; one that gives up has a positive code."""
 
 
 class EngineLost(RuntimeError):

@@ -208,7 +208,7 @@ def test_a_health_check_outlives_what_ends_the_run(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    ("codes", "killed"), [("{'EngineCore': -9}", True), ("{'EngineCore': 1}", False), ("{'A': 1, 'EngineCore': -15}", True)]
+    ("codes", "killed"), [("{'EngineCore': -9}", True), ("{'EngineCore': 1}", False), ("{'A': 1, 'EngineCore': -15}", True), ("{}", True)]
 )
 def test_a_signal_that_ends_a_starting_engine_is_told_from_its_own_end(codes: str, killed: bool) -> None:
     said = f"Engine core initialization failed. See root cause above. Failed core proc(s): {codes}"
