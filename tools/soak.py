@@ -425,7 +425,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def write(result: dict[str, Any]) -> None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        versions = {name: version(name) for name in ("torch", "ray", "vllm")}
+        versions = {name: version(name) for name in ("torch", "megatron-core", "ray")}
         known = json.loads(options.out.read_text(encoding="utf-8"))["figures"] if options.out.is_file() else {}
         figures = {**known, f"hosts_{options.hosts}": result}
         record = {"name": options.out.stem, "device": "cpu", "figures": figures, "floors": dict.fromkeys(VERDICTS, 0), "versions": versions}
