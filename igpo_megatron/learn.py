@@ -154,18 +154,20 @@ def refuse_shared_turns(groups: Sequence[RolloutGroup], loss: Loss) -> None:
 
 
 def row_loss(loss: Callable[..., Any], config: Loss, with_reference: bool, row: PackedRow, logprobs: Any, entropy: Any) -> Any:
-    from igpo_megatron.algorithms.losses import mismatch_factor
+    from igpo_megatron.algorithms.losses import Tokens, mismatch_factor
 
     advantages = row.advantages
     if isinstance(config, PolicyLoss) and config.mismatch != "none":
         advantages = advantages * mismatch_factor(row.old_logprobs, row.behavior_logprobs, row.sequence, config)[:, None]
-    return loss(
+    looks_back = isinstance(config, Aepo | Hapo) and config.uses_old_entropies
+    tokens = Tokens(
         logprobs=logprobs,
-        entropy=entropy,
+        weight=row.weight,
+        advantages=advantages,
         old_logprobs=row.old_logprobs,
         ref_logprobs=row.ref_logprobs if with_reference else None,
-        advantages=advantages,
-        weight=row.weight,
-        **({"sequence": row.sequence} if isinstance(config, PolicyLoss) and config.sequence_level else {}),
-        **({"old_entropies": row.old_entropies} if isinstance(config, Aepo | Hapo) and config.uses_old_entropies else {}),
+        entropy=entropy,
+        old_entropies=row.old_entropies if looks_back else None,
+        sequence=row.sequence,
     )
+    return loss(tokens)

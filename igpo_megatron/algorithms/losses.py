@@ -13,8 +13,9 @@ loss of the whole step. Metrics are sums over trained tokens with their count in
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -28,8 +29,53 @@ Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum"]
 LossResult = tuple[Tensor, dict[str, Tensor]]
 """(scalar with gradient, metric name -> detached sum over trained tokens)."""
 
-Loss = Callable[..., LossResult]
-"""Called with the keyword arguments of `ppo`; bind `config` with functools.partial."""
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """The N scored tokens of a micro-batch. What is None is not known; a loss that needs it says so."""
+
+    logprobs: Tensor
+    """[N] fp32, with gradient."""
+
+    weight: Tensor
+    """[N] fp32 (module docstring)."""
+
+    advantages: Tensor | None = None
+    """[N, 2] fp32 (module docstring)."""
+
+    old_logprobs: Tensor | None = None
+    """[N] fp32, from before the step."""
+
+    ref_logprobs: Tensor | None = None
+    """[N] fp32, of the reference policy."""
+
+    entropy: Tensor | None = None
+    """[N] fp32, nats, with gradient."""
+
+    old_entropies: Tensor | None = None
+    """[N] fp32, nats, from before the step."""
+
+    sequence: Tensor | None = None
+    """[N] int64, the trajectory of every token, for losses on whole trajectories."""
+
+    @property
+    def log_ratio(self) -> Tensor:
+        """[N] log of the probability now over that before the step."""
+        assert self.old_logprobs is not None, "this loss needs the log-probs from before the step"
+        return self.logprobs - self.old_logprobs
+
+    @property
+    def signed(self) -> Tensor:
+        """[N, 2] advantages, which every policy gradient needs."""
+        assert self.advantages is not None, "this loss needs advantages"
+        return self.advantages
+
+
+class Loss(Protocol):
+    """One loss; `config` is its section of the configuration."""
+
+    def __call__(self, tokens: Tokens, counts: StepCounts, config: Any) -> LossResult: ...
+
 
 _MAX_LOG_RATIO = 20.0
 _MAX_KL = 10.0
@@ -53,21 +99,10 @@ def denominator(aggregation: Aggregation, counts: StepCounts) -> float:
     return float(count)
 
 
-def ppo(
-    *,
-    logprobs: Tensor,
-    entropy: Tensor | None,
-    old_logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
-    advantages: Tensor,
-    weight: Tensor,
-    counts: StepCounts,
-    config: Ppo,
-) -> LossResult:
+def ppo(tokens: Tokens, counts: StepCounts, config: Ppo) -> LossResult:
     """Clipped policy gradient (arXiv 1707.06347) with dual clip (arXiv 1912.09729), KL to a reference and entropy bonus.
 
-    logprobs [N] fp32 with gradient; entropy, old_logprobs, ref_logprobs, weight [N] fp32; advantages [N, 2] fp32 (module docstring).
-    entropy and ref_logprobs may be None where their coefficient is 0.
+    Entropy and ref_logprobs may be None where their coefficient is 0.
 
     For one trajectory with advantage A, ratio r and bounds l = 1 - clip_low, h = 1 + clip_high, the token's loss is
 
@@ -78,26 +113,14 @@ def ppo(
 
     The KL term is k3 = exp(d) - d - 1 with d = ref - logprob, clamped to at most 10 as published: beyond that it has no gradient.
     """
-    assert old_logprobs is not None, "ppo needs the log-probs from before the step"
-    log_ratio = logprobs - old_logprobs
-    surrogate, clipped = _clipped_surrogate(_bounded_exp(log_ratio), advantages, config.clip_low, config.clip_high, config.dual_clip)
+    log_ratio = tokens.log_ratio
+    surrogate, clipped = _clipped_surrogate(_bounded_exp(log_ratio), tokens.signed, config.clip_low, config.clip_high, config.dual_clip)
     per_token = {**clipped, "approx_kl": k3(log_ratio.detach())}
-    return _with_regularisers(surrogate, per_token, logprobs, entropy, ref_logprobs, weight, counts, config)
+    return _with_regularisers(surrogate, per_token, tokens, counts, config)
 
 
-def aepo(
-    *,
-    logprobs: Tensor,
-    entropy: Tensor | None,
-    old_logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
-    advantages: Tensor,
-    weight: Tensor,
-    counts: StepCounts,
-    config: Aepo,
-    old_entropies: Tensor | None = None,
-) -> LossResult:
-    """AEPO (arXiv 2510.14545): `ppo` with a clip that keeps its gradient and advantages that look at entropy. Takes what `ppo` takes.
+def aepo(tokens: Tokens, counts: StepCounts, config: Aepo) -> LossResult:
+    """AEPO (arXiv 2510.14545): `ppo` with a clip that keeps its gradient and advantages that look at entropy.
 
     The loss has PPO's value, and where PPO's gradient of -A r is r grad logprob, here it is
 
@@ -108,51 +131,39 @@ def aepo(
     (1 + clip_high) exp(logprob - sg(logprob)). A becomes A (1 + a z), z = (H - mean H) / std H, H [N] the token's entropy; where the
     factor is negative, positive and negative parts change places.
     """
-    positive, negative = advantages.unbind(-1)
+    positive, negative = tokens.signed.unbind(-1)
     if config.entropy_advantage != "none":
-        factor = 1.0 + config.entropy_advantage_weight * _entropy_scores(config, entropy, old_entropies, weight, counts)
+        factor = 1.0 + config.entropy_advantage_weight * _entropy_scores(tokens, counts, config)
         up, down = factor.clamp(min=0.0), (-factor).clamp(min=0.0)
         positive, negative = positive * up + negative * down, negative * up + positive * down
     if config.balanced_tokens == "all":
-        balanced = torch.ones_like(weight, dtype=torch.bool)
+        balanced = torch.ones_like(tokens.weight, dtype=torch.bool)
     else:
-        assert old_entropies is not None and counts.entropy is not None, "loss.balanced_tokens=high_entropy needs old entropies"
-        balanced = old_entropies > counts.entropy.threshold
+        assert tokens.old_entropies is not None and counts.entropy is not None, "loss.balanced_tokens=high_entropy needs old entropies"
+        balanced = tokens.old_entropies > counts.entropy.threshold
     scaled = torch.stack((positive, negative), -1)
-    assert old_logprobs is not None, "aepo needs the log-probs from before the step"
-    log_ratio = logprobs - old_logprobs
+    log_ratio = tokens.log_ratio
     ratio, upper = _bounded_exp(log_ratio), 1.0 + config.clip_high
-    capped = torch.where(balanced & (ratio > upper), upper * (logprobs - logprobs.detach()).exp(), ratio.clamp(max=upper))
+    capped = torch.where(balanced & (ratio > upper), upper * _unit(tokens.logprobs), ratio.clamp(max=upper))
     surrogate, clipped = _clipped_surrogate(ratio, scaled, config.clip_low, config.clip_high, config.dual_clip, capped)
     per_token = {**clipped, "approx_kl": k3(log_ratio.detach())}
-    return _with_regularisers(surrogate, per_token, logprobs, entropy, ref_logprobs, weight, counts, config)
+    return _with_regularisers(surrogate, per_token, tokens, counts, config)
 
 
-def _entropy_scores(config: Aepo, entropy: Tensor | None, old_entropies: Tensor | None, weight: Tensor, counts: StepCounts) -> Tensor:
+def _entropy_scores(tokens: Tokens, counts: StepCounts, config: Aepo) -> Tensor:
     """[N] z-score of every token's entropy, without gradient."""
     if config.entropy_advantage == "corrected":
-        assert old_entropies is not None and counts.entropy is not None, "loss.entropy_advantage=corrected needs old entropies"
-        return (old_entropies - counts.entropy.mean) / counts.entropy.std
-    assert entropy is not None, "loss.entropy_advantage needs the entropy of every token"
-    current = entropy.detach()
-    trained = current[weight > 0]
+        assert tokens.old_entropies is not None and counts.entropy is not None, "loss.entropy_advantage=corrected needs old entropies"
+        return (tokens.old_entropies - counts.entropy.mean) / counts.entropy.std
+    assert tokens.entropy is not None, "loss.entropy_advantage needs the entropy of every token"
+    current = tokens.entropy.detach()
+    trained = current[tokens.weight > 0]
     std = trained.std() if len(trained) > 1 else current.new_ones(())
     return (current - trained.mean()) / torch.where(std > 0, std, 1.0) if len(trained) else torch.zeros_like(current)
 
 
-def hapo(
-    *,
-    logprobs: Tensor,
-    entropy: Tensor | None,
-    old_logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
-    advantages: Tensor,
-    weight: Tensor,
-    counts: StepCounts,
-    config: Hapo,
-    old_entropies: Tensor | None = None,
-) -> LossResult:
-    """HAPO (arXiv 2509.16591, eq. 10 to 13): `ppo` with bounds and advantages that follow h, `entropy_position`. Takes what `ppo` takes.
+def hapo(tokens: Tokens, counts: StepCounts, config: Hapo) -> LossResult:
+    """HAPO (arXiv 2509.16591, eq. 10 to 13): `ppo` with bounds and advantages that follow h, `entropy_position`.
 
         h <= 0:  clip_low becomes clip_low (1 - h);    A becomes A (1 + h) where r is within [1 - clip_low / 2, 1 + clip_high / 2]
         h > 0:   clip_high becomes clip_high (1 + h);  A becomes A (1 + h) where r is outside of it
@@ -160,18 +171,17 @@ def hapo(
     h is of entropies before the step, over all its tokens, so that packing cannot change the gradient (the code takes those of the
     current policy over a micro-batch). `clip_weight` and `advantage_weight` multiply h; 1 in the paper.
     """
-    assert old_logprobs is not None, "hapo needs the log-probs from before the step"
-    assert old_entropies is not None and counts.entropy is not None, "hapo needs old entropies"
-    position = entropy_position(old_entropies, counts.entropy)
+    assert tokens.old_entropies is not None and counts.entropy is not None, "hapo needs old entropies"
+    position = entropy_position(tokens.old_entropies, counts.entropy)
     clip_low = config.clip_low * (1.0 - config.clip_weight * position.clamp(max=0.0))
     clip_high = config.clip_high * (1.0 + config.clip_weight * position.clamp(min=0.0))
-    log_ratio = logprobs - old_logprobs
+    log_ratio = tokens.log_ratio
     ratio = _bounded_exp(log_ratio)
     neutral = (ratio > 1.0 - clip_low / 2) & (ratio < 1.0 + clip_high / 2)
     scaled = torch.where((position > 0) ^ neutral, 1.0 + config.advantage_weight * position, 1.0)
-    surrogate, clipped = _clipped_surrogate(ratio, advantages * scaled[:, None], clip_low, clip_high, config.dual_clip)
+    surrogate, clipped = _clipped_surrogate(ratio, tokens.signed * scaled[:, None], clip_low, clip_high, config.dual_clip)
     per_token = {**clipped, "approx_kl": k3(log_ratio.detach())}
-    return _with_regularisers(surrogate, per_token, logprobs, entropy, ref_logprobs, weight, counts, config)
+    return _with_regularisers(surrogate, per_token, tokens, counts, config)
 
 
 def entropy_position(entropies: Tensor, stats: EntropyStats) -> Tensor:
@@ -185,21 +195,10 @@ def entropy_position(entropies: Tensor, stats: EntropyStats) -> Tensor:
     return torch.where(rise > 0, rise / max(highest - middle, _LEAST_ENTROPY), rise / max(middle - lowest, _LEAST_ENTROPY)).clamp(-1.0, 1.0)
 
 
-def gspo(
-    *,
-    logprobs: Tensor,
-    entropy: Tensor | None,
-    old_logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
-    advantages: Tensor,
-    weight: Tensor,
-    counts: StepCounts,
-    sequence: Tensor,
-    config: Gspo,
-) -> LossResult:
+def gspo(tokens: Tokens, counts: StepCounts, config: Gspo) -> LossResult:
     """GSPO-token (arXiv 2507.18071, eq. 13 and 14): PPO's clip with one ratio per trajectory.
 
-    Takes what `ppo` takes and sequence [N] int64, the trajectory of every token. With sg[] for "no gradient" and y the trajectory's tokens:
+    With sg[] for "no gradient" and y the trajectory's tokens:
 
         s   = exp(1/|y| sum_t (logprob_t - old_logprob_t)),        s_t = sg[s] * exp(logprob_t - sg[logprob_t])
         token's loss = -min(s_t A, clip(s_t, 1 - clip_low, 1 + clip_high) A)
@@ -207,56 +206,32 @@ def gspo(
     With one advantage per trajectory and `sequence_mean` value and gradient are those of GSPO. A token has one ratio only, so
     trajectories must not share tokens.
     """
-    assert old_logprobs is not None, "gspo needs the log-probs from before the step"
-    log_ratio = logprobs - old_logprobs
-    ratio = _bounded_exp(sequence_mean(log_ratio.detach(), sequence)) * (logprobs - logprobs.detach()).exp()
-    surrogate, clipped = _clipped_surrogate(ratio, advantages, config.clip_low, config.clip_high, None)
+    assert tokens.sequence is not None, "gspo needs the trajectory of every token"
+    log_ratio = tokens.log_ratio
+    ratio = _bounded_exp(sequence_mean(log_ratio.detach(), tokens.sequence)) * _unit(tokens.logprobs)
+    surrogate, clipped = _clipped_surrogate(ratio, tokens.signed, config.clip_low, config.clip_high, None)
     per_token = {**clipped, "approx_kl": k3(log_ratio.detach())}
-    return _with_regularisers(surrogate, per_token, logprobs, entropy, ref_logprobs, weight, counts, config)
+    return _with_regularisers(surrogate, per_token, tokens, counts, config)
 
 
-def cispo(
-    *,
-    logprobs: Tensor,
-    entropy: Tensor | None,
-    old_logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
-    advantages: Tensor,
-    weight: Tensor,
-    counts: StepCounts,
-    config: Cispo,
-) -> LossResult:
-    """CISPO (arXiv 2506.13585, eq. 4 and 5): a token's loss is -sg[clip(r, 1 - clip_low, 1 + clip_high)] A logprob.
-
-    Takes what `ppo` takes.
-    """
-    assert old_logprobs is not None, "cispo needs the log-probs from before the step"
-    log_ratio = (logprobs - old_logprobs).detach()
+def cispo(tokens: Tokens, counts: StepCounts, config: Cispo) -> LossResult:
+    """CISPO (arXiv 2506.13585, eq. 4 and 5): a token's loss is -sg[clip(r, 1 - clip_low, 1 + clip_high)] A logprob."""
+    log_ratio = tokens.log_ratio.detach()
     ratio = _bounded_exp(log_ratio)
     counted = ratio.clamp(1.0 - config.clip_low, 1.0 + config.clip_high)
-    positive, negative = advantages.unbind(-1)
-    surrogate = ((negative - positive) * counted * logprobs).sum()
+    positive, negative = tokens.signed.unbind(-1)
+    surrogate = ((negative - positive) * counted * tokens.logprobs).sum()
     per_token = {"clipped": (counted != ratio).to(ratio.dtype), "ratio": ratio, "approx_kl": k3(log_ratio)}
-    return _with_regularisers(surrogate, per_token, logprobs, entropy, ref_logprobs, weight, counts, config)
+    return _with_regularisers(surrogate, per_token, tokens, counts, config)
 
 
-def sft(
-    *,
-    logprobs: Tensor,
-    entropy: Tensor | None = None,
-    old_logprobs: Tensor | None = None,
-    ref_logprobs: Tensor | None = None,
-    advantages: Tensor | None = None,
-    weight: Tensor,
-    counts: StepCounts,
-    config: Sft,
-) -> LossResult:
-    """Cross-entropy: -sum(weight * logprobs) / trained tokens. Takes what `ppo` takes and uses logprobs, weight [N] fp32 and counts."""
-    loss = -(weight * logprobs).sum() / denominator(aggregation_of(config), counts)
-    per_token = {"nll": -logprobs.detach()}
-    if entropy is not None:
-        per_token["entropy"] = entropy.detach()
-    return loss, _sums_over_trained(per_token, weight)
+def sft(tokens: Tokens, counts: StepCounts, config: Sft) -> LossResult:
+    """Cross-entropy: -sum(weight * logprobs) / trained tokens."""
+    loss = -(tokens.weight * tokens.logprobs).sum() / denominator(aggregation_of(config), counts)
+    per_token = {"nll": -tokens.logprobs.detach()}
+    if tokens.entropy is not None:
+        per_token["entropy"] = tokens.entropy.detach()
+    return loss, _sums_over_trained(per_token, tokens.weight)
 
 
 LOSSES: dict[str, Loss] = {"ppo": ppo, "bapo": ppo, "aepo": aepo, "hapo": hapo, "gspo": gspo, "cispo": cispo, "sft": sft}
@@ -333,6 +308,11 @@ def _bounded_exp(log_ratio: Tensor) -> Tensor:
     return log_ratio.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
 
 
+def _unit(logprobs: Tensor) -> Tensor:
+    """[N] ones whose gradient is that of the log-probs."""
+    return (logprobs - logprobs.detach()).exp()
+
+
 def _clipped_surrogate(
     ratio: Tensor,
     advantages: Tensor,
@@ -353,31 +333,22 @@ def _clipped_surrogate(
     return total, {"clipped": clipped.to(ratio.dtype), "dual_clipped": dual_clipped.to(ratio.dtype), "ratio": fixed_ratio}
 
 
-def _with_regularisers(
-    total: Tensor,
-    per_token: dict[str, Tensor],
-    logprobs: Tensor,
-    entropy: Tensor | None,
-    ref_logprobs: Tensor | None,
-    weight: Tensor,
-    counts: StepCounts,
-    config: PolicyLoss,
-) -> LossResult:
+def _with_regularisers(total: Tensor, per_token: dict[str, Tensor], tokens: Tokens, counts: StepCounts, config: PolicyLoss) -> LossResult:
     """Add entropy bonus and KL term to a surrogate, divide by the step's count and sum the metrics."""
-    if entropy is not None:
-        per_token["entropy"] = entropy.detach()
+    if tokens.entropy is not None:
+        per_token["entropy"] = tokens.entropy.detach()
         if config.entropy_coef:
-            total = total - config.entropy_coef * (weight * entropy).sum()
+            total = total - config.entropy_coef * (tokens.weight * tokens.entropy).sum()
     else:
         assert not config.entropy_coef, "loss.entropy_coef needs the entropy of every token"
-    if ref_logprobs is not None:
-        reference_kl = k3(ref_logprobs - logprobs)
+    if tokens.ref_logprobs is not None:
+        reference_kl = k3(tokens.ref_logprobs - tokens.logprobs)
         per_token["ref_kl"] = reference_kl.detach()
         if config.kl_coef:
-            total = total + config.kl_coef * (weight * reference_kl).sum()
+            total = total + config.kl_coef * (tokens.weight * reference_kl).sum()
     else:
         assert not config.kl_coef, "loss.kl_coef needs the reference log-probs of every token"
-    return total / denominator(config.aggregation, counts), _sums_over_trained(per_token, weight)
+    return total / denominator(config.aggregation, counts), _sums_over_trained(per_token, tokens.weight)
 
 
 def k3(log_ratio: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from igpo_megatron.actor import schedule
 from igpo_megatron.actor.model import global_names, tensor_shards
 from igpo_megatron.actor.policy import Policy
 from igpo_megatron.actor.weight_sync import named_weights
-from igpo_megatron.algorithms.losses import LOSSES, ppo, token_weight
+from igpo_megatron.algorithms.losses import LOSSES, Tokens, ppo, token_weight
 from igpo_megatron.algorithms.tree_advantages import entropy_stats
 from igpo_megatron.config.schema import Aepo, Hapo, Ppo
 from igpo_megatron.learn import row_loss as configured_loss
@@ -89,14 +89,16 @@ def worst(left: list[list[float]], right: list[list[float]]) -> float:
 
 def row_loss(counts: Any, row: PackedRow, logprobs: torch.Tensor, entropy: torch.Tensor) -> Any:
     return ppo(
-        logprobs=logprobs,
-        entropy=entropy,
-        old_logprobs=row.old_logprobs,
-        ref_logprobs=row.ref_logprobs,
-        advantages=row.advantages,
-        weight=row.weight,
-        counts=counts,
-        config=LOSS,
+        Tokens(
+            logprobs=logprobs,
+            entropy=entropy,
+            old_logprobs=row.old_logprobs,
+            ref_logprobs=row.ref_logprobs,
+            advantages=row.advantages,
+            weight=row.weight,
+        ),
+        counts,
+        LOSS,
     )
 
 
@@ -160,14 +162,16 @@ def hf_step(folder: Path, groups: list[RolloutGroup]) -> tuple[dict[str, torch.T
                     rows = logits[position - 1 : position - 1 + len(node.token_ids)]
                     n, advantage = len(node.token_ids), next(advantages)
                     part, _ = ppo(
-                        logprobs=rows.gather(-1, torch.tensor(node.token_ids)[:, None])[:, 0],
-                        entropy=-(rows.exp() * rows).sum(-1),
-                        old_logprobs=torch.tensor(node.old_logprobs),
-                        ref_logprobs=torch.tensor(node.ref_logprobs),
-                        advantages=torch.tensor([[max(weight * advantage, 0.0), max(-weight * advantage, 0.0)]] * n),
-                        weight=torch.full((n,), weight),
-                        counts=counts,
-                        config=LOSS,
+                        Tokens(
+                            logprobs=rows.gather(-1, torch.tensor(node.token_ids)[:, None])[:, 0],
+                            entropy=-(rows.exp() * rows).sum(-1),
+                            old_logprobs=torch.tensor(node.old_logprobs),
+                            ref_logprobs=torch.tensor(node.ref_logprobs),
+                            advantages=torch.tensor([[max(weight * advantage, 0.0), max(-weight * advantage, 0.0)]] * n),
+                            weight=torch.full((n,), weight),
+                        ),
+                        counts,
+                        LOSS,
                     )
                     total = total + part
                 position += len(node.token_ids)

@@ -1,6 +1,5 @@
 """Losses against numbers worked by hand and against one-trajectory-at-a-time formulas."""
 
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,6 +7,7 @@ import torch
 
 from igpo_megatron.algorithms.losses import (
     LOSSES,
+    Tokens,
     aggregation_of,
     balanced_clip,
     cispo,
@@ -33,17 +33,14 @@ def ppo_on(ratios, advantages, config=PLAIN, weight=None, tokens=None, loss_func
     old = torch.full((len(ratios),), -1.0)
     logprobs = (old + torch.tensor(ratios).log()).requires_grad_()
     signed = torch.tensor(advantages)
-    loss, metrics = loss_function(
+    known = Tokens(
         logprobs=logprobs,
-        entropy=kwargs.pop("entropy", None),
         old_logprobs=old,
-        ref_logprobs=kwargs.pop("ref_logprobs", None),
-        **kwargs,
         advantages=torch.stack([signed.clamp(min=0), (-signed).clamp(min=0)], dim=-1),
         weight=torch.ones(len(ratios)) if weight is None else torch.tensor(weight),
-        counts=counts or StepCounts(trained_tokens=tokens or len(ratios), trajectories=1, groups=1),
-        config=config,
+        **kwargs,
     )
+    loss, metrics = loss_function(known, counts or StepCounts(trained_tokens=tokens or len(ratios), trajectories=1, groups=1), config)
     loss.backward()
     return loss.item(), logprobs.grad, {name: value.item() for name, value in metrics.items()}
 
@@ -117,14 +114,9 @@ def test_shared_tokens_have_the_loss_and_gradient_of_every_trajectory_through_th
 
     logprobs = values.clone().requires_grad_()
     loss, metrics = ppo(
-        logprobs=logprobs,
-        entropy=None,
-        old_logprobs=old,
-        ref_logprobs=None,
-        advantages=parts,
-        weight=weight,
-        counts=StepCounts(trained_tokens=12 * 32, trajectories=12, groups=1),
-        config=config,
+        Tokens(logprobs=logprobs, old_logprobs=old, advantages=parts, weight=weight),
+        StepCounts(trained_tokens=12 * 32, trajectories=12, groups=1),
+        config,
     )
     loss.backward()
     reference = values.clone().requires_grad_()
@@ -169,14 +161,15 @@ def test_k3_is_capped_at_ten_without_gradient_beyond():
 def test_extreme_log_probs_leave_finite_gradients():
     logprobs = torch.tensor([0.0, 0.0, -300.0], requires_grad=True)
     loss, _ = ppo(
-        logprobs=logprobs,
-        entropy=None,
-        old_logprobs=torch.tensor([-300.0, -300.0, 0.0]),
-        ref_logprobs=torch.tensor([-300.0, 0.0, 0.0]),
-        advantages=torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]),
-        weight=torch.ones(3),
-        counts=StepCounts(trained_tokens=3, trajectories=1, groups=1),
-        config=Ppo(),
+        Tokens(
+            logprobs=logprobs,
+            old_logprobs=torch.tensor([-300.0, -300.0, 0.0]),
+            ref_logprobs=torch.tensor([-300.0, 0.0, 0.0]),
+            advantages=torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]),
+            weight=torch.ones(3),
+        ),
+        StepCounts(trained_tokens=3, trajectories=1, groups=1),
+        Ppo(),
     )
     loss.backward()
     assert loss.isfinite()
@@ -199,15 +192,17 @@ def loss_over(config, tokens):
     if getattr(config, "uses_old_entropies", False):
         extra["old_entropies"] = entropies
     loss, metrics = LOSSES[config.name](
-        logprobs=logprobs,
-        entropy=entropies,
-        old_logprobs=old,
-        ref_logprobs=old - 0.2,
-        advantages=torch.stack([signed.clamp(min=0), (-signed).clamp(min=0)], dim=-1),
-        weight=torch.ones_like(old),
-        counts=StepCounts(5, 2, 1, EntropyStats(1.0, 0.7, threshold=1.0, lowest=0.1, highest=2.0)),
-        config=Ppo(**{name: getattr(config, name) for name in PolicyLoss.model_fields}) if isinstance(config, Bapo) else config,
-        **extra,
+        Tokens(
+            logprobs=logprobs,
+            entropy=entropies,
+            old_logprobs=old,
+            ref_logprobs=old - 0.2,
+            advantages=torch.stack([signed.clamp(min=0), (-signed).clamp(min=0)], dim=-1),
+            weight=torch.ones_like(old),
+            **extra,
+        ),
+        StepCounts(5, 2, 1, EntropyStats(1.0, 0.7, threshold=1.0, lowest=0.1, highest=2.0)),
+        Ppo(**{name: getattr(config, name) for name in PolicyLoss.model_fields}) if isinstance(config, Bapo) else config,
     )
     loss.backward()
     return loss.item(), logprobs.grad.tolist(), {name: value.item() for name, value in metrics.items()}
@@ -240,10 +235,10 @@ def test_losses_and_metrics_add_up_over_micro_batches():
 def test_a_micro_batch_without_tokens_adds_nothing():
     logprobs = torch.zeros(0, requires_grad=True)
     empty = torch.zeros(0)
-    shared = {"logprobs": logprobs, "entropy": None, "old_logprobs": empty, "ref_logprobs": None, "weight": empty}
+    tokens = Tokens(logprobs=logprobs, old_logprobs=empty, weight=empty, advantages=torch.zeros(0, 2))
     counts = StepCounts(trained_tokens=3, trajectories=1, groups=1)
-    for loss in (partial(ppo, config=PLAIN), partial(sft, config=Sft())):
-        value, metrics = loss(**shared, advantages=torch.zeros(0, 2), counts=counts)
+    for loss, config in ((ppo, PLAIN), (sft, Sft())):
+        value, metrics = loss(tokens, counts, config)
         value.backward()
         assert value.item() == 0.0
         assert [metric.item() for metric in metrics.values()] == [0.0] * len(metrics)
@@ -271,7 +266,7 @@ def test_a_step_without_trained_tokens_has_no_denominator():
 def test_sft_is_the_mean_negative_log_prob_of_trained_tokens():
     logprobs = torch.tensor([-1.0, -2.0, -9.0], requires_grad=True)
     loss, metrics = sft(
-        logprobs=logprobs, weight=torch.tensor([1.0, 1.0, 0.0]), counts=StepCounts(trained_tokens=2, trajectories=1, groups=1), config=Sft()
+        Tokens(logprobs=logprobs, weight=torch.tensor([1.0, 1.0, 0.0])), StepCounts(trained_tokens=2, trajectories=1, groups=1), Sft()
     )
     loss.backward()
     assert loss.item() == pytest.approx(1.5)
@@ -311,15 +306,15 @@ def test_gspo_of_one_advantage_has_the_gradient_of_the_papers_sequence_objective
     found = logprobs.clone().requires_grad_()
     share = torch.tensor([1 / 3, 1 / 3, 1 / 3, 1.0])
     loss, _ = gspo(
-        logprobs=found,
-        entropy=None,
-        old_logprobs=old,
-        ref_logprobs=None,
-        advantages=torch.stack([share * torch.tensor([2.0, 2.0, 2.0, 0.0]), share * torch.tensor([0.0, 0.0, 0.0, 1.0])], dim=-1),
-        weight=share,
-        counts=StepCounts(trained_tokens=4, trajectories=2, groups=1),
-        sequence=torch.tensor([0, 0, 0, 1]),
-        config=Gspo(clip_low=0.9, clip_high=9.0, kl_coef=0.0),
+        Tokens(
+            logprobs=found,
+            old_logprobs=old,
+            advantages=torch.stack([share * torch.tensor([2.0, 2.0, 2.0, 0.0]), share * torch.tensor([0.0, 0.0, 0.0, 1.0])], dim=-1),
+            weight=share,
+            sequence=torch.tensor([0, 0, 0, 1]),
+        ),
+        StepCounts(trained_tokens=4, trajectories=2, groups=1),
+        Gspo(clip_low=0.9, clip_high=9.0, kl_coef=0.0),
     )
     loss.backward()
     assert torch.allclose(found.grad, reference.grad)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from igpo_megatron.algorithms import ADVANTAGES
-from igpo_megatron.algorithms.losses import aepo, ppo
+from igpo_megatron.algorithms.losses import Tokens, aepo, ppo
 from igpo_megatron.algorithms.tree_advantages import arpo_advantages, entropy_stats
 from igpo_megatron.config.schema import Aepo, Arpo, Ppo
 from igpo_megatron.packing.tree import pack_for_training, step_counts
@@ -83,17 +83,15 @@ def run(loss, config, ratios, advantages, *, entropies=None, stats=None, old=-1.
     logprobs = (old_logprobs + torch.tensor(ratios).log()).requires_grad_()
     signed = torch.tensor(advantages)
     extra = {} if entropies is None else {"old_entropies": torch.tensor(entropies)}
-    value, metrics = loss(
+    tokens = Tokens(
         logprobs=logprobs,
-        entropy=tensors.get("entropy"),
         old_logprobs=old_logprobs,
-        ref_logprobs=None,
         advantages=torch.stack([signed.clamp(min=0), (-signed).clamp(min=0)], -1),
         weight=torch.ones(len(ratios)),
-        counts=StepCounts(len(ratios), 1, 1, stats),
-        config=config,
+        **tensors,
         **extra,
     )
+    value, metrics = loss(tokens, StepCounts(len(ratios), 1, 1, stats), config)
     value.backward()
     return value.item(), logprobs.grad, metrics
 
@@ -122,14 +120,14 @@ def test_extreme_log_probs_cannot_make_inf_times_zero():
     for shift in (-300.0, 300.0):
         logprobs = torch.tensor([0.0, -300.0, -1.0], requires_grad=True)
         value, _ = aepo(
-            logprobs=logprobs,
-            entropy=None,
-            old_logprobs=torch.tensor([shift, 0.0, -1.0]),
-            ref_logprobs=None,
-            advantages=torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 1.0]]),
-            weight=torch.ones(3),
-            counts=StepCounts(3, 1, 1),
-            config=Aepo(**PLAIN, entropy_advantage="none"),
+            Tokens(
+                logprobs=logprobs,
+                old_logprobs=torch.tensor([shift, 0.0, -1.0]),
+                advantages=torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 1.0]]),
+                weight=torch.ones(3),
+            ),
+            StepCounts(3, 1, 1),
+            Aepo(**PLAIN, entropy_advantage="none"),
         )
         value.backward()
         assert value.isfinite() and logprobs.grad.isfinite().all()
@@ -172,15 +170,15 @@ def test_the_corrected_loss_does_not_depend_on_the_rows():
         totals.append(
             sum(
                 aepo(
-                    logprobs=row.old_logprobs - 1.0,
-                    entropy=None,
-                    old_logprobs=row.old_logprobs,
-                    ref_logprobs=None,
-                    advantages=row.advantages,
-                    weight=row.weight,
-                    counts=counts,
-                    config=Aepo(**PLAIN, balanced_tokens="high_entropy"),
-                    old_entropies=row.old_entropies,
+                    Tokens(
+                        logprobs=row.old_logprobs - 1.0,
+                        old_logprobs=row.old_logprobs,
+                        advantages=row.advantages,
+                        weight=row.weight,
+                        old_entropies=row.old_entropies,
+                    ),
+                    counts,
+                    Aepo(**PLAIN, balanced_tokens="high_entropy"),
                 )[0].item()
                 for row in rows
             )

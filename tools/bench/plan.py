@@ -309,17 +309,12 @@ def rank_main(case: Case, model: Path, steps: int) -> dict[str, Any]:
         counts = step_counts(groups)
 
         def loss(row: Any, logprobs: Any, entropy: Any) -> Any:
-            from igpo_megatron.algorithms.losses import LOSSES
+            from igpo_megatron.algorithms.losses import LOSSES, Tokens
 
             return LOSSES["ppo"](
-                logprobs=logprobs,
-                entropy=entropy,
-                old_logprobs=logprobs.detach(),
-                ref_logprobs=None,
-                advantages=row.advantages,
-                weight=row.weight,
-                counts=counts,
-                config=config.loss,
+                Tokens(logprobs=logprobs, entropy=entropy, old_logprobs=logprobs.detach(), advantages=row.advantages, weight=row.weight),
+                counts,
+                config.loss,
             )
 
         seconds, cpu = [], []

@@ -21,7 +21,7 @@ from common import finish, interleaved, ratio
 from models import random_policy
 
 from igpo_megatron.actor import parallel
-from igpo_megatron.algorithms.losses import ppo, token_weight
+from igpo_megatron.algorithms.losses import Tokens, ppo, token_weight
 from igpo_megatron.config.load import build
 from igpo_megatron.packing.tree import PackedRow, pack_for_training, step_counts
 from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, Trajectory
@@ -116,14 +116,9 @@ def measure(policy: Any, group: RolloutGroup, row_tokens: int, repeats: int) -> 
     def step(name: str) -> None:
         def loss(row: PackedRow, logprobs: torch.Tensor, entropy: torch.Tensor) -> Any:
             return ppo(
-                logprobs=logprobs,
-                entropy=entropy,
-                old_logprobs=row.old_logprobs,
-                ref_logprobs=None,
-                advantages=row.advantages,
-                weight=row.weight,
-                counts=counts,
-                config=policy.config.loss,
+                Tokens(logprobs=logprobs, entropy=entropy, old_logprobs=row.old_logprobs, advantages=row.advantages, weight=row.weight),
+                counts,
+                policy.config.loss,
             )
 
         policy.train_step(layouts[name], loss)
