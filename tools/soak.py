@@ -413,7 +413,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hosts", type=int, default=2, help="network namespaces; 1 for none")
     parser.add_argument("--rendezvous", choices=("c10d", "static"), default="c10d", help="how torchrun's agents meet")
-    parser.add_argument("--steps", type=int, help="default: three for each kill, so that the run outlasts them")
+    parser.add_argument("--steps", type=int, help="default: seven for each kill, so that the run outlasts them")
     parser.add_argument("--faults", nargs="*", choices=[fault.name for fault in FAULTS], help="only these; default: all")
     parser.add_argument("--patience-s", type=float, default=600, help="for a start, a step or an end")
     parser.add_argument("--minutes", type=float, default=math.inf, help="no kill after that; the steps that are left are trained in peace")
@@ -433,7 +433,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     with tempfile.TemporaryDirectory(prefix="igpo-soak-") as folder:
         result = soak(
-            [*demo_arguments(Path(folder), options.steps or 3 * options.kills + 2), *options.overrides],
+            [*demo_arguments(Path(folder), options.steps or 7 * options.kills + 2), *options.overrides],
             Path(folder) / "soak",
             kills=options.kills,
             seed=options.seed,

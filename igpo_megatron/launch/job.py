@@ -29,6 +29,7 @@ _TEMPORARY_PREFIX = "igpo-node-"
 _POLL_S = 0.3
 _PATIENCE_S = 10.0
 _RAY_IS_UP = "Ray runtime started"
+_RAY_SERVERS = ("gcs_server", "raylet")
 _RANK_COMMAND = "igpo_megatron.train"
 
 
@@ -160,9 +161,12 @@ class _Job:
         """Report what ended here."""
         if self.signal is not None:
             self.board.report("interrupted", f"{self.node.name} was interrupted by {signal.Signals(self.signal).name}", 128 + self.signal)
-        if self.ray and self.ray.poll() is not None:
+        # `ray start` itself waits for its raylet until its deadline, also for one that is dead.
+        if self.ray and (self.ray.poll() is not None or self.ray.ended(_RAY_SERVERS)):
+            server = self.ray.ended(_RAY_SERVERS)
+            which = f": its {server} died" if server else ""
             reason = "" if self.ray.says(_RAY_IS_UP) else f" before it was up; its log ends with:\n  {self.ray.last_lines()}\n"
-            self.board.report("ray", f"Ray ended on {self.node.name}{reason}", 1)
+            self.board.report("ray", f"Ray ended on {self.node.name}{which}{reason}", 1)
         code = self.agent.poll() if self.agent else None
         if code is None:
             return

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -27,18 +28,26 @@ class Child:
         if output:
             output.close()
         self._family: dict[int, psutil.Process] = {}
+        self._names: dict[int, str] = {}
         self.poll()
 
     def poll(self) -> int | None:
         """Exit code, None while it runs; remembers what it has started meanwhile."""
         code = self._process.poll()
         if code is None:
-            try:
+            members = []
+            with contextlib.suppress(psutil.NoSuchProcess):
                 own = psutil.Process(self._process.pid)
-                self._family.update({one.pid: one for one in [own, *own.children(recursive=True)]})
-            except psutil.NoSuchProcess:
-                pass
+                members = [own, *own.children(recursive=True)]
+            for one in members:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    self._family[one.pid], self._names[one.pid] = one, one.name()
         return code
+
+    def ended(self, names: Collection[str]) -> str | None:
+        """The name of a descendant that has ended, of those of these names that `poll` has seen; None where all of them run."""
+        living = {one.pid for one in self._living()}
+        return next((name for pid, name in self._names.items() if name in names and pid not in living), None)
 
     def signal_descendants(self, number: int, command_part: str) -> int:
         """Send a signal to every descendant whose command line holds a text; how many there were."""

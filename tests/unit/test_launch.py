@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 from typer.testing import CliRunner
 
@@ -18,6 +21,7 @@ from igpo_megatron.launch.board import Board, PreflightFailed, Report, Verdict, 
 from igpo_megatron.launch.job import Options, launch_arguments, ray_command
 from igpo_megatron.launch.node import Node, busy_ports, place
 from igpo_megatron.launch.preflight import Facts, disagreements, missing
+from igpo_megatron.launch.processes import Child
 
 FIRST = Facts(0, 2, "both", 1, "a", "10.0.0.1", {"torch": "2.13", "python": "3.11"}, {"optim": {"lr": 0.1}}, "m", "t")
 SECOND = replace(FIRST, rank=1, host="b", address="10.0.0.2")
@@ -260,3 +264,22 @@ def test_the_command_reads_its_place_from_the_launchers_environment(environment,
         monkeypatch.delenv(name, raising=False)
     result = CliRunner().invoke(app, ["launch", "examples/quickstart/igpo.yaml", f"run.folder={tmp_path}"], env=environment)
     assert result.exit_code == 2 and f"error: {sentence}" in result.output
+
+
+def test_a_server_that_dies_below_a_child_that_goes_on_is_named(tmp_path: Path) -> None:
+    """`ray start` waits for a raylet that was killed as it came up."""
+    (tmp_path / "raylet").symlink_to(shutil.which("sleep") or "")
+    child = Child(["sh", "-c", '"$0" 60 & sleep 60', str(tmp_path / "raylet")], {})
+    try:
+        deadline = time.monotonic() + 20
+        while not (servers := [one for one in psutil.Process(child._process.pid).children() if one.name() == "raylet"]):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert child.poll() is None and child.ended(("raylet",)) is None
+        servers[0].kill()
+        while child.ended(("raylet",)) is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert child.poll() is None and child.ended(("raylet",)) == "raylet" and child.ended(("gcs_server",)) is None
+    finally:
+        child.stop(5)
