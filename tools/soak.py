@@ -422,6 +422,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value")
     options = parser.parse_args(arguments)
     faults = [fault for fault in FAULTS if not options.faults or fault.name in options.faults]
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # and what was started ends, as with Ctrl-C
 
     def write(result: dict[str, Any]) -> None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
