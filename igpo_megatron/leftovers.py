@@ -11,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
+
 _PR_SET_PDEATHSIG = 1
 _YOUNG_S = 2.0
 """Younger paths are never removed: their owner may not have claimed them yet."""
@@ -47,3 +49,11 @@ def end_with_parent() -> None:
     """Let the kernel send SIGTERM to this process when the thread that started it ends, however it ends. On Linux only."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """It runs; one that has ended and was not waited for does not."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

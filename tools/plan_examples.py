@@ -13,13 +13,13 @@ import typer
 from rich.console import Console
 
 from igpo_megatron.plan.command import plan_run
-from igpo_megatron.plan.types import Workload
+from igpo_megatron.plan.types import Placement, Workload
 
 SIZES = Path(__file__).resolve().parents[1] / "examples" / "sizes"
 WORKLOAD = Workload()
 """The IGPO paper's batch: 32 questions of 16 trajectories, contexts up to 32,768 tokens."""
 
-PLACEMENT = "disaggregated"
+PLACEMENT: Placement = "disaggregated"
 """Ranks and engines by turns on the same GPUs may be planned faster; that was not run on a GPU yet."""
 
 EXAMPLES = {
@@ -50,7 +50,7 @@ def main(
             out=out,
             rows=3,
             console=Console(stderr=True),
-            placement="disaggregated",
+            placement=PLACEMENT,
             shown_out=f"examples/sizes/{out.name}",
         ):
             raise typer.Exit(1)

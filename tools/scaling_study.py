@@ -83,7 +83,9 @@ def main(
         if metrics:
             workload = with_latency(workload, metrics)
         machine = machines.read(calibration) if calibration else machines.gpu(gpu)
-        plan = search(name, shape, machine, workload, gpus, Settings(dtype_bytes=2 if machine.device == "cuda" else 4))
+        settings = Settings(dtype_bytes=2 if machine.device == "cuda" else 4)
+        # Rollouts run beside training here, so each has devices of its own.
+        plan = search(name, shape, machine, workload, gpus, settings, placement="disaggregated")
         if not plan.fits:
             raise ValueError(f"{name} does not fit on {gpus} devices; `igpo plan --model {model} --gpus {gpus}` says why")
         grid = [(int(size), int(k)) for size in cells.split(",") for k in staleness.split(",")]

@@ -39,6 +39,7 @@ import world_facts
 from igpo_megatron.config.load import load
 from igpo_megatron.config.schema import Config
 from igpo_megatron.data.prompts import PromptStream
+from igpo_megatron.leftovers import is_alive
 from igpo_megatron.observability.tracker import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -179,7 +180,7 @@ class Job:
 
     def left_behind(self) -> list[str]:
         """Command lines of processes that outlived their launcher; they are ended."""
-        alive = [one for seen in self.seen for one in seen.values() if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+        alive = [one for seen in self.seen for one in seen.values() if is_alive(one)]
         _, alive = psutil.wait_procs(alive, timeout=PATIENCE_S)
         names = []
         for process in alive:
@@ -424,13 +425,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     faults = [fault for fault in FAULTS if not options.faults or fault.name in options.faults]
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # and what was started ends, as with Ctrl-C
 
+    known = json.loads(options.out.read_text(encoding="utf-8"))["figures"] if options.out.is_file() else {}
+
     def write(result: dict[str, Any]) -> None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         versions = {name: version(name) for name in ("torch", "megatron-core", "ray")}
-        known = json.loads(options.out.read_text(encoding="utf-8"))["figures"] if options.out.is_file() else {}
         figures = {**known, f"hosts_{options.hosts}": result}
         record = {"name": options.out.stem, "device": "cpu", "figures": figures, "floors": dict.fromkeys(VERDICTS, 0), "versions": versions}
-        options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        partial = options.out.with_suffix(".partial")
+        partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        partial.replace(options.out)
 
     with tempfile.TemporaryDirectory(prefix="igpo-soak-") as folder:
         result = soak(

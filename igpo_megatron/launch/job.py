@@ -10,7 +10,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -187,12 +187,17 @@ class _Job:
         return [f"rollout.engine.ray_address={self.node.head}:{self.node.ray_port}"] if self.ray else []
 
     def _ray_devices(self) -> dict[str, str]:
-        """Ray sees the engines' GPUs only."""
-        if not wants_cuda(self.config.run.device):
-            return {}
-        if self.node.role == "rollout" and not self.config.rollout.engine.gpu_ids:
-            return {}
-        return {"CUDA_VISIBLE_DEVICES": "" if self.node.role == "train" else ",".join(map(str, self.config.rollout.engine.gpu_ids))}
+        gpus = engine_gpus(self.node, self.config) if wants_cuda(self.config.run.device) else None
+        return {} if gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))}
+
+
+def engine_gpus(node: Node, config: Config) -> Sequence[int] | None:
+    """The GPUs of a node that Ray may see; None for all that it has."""
+    if node.role == "rollout":
+        return config.rollout.engine.gpu_ids or None
+    if config.placement.mode == "colocated":
+        return range(node.ranks)  # engines take turns with the ranks
+    return () if node.role == "train" else config.rollout.engine.gpu_ids
 
 
 def ray_command(node: Node, config: Config, folder: Path) -> list[str]:
@@ -201,12 +206,9 @@ def ray_command(node: Node, config: Config, folder: Path) -> list[str]:
     room = 0 if node.role == "train" else engine.count + 1  # logical: what an engine really uses is its `threads`
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
     command += ["--node-ip-address", node.address, "--num-cpus", str(room)]
-    if wants_cuda(config.run.device):
-        gpus = 0 if node.role == "train" else len(engine.gpu_ids)
-        if node.role != "rollout" or gpus:
-            command += ["--num-gpus", str(gpus)]
-    else:
-        command += ["--num-gpus", "0"]
+    gpus = engine_gpus(node, config) if wants_cuda(config.run.device) else ()
+    if gpus is not None:
+        command += ["--num-gpus", str(len(gpus))]
     if node.is_head:
         return [*command, "--head", "--port", str(node.ray_port), "--include-dashboard", "false", "--temp-dir", str(folder / "ray")]
     return [*command, "--address", f"{node.head}:{node.ray_port}"]

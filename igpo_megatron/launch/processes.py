@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from igpo_megatron.leftovers import end_with_parent
+from igpo_megatron.leftovers import end_with_parent, is_alive
 
 _LOG_LINES = 6
 
@@ -35,17 +35,16 @@ class Child:
         """Exit code, None while it runs; remembers what it has started meanwhile."""
         code = self._process.poll()
         if code is None:
-            members = []
             with contextlib.suppress(psutil.NoSuchProcess):
                 own = psutil.Process(self._process.pid)
-                members = [own, *own.children(recursive=True)]
-            for one in members:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    self._family[one.pid], self._names[one.pid] = one, one.name()
+                self._family.update({one.pid: one for one in [own, *own.children(recursive=True)]})
+                for one in own.children():
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        self._names[one.pid] = one.name()
         return code
 
     def ended(self, names: Collection[str]) -> str | None:
-        """The name of a descendant that has ended, of those of these names that `poll` has seen; None where all of them run."""
+        """The name of one that has ended, of those of these names that the child itself started and `poll` saw; None where all run."""
         living = {one.pid for one in self._living()}
         return next((name for pid, name in self._names.items() if name in names and pid not in living), None)
 
@@ -86,4 +85,5 @@ class Child:
 
     def _living(self) -> list[psutil.Process]:
         # psutil compares the time of birth: a process that took over a number is not ours.
-        return [one for one in self._family.values() if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+        self._family = {pid: one for pid, one in self._family.items() if is_alive(one)}
+        return list(self._family.values())

@@ -1,10 +1,12 @@
 """Measure this machine: matmul, attention and memory rates of one rank, the cost of a call, and two ranks' collectives (gloo, or NCCL).
 
-Each figure is the best of several repetitions, because whatever else runs can only make it slower. Under a minute on two cores.
+Each figure is the best of several repetitions, because whatever else runs can only make it slower; collectives on CPU, where ranks wait
+for the slower, are a mean. Under a minute on two cores.
 """
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import platform
@@ -127,7 +129,10 @@ def _pair(cuda: bool) -> tuple[float, float, float]:
         process.start()
     there.close()
     try:
-        return here.recv()
+        link, latency, crowd = here.recv()
+        if not 0 < latency < math.inf or not 0 < link < math.inf:
+            raise ValueError("--calibrate: collectives took no longer than the computing around them; measure again when nothing else runs")
+        return link, latency, crowd
     except EOFError:
         raise ValueError("--calibrate: two ranks on this machine could not meet on 127.0.0.1; is the loopback interface up?") from None
     finally:
@@ -143,7 +148,7 @@ def _rank(rank: int, port: int, cuda: bool, connection: Connection) -> None:
     dist.init_process_group("nccl" if cuda else "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     device = torch.device("cuda" if cuda else "cpu")
     small, large = _halves(256, device), _halves(2**19, device)
-    link = 2**19 * 4 / max(large - small, 1e-9)  # of n bytes each half moves n / 2 to the other rank
+    link = 2**19 * 4 / (large - small) if large > small else math.inf  # of n bytes each half moves n / 2 to the other rank
     crowd = 1.0 if cuda else _crowd(rank, device)
     if rank == 0:
         connection.send((link, small / 2, crowd))
@@ -168,8 +173,12 @@ def _halves(elements: int, device: torch.device) -> float:
         compute()
         dist.all_gather_into_tensor(whole, part)
 
+    def communicate() -> None:
+        dist.reduce_scatter_tensor(part, whole)
+        dist.all_gather_into_tensor(whole, part)
+
     if device.type == "cuda":
-        return best_of(step, device, 20, 2) - 2 * best_of(compute, device, 20, 2)
+        return best_of(communicate, device, 20, 2)
     return _mean(step) - 2 * _mean(compute)
 
 

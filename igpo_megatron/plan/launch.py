@@ -31,8 +31,10 @@ def launch_yaml(plan: Plan, one: Estimate, command: str, model_path: str) -> str
         place = f"    gpu_ids: {list(range(layout.ranks, layout.ranks + engines.count * engines.tensor))}"
         start = f"examples/train_1node.sh THIS_FILE    (RANKS={layout.ranks})"
     else:
-        place = "    ray_address: head:6379               # the engines' nodes, started by examples/start_ray.sh"
-        start = f"examples/train_multinode.sh THIS_FILE rollout.engine.ray_address=HOST:6379    ({layout.ranks // per_node} nodes train)"
+        place = "    ray_address: head:29401              # `igpo launch` puts its own here"
+        train = layout.ranks // per_node
+        others = "" if train == nodes else f"; NODE_ROLE=train on the first {train}, NODE_ROLE=rollout on the others"
+        start = f"NNODES={nodes} NODE_RANK=.. IGPO_HEAD=.. RANKS={per_node} examples/launch.sh THIS_FILE    (on every node{others})"
     place += "\n" if place else ""
     colocated = one.placement == "colocated"
     by_turns = " by turns on the same devices" if colocated else ""

@@ -111,7 +111,7 @@ def stage_memory(
     moments = [
         _backward(shape, parts, layout, settings, row, rows, stage, cuda=cuda),
         {"optimizer step": 4.0 * state if cuda and not settings.fused_optimizer else 8.0 * _largest(parts, first, last)},
-        {"export": 2.0 * e * layout.tensor * _largest(parts, first, last)},
+        {"export": _exported(_largest(parts, first, last), layout, settings)},
     ]
     if settings.reference:
         forward = layer_activations(shape, layout, row.tokens, settings, fused_norm=cuda) / 2
@@ -154,6 +154,15 @@ def _backward(
         if parts.tied and first:
             always_head = gradient  # waits for the embedding's, to which it is added
     return {"activations": held, "working set": max(head, work + always_head)}
+
+
+def export_bytes(parts: PartSizes, layout: Layout, settings: Settings) -> float:
+    """Bytes of the buffers in which a rank gathers and converts the largest tensor of all stages for the engines."""
+    return _exported(_largest(parts, True, True), layout, settings)
+
+
+def _exported(elements: int, layout: Layout, settings: Settings) -> float:
+    return 2.0 * settings.dtype_bytes * layout.tensor * elements
 
 
 def _largest(parts: PartSizes, first: bool, last: bool) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from checkpoint_conversion.architectures import ModelShape
 from igpo_megatron.plan.layouts import splits, train_layouts
-from igpo_megatron.plan.memory import fullest_stage
+from igpo_megatron.plan.memory import export_bytes, fullest_stage
 from igpo_megatron.plan.parts import count_parts, total_parameters
 from igpo_megatron.plan.rollout_time import serve
 from igpo_megatron.plan.train_time import pass_time, update_time
@@ -92,7 +92,12 @@ def estimate(plan: Plan, layout: Layout, colocated: Engines | None = None) -> Es
     held = {name: memory[name] for name in ("weights", "gradients", "optimizer")}
     if colocated is not None:
         # New weights go from rank to engine while both are on the device; activations and the KV cache are not.
-        handing_over: Memory = {**held, "engine's weights": colocated.weights, "asleep": ASLEEP}
+        handing_over: Memory = {
+            **held,
+            "export": export_bytes(parts, layout, plan.settings),
+            "engine's weights": colocated.weights,
+            "asleep": ASLEEP,
+        }
         memory = max({**memory, "asleep": ASLEEP}, handing_over, key=lambda terms: sum(terms.values()))
     limit = plan.machine.memory * HEADROOM
     peak = sum(memory.values())

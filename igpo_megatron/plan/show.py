@@ -29,7 +29,7 @@ def show(plan: Plan, console: Console, rows: int = 10) -> None:
 
 
 def ranked_table(plan: Plan, rows: int) -> Table:
-    title = "fastest first; GiB of the fullest rank, seconds of rollout, training (with scoring) and step; + engines on the ranks' devices"
+    title = "fastest first; GiB of the fullest rank; seconds of rollout, of all the rest and of a step; + engines on the ranks' devices"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0, pad_edge=False)
     for heading in ("", "ranks", "layout", "recompute", "rows", "engines", "GiB", "rollout", "train", "step"):
         table.add_column(heading, justify="left" if heading in ("layout", "recompute") else "right", no_wrap=True)
@@ -44,7 +44,7 @@ def ranked_table(plan: Plan, rows: int) -> Table:
             f"{one.engines.count}xTP{one.engines.tensor}{'+' if one.placement == 'colocated' else ''}",
             f"{one.peak / GIB:.0f}",
             f"{one.engines.seconds:.0f}",
-            f"{one.train['score'] + one.train['train'] + one.train['update']:.0f}",
+            f"{sum(one.train.values()):.0f}",
             f"{one.step:.1f}",
         )
     return table

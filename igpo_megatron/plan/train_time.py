@@ -36,7 +36,7 @@ ADAM_TRAFFIC = 80
 
 @dataclass(frozen=True, slots=True)
 class RowTime:
-    """One stage's seconds for one row: `own` keeps the core busy, `waiting` is the network's."""
+    """One stage's seconds for one row: `own` computes, `waiting` is for collectives, which on a CPU keeps the core busy, too."""
 
     own: float
     waiting: float

@@ -313,7 +313,7 @@ class EnginePool:
         return {"engine_restarts": float(sum(member.restarts for member in self._running.members))}
 
     def _fill(self, member: Member) -> None:
-        """Give an engine that was started again the newest weights, from the file, and prove it."""
+        """Give an engine that has started the newest weights, if there were any yet, from the file, and prove it."""
         assert self._weights is not None
         with self._sync_lock:
             if member.state is not EngineState.STALE:

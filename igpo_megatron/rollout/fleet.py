@@ -4,7 +4,7 @@
         ^                 │                           │
         └───restart─── DEAD <──────── lost ───────────┘          more than max_restarts: the run stops
 
-Only a HEALTHY engine is asked anything. A thread checks them; each restart has a thread of its own.
+Only a HEALTHY engine is asked anything. A thread checks them; each start and each restart has a thread of its own.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Fleet:
     # ---- life
 
     def start(self) -> None:
-        """Place and start all engines, and watch them from now on. Raises EngineError naming the first that does not start."""
+        """Place and start all engines, and watch them from now on. Raises RunStopped naming the first that does not start."""
         import ray
         from ray.util.placement_group import placement_group
 
@@ -146,14 +146,15 @@ class Fleet:
         with self._lock:
             if member.actor is not actor or member.state is EngineState.DEAD or self._closing.is_set() or self._ray_ended():
                 return  # somebody else was faster, or it is not the engine that died
+            if self.problem is not None:
+                return  # the run ends: nobody is started again
             member.state = EngineState.DEAD
             limit = self._engine.max_restarts
             where = f"engine {member.number} died ({cause(error)})"
             log = self._cluster.last_log_lines(member.process)
             if member.restarts >= limit:
-                self.problem = EnginesEnded(
-                    f"{where}, and rollout.engine.max_restarts={limit} restart{'' if limit == 1 else 's'} of it have been used{log}"
-                )
+                words = f"rollout.engine.max_restarts={limit} restart{'' if limit == 1 else 's'} of it have been used"
+                self.stop(EnginesEnded(f"{where}, and {words}{log}"))
                 self._end(actor)
             else:
                 member.restarts += 1
@@ -205,8 +206,8 @@ class Fleet:
             if any(member.state is EngineState.STARTING for member in self.members):
                 self._cluster.remember()  # its agents come up while engines do
 
-    def _place(self, member: Member) -> None:
-        """A new actor for a member."""
+    def _place(self, member: Member) -> Any:
+        """A new actor for a member, which it is from now on."""
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -223,6 +224,7 @@ class Fleet:
             )
             .remote(member.number)
         )
+        return member.actor
 
     def _load(self, member: Member) -> Any:
         """Let its actor load the model; returns the reference to wait for."""
@@ -254,19 +256,21 @@ class Fleet:
         import ray
 
         try:
-            self._place(member)
+            actor = self._place(member)
+        except ray.exceptions.RayError as error:
+            self.stop(EnginesEnded(f"engine {member.number} could not be placed: {cause(error)}"))
+            return
+        try:
             self.wait_for(member, self._load(member), "did not start", self._engine.start_timeout_s)
             self.set_state(member, EngineState.STALE)
             self._fill(member)
         except EngineError as error:
             if first and not isinstance(error, EngineDied):
-                self.stop(error)
+                self.stop(EnginesEnded(str(error)))
             else:
-                self.lost(member, member.actor, error)
+                self.lost(member, actor, error)
         except RunStopped as error:
             self.stop(error)
-        except ray.exceptions.RayError as error:
-            self.stop(EnginesEnded(f"engine {member.number} could not be placed: {cause(error)}"))
 
     def _end(self, actor: Any) -> None:
         """Kill an actor, and with it what still waits in it for a sync to end."""
@@ -286,7 +290,14 @@ class Fleet:
                     continue  # the run ends: nobody is started again
 
     def _run(self, work: Callable[[], None], name: str) -> None:
-        thread = threading.Thread(target=work, name=name, daemon=True)
+        def guarded() -> None:
+            try:
+                work()
+            except Exception as error:  # nobody would ever be told, and everybody would wait
+                self.stop(EnginesEnded(f"{name} failed: {type(error).__name__}: {cause(error)}"))
+                raise
+
+        thread = threading.Thread(target=guarded, name=name, daemon=True)
         self._threads.append(thread)
         thread.start()
 

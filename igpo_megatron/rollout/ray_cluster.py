@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 
 from igpo_megatron.config.schema import Config
-from igpo_megatron.leftovers import claim, remove_abandoned
+from igpo_megatron.leftovers import claim, is_alive, remove_abandoned
 from igpo_megatron.rollout.agent import EngineError
 
 _OBJECT_STORE_BYTES = 100 * 2**20
@@ -83,14 +83,15 @@ class RayCluster:
         """Note what the raylet has started: its agents outlive it when it is killed, and nobody would find them then."""
         if "raylet" in self._servers:
             with contextlib.suppress(psutil.NoSuchProcess):
-                self._family = self._servers["raylet"].children(recursive=True)
+                # Of one that has just died nobody is a child any more: what was known stays.
+                self._family = self._servers["raylet"].children(recursive=True) or self._family
 
     def ended(self) -> str | None:
         """Why the Ray started here can serve nobody any more; None while it can. Of a joined one its launcher says so.
 
         Ray itself reconnects in silence for a minute and then ends this process.
         """
-        gone = [words for name, words in _SERVERS.items() if name in self._servers and not _is_alive(self._servers[name])]
+        gone = [words for name, words in _SERVERS.items() if name in self._servers and not is_alive(self._servers[name])]
         return f"Ray ended on this machine: {' and '.join(gone)} died" if gone else None
 
     @property
@@ -119,13 +120,6 @@ class RayCluster:
         files = sorted(self._folder.glob(pattern), key=lambda path: path.stat().st_mtime)
         lines = [line for path in files for line in path.read_text(errors="replace").splitlines() if line.strip()]
         return "\nlast lines of the engine's log:\n  " + "\n  ".join(lines[-_LOG_LINES:]) if lines else ""
-
-
-def _is_alive(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def cause(error: BaseException) -> str:

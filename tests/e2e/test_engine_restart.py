@@ -39,17 +39,21 @@ def pool() -> Iterator[EnginePool]:
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Fleet, "_is_here", lambda self, member, node: member.number == 0)
-        killer = threading.Thread(target=kill_a_starting_engine, daemon=True)
+        given_up = threading.Event()
+        killer = threading.Thread(target=kill_a_starting_engine, args=(given_up,), daemon=True)
         killer.start()
-        with EnginePool(config) as started:
-            killer.join(timeout=0)
-            assert not killer.is_alive(), "no engine was killed"
-            yield started
+        try:
+            with EnginePool(config) as started:
+                killer.join(timeout=0)
+                assert not killer.is_alive(), "no engine was killed"
+                yield started
+        finally:
+            given_up.set()
 
 
-def kill_a_starting_engine() -> None:
+def kill_a_starting_engine(given_up: threading.Event) -> None:
     """SIGKILL the first vLLM process that appears below this one."""
-    while True:
+    while not given_up.is_set():
         for process in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
                 if "VLLM::EngineCore" in (process.name(), *process.cmdline()):

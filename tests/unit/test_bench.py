@@ -115,6 +115,12 @@ def test_a_committed_result_is_whole_and_has_its_script(path):
     assert re.sub(r"[^a-z0-9]+", "-", result["device"].lower()).strip("-") == path.parent.name
 
 
+def test_every_result_that_the_readme_names_is_there():
+    root = BENCH.parents[1]
+    named = re.findall(r"tools/bench/results/[a-z0-9_/.]+\.json", (root / "README.md").read_text(encoding="utf-8"))
+    assert named and [path for path in named if not (root / path).is_file()] == []
+
+
 def test_the_stated_bounds_hold_in_the_committed_results_of_the_cpu():
     def figures(name: str):
         return json.loads((BENCH / "results" / "cpu" / f"{name}.json").read_text(encoding="utf-8"))["figures"]

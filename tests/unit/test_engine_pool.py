@@ -168,7 +168,9 @@ def test_what_an_engine_refuses_ends_a_run_that_begins_and_is_tried_again_in_one
     refusal = EngineError("engine 0 did not start: no such model")
     fleet, wanted = starting(monkeypatch, refusal)
     fleet._start(fleet.members[0], first=True)
-    assert fleet.problem is refusal and not wanted
+    assert isinstance(fleet.problem, EnginesEnded) and str(fleet.problem) == str(refusal) and not wanted
+    fleet.lost(fleet.members[0], fleet.members[0].actor, EngineLost("gone"))
+    assert str(fleet.problem) == str(refusal) and not wanted, "a run that ends starts nothing again, and keeps its reason"
     fleet, wanted = starting(monkeypatch, refusal)
     fleet._start(fleet.members[0])
     assert fleet.problem is None and len(wanted) == 1
@@ -183,7 +185,7 @@ def starting(monkeypatch: pytest.MonkeyPatch, problem: Exception) -> tuple[Fleet
     def wait_for(*arguments: Any) -> Any:
         raise problem
 
-    for name, stand_in in {"_place": lambda member: None, "_load": lambda member: None, "wait_for": wait_for}.items():
+    for name, stand_in in {"_place": lambda member: member.actor, "_load": lambda member: None, "wait_for": wait_for}.items():
         monkeypatch.setattr(fleet, name, stand_in)
     return fleet, wanted
 

@@ -64,9 +64,9 @@ MAY_IMPORT = {
 }
 """Part of igpo_megatron -> parts it may import, `checkpoint_conversion` among them."""
 
-TOOLS_MAY_IMPORT = {"types", "config", "data", "search", "rollout", "observability", "plan"}
+TOOLS_MAY_IMPORT = {"types", "config", "data", "search", "rollout", "observability", "plan", "leftovers"}
 """tools/bench may import anything. rollout and observability are there for the demonstrations that warm-start the demo policy, plan for
-the scaling study and the examples by size."""
+the scaling study and the examples by size, leftovers for the soak trials."""
 
 ENGINE_FILES = tuple(
     f"igpo_megatron/rollout/{name}.py"
@@ -167,7 +167,7 @@ def test_every_import_goes_down_and_through_its_door():
         ("igpo_megatron/rollout/agent.py", "from igpo_megatron.algorithms.rewards import f1", "imports algorithms"),
         ("igpo_megatron/algorithms/losses.py", "def f():\n    from igpo_megatron import actor", "imports actor"),
         ("igpo_megatron/actor/policy.py", "import igpo_megatron.rollout.engines", "imports rollout"),
-        ("igpo_megatron/config/check.py", "from ..types import Prompt", "relative import"),
+        ("igpo_megatron/config/load.py", "from ..types import Prompt", "relative import"),
         ("igpo_megatron/rollout/chat.py", "import vllm", "imports vllm"),
         ("igpo_megatron/rollout/chat.py", "import importlib\nimportlib.import_module('ray')", "imports ray"),
         ("igpo_megatron/train.py", "from megatron.core import parallel_state", "imports megatron"),

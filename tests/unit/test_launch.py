@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from igpo_megatron.cli import app
 from igpo_megatron.launch.agent import Outcome, outcome_of
 from igpo_megatron.launch.board import Board, PreflightFailed, Report, Verdict, culprit, decide
-from igpo_megatron.launch.job import Options, launch_arguments, ray_command
+from igpo_megatron.launch.job import Options, engine_gpus, launch_arguments, ray_command
 from igpo_megatron.launch.node import Node, busy_ports, place
 from igpo_megatron.launch.preflight import Facts, disagreements, missing
 from igpo_megatron.launch.processes import Child
@@ -116,6 +116,24 @@ def test_a_verdict_waits_for_later_reports_and_for_every_trainer():
     assert decide(done, {0, 1}, {}, 20, 0.0) == Verdict(0, "finished")
     lost = decide(done[:1], {0, 1}, {"node 1 (b)": 21.0}, 20, 0.0)
     assert lost == Verdict(1, "node 1 (b) has not been heard of for 21 s: it is down or cut off")
+
+
+@pytest.mark.parametrize(
+    ("role", "overrides", "expected"),
+    [
+        ("both", ["rollout.engine.gpu_ids=[6,7]"], [6, 7]),
+        ("train", ["rollout.engine.gpu_ids=[6,7]"], []),
+        ("rollout", [], None),
+        ("both", ["placement.mode=colocated"], [0, 1]),
+        ("train", ["placement.mode=colocated"], [0, 1]),
+    ],
+)
+def test_ray_sees_the_engines_gpus_which_may_be_those_of_the_ranks(role, overrides, expected):
+    from igpo_megatron.config.load import load
+
+    node = Node(1, 2, role, 0 if role == "rollout" else 2, "a", "10.0.0.2", "10.0.0.1", 29400)
+    gpus = engine_gpus(node, load("examples/quickstart/igpo.yaml", overrides))
+    assert (None if gpus is None else list(gpus)) == expected
 
 
 def test_ray_and_torchrun_get_the_addresses_of_the_job(tmp_path):

@@ -16,9 +16,11 @@ from igpo_megatron.plan import machines
 from igpo_megatron.plan.command import plan_run
 from igpo_megatron.plan.layouts import splits, stages_of, train_layouts
 from igpo_megatron.plan.machines import GIB, gpu
+from igpo_megatron.plan.memory import export_bytes
 from igpo_megatron.plan.model_shape import KNOWN, find_shape
+from igpo_megatron.plan.parts import count_parts
 from igpo_megatron.plan.rollout_time import serve
-from igpo_megatron.plan.search import HEADROOM, search
+from igpo_megatron.plan.search import ASLEEP, HEADROOM, estimate, search
 from igpo_megatron.plan.train_time import pass_time, row_time
 from igpo_megatron.plan.types import Layout, Row, Settings, Workload
 
@@ -166,8 +168,29 @@ def test_weights_must_fit_beside_the_engines_while_they_are_handed_over():
     roomy = search("m", find_shape("Qwen2.5-32B")[1], gpu("h200"), SMALL, 8, Settings(), placement="colocated")
     assert roomy.fits and all(one.peak <= HEADROOM * roomy.machine.memory for one in roomy.fits)
     assert all({"asleep", "optimizer"} < set(one.memory) for one in roomy.fits)
+    # With engines whose weights dwarf all else, the fullest moment is that of the exchange.
+    one = roomy.fits[0]
+    found = estimate(roomy, one.layout, replace(one.engines, weights=200.0 * GIB))
+    export = export_bytes(count_parts(roomy.shape, one.layout.tensor, 1), one.layout, roomy.settings)
+    held = sum(one.memory[name] for name in ("weights", "gradients", "optimizer"))
+    assert export > 1e8 and found.peak == pytest.approx(held + export + 200 * GIB + ASLEEP)
     tight = search("m", find_shape("Qwen2.5-32B")[1], gpu("h100"), SMALL, 8, Settings(), placement="colocated")
     assert not tight.fits and "weights" in tight.misfits[0].reason
+
+
+def test_a_plan_for_several_machines_says_who_does_what_on_them(tmp_path):
+    said = {}
+    for placement in ("colocated", "disaggregated"):
+        out = tmp_path / f"{placement}.yaml"
+        assert plan_run("Qwen2.5-7B", 16, out=out, workload=SMALL, console=Console(quiet=True), placement=placement) == 0
+        config = load(out, [f"model.path={fake_folder(tmp_path / placement, 'Qwen2.5-7B')}"])
+        layout = config.parallel
+        ranks = layout.tensor * layout.pipeline * layout.data * layout.context
+        assert ranks == (16 if placement == "colocated" else 8) and config.rollout.engine.gpu_ids == ()
+        assert all("no such file" in problem for problem in check(config, world_size=ranks, local_world_size=8))
+        (said[placement],) = [line for line in out.read_text().splitlines() if "Start by" in line]
+    assert "NNODES=2" in said["colocated"] and "RANKS=8" in said["colocated"] and "NODE_ROLE" not in said["colocated"]
+    assert "NODE_ROLE=train on the first 1, NODE_ROLE=rollout on the others" in said["disaggregated"]
 
 
 def test_a_colocated_and_a_stale_plan_load_as_such(tmp_path):

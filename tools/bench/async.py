@@ -1,6 +1,6 @@
 """Claim: rollouts that run ahead of training hide slow tools: steps per hour at staleness 0, 1, 2, and what the demo learns at each.
 
-    python tools/bench/async.py [--staleness 0,1,2] [--seeds 0,1,2] [--steps 20] [--latency 1.0] [--sigma 1.0]     about 12 minutes a seed
+    python tools/bench/async.py [--staleness 0,1,2] [--seeds 0,1,2] [--steps 20] [--latency 1.0] [--sigma 1.0]     about 22 minutes a seed
 
 Every cell is one `igpo train` of the demo with real engines and search, to which lognormal latency is added (search.mode=chaos without
 failures), so all cells ask the same questions. Each is a file in tools/bench/results/cpu/async/ and is not run again once it is there.
