@@ -41,7 +41,7 @@ from igpo_megatron.rollout_queue import RolloutQueue, staleness_metrics
 from igpo_megatron.run import RunFolder, claim, open_folder
 from igpo_megatron.summary import finish
 from igpo_megatron.types import Prompt, RolloutGroup, RunStopped
-from igpo_megatron.waits import ROLLOUTS, recording, waiting
+from igpo_megatron.waits import LOST_PEER, ROLLOUTS, recording, waiting
 
 if TYPE_CHECKING:
     from igpo_megatron.actor.policy import Policy
@@ -306,8 +306,8 @@ def main(arguments: Sequence[str]) -> int:
         if not is_lost_peer(error):
             raise
         rank = os.environ.get("RANK", "0")
-        _leave_message(f"rank {rank} lost its connection to another rank")
-        sys.stderr.write(f"rank {rank} lost its connection to another rank\n")
+        _leave_message(f"rank {rank} {LOST_PEER}")
+        sys.stderr.write(f"rank {rank} {LOST_PEER}\n")
         sys.stderr.flush()
         os._exit(1)  # the groups are unusable, and leaving them in order would wait for the lost rank
     return 0

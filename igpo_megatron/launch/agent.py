@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from igpo_megatron.leftovers import end_with_parent
+from igpo_megatron.waits import LOST_PEER
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -33,7 +34,8 @@ class Outcome:
     """0, or an exit code for the shell."""
 
     kind: str
-    """done, interrupted (this agent was asked to stop), signal (a rank was ended by one), error (a rank ended itself)."""
+    """done, interrupted (this agent was asked to stop), signal (a rank was ended by one), error (a rank ended itself), peer (a rank lost
+    another one)."""
 
     sentence: str = ""
     """What a person needs to know; empty where all went well."""
@@ -63,7 +65,7 @@ def outcome_of(failures: Mapping[int, ProcessFailure]) -> Outcome:
     rank, failure = min(failures.items(), key=lambda item: (_consequence(item[1]), item[1].timestamp))
     said = _said(failure)
     if said is not None:
-        return Outcome(max(failure.exitcode, 1), "error", said, told=True)
+        return Outcome(max(failure.exitcode, 1), "peer" if said.endswith(LOST_PEER) else "error", said, told=True)
     if failure.exitcode < 0:
         return Outcome(128 - failure.exitcode, "signal", f"rank {rank} was ended by {signal.Signals(-failure.exitcode).name}")
     return Outcome(failure.exitcode, "error", f"rank {rank} ended with exit code {failure.exitcode}", told=True)

@@ -20,7 +20,8 @@ from typing import Any, Literal
 from igpo_megatron.launch.node import Node
 from igpo_megatron.launch.preflight import Facts, busy_port, missing
 
-Kind = Literal["done", "interrupted", "ray", "signal", "error"]
+Kind = Literal["done", "interrupted", "ray", "signal", "error", "peer"]
+"""`peer`: a rank lost its connection to another one, which is never the cause."""
 
 _POLL_S = 0.2
 _SETTLE_S = 2.0
@@ -28,7 +29,7 @@ _SETTLE_S = 2.0
 
 _LEAVE_S = 20.0
 _HEAD_SPARES_S = 5.0  # what node 0 says must reach the others before their deadline is over
-_CAUSES: tuple[Kind, ...] = ("interrupted", "ray", "signal", "error")
+_CAUSES: tuple[Kind, ...] = ("interrupted", "ray", "signal", "error", "peer")
 
 
 class PreflightFailed(ValueError):
@@ -64,9 +65,11 @@ def decide(
 ) -> Verdict | None:
     """The verdict, None while the job goes on. `silent_s`: node's name -> seconds without a heartbeat; `since_first_s`: since a failure."""
     failed = [report for report in reports if report.kind != "done"]
-    if failed and since_first_s >= _SETTLE_S:
+    if failed:
         cause = culprit(failed)
-        return Verdict(cause.code, cause.sentence)
+        # Whose launcher was killed says nothing: its silence is the cause, and takes its time to be one.
+        if since_first_s >= (lost_after_s + _SETTLE_S if cause.kind == "peer" else _SETTLE_S):
+            return Verdict(cause.code, cause.sentence)
     lost = [f"{name} has not been heard of for {age:.0f} s: it is down or cut off" for name, age in silent_s.items() if age > lost_after_s]
     if lost:
         return Verdict(1, "; ".join(lost))

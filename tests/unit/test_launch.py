@@ -114,6 +114,12 @@ def test_a_verdict_waits_for_later_reports_and_for_every_trainer():
     assert decide([failed], {0, 1}, {}, 20, since_first_s=2.5) == Verdict(137, failed.sentence)
     assert decide(done[:1], {0, 1}, {"b": 19.0}, 20, 0.0) is None
     assert decide(done, {0, 1}, {}, 20, 0.0) == Verdict(0, "finished")
+    # A lost connection waits for its cause: another report, or a node that has fallen silent.
+    peer = Report(0, "peer", "rank 0 lost its connection to another rank", 1, 10.0)
+    assert decide([peer], {0, 1}, {"node 1 (b)": 15.0}, 20, since_first_s=14.0) is None
+    assert decide([peer, failed], {0, 1}, {}, 20, since_first_s=2.5) == Verdict(137, failed.sentence)
+    assert "node 1 (b) has not been heard of" in decide([peer], {0, 1}, {"node 1 (b)": 21.0}, 20, since_first_s=20.0).sentence
+    assert decide([peer], {0, 1}, {}, 20, since_first_s=22.5) == Verdict(1, peer.sentence)
     lost = decide(done[:1], {0, 1}, {"node 1 (b)": 21.0}, 20, 0.0)
     assert lost == Verdict(1, "node 1 (b) has not been heard of for 21 s: it is down or cut off")
 
