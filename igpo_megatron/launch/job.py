@@ -209,11 +209,11 @@ def ray_command(node: Node, config: Config, folder: Path) -> list[str]:
     gpus = engine_gpus(node, config) if wants_cuda(config.run.device) else ()
     if gpus is not None:
         command += ["--num-gpus", str(len(gpus))]
+    # By default all nodes' sockets lie in a folder named as the head's, where two nodes that share a disk take the same names.
+    command += ["--temp-dir", str(folder / "ray")]
     if node.is_head:
-        return [*command, "--head", "--port", str(node.ray_port), "--include-dashboard", "false", "--temp-dir", str(folder / "ray")]
-    # Ray would put its sockets into a folder named as the head's, where two nodes that share a disk take the same names.
-    sockets = ["--raylet-socket-name", str(folder / "raylet"), "--plasma-store-socket-name", str(folder / "plasma")]
-    return [*command, *sockets, "--address", f"{node.head}:{node.ray_port}"]
+        return [*command, "--head", "--port", str(node.ray_port), "--include-dashboard", "false"]
+    return [*command, "--address", f"{node.head}:{node.ray_port}"]
 
 
 def launch_arguments(node: Node, trainers: list[int], options: Options) -> dict[str, Any]:

@@ -149,8 +149,11 @@ def test_ray_and_torchrun_get_the_addresses_of_the_job(tmp_path):
     head = Node(0, 3, "train", 2, "a", "10.0.0.1", "10.0.0.1", 29400)
     worker = Node(2, 3, "rollout", 0, "c", "10.0.0.3", "10.0.0.1", 29400)
     first, second = " ".join(ray_command(head, config, tmp_path)), " ".join(ray_command(worker, config, tmp_path))
-    assert "--node-ip-address 10.0.0.1 --num-cpus 0 --num-gpus 0 --head --port 29401" in first and "pkill" not in first
-    assert "--node-ip-address 10.0.0.3 --num-cpus 4 --num-gpus 0 --address 10.0.0.1:29401" in second
+    assert (
+        f"--node-ip-address 10.0.0.1 --num-cpus 0 --num-gpus 0 --temp-dir {tmp_path}/ray --head --port 29401" in first
+        and "pkill" not in first
+    )
+    assert f"--node-ip-address 10.0.0.3 --num-cpus 4 --num-gpus 0 --temp-dir {tmp_path}/ray --address 10.0.0.1:29401" in second
     options = Options("c10d", 2, 120, 20)
     agent = launch_arguments(replace(head, rank=1), [0, 1], options)
     assert (agent["min_nodes"], agent["max_restarts"], agent["rdzv_endpoint"]) == (2, 2, "10.0.0.1:29400")
