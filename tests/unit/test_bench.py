@@ -137,6 +137,10 @@ def test_the_stated_bounds_hold_in_the_committed_results_of_the_cpu():
     assert conversion["peak_rss_mb"] <= conversion["rss_bound_mb"]
     plan = figures("plan")
     assert plan["largest_memory_error"] <= 0.10 and plan["median_time_error"] <= 0.25 and plan["ranked_right"] == plan["ranked_pairs"]
+    soak = figures("soak")
+    assert len(soak["hosts_2"]["kills"]) >= 20 and soak["hosts_3"]["kills"]
+    for trial in soak.values():
+        assert trial["finished"] and trial["lost"] == trial["repeated"] == trial["left_behind"] == []
     ahead = figures("async")
     assert ahead["speedup_staleness_1"] >= 1.5
     exact, stale = ahead["staleness_0"], ahead["staleness_1"]
