@@ -119,7 +119,11 @@ def test_code_that_prints_nothing_is_not_run_again() -> None:
         ("x = bytearray(2**30)", PythonStatus.ERROR, "MemoryError"),
         ("open('a', 'wb').write(bytes(2**21))", PythonStatus.ERROR, "File too large"),
         ("for n in range(4): open(str(n), 'wb').write(bytes(2**19))", PythonStatus.ERROR, "No space left"),
-        ("import os, time\nfor _ in range(40):\n    if os.fork() == 0: time.sleep(60)", None, "8 are allowed|temporarily unavailable"),
+        (
+            "import os, time\nfor _ in range(40):\n    if os.fork() == 0: time.sleep(60)\ntime.sleep(60)",
+            None,
+            "8 are allowed|temporarily unavailable",
+        ),
         (
             "import threading, time\nfor _ in range(40): threading.Thread(target=time.sleep, args=(9,)).start()",
             None,
