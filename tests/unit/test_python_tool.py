@@ -221,7 +221,8 @@ tried
 
 
 @isolated
-def test_nothing_is_left_behind() -> None:
+def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     mark = f"igpo-mark-{os.getpid()}"
     code = f"""
 import os, subprocess
@@ -234,7 +235,7 @@ else:
 """
     assert run(code).stdout == "left\n"
     assert processes_with(mark) == []
-    assert not list(Path(tempfile.gettempdir()).glob("igpo-python-*"))
+    assert list(tmp_path.iterdir()) == []
 
 
 @isolated
