@@ -23,6 +23,7 @@ from igpo_megatron.config.load import explain, load
 from igpo_megatron.config.schema import Config
 from igpo_megatron.leftovers import claim, remove_abandoned
 from igpo_megatron.run import open_folder, read_summary
+from igpo_megatron.types import UserError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -236,7 +237,7 @@ def plan_command(
             typer.echo(f"wrote {path}; plan with --calibration {path}")
             return
         if model is None or gpus is None:
-            raise ValueError("igpo plan needs --model and --gpus (or --calibrate)")
+            raise UserError("igpo plan needs --model and --gpus (or --calibrate)")
         from igpo_megatron.plan.command import plan_run
         from igpo_megatron.plan.types import Workload
 

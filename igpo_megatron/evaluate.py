@@ -20,7 +20,7 @@ from igpo_megatron.data.prompts import read_prompts
 from igpo_megatron.observability.metrics import num_calls, status_counts
 from igpo_megatron.observability.rollout_dump import write_rollouts
 from igpo_megatron.protocols import PROTOCOLS
-from igpo_megatron.types import Prompt, RolloutGroup
+from igpo_megatron.types import Prompt, RolloutGroup, UserError
 
 GREEDY_STEP, SAMPLED_STEP = -1, -2
 """Step numbers that keep evaluation's sampling seeds apart from training's."""
@@ -165,7 +165,7 @@ def evaluate_checkpoint(config: Config, model: Path | None, out: Path) -> dict[s
     from igpo_megatron.search.tools import make_tools
 
     if not config.data.eval:
-        raise ValueError("no questions to evaluate: give --data FILE.parquet or set data.eval")
+        raise UserError("no questions to evaluate: give --data FILE.parquet or set data.eval")
     with ExitStack() as stack:
         folder = model or config.model.path
         if (folder / "model").is_dir() and not (folder / "config.json").is_file():

@@ -15,7 +15,7 @@ from igpo_megatron.algorithms.info_gain import turn_gains
 from igpo_megatron.algorithms.tree_advantages import entropy_stats
 from igpo_megatron.config.schema import Aepo, Bapo, Config, Hapo, Loss, PolicyLoss, Ppo
 from igpo_megatron.observability.metrics import logprob_gap, routed_share
-from igpo_megatron.types import RolloutGroup
+from igpo_megatron.types import RolloutGroup, UserError
 
 if TYPE_CHECKING:
     from igpo_megatron.actor.policy import Policy
@@ -147,7 +147,7 @@ def refuse_shared_turns(groups: Sequence[RolloutGroup], loss: Loss) -> None:
     by_mismatch = loss.mismatch == "mask_sequence"
     if (loss.sequence_level or by_mismatch) and any(group.is_branched for group in groups):
         setting = "loss.mismatch=mask_sequence" if by_mismatch else f"loss.name={loss.name}"
-        raise ValueError(
+        raise UserError(
             f"{setting} judges whole trajectories, but trajectories of this step share sampled turns; "
             "use a loss on tokens such as loss.name=ppo, or rollouts without branches"
         )

@@ -337,6 +337,13 @@ class StepCounts:
     """None where the loss uses no entropies from before the step."""
 
 
+class UserError(ValueError):
+    """What the user gave cannot be used; the message says what was found, what was expected and what to change.
+
+    It alone is shown without a traceback: any other exception is a mistake of ours.
+    """
+
+
 class RunStopped(RuntimeError):
     """The run cannot go on; the message names the culprit in one sentence. What was saved stays, and the run can be resumed."""
 

@@ -36,6 +36,7 @@ from igpo_megatron.plan.search import Plan, search
 from igpo_megatron.plan.train_time import update_time
 from igpo_megatron.plan.types import Settings, Workload
 from igpo_megatron.plan.workload import draw, from_rollouts, shares_of
+from igpo_megatron.types import UserError
 
 COLOURS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2")
 PANELS = (
@@ -87,7 +88,7 @@ def main(
         # Rollouts run beside training here, so each has devices of its own.
         plan = search(name, shape, machine, workload, gpus, settings, placement="disaggregated")
         if not plan.fits:
-            raise ValueError(f"{name} does not fit on {gpus} devices; `igpo plan --model {model} --gpus {gpus}` says why")
+            raise UserError(f"{name} does not fit on {gpus} devices; `igpo plan --model {model} --gpus {gpus}` says why")
         grid = [(int(size), int(k)) for size in cells.split(",") for k in staleness.split(",")]
     except ValueError as error:
         sys.exit(f"error: {error}")
@@ -106,7 +107,7 @@ def with_latency(workload: Workload, metrics: Path) -> Workload:
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()] if metrics.is_file() else []
     pairs = [(row["search/p50_s"], row["search/p95_s"]) for row in lines if row.get("search/p50_s") and row.get("search/p95_s")]
     if not pairs:
-        raise ValueError(f"--metrics {metrics}: no line with search/p50_s and search/p95_s; give the metrics.jsonl of a run with searches")
+        raise UserError(f"--metrics {metrics}: no line with search/p50_s and search/p95_s; give the metrics.jsonl of a run with searches")
     middle, high = fmean(pair[0] for pair in pairs), fmean(pair[1] for pair in pairs)
     return replace(workload, tool_median=middle, tool_sigma=max(0.0, math.log(high / middle) / SPREAD_95))
 

@@ -45,6 +45,7 @@ from igpo_megatron.search.client import make_client, shelf
 from igpo_megatron.search.results import SearchClient, SearchResult, SearchStatus, SearchStopped
 from igpo_megatron.search.tally import why_failed
 from igpo_megatron.search.web import WEB_APIS
+from igpo_megatron.types import UserError
 from serving import Handler, Metrics, base_url, document, fail, is_loopback, listen, read_request, refusal, serve
 
 TOOL = "serve_search"
@@ -187,20 +188,20 @@ def read_settings(cache: Path, budget: int, token_variable: str, host: str, sett
     # A configuration must name a model; no other section counts here.
     search = build({"model": {"path": "."}}, [f"search.{setting}" for setting in settings]).search.model_copy(update={"cache": cache})
     if search.backend not in WEB_APIS:
-        raise ValueError(
+        raise UserError(
             f"backend={search.backend} is no web API; expected backend=NAME with one of {', '.join(WEB_APIS)} "
             "(serve_retriever.py serves a corpus)"
         )
     if search.mode != "live":
-        raise ValueError(f"mode={search.mode}: the proxy always asks live and caches; leave mode out, clients may record and replay")
+        raise UserError(f"mode={search.mode}: the proxy always asks live and caches; leave mode out, clients may record and replay")
     token = os.environ.get(token_variable, "").strip() or None
     if token is None and not is_loopback(host):
-        raise ValueError(
+        raise UserError(
             f"--host {host} can be reached from other machines and {token_variable} is not set; "
             f"export {token_variable}=$(openssl rand -hex 32), or listen on 127.0.0.1"
         )
     if token is not None and len(token) < SHORTEST_TOKEN:
-        raise ValueError(f"{token_variable} has {len(token)} characters, expected at least {SHORTEST_TOKEN}; take $(openssl rand -hex 32)")
+        raise UserError(f"{token_variable} has {len(token)} characters, expected at least {SHORTEST_TOKEN}; take $(openssl rand -hex 32)")
     return Settings(search, budget, token)
 
 

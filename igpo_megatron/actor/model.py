@@ -31,6 +31,7 @@ from igpo_megatron.actor.attention import TreeAttention, TreeRotaryEmbedding
 from igpo_megatron.actor.parallel import wants_cuda
 from igpo_megatron.config.schema import Config
 from igpo_megatron.kernels.linear_logprob import Form, Implementation, gather_rows, linear_logprob, resolve
+from igpo_megatron.types import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -250,7 +251,7 @@ def resolve_backend(backend: str, cuda: bool) -> str:
     """`auto` takes TransformerEngine on CUDA when it is importable; asking for it where it is not is an error."""
     available = importlib.util.find_spec("transformer_engine") is not None
     if backend == "te" and not available:
-        raise ValueError("model.backend=te, but transformer_engine is not importable; install the [te] extra or use model.backend=local")
+        raise UserError("model.backend=te, but transformer_engine is not importable; install the [te] extra or use model.backend=local")
     chosen = ("te" if cuda and available else "local") if backend == "auto" else backend
     logger.info("layers (model.backend=%s): %s", backend, chosen)
     return chosen

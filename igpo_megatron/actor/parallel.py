@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from igpo_megatron.config.schema import Config
-from igpo_megatron.types import RunStopped
+from igpo_megatron.types import RunStopped, UserError
 from igpo_megatron.waits import waiting
 
 Value = TypeVar("Value")
@@ -57,7 +57,7 @@ class Ranks:
 def wants_cuda(device: str) -> bool:
     """Resolve `run.device`; asking for CUDA where there is none is an error."""
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("run.device=cuda, but torch sees no GPU; use run.device=cpu or install a CUDA build of torch")
+        raise UserError("run.device=cuda, but torch sees no GPU; use run.device=cpu or install a CUDA build of torch")
     return device == "cuda" or (device == "auto" and torch.cuda.is_available())
 
 

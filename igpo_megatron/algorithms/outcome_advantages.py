@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 
 from igpo_megatron.config.schema import Grpo, Rapo, ReinforcePp, ReinforcePpBaseline, ReMax, Rloo
-from igpo_megatron.types import RolloutGroup, Trajectory
+from igpo_megatron.types import RolloutGroup, Trajectory, UserError
 
 GREEDY_REWARD = "greedy_reward"
 """Key in `RolloutGroup.metrics`: reward of a greedy trajectory of the group's question; nan where it failed for outside reasons."""
@@ -116,9 +116,9 @@ def reinforce_pp_baseline(group: RolloutGroup, config: ReinforcePpBaseline, prog
 
 
 def remax(group: RolloutGroup, config: ReMax, progress: float) -> None:
-    """ReMax (arXiv 2310.10505): A_i = r_i - r_greedy; zeros where the greedy one failed. Raises ValueError where there was none."""
+    """ReMax (arXiv 2310.10505): A_i = r_i - r_greedy; zeros where the greedy one failed. Raises UserError where there was none."""
     if GREEDY_REWARD not in group.metrics:
-        raise ValueError(
+        raise UserError(
             f"group {group.prompt.id} has no greedy trajectory's reward, which advantage.name=remax subtracts; "
             "replay rollouts that were recorded with remax, or choose advantage.name=rloo"
         )

@@ -21,7 +21,7 @@ from igpo_megatron.config.schema import Reward
 from igpo_megatron.protocols import PROTOCOLS, ToolProtocol
 from igpo_megatron.protocols.igpo import tags_balanced as tags_balanced
 from igpo_megatron.protocols.igpo import well_formed_answer
-from igpo_megatron.types import RolloutGroup, Status, Trajectory
+from igpo_megatron.types import RolloutGroup, Status, Trajectory, UserError
 
 ALIAS_SEPARATOR = "<|answer_split|>"
 """Joins the accepted answers in the published ground-truth strings."""
@@ -108,7 +108,7 @@ def published_score(text: str, ground_truth: str) -> Score:
 def score_lines(path: str | Path) -> Iterator[dict[str, float | bool]]:
     """Score a JSON-lines file of `{"solution", "ground_truth"}`: one dict of f1, em, format_ok and reward per line, blank lines skipped.
 
-    Raises ValueError naming file and line where a line is not a JSON object with both strings.
+    Raises UserError naming file and line where a line is not a JSON object with both strings.
     """
     with Path(path).open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -122,9 +122,9 @@ def _solution_and_truth(line: bytes, where: str) -> tuple[str, str]:
     try:
         row = json.loads(line)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{where}: not JSON ({error}); {expected}") from error
+        raise UserError(f"{where}: not JSON ({error}); {expected}") from error
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: found a JSON {type(row).__name__}; {expected}")
+        raise UserError(f"{where}: found a JSON {type(row).__name__}; {expected}")
     problems = [f"{key!r} is missing" for key in ("solution", "ground_truth") if key not in row]
     problems += [
         f"{key!r} is a {type(row[key]).__name__}, not a string"
@@ -132,7 +132,7 @@ def _solution_and_truth(line: bytes, where: str) -> tuple[str, str]:
         if key in row and not isinstance(row[key], str)
     ]
     if problems:
-        raise ValueError(f"{where}: {' and '.join(problems)}; {expected}")
+        raise UserError(f"{where}: {' and '.join(problems)}; {expected}")
     return row["solution"], row["ground_truth"]
 
 

@@ -20,12 +20,13 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from igpo_megatron.config.schema import Config
+from igpo_megatron.types import UserError
 
 ALGORITHMS = {"advantage": "igpo", "loss": "ppo", "rollout.branching": "none"}
 """Sections whose keys depend on their `name`, and the name taken where none is given."""
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """The user's configuration is wrong; the message lists every problem, one per line."""
 
     def __init__(self, problems: Sequence[str]):

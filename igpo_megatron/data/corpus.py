@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from igpo_megatron.types import UserError
+
 
 @dataclass(frozen=True, slots=True)
 class Passage:
@@ -33,7 +35,7 @@ def read_corpus(path: Path | str) -> Iterator[Passage]:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path}: no such corpus file; expected JSON lines of {{id, title, text}} or {{id, contents}}")
+        raise UserError(f"{path}: no such corpus file; expected JSON lines of {{id, title, text}} or {{id, contents}}")
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
@@ -45,14 +47,12 @@ def _parse(line: bytes, place: str) -> Passage:
     try:
         record = json.loads(line)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{place}: not UTF-8 text ({error.reason} at byte {error.start}); save the corpus as UTF-8") from None
+        raise UserError(f"{place}: not UTF-8 text ({error.reason} at byte {error.start}); save the corpus as UTF-8") from None
     except json.JSONDecodeError as error:
         start = line[:60].decode(errors="replace").rstrip()
-        raise ValueError(
-            f"{place}: not JSON ({error.msg} at column {error.colno}); found {start!r}, expected one object per line"
-        ) from None
+        raise UserError(f"{place}: not JSON ({error.msg} at column {error.colno}); found {start!r}, expected one object per line") from None
     if not isinstance(record, dict):
-        raise ValueError(f"{place}: found a JSON {type(record).__name__}, expected an object with id, title and text (or id and contents)")
+        raise UserError(f"{place}: found a JSON {type(record).__name__}, expected an object with id, title and text (or id and contents)")
     if isinstance(record.get("id"), int):
         record["id"] = str(record["id"])
     if "contents" in record:
@@ -65,10 +65,10 @@ def _parse(line: bytes, place: str) -> Passage:
 def _string(record: dict[str, Any], field: str, place: str) -> str:
     if field not in record:
         fields = ", ".join(record) or "none"
-        raise ValueError(f"{place}: field {field!r} is missing (found {fields}); expected id, title and text, or id and contents")
+        raise UserError(f"{place}: field {field!r} is missing (found {fields}); expected id, title and text, or id and contents")
     value = record[field]
     if not isinstance(value, str):
-        raise ValueError(f"{place}: field {field!r} is {json.dumps(value)[:60]}, expected a string")
+        raise UserError(f"{place}: field {field!r} is {json.dumps(value)[:60]}, expected a string")
     return value
 
 

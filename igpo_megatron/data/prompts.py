@@ -23,7 +23,7 @@ from typing import Any, Literal, TypedDict
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from igpo_megatron.types import Prompt
+from igpo_megatron.types import Prompt, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def read_prompts(path: Path | str) -> list[Prompt]:
         shown = [f"  - {problem}" for problem in problems[:SHOWN_PROBLEMS]]
         if len(problems) > SHOWN_PROBLEMS:
             shown.append(f"  - and {len(problems) - SHOWN_PROBLEMS} more; `python tools/prepare_data.py check {path}` lists all")
-        raise ValueError("\n".join([f"{path}: cannot be used as questions:", *shown]))
+        raise UserError("\n".join([f"{path}: cannot be used as questions:", *shown]))
     return prompts
 
 
@@ -270,7 +270,7 @@ class PromptStream:
         """Reads all files at once. ValueError as in `read_prompts`."""
         self.prompts = [prompt for path in files for prompt in read_prompts(path)]
         if not self.prompts:
-            raise ValueError("no files of questions were given; name at least one parquet file in data.train")
+            raise UserError("no files of questions were given; name at least one parquet file in data.train")
         self.seed, self.shuffle, self.balance = seed, shuffle, balance
         self.drawn = 0
         """Ordinals below this one have been drawn."""
@@ -329,7 +329,7 @@ class PromptStream:
             if then != now:
                 problems.append(f"{key} was {then!r} at the checkpoint and is {now!r} now; set it back or start a new run")
         if problems:
-            raise ValueError("cannot resume the order of questions:\n" + "\n".join(f"  - {problem}" for problem in problems))
+            raise UserError("cannot resume the order of questions:\n" + "\n".join(f"  - {problem}" for problem in problems))
         self.drawn, self._returned = state["drawn"], [*state.get("open", [])]
 
     def question(self, ordinal: int) -> Prompt:

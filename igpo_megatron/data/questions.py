@@ -18,6 +18,7 @@ from igpo_megatron.data.prompts import ALIAS_SEPARATOR, Problem, read_prompts
 from igpo_megatron.data.qa_sets import QaLayout, Question, Unusable, recognise, source_of, split_of
 from igpo_megatron.data.records import read_records
 from igpo_megatron.data.whole import whole
+from igpo_megatron.types import UserError
 
 SCHEMA = pa.schema(
     {
@@ -173,6 +174,6 @@ def _read_aliases(path: Path) -> dict[str, list[str]]:
     for row, record in read_records(path):
         if isinstance(record, Problem) or "Q_id" not in record or not isinstance(record.get("aliases"), list):
             problem = record if isinstance(record, Problem) else Problem("expected Q_id and a list of aliases", row)
-            raise ValueError(f"{path}: {problem}")
+            raise UserError(f"{path}: {problem}")
         found[record["Q_id"]] = [*record["aliases"], *(record.get("demonyms") or [])]
     return found

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from igpo_megatron.kernels import forms, torch_chunked
+from igpo_megatron.types import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -156,13 +157,13 @@ class _GatherRows(torch.autograd.Function):
 def _functions(implementation: str, form: str, hidden: torch.Tensor, weight: torch.Tensor) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """(partials, gradients) of one vocabulary shard."""
     if form not in ("auto", *forms.FORMS):
-        raise ValueError(f"model.head_form={form}: expected auto or one of {', '.join(forms.FORMS)}")
+        raise UserError(f"model.head_form={form}: expected auto or one of {', '.join(forms.FORMS)}")
     if resolve(implementation, hidden.device) == "torch":
         return torch_chunked.partials, torch_chunked.gradients
     from igpo_megatron.kernels import triton_head
 
     if hidden.dtype not in triton_head.DTYPES:
-        raise ValueError(f"hidden is {hidden.dtype}: the triton implementation takes bf16, fp16 or fp32; use model.head=torch")
+        raise UserError(f"hidden is {hidden.dtype}: the triton implementation takes bf16, fp16 or fp32; use model.head=torch")
     if form == "auto":
         device = torch.cuda.get_device_name(hidden.device) if hidden.is_cuda else "cpu"
         form = forms.choose(device, len(hidden), hidden.shape[1], len(weight))
@@ -172,12 +173,12 @@ def _functions(implementation: str, form: str, hidden: torch.Tensor, weight: tor
 @functools.cache
 def _resolve(implementation: str, device_type: str) -> str:
     if implementation not in ("auto", "torch", "triton"):
-        raise ValueError(f"model.head={implementation}: expected auto, torch or triton")
+        raise UserError(f"model.head={implementation}: expected auto, torch or triton")
     # The interpreter runs on CPU too, but only for who asks for it by name.
     wanted = implementation == "triton" or (implementation == "auto" and device_type == "cuda")
     problem = _why_no_triton(device_type) if wanted else None
     if implementation == "triton" and problem:
-        raise ValueError(f"model.head=triton on {device_type}: {problem}; use auto or torch")
+        raise UserError(f"model.head=triton on {device_type}: {problem}; use auto or torch")
     chosen = "triton" if wanted and not problem else "torch"
     logger.info("log-probs (model.head=%s) on %s: %s", implementation, device_type, chosen)
     return chosen

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from igpo_megatron.launch.node import Node
 from igpo_megatron.launch.preflight import Facts, busy_port, missing
+from igpo_megatron.types import UserError
 
 Kind = Literal["done", "interrupted", "ray", "signal", "error", "peer"]
 """`peer`: a rank lost its connection to another one, which is never the cause."""
@@ -32,7 +33,7 @@ _HEAD_SPARES_S = 5.0  # what node 0 says must reach the others before their dead
 _CAUSES: tuple[Kind, ...] = ("interrupted", "ray", "signal", "error", "peer")
 
 
-class PreflightFailed(ValueError):
+class PreflightFailed(UserError):
     """The job cannot start; the message is the sentence that every node prints."""
 
 

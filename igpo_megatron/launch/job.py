@@ -24,6 +24,7 @@ from igpo_megatron.launch.node import Node, interface_of, reachable
 from igpo_megatron.launch.preflight import Facts, disagreements, facts_of, ray_token
 from igpo_megatron.launch.processes import Child
 from igpo_megatron.leftovers import claim, remove_abandoned
+from igpo_megatron.types import UserError
 
 _TEMPORARY_PREFIX = "igpo-node-"
 _POLL_S = 0.3
@@ -35,7 +36,7 @@ _RANK_COMMAND = "igpo_megatron.train"
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How a job is supervised; the same on every node. Raises ValueError for a rendezvous that does not exist or cannot do it."""
+    """How a job is supervised; the same on every node. Raises UserError for a rendezvous that does not exist or cannot do it."""
 
     rendezvous: str
     max_restarts: int
@@ -44,9 +45,9 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.rendezvous not in ("c10d", "static"):
-            raise ValueError(f"--rendezvous {self.rendezvous}: expected c10d or static")
+            raise UserError(f"--rendezvous {self.rendezvous}: expected c10d or static")
         if self.rendezvous == "static" and self.max_restarts:
-            raise ValueError(f"--max-restarts {self.max_restarts} needs --rendezvous c10d: ranks that meet statically can do so once")
+            raise UserError(f"--max-restarts {self.max_restarts} needs --rendezvous c10d: ranks that meet statically can do so once")
 
 
 class _Interrupted(Exception):

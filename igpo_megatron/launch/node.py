@@ -9,6 +9,8 @@ from typing import Literal, cast, get_args
 
 import psutil
 
+from igpo_megatron.types import UserError
+
 Role = Literal["train", "rollout", "both"]
 HEAD_PORT = 29400
 
@@ -67,53 +69,53 @@ def named(rank: int, host: str, address: str) -> str:
 def place(*, rank: int | None, nodes: int, head: str | None, role: str, ranks: int | None, world: int, address: str | None = None) -> Node:
     """This machine's node from its command line; `world` are the ranks that the configuration asks for.
 
-    Raises ValueError with one sentence: what was given, what is needed.
+    Raises UserError with one sentence: what was given, what is needed.
     """
     if role not in get_args(Role):
-        raise ValueError(f"--role {role}: expected one of {', '.join(get_args(Role))}")
+        raise UserError(f"--role {role}: expected one of {', '.join(get_args(Role))}")
     if nodes < 1:
-        raise ValueError(f"--nodes {nodes}: a job has at least one node")
+        raise UserError(f"--nodes {nodes}: a job has at least one node")
     if rank is None:
         if nodes > 1:
-            raise ValueError(f"--nodes {nodes} needs --node-rank 0 to {nodes - 1} (or NODE_RANK, or SLURM_NODEID)")
+            raise UserError(f"--nodes {nodes} needs --node-rank 0 to {nodes - 1} (or NODE_RANK, or SLURM_NODEID)")
         rank = 0
     if not 0 <= rank < nodes:
-        raise ValueError(f"--node-rank {rank} is not one of 0 to {nodes - 1}, the ranks of --nodes {nodes}")
+        raise UserError(f"--node-rank {rank} is not one of 0 to {nodes - 1}, the ranks of --nodes {nodes}")
     if rank == 0 and role == "rollout":
-        raise ValueError("--role rollout on node 0, which must train: give the rollout nodes the higher node ranks")
+        raise UserError("--role rollout on node 0, which must train: give the rollout nodes the higher node ranks")
     if role == "rollout":
         ranks = 0
     elif ranks is None:
         ranks, left = divmod(world, nodes)
         if left or not ranks:
-            raise ValueError(f"the layout has {world} ranks, which {nodes} nodes cannot share evenly; say on each node --ranks N")
+            raise UserError(f"the layout has {world} ranks, which {nodes} nodes cannot share evenly; say on each node --ranks N")
     host = socket.gethostname()
     if nodes == 1:  # nobody else is there to reach it
         return Node(rank, nodes, cast(Role, role), ranks, host, "127.0.0.1", "127.0.0.1", HEAD_PORT)
     if head is None:
-        raise ValueError(f"--nodes {nodes} needs --head HOST[:PORT], the address of node 0 (or MASTER_ADDR)")
+        raise UserError(f"--nodes {nodes} needs --head HOST[:PORT], the address of node 0 (or MASTER_ADDR)")
     name, _, port = head.partition(":")
     if port and not port.isdigit():
-        raise ValueError(f"--head {head}: expected HOST or HOST:PORT")
+        raise UserError(f"--head {head}: expected HOST or HOST:PORT")
     number = int(port or HEAD_PORT)
     try:
         found = socket.gethostbyname(name)
     except OSError:
-        raise ValueError(f"--head {head}: this node cannot resolve the name {name}") from None
+        raise UserError(f"--head {head}: this node cannot resolve the name {name}") from None
     own = address or (found if rank == 0 else _address_towards(found, number))
     if interface_of(own) is None:
         what = f"--head {head} is {found}, which is" if rank == 0 and not address else f"--address {own} is"
-        raise ValueError(f"{what} no address of this machine; it has {', '.join(addresses())}")
+        raise UserError(f"{what} no address of this machine; it has {', '.join(addresses())}")
     return Node(rank, nodes, cast(Role, role), ranks, host, own, found, number)
 
 
 def _address_towards(host: str, port: int) -> str:
-    """The address this machine would send from; nothing is sent. Raises ValueError where there is no route."""
+    """The address this machine would send from; nothing is sent. Raises UserError where there is no route."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((host, port))
         except OSError as error:
-            raise ValueError(f"this node has no route to node 0 at {host}: {error.strerror}") from None
+            raise UserError(f"this node has no route to node 0 at {host}: {error.strerror}") from None
         return str(probe.getsockname()[0])
 
 

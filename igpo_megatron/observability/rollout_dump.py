@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from igpo_megatron.types import BranchPoint, Node, Prompt, RolloutGroup, Status, ToolCall, Trajectory, ValuePoint
+from igpo_megatron.types import BranchPoint, Node, Prompt, RolloutGroup, Status, ToolCall, Trajectory, UserError, ValuePoint
 
 Point = TypeVar("Point", BranchPoint, ValuePoint)
 
@@ -137,7 +137,7 @@ def read_rollouts(path: Path, max_groups: int | None = None) -> Iterator[tuple[i
     """Yield `(step, groups)` in file order, decoding about a thousand groups at a time.
 
     Consecutive groups of one step come together; with `max_groups`, in parts of at most that many.
-    Raises ValueError at once for a file that is missing, not parquet, or not a rollout file.
+    Raises UserError at once for a file that is missing, not parquet, or not a rollout file.
     """
     return _steps(_open(path), max_groups)
 
@@ -159,7 +159,7 @@ def _steps(file: pq.ParquetFile, max_groups: int | None) -> Iterator[tuple[int, 
 
 
 def count_groups(path: Path) -> int:
-    """Groups in a rollout file, from its footer. Raises ValueError as `read_rollouts` does."""
+    """Groups in a rollout file, from its footer. Raises UserError as `read_rollouts` does."""
     with _open(path) as file:
         return file.metadata.num_rows
 
@@ -167,11 +167,11 @@ def count_groups(path: Path) -> int:
 def _open(path: Path) -> pq.ParquetFile:
     """Open a parquet file and check that it is one of ours."""
     if not path.is_file():
-        raise ValueError(f"{path}: no such rollout file; training writes them to <run>/rollouts/step_*.parquet")
+        raise UserError(f"{path}: no such rollout file; training writes them to <run>/rollouts/step_*.parquet")
     try:
         file = pq.ParquetFile(path)
     except pa.ArrowInvalid as error:
-        raise ValueError(f"{path}: not a parquet file ({error}); expected a rollout file written by a run or by write_rollouts") from None
+        raise UserError(f"{path}: not a parquet file ({error}); expected a rollout file written by a run or by write_rollouts") from None
     found = file.schema_arrow
     problems = []
     for field in SCHEMA:
@@ -184,7 +184,7 @@ def _open(path: Path) -> pq.ParquetFile:
     if problems:
         file.close()
         columns = ", ".join(found.names)
-        raise ValueError(
+        raise UserError(
             f"{path}: not a rollout file: {'; '.join(problems)} (its columns: {columns}). Questions go to data.train, not run.replay"
         )
     return file

@@ -32,6 +32,7 @@ from rich.text import Text
 
 from igpo_megatron.config.schema import Track
 from igpo_megatron.observability.memory import MemoryLedger
+from igpo_megatron.types import UserError
 
 Phase = Literal["startup", "rollout", "score", "advantage", "train", "sync", "eval", "checkpoint"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
@@ -330,7 +331,7 @@ def _shown(metrics: Mapping[str, Any], key: str, form: str) -> str | None:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics file, in order: {"step": int, "time": unix seconds, "phases_s": {phase: seconds}, metric: float or None}.
 
-    A last line without its end, left by a killed run, is ignored. Raises ValueError for any other line that is not a row.
+    A last line without its end, left by a killed run, is ignored. Raises UserError for any other line that is not a row.
     """
     rows = []
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
@@ -339,11 +340,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise ValueError(
+            raise UserError(
                 f"{path}, line {number}: not JSON ({error}); remove the line, or move the file away to start a new one"
             ) from None
         if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            raise ValueError(f"{path}, line {number}: expected an object with an integer 'step', found {line[:80]!r}; remove the line")
+            raise UserError(f"{path}, line {number}: expected an object with an integer 'step', found {line[:80]!r}; remove the line")
         rows.append(row)
     return rows
 

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from igpo_megatron.types import UserError
+
 
 class ExpertShape(NamedTuple):
     """What a model's routers choose for one token."""
@@ -18,7 +20,7 @@ class ExpertShape(NamedTuple):
 def expert_rows(recorded: Sequence[bytes | None], num_tokens: int, shape: ExpertShape) -> torch.Tensor:
     """`Node.experts` of a row's tokens -> [num_tokens, layers, top_k] int16; -1 for tokens without a record, and for padding.
 
-    Raises ValueError for records of a model of another shape.
+    Raises UserError for records of a model of another shape.
     """
     rows = torch.full((num_tokens, *shape), -1, dtype=torch.int16)
     places = [place for place, experts in enumerate(recorded) if experts is not None]
@@ -27,7 +29,7 @@ def expert_rows(recorded: Sequence[bytes | None], num_tokens: int, shape: Expert
     numbers = shape.layers * shape.top_k
     sizes = {len(experts) for experts in recorded if experts is not None}
     if not sizes < {numbers, 2 * numbers}:
-        raise ValueError(
+        raise UserError(
             f"recorded experts take {sorted(sizes)} bytes per token, the model's {shape.layers} layers of {shape.top_k} experts each would "
             f"take {numbers} or {2 * numbers}; they come from another model: record new rollouts, or set rollout.routing_replay=false"
         )

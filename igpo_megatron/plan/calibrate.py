@@ -22,6 +22,7 @@ import torch.nn.functional as F
 
 from igpo_megatron.plan.machines import gpu
 from igpo_megatron.plan.types import Machine
+from igpo_megatron.types import UserError
 
 REPEATS = 7
 MATMULS = ((128, 64, 64), (256, 128, 256), (512, 256, 512), (512, 256, 1024), (1024, 512, 2048), (1024, 1024, 2816))
@@ -131,10 +132,10 @@ def _pair(cuda: bool) -> tuple[float, float, float]:
     try:
         link, latency, crowd = here.recv()
         if not 0 < latency < math.inf or not 0 < link < math.inf:
-            raise ValueError("--calibrate: collectives took no longer than the computing around them; measure again when nothing else runs")
+            raise UserError("--calibrate: collectives took no longer than the computing around them; measure again when nothing else runs")
         return link, latency, crowd
     except EOFError:
-        raise ValueError("--calibrate: two ranks on this machine could not meet on 127.0.0.1; is the loopback interface up?") from None
+        raise UserError("--calibrate: two ranks on this machine could not meet on 127.0.0.1; is the loopback interface up?") from None
     finally:
         for process in ranks:
             process.join()

@@ -8,6 +8,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from igpo_megatron.plan.types import Machine
+from igpo_megatron.types import UserError
 
 GIB = 2**30
 MATMUL_SHARE, ATTENTION_SHARE, STREAM_SHARE, LINK_SHARE = 0.6, 0.45, 0.8, 0.7
@@ -28,12 +29,12 @@ PCIe, each way and per GPU; SXM boards, 8 to a node, one 400 (200) Gbit/s adapte
 
 
 def gpu(name: str) -> Machine:
-    """A GPU of the table. Raises ValueError with the nearest names."""
+    """A GPU of the table. Raises UserError with the nearest names."""
     key = name.lower()
     if key not in _SHEETS:
         near = difflib.get_close_matches(key, _SHEETS, n=2)
         hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(_SHEETS)}"
-        raise ValueError(f"--gpu {name}: unknown; {hint} For other devices measure one with --calibrate and give the file as --calibration")
+        raise UserError(f"--gpu {name}: unknown; {hint} For other devices measure one with --calibrate and give the file as --calibration")
     gib, tflops, stream, link, network, pcie = _SHEETS[key]
     peak = tflops * 1e12
     return Machine(
@@ -57,7 +58,7 @@ def gpu(name: str) -> Machine:
 
 
 def read(path: Path) -> Machine:
-    """A calibration file. Raises ValueError for one that is missing or not of this kind."""
+    """A calibration file. Raises UserError for one that is missing or not of this kind."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         known = {field.name for field in fields(Machine)}
@@ -65,7 +66,7 @@ def read(path: Path) -> Machine:
             raise KeyError(f"expected the keys {', '.join(sorted(known))}")
         return Machine(**{**values, "matmul": tuple((float(size), float(rate)) for size, rate in values["matmul"])})
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"--calibration {path}: not a file written by `igpo plan --calibrate`: {error}") from None
+        raise UserError(f"--calibration {path}: not a file written by `igpo plan --calibrate`: {error}") from None
 
 
 def write(machine: Machine, path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint_conversion.architectures import ModelShape, read_shape, shape_of
+from igpo_megatron.types import UserError
 
 
 def _config(family: str, hidden: int, ffn: int, layers: int, heads: int, kv_heads: int, vocab: int, **more: Any) -> dict[str, Any]:
@@ -55,7 +56,7 @@ KNOWN: dict[str, dict[str, Any]] = {
 def find_shape(model: str) -> tuple[str, ModelShape]:
     """(name, shape) of a folder with config.json, or of a known name in any spelling of case, with or without -Instruct or -Base.
 
-    Raises ValueError with the nearest names; ConversionError (a ValueError) for a folder that cannot be read.
+    Raises UserError with the nearest names; ConversionError (a ValueError) for a folder that cannot be read.
     """
     if Path(model).is_dir():
         return Path(model).resolve().name, read_shape(model)
@@ -64,7 +65,7 @@ def find_shape(model: str) -> tuple[str, ModelShape]:
     if wanted not in names:
         near = difflib.get_close_matches(wanted, names, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(names[name] for name in near)}?" if near else f"known names: {', '.join(KNOWN)}"
-        raise ValueError(f"--model {model}: neither a folder nor a known name; {hint}")
+        raise UserError(f"--model {model}: neither a folder nor a known name; {hint}")
     name = names[wanted]
     return name, shape_of(KNOWN[name], where=name)
 

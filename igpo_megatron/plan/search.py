@@ -12,6 +12,7 @@ from igpo_megatron.plan.rollout_time import serve
 from igpo_megatron.plan.train_time import pass_time, update_time
 from igpo_megatron.plan.types import Engines, Estimate, Layout, Machine, Memory, Misfit, Placement, Row, Settings, Workload
 from igpo_megatron.plan.workload import shares_of
+from igpo_megatron.types import UserError
 
 HEADROOM = 0.92
 """Share of a device's memory that a plan may fill: the rest is for the allocator's fragments, NCCL's buffers and the CUDA context."""
@@ -53,7 +54,7 @@ def search(
     staleness: int = 0,
     placement: Placement | None = None,
 ) -> Plan:
-    """Plan `gpus` devices; `placement` None tries both. Raises ValueError for a number or a combination that cannot be used."""
+    """Plan `gpus` devices; `placement` None tries both. Raises UserError for a number or a combination that cannot be used."""
     _check(gpus, machine, workload, shape, staleness, placement)
     plan = Plan(model, shape, machine, workload, settings, gpus, staleness)
     misses: dict[str, Misfit] = {}
@@ -156,16 +157,16 @@ def _why(memory: Memory, limit: float, layout: Layout) -> str:
 
 def _check(gpus: int, machine: Machine, workload: Workload, shape: ModelShape, staleness: int, placement: Placement | None) -> None:
     if placement == "colocated" and staleness:
-        raise ValueError(f"--placement colocated lets ranks and engines take turns, which --staleness {staleness} does not; use 0")
+        raise UserError(f"--placement colocated lets ranks and engines take turns, which --staleness {staleness} does not; use 0")
     if placement == "colocated" and machine.device == "cpu":
-        raise ValueError("--placement colocated: on a CPU there is no device memory to give back; use --placement disaggregated")
+        raise UserError("--placement colocated: on a CPU there is no device memory to give back; use --placement disaggregated")
     by_turns = machine.device == "cuda" and not staleness and placement != "disaggregated"
     if gpus < (1 if by_turns else 2):
-        raise ValueError(f"--gpus {gpus}: training and rollouts need a device each; use 2 or more")
+        raise UserError(f"--gpus {gpus}: training and rollouts need a device each; use 2 or more")
     if gpus > machine.ranks_per_node and gpus % machine.ranks_per_node:
         below = gpus // machine.ranks_per_node * machine.ranks_per_node
-        raise ValueError(
+        raise UserError(
             f"--gpus {gpus}: several machines of {machine.ranks_per_node} must be whole; use {below} or {below + machine.ranks_per_node}"
         )
     if workload.max_context > shape.max_positions:
-        raise ValueError(f"--max-context {workload.max_context}: the model has {shape.max_positions} positions; use at most that")
+        raise UserError(f"--max-context {workload.max_context}: the model has {shape.max_positions} positions; use at most that")

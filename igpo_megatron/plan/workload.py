@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean, median, pstdev
 
 from igpo_megatron.plan.types import Row, Workload
+from igpo_megatron.types import UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +110,7 @@ def from_rollouts(paths: Sequence[Path], like: Workload) -> Workload:
                     turns.append(len(group.actions(trajectory)))
                     longest = max(longest, sum(len(group.nodes[index].token_ids) for index in trajectory.path))
     if not sampled:
-        raise ValueError(f"--rollouts {', '.join(map(str, paths))}: no sampled turn in them; give rollout files (parquet) of a run")
+        raise UserError(f"--rollouts {', '.join(map(str, paths))}: no sampled turn in them; give rollout files (parquet) of a run")
     return replace(
         like,
         samples=round(median(samples)),

@@ -20,6 +20,7 @@ from igpo_megatron.report.charts import charts_of
 from igpo_megatron.report.header import count_questions, facts_of, outcomes_of, scores_by_source, value_at
 from igpo_megatron.report.limits import STANDARD, Limits
 from igpo_megatron.report.trajectories import files_left_out, find_tokenizer, read_file, rollout_files
+from igpo_megatron.types import UserError
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 
@@ -27,7 +28,7 @@ TEMPLATE = Path(__file__).with_name("report.html.j2")
 def write_report(run_folder: Path, limits: Limits = STANDARD) -> Path:
     """Write `<run_folder>/report.html` from whatever the run has left so far and return its path.
 
-    Raises ValueError if the folder holds no run, or if one of its files is damaged.
+    Raises UserError if the folder holds no run, or if one of its files is damaged.
     """
     page = collect(run_folder, limits)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -45,7 +46,7 @@ def collect(run_folder: Path, limits: Limits) -> dict[str, Any]:
     files = rollout_files(run_folder)
     evals = [_read_json(path) for path in sorted((run_folder / "eval").glob("step_*.json"))]
     if not (metrics.is_file() or files or evals):
-        raise ValueError(f"{run_folder}: no run to report on; expected metrics.jsonl, rollouts/step_*.parquet or eval/step_*.json in it")
+        raise UserError(f"{run_folder}: no run to report on; expected metrics.jsonl, rollouts/step_*.parquet or eval/step_*.json in it")
     config = public_config(_read_json(run_folder / "config.json") or {})
     summary = _read_json(run_folder / "summary.json")
     rows = read_metrics(metrics) if metrics.is_file() else []
@@ -76,4 +77,4 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); remove it to leave it out of the report") from None
+        raise UserError(f"{path}: not JSON ({error}); remove it to leave it out of the report") from None

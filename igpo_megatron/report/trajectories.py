@@ -17,7 +17,7 @@ from igpo_megatron.observability.tree_picture import tree_picture
 from igpo_megatron.report.charts import rounded
 from igpo_megatron.report.header import value_at
 from igpo_megatron.report.limits import Limits
-from igpo_megatron.types import Node, RolloutGroup, Trajectory
+from igpo_megatron.types import Node, RolloutGroup, Trajectory, UserError
 
 
 def rollout_files(run_folder: Path) -> list[tuple[Path, str]]:
@@ -51,7 +51,7 @@ def _spread(paths: Sequence[Path], count: int) -> list[Path]:
 def _step_of(path: Path) -> int:
     match = re.match(r"step_(\d+)", path.stem)
     if match is None:
-        raise ValueError(f"{path}: expected a file named step_<number>.parquet")
+        raise UserError(f"{path}: expected a file named step_<number>.parquet")
     return int(match[1])
 
 

@@ -19,6 +19,7 @@ from igpo_megatron.config.schema import Reward, Rollout
 from igpo_megatron.protocols import PROTOCOLS, Action, Answer, Malformed, ToolSet
 from igpo_megatron.protocols.igpo import parse_action
 from igpo_megatron.protocols.json_calls import tool_schemas
+from igpo_megatron.types import UserError
 
 __all__ = ["Action", "Answer", "ChatFormat", "Malformed", "parse_action"]
 
@@ -32,9 +33,9 @@ class ChatFormat:
     def __init__(self, tokenizer: Any, rollout: Rollout, reward: Reward, now: datetime | None = None) -> None:
         """`tokenizer`: a fast Hugging Face tokenizer with a chat template. Raises ValueError where the template cannot be used."""
         if not getattr(tokenizer, "chat_template", None):
-            raise ValueError("the model's tokenizer has no chat template; add chat_template.jinja to model.path")
+            raise UserError("the model's tokenizer has no chat template; add chat_template.jinja to model.path")
         if tokenizer.eos_token_id is None:
-            raise ValueError("the model's tokenizer has no eos token, so a turn could never end; set eos_token in tokenizer_config.json")
+            raise UserError("the model's tokenizer has no eos token, so a turn could never end; set eos_token in tokenizer_config.json")
         self._tokenizer = tokenizer
         self._rollout, self._reward = rollout, reward
         date = (now or datetime.now(UTC)).date().isoformat()
@@ -161,7 +162,7 @@ class ChatFormat:
         messages = [{"role": "user", "content": _USER}, {"role": "assistant", "content": _ASSISTANT}, {"role": "tool", "content": _TOOL}]
         text = self._render([*self._head(), *messages], generate=True)
         if _TOOL not in text or _ASSISTANT not in text:
-            raise ValueError("the chat template drops tool or assistant messages; a template with a `tool` role is needed")
+            raise UserError("the chat template drops tool or assistant messages; a template with a `tool` role is needed")
         before, after = text.split(_ASSISTANT, 1)[1].split(_TOOL, 1)
         ids = self._encode(before)
         if ids[:1] == [self.end_of_turn]:  # the policy has sampled it already

@@ -22,7 +22,7 @@ from igpo_megatron.rollout.gain_branching import GainGrower
 from igpo_megatron.rollout.prober import Prober, RenderedProbe
 from igpo_megatron.search.results import SearchClient, Tool
 from igpo_megatron.search.tally import Tally, TallyClient, TallyTool, search_tally
-from igpo_megatron.types import Node, Prompt, RolloutGroup, RunStopped, Status, Trajectory
+from igpo_megatron.types import Node, Prompt, RolloutGroup, RunStopped, Status, Trajectory, UserError
 
 Result = TypeVar("Result")
 
@@ -160,7 +160,7 @@ class Rollouter:
     def _open(self, prompt: Prompt) -> RolloutGroup:
         ids, text = self._chat.open(prompt.question)
         if len(ids) >= self._config.max_context:
-            raise ValueError(
+            raise UserError(
                 f"question {prompt.id} takes {len(ids)} tokens, rollout.max_context is {self._config.max_context}; raise it or drop the row"
             )
         return RolloutGroup(prompt, [Node(None, "prompt", ids, text=text)])

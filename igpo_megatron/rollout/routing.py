@@ -10,18 +10,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from igpo_megatron.types import Completion, RolloutGroup
+from igpo_megatron.types import Completion, RolloutGroup, UserError
 
 
 def routed_experts(rows: Any, expected: int) -> list[bytes]:
     """vLLM's answer, an array [tokens, layers, top_k] of 1 or 2 bytes each, as `Node.experts`; empty where it gave none (an abort).
 
-    Raises ValueError unless it is about as many tokens as expected: those of other places must not be taken for ours.
+    Raises UserError unless it is about as many tokens as expected: those of other places must not be taken for ours.
     """
     if rows is None:
         return []
     if len(rows) != expected:
-        raise ValueError(f"vLLM returned the experts of {len(rows)} tokens instead of {expected}; set rollout.routing_replay=false")
+        raise UserError(f"vLLM returned the experts of {len(rows)} tokens instead of {expected}; set rollout.routing_replay=false")
     return [row.tobytes() for row in rows]
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 
 from igpo_megatron.config.schema import Search
 from igpo_megatron.data.corpus import Passage
+from igpo_megatron.types import UserError
 
 Passages = tuple[Passage, ...]
 """Of one query, best first."""
@@ -40,7 +41,7 @@ class Secret:
         value = os.environ.get(variable, "").strip()
         if not value:
             where = f"search.api_key_env={variable}" if config.api_key_env else f"search.backend={config.backend} needs {variable}"
-            raise ValueError(f"{where}: that environment variable is not set; export it")
+            raise UserError(f"{where}: that environment variable is not set; export it")
         return cls(variable, value)
 
 

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from igpo_megatron.config.schema import Search
 from igpo_megatron.data.corpus import Passage, read_corpus
 from igpo_megatron.search.results import SearchResult, SearchStatus
+from igpo_megatron.types import UserError
 
 CACHED_QUERIES = 65_536
 """Distinct (query, k) whose hits are kept; a policy asks the same things again and again."""
@@ -48,7 +49,7 @@ class Bm25Index:
         logging.getLogger("bm25s").setLevel(logging.WARNING)
         self.passages = tuple(passages)
         if not self.passages:
-            raise ValueError("the corpus has no passages; expected at least one line of {id, title, text} or {id, contents}")
+            raise UserError("the corpus has no passages; expected at least one line of {id, title, text} or {id, contents}")
         self._tokenize = bm25s.tokenize
         if folder is not None and folder.is_dir():
             self._scorer = _read(folder, len(self.passages))
@@ -104,7 +105,7 @@ def _build(passages: Sequence[Passage], show_progress: bool) -> Any:
     texts = [f"{passage.title} {passage.text}" for passage in passages]
     tokens = bm25s.tokenize(texts, stopwords="en", return_ids=False, show_progress=show_progress)
     if not any(tokens):
-        raise ValueError("the corpus has no words to search for besides English stopwords")
+        raise UserError("the corpus has no words to search for besides English stopwords")
     scorer = bm25s.BM25()
     scorer.index(tokens, show_progress=show_progress)
     return scorer
@@ -124,7 +125,7 @@ def _read(folder: Path, num_passages: int) -> Any:
 
     scorer = bm25s.BM25.load(folder, mmap=True, show_progress=False)
     if scorer.scores["num_docs"] != num_passages:
-        raise ValueError(
+        raise UserError(
             f"{folder} is the index of {scorer.scores['num_docs']} passages, the corpus has {num_passages}; remove it, or name another"
         )
     # Views of the mapped files: every slice of numpy's own class for them would cost a call in Python.
@@ -145,7 +146,7 @@ class Bm25Client:
     def from_config(cls, config: Search) -> Bm25Client:
         """Read and index `search.corpus`. ValueError names the line at fault."""
         if config.corpus is None:
-            raise ValueError("search.backend=bm25 needs search.corpus, a file of JSON lines {id, title, text}")
+            raise UserError("search.backend=bm25 needs search.corpus, a file of JSON lines {id, title, text}")
         return cls(Bm25Index(read_corpus(config.corpus)), config.top_k)
 
     async def search(self, queries: Sequence[str]) -> list[SearchResult]:

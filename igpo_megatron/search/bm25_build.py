@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from igpo_megatron.data.corpus import Passage
+from igpo_megatron.types import UserError
 
 POSTING = np.dtype([("word", np.int32), ("passage", np.int32), ("count", np.int32)])
 PASSAGES = 2048
@@ -48,7 +49,7 @@ def build_index(passages: Iterable[Passage], folder: Path, on_placed: Callable[[
             tokens = bm25s.tokenize(texts, stopwords="en", return_ids=False, show_progress=False)
             file.write(_postings(tokens, words, lengths, frequencies))
     if not words:
-        raise ValueError("the corpus has no words to search for besides English stopwords")
+        raise UserError("the corpus has no words to search for besides English stopwords")
     scorer = bm25s.BM25()
     assert scorer.method == scorer.idf_method == "lucene", "the formula below is that one"
     _place(spilled, folder, np.array(lengths), np.array(frequencies), scorer.k1, scorer.b, on_placed)

@@ -21,6 +21,7 @@ from typing import Any
 from igpo_megatron.data.corpus import Passage
 from igpo_megatron.search.flights import SingleFlight
 from igpo_megatron.search.results import SearchClient, SearchResult, SearchStatus, SearchStopped, normalise
+from igpo_megatron.types import UserError
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS answers (
@@ -60,7 +61,7 @@ class Store:
             self._database.execute("PRAGMA synchronous=NORMAL")
             self._database.execute(SCHEMA)
         except (sqlite3.Error, OSError) as error:
-            raise ValueError(
+            raise UserError(
                 f"search.cache={path}: {error}; name a SQLite file of this project, or a new one, in a writable folder"
             ) from None
 

@@ -20,6 +20,7 @@ from igpo_megatron.search.http import HttpClient
 from igpo_megatron.search.results import SearchClient, SearchResult, SearchStatus, SearchStopped
 from igpo_megatron.search.retriever import Retriever
 from igpo_megatron.search.web import WEB_APIS, WebApi
+from igpo_megatron.types import UserError
 
 __all__ = ["CLIENTS", "SearchClient", "SearchResult", "SearchStatus", "SearchStopped", "make_client"]
 
@@ -62,7 +63,7 @@ def stored(config: Search, shelf: Shelf, make: Callable[[], SearchClient]) -> Se
     if config.mode == "replay":
         path = _cache_file(config)
         if not path.is_file():
-            raise ValueError(f"search.mode=replay needs a record; search.cache={path} does not exist; make it with search.mode=record")
+            raise UserError(f"search.mode=replay needs a record; search.cache={path} does not exist; make it with search.mode=record")
         return ReplayClient(Store(path), shelf)
     client = make()
     if config.mode == "record":
@@ -86,5 +87,5 @@ def _plain(value: Any) -> Any:
 
 def _cache_file(config: Search) -> Path:
     if config.cache is None:
-        raise ValueError(f"search.mode={config.mode} needs search.cache, the SQLite file of recorded answers")
+        raise UserError(f"search.mode={config.mode} needs search.cache, the SQLite file of recorded answers")
     return config.cache

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from igpo_megatron.config.schema import Search
 from igpo_megatron.data.corpus import Passage, join_contents, read_corpus
 from igpo_megatron.search.results import SearchResult, SearchStatus
+from igpo_megatron.types import UserError
 
 Vectors = NDArray[np.float32]
 """[N, D], rows of length 1."""
@@ -41,11 +42,11 @@ def sentence_transformer(name: str) -> Encoder:
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError:
-        raise ValueError(f"search.backend=dense needs sentence-transformers, which is not installed; {INSTALL}") from None
+        raise UserError(f"search.backend=dense needs sentence-transformers, which is not installed; {INSTALL}") from None
     try:
         model = SentenceTransformer(name)
     except (OSError, ValueError) as error:
-        raise ValueError(f"search.encoder={name} cannot be loaded: {error}") from None
+        raise UserError(f"search.encoder={name} cannot be loaded: {error}") from None
     return lambda texts: model.encode(texts, batch_size=256, show_progress_bar=len(texts) > 10_000)
 
 
@@ -68,7 +69,7 @@ class DenseIndex:
         """
         self.passages = tuple(passages)
         if not self.passages:
-            raise ValueError("the corpus has no passages; expected at least one line of {id, title, text} or {id, contents}")
+            raise UserError("the corpus has no passages; expected at least one line of {id, title, text} or {id, contents}")
         self._encode = encode
         self._query_prefix = query_prefix
         self._encoding = threading.Lock()
@@ -125,7 +126,7 @@ def _kept(path: Path, encoder: str, texts: list[str], encode: Encoder) -> Vector
         return vectors
     with np.load(path) as kept:
         if str(kept["digest"]) != digest:
-            raise ValueError(f"search.vectors={path} belongs to another corpus, encoder or passage_prefix; remove it, or name another file")
+            raise UserError(f"search.vectors={path} belongs to another corpus, encoder or passage_prefix; remove it, or name another file")
         return kept["vectors"]
 
 
@@ -142,7 +143,7 @@ class DenseClient:
     def from_config(cls, config: Search) -> DenseClient:
         """Load the encoder, read and embed `search.corpus`. ValueError where something is missing."""
         if config.corpus is None or config.encoder is None:
-            raise ValueError("search.backend=dense needs search.corpus (JSON lines) and search.encoder (a sentence-transformers model)")
+            raise UserError("search.backend=dense needs search.corpus (JSON lines) and search.encoder (a sentence-transformers model)")
         index = DenseIndex(
             read_corpus(config.corpus),
             sentence_transformer(config.encoder),

@@ -38,6 +38,7 @@ from typing import Any
 
 from igpo_megatron.config.schema import Python
 from igpo_megatron.search.results import Observed
+from igpo_megatron.types import UserError
 
 RUNNER = Path(__file__).with_name("python_runner.py")
 GRACE_S = 10.0
@@ -94,13 +95,13 @@ class PythonTool:
             runner.stdin.flush()
             report = _read_report(runner.stdout.read())
         if report.get("end") == "refused":
-            raise ValueError(
+            raise UserError(
                 f"the python tool cannot isolate code on this system: {report['error']}. It needs Linux 5.12 or newer and unprivileged "
                 "user namespaces (sysctl user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_userns, the container's seccomp "
                 "profile); or set python.allow_network=true and accept what igpo_megatron/search/python_tool.py says of it"
             )
         if report.get("value") != "2":
-            raise ValueError(f"the python tool does not work: 1 + 1 gave {report}")
+            raise UserError(f"the python tool does not work: 1 + 1 gave {report}")
         return tool
 
     async def use(self, arguments: Sequence[str]) -> Observed:

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from igpo_megatron.config.schema import Search
 from igpo_megatron.data.corpus import Passage, split_contents
 from igpo_megatron.search.backend import Passages, Request, Secret, Sign, Unreadable
+from igpo_megatron.types import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,7 @@ class Retriever:
     def from_config(cls, config: Search) -> Retriever:
         """ValueError where the address or the key's environment variable is missing."""
         if config.url is None:
-            raise ValueError("search.backend=retriever needs search.url, such as http://127.0.0.1:8000/retrieve")
+            raise UserError("search.backend=retriever needs search.url, such as http://127.0.0.1:8000/retrieve")
         return cls(url=config.url, top_k=config.top_k, key=Secret.from_config(config))
 
     def request(self, queries: Sequence[str]) -> Request:

@@ -14,6 +14,7 @@ import aiohttp
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
 from igpo_megatron.config.schema import Summary
+from igpo_megatron.types import UserError
 
 PASSING = (408, 425, 429, 500, 502, 503, 504)
 """HTTP statuses worth another try."""
@@ -54,9 +55,9 @@ class Summariser:
         if config.url is None:
             return None
         if config.model is None:
-            raise ValueError("visit.summary.url needs visit.summary.model, the model's name at that server")
+            raise UserError("visit.summary.url needs visit.summary.model, the model's name at that server")
         if config.api_key_env is not None and not os.environ.get(config.api_key_env):
-            raise ValueError(f"visit.summary.api_key_env={config.api_key_env}: that environment variable is not set")
+            raise UserError(f"visit.summary.api_key_env={config.api_key_env}: that environment variable is not set")
         return cls(config, os.environ[config.api_key_env] if config.api_key_env else None)
 
     async def summarise(self, page: str, goal: str | None) -> str:

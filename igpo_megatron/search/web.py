@@ -15,6 +15,7 @@ from urllib.parse import urlencode
 from igpo_megatron.config.schema import Search
 from igpo_megatron.data.corpus import Passage
 from igpo_megatron.search.backend import Passages, Request, Secret, Sign, Unreadable
+from igpo_megatron.types import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,7 @@ class WebApi:
         url, key = config.url or cls.official, Secret.from_config(config)
         assert key is not None, f"{cls.provider} has a row in KEY_VARIABLES"
         if url is None:
-            raise ValueError(f"search.backend={config.backend} needs search.url: its own service no longer exists")
+            raise UserError(f"search.backend={config.backend} needs search.url: its own service no longer exists")
         return cls(url=url, key=key, top_k=config.top_k, country=config.country, language=config.language, **cls._own(config))
 
     @classmethod
@@ -103,7 +104,7 @@ class BrightData(WebApi):
     @classmethod
     def _own(cls, config: Search) -> dict[str, Any]:
         if config.zone is None:
-            raise ValueError("search.backend=brightdata needs search.zone, the name of your SERP zone")
+            raise UserError("search.backend=brightdata needs search.zone, the name of your SERP zone")
         return {"zone": config.zone}
 
     def ask(self, query: str) -> Request:
@@ -190,7 +191,7 @@ class GoogleCse(WebApi):
     @classmethod
     def _own(cls, config: Search) -> dict[str, Any]:
         if config.engine_id is None:
-            raise ValueError("search.backend=google_cse needs search.engine_id, the cx of your programmable search engine")
+            raise UserError("search.backend=google_cse needs search.engine_id, the cx of your programmable search engine")
         return {"engine_id": config.engine_id}
 
     def ask(self, query: str) -> Request:

@@ -55,7 +55,7 @@ MAY_IMPORT = {
     "data": {"types", "config"},
     "search": {"types", "config", "data"},
     "observability": {"types", "config"},
-    "kernels": set(),
+    "kernels": {"types"},
     "packing": {"types"},
     "algorithms": {"types", "protocols", "config"},
     "rollout": {"types", "leftovers", "waits", "protocols", "config", "search"},
