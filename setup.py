@@ -49,6 +49,7 @@ setup(
         "dense": ["sentence-transformers", "faiss-cpu"],
         "dev": [
             "fastapi",
+            "hypothesis",
             "mypy",
             "pytest",
             "pytest-timeout",
