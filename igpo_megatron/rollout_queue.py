@@ -135,7 +135,7 @@ class RolloutQueue:
             self._score(greedy)
             for group, baseline in zip(groups, greedy, strict=True):
                 (trajectory,) = baseline.trajectories
-                group.metrics[GREEDY_REWARD] = trajectory.reward if trajectory.status.is_trainable else math.nan
+                group.metrics[GREEDY_REWARD] = trajectory.reward if baseline.trained else math.nan
         return groups
 
     def _draw(self) -> list[int]:
@@ -155,8 +155,8 @@ class RolloutQueue:
 
 
 def has_equal_rewards(group: RolloutGroup) -> bool:
-    """No trainable trajectory did better than another, so outcomes teach nothing."""
-    return len({trajectory.reward for trajectory in group.trajectories if trajectory.status.is_trainable}) < 2
+    """No trained trajectory did better than another, so outcomes teach nothing."""
+    return len({trajectory.reward for trajectory in group.trained}) < 2
 
 
 def staleness(groups: Sequence[RolloutGroup], step: int) -> list[tuple[int, int]]:
@@ -164,8 +164,7 @@ def staleness(groups: Sequence[RolloutGroup], step: int) -> list[tuple[int, int]
     turns = {
         (number, index)
         for number, group in enumerate(groups)
-        for end in group.trajectories
-        if end.status.is_trainable
+        for end in group.trained
         for index in end.path
         if group.nodes[index].kind == "action"
     }

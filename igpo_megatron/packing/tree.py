@@ -92,7 +92,7 @@ class Piece:
 
 def step_counts(groups: Sequence[RolloutGroup]) -> StepCounts:
     """Global sums that every loss is divided by, fixed before the first micro-batch so that packing cannot change the gradient."""
-    trained = [(group, trajectory) for group in groups for trajectory in group.trajectories if trajectory.status.is_trainable]
+    trained = [(group, trajectory) for group in groups for trajectory in group.trained]
     return StepCounts(
         trained_tokens=sum(len(node.token_ids) for group, trajectory in trained for node in group.actions(trajectory)),
         trajectories=len(trained),
@@ -141,7 +141,7 @@ def pack_for_training(
     token_weight: Callable[[int], float],
     experts: ExpertShape | None = None,
 ) -> list[PackedRow]:
-    """Rows whose targets are the action tokens of trainable trajectories, with their weights and advantages.
+    """Rows whose targets are the action tokens of trained trajectories, with their weights and advantages.
 
     `token_weight(n)` is the loss weight of each token of a trajectory with n trained tokens. `experts`: replay those of the nodes.
     """
@@ -187,9 +187,7 @@ def _pieces(index: int, group: RolloutGroup, row_tokens: int, *, with_probes: bo
     members: list[Trajectory] = []
     tokens = 0
     # In the order of their paths those that share most stand side by side, and a cut repeats least.
-    for trajectory in sorted(group.trajectories, key=lambda trajectory: trajectory.path):
-        if not trajectory.status.is_trainable:
-            continue
+    for trajectory in sorted(group.trained, key=lambda trajectory: trajectory.path):
         whole = [*trajectory.path, *(probe for number in trajectory.path for probe in probes.get(number, []))]
         new = [number for number in whole if number not in chosen and number not in done]
         size = _num_tokens(group, new)

@@ -203,6 +203,8 @@ def check_schedule(config: Config) -> Iterator[str]:
         yield f"optim.min_lr={optim.min_lr} is above optim.lr={optim.lr}"
     if optim.warmup_steps > steps:
         yield f"optim.warmup_steps={optim.warmup_steps} is more than run.steps={steps}; the peak would never be reached"
+    elif optim.warmup_steps == steps and optim.decay != "constant":
+        yield f"optim.warmup_steps={steps} is all of run.steps, which leaves none for optim.decay={optim.decay}; warm up for fewer"
     if not all(0 <= beta < 1 for beta in optim.betas):
         yield f"optim.betas={list(optim.betas)}: expected two numbers from 0 up to, not including, 1"
     if evaluates(config) and not config.eval.samples and not config.eval.greedy:
