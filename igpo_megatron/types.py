@@ -180,7 +180,7 @@ class Trajectory:
     """Outcome reward (F1 or EM, or the format penalty)."""
 
     reward_parts: dict[str, float] = field(default_factory=dict)
-    """f1, em and format_ok behind the reward."""
+    """f1, em, format_ok and, under its name, any other outcome behind the reward."""
 
     gains: list[float | None] = field(default_factory=list)
     """[num_turns] information gain of each turn; None where it was not measured (the answer turn), 0.0 means zero."""

@@ -98,13 +98,22 @@ class Policy:
         return chunks * (layout.tensor if layout.sequence else 1)
 
     def log_probs(self, rows: Sequence[PackedRow], temperature: float | None = None, *, with_entropy: bool = False) -> list[torch.Tensor]:
-        """[N] log-probs per row, on every rank, in the order of `rows`; temperature None means `rollout.temperature`.
+        """[N] log-probs per row, on every rank, in the order of `rows`.
 
+        temperature None means `rollout.temperature` for sampled tokens and `reward.probe_temperature` for those of probes.
         `with_entropy`: [N, 2], log-probs and entropies.
         """
         mine, share = self._share(rows)
+        of_probes = 1.0 if temperature is None and self.config.reward.probe_temperature == 1 else None
         temperature = temperature or self.config.rollout.temperature or 1.0
-        results = schedule.forward_only(self.wrapped, mine, temperature=temperature, device=self.ranks.device, with_entropy=with_entropy)
+        results = schedule.forward_only(
+            self.wrapped,
+            mine,
+            temperature=temperature,
+            probe_temperature=of_probes,
+            device=self.ranks.device,
+            with_entropy=with_entropy,
+        )
         found = {index: result for index, result in zip(share, results, strict=True) if index >= 0} if self.ranks.reports else {}
         merged = {index: result for part in parallel.gather(found) for index, result in part.items()}
         return [merged[index] for index in range(len(rows))]

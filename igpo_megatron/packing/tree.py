@@ -69,6 +69,9 @@ class PackedRow:
     experts: torch.Tensor | None = None
     """[T, layers, top_k] int16, experts to send each token to, -1 where the router shall choose; None leaves it all choices."""
 
+    probed: torch.Tensor | None = None
+    """[N] bool, the targets that are a probe's; None where the row has no probes."""
+
     origin: list[tuple[int, int, int, int]] = field(default_factory=list)
     """(group, node, start, stop): targets [start, stop) are that node's tokens, of a probe the scored ones."""
 
@@ -238,6 +241,7 @@ class _RowBuilder:
         self.sequence: list[int] = []
         self.trajectories = 0
         self.old_entropies: list[float] = []
+        self.probed: list[bool] = []
         self.experts: list[bytes | None] = []
         self.origin: list[tuple[int, int, int, int]] = []
 
@@ -289,6 +293,7 @@ class _RowBuilder:
         self.ref_logprobs += node.ref_logprobs or [0.0] * length
         self.behavior_logprobs += node.behavior_logprobs or [0.0] * length
         self.old_entropies += node.old_entropies or [0.0] * length
+        self.probed += [node.kind == "probe"] * length
         self.origin.append((group, number, first, first + length))
 
     def build(self, multiple: int, experts: ExpertShape | None = None) -> PackedRow:
@@ -308,6 +313,7 @@ class _RowBuilder:
             sequence=torch.tensor(self.sequence, dtype=torch.int64),
             old_entropies=torch.tensor(self.old_entropies, dtype=torch.float32),
             experts=None if experts is None else expert_rows(self.experts, total, experts),
+            probed=torch.tensor(self.probed) if any(self.probed) else None,
             origin=self.origin,
         )
 
