@@ -178,8 +178,8 @@ def _engine_scorer(config: Config) -> Iterator[str]:
         yield "reward.scorer=engine needs engines, run.replay starts none; use reward.scorer=fold"
     if config.reward.probe_temperature == "sampling" and config.rollout.temperature != 1:
         yield (
-            "reward.scorer=engine scores at temperature 1, as vLLM has no other log-probs of a prompt; reward.probe_temperature=sampling asks "
-            f"for rollout.temperature={config.rollout.temperature:g}; use reward.scorer=fold, or reward.probe_temperature=1"
+            "reward.scorer=engine scores at temperature 1, the only one at which vLLM does, reward.probe_temperature=sampling asks for "
+            f"rollout.temperature={config.rollout.temperature:g}; use reward.scorer=fold, or reward.probe_temperature=1"
         )
     if config.reward.evidence:
         yield "reward.evidence=true hides tool results in the trainer's pass; use reward.scorer=fold"
