@@ -66,7 +66,8 @@ def add_probes(group: RolloutGroup, render_probe: RenderProbe, config: Reward, r
 def turn_gains(group: RolloutGroup, config: Reward) -> None:
     """Set `gains` [num_turns] of every trajectory from the `old_logprobs` of its probes.
 
-    The value v of a context is the mean log-prob of the answer's tokens (log_prob_diff) or its exponential (prob_diff), the best over the
+    The value v of a context is the mean log-prob of the answer's tokens, at `config.probe_temperature` (log_prob_diff), or its exponential
+    (prob_diff: a geometric mean of probabilities, as in the published code), the best over the
     probed aliases; turn t gains v_t - v_(t-1). None for the last turn, for trajectories that are not trained, for `config.gain == "none"`
     and, counted in `group.metrics`, next to a value that is not finite and between values of different weights.
 

@@ -113,7 +113,7 @@ class Rollouter:
         Raises RolloutFailure when more than `rollout.max_failed_fraction` of the trajectories or of the searches failed.
         """
         groups = [self._open(prompt) for prompt in prompts]
-        seeds = self._seeds(prompts, Counter() if asked is None else asked)
+        seeds = self._seeds(groups, Counter() if asked is None else asked)
         probers = [Prober(self._engine, group, self._probes_of(group.prompt)) if probe and self._probes_of else None for group in groups]
         tallies = self.tallies() if tallies is None else tallies
         search = TallyClient(self._search, tallies["search"])
@@ -162,13 +162,13 @@ class Rollouter:
         await asyncio.gather(*unfinished, return_exceptions=True)
         await asyncio.gather(self._search.close(), *(tool.close() for tool in self._tools.values()))
 
-    def _seeds(self, prompts: Sequence[Prompt], asked: Counter[str]) -> list[int]:
+    def _seeds(self, groups: Sequence[RolloutGroup], asked: Counter[str]) -> list[int]:
         """What the sampling seeds of each group are derived from: the run's seed where its question is asked the first time in a step."""
         seeds = []
-        for prompt in prompts:
-            times = asked[prompt.id]
+        for group in groups:
+            times = asked[group.prompt.id]
             seeds.append(counter_seed(self._seed, "asked again", times) if times else self._seed)
-            asked[prompt.id] += 1
+            asked[group.prompt.id] += 1
         return seeds
 
     def _open(self, prompt: Prompt) -> RolloutGroup:
