@@ -66,10 +66,10 @@ def add_probes(group: RolloutGroup, render_probe: RenderProbe, config: Reward, r
 def turn_gains(group: RolloutGroup, config: Reward) -> None:
     """Set `gains` [num_turns] of every trajectory from the `old_logprobs` of its probes.
 
-    The value v of a context is the mean log-prob of the answer's tokens, at `config.probe_temperature` (log_prob_diff), or its exponential
-    (prob_diff: a geometric mean of probabilities, as in the published code), the best over the
-    probed aliases; turn t gains v_t - v_(t-1). None for the last turn, for trajectories that are not trained, for `config.gain == "none"`
-    and, counted in `group.metrics`, next to a value that is not finite and between values of different weights.
+    The value v of a context is the mean log-prob of the answer's tokens at `config.probe_temperature` (log_prob_diff) or its exponential
+    (prob_diff), the best over the probed aliases; turn t gains v_t - v_(t-1). None for the last turn, for trajectories that are not
+    trained, for `config.gain == "none"` and, counted in `group.metrics`, next to a value that is not finite and between values of
+    different weights.
 
     With `config.evidence`, `evidence_gains` [num_turns] is v_t - h_t, h_t the value with the newest tool result hidden; h_t - v_(t-1) is
     what the policy's own reasoning added.
