@@ -177,7 +177,6 @@ def test_layouts_that_experts_cannot_have_are_refused(mixture, overrides, world_
         (["optim.min_lr=1"], 1, "optim.min_lr=1.0 is above optim.lr=1e-06"),
         (["optim.warmup_steps=101"], 1, "optim.warmup_steps=101 is more than run.steps=100"),
         (["optim.warmup_steps=100", "optim.decay=cosine"], 1, "leaves none for optim.decay=cosine"),
-        (["placement.sleep_level=3"], 1, "placement.sleep_level=3: expected one of 1, 2"),
         (["optim.betas=[0.9, 1.0]"], 1, "optim.betas=[0.9, 1.0]"),
         (["eval.at_ends=true", "eval.samples=0", "eval.greedy=false"], 1, "leave nothing to evaluate"),
     ],
