@@ -9,7 +9,7 @@ import json
 import math
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Protocol
@@ -87,14 +87,16 @@ def summarise(groups: Sequence[RolloutGroup], config: Config) -> dict[str, Any]:
     """Averages over questions of averages over samples; failed trajectories are left out and counted.
 
     `f1` counts a malformed answer as 0, `f1_with_penalty` as `reward.format_penalty`; `f1_se` is the standard error over questions.
+    `macro` holds the means over sources of what `per_source` says, each source counting once: the "Avg" of published tables.
     """
     result: dict[str, Any] = {**_scores(groups, config)}
     sources = sorted({group.prompt.source for group in groups})
     result["per_source"] = {s: _scores([group for group in groups if group.prompt.source == s], config) for s in sources}
+    result["macro"] = _macro([scores for scores in result["per_source"].values() if scores["questions"]])
     result["status"] = status_counts(groups)
     samples = min((len(group.trajectories) for group in groups), default=0)
     if samples > 1:
-        result["pass_at_k"] = {str(k): fmean(pass_at_k(_correct(group), k) for group in groups) for k in _powers_of_two(samples)}
+        result |= _pass_at_powers([_correct(group, config) for group in groups], samples)
     return result
 
 
@@ -104,8 +106,31 @@ def pass_at_k(correct: Sequence[bool], k: int) -> float:
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def _correct(group: RolloutGroup) -> list[bool]:
-    return [trajectory.reward_parts.get("em", 0.0) == 1.0 for trajectory in group.trajectories]
+def _pass_at_powers(correct: Sequence[Sequence[bool]], samples: int) -> dict[str, dict[str, float]]:
+    """`pass_at_k`, k -> mean over questions, and `pass_at_k_questions`, k -> how many those are, for k = 1, 2, 4, ... `samples`.
+
+    A question with fewer than k samples that did not fail has no unbiased estimate: it is left out of that k, and a k of no question is.
+    """
+    found = {str(k): [pass_at_k(right, k) for right in correct if len(right) >= k] for k in _powers_of_two(samples)}
+    return {
+        "pass_at_k": {k: fmean(values) for k, values in found.items() if values},
+        "pass_at_k_questions": {k: len(values) for k, values in found.items() if values},
+    }
+
+
+def _correct(group: RolloutGroup, config: Config) -> list[bool]:
+    """Whether each sample that did not fail is an exact match, by the outcome's own normalisation where that is one."""
+    name = "em_squad" if config.reward.outcome == "em_squad" else "em"
+    return [end.reward_parts[name] == 1.0 for end in group.trajectories if end.status.is_trainable]
+
+
+def _macro(per_source: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Means over sources, and their number in place of those of questions and samples; the standard error is that of such a mean."""
+    if not per_source:
+        return {"sources": 0}
+    counts = ("questions", "samples", "f1_se")
+    means = {name: fmean(scores[name] for scores in per_source) for name in per_source[0] if name not in counts}
+    return {**means, "sources": len(per_source), "f1_se": math.hypot(*(scores["f1_se"] for scores in per_source)) / len(per_source)}
 
 
 def _powers_of_two(limit: int) -> list[int]:
@@ -114,11 +139,12 @@ def _powers_of_two(limit: int) -> list[int]:
 
 def _scores(groups: Sequence[RolloutGroup], config: Config) -> dict[str, float]:
     penalty, rows = config.reward.format_penalty, []
+    parts = dict.fromkeys(("f1", "em", config.reward.outcome, "format_ok"))
     for group in groups:
         ends = [trajectory for trajectory in group.trajectories if trajectory.status.is_trainable]
         if not ends:
             continue
-        row = {name: fmean(end.reward_parts[name] for end in ends) for name in ("f1", "em", "format_ok")}
+        row = {name: fmean(end.reward_parts[name] for end in ends) for name in parts}
         row["f1_with_penalty"] = fmean(end.reward_parts["f1"] if end.reward_parts["format_ok"] else penalty for end in ends)
         actions = [group.actions(end) for end in ends]
         row["turns"] = fmean(len(nodes) for nodes in actions)
@@ -131,10 +157,25 @@ def _scores(groups: Sequence[RolloutGroup], config: Config) -> dict[str, float]:
     return result
 
 
+def metrics(report: Mapping[str, Any]) -> dict[str, float]:
+    """A report's averages for the tracker: `eval/sampled/f1` over questions and, where there are several, `eval/sampled/macro_f1` over
+    sources."""
+    found: dict[str, float] = {}
+    for run in ("sampled", "greedy"):
+        scores = report.get(run, {})
+        macro = scores["macro"] if scores and scores["macro"]["sources"] > 1 else {}
+        named = {**scores, **{f"macro_{name}": value for name, value in macro.items()}}
+        found |= {f"eval/{run}/{name}": value for name, value in named.items() if isinstance(value, float)}
+    return found
+
+
 def headline(report: dict[str, Any]) -> dict[str, Any]:
     """The few numbers that a run's summary quotes from an evaluation; None for what was not run."""
     sampled, greedy = report.get("sampled", {}), report.get("greedy", {})
     shown = sampled or greedy
+    macro = {name: scores.get("macro", {}) for name, scores in (("sampled", sampled), ("greedy", greedy))}
+    # Of one source it would be the same number again.
+    macro = {name: scores if scores.get("sources", 0) > 1 else {} for name, scores in macro.items()}
     return {
         "f1_sampled": sampled.get("f1"),
         "f1_greedy": greedy.get("f1"),
@@ -143,6 +184,10 @@ def headline(report: dict[str, Any]) -> dict[str, Any]:
         "searches_per_question": shown.get("searches"),
         "questions": shown.get("questions"),
         "f1_sampled_se": sampled.get("f1_se"),
+        "f1_sampled_macro": macro["sampled"].get("f1"),
+        "f1_sampled_macro_se": macro["sampled"].get("f1_se"),
+        "f1_greedy_macro": macro["greedy"].get("f1"),
+        "em_greedy_macro": macro["greedy"].get("em"),
     }
 
 

@@ -5,6 +5,8 @@ groups ──score_tokens──> old log-probs ──assign_advantages──> tu
 
 from __future__ import annotations
 
+import itertools
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -91,21 +93,23 @@ def assign_advantages(groups: Sequence[RolloutGroup], config: Config, progress: 
 
 
 def update(policy: Policy, groups: list[RolloutGroup]) -> dict[str, float]:
-    """`optim.minibatches` optimizer steps over the groups; returns their mean metrics. A part without trainable tokens is skipped."""
+    """`optim.minibatches` optimizer steps over the groups; returns their mean metrics.
+
+    A part of which nothing is trained is no step of the optimizer, but one of the schedule, which ends with the run whatever was skipped.
+    """
     from igpo_megatron.actor.policy import learning_rate
     from igpo_megatron.algorithms.losses import LOSSES, aggregation_of, token_weight
     from igpo_megatron.packing.tree import pack_for_training, step_counts
 
     config = policy.config
     refuse_shared_turns(groups, config.loss)
-    per_minibatch = -(-len(groups) // config.optim.minibatches)
     rate = learning_rate(policy.steps_taken, policy.total_steps, config.optim)
     results, empty = [], 0
-    for start in range(0, len(groups), per_minibatch):
-        part = groups[start : start + per_minibatch]
+    for part in minibatches(groups, config.optim.minibatches, key=f"{config.run.seed} {policy.steps_taken}"):
         counts = step_counts(part)
         if not counts.trained_tokens:
             empty += 1
+            policy.steps_taken += 1
             continue
         rows = pack_for_training(
             part,
@@ -132,12 +136,26 @@ def update(policy: Policy, groups: list[RolloutGroup]) -> dict[str, float]:
     return metrics
 
 
+def minibatches(groups: Sequence[RolloutGroup], count: int, key: str) -> list[list[RolloutGroup]]:
+    """Exactly `count` parts whose sizes differ by one at most, empty ones where there are fewer groups.
+
+    Groups come in an order that tells something of them: those that were sampled in place of others are the last. So they are shuffled
+    first, by `key` alone: a resumed run repeats it.
+    """
+    shuffled = random.Random(key).sample(groups, len(groups))
+    ends = [len(groups) * number // count for number in range(count + 1)]
+    return [shuffled[start:end] for start, end in itertools.pairwise(ends)]
+
+
 def balance_bounds(policy: Policy, rows: Sequence[PackedRow], config: Bapo) -> Ppo:
-    """BAPO's bounds from the ratios of the whole optimizer step, so that packing cannot change them; one more forward pass."""
+    """BAPO's bounds from the ratios of the whole optimizer step, so that packing cannot change them; one more forward pass.
+
+    They balance the advantages that the loss will train, so those after `loss.mismatch`.
+    """
     from igpo_megatron.algorithms.losses import balanced_clip
 
     log_ratios = [now - row.old_logprobs for now, row in zip(policy.log_probs(rows), rows, strict=True)]
-    return balanced_clip(log_ratios, [row.advantages for row in rows], config)
+    return balanced_clip(log_ratios, [trained_advantages(row, config) for row in rows], config)
 
 
 def refuse_shared_turns(groups: Sequence[RolloutGroup], loss: Loss) -> None:
@@ -153,17 +171,23 @@ def refuse_shared_turns(groups: Sequence[RolloutGroup], loss: Loss) -> None:
         )
 
 
-def row_loss(loss: Callable[..., Any], config: Loss, with_reference: bool, row: PackedRow, logprobs: Any, entropy: Any) -> Any:
-    from igpo_megatron.algorithms.losses import Tokens, mismatch_factor
+def trained_advantages(row: PackedRow, config: Loss) -> Any:
+    """[N, 2] advantages of the row's tokens, times what `loss.mismatch` makes of each token."""
+    from igpo_megatron.algorithms.losses import mismatch_factor
 
-    advantages = row.advantages
-    if isinstance(config, PolicyLoss) and config.mismatch != "none":
-        advantages = advantages * mismatch_factor(row.old_logprobs, row.behavior_logprobs, row.sequence, config)[:, None]
+    if not isinstance(config, PolicyLoss) or config.mismatch == "none":
+        return row.advantages
+    return row.advantages * mismatch_factor(row.old_logprobs, row.behavior_logprobs, row.sequence, config)[:, None]
+
+
+def row_loss(loss: Callable[..., Any], config: Loss, with_reference: bool, row: PackedRow, logprobs: Any, entropy: Any) -> Any:
+    from igpo_megatron.algorithms.losses import Tokens
+
     looks_back = isinstance(config, Aepo | Hapo) and config.uses_old_entropies
     tokens = Tokens(
         logprobs=logprobs,
         weight=row.weight,
-        advantages=advantages,
+        advantages=trained_advantages(row, config),
         old_logprobs=row.old_logprobs,
         ref_logprobs=row.ref_logprobs if with_reference else None,
         entropy=entropy,

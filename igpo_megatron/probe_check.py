@@ -85,7 +85,7 @@ def score_in_trainer(policy: Policy, groups: Sequence[RolloutGroup], scorer: Pro
 
 
 def compare(config: Config, *, say: Callable[[str], None] = lambda message: None) -> list[Result]:
-    """Score synthetic probes with the configuration's model by all four scorers.
+    """Score synthetic probes with the configuration's model by all four scorers, at temperature 1, as the engine knows no other.
 
     Runs in this process, whatever `parallel` asks for; engines are started as `rollout.engine` says.
     """
@@ -93,7 +93,8 @@ def compare(config: Config, *, say: Callable[[str], None] = lambda message: None
     from igpo_megatron.actor.policy import Policy
     from igpo_megatron.rollout.engines import EnginePool
 
-    config = config.model_copy(update={"parallel": Parallel()})
+    reward = config.reward.model_copy(update={"probe_temperature": 1})
+    config = config.model_copy(update={"parallel": Parallel(), "reward": reward})
     say("loading the model")
     policy = Policy(config, parallel.init(config))
     shape = {"turns": TURNS, "prompt_tokens": PROMPT_TOKENS, "turn_tokens": TURN_TOKENS, "probe_tokens": PROBE_TOKENS}

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -45,6 +46,9 @@ class Batch:
     """Everything drawn for it, groups that were replaced included."""
 
     tallies: Mapping[str, Tally]
+    asked: Counter[str] = field(default_factory=Counter)
+    """Question id -> groups of it that were begun for this step: a question that comes again is sampled with other seeds."""
+
     progress: float = 0.0
     rollouts: Future[list[RolloutGroup]] = field(default_factory=Future)
 
@@ -108,7 +112,9 @@ class RolloutQueue:
     async def _roll_out(self, batch: Batch) -> list[RolloutGroup]:
         """New trajectories with their rewards; with `rollout.resample` groups of equal rewards are replaced (DAPO, arXiv 2503.14476)."""
         rollout = self._config.rollout
-        sample = partial(self._rollouter.run, step=batch.step, tallies=batch.tallies, on_progress=partial(self._show, batch))
+        sample = partial(
+            self._rollouter.run, step=batch.step, tallies=batch.tallies, asked=batch.asked, on_progress=partial(self._show, batch)
+        )
         kept: list[RolloutGroup] = []
         spare: list[RolloutGroup] = []
         ordinals = batch.ordinals
@@ -135,7 +141,7 @@ class RolloutQueue:
             self._score(greedy)
             for group, baseline in zip(groups, greedy, strict=True):
                 (trajectory,) = baseline.trajectories
-                group.metrics[GREEDY_REWARD] = trajectory.reward if trajectory.status.is_trainable else math.nan
+                group.metrics[GREEDY_REWARD] = trajectory.reward if baseline.trained else math.nan
         return groups
 
     def _draw(self) -> list[int]:
@@ -155,8 +161,8 @@ class RolloutQueue:
 
 
 def has_equal_rewards(group: RolloutGroup) -> bool:
-    """No trainable trajectory did better than another, so outcomes teach nothing."""
-    return len({trajectory.reward for trajectory in group.trajectories if trajectory.status.is_trainable}) < 2
+    """No trained trajectory did better than another, so outcomes teach nothing."""
+    return len({trajectory.reward for trajectory in group.trained}) < 2
 
 
 def staleness(groups: Sequence[RolloutGroup], step: int) -> list[tuple[int, int]]:
@@ -164,8 +170,7 @@ def staleness(groups: Sequence[RolloutGroup], step: int) -> list[tuple[int, int]
     turns = {
         (number, index)
         for number, group in enumerate(groups)
-        for end in group.trajectories
-        if end.status.is_trainable
+        for end in group.trained
         for index in end.path
         if group.nodes[index].kind == "action"
     }

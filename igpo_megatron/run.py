@@ -100,8 +100,11 @@ def read_summary(folder: RunFolder) -> dict[str, Any] | None:
 
 ROWS = (
     ("F1, sampled", "f1_sampled"),
+    ("F1, sampled, mean over sources", "f1_sampled_macro"),
     ("F1, greedy", "f1_greedy"),
+    ("F1, greedy, mean over sources", "f1_greedy_macro"),
     ("EM, greedy", "em_greedy"),
+    ("EM, greedy, mean over sources", "em_greedy_macro"),
     ("format valid", "format_valid"),
     ("searches per question", "searches_per_question"),
 )
@@ -117,7 +120,8 @@ def summary_table(summary: dict[str, Any]) -> Table:
         for label, key in ROWS:
             if before.get(key) is None or after.get(key) is None:
                 continue
-            error = f" ± {after['f1_sampled_se']:.3f}" if key == "f1_sampled" else ""
+            spread = after.get(f"{key}_se")
+            error = "" if spread is None else f" ± {spread:.3f}"
             table.add_row(label, f"{before[key]:.3f}", f"{after[key]:.3f}{error}", f"{after[key] - before[key]:+.3f}")
         table.add_section()
     for turn, gain in enumerate(summary.get("gain_by_turn", []), start=1):

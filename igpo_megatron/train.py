@@ -166,15 +166,7 @@ def evaluate_if_due(config: Config, side: Side, tracker: Tracker, step: int) -> 
         return
     with tracker.phase("eval"):
         report = evaluate.evaluate(side.rollouter, side.held_out, config, step=step, folder=side.folder.eval, on_progress=tracker.progress)
-    tracker.log(
-        step,
-        {
-            f"eval/{run}/{name}": value
-            for run in ("sampled", "greedy")
-            for name, value in report.get(run, {}).items()
-            if isinstance(value, float)
-        },
-    )
+    tracker.log(step, evaluate.metrics(report))
 
 
 def engine_scores(config: Config) -> bool:

@@ -180,7 +180,7 @@ class Trajectory:
     """Outcome reward (F1 or EM, or the format penalty)."""
 
     reward_parts: dict[str, float] = field(default_factory=dict)
-    """f1, em and format_ok behind the reward."""
+    """f1, em, format_ok and, under its name, any other outcome behind the reward."""
 
     gains: list[float | None] = field(default_factory=list)
     """[num_turns] information gain of each turn; None where it was not measured (the answer turn), 0.0 means zero."""
@@ -303,9 +303,17 @@ class RolloutGroup:
         return [token for segment in reversed(segments) for token in segment]
 
     @property
+    def trained(self) -> list[Trajectory]:
+        """The trajectories that a step learns from, in order: those that say something about the policy, with a token it sampled.
+
+        One that never got to a turn (its prompt filled the context) has nothing to be trained and counts nowhere.
+        """
+        return [end for end in self.trajectories if end.status.is_trainable and any(node.token_ids for node in self.actions(end))]
+
+    @property
     def is_branched(self) -> bool:
-        """True where trainable trajectories share a sampled turn."""
-        paths = [end.path for end in self.trajectories if end.status.is_trainable]
+        """True where trained trajectories share a sampled turn."""
+        paths = [end.path for end in self.trained]
         sampled = [index for path in paths for index in path if self.nodes[index].kind == "action"]
         return len(set(sampled)) < len(sampled)
 

@@ -39,6 +39,9 @@ class RowPart:
     targets: torch.Tensor
     """[n] int64"""
 
+    probed: torch.Tensor | None
+    """[n] bool, as in PackedRow."""
+
     owner: torch.Tensor | None
     """[N] int64, rank in the group that predicts each target of the row; None where one rank does them all."""
 
@@ -46,7 +49,7 @@ class RowPart:
 def part_of(row: PackedRow, rank: int, size: int) -> RowPart:
     """What `rank` of the `size` ranks that share a row runs."""
     if size == 1:
-        return RowPart(row.token_ids, row.position_ids, row.experts, row.predictor, row.targets, None)
+        return RowPart(row.token_ids, row.position_ids, row.experts, row.predictor, row.targets, row.probed, None)
     tokens = torch.cat([torch.arange(start, stop, device=row.token_ids.device) for start, stop in zigzag(row.num_tokens, rank, size)])
     chunk = row.predictor // (row.num_tokens // (2 * size))
     owner = torch.minimum(chunk, 2 * size - 1 - chunk)
@@ -57,6 +60,7 @@ def part_of(row: PackedRow, rank: int, size: int) -> RowPart:
         experts=None if row.experts is None else row.experts[tokens],
         predictor=torch.searchsorted(tokens, row.predictor[mine]),
         targets=row.targets[mine],
+        probed=None if row.probed is None else row.probed[mine],
         owner=owner,
     )
 

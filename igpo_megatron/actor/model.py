@@ -55,8 +55,15 @@ class HeadInputs:
     """[n] int64"""
 
     temperature: float
+    """What logits are divided by."""
+
     need_entropy: bool
     """Without it the entropies are 0."""
+
+    probed: torch.Tensor | None = None
+    """[n] bool, the targets whose logits are divided by `probe_temperature` instead; None for none."""
+
+    probe_temperature: float = 1.0
 
     owner: torch.Tensor | None = None
     """[N] int64, context-parallel rank that computes each target of the row; None where this one computes all."""
@@ -102,19 +109,31 @@ class PolicyModel(GPTModel):
             return hidden_states
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
         hidden = select_rows(hidden_states[:, 0], labels.predictor, self.config.sequence_parallel)
-        logp, entropy, _ = linear_logprob(
-            hidden,
-            weight,
-            labels.targets,
-            vocab_start=parallel_state.get_tensor_model_parallel_rank() * weight.shape[0],
-            vocab_size=self.real_vocab,
-            temperature=labels.temperature,
-            tp_group=parallel_state.get_tensor_model_parallel_group(),
-            need_entropy=labels.need_entropy,
-            implementation=self.head,
-            form=self.head_form,
-        )
-        output = torch.stack((logp, entropy), dim=-1)
+
+        def head(rows: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
+            logp, entropy, _ = linear_logprob(
+                rows,
+                weight,
+                targets,
+                vocab_start=parallel_state.get_tensor_model_parallel_rank() * weight.shape[0],
+                vocab_size=self.real_vocab,
+                temperature=temperature,
+                tp_group=parallel_state.get_tensor_model_parallel_group(),
+                need_entropy=labels.need_entropy,
+                implementation=self.head,
+                form=self.head_form,
+            )
+            return torch.stack((logp, entropy), dim=-1)
+
+        if labels.probed is None or labels.probe_temperature == labels.temperature:
+            output = head(hidden, labels.targets, labels.temperature)
+        else:
+            parts = [
+                (torch.nonzero(~labels.probed)[:, 0], labels.temperature),
+                (torch.nonzero(labels.probed)[:, 0], labels.probe_temperature),
+            ]
+            found = torch.cat([head(gather_rows(hidden, at), labels.targets[at], temperature) for at, temperature in parts])
+            output = gather_rows(found, torch.argsort(torch.cat([at for at, _ in parts])))
         if labels.owner is None:
             return output
         # Every rank computes the loss of the whole row, so each keeps the gradient of its own targets.

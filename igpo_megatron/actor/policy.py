@@ -48,13 +48,17 @@ class NonFiniteSteps(RunStopped):
 
 
 def learning_rate(step: int, steps: int, optim: Optim) -> float:
-    """Rate of optimizer step `step` (0-based) of `steps`: linear warm-up, then constant, then the chosen decay to min_lr."""
-    if step < optim.warmup_steps:
-        return optim.lr * (step + 1) / optim.warmup_steps
-    if optim.decay == "constant":
+    """Rate of optimizer step `step` (0-based) of `steps`: linear warm-up, then constant, then the chosen decay, to min_lr at the last step.
+
+    `optim.warmup_steps` are training steps, of `optim.minibatches` optimizer steps each; the last of them has the peak rate.
+    """
+    warmup, last = optim.warmup_steps * optim.minibatches, steps - 1
+    if step < warmup:
+        return optim.lr * (step + 1) / warmup
+    if optim.decay == "constant" or last < 1:
         return optim.lr
-    begin = max(optim.decay_from * steps, optim.warmup_steps)
-    progress = min(max((step - begin) / max(steps - begin, 1), 0.0), 1.0)
+    begin = min(max(optim.decay_from * steps, warmup), last - 1)
+    progress = min(max((step - begin) / (last - begin), 0.0), 1.0)
     share = 1 - progress if optim.decay == "linear" else (1 + math.cos(math.pi * progress)) / 2
     return optim.min_lr + (optim.lr - optim.min_lr) * share
 
@@ -71,7 +75,7 @@ class Policy:
         load_weights(self.chunks, self.shape, config.model.path, config.model.vocab_multiple)
         self.wrapped, self.optimizer = _for_training(self.chunks, config)
         self.steps_taken = 0
-        """Optimizer steps since the run's start; the learning-rate schedule is a function of it."""
+        """Optimizer steps since the run's start, those skipped among them; the learning-rate schedule is a function of it."""
 
         self.pending_save: Any = None
         """What checkpoint.py is writing in the background."""
@@ -94,13 +98,22 @@ class Policy:
         return chunks * (layout.tensor if layout.sequence else 1)
 
     def log_probs(self, rows: Sequence[PackedRow], temperature: float | None = None, *, with_entropy: bool = False) -> list[torch.Tensor]:
-        """[N] log-probs per row, on every rank, in the order of `rows`; temperature None means `rollout.temperature`.
+        """[N] log-probs per row, on every rank, in the order of `rows`.
 
+        temperature None means `rollout.temperature` for sampled tokens and `reward.probe_temperature` for those of probes.
         `with_entropy`: [N, 2], log-probs and entropies.
         """
         mine, share = self._share(rows)
+        of_probes = 1.0 if temperature is None and self.config.reward.probe_temperature == 1 else None
         temperature = temperature or self.config.rollout.temperature or 1.0
-        results = schedule.forward_only(self.wrapped, mine, temperature=temperature, device=self.ranks.device, with_entropy=with_entropy)
+        results = schedule.forward_only(
+            self.wrapped,
+            mine,
+            temperature=temperature,
+            probe_temperature=of_probes,
+            device=self.ranks.device,
+            with_entropy=with_entropy,
+        )
         found = {index: result for index, result in zip(share, results, strict=True) if index >= 0} if self.ranks.reports else {}
         merged = {index: result for part in parallel.gather(found) for index, result in part.items()}
         return [merged[index] for index in range(len(rows))]
@@ -129,9 +142,7 @@ class Policy:
         grad_norm = float(self.optimizer.get_grad_norm())
         finite = not overflow and math.isfinite(grad_norm) and math.isfinite(value)
         if finite:
-            rate = learning_rate(self.steps_taken, self.total_steps, self.config.optim)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate * group.get("lr_mult", 1.0)
+            _set_rates(self.optimizer, learning_rate(self.steps_taken, self.total_steps, self.config.optim), self.config.optim.weight_decay)
             if self.config.optim.clip_grad > 0:
                 _clip(self.optimizer, self.config.optim.clip_grad, grad_norm)
             self.optimizer.step_with_ready_grads()
@@ -209,6 +220,17 @@ def _for_training(chunks: Sequence[PolicyModel], config: Config) -> tuple[list[D
     megatron.finalize_model_grads_func = lambda model, num_tokens=None, **kwargs: finalize_model_grads(model, None, **kwargs)
     megatron.grad_scale_func = optimizer.scale_loss
     return wrapped, optimizer
+
+
+def _set_rates(optimizer: Any, rate: float, weight_decay: float) -> None:
+    """What Megatron's OptimizerParamScheduler, which is not used, does before a step: rate and decay of every group of parameters.
+
+    Megatron gives norms and biases a `wd_mult` of 0. Done before every step, as a checkpoint brings values of its own. The groups' `max_lr`
+    and `min_lr` are those of the schedule, because nothing overrides them.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["lr_mult"]
+        group["weight_decay"] = weight_decay * group["wd_mult"]
 
 
 def _clip(optimizer: Any, max_norm: float, grad_norm: float) -> None:

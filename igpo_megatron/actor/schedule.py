@@ -26,9 +26,19 @@ RowLoss = Callable[[PackedRow, torch.Tensor, torch.Tensor], tuple[torch.Tensor, 
 
 
 def forward_only(
-    chunks: Sequence[torch.nn.Module], rows: Sequence[PackedRow], *, temperature: float, device: torch.device, with_entropy: bool = False
+    chunks: Sequence[torch.nn.Module],
+    rows: Sequence[PackedRow],
+    *,
+    temperature: float,
+    probe_temperature: float | None = None,
+    device: torch.device,
+    with_entropy: bool = False,
 ) -> list[torch.Tensor]:
-    """[N] log-probs (or [N, 2] with entropies) of every target of every row, on the last stage; an empty list on the others."""
+    """[N] log-probs (or [N, 2] with entropies) of every target of every row, on the last stage; an empty list on the others.
+
+    `probe_temperature`: of the targets that are a probe's, None for the same as all others'.
+    """
+    of_probes = temperature if probe_temperature is None else probe_temperature
 
     def keep(output: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
         return (output if with_entropy else output[:, 0]).detach().cpu()
@@ -36,7 +46,8 @@ def forward_only(
     for chunk in chunks:
         chunk.eval()
     with torch.no_grad():
-        results = _run(chunks, rows, lambda row: keep, temperature, device, with_entropy, forward_only=True, collect_non_loss_data=True)
+        options = {"forward_only": True, "collect_non_loss_data": True}
+        results = _run(chunks, rows, lambda row: keep, (temperature, of_probes), device, with_entropy, **options)
     return list(results)
 
 
@@ -53,22 +64,25 @@ def forward_backward(
 
     for chunk in chunks:
         chunk.train()
-    return list(_run(chunks, rows, lambda row: partial(loss_of, row), temperature, device, True, forward_only=False))
+    return list(_run(chunks, rows, lambda row: partial(loss_of, row), (temperature, temperature), device, True, forward_only=False))
 
 
 def _run(
     chunks: Sequence[torch.nn.Module],
     rows: Sequence[PackedRow],
     loss_for: Callable[[PackedRow], Callable[..., Any]],
-    temperature: float,
+    temperatures: tuple[float, float],
     device: torch.device,
     need_entropy: bool,
     **options: Any,
 ) -> list[Any]:
+    """`temperatures`: of sampled tokens and of probes."""
+
     def step(iterator: Iterator[PackedRow], stage: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
         row = to_device(next(iterator), device)
         part = part_of(row, parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size())
-        head = HeadInputs(part.predictor, part.targets, temperature, need_entropy=need_entropy, owner=part.owner)
+        sampled, probes = temperatures
+        head = HeadInputs(part.predictor, part.targets, sampled, need_entropy, part.probed, probes, owner=part.owner)
         replay(get_attr_wrapped_model(stage, "decoder", return_model_obj=True), part.experts)
         output = stage(
             input_ids=part.token_ids[None], position_ids=part.position_ids[None], attention_mask=row.subtree_end.cpu(), labels=head

@@ -29,7 +29,7 @@ NONFINITE_GAINS = "nonfinite_gains"
 
 
 def add_probes(group: RolloutGroup, render_probe: RenderProbe, config: Reward, render_hidden: RenderProbe | None = None) -> None:
-    """Hang probe leaves at the parent of every action of every trainable trajectory: one per parent and probed alias.
+    """Hang probe leaves at the parent of every action of every trained trajectory: one per parent and probed alias.
 
     With `config.evidence` a second one hangs at every action that another follows, rendered by `render_hidden`: the frame of a tool
     result with nothing in it, then the probe. It sees what the policy knew and wrote, but not what the tool returned.
@@ -55,9 +55,7 @@ def add_probes(group: RolloutGroup, render_probe: RenderProbe, config: Reward, r
                 node.old_logprobs, node.weight_version = list(score.logprobs), score.weight_version
             group.add(node)
 
-    for trajectory in group.trajectories:
-        if not trajectory.status.is_trainable:
-            continue
+    for trajectory in group.trained:
         actions = [number for number in trajectory.path if group.nodes[number].kind == "action"]
         for finished_turns, parent in enumerate(_action_parents(group, trajectory)):
             hang(parent, finished_turns, probes)
@@ -68,9 +66,10 @@ def add_probes(group: RolloutGroup, render_probe: RenderProbe, config: Reward, r
 def turn_gains(group: RolloutGroup, config: Reward) -> None:
     """Set `gains` [num_turns] of every trajectory from the `old_logprobs` of its probes.
 
-    The value v of a context is the mean log-prob of the answer's tokens (log_prob_diff) or its exponential (prob_diff), the best over the
-    probed aliases; turn t gains v_t - v_(t-1). None for the last turn, for trajectories that are not trainable, for `config.gain == "none"`
-    and, counted in `group.metrics`, next to a value that is not finite and between values of different weights.
+    The value v of a context is the mean log-prob of the answer's tokens at `config.probe_temperature` (log_prob_diff) or its exponential
+    (prob_diff), the best over the probed aliases; turn t gains v_t - v_(t-1). None for the last turn, for trajectories that are not
+    trained, for `config.gain == "none"` and, counted in `group.metrics`, next to a value that is not finite and between values of
+    different weights.
 
     With `config.evidence`, `evidence_gains` [num_turns] is v_t - h_t, h_t the value with the newest tool result hidden; h_t - v_(t-1) is
     what the policy's own reasoning added.
@@ -86,9 +85,7 @@ def turn_gains(group: RolloutGroup, config: Reward) -> None:
         if node.kind == "probe":
             versions.setdefault(node.parent, set()).add(node.weight_version)
     lost = mixed = 0
-    for trajectory in group.trajectories:
-        if not trajectory.status.is_trainable:
-            continue
+    for trajectory in group.trained:
         parents = list(_action_parents(group, trajectory))
         assert values.keys() >= set(parents), f"group {group.prompt.id} has actions without a probe; call add_probes first"
         actions = [number for number in trajectory.path if group.nodes[number].kind == "action"]

@@ -57,13 +57,10 @@ def rloo_advantages(rewards: list[float]) -> list[float]:
 
 
 def trained_trajectories(group: RolloutGroup) -> list[Trajectory]:
-    """Trajectories that enter the group's statistics: trainable, with at least one turn. All others get zero advantages here."""
-    trained = []
+    """Trajectories that enter the group's statistics (`RolloutGroup.trained`). All others get zero advantages here."""
     for trajectory in group.trajectories:
         trajectory.turn_advantages = [0.0] * len(group.actions(trajectory))
-        if trajectory.status.is_trainable and trajectory.turn_advantages:
-            trained.append(trajectory)
-    return trained
+    return group.trained
 
 
 def grpo(group: RolloutGroup, config: Grpo, progress: float) -> None:
@@ -89,7 +86,7 @@ def scale_by_informative(groups: Sequence[RolloutGroup]) -> None:
 
     A good group is one whose rewards differ; groups of which nothing is trained count nowhere.
     """
-    rewards = [{end.reward for end in group.trajectories if end.status.is_trainable} for group in groups]
+    rewards = [{end.reward for end in group.trained} for group in groups]
     good = sum(len(values) > 1 for values in rewards)
     for group in groups if good else ():
         for trajectory in group.trajectories:
@@ -137,8 +134,7 @@ def whiten(groups: Sequence[RolloutGroup]) -> None:
     turns = [
         (trajectory.turn_advantages, [len(node.token_ids) for node in group.actions(trajectory)])
         for group in groups
-        for trajectory in group.trajectories
-        if trajectory.status.is_trainable
+        for trajectory in group.trained
     ]
     tokens = sum(sum(lengths) for _, lengths in turns)
     if not tokens:

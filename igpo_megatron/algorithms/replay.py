@@ -41,7 +41,8 @@ class SuccessBuffer:
         return [self._exchange(group, step) for group in groups] if self.capacity else list(groups)
 
     def _exchange(self, group: RolloutGroup, step: int) -> RolloutGroup:
-        trained = [number for number, trajectory in enumerate(group.trajectories) if trajectory.status.is_trainable]
+        learns = {id(trajectory) for trajectory in group.trained}
+        trained = [number for number, trajectory in enumerate(group.trajectories) if id(trajectory) in learns]
         won = [number for number in trained if group.trajectories[number].reward > self.success_above]
         if won:
             self._keep(group, won[-1])

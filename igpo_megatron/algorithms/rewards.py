@@ -3,6 +3,7 @@
 The rules are those of the published IGPO code: set F1 on words, exact match after normalisation, tags that open as often as they close.
 One difference in training: the format check reads the model's own text only, so a tool result that contains a tag is harmless.
 
+Search-R1's (arXiv 2503.09516) is `reward.outcome=em_squad`, in which articles do not count as they do in IGPO's `em`.
 ARPO's (arXiv 2507.19849) are `reward.outcome=f1_multiset` and `reward.tool_bonus`, with `rollout.protocol=arpo` for the boxed answer and
 `reward.format_penalty=-1`. Its code looks for tags in the whole text, tool results included; here the bonus is for tools that ran.
 """
@@ -10,6 +11,7 @@ ARPO's (arXiv 2507.19849) are `reward.outcome=f1_multiset` and `reward.tool_bonu
 from __future__ import annotations
 
 import json
+import re
 import string
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +32,7 @@ PUBLISHED_FORMAT_PENALTY = -2.0
 """Reward of malformed text in the published rule (`reward.format_penalty` sets it for training)."""
 
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION_TO_SPACE = str.maketrans(string.punctuation, " " * len(string.punctuation))
 
 
@@ -39,7 +42,7 @@ def normalise(text: str) -> str:
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """1.0 if the prediction equals any alias after `normalise`, else 0.0."""
+    """1.0 if the prediction equals any alias after `normalise`, else 0.0 (IGPO; an article more is another answer)."""
     return float(normalise(prediction) in {normalise(answer) for answer in answers})
 
 
@@ -56,14 +59,22 @@ def f1(prediction: str, answers: Sequence[str]) -> float:
 
 
 def normalise_squad(text: str) -> str:
-    """Lower case, ASCII punctuation deleted, a/an/the left out, whitespace collapsed: `"The U.S.A."` -> `"usa"` (SQuAD, ARPO)."""
-    return " ".join(word for word in text.lower().translate(_WITHOUT_PUNCTUATION).split() if word not in ("a", "an", "the"))
+    """Lower case, ASCII punctuation deleted, a/an/the left out, whitespace collapsed: `"The U.S.A."` -> `"usa"` (SQuAD, ARPO, Search-R1).
+
+    As in SQuAD's own script an article ends at whatever is no letter, digit or underscore, a dash or quote beyond ASCII among them.
+    """
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_WITHOUT_PUNCTUATION)).split())
+
+
+def exact_match_squad(prediction: str, answers: Sequence[str]) -> float:
+    """1.0 if the prediction equals any alias after `normalise_squad`, else 0.0 (SQuAD, Search-R1)."""
+    return float(normalise_squad(prediction) in {normalise_squad(answer) for answer in answers})
 
 
 def f1_multiset(prediction: str, answers: Sequence[str]) -> float:
-    """Best F1 over aliases between the *multisets* of words after `normalise_squad` (ARPO, deep_research.py).
+    """Best F1 over aliases between the *multisets* of words after `normalise_squad` (ARPO, deep_research.py; HotpotQA's own script).
 
-    Where either side is yes, no or noanswer, only the same word scores.
+    Where either side is yes, no or noanswer, only the same word scores; SQuAD's own script knows no such words. An empty side scores 0.
     """
     predicted = normalise_squad(prediction)
     best = 0.0
@@ -77,7 +88,13 @@ def f1_multiset(prediction: str, answers: Sequence[str]) -> float:
     return best
 
 
-REWARDS: dict[str, Callable[[str, Sequence[str]], float]] = {"f1": f1, "em": exact_match, "f1_multiset": f1_multiset}
+REWARDS: dict[str, Callable[[str, Sequence[str]], float]] = {
+    "f1": f1,
+    "em": exact_match,
+    "em_squad": exact_match_squad,
+    "f1_multiset": f1_multiset,
+}
+"""Setting `reward.outcome` -> (prediction, aliases) -> score, 0 to 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +177,9 @@ def tools_that_returned(group: RolloutGroup, trajectory: Trajectory) -> set[str]
 
 
 def score(group: RolloutGroup, config: Reward, protocol: ToolProtocol = PROTOCOLS["igpo"], search_tool: str = "search") -> None:
-    """Fill `reward` and `reward_parts` (f1, em, format_ok) of every trainable trajectory; the others keep 0 and no parts.
+    """Fill `reward` and `reward_parts` of every trainable trajectory; the others keep 0 and no parts.
+
+    Parts are format_ok, f1 and em by IGPO's rules, and the outcome under its own name where that is neither.
 
     Well-formed means: status FINISHED, and an answer by the protocol's own check of the model's own text. Anything else earns
     `config.format_penalty`. `config.overlong` is added to either. `search_tool`: the search tool's name, for `config.tool_bonus`.
@@ -172,11 +191,12 @@ def score(group: RolloutGroup, config: Reward, protocol: ToolProtocol = PROTOCOL
         answer = protocol.final_answer(own_turns(group, trajectory)) if trajectory.status == Status.FINISHED else None
         if answer is None:
             trajectory.reward = config.format_penalty
-            trajectory.reward_parts = {"f1": 0.0, "em": 0.0, "format_ok": 0.0}
+            trajectory.reward_parts = {"f1": 0.0, "em": 0.0, config.outcome: 0.0, "format_ok": 0.0}
         else:
-            trajectory.reward = REWARDS[config.outcome](answer, answers)
+            outcome = trajectory.reward = REWARDS[config.outcome](answer, answers)
             if trajectory.reward > 0 and {search_tool, "python"} <= tools_that_returned(group, trajectory):
                 trajectory.reward += config.tool_bonus
-            trajectory.reward_parts = {"f1": f1(answer, answers), "em": exact_match(answer, answers), "format_ok": 1.0}
+            parts = {"f1": f1(answer, answers), "em": exact_match(answer, answers)}
+            trajectory.reward_parts = {**parts, config.outcome: outcome, "format_ok": 1.0}
         if config.overlong is not None:
             trajectory.reward += overlong_penalty(sum(len(node.token_ids) for node in group.actions(trajectory)), *config.overlong)

@@ -48,7 +48,7 @@ def entropy_stats(groups: list[RolloutGroup], high_share: float) -> EntropyStats
 
     A token counts once for every trajectory through it, so that sharing changes nothing.
     """
-    trained = [(group, end) for group in groups for end in group.trajectories if end.status.is_trainable]
+    trained = [(group, end) for group in groups for end in group.trained]
     values = sorted(entropy for group, end in trained for node in group.actions(end) for entropy in node.old_entropies)
     assert values, "entropies of the policy before the step were not taken"
     spread = stdev(values) if len(values) > 1 else 0.0

@@ -158,7 +158,8 @@ def _describe(detail: ErrorDetails) -> str:
         case "extra_forbidden":
             return _describe_unknown(shown, model)
         case "literal_error" | "union_tag_invalid":
-            expected = re.findall(r"'([^']*)'", str(context.get("expected") or context.get("expected_tags")))
+            named = re.findall(r"'([^']*)'|\b(\d+)\b", str(context.get("expected") or context.get("expected_tags")))
+            expected = [text or number for text, number in named]
             tag = context.get("tag")
             near = _nearest(str(found if tag is None else tag), expected)
             left = f"{key}={found!r}" if tag is None else f"{key}.name={tag!r}"

@@ -23,9 +23,13 @@ TOOL_CALLS = {"visits": "visit", "python_calls": "python"}
 
 
 def rollout_metrics(groups: Sequence[RolloutGroup], tool_name: str) -> dict[str, float]:
-    """Means over trajectories (or groups); a name is absent where nothing was measured. `tool_name`: what the policy calls search."""
+    """Means over trained trajectories, shares of all of them, or means over groups; a name is absent where nothing was measured.
+
+    `tool_name`: what the policy calls search.
+    """
     ends = [trajectory for group in groups for trajectory in group.trajectories]
-    scored = [trajectory for trajectory in ends if trajectory.status.is_trainable]
+    trained = [(group, trajectory) for group in groups for trajectory in group.trained]
+    scored = [trajectory for _, trajectory in trained]
     metrics = {
         "failed": _share(ends, lambda end: end.status.is_failure),
         "late": _share(ends, lambda end: end.status is Status.LATE),
@@ -41,7 +45,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup], tool_name: str) -> dict[str,
     metrics["reward"] = fmean(end.reward for end in scored)
     for part in ("f1", "em", "format_ok"):
         metrics[part] = fmean(end.reward_parts.get(part, 0.0) for end in scored)
-    actions = [group.actions(end) for group in groups for end in group.trajectories if end.status.is_trainable]
+    actions = [group.actions(end) for group, end in trained]
     metrics["turns"] = fmean(len(nodes) for nodes in actions)
     metrics["searches"] = fmean(num_calls(nodes, tool_name) for nodes in actions)
     for name, tool in TOOL_CALLS.items():
@@ -113,11 +117,11 @@ def logprob_gap(groups: Sequence[RolloutGroup], version: int | None = None) -> d
 
 
 def routed_share(groups: Sequence[RolloutGroup]) -> dict[str, float]:
-    """`routed_tokens`: share of the tokens of trainable trajectories whose experts an engine recorded; empty without such tokens."""
+    """`routed_tokens`: share of the tokens of trained trajectories whose experts an engine recorded; empty without such tokens."""
     known = [
         experts is not None
         for group in groups
-        for index in {index for end in group.trajectories if end.status.is_trainable for index in end.path}
+        for index in {index for end in group.trained for index in end.path}
         for experts in group.nodes[index].experts or [None] * len(group.nodes[index].token_ids)
     ]
     return {"routed_tokens": fmean(map(float, known))} if known else {}
@@ -144,7 +148,7 @@ def _by_turn(ends: Sequence[Trajectory]) -> list[list[float]]:
 
 
 def _identical(group: RolloutGroup) -> bool:
-    rewards = [trajectory.reward for trajectory in group.trajectories if trajectory.status.is_trainable]
+    rewards = [trajectory.reward for trajectory in group.trained]
     return len(rewards) < 2 or pstdev(rewards) < _SAME
 
 

@@ -317,7 +317,13 @@ SHOWN = {
 }
 """Metrics of a step that the console shows, where they were measured."""
 
-SHOWN_EVAL = {"f1": "F1 {:.3f}", "em": "EM {:.3f}", "format_ok": "format {:.2f}"}
+SHOWN_EVAL = {
+    "f1": "F1 {:.3f}",
+    "em": "EM {:.3f}",
+    "macro_f1": "over sources F1 {:.3f}",
+    "macro_em": "EM {:.3f}",
+    "format_ok": "format {:.2f}",
+}
 
 
 def _shown(metrics: Mapping[str, Any], key: str, form: str) -> str | None:

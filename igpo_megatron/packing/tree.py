@@ -69,6 +69,9 @@ class PackedRow:
     experts: torch.Tensor | None = None
     """[T, layers, top_k] int16, experts to send each token to, -1 where the router shall choose; None leaves it all choices."""
 
+    probed: torch.Tensor | None = None
+    """[N] bool, the targets that are a probe's; None where the row has no probes."""
+
     origin: list[tuple[int, int, int, int]] = field(default_factory=list)
     """(group, node, start, stop): targets [start, stop) are that node's tokens, of a probe the scored ones."""
 
@@ -92,7 +95,7 @@ class Piece:
 
 def step_counts(groups: Sequence[RolloutGroup]) -> StepCounts:
     """Global sums that every loss is divided by, fixed before the first micro-batch so that packing cannot change the gradient."""
-    trained = [(group, trajectory) for group in groups for trajectory in group.trajectories if trajectory.status.is_trainable]
+    trained = [(group, trajectory) for group in groups for trajectory in group.trained]
     return StepCounts(
         trained_tokens=sum(len(node.token_ids) for group, trajectory in trained for node in group.actions(trajectory)),
         trajectories=len(trained),
@@ -141,7 +144,7 @@ def pack_for_training(
     token_weight: Callable[[int], float],
     experts: ExpertShape | None = None,
 ) -> list[PackedRow]:
-    """Rows whose targets are the action tokens of trainable trajectories, with their weights and advantages.
+    """Rows whose targets are the action tokens of trained trajectories, with their weights and advantages.
 
     `token_weight(n)` is the loss weight of each token of a trajectory with n trained tokens. `experts`: replay those of the nodes.
     """
@@ -187,9 +190,7 @@ def _pieces(index: int, group: RolloutGroup, row_tokens: int, *, with_probes: bo
     members: list[Trajectory] = []
     tokens = 0
     # In the order of their paths those that share most stand side by side, and a cut repeats least.
-    for trajectory in sorted(group.trajectories, key=lambda trajectory: trajectory.path):
-        if not trajectory.status.is_trainable:
-            continue
+    for trajectory in sorted(group.trained, key=lambda trajectory: trajectory.path):
         whole = [*trajectory.path, *(probe for number in trajectory.path for probe in probes.get(number, []))]
         new = [number for number in whole if number not in chosen and number not in done]
         size = _num_tokens(group, new)
@@ -240,6 +241,7 @@ class _RowBuilder:
         self.sequence: list[int] = []
         self.trajectories = 0
         self.old_entropies: list[float] = []
+        self.probed: list[bool] = []
         self.experts: list[bytes | None] = []
         self.origin: list[tuple[int, int, int, int]] = []
 
@@ -291,6 +293,7 @@ class _RowBuilder:
         self.ref_logprobs += node.ref_logprobs or [0.0] * length
         self.behavior_logprobs += node.behavior_logprobs or [0.0] * length
         self.old_entropies += node.old_entropies or [0.0] * length
+        self.probed += [node.kind == "probe"] * length
         self.origin.append((group, number, first, first + length))
 
     def build(self, multiple: int, experts: ExpertShape | None = None) -> PackedRow:
@@ -310,6 +313,7 @@ class _RowBuilder:
             sequence=torch.tensor(self.sequence, dtype=torch.int64),
             old_entropies=torch.tensor(self.old_entropies, dtype=torch.float32),
             experts=None if experts is None else expert_rows(self.experts, total, experts),
+            probed=torch.tensor(self.probed) if any(self.probed) else None,
             origin=self.origin,
         )
 

@@ -11,8 +11,11 @@ from igpo_megatron.observability.tracker import sum_phases
 
 OUTCOMES = (
     ("f1_sampled", "F1, sampled at training temperature", True),
+    ("f1_sampled_macro", "F1, sampled, mean over sources", True),
     ("f1_greedy", "F1, greedy", True),
+    ("f1_greedy_macro", "F1, greedy, mean over sources", True),
     ("em_greedy", "Exact match, greedy", True),
+    ("em_greedy_macro", "Exact match, greedy, mean over sources", True),
     ("format_valid", "Format-valid share", True),
     ("searches_per_question", "Searches per question", False),
 )

@@ -99,6 +99,7 @@ class Rollouter:
         branch: bool = False,
         close_at: int | None = None,
         tallies: Mapping[str, Tally] | None = None,
+        asked: Counter[str] | None = None,
         on_progress: Callable[[float], None] | None = None,
     ) -> list[RolloutGroup]:
         """One group of `samples` trajectories per prompt; `temperature` None takes the configured one.
@@ -106,9 +107,13 @@ class Rollouter:
         With `probe` the engine scores the probes of every state, if this rollouter was given any; with `branch` groups grow as
         `rollout.branching` says; `close_at` trajectories of a group end it. What tools did is added to `tallies`.
 
+        A question that comes again in a step is another group, sampled with seeds of its own. `asked` counts how often each was asked in
+        `step` before, and is counted on; None where this is the step's only call.
+
         Raises RolloutFailure when more than `rollout.max_failed_fraction` of the trajectories or of the searches failed.
         """
         groups = [self._open(prompt) for prompt in prompts]
+        seeds = self._seeds(groups, Counter() if asked is None else asked)
         probers = [Prober(self._engine, group, self._probes_of(group.prompt)) if probe and self._probes_of else None for group in groups]
         tallies = self.tallies() if tallies is None else tallies
         search = TallyClient(self._search, tallies["search"])
@@ -116,25 +121,25 @@ class Rollouter:
         done = 0
 
         async def one(
-            group: RolloutGroup, prober: Prober | None, start: Sequence[int], sample: int | str, watch: TurnWatch | None = None
+            group: RolloutGroup, prober: Prober | None, seed: int, start: Sequence[int], sample: int | str, watch: TurnWatch | None = None
         ) -> Trajectory:
             nonlocal done
             chosen = self._config.temperature if temperature is None else temperature
-            trajectory = await self._bounded(group, prober, search, tools, start, sample, watch, step, chosen)
+            trajectory = await self._bounded(group, prober, search, tools, start, seed, sample, watch, step, chosen)
             done += 1
             if on_progress:
                 on_progress(done / (len(groups) * samples))
             return trajectory
 
-        def whole(group: RolloutGroup, prober: Prober | None) -> Coroutine[Any, Any, list[Trajectory]]:
+        def whole(group: RolloutGroup, prober: Prober | None, seed: int) -> Coroutine[Any, Any, list[Trajectory]]:
             branching = self._config.branching
             if not branch or isinstance(branching, NoBranching):
-                return _first([one(group, prober, [0], sample) for sample in range(samples)], close_at or samples)
+                return _first([one(group, prober, seed, [0], sample) for sample in range(samples)], close_at or samples)
 
             def uniform(*parts: object) -> float:
-                return counter_seed(self._seed, step, group.prompt.id, "branch", *parts) / 2**31
+                return counter_seed(seed, step, group.prompt.id, "branch", *parts) / 2**31
 
-            run_path = partial(one, group, prober)
+            run_path = partial(one, group, prober, seed)
             if isinstance(branching, GainBranching):
                 assert prober is not None, "rollout.branching.name=gain needs probes that the engine scores"
                 return GainGrower(group, branching, samples, run_path=run_path, uniform=uniform, prober=prober).grow()
@@ -142,7 +147,7 @@ class Rollouter:
             return EntropyGrower(group, branching, samples, run_path=run_path, uniform=uniform, vocab_size=vocab).grow()
 
         try:
-            ends = await _all([whole(group, prober) for group, prober in zip(groups, probers, strict=True)])
+            ends = await _all([whole(*parts) for parts in zip(groups, probers, seeds, strict=True)])
         finally:
             await asyncio.gather(*(prober.close() for prober in probers if prober is not None))
         for group, trajectories in zip(groups, ends, strict=True):
@@ -156,6 +161,15 @@ class Rollouter:
             task.cancel()
         await asyncio.gather(*unfinished, return_exceptions=True)
         await asyncio.gather(self._search.close(), *(tool.close() for tool in self._tools.values()))
+
+    def _seeds(self, groups: Sequence[RolloutGroup], asked: Counter[str]) -> list[int]:
+        """What the sampling seeds of each group are derived from: the run's seed where its question is asked the first time in a step."""
+        seeds = []
+        for group in groups:
+            times = asked[group.prompt.id]
+            seeds.append(counter_seed(self._seed, "asked again", times) if times else self._seed)
+            asked[group.prompt.id] += 1
+        return seeds
 
     def _open(self, prompt: Prompt) -> RolloutGroup:
         ids, text = self._chat.open(prompt.question)
@@ -172,6 +186,7 @@ class Rollouter:
         search: SearchClient,
         tools: Mapping[str, Tool],
         start: Sequence[int],
+        seed: int,
         sample: int | str,
         watch: TurnWatch | None,
         step: int,
@@ -191,7 +206,7 @@ class Rollouter:
                     prober=prober,
                     temperature=temperature,
                     probe_tokens=probe_tokens,
-                    seed=self._seed,
+                    seed=seed,
                     step=step,
                     sample=sample,
                     start=start,

@@ -41,6 +41,8 @@ def test_the_values_of_the_caller_stay_as_they_were():
         ("modle.path=x", "modle: unknown key; did you mean 'model'?"),
         ("rollout.engine.cont=2", "rollout.engine.cont: unknown key; did you mean 'rollout.engine.count'?"),
         ("run.device=cuba", "run.device='cuba': expected one of auto, cpu, cuda; did you mean 'cuda'?"),
+        ("placement.sleep_level=3", "placement.sleep_level=3: expected one of 1, 2"),
+        ("reward.probe_temperature=0.7", "reward.probe_temperature=0.7: expected one of 1, sampling"),
         (
             "advantage.name=grop",
             "advantage.name='grop': expected one of igpo, igpo_loo, grpo, rloo, arpo, gigpo, eapo, rapo, reinforce_pp, "

@@ -79,6 +79,8 @@ def test_every_recipe_has_its_published_numbers_and_fits_its_model(
         assert (branching.initial_rollouts, branching.beam) == (samples // 2, 2)
         assert (branching.base_probability, branching.entropy_weight) == (0.5, 0.2)
         assert (config.reward.outcome, config.reward.tool_bonus, config.reward.format_penalty) == ("f1_multiset", 0.1, -1.0)
+    if name.startswith("search_r1"):
+        assert (config.reward.outcome, config.optim.warmup_steps) == ("em_squad", round(0.285 * steps)), "both in the units of its code"
     assert (rollout.branching.name == "none") == (name.split("_")[0] not in ("arpo", "aepo"))
     assert all("no such file" in problem for problem in check(config, world_size=4))
 

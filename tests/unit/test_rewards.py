@@ -1,16 +1,23 @@
 """Outcome rewards: the published rule on whole texts, and the same rule on a trajectory's own text."""
 
 import json
+import re
+import string
+from collections import Counter
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from igpo_megatron.algorithms.rewards import (
     REWARDS,
     exact_match,
+    exact_match_squad,
     f1,
     f1_multiset,
     normalise,
+    normalise_squad,
     overlong_penalty,
     published_score,
     score,
@@ -136,6 +143,50 @@ def test_trajectories_that_say_nothing_about_the_policy_are_not_scored():
     trajectory = scored(finished_group(status=Status.TOOL_FAILED))
     assert trajectory.reward == 0.0
     assert trajectory.reward_parts == {}
+
+
+def official_squad(text):
+    """SQuAD's and HotpotQA's evaluation scripts: lower, then punctuation, then articles, then whitespace."""
+    text = "".join(character for character in text.lower() if character not in set(string.punctuation))
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def official_f1(prediction, answers):
+    """HotpotQA's `f1_score`, the best over answers."""
+    best = 0.0
+    for answer in answers:
+        left, right = official_squad(prediction), official_squad(answer)
+        if left != right and {left, right} & {"yes", "no", "noanswer"}:
+            continue
+        common = sum((Counter(left.split()) & Counter(right.split())).values())
+        if common:
+            precision, recall = common / len(left.split()), common / len(right.split())
+            best = max(best, 2 * precision * recall / (precision + recall))
+    return best
+
+
+WORDS = "the a An Beatles yes no noanswer U.S.A. co-op 1990 “the “The” Who\u2019s the\u2013end end rock-'n'-roll"
+WORDS += " a\u2014b theé é the_ the\u00a0x . the's"
+TEXTS = st.lists(st.sampled_from(WORDS.split(" ")), max_size=4).map(" ".join)
+
+
+@settings(max_examples=300, deadline=None, database=None)
+@given(TEXTS, st.lists(TEXTS, min_size=1, max_size=2))
+def test_squad_scores_are_those_of_its_own_script(prediction, answers):
+    assert normalise_squad(prediction) == official_squad(prediction)
+    assert f1_multiset(prediction, answers) == pytest.approx(official_f1(prediction, answers), abs=1e-12)
+    assert exact_match_squad(prediction, answers) == any(official_squad(prediction) == official_squad(answer) for answer in answers)
+
+
+def test_articles_count_in_igpos_exact_match_and_not_in_search_r1s():
+    assert (exact_match("Beatles", ["The Beatles"]), exact_match_squad("Beatles", ["The Beatles"])) == (0.0, 1.0)
+    assert (exact_match("co op", ["co-op"]), exact_match_squad("co op", ["co-op"])) == (1.0, 0.0)
+    assert f1_multiset("Beatles", ["“The” Beatles"]) == 0.5, "what is left of the article is a word of its own: “”"
+    trajectory = scored(finished_group(answers=("the ancient Rome",)), outcome="em_squad")
+    assert trajectory.reward == 1.0
+    assert trajectory.reward_parts == {"f1": pytest.approx(2 * 2 / (2 + 3)), "em": 0.0, "em_squad": 1.0, "format_ok": 1.0}
+    malformed = scored(finished_group(status=Status.BAD_FORMAT), outcome="em_squad")
+    assert malformed.reward_parts == {"f1": 0.0, "em": 0.0, "em_squad": 0.0, "format_ok": 0.0}
 
 
 def test_squad_f1_counts_repeated_words_and_not_articles():

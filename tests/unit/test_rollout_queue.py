@@ -5,6 +5,7 @@ import json
 import math
 import threading
 import time
+from collections import Counter
 from concurrent.futures import Future
 
 import pytest
@@ -60,6 +61,7 @@ class AtOnce:
     def __init__(self, hits: list[bool], greedy: list[Status] | None = None, version: int = 0) -> None:
         self.hits, self.greedy, self.version = hits, greedy or [], version
         self.asked: list[str] = []
+        self.before: list[list[int]] = []
 
     def tallies(self) -> dict[str, object]:
         return {}
@@ -72,8 +74,10 @@ class AtOnce:
             future.set_exception(error)
         return future
 
-    async def run(self, prompts: list[Prompt], *, temperature: float | None, **_: object) -> list[RolloutGroup]:
+    async def run(self, prompts: list[Prompt], *, temperature: float | None, asked: Counter[str], **_: object) -> list[RolloutGroup]:
         self.asked += [prompt.id for prompt in prompts]
+        self.before.append([asked[prompt.id] for prompt in prompts])
+        asked.update(prompt.id for prompt in prompts)
         if temperature == 0.0:
             return [group_of(prompt, ["Rome"], status, self.version) for prompt, status in zip(prompts, self.greedy, strict=True)]
         return [group_of(prompt, ["Rome" if self.hits[int(prompt.id[1:])] else "Oslo", "Oslo"], version=self.version) for prompt in prompts]
@@ -150,6 +154,14 @@ def test_groups_of_equal_rewards_are_replaced_as_long_as_batches_are_left() -> N
     queue.done(1)
     assert queue.state() == [], "what was replaced is done with, too"
     assert ids(queue_of(AtOnce([False, False, False, True]), "rollout.resample=1").take(1)) == ["q3", "q0"]
+
+
+def test_a_batch_knows_how_often_it_has_asked_a_question_whatever_other_batches_do() -> None:
+    """One step asks q0 and q1, and both again in place of groups of equal rewards; the next step begins anew."""
+    rollouts = AtOnce([False, False])
+    queue = queue_of(rollouts, "rollout.resample=1", "rollout.max_staleness=1", questions=OneQuestion())
+    queue.weights_arrived(0)
+    assert rollouts.before == [[0, 0], [1, 1]] * 2
 
 
 def test_remax_samples_one_greedy_trajectory_per_question() -> None:

@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -194,6 +195,35 @@ def test_seeds_depend_on_what_is_sampled_and_on_nothing_else() -> None:
     seeds = [sorted(seed for _, _, seed in engine.calls) for engine in engines]
     assert seeds[0] == seeds[1] and len(set(seeds[0])) == 16
     assert counter_seed(1, 2, "q", 0, 1) != counter_seed(1, 2, "q", 1, 0)
+
+
+def test_a_question_that_comes_again_in_a_step_is_sampled_with_other_seeds() -> None:
+    """Drawn twice at the end of an epoch, or again in place of a group that taught nothing: never the same group once more."""
+    form = ChatFormat(WORDS, Rollout(**SETTINGS), Reward())  # type: ignore[arg-type]
+    question = Prompt("q0", "What is the capital of Italy?", ("Rome",), "test")
+    other = replace(question, id="q1")
+
+    def seeds(*steps: tuple[int, list[list[Prompt]]]) -> list[int]:
+        engine = ScriptedEngine(ANSWER)
+        with Rollouter(engine, ScriptedSearch(), form, Rollout(**SETTINGS), seed=1) as rollouter:  # type: ignore[arg-type]
+            for step, calls in steps:
+                asked: Counter[str] = Counter()
+                for prompts in calls:
+                    work = rollouter.run(prompts, samples=2, step=step, temperature=None, asked=asked)
+                    rollouter.start(work).result()
+        return [seed for _, _, seed in engine.calls]
+
+    once = seeds((1, [[question]]))
+    assert once == [counter_seed(1, 1, "q0", sample, 1) for sample in (0, 1)], "asked once, a question has the seeds it always had"
+    twice = seeds((1, [[question, other, question]]))
+    assert len(set(twice)) == 6 and set(once) < set(twice) and set(seeds((1, [[other]]))) < set(twice)
+    again = seeds((1, [[question, other], [question]]))
+    assert set(again) == set(twice), "in place of a group of the same step it counts as the second, too; a resumed run repeats it"
+    assert len(set(seeds((1, [[question] * 3]), (2, [[question] * 3])))) == 12
+    with Rollouter(ScriptedEngine(ANSWER), ScriptedSearch(), form, Rollout(**SETTINGS), seed=1) as rollouter:  # type: ignore[arg-type]
+        rollouter.run_sync([question, question], samples=1, step=-2, temperature=None)
+        calls = rollouter._engine.calls  # type: ignore[attr-defined]
+    assert len({seed for _, _, seed in calls}) == 2, "so it is in an evaluation of a file that holds a question twice"
 
 
 def test_a_slow_trajectory_holds_up_no_other() -> None:

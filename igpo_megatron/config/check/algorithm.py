@@ -176,10 +176,10 @@ def check_bonus(config: Config) -> Iterator[str]:
 def _engine_scorer(config: Config) -> Iterator[str]:
     if config.run.replay is not None:
         yield "reward.scorer=engine needs engines, run.replay starts none; use reward.scorer=fold"
-    if config.rollout.temperature != 1:
+    if config.reward.probe_temperature == "sampling" and config.rollout.temperature != 1:
         yield (
-            f"reward.scorer=engine scores at temperature 1, rollout.temperature={config.rollout.temperature:g}; "
-            "use reward.scorer=fold, or rollout.temperature=1"
+            "reward.scorer=engine scores at temperature 1, the only one at which vLLM does, reward.probe_temperature=sampling asks for "
+            f"rollout.temperature={config.rollout.temperature:g}; use reward.scorer=fold, or reward.probe_temperature=1"
         )
     if config.reward.evidence:
         yield "reward.evidence=true hides tool results in the trainer's pass; use reward.scorer=fold"
@@ -203,6 +203,8 @@ def check_schedule(config: Config) -> Iterator[str]:
         yield f"optim.min_lr={optim.min_lr} is above optim.lr={optim.lr}"
     if optim.warmup_steps > steps:
         yield f"optim.warmup_steps={optim.warmup_steps} is more than run.steps={steps}; the peak would never be reached"
+    elif optim.warmup_steps == steps and optim.decay != "constant":
+        yield f"optim.warmup_steps={steps} is all of run.steps, which leaves none for optim.decay={optim.decay}; warm up for fewer"
     if not all(0 <= beta < 1 for beta in optim.betas):
         yield f"optim.betas={list(optim.betas)}: expected two numbers from 0 up to, not including, 1"
     if evaluates(config) and not config.eval.samples and not config.eval.greedy:

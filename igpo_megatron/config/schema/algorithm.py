@@ -15,9 +15,9 @@ PUBLISHED_PROBE = "\nNow there's enough information to answer\n</think>\n<answer
 class Reward(Section):
     """Outcome reward and information gain."""
 
-    outcome: Literal["f1", "em", "f1_multiset"] = "f1"
-    """Score of a well-formed answer, best over all aliases: F1 of sets of words (IGPO), exact match, or SQuAD's F1 (ARPO), in which
-    repeated words count and articles do not."""
+    outcome: Literal["f1", "em", "em_squad", "f1_multiset"] = "f1"
+    """Score of a well-formed answer, best over all aliases: F1 of sets of words or exact match (IGPO: articles count), exact match after
+    SQuAD's normalisation (Search-R1: they do not), or F1 after it (ARPO), in which repeated words count."""
 
     format_penalty: float = -2.0
     """Reward of a malformed trajectory (IGPO -2, ARPO -1)."""
@@ -40,6 +40,10 @@ class Reward(Section):
 
     probe_max_tokens: PositiveInt = 64
     """Ground-truth tokens probed at most; longer answers are cut (whole-page aliases exist in NQ)."""
+
+    probe_temperature: Literal[1, "sampling"] = 1
+    """What the logits of probes are divided by: 1, so that gains are differences of the policy's own log-probs (paper), or
+    `rollout.temperature`, as those of sampled tokens are (published code). Both are the same where that is 1."""
 
     scorer: Literal["fold", "engine", "batched", "sequential"] = "fold"
     """`fold`: probes are leaves of the packed tree in the old-log-prob pass; `engine`: vLLM scores them beside the next turn's

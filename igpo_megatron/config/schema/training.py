@@ -126,7 +126,7 @@ class Optim(Section):
     """Peak learning rate."""
 
     min_lr: NonNegativeFloat = 0.0
-    """Learning rate at the end of the decay."""
+    """Learning rate of the last optimizer step, where `decay` is not constant."""
 
     betas: tuple[float, float] = (0.9, 0.95)
     """Adam's moment decay rates."""
@@ -135,13 +135,13 @@ class Optim(Section):
     """Adam's epsilon."""
 
     weight_decay: NonNegativeFloat = 0.0
-    """Decoupled weight decay."""
+    """Decoupled weight decay, of matrices only: norms and biases do not decay."""
 
     clip_grad: NonNegativeFloat = 1.0
     """Global gradient-norm clip; 0 turns it off."""
 
     warmup_steps: NonNegativeInt = 0
-    """Steps of linear warm-up."""
+    """Training steps of linear warm-up, each of `minibatches` optimizer steps; the last of them has the peak rate."""
 
     decay: Literal["constant", "linear", "cosine"] = "constant"
     """Shape of the decay from `lr` to `min_lr`."""
@@ -150,7 +150,7 @@ class Optim(Section):
     """Share of the steps after which the decay begins."""
 
     minibatches: PositiveInt = 1
-    """Optimizer steps per batch of rollouts."""
+    """Optimizer steps per training step, each on as many of its questions as the others, give or take one; the order is shuffled."""
 
     max_skipped: PositiveInt = 3
     """This many steps in a row skipped for a non-finite loss or gradient stop the run."""
