@@ -20,6 +20,7 @@ from igpo_megatron.search.extract import ExtractionFailed, Extractor, kind_of
 from igpo_megatron.search.fetch import Fetched, Fetcher, FetchFailed, Lookup, PageStatus, system_lookup
 from igpo_megatron.search.results import Observed
 from igpo_megatron.search.summary import Summariser, SummaryFailed
+from igpo_megatron.untrusted import clean_text
 
 PASSAGE_WORDS = 100
 """Size of the passages that are ranked, as in Search-R1's corpora."""
@@ -88,7 +89,7 @@ class PageReader:
                 title, text = await self._read(url, goal)
                 status, error = PageStatus.OK if text else PageStatus.EMPTY, None
             except FetchFailed as failed:
-                status, title, text, error = failed.status, "", "", f"{url[:200]}: {failed}"
+                status, title, text, error = failed.status, "", "", clean_text(f"{url[:200]}: {failed}")
             return Page(url, status, title, text, error, time.perf_counter() - start)
 
     async def close(self) -> None:
