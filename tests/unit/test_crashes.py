@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from concurrent.futures import CancelledError
 from functools import partial
@@ -101,7 +102,7 @@ def test_what_is_cancelled_has_not_crashed(tmp_path: Path) -> None:
     with rollouter(engine, tmp_path / "crashes.log") as rollouts:
         work = rollouts.start(rollouts.run([Prompt("q", "?", ("a",), "t")], samples=2, step=1, temperature=None))
         while len(engine.calls) < 2:
-            pass
+            time.sleep(0.001)
         work.cancel()
         with pytest.raises(CancelledError):
             work.result()

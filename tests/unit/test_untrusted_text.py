@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from hypothesis import HealthCheck, Phase, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from search_server import KEY, KEY_VARIABLE, PROVIDERS
+from test_page_reader import pdf
 
 from igpo_megatron.config.schema import Search, Summary
 from igpo_megatron.protocols import PROTOCOLS, Answer, Malformed, ToolSet
@@ -227,7 +229,7 @@ TAG_SOUP = st.lists(
 ).map(lambda pieces: "".join(pieces).encode(errors="surrogatepass"))
 PDF = b"%PDF-1.4\n1 0 obj<</Type/Catalog/Pages 2 0 R>>endobj 2 0 obj<</Type/Pages/Kids[2 0 R]/Count 9>>endobj trailer<</Root 1 0 R>>"
 PAGES = st.binary(max_size=60) | TAG_SOUP | TAG_SOUP.map(lambda body: b"<html><body>" + body) | st.binary(max_size=40).map(PDF.__add__)
-CODECS = ["unicode_escape", "undefined", "idna", "utf-7", "rot13", "punycode", "zlib", "base64", "uu", "utf-16", "utf-8", "big5", "raw"]
+CODECS = ["unicode_escape", "undefined", "idna", "utf-7", "rot13", "punycode", "zlib", "base64", "uu", "utf-16", "utf-8", "big5", "hz"]
 CHARSETS = st.none() | st.sampled_from([*CODECS, "raw_unicode_escape", "x" * 5000, "mbcs", "a\0b", "../x", "oem"]) | ANY_TEXT
 
 
@@ -242,6 +244,44 @@ def test_untrusted_page_is_text_or_a_typed_failure(kind: str, body: bytes, chars
     else:
         json.dumps([page.title, page.text])
         assert "\ud800" not in page.text + page.title
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "why"),
+    [
+        ("html", b"<html><body>" + b"<b><i>" * 100_000 + b"text", "nested too deeply"),
+        ("html", b"<html><body>" + b"<table><tr><td>" * 50_000 + b"x", "nested too deeply"),
+        ("html", bytes(range(256)), "no HTML that can be read"),
+        ("pdf", pdf("", zlib.compress(b" " * 80_000_000, 1)), "LimitReachedError"),
+        ("pdf", pdf("", b"this is not packed"), "not a readable PDF"),
+        ("pdf", b"%PDF-1.4\n" + b"[" * 100_000, "not a readable PDF"),
+    ],
+)
+def test_untrusted_page_that_was_not_read_is_not_a_page_without_text(kind: str, body: bytes, why: str) -> None:
+    with pytest.raises(page_text.ExtractionFailed, match=why):
+        page_text.extract(kind, body, None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"), [("html", b""), ("html", b"<html><body><p></p></body></html>"), ("pdf", pdf("", zlib.compress(b"BT ET")))]
+)
+def test_a_page_without_text_is_one(kind: str, body: bytes) -> None:
+    assert page_text.extract(kind, body, None).text == ""
+
+
+@pytest.mark.parametrize("charset", [*CODECS[:-3], "mbcs", "x" * 5000, "utf-8", "UTF8"])
+def test_untrusted_charset_is_believed_only_where_it_names_an_encoding_of_text(charset: str) -> None:
+    text = r"caf\ud800 and more words of text"
+    assert page_text.extract("html", f"<html><body><p>{text}</p></body></html>".encode(), charset).text == text
+    if charset != "utf-16":
+        assert page_text.extract("text", text.encode(), charset).text == text
+
+
+@pytest.mark.parametrize(
+    ("charset", "codec"), [("Shift_JIS", "shift_jis"), ("x-sjis", None), ("ISO-8859-1", "iso8859-1"), ("GB2312", "gb2312")]
+)
+def test_encodings_of_text_are_known_by_their_names(charset: str, codec: str | None) -> None:
+    assert page_text.text_encoding(charset) == codec
 
 
 # ---- what comes out of a pipe, a file or a request
