@@ -179,11 +179,14 @@ def join_passages(passages: Sequence[str], chosen: Sequence[int]) -> str:
 
 
 def cut(text: str, max_tokens: int, count: CountTokens) -> str:
-    """The longest beginning, in whole words where there are any, of at most `max_tokens`."""
-    ends = [position for position, character in enumerate(text) if character.isspace()] or list(range(len(text)))
+    """The longest beginning, in whole words where one fits, of at most `max_tokens`."""
     # No tokenizer makes fewer than one token of a word's worth of hundred characters; a whole book need not be counted.
-    ends = ends[: bisect_right(ends, 100 * max_tokens)]
-    return text[: ends[bisect_right(ends, max_tokens, key=lambda end: count(text[:end])) - 1]].rstrip() if ends else ""
+    head = text[: 100 * max_tokens + 1]
+    spaces = [position for position, character in enumerate(head) if character.isspace()]
+    for ends in (spaces, range(len(head))):
+        if fitting := bisect_right(ends, max_tokens, key=lambda end: count(head[:end])):
+            return head[: ends[fitting - 1]].rstrip()
+    return ""
 
 
 def _fits(text: str, max_tokens: int, count: CountTokens) -> bool:

@@ -407,6 +407,7 @@ def test_a_text_that_fits_stays_as_it_is_and_one_without_a_match_shows_its_begin
     assert fit("one two three four", "zebra", 3, words) == "one two three"
     assert fit("the of and " * 10, "the", 3, words) == "the of and"
     assert cut("one two three", 2, words) == "one two" and cut("x" * 50, 10, len) == "x" * 10
+    assert cut("x" * 500 + " y", 10, len) == "x" * 10, "a first word that is too long"
     assert visit_path("/text", max_tokens=2).text == "one two"
 
 

@@ -26,10 +26,11 @@ from igpo_megatron.search.extract import KINDS
 from igpo_megatron.search.http import LONGEST_PAUSE_S, HttpClient, parse_retry_after
 from igpo_megatron.search.python_runner import _outcome
 from igpo_megatron.search.python_tool import _read_report
+from igpo_megatron.search.reader import fit
 from igpo_megatron.search.results import SearchStatus, SearchStopped
 from igpo_megatron.search.summary import Summariser, SummaryFailed
 from igpo_megatron.types import ToolCall
-from igpo_megatron.untrusted import BadJson, json_loads_untrusted
+from igpo_megatron.untrusted import BadJson, clean_text, json_loads_untrusted
 
 
 def inputs(count: int) -> Any:
@@ -282,6 +283,14 @@ def test_untrusted_charset_is_believed_only_where_it_names_an_encoding_of_text(c
 )
 def test_encodings_of_text_are_known_by_their_names(charset: str, codec: str | None) -> None:
     assert page_text.text_encoding(charset) == codec
+
+
+@inputs(40)
+@given(st.lists(ANY_TEXT | st.sampled_from(["the of", "word " * 30, "\u2028"]), max_size=6).map("\n".join), ANY_TEXT | st.just("word"))
+def test_untrusted_text_of_a_page_is_cut_to_what_fits_whatever_is_sought(text: str, goal: str) -> None:
+    text = clean_text(text)
+    shown = fit(text, clean_text(goal), 12, lambda part: len(part.split()))
+    assert len(shown.split()) <= 12
 
 
 # ---- what comes out of a pipe, a file or a request
