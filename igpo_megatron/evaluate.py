@@ -228,6 +228,8 @@ def evaluate_checkpoint(config: Config, model: Path | None, out: Path) -> dict[s
         task = progress.add_task("starting engines", total=1.0)
         search, tools = make_client(config.search), make_tools(config, chat.count_tokens)
         engines = stack.enter_context(EnginePool(config))
-        rollouter = stack.enter_context(Rollouter(engines, search, chat, config.rollout, seed=config.run.seed, tools=tools))
+        rollouter = stack.enter_context(
+            Rollouter(engines, search, chat, config.rollout, seed=config.run.seed, tools=tools, crashes=out / "crashes.log")
+        )
         progress.update(task, description=f"answering {len(prompts)} questions")
         return evaluate(rollouter, prompts, config, step=0, folder=out, on_progress=lambda share: progress.update(task, completed=share))

@@ -3,6 +3,7 @@
 runs/<name>/
     config.json      resolved configuration (no secrets)
     metrics.jsonl    one line per step
+    crashes.log      tracebacks of trajectories that ended as `crashed`
     rollouts/        step_000001.parquet ...    everything needed to replay a step
     eval/            step_000000.json and the rollouts behind each
     checkpoints/     step_000010/ ...
@@ -44,6 +45,10 @@ class RunFolder:
     @property
     def rollouts(self) -> Path:
         return self.root / "rollouts"
+
+    @property
+    def crashes(self) -> Path:
+        return self.root / "crashes.log"
 
     @property
     def eval(self) -> Path:

@@ -218,7 +218,16 @@ def open_side(config: Config, folder: RunFolder, stack: ExitStack, tracker: Trac
         side.engines = stack.enter_context(EnginePool(config))
     probes_of = partial(rendered_probes, render_probe=side.chat.render_probe, config=config.reward) if engine_scores(config) else None
     side.rollouter = stack.enter_context(
-        Rollouter(side.engines, search, side.chat, config.rollout, seed=config.run.seed, probes_of=probes_of, tools=tools)
+        Rollouter(
+            side.engines,
+            search,
+            side.chat,
+            config.rollout,
+            seed=config.run.seed,
+            probes_of=probes_of,
+            tools=tools,
+            crashes=folder.crashes,
+        )
     )
     side.queue = RolloutQueue(config, stream, side.rollouter, first_step=first_step, on_progress=tracker.progress)
     if state and state.get("successes"):  # absent from checkpoints written before successes were replayed

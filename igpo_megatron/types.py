@@ -61,18 +61,21 @@ class Status(StrEnum):
     ENGINE_FAILED = "engine_failed"
     """The rollout engine failed or the trajectory's deadline passed."""
 
+    CRASHED = "crashed"
+    """It raised what nobody expected: a mistake of this project, whose traceback is in the run's folder."""
+
     LATE = "late"
     """Given up when enough others of its group had ended (`rollout.close_at`)."""
 
     @property
     def is_trainable(self) -> bool:
         """False for ends that say nothing about the policy: they are counted and left out of the loss."""
-        return self not in (Status.TOOL_FAILED, Status.ENGINE_FAILED, Status.LATE)
+        return self not in (Status.TOOL_FAILED, Status.ENGINE_FAILED, Status.CRASHED, Status.LATE)
 
     @property
     def is_failure(self) -> bool:
-        """True where a tool or an engine failed, trained or not."""
-        return self in (Status.TOOL_FAILED, Status.ENGINE_FAILED, Status.ENDED_BY_TOOL)
+        """True where a tool, an engine or this project failed, trained or not."""
+        return self in (Status.TOOL_FAILED, Status.ENGINE_FAILED, Status.CRASHED, Status.ENDED_BY_TOOL)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,11 +13,11 @@ import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from aiohttp import web
-from pydantic import BaseModel, PositiveInt, ValidationError
+from pydantic import BaseModel, PositiveInt, Strict, ValidationError
 
 from igpo_megatron.data.corpus import Passage, join_contents
 
@@ -34,8 +34,8 @@ class Asked(BaseModel):
     """Body of POST /retrieve."""
 
     queries: list[str]
-    topk: PositiveInt | None = None
-    """Passages per query; null takes the server's own number."""
+    topk: Annotated[PositiveInt, Strict()] | None = None
+    """Passages per query, a whole number, which `true` is not; null takes the server's own."""
 
     return_scores: bool = False
 

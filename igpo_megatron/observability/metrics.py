@@ -32,6 +32,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup], tool_name: str) -> dict[str,
     scored = [trajectory for _, trajectory in trained]
     metrics = {
         "failed": _share(ends, lambda end: end.status.is_failure),
+        "crashed": _share(ends, lambda end: end.status is Status.CRASHED),
         "late": _share(ends, lambda end: end.status is Status.LATE),
         "truncated": _share(ends, lambda end: end.status.value.startswith("truncated")),
         "zero_std_groups": fmean(float(_identical(group)) for group in groups) if groups else 0.0,

@@ -137,25 +137,50 @@ def read_rollouts(path: Path, max_groups: int | None = None) -> Iterator[tuple[i
     """Yield `(step, groups)` in file order, decoding about a thousand groups at a time.
 
     Consecutive groups of one step come together; with `max_groups`, in parts of at most that many.
-    Raises UserError at once for a file that is missing, not parquet, or not a rollout file.
+    Raises UserError at once for a file that is missing, not parquet, or not a rollout file, and on the way for a damaged group.
     """
-    return _steps(_open(path), max_groups)
+    return _steps(_rows(path, _open(path), min(ROWS, max_groups or ROWS)), max_groups)
 
 
-def _steps(file: pq.ParquetFile, max_groups: int | None) -> Iterator[tuple[int, list[RolloutGroup]]]:
-    with file:
-        step: int | None = None
-        ready: list[RolloutGroup] = []
-        names = [name for name in SCHEMA.names if name in file.schema_arrow.names]
-        for batch in file.iter_batches(batch_size=min(ROWS, max_groups or ROWS), columns=names):
-            for row_step, group in zip(batch.column("step").to_pylist(), _groups(batch), strict=True):
-                if step is not None and (row_step != step or len(ready) == max_groups):
-                    yield step, ready
-                    ready = []
-                step = row_step
-                ready.append(group)
-        if step is not None:
+def _steps(rows: Iterable[tuple[int, RolloutGroup]], max_groups: int | None) -> Iterator[tuple[int, list[RolloutGroup]]]:
+    step: int | None = None
+    ready: list[RolloutGroup] = []
+    for row_step, group in rows:
+        if step is not None and (row_step != step or len(ready) == max_groups):
             yield step, ready
+            ready = []
+        step = row_step
+        ready.append(group)
+    if step is not None:
+        yield step, ready
+
+
+def _rows(path: Path, file: pq.ParquetFile, batch_size: int) -> Iterator[tuple[int, RolloutGroup]]:
+    """(step, group) of every row."""
+    names = [name for name in SCHEMA.names if name in file.schema_arrow.names]
+    row = 0
+    with file:
+        try:
+            for batch in file.iter_batches(batch_size=batch_size, columns=names):
+                for step, group in zip(batch.column("step").to_pylist(), _groups(batch), strict=True):
+                    _check_tree(group)
+                    yield step, group
+                    row += 1
+        except (pa.ArrowException, OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+            why = f"{type(error).__name__}: {error}"[:200]
+            raise UserError(
+                f"{path}: row {row} or one behind it cannot be read as a group ({why}); write or download the file again"
+            ) from None
+
+
+def _check_tree(group: RolloutGroup) -> None:
+    """ValueError where a node's parent does not come before it, or a path leads to no node."""
+    for index, node in enumerate(group.nodes):
+        if node.parent is not None and not 0 <= node.parent < index:
+            raise ValueError(f"node {index} has the parent {node.parent}")
+    for trajectory in group.trajectories:
+        if not all(0 <= index < len(group.nodes) for index in trajectory.path):
+            raise ValueError(f"a path is {trajectory.path}, there are {len(group.nodes)} nodes")
 
 
 def count_groups(path: Path) -> int:

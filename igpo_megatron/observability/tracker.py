@@ -314,8 +314,12 @@ SHOWN = {
     "f1": "F1 {:.3f}",
     "tokens_per_s": "{:,.0f} tokens/s",
     "skipped": "skipped {:.0f}",
+    "crashed": "crashed {:.1%}",
 }
 """Metrics of a step that the console shows, where they were measured."""
+
+TROUBLE = ("skipped", "crashed")
+"""Those of them that are shown only where they are not zero."""
 
 SHOWN_EVAL = {
     "f1": "F1 {:.3f}",
@@ -327,9 +331,9 @@ SHOWN_EVAL = {
 
 
 def _shown(metrics: Mapping[str, Any], key: str, form: str) -> str | None:
-    """A metric for the console; None where it is absent, and for a count of zero skipped updates."""
+    """A metric for the console; None where it is absent, and for zero of what is only told where it happens."""
     value = metrics.get(key)
-    if value is None or (key == "skipped" and value == 0):
+    if value is None or (key in TROUBLE and value == 0):
         return None
     return form.format(value)
 

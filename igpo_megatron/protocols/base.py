@@ -45,7 +45,7 @@ class ToolProtocol:
     """One way to write calls and answers, and to show results."""
 
     parse: Callable[[str, ToolSet], Action]
-    """What a turn asks for; the text includes a forced opening."""
+    """What a turn asks for, whatever its text, which includes a forced opening; never raises."""
 
     write: Callable[[str, ToolCall | Answer], str]
     """(thought, call or answer) -> the turn that `parse` reads as that; for demonstrations. Raises ValueError where a text holds the

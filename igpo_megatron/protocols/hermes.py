@@ -15,6 +15,7 @@ from igpo_megatron.protocols.base import Action, Answer, Malformed, ToolProtocol
 from igpo_megatron.protocols.igpo import refuse_tags
 from igpo_megatron.protocols.json_calls import call_json, parse_call
 from igpo_megatron.types import ToolCall
+from igpo_megatron.untrusted import clean_text
 
 TAGS = ("think", "tool_call", "answer")
 _CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
@@ -23,6 +24,7 @@ _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 def parse(text: str, tools: ToolSet) -> Action:
     """What stands behind the thought: calls, else the answer. Tags inside the thought are part of it."""
+    text = clean_text(text)
     _, closing, said = text.rpartition("</think>")
     if "<think>" in (said if closing else text):
         return Malformed("<think> is not closed")

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from igpo_megatron.protocols.base import Action, Answer, Malformed, ToolProtocol, ToolSet, balanced
 from igpo_megatron.protocols.json_calls import call_json, parse_call
 from igpo_megatron.types import ToolCall
+from igpo_megatron.untrusted import clean_text
 
 TAGS = ("code", "tool_call", "think", "answer")
 """Tags that the published format check counts."""
@@ -27,6 +28,7 @@ def parse_action(text: str, max_queries: int) -> Action:
 
 def parse(text: str, tools: ToolSet) -> Action:
     """First match wins, as published: think + answer, think + tool call, anything else is malformed."""
+    text = clean_text(text)
     if not re.search(r"<think>.*?</think>", text, re.DOTALL):
         return Malformed("no closed <think> block")
     if "<answer>" in text:

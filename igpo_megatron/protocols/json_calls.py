@@ -8,6 +8,7 @@ from typing import Any
 
 from igpo_megatron.protocols.base import Malformed, ToolSet
 from igpo_megatron.types import ToolCall
+from igpo_megatron.untrusted import BadJson, json_loads_untrusted
 
 ARGUMENTS = {"visit": ("url", "goal"), "python": ("code",)}
 """Extra tool -> its arguments in the order of `ToolCall.queries`; the first is required."""
@@ -16,9 +17,9 @@ ARGUMENTS = {"visit": ("url", "goal"), "python": ("code",)}
 def parse_call(body: str, tools: ToolSet) -> ToolCall | Malformed:
     """One call. A tool that does not exist is well-formed if it asks for something: the policy is told which ones there are."""
     try:
-        call = json.loads(body, object_hook=_without_half_pairs)
-    except json.JSONDecodeError as error:
-        return Malformed(f"the tool call is not JSON: {error.msg}")
+        call = json_loads_untrusted(body)
+    except BadJson as error:
+        return Malformed(f"the tool call is not JSON: {error}")
     if not isinstance(call, dict) or not isinstance(call.get("name"), str) or not call["name"] or "arguments" not in call:
         return Malformed("the tool call needs a name and arguments")
     name, arguments = call["name"], call["arguments"]
@@ -30,17 +31,6 @@ def parse_call(body: str, tools: ToolSet) -> ToolCall | Malformed:
     if not texts:
         return Malformed("the tool call has no query")
     return ToolCall(name, tuple(texts[: tools.max_queries]))
-
-
-def _without_half_pairs(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON can spell half a surrogate pair, which no tokenizer and no file takes; it becomes a question mark."""
-
-    def clean(value: Any) -> Any:
-        if isinstance(value, list):
-            return [clean(item) for item in value]
-        return value.encode(errors="replace").decode() if isinstance(value, str) else value
-
-    return {key: clean(value) for key, value in values.items()}
 
 
 def _extra_call(name: str, arguments: Any) -> ToolCall | Malformed:

@@ -16,6 +16,7 @@ from functools import partial
 from igpo_megatron.protocols.base import Action, Answer, Malformed, ToolProtocol, ToolSet, balanced
 from igpo_megatron.protocols.igpo import refuse_tags
 from igpo_megatron.types import ToolCall
+from igpo_megatron.untrusted import clean_text
 
 CALL_TAGS = ("search", "visit", "python")
 BOX = "\\boxed{"
@@ -23,6 +24,7 @@ BOX = "\\boxed{"
 
 def parse(text: str, tools: ToolSet) -> Action:
     """The first tag that closes decides; what counts is the text since its last opening, so a tag named in a thought is harmless."""
+    text = clean_text(text)
     ends = [(position, tag) for tag in (*CALL_TAGS, "answer") if (position := text.find(f"</{tag}>")) >= 0]
     if not ends:
         return Malformed(f"no closed tag of {', '.join(CALL_TAGS)} or answer")

@@ -100,7 +100,12 @@ CHARTS = (
     Chart("Sampled tokens per trajectory", {"response_tokens": "tokens"}),
     Chart(
         "Without a training signal",
-        {"failed": "failed trajectories", "truncated": "truncated trajectories", "zero_std_groups": "groups with equal rewards"},
+        {
+            "failed": "failed trajectories",
+            "truncated": "truncated trajectories",
+            "zero_std_groups": "groups with equal rewards",
+            "crashed": "crashed trajectories (failed ones, too)",
+        },
         "shares",
     ),
     Chart("Tokens per second", {"tokens_per_s": "tokens/s"}, "all tokens of a step over its time"),

@@ -14,6 +14,7 @@ from igpo_megatron.rollout.routing import first_unrouted, record_experts
 from igpo_megatron.search.results import Observed, SearchClient, SearchResult, Tool
 from igpo_megatron.search.tally import why_failed
 from igpo_megatron.types import Completion, Node, NodeKind, ProbeScore, RolloutGroup, RunStopped, Status, ToolCall, Trajectory
+from igpo_megatron.untrusted import clean_text
 from igpo_megatron.waits import ENGINES, ROLLOUTS, waiting
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ async def run_trajectory(
                 completion = await _watched(
                     generate, group.context(path[-1]), max_tokens, seeds, chat, partial(watch.measured, path, turn), watch
                 )
-        text = chat.decode(completion.token_ids)
+        text = clean_text(chat.decode(completion.token_ids))
         action = Node(path[-1], "action", completion.token_ids, turn, text, completion.weight_version, completion.logprobs)
         path.append(group.add(action))
         record_experts(group, path[-1], completion)

@@ -20,6 +20,7 @@ from igpo_megatron.protocols import PROTOCOLS, Action, Answer, Malformed, ToolSe
 from igpo_megatron.protocols.igpo import parse_action
 from igpo_megatron.protocols.json_calls import tool_schemas
 from igpo_megatron.types import UserError
+from igpo_megatron.untrusted import clean_text
 
 __all__ = ["Action", "Answer", "ChatFormat", "Malformed", "parse_action"]
 
@@ -74,8 +75,7 @@ class ChatFormat:
         At most `budget` ids: the content is cut from its end and the frame kept. Control tokens inside `text` are read as plain
         characters. Raises ValueError if not even the frame fits.
         """
-        # Half a surrogate pair, as JSON can spell it, is no text to tokenizers and files.
-        text = text.encode(errors="replace").decode()
+        text = clean_text(text)
         room = budget - len(self._before_tool) - len(self._after_tool)
         if room < 0:
             raise ValueError(f"a tool message needs {budget - room} tokens for its frame alone, the budget is {budget}")

@@ -20,7 +20,7 @@ from igpo_megatron.config.schema import GainBranching
 from igpo_megatron.rollout.agent import EngineError
 from igpo_megatron.rollout.grower import INITIAL_ROLLOUTS, Grower, RunPath, Uniform
 from igpo_megatron.rollout.prober import Prober, StateValue
-from igpo_megatron.types import RolloutGroup, ValuePoint
+from igpo_megatron.types import RolloutGroup, RunStopped, ValuePoint
 
 
 def disagreement(siblings: Sequence[float]) -> float:
@@ -123,6 +123,10 @@ class GainGrower(Grower[GainWatch]):
         try:
             return await self._prober.value(node)
         except EngineError:  # the path itself fails by it
+            return None
+        except RunStopped:
+            raise
+        except Exception:  # noqa: BLE001  (likewise: it waits for the same probes, and tells)
             return None
 
     async def _stop(self, watch: GainWatch, path: list[int], turn: int) -> tuple[float, float | None, bool]:

@@ -89,3 +89,5 @@ class Grower(ABC, Generic[Watch]):
             done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
+        for task in (*self._tasks, *self._background):  # those, too, that began and ended while another was waited for
+            task.result()

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -18,11 +19,13 @@ from igpo_megatron.config.schema import GainBranching, NoBranching, Rollout
 from igpo_megatron.rollout.agent import Engine, EngineError, TurnWatch, counter_seed, run_trajectory
 from igpo_megatron.rollout.branching import EntropyGrower
 from igpo_megatron.rollout.chat import ChatFormat
+from igpo_megatron.rollout.crashes import CrashLog
 from igpo_megatron.rollout.gain_branching import GainGrower
 from igpo_megatron.rollout.prober import Prober, RenderedProbe
 from igpo_megatron.search.results import SearchClient, Tool
 from igpo_megatron.search.tally import Tally, TallyClient, TallyTool, search_tally
 from igpo_megatron.types import Node, Prompt, RolloutGroup, RunStopped, Status, Trajectory, UserError
+from igpo_megatron.untrusted import clean_text
 
 Result = TypeVar("Result")
 
@@ -44,14 +47,18 @@ class Rollouter:
         seed: int,
         probes_of: Callable[[Prompt], Sequence[RenderedProbe]] | None = None,
         tools: Mapping[str, Tool] | None = None,
+        crashes: Path | None = None,
     ) -> None:
         """`probes_of`: the probes of a question, where the engine is to score them during training rollouts.
 
         `tools`: those beside search, by name; closed, as `search` is, when the rollouter is.
+
+        `crashes`: file for the tracebacks of trajectories that raise what nobody expected.
         """
         self._engine, self._search, self._chat, self._config, self._seed = engine, search, chat, config, seed
         self._probes_of = probes_of
         self._tools = tools or {}
+        self._crashes = CrashLog(crashes)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollouts", daemon=True)
 
@@ -147,7 +154,8 @@ class Rollouter:
             return EntropyGrower(group, branching, samples, run_path=run_path, uniform=uniform, vocab_size=vocab).grow()
 
         try:
-            ends = await _all([whole(*parts) for parts in zip(groups, probers, seeds, strict=True)])
+            parts = zip(groups, probers, seeds, strict=True)
+            ends = await _all([self._alone(whole(group, prober, own), group, samples) for group, prober, own in parts])
         finally:
             await asyncio.gather(*(prober.close() for prober in probers if prober is not None))
         for group, trajectories in zip(groups, ends, strict=True):
@@ -192,10 +200,10 @@ class Rollouter:
         step: int,
         temperature: float,
     ) -> Trajectory:
-        """A trajectory within its deadline; trouble of the engine ends this one and no other."""
-        probe_tokens = max(len(self._chat.render_probe(answer)[0]) for answer in group.prompt.answers)
+        """A trajectory within its deadline; trouble of the engine, and whatever nobody expected, ends this one and no other."""
         try:
-            async with asyncio.timeout(self._config.deadline_s):
+            async with asyncio.timeout(self._config.deadline_s) as deadline:
+                probe_tokens = max(len(self._chat.render_probe(answer)[0]) for answer in group.prompt.answers)
                 trajectory = await run_trajectory(
                     group,
                     engine=self._engine,
@@ -215,10 +223,24 @@ class Rollouter:
                 if prober is not None:
                     await prober.collect(trajectory.path)
                 return trajectory
-        except TimeoutError:
-            return Trajectory([0], Status.ENGINE_FAILED, reason=f"not done within rollout.deadline_s={self._config.deadline_s:g}")
         except EngineError as error:
-            return Trajectory([0], Status.ENGINE_FAILED, reason=str(error))
+            return Trajectory([0], Status.ENGINE_FAILED, reason=clean_text(str(error)))
+        except RunStopped:
+            raise
+        except Exception as error:  # noqa: BLE001  (one answer of a policy, a page or a peer must not take the whole step with it)
+            if isinstance(error, TimeoutError) and deadline.expired():
+                return Trajectory([0], Status.ENGINE_FAILED, reason=f"not done within rollout.deadline_s={self._config.deadline_s:g}")
+            return Trajectory([0], Status.CRASHED, reason=self._crashes.record(f"sample {sample} of question {group.prompt.id}", error))
+
+    async def _alone(self, growing: Coroutine[Any, Any, list[Trajectory]], group: RolloutGroup, samples: int) -> list[Trajectory]:
+        """A group's trajectories; where what decides on its forks raises what nobody expected, all of this group's have crashed."""
+        try:
+            return await growing
+        except RunStopped:
+            raise
+        except Exception as error:  # noqa: BLE001  (as for a trajectory)
+            reason = self._crashes.record(f"question {group.prompt.id}", error)
+            return [Trajectory([0], Status.CRASHED, reason=reason) for _ in range(samples)]
 
 
 async def _all(work: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:

@@ -5,11 +5,13 @@ queries --request--> Request ──(http.py)──> decoded JSON --read--> passa
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
+from urllib.parse import quote, quote_plus
 
 from igpo_megatron.config.schema import Search
 from igpo_megatron.data.corpus import Passage
@@ -43,6 +45,15 @@ class Secret:
             where = f"search.api_key_env={variable}" if config.api_key_env else f"search.backend={config.backend} needs {variable}"
             raise UserError(f"{where}: that environment variable is not set; export it")
         return cls(variable, value)
+
+
+def blot(text: str, key: Secret | None) -> str:
+    """Text without the key, in any of the forms it is sent in."""
+    if key is None or len(key.value) < 4:  # so short a word is no secret, and is in every text
+        return text
+    for form in {key.value, quote(key.value), quote(key.value, safe=""), quote_plus(key.value), json.dumps(key.value)[1:-1]}:
+        text = text.replace(form, "***")
+    return text
 
 
 @dataclass(frozen=True, slots=True)

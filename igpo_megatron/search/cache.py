@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,6 +23,9 @@ from igpo_megatron.data.corpus import Passage
 from igpo_megatron.search.flights import SingleFlight
 from igpo_megatron.search.results import SearchClient, SearchResult, SearchStatus, SearchStopped, normalise
 from igpo_megatron.types import UserError
+from igpo_megatron.untrusted import BadJson, json_loads_untrusted
+
+logger = logging.getLogger(__name__)
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS answers (
@@ -102,9 +106,13 @@ class Store:
             ).fetchone()
             if row is None:
                 continue
-            status, age_s, allowed_s = SearchStatus(row[0]), now - row[2], max_age_s[SearchStatus(row[0])]
-            if allowed_s is None or age_s < allowed_s:
-                passages = tuple(Passage(*fields) for fields in json.loads(row[1]))
+            answer = _read_row(*row)
+            if answer is None:
+                logger.warning("%s: the answer stored for %r cannot be read and counts as absent", self.path, query[:80])
+                continue
+            status, passages, stored_at = answer
+            allowed_s = max_age_s[status]
+            if allowed_s is None or now - stored_at < allowed_s:
                 found[query] = SearchResult(query, status, shelf.backend, passages, cached=True)
         return found
 
@@ -119,6 +127,21 @@ class Store:
             "SELECT DISTINCT parameters FROM answers WHERE backend = ? AND parameters != ?", (shelf.backend, shelf.parameters)
         )
         return [row[0] for row in rows]
+
+
+def _read_row(status: Any, passages: Any, stored_at: Any) -> tuple[SearchStatus, tuple[Passage, ...], float] | None:
+    """A row's columns as they were put; None where something else has written or damaged them."""
+    if status not in (SearchStatus.OK.value, SearchStatus.EMPTY.value) or not isinstance(stored_at, float):
+        return None
+    try:
+        rows = json_loads_untrusted(passages) if isinstance(passages, str) else None
+    except BadJson:
+        return None
+    if not isinstance(rows, list) or not all(isinstance(row, list) and list(map(type, row)) == [str, str, str] for row in rows):
+        return None
+    if status == SearchStatus.OK.value and not rows:  # nothing was never an answer of that kind
+        return None
+    return SearchStatus(status), tuple(Passage(*row) for row in rows), stored_at
 
 
 ANY_AGE: dict[SearchStatus, float | None] = {SearchStatus.OK: None, SearchStatus.EMPTY: None}

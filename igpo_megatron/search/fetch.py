@@ -18,6 +18,8 @@ import aiohttp
 import yarl
 from aiohttp.abc import AbstractResolver, ResolveResult
 
+from igpo_megatron.search.addresses import is_public
+
 Lookup = Callable[[str], Awaitable[Sequence[str]]]
 """Host name -> its addresses as text. Raises socket.gaierror."""
 
@@ -25,8 +27,8 @@ REDIRECTS = (301, 302, 303, 307, 308)
 PASSING = (408, 425, 429, 500, 502, 503, 504)
 """HTTP statuses that say nothing about the page: another try, later, may succeed."""
 
-NAT64 = ipaddress.ip_network("64:ff9b::/96")
-"""How networks without IPv4 show IPv4 addresses (RFC 6052)."""
+DECODED = ("", "identity", "gzip", "deflate", "br", "zstd")
+"""Content encodings that aiohttp undoes, or refuses; of any other it hands over the packed bytes."""
 
 
 class PageStatus(StrEnum):
@@ -79,19 +81,6 @@ class Fetched:
     body: bytes
 
 
-def is_public(address: str) -> bool:
-    """True for addresses of the open internet; an IPv6 address that stands for an IPv4 one is judged by that."""
-    parsed = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(parsed, ipaddress.IPv6Address):
-        if parsed.ipv4_mapped is not None:
-            parsed = parsed.ipv4_mapped
-        elif parsed in NAT64:
-            parsed = ipaddress.IPv4Address(int(parsed) & 0xFFFFFFFF)
-        elif parsed.sixtofour is not None or parsed.is_site_local:  # both retired (RFC 7526, RFC 3879)
-            return False
-    return parsed.is_global and not (parsed.is_multicast or parsed.is_reserved)
-
-
 async def system_lookup(host: str) -> list[str]:
     """The system's resolver: DNS and /etc/hosts; also reads odd spellings of addresses, such as 0x7f.1."""
     try:
@@ -110,6 +99,8 @@ class CheckedResolver(AbstractResolver):
     async def resolve(self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC) -> list[ResolveResult]:
         """The host's addresses. Raises FetchFailed where one of them is not public and the host is not allowed by name."""
         addresses = await self._lookup(host)
+        if not addresses:
+            raise FetchFailed(PageStatus.UNREADABLE, f"{host} has no address")
         self.check(host, addresses)
         return [
             ResolveResult(
@@ -170,6 +161,8 @@ class Fetcher:
             raise FetchFailed(PageStatus.REFUSED, f"not a valid address: {error}") from None
         except (aiohttp.ClientError, OSError) as error:
             raise FetchFailed(PageStatus.ERROR, f"{type(error).__name__}: {error}") from None
+        except (ValueError, LookupError, ArithmeticError, AssertionError) as error:  # what a parser of headers stumbles over
+            raise FetchFailed(PageStatus.UNREADABLE, f"no proper answer ({type(error).__name__}: {error})") from None
 
     async def close(self) -> None:
         """Close the connections."""
@@ -219,6 +212,9 @@ class Fetcher:
             if response.status != 200:
                 status = PageStatus.ERROR if response.status in PASSING else PageStatus.UNREADABLE
                 raise FetchFailed(status, f"HTTP {response.status} {response.reason or ''}".rstrip())
+            packed = response.headers.get("Content-Encoding", "").strip().lower()
+            if packed not in DECODED:
+                raise FetchFailed(PageStatus.UNREADABLE, f"packed as {packed[:80]!r}, which is not undone here")
             body = bytearray()
             # Decoded bytes are counted, so a page that unpacks to gigabytes is left early, too.
             async for part in response.content.iter_chunked(65_536):

@@ -11,26 +11,30 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import json
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from urllib.parse import quote, quote_plus
 
 import aiohttp
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, stop_before_delay, wait_exponential_jitter
 
 from igpo_megatron.config.schema import Search
-from igpo_megatron.search.backend import Backend, Meaning, Passages, Secret, Unreadable
+from igpo_megatron.search.backend import Backend, Meaning, Passages, Unreadable, blot
 from igpo_megatron.search.flights import SingleFlight
 from igpo_megatron.search.limits import AdaptiveLimit, Blocked, Gate
 from igpo_megatron.search.results import SearchResult, SearchStatus, SearchStopped, normalise
+from igpo_megatron.untrusted import BadJson, clean_text, json_loads_untrusted
 
 _backoff = wait_exponential_jitter(initial=0.5, max=10, jitter=0.5)
 """0.5, 1, 2, 4, ... seconds, plus up to half a second so that many clients do not come back at once."""
 
 MOST_BYTES = 16 * 2**20
 """A longer body is no search result."""
+
+LONGEST_PAUSE_S = 86_400.0
+"""A server that asks for more is not believed: it would silence the rest of the run."""
 
 
 class RequestFailed(Exception):
@@ -142,15 +146,19 @@ class HttpClient:
             raise RequestFailed(SearchStatus.ERROR, "not a valid address; expected http://host:port/path", passing=False) from None
         except (aiohttp.ClientError, OSError) as error:
             # Without the cause: it may hold the whole address, parameters and key included.
-            raise RequestFailed(SearchStatus.ERROR, blot(f"{type(error).__name__}: {error}", self.backend.key), passing=True) from None
+            why = blot(clean_text(f"{type(error).__name__}: {error}"), self.backend.key)
+            raise RequestFailed(SearchStatus.ERROR, why, passing=True) from None
+        except (ValueError, LookupError, ArithmeticError, AssertionError) as error:  # what a parser of headers stumbles over
+            why = blot(clean_text(f"no proper answer ({type(error).__name__}: {error})"), self.backend.key)
+            raise RequestFailed(SearchStatus.ERROR, why, passing=True) from None
         text = blot(body.decode(errors="replace"), self.backend.key)
         if status != 200:
             raise self._refusal(status, headers, text, queries)
         try:
-            answer = json.loads(text)
-        except (ValueError, RecursionError):
+            answer = json_loads_untrusted(text)
+        except BadJson as error:
             # A cut or garbled body: a proxy or a dying server, which may recover.
-            raise RequestFailed(SearchStatus.ERROR, f"the body is not JSON: {shown(text)}", passing=True) from None
+            raise RequestFailed(SearchStatus.ERROR, f"the body is not JSON: {shown(text)} ({error})", passing=True) from None
         try:
             return self.backend.read(answer, len(queries))
         except Unreadable as unreadable:
@@ -216,25 +224,21 @@ def usual_meaning(status: int) -> Meaning | None:
 
 
 def parse_retry_after(value: str | None) -> float | None:
-    """Seconds a Retry-After header asks for (a number or an HTTP date, RFC 9110 10.2.3); None where it is absent or unreadable."""
+    """Seconds a Retry-After header asks for (a number or an HTTP date, RFC 9110 10.2.3), 0 for a date that has passed.
+
+    None where it is absent, unreadable or more than LONGEST_PAUSE_S.
+    """
     if value is None:
         return None
-    if value.strip().isdigit():
-        return float(value)
-    try:
-        when = email.utils.parsedate_to_datetime(value)
-    except ValueError:
-        return None
-    return max(0.0, (when.replace(tzinfo=when.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
-
-
-def blot(text: str, key: Secret | None) -> str:
-    """Text without the key, in any of the forms it is sent in."""
-    if key is None or len(key.value) < 4:  # so short a word is no secret, and is in every text
-        return text
-    for form in {key.value, quote(key.value), quote(key.value, safe=""), quote_plus(key.value), json.dumps(key.value)[1:-1]}:
-        text = text.replace(form, "***")
-    return text
+    if re.fullmatch("[0-9]{1,9}", value.strip()):
+        seconds = float(value)
+    else:
+        try:
+            when = email.utils.parsedate_to_datetime(value)
+            seconds = max(0.0, (when.replace(tzinfo=when.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
+        except (ValueError, TypeError, LookupError, OverflowError):
+            return None
+    return seconds if seconds <= LONGEST_PAUSE_S else None
 
 
 def without(text: str, queries: Sequence[str]) -> str:

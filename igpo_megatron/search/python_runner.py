@@ -142,7 +142,7 @@ def _outcome(spoken: bytearray, status: int) -> dict[str, Any]:
         value, error = words["value"], words["error"]
         if all(word is None or isinstance(word, str) for word in (value, error)):
             return {"end": "ok" if error is None else "error", "value": value, "error": error}
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         pass
     code = os.waitstatus_to_exitcode(status)
     # Process 1 hands a death by signal n on as 128 + n.

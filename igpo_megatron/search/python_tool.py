@@ -39,6 +39,7 @@ from typing import Any
 from igpo_megatron.config.schema import Python
 from igpo_megatron.search.results import Observed
 from igpo_megatron.types import UserError
+from igpo_megatron.untrusted import BadJson, json_loads_untrusted
 
 RUNNER = Path(__file__).with_name("python_runner.py")
 GRACE_S = 10.0
@@ -202,8 +203,12 @@ def _scratch() -> Iterator[str]:
 
 
 def _read_report(output: bytes) -> dict[str, Any]:
+    """What the runner says, with its types checked: {"end", "stdout", "value", "error"}; empty where that cannot be read."""
     try:
-        report = json.loads(output)
-    except ValueError:
+        report = json_loads_untrusted(output)
+    except BadJson:
         return {}
-    return report if isinstance(report, dict) else {}
+    shape = {"end": str, "stdout": str, "value": str | None, "error": str | None}
+    if not isinstance(report, dict) or not all(name in report and isinstance(report[name], kind) for name, kind in shape.items()):
+        return {}
+    return report

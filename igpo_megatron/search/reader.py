@@ -20,6 +20,7 @@ from igpo_megatron.search.extract import ExtractionFailed, Extractor, kind_of
 from igpo_megatron.search.fetch import Fetched, Fetcher, FetchFailed, Lookup, PageStatus, system_lookup
 from igpo_megatron.search.results import Observed
 from igpo_megatron.search.summary import Summariser, SummaryFailed
+from igpo_megatron.untrusted import clean_text
 
 PASSAGE_WORDS = 100
 """Size of the passages that are ranked, as in Search-R1's corpora."""
@@ -88,7 +89,7 @@ class PageReader:
                 title, text = await self._read(url, goal)
                 status, error = PageStatus.OK if text else PageStatus.EMPTY, None
             except FetchFailed as failed:
-                status, title, text, error = failed.status, "", "", f"{url[:200]}: {failed}"
+                status, title, text, error = failed.status, "", "", clean_text(f"{url[:200]}: {failed}")
             return Page(url, status, title, text, error, time.perf_counter() - start)
 
     async def close(self) -> None:
@@ -178,11 +179,14 @@ def join_passages(passages: Sequence[str], chosen: Sequence[int]) -> str:
 
 
 def cut(text: str, max_tokens: int, count: CountTokens) -> str:
-    """The longest beginning, in whole words where there are any, of at most `max_tokens`."""
-    ends = [position for position, character in enumerate(text) if character.isspace()] or list(range(len(text)))
+    """The longest beginning, in whole words where one fits, of at most `max_tokens`."""
     # No tokenizer makes fewer than one token of a word's worth of hundred characters; a whole book need not be counted.
-    ends = ends[: bisect_right(ends, 100 * max_tokens)]
-    return text[: ends[bisect_right(ends, max_tokens, key=lambda end: count(text[:end])) - 1]].rstrip() if ends else ""
+    head = text[: 100 * max_tokens + 1]
+    spaces = [position for position, character in enumerate(head) if character.isspace()]
+    for ends in (spaces, range(len(head))):
+        if fitting := bisect_right(ends, max_tokens, key=lambda end: count(head[:end])):
+            return head[: ends[fitting - 1]].rstrip()
+    return ""
 
 
 def _fits(text: str, max_tokens: int, count: CountTokens) -> bool:

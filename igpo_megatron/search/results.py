@@ -10,6 +10,7 @@ from typing import Protocol
 
 from igpo_megatron.data.corpus import Passage
 from igpo_megatron.types import RunStopped
+from igpo_megatron.untrusted import clean_text
 
 
 class SearchStopped(RunStopped):
@@ -63,8 +64,8 @@ class SearchResult:
 
 
 def normalise(query: str) -> str:
-    """The form in which a query is compared, sent and stored: Unicode NFC, single spaces. Letter case stays, encoders may see it."""
-    return " ".join(unicodedata.normalize("NFC", query).split())
+    """The form in which a query is compared, sent and stored: clean, Unicode NFC, single spaces. Letter case stays, encoders may see it."""
+    return " ".join(unicodedata.normalize("NFC", clean_text(query)).split())
 
 
 @dataclass(frozen=True, slots=True)

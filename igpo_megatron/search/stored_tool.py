@@ -18,6 +18,7 @@ from igpo_megatron.data.corpus import Passage
 from igpo_megatron.search.cache import Shelf
 from igpo_megatron.search.fetch import PageStatus
 from igpo_megatron.search.results import Observed, SearchClient, SearchResult, SearchStatus, Tool
+from igpo_megatron.untrusted import json_loads_untrusted
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ class PageClient:
         await self.tool.close()
 
     async def _one(self, query: str) -> SearchResult:
-        shown = await self.tool.use(json.loads(query))
+        shown = await self.tool.use(json_loads_untrusted(query))
         kind = PageStatus(shown.status)
         status = SearchStatus.OK if kind is PageStatus.OK else SearchStatus.EMPTY if kind.is_answer else SearchStatus.ERROR
         return SearchResult(query, status, "visit", (Passage(query, shown.status, shown.text),), shown.failure)
@@ -50,6 +51,8 @@ class StoredTool:
     async def use(self, arguments: Sequence[str]) -> Observed:
         """What the tool shows or showed. Raises SearchStopped where a replay has no record of it."""
         (result,) = await self.client.search([json.dumps(list(arguments))])
+        if len(result.passages) != 1:
+            return Observed("", f"{result.provider}: the record of this call does not hold what was shown", "error", result.cached)
         (passage,) = result.passages
         return Observed(passage.text, result.error, passage.title, result.cached)
 

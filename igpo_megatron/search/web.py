@@ -60,7 +60,11 @@ class WebApi:
 
     def read(self, answer: Any, num_queries: int) -> list[Passages]:
         """The passages of the only query, `top_k` at most."""
-        return [tuple([passage for passage in self.passages(answer) if passage.text][: self.top_k])]
+        found = self.passages(answer)
+        told = [passage for passage in found if passage.text]
+        if found and not told:
+            raise Unreadable(f"expected results with a text; none of {len(found)} has one")
+        return [tuple(told[: self.top_k])]
 
     def ask(self, query: str) -> Request:
         """The request for a query that is not too long."""
@@ -246,13 +250,17 @@ WEB_APIS: dict[str, type[WebApi]] = {api.provider: api for api in (Serper, Brigh
 """`search.backend` -> provider."""
 
 
+OTHER = object()
+"""Stands for what is inside something that has no inside, which is not the same as absent."""
+
+
 def items(answer: Any, *path: str, echo: Callable[[Mapping[str, Any]], bool] = lambda answer: False) -> list[dict[str, Any]]:
     """The list of objects at `path`; [] where it is absent from a body that `echo` knows for an answer. Raises Unreadable."""
     found = answer
     for key in path:
-        found = found.get(key) if isinstance(found, dict) else None
-    if found is None and isinstance(answer, dict) and echo(answer):
-        return []
+        found = found.get(key) if isinstance(found, dict) else OTHER
+        if found is None and echo(answer):
+            return []
     if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
         raise Unreadable(f"expected a list of objects at {'.'.join(path)}")
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import io
 import socket
 from collections.abc import Awaitable, Callable
@@ -12,8 +13,9 @@ import pytest
 from aiohttp import web
 
 from igpo_megatron.config.schema import Summary, Visit
+from igpo_megatron.search.addresses import NOT_PUBLIC, is_public
 from igpo_megatron.search.extract import ExtractionFailed, Extractor, kind_of
-from igpo_megatron.search.fetch import PageStatus, is_public
+from igpo_megatron.search.fetch import PageStatus
 from igpo_megatron.search.reader import GAP, Page, PageReader, cut, fit, render_page, split_passages
 
 ARTICLE = """<!DOCTYPE html><html><head><title>Lake Tana</title></head><body>
@@ -31,8 +33,8 @@ def words(text: str) -> int:
     return len(text.split())
 
 
-def pdf(text: str) -> bytes:
-    """A one-page file with one line of text."""
+def pdf(text: str, packed: bytes | None = None) -> bytes:
+    """A one-page file with one line of text, or with `packed` as its page's compressed content."""
     objects = [
         b"<< /Type /Catalog /Pages 2 0 R >>",
         b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
@@ -40,7 +42,8 @@ def pdf(text: str) -> bytes:
         b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
     ]
     stream = f"BT /F1 12 Tf 20 300 Td ({text}) Tj ET".encode()
-    objects.append(b"<< /Length %d >>\nstream\n%b\nendstream" % (len(stream), stream))
+    how, stream = (b"", stream) if packed is None else (b" /Filter /FlateDecode", packed)
+    objects.append(b"<< /Length %d%b >>\nstream\n%b\nendstream" % (len(stream), how, stream))
     out = io.BytesIO()
     out.write(b"%PDF-1.4\n")
     offsets = []
@@ -66,6 +69,11 @@ async def _answer(request: web.Request, num_seen: int) -> web.StreamResponse:
             return web.Response(body=pdf("The lake is deep."), content_type="application/octet-stream")
         case "broken.pdf":
             return web.Response(body=b"%PDF-1.4 but nothing else", content_type="application/pdf")
+        case "deep":
+            return web.Response(text="<html><body>" + "<div>" * 100_000 + "text here" + "</div>" * 100_000, content_type="text/html")
+        case "twice":
+            body = gzip.compress(gzip.compress(ARTICLE.encode()))
+            return web.Response(body=body, headers={"Content-Type": "text/html", "Content-Encoding": "gzip, gzip"})
         case "text":
             return web.Response(text="one two three four")
         case "long":
@@ -193,6 +201,8 @@ def test_a_redirect_is_followed() -> None:
         ("/missing", PageStatus.UNREADABLE, "HTTP 404"),
         ("/picture", PageStatus.UNREADABLE, "image/png"),
         ("/broken.pdf", PageStatus.UNREADABLE, "PDF"),
+        ("/deep", PageStatus.UNREADABLE, "nested too deeply"),
+        ("/twice", PageStatus.UNREADABLE, "packed as 'gzip, gzip'"),
         ("/big", PageStatus.UNREADABLE, "larger than 4096 bytes"),
         ("/bomb", PageStatus.UNREADABLE, "larger than 4096 bytes"),
         ("/loop", PageStatus.UNREADABLE, "more than 3 redirects"),
@@ -204,7 +214,7 @@ def test_a_redirect_is_followed() -> None:
 )
 def test_every_trouble_has_its_status(path: str, status: PageStatus, error: str | None) -> None:
     seconds = 0.5 if status is PageStatus.TIMEOUT else 20.0
-    page = visit_path(path, timeout_s=seconds, max_page_kib=4, max_redirects=3)
+    page = visit_path(path, timeout_s=seconds, max_page_kib=2048 if path == "/deep" else 4, max_redirects=3)
     assert page.status is status and page.text == ""
     assert page.error is None if error is None else error in str(page.error)
     assert page.latency_s < 10
@@ -242,15 +252,35 @@ def test_an_unreachable_site_is_an_error_and_an_unknown_host_is_not_the_sites_fa
     "address",
     ["127.0.0.1", "127.8.8.8", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.1.1",
      "255.255.255.255", "240.0.0.1", "192.0.2.1", "198.18.0.1", "::1", "::", "fe80::1", "fe80::1%eth0", "fc00::1", "fec0::1", "ff02::1",
-     "::ffff:127.0.0.1", "::ffff:10.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::", "::127.0.0.1", "2001:db8::1"],
+     "::ffff:127.0.0.1", "::ffff:10.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::", "::127.0.0.1", "2001:db8::1", "192.0.0.8",
+     "192.0.0.170", "192.88.99.2", "203.0.113.9", "3fff::1", "3fff:fff::1", "5f00::1", "100:0:0:1::1", "64:ff9b:1::1", "2001::1",
+     "2001:2::1", "2001:10::1", "4000::1", "::ffff:192.0.0.8", "64:ff9b::c000:8", "fe80::1%25", "not-an-address", "", "1.2.3", "8.8.8.8.8"],
 )  # fmt: skip
 def test_addresses_that_are_not_public(address: str) -> None:
     assert not is_public(address)
 
 
-@pytest.mark.parametrize("address", ["8.8.8.8", "93.184.215.14", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"])
+@pytest.mark.parametrize(
+    "address",
+    ["8.8.8.8", "93.184.215.14", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808", "192.0.0.9", "192.0.1.1", "192.31.196.1",
+     "192.52.193.1", "192.175.48.1", "172.32.0.1", "100.128.0.1", "2001:1::1", "2001:3::1", "2001:4:112::1", "2001:20::1", "2001:30::1",
+     "2001:200::1", "2620:4f:8000::1", "3ffe::1", "2a00:1450::1"],
+)  # fmt: skip
 def test_addresses_that_are_public(address: str) -> None:
     assert is_public(address)
+
+
+def test_both_ends_of_every_block_that_is_not_public_are_refused() -> None:
+    for block in NOT_PUBLIC:
+        assert not is_public(str(block[0])) and not is_public(str(block[-1])), block
+
+
+@pytest.mark.parametrize(("found", "status"), [((), PageStatus.UNREADABLE), (("not-an-ip",), PageStatus.REFUSED)])
+def test_a_resolver_that_says_nothing_or_nonsense_is_no_exception(found: tuple[str, ...], status: PageStatus) -> None:
+    async def odd(host: str) -> tuple[str, ...]:
+        return found
+
+    assert asyncio.run(visit("http://odd.test/", lookup=odd)).status is status
 
 
 @pytest.mark.parametrize(
@@ -377,6 +407,7 @@ def test_a_text_that_fits_stays_as_it_is_and_one_without_a_match_shows_its_begin
     assert fit("one two three four", "zebra", 3, words) == "one two three"
     assert fit("the of and " * 10, "the", 3, words) == "the of and"
     assert cut("one two three", 2, words) == "one two" and cut("x" * 50, 10, len) == "x" * 10
+    assert cut("x" * 500 + " y", 10, len) == "x" * 10, "a first word that is too long"
     assert visit_path("/text", max_tokens=2).text == "one two"
 
 

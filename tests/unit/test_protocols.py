@@ -221,8 +221,8 @@ def test_the_conversation_is_rendered_once_and_only_appended_to(name: str, templ
 
 def test_half_a_surrogate_pair_is_no_reason_to_stop() -> None:
     text = '<think>a</think><tool_call>{"name": "search", "arguments": {"query": ["\\ud800x", "\\ud83d\\ude00"]}}</tool_call>'
-    assert read("igpo", text) == ToolCall("search", ("?x", "\U0001f600"))
-    assert chat("igpo").observation("a\ud800", 100)[1] == "a?"
+    assert read("igpo", text) == ToolCall("search", ("\ufffdx", "\U0001f600"))
+    assert chat("igpo").observation("a\ud800", 100)[1] == "a\ufffd"
 
 
 def test_added_tokens_that_are_not_special_are_plain_characters_too() -> None:

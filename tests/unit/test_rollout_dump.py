@@ -7,7 +7,7 @@ import pytest
 
 from igpo_megatron.observability import rollout_dump
 from igpo_megatron.observability.rollout_dump import count_groups, read_rollouts, write_rollouts
-from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, ToolCall, Trajectory
+from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, ToolCall, Trajectory, UserError
 
 
 def full_group(name: str = "q-1") -> RolloutGroup:
@@ -55,6 +55,33 @@ def test_a_node_without_weights_and_a_gain_of_zero_stay_what_they_are(tmp_path):
 def test_a_file_of_no_groups_reads_as_no_steps(tmp_path):
     write_rollouts(tmp_path / "x.parquet", 1, [])
     assert list(read_rollouts(tmp_path / "x.parquet")) == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (lambda group: setattr(group.nodes[1], "parent", 3), "node 1 has the parent 3"),
+        (lambda group: setattr(group.nodes[0], "parent", 0), "node 0 has the parent 0"),
+        (lambda group: group.trajectories[0].path.append(77), "a path is"),
+        (lambda group: setattr(group.trajectories[0], "status", type("Odd", (), {"value": "stoned"})), "'stoned' is not a valid Status"),
+    ],
+)
+def test_a_damaged_group_is_one_sentence_and_no_endless_walk(tmp_path, damage, why):
+    group = full_group()
+    damage(group)
+    write_rollouts(tmp_path / "x.parquet", 1, [full_group(), group])
+    with pytest.raises(UserError, match=rf"x\.parquet: row \d or one behind it.*{why}"):
+        list(read_rollouts(tmp_path / "x.parquet"))
+
+
+def test_a_file_with_a_damaged_middle_is_one_sentence(tmp_path):
+    path = tmp_path / "x.parquet"
+    write_rollouts(path, 1, [full_group(str(number)) for number in range(50)])
+    content = bytearray(path.read_bytes())
+    content[100:400] = bytes(300)
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"x\.parquet: row 0 or one behind it"):
+        list(read_rollouts(path))
 
 
 def test_a_large_step_can_be_read_in_parts_across_row_groups(tmp_path, monkeypatch):

@@ -167,6 +167,27 @@ def test_a_file_that_is_no_cache_is_one_sentence(tmp_path):
         Store(wrong)
 
 
+@pytest.mark.parametrize(
+    "column",
+    ["passages = '" + "[" * 50_000 + "'", "passages = '[[1, 2, 3]]'", "passages = '[]'", "passages = '{'", "passages = x'00ff'",
+     "stored_at = 'yesterday'", "passages = '[[\"a\", \"b\", \"c\", \"d\"]]'"],
+)  # fmt: skip
+def test_an_answer_that_something_else_has_damaged_counts_as_absent(path, column):
+    async def work(store, client):
+        cached = CachedClient(client, store, SHELF, AGES)
+        (first,) = await cached.search(["a"])
+        with sqlite3.connect(path) as database:
+            database.execute(f"UPDATE answers SET {column}")
+        with pytest.raises(SearchStopped, match="no answer"):
+            await ReplayClient(store, SHELF).search(["a"])
+        (again,) = await cached.search(["a"])
+        (kept,) = await cached.search(["a"])
+        return first.passages, again.passages, kept.passages, client.asked
+
+    first, again, kept, asked = run(path, work)
+    assert asked == ["a", "a"] and first != again == kept
+
+
 def test_a_cache_that_breaks_stops_the_run(path):
     async def work(store, counting):
         other = sqlite3.connect(path)
