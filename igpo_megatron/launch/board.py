@@ -136,10 +136,11 @@ class Board:
         problems: list[str] = []
         while time.monotonic() < until:
             try:
-                answer = await ask(Said(self._launcher, facts=own))
+                async with asyncio.timeout(until - time.monotonic()):
+                    answer = await ask(Said(self._launcher, facts=own))
             except WrongSecret:
                 raise PreflightFailed(self._other_secret()) from None
-            except Unanswered:
+            except (Unanswered, TimeoutError):
                 await asyncio.sleep(_POLL_S)
                 continue
             if answer.nodes:

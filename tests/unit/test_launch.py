@@ -1,4 +1,4 @@
-"""One command per node: what a node is, what is wrong between nodes, whose fault an end was. Nothing is started here but torch's store."""
+"""One command per node: what a node is, what is wrong between nodes, whose fault an end was. Only node 0's server is started here."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -179,7 +179,7 @@ def test_the_rank_that_was_killed_or_said_why_is_the_culprit_not_those_that_torc
     assert outcome_of({0: ended}).sentence == "rank 0 was ended by SIGTERM"
 
 
-# ---- the store, for real: threads stand in for nodes
+# ---- the meeting, for real: threads stand in for nodes
 
 
 def free_port() -> int:
@@ -188,13 +188,15 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def meet(nodes: list[Node], facts: list[Facts], deadline_s: float, lost_after_s: float = 5.0) -> list[Board | str]:
+def meet(
+    nodes: list[Node], facts: list[Facts], deadline_s: float, lost_after_s: float = 5.0, secrets: Sequence[str] = (SECRET,) * 3
+) -> list[Board | str]:
     """Each node's board once all have met, or the sentence it would print; every node within the deadline."""
     answers: list[Board | str] = ["no answer"] * len(nodes)
 
     def one(number: int) -> None:
         try:
-            board = Board(nodes[number], SECRET, lost_after_s=lost_after_s)
+            board = Board(nodes[number], secrets[number], lost_after_s=lost_after_s)
             board.meet(facts[number], deadline_s, lambda found: disagreements(found))
             answers[number] = board
         except PreflightFailed as problem:
