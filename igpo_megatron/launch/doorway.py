@@ -67,7 +67,7 @@ class Doorway:
         app = web.Application(client_max_size=MAX_MESSAGE)
         app.add_routes([web.post("/hello", self._greet), web.post("/say", self._listen)])
         runner = web.AppRunner(app, access_log=None, logger=_silent, auto_decompress=False, shutdown_timeout=0.2, lingering_time=0)
-        asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)  # such as no more files: asyncio tries again
+        asyncio.get_running_loop().set_exception_handler(_note)
         await runner.setup()
         await web.SockSite(runner, listener, backlog=1024).start()
         sweeper = asyncio.create_task(self._sweep(runner))
@@ -118,6 +118,12 @@ class Doorway:
             for place, connection in enumerate(oldest):
                 if now - self._since[connection] > STRANGER_S or place < len(oldest) - MAX_STRANGERS:
                     connection.force_close()
+
+
+def _note(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Of faults in no handler: strangers cause those of the system, such as too many open files, after which asyncio tries again."""
+    if not isinstance(context.get("exception"), OSError):
+        loop.default_exception_handler(context)
 
 
 def _sealed(session: bytes, number: int, body: str) -> str:

@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator
 
 _PREFIX = "igpo-python-"
-_ABANDONED_S = 3600.0
 _REMOVE_S = 2.0
 
 
@@ -30,7 +29,7 @@ class PidsGroup:
         for parent, home in _parents():
             try:
                 _remove_abandoned(parent)
-                group = cls(tempfile.mkdtemp(prefix=_PREFIX, dir=parent), home)
+                group = cls(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=parent), home)
             except OSError as error:
                 reason = error
                 continue
@@ -109,6 +108,7 @@ def _remove_abandoned(parent: str) -> None:
     """Empty groups of keepers that were killed."""
     for entry in os.scandir(parent):
         if entry.name.startswith(_PREFIX):
-            with contextlib.suppress(OSError):
-                if time.time() - entry.stat().st_mtime > _ABANDONED_S:
+            keeper = entry.name.removeprefix(_PREFIX).split("-")[0]
+            if not os.path.exists(f"/proc/{keeper}"):
+                with contextlib.suppress(OSError):
                     os.rmdir(entry.path)

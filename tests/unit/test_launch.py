@@ -22,7 +22,7 @@ from igpo_megatron.launch.head import culprit, decide
 from igpo_megatron.launch.job import Options, engine_gpus, launch_arguments, ray_command
 from igpo_megatron.launch.messages import Report, Verdict, read, write
 from igpo_megatron.launch.node import Node, busy_ports, place
-from igpo_megatron.launch.preflight import Facts, disagreements, missing
+from igpo_megatron.launch.preflight import Facts, disagreements, facts_of, missing
 from igpo_megatron.launch.processes import Child
 
 SECRET = "a secret of the job"
@@ -95,6 +95,15 @@ def test_a_busy_port_and_missing_nodes_are_named():
     (problem,) = disagreements([replace(FIRST, busy=[29401]), SECOND])
     assert problem.startswith("port 29401 of node 0 (a, 10.0.0.1) is busy")
     assert missing([SECOND], 3, 60) == "nodes 0, 2 of 3 did not come within 60 s; here: node 1 (b, 10.0.0.2)"
+
+
+def test_node_0_looks_whether_torchruns_port_is_free():
+    from igpo_megatron.config.load import load
+
+    port = free_port()
+    head = Node(0, 2, "both", 1, "a", "127.0.0.1", "127.0.0.1", port)
+    with socket.create_server(("127.0.0.1", head.rendezvous_port)):
+        assert facts_of(head, load("examples/quickstart/igpo.yaml", []), {}, with_ray=False).busy == [head.rendezvous_port]
 
 
 def test_facts_survive_the_wire():

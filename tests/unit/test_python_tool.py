@@ -11,6 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from igpo_megatron.config.schema import Python
@@ -305,9 +306,10 @@ def without(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     monkeypatch.setattr(python_tool, "START", "\n".join([runner, *lines, "python_runner.main()"]))
 
 
-def groups() -> set[str]:
-    """Control groups of sandboxes that there are."""
-    return {entry for parent, _ in python_cgroup._parents() for entry in os.listdir(parent) if entry.startswith("igpo-python-")}
+def abandoned_groups() -> list[str]:
+    """Control groups of sandboxes whose keeper has ended."""
+    names = [entry for parent, _ in python_cgroup._parents() for entry in os.listdir(parent) if entry.startswith("igpo-python-")]
+    return [name for name in names if not Path(f"/proc/{name.split('-')[2]}").exists()]
 
 
 def open_doors() -> list[str]:
@@ -324,12 +326,11 @@ needs_filter = pytest.mark.skipif("not filtered" in OPEN, reason="libseccomp is 
 def test_a_loop_of_forks_is_ended_at_once_and_leaves_no_process_and_no_group(group: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not group:
         without(monkeypatch, "PidsGroup.enter")
-    before = groups()
     result = run(BOMB, SMALL.model_copy(update={"timeout_s": 20.0}))
     if group or os.getuid() == 0:  # elsewhere the kernel's limit per user lets the bomb fizzle out
         assert result.status is PythonStatus.LIMIT and result.error == "the code had more than 8 processes and threads; 8 are allowed"
     assert result.latency_s < 2.9, "it was ended, and did not end by itself"
-    assert processes_with("struct.unpack") == [] and groups() <= before
+    assert processes_with("struct.unpack") == [] and abandoned_groups() == []
 
 
 @isolated
@@ -351,6 +352,26 @@ print(made, flush=True)
     result = run(code)
     assert result.status is PythonStatus.LIMIT
     assert result.stdout in ("", "7\n"), "the code itself and seven children are eight processes"
+
+
+@isolated
+def test_whoever_kills_the_keeper_kills_the_code_and_the_next_call_removes_its_group() -> None:
+    mark = f"igpo-keeper-{os.getpid()}"
+
+    async def kill() -> PythonResult:
+        call = asyncio.create_task(PythonTool(SMALL).run(f"import subprocess; subprocess.run(['/bin/sh', '-c', 'sleep 30; : {mark}'])"))
+        while not processes_with(f": {mark}"):
+            await asyncio.sleep(0.02)
+        (keeper,) = [one for one in psutil.Process().children() if "python_runner" in " ".join(one.cmdline())]
+        keeper.kill()
+        return await call
+
+    assert asyncio.run(kill()).status is PythonStatus.FAILED
+    deadline = time.monotonic() + 5
+    while processes_with(f": {mark}"):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert run("6 * 7").value == "42" and abandoned_groups() == []
 
 
 def test_a_bomb_without_namespaces_is_ended_too() -> None:
