@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
@@ -140,23 +139,22 @@ class Sealed:
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
 
+_ADAPTERS: dict[type[Any], TypeAdapter[Any]] = {kind: TypeAdapter(kind) for kind in (Facts, Report, Said, Answer, Hello, Greeting, Sealed)}
+
+
 def write(message: Any) -> str:
     """One of the above as JSON."""
-    return _adapter(type(message)).dump_json(message).decode()
+    return _ADAPTERS[type(message)].dump_json(message).decode()
 
 
 def read(kind: type[Message], text: str | bytes) -> Message:
     """The message that a peer wrote. Raises BadMessage."""
     try:
-        return _adapter(kind).validate_python(json_loads_untrusted(text))
+        value: Message = _ADAPTERS[kind].validate_python(json_loads_untrusted(text))
+        return value
     except BadJson as error:
         raise BadMessage(f"not JSON: {error}") from None
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False, include_context=False)[0]
         place = ".".join(map(str, first["loc"]))[:100]
         raise BadMessage(clean_sentence(f"{place}: {first['msg']}")) from None
-
-
-@cache
-def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
