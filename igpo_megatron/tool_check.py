@@ -320,7 +320,8 @@ async def _python(config: Config, advancing: Callable[[str, int], Callable[[], N
     levels = await climb(
         stages, lambda tally, number: TallyTool(tool, tally).use(["sum(range(100_000))"]), advancing("python", num_calls(stages))
     )
-    return Finding("python", levels, python_advice(config, levels), works=not levels[0].fails)
+    open_ends = [f"Not enforced on this system: {sentence}." for sentence in tool.unenforced]
+    return Finding("python", levels, [*python_advice(config, levels), *open_ends], works=not levels[0].fails)
 
 
 def announcement(config: Config, stages: Sequence[Stage]) -> str:

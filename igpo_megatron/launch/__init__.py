@@ -8,7 +8,12 @@ igpo launch (node 0)                        igpo launch (node k)
 
 node.py        what a node is, and the addresses and ports of this one
 preflight.py   facts, and what is wrong between them (pure)
-board.py       the store on node 0 through which nodes talk
+messages.py    what nodes say to node 0 and hear from it: schemas and bounds
+seal.py        challenge, response, and the seal on every message
+head.py        what node 0 decides (pure)
+doorway.py     the HTTP server on node 0, and the others' way to it
+board.py       one node's place at the meeting: the thread that talks
+rendezvous.py  torchrun's store, on its own port
 processes.py   children and everything below them
 agent.py       the ranks of one node, by torchrun's launcher
 job.py         the life of one node

@@ -19,10 +19,12 @@ from typing import Any
 from igpo_megatron.actor.parallel import wants_cuda
 from igpo_megatron.config.check import check
 from igpo_megatron.config.schema import Config
-from igpo_megatron.launch.board import Board, PreflightFailed, Verdict
+from igpo_megatron.launch.board import Board, PreflightFailed
+from igpo_megatron.launch.messages import Verdict
 from igpo_megatron.launch.node import Node, interface_of, reachable
-from igpo_megatron.launch.preflight import Facts, disagreements, facts_of, ray_token
+from igpo_megatron.launch.preflight import Facts, busy_port, disagreements, facts_of, ray_token
 from igpo_megatron.launch.processes import Child
+from igpo_megatron.launch.rendezvous import open_store
 from igpo_megatron.leftovers import claim, remove_abandoned
 from igpo_megatron.types import UserError
 
@@ -60,13 +62,13 @@ def run_node(node: Node, config: Config, arguments: list[str], options: Options)
     with_ray = config.run.replay is None
 
     def judge(facts: list[Facts]) -> list[str]:
-        problems = disagreements(facts, with_ray=with_ray)
+        problems = disagreements(facts)
         if not problems and len(facts) == node.nodes:
             problems = check(config, world_size=sum(one.ranks for one in facts), local_world_size=node.ranks)
         return problems
 
     try:
-        board = Board(node, lost_after_s=options.lost_after_s)
+        board = Board(node, ray_token(), lost_after_s=options.lost_after_s)
         facts = board.meet(facts_of(node, config, asdict(options), with_ray=with_ray), options.deadline_s, judge)
     except PreflightFailed as problem:
         sys.stderr.write(f"error: {problem}\n")
@@ -90,6 +92,9 @@ class _Job:
         self.trainers = sorted(one.rank for one in facts if one.ranks)
         self.ray: Child | None = None
         self.agent: Child | None = None
+        self.store: object = None
+        """torchrun's, while it is there."""
+
         self.signal: int | None = None
 
     def run(self) -> Verdict:
@@ -136,6 +141,12 @@ class _Job:
             if self.node.is_head:
                 self.board.post("ray")
         if self.node.ranks and self.board.verdict is None:
+            if self.node.is_head and self.options.rendezvous == "c10d":
+                try:
+                    self.store = open_store(self.node)
+                except OSError:
+                    self.board.report("error", busy_port(self.node.rendezvous_port, self.node.name), 1)
+                    return
             spec = {
                 "launch": launch_arguments(self.node, self.trainers, self.options),
                 "arguments": [*self.arguments, *self._ray_override()],
@@ -183,6 +194,7 @@ class _Job:
         for child in (self.agent, self.ray):
             if child:
                 child.stop(_PATIENCE_S)
+        self.store = None
 
     def _ray_override(self) -> list[str]:
         return [f"rollout.engine.ray_address={self.node.head}:{self.node.ray_port}"] if self.ray else []
@@ -218,7 +230,7 @@ def ray_command(node: Node, config: Config, folder: Path) -> list[str]:
 
 
 def launch_arguments(node: Node, trainers: list[int], options: Options) -> dict[str, Any]:
-    """Arguments of torchrun's LaunchConfig for this node. c10d meets in the store of node 0's launcher; static on a port of node 0."""
+    """Arguments of torchrun's LaunchConfig for this node. c10d meets in the store of node 0's launcher, static in one of its agent's."""
     common = {
         "min_nodes": len(trainers),
         "max_nodes": len(trainers),
@@ -228,9 +240,10 @@ def launch_arguments(node: Node, trainers: list[int], options: Options) -> dict[
         "max_restarts": options.max_restarts,
         "monitor_interval": 0.2,
         "rdzv_backend": options.rendezvous,
+        "rdzv_endpoint": f"{node.head}:{node.rendezvous_port}",
     }
     if options.rendezvous == "static":
         place = {"rank": trainers.index(node.rank), "timeout": options.deadline_s}
-        return {**common, "rdzv_endpoint": f"{node.head}:{node.static_port}", "rdzv_configs": place}
+        return {**common, "rdzv_configs": place}
     meeting = {"is_host": "false", "join_timeout": int(options.deadline_s)}
-    return {**common, "rdzv_endpoint": f"{node.head}:{node.port}", "rdzv_configs": meeting}
+    return {**common, "rdzv_configs": meeting}

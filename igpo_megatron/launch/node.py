@@ -41,7 +41,7 @@ class Node:
     """IP address of node 0."""
 
     port: int
-    """TCP port of the meeting point on node 0. Ray's head takes the next one, static rendezvous the one after."""
+    """TCP port of the meeting point on node 0. Ray's head takes the next one, torchrun's store the one after."""
 
     @property
     def is_head(self) -> bool:
@@ -53,7 +53,7 @@ class Node:
         return self.port + 1
 
     @property
-    def static_port(self) -> int:
+    def rendezvous_port(self) -> int:
         return self.port + 2
 
     @property

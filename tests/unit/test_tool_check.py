@@ -12,7 +12,7 @@ from rich.console import Console
 from search_server import KEY, KEY_VARIABLE, SearchServer, serving
 from test_data_prompts import DEV
 from test_page_reader import FAST, Server, serve
-from test_python_tool import isolated
+from test_python_tool import isolated, without
 from typer.testing import CliRunner
 
 from igpo_megatron import tool_check
@@ -160,3 +160,11 @@ def test_the_command_reads_overrides_and_says_mistakes_in_one_sentence(tmp_path:
     file.write_text("model: {path: nowhere}\n")
     result = CliRunner().invoke(app, ["doctor", "tools", str(file), "search.backend=serper", f"search.api_key_env={KEY_VARIABLE}"])
     assert result.exit_code == 2 and f"search.api_key_env={KEY_VARIABLE}: that environment variable is not set" in result.output
+
+
+@isolated
+def test_what_the_system_does_not_enforce_for_python_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    without(monkeypatch, "PidsGroup.enter")
+    config = configured({"backend": "serper"}, python={"max_concurrency": 1})
+    finding = asyncio.run(tool_check._python(config, lambda name, total: lambda: None))
+    assert finding.works and finding.advice[1].startswith("Not enforced on this system: no control group bounds the processes (not here)")

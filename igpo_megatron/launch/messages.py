@@ -1,0 +1,160 @@
+"""What nodes say to node 0 and hear from it: JSON with a schema, bounded and cleaned. What does not fit is refused and never acted on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+
+from igpo_megatron.launch.preflight import Facts
+from igpo_megatron.untrusted import BadJson, clean_text, json_loads_untrusted
+
+MAX_MESSAGE = 2**19
+"""Bytes of a sealed message; a resolved configuration, the longest part, has about 5,000."""
+
+MAX_SENTENCE = 8_000
+"""Characters; the longest quote the end of a log."""
+
+MAX_FLAGS = 16
+
+Kind = Literal["done", "interrupted", "ray", "signal", "error", "peer"]
+"""`peer`: a rank lost its connection to another one, which is never the cause."""
+
+Message = TypeVar("Message")
+
+
+class BadMessage(ValueError):
+    """It is no JSON, or not what the schema asks for; the message says what is wrong, in a few words."""
+
+
+def clean_sentence(text: str) -> str:
+    """As a terminal may show it: no control characters but line ends, and not without end."""
+    if len(text) > MAX_SENTENCE:
+        text = text[: MAX_SENTENCE - 2] + " …"
+    return "".join(one if one.isprintable() or one == "\n" else "\ufffd" for one in clean_text(text))
+
+
+Sentence = Annotated[str, AfterValidator(clean_sentence)]
+Flag = Annotated[str, Field(pattern=r"^[a-z_]{1,20}$")]
+Flags = Annotated[list[Flag], Field(max_length=MAX_FLAGS)]
+Nonce = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Proof = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Code = Annotated[int, Field(ge=0, le=255)]
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """How a node's part ended."""
+
+    rank: int
+    kind: Kind
+    sentence: Sentence
+    code: Code
+    time: Annotated[float, Field(allow_inf_nan=False)]
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """How the job ended, for every node alike."""
+
+    code: Code
+    sentence: Sentence
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """All that a node has to say, every time anew: a message that is lost or comes twice changes nothing."""
+
+    launcher: Nonce
+    """Which launcher speaks: a second one for the same node is another."""
+
+    facts: Facts | None = None
+    """Before the start only."""
+
+    report: Report | None = None
+    flags: Flags = field(default_factory=list)
+    """What is ready."""
+
+    left: bool = False
+    """The node has stopped."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """All that node 0 has to say to a node."""
+
+    refused: Sentence = ""
+    """Why this launcher has no place in the job."""
+
+    stop: Sentence = ""
+    """Why the job cannot start."""
+
+    nodes: list[Facts] | None = None
+    """The nodes of the job, once it starts; only what a node needs to know of others."""
+
+    flags: Flags = field(default_factory=list)
+    """What any node has said is ready."""
+
+    verdict: Verdict | None = None
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """The first words of a node, and all that is heard of one that has not proved anything."""
+
+    nonce: Nonce
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, slots=True)
+class Greeting:
+    """Node 0's answer: its own challenge, and proof that it knows the secret."""
+
+    challenge: Nonce
+    proof: Proof
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """A message under a seal (seal.py); `number` grows from one message of a session to the next."""
+
+    nonce: Nonce
+    challenge: Nonce
+    number: Annotated[int, Field(ge=0, lt=2**53)]
+    body: str
+    seal: Proof
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+
+_ADAPTERS: dict[type[Any], TypeAdapter[Any]] = {kind: TypeAdapter(kind) for kind in (Facts, Report, Said, Answer, Hello, Greeting, Sealed)}
+
+
+def write(message: Any) -> str:
+    """One of the above as JSON."""
+    return _ADAPTERS[type(message)].dump_json(message).decode()
+
+
+def read(kind: type[Message], text: str | bytes) -> Message:
+    """The message that a peer wrote. Raises BadMessage."""
+    try:
+        value: Message = _ADAPTERS[kind].validate_python(json_loads_untrusted(text))
+        return value
+    except BadJson as error:
+        raise BadMessage(f"not JSON: {error}") from None
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False, include_context=False)[0]
+        place = ".".join(map(str, first["loc"]))[:100]
+        raise BadMessage(clean_sentence(f"{place}: {first['msg']}")) from None
