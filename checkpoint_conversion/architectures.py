@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,6 +133,9 @@ _GROUPED_EXPERT = re.compile(r"(.+\.experts)\.(linear_fc\d\.weight)(\d+)")
 _LOCAL_NAMES = {te: local for architecture in ARCHITECTURES.values() for local, te in architecture.te_names.items() if "{e}" not in te}
 # Buffers that old checkpoints carry and every implementation recomputes from the config.
 _DERIVED = re.compile(r"model\.(?:layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+
+# What quantized formats keep beside a weight, or in its place.
+_SCALES = ("_scale_inv", ".weight_scale", ".input_scale", ".qweight", ".scales", ".absmax", ".qzeros", ".weight_packed")
 
 
 @dataclass(frozen=True)
@@ -282,7 +285,10 @@ def check_total(rules: Mapping[str, Rule], *, hf_names: Iterable[str] | None = N
     problems: list[str] = []
     tied = {name for name, rule in rules.items() if not rule.exports}
     if hf_names is not None:
+        hf_names = list(hf_names)
         claims = Counter(name for rule in rules.values() for name in rule.exports)
+        if cause := _one_cause(hf_names, claims):
+            raise ConversionError(f"the tables do not cover this model: {cause}")
         copies = {"lm_head.weight"} if tied else set()
         found = {name for name in hf_names if not _DERIVED.fullmatch(name)} - copies
         problems += [f"{name}: in the HF folder, but no rule claims it" for name in sorted(found - set(claims))]
@@ -295,6 +301,19 @@ def check_total(rules: Mapping[str, Rule], *, hf_names: Iterable[str] | None = N
         problems += [f"{name}: there {count} times in the Megatron model" for name, count in sorted(counts.items()) if count > 1]
     if problems:
         raise ConversionError(f"the tables do not cover this model ({len(problems)} tensors):\n  " + "\n  ".join(problems))
+
+
+def _one_cause(found: Collection[str], claims: Collection[str]) -> str | None:
+    """What makes all names differ at once, where one thing does."""
+    if scale := next((name for name in found if name.endswith(_SCALES)), None):
+        return f"{scale} belongs to quantized weights; convert the unquantized model"
+    ending = "norm.weight"  # the one norm outside the layers
+    prefixes = (name.removesuffix(ending) for name in found if name.endswith(ending) and not re.search(r"\d|layernorm", name))
+    for prefix in prefixes:
+        inside = {name.replace("model.", prefix, 1) for name in claims if name.startswith("model.")}
+        if prefix != "model." and inside <= set(found):
+            return f"its names begin with {prefix!r} where 'model.' is expected; save the text model alone, as its AutoModelForCausalLM"
+    return None
 
 
 def check_sizes(rules: Mapping[str, Rule], shape: ModelShape, hf_shapes: Mapping[str, tuple[int, ...]]) -> None:
