@@ -312,7 +312,8 @@ def _one_cause(found: Collection[str], claims: Collection[str]) -> str | None:
     for prefix in prefixes:
         inside = {name.replace("model.", prefix, 1) for name in claims if name.startswith("model.")}
         if prefix != "model." and inside <= set(found):
-            return f"its names begin with {prefix!r} where 'model.' is expected; save the text model alone, as its AutoModelForCausalLM"
+            begin = f"begin with {prefix!r} where 'model.' is expected" if prefix else "lack 'model.' in front"
+            return f"its names {begin}; save the text model alone, as its AutoModelForCausalLM"
     return None
 
 

@@ -121,10 +121,12 @@ def _family(config: Mapping[str, Any], where: str) -> Any:
     try:
         return AutoConfig.for_model(config["model_type"], **known)
     except Exception as error:
-        said = " ".join(str(error).split())
+        said = " ".join(str(error).split()).rsplit("Error: ", 1)[-1]
         key = next((key for key in known if f"'{key}'" in said), None)
         value = f"{key} is {_show(known[key])}, which" if key else "a setting that"
-        raise ConversionError(f"{where}: {value} transformers does not take ({said}); give what the model was trained with") from error
+        raise ConversionError(
+            f"{where}: {value} transformers does not take ({said.rsplit('Error: ', 1)[-1]}); give what the model was trained with"
+        ) from error
 
 
 def _refuse(where: str, problems: list[str]) -> None:
@@ -133,7 +135,7 @@ def _refuse(where: str, problems: list[str]) -> None:
 
 
 def _unknown(config: Mapping[str, Any]) -> Iterator[str]:
-    """Keys of which nobody can say that they change nothing."""
+    """Keys of which nobody can say that they change nothing, and values that no engine takes."""
     from transformers import GenerationConfig
 
     harmless = _USED | _HARMLESS | set(GenerationConfig().to_dict())
@@ -144,6 +146,9 @@ def _unknown(config: Mapping[str, Any]) -> Iterator[str]:
             yield f"{key}={_show(value)} (no rule knows this key; remove it if it does not change what the model computes)"
         elif value != _NEUTRAL[key][0]:
             yield f"{key}={_show(value)} ({_NEUTRAL[key][1]})"
+    width = config.get("head_dim")
+    if width is not None and (not _is_size(width) or width % 2):
+        yield f"head_dim={_show(width)} (expected an even integer above 0: rope rotates pairs)"
     dtype = config.get("dtype") or config.get("torch_dtype")
     if dtype is not None and dtype not in _DTYPES:
         yield f"dtype={_show(dtype)} (give one of {', '.join(_DTYPES)})"
@@ -223,15 +228,15 @@ def head_dim(family: Any) -> Any:
 def _wrong_numbers(family: Any) -> Iterator[str]:
     """Numbers of the right type that describe no model."""
     heads, groups, width = family.num_attention_heads, family.num_key_value_heads, head_dim(family)
-    for key, value in (("num_key_value_heads", groups), ("max_position_embeddings", family.max_position_embeddings), ("head_dim", width)):
+    for key, value in (("num_key_value_heads", groups), ("max_position_embeddings", family.max_position_embeddings)):
         if not _is_size(value):
             yield f"{key}={_show(value)} (expected an integer above 0)"
     if _is_size(groups) and heads % groups:
         yield f"num_attention_heads={heads} with num_key_value_heads={groups} (each key-value head serves equally many heads)"
     if getattr(family, "head_dim", None) is None and family.hidden_size % heads:
         yield f"hidden_size={family.hidden_size} with num_attention_heads={heads} and no head_dim (it must divide)"
-    elif _is_size(width) and width % 2:
-        yield f"head_dim={width} (rope rotates pairs, so it must be even)"
+    elif width % 2:
+        yield f"hidden_size={family.hidden_size} with num_attention_heads={heads} (rope rotates pairs, so a head's width must be even)"
     for key, value in (("rope_theta", family.rope_parameters.get("rope_theta")), ("rms_norm_eps", family.rms_norm_eps)):
         if not _is_positive(value):
             yield f"{key}={_show(value)} (expected a number above 0; give what the model was trained with, or remove the key)"
