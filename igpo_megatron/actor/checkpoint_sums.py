@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from checkpoint_conversion.hf_config import read_config
 from checkpoint_conversion.rules import ConversionError
 from checkpoint_conversion.torch_dist_folder import MegatronReader
 from igpo_megatron.actor import parallel
@@ -152,7 +153,7 @@ def _bad_index(folder: Path) -> list[str]:
     missing = [f"{name} is missing" for name in ("model/common.pt", "model/metadata.json") if not (folder / name).is_file()]
     try:
         MegatronReader(folder / "model")
-        json.loads((folder / "hf" / "config.json").read_text(encoding="utf-8"))
-    except (ConversionError, OSError, ValueError) as error:
+        read_config(folder / "hf")
+    except (ConversionError, OSError) as error:
         return [*missing, str(error)]
     return missing
