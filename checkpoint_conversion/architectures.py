@@ -8,14 +8,14 @@ fuses a norm into the linear layer behind it, and the experts of a layer into on
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from checkpoint_conversion.hf_config import head_dim, read_config, with_defaults
 from checkpoint_conversion.rules import ConversionError, Copy, GateUp, PadVocab, Qkv, Row, Rule, Tied
 
 Table = Mapping[str, tuple[type[Rule], tuple[str, ...]]]
@@ -42,6 +42,11 @@ class Architecture:
     def layer(self) -> Table:
         """Tensors of every layer."""
         return {**self.attention.tensors, **self.mlp.tensors}
+
+    @property
+    def routed(self) -> bool:
+        """A router sends each token to some experts."""
+        return "mlp.router.weight" in self.layer
 
     @property
     def te_names(self) -> Mapping[str, str]:
@@ -127,7 +132,10 @@ _LOCAL_EXPERT = re.compile(r"(.+\.local_experts\.)(\d+)(\..+)")
 _GROUPED_EXPERT = re.compile(r"(.+\.experts)\.(linear_fc\d\.weight)(\d+)")
 _LOCAL_NAMES = {te: local for architecture in ARCHITECTURES.values() for local, te in architecture.te_names.items() if "{e}" not in te}
 # Buffers that old checkpoints carry and every implementation recomputes from the config.
-_DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+_DERIVED = re.compile(r"model\.(?:layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+
+# What quantized formats keep beside a weight, or in its place.
+_SCALES = ("_scale_inv", ".weight_scale", ".input_scale", ".qweight", ".scales", ".absmax", ".qzeros", ".weight_packed")
 
 
 @dataclass(frozen=True)
@@ -178,21 +186,10 @@ class ModelShape:
 def read_shape(folder: str | Path) -> ModelShape:
     """The shape of the model in an HF folder.
 
-    Raises ConversionError with everything that is wrong or unsupported: no folder, no config.json, an unknown architecture, a
-    rope scaling that Megatron-Core cannot do, sliding windows, biases or activations without a rule, quantized weights.
+    Raises ConversionError with everything that is wrong or unsupported: no folder, no config.json, half a config.json, an unknown
+    architecture, a value of the wrong kind, a key that changes what the model computes and has no rule.
     """
-    path = Path(folder) / "config.json"
-    if not Path(folder).is_dir():
-        raise ConversionError(f"model folder {folder} does not exist; give a folder with config.json and *.safetensors")
-    if not path.is_file():
-        raise ConversionError(f"{folder} holds no config.json; give the folder of a Hugging Face model")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # also bytes that are no text
-        raise ConversionError(f"{path} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ConversionError(f"{path} holds a {type(config).__name__}; expected the object of a model's settings")
-    return shape_of(config, where=str(path))
+    return shape_of(read_config(folder), where=str(Path(folder) / "config.json"))
 
 
 def shape_of(config: Mapping[str, Any], where: str = "config.json") -> ModelShape:
@@ -204,103 +201,37 @@ def shape_of(config: Mapping[str, Any], where: str = "config.json") -> ModelShap
         raise ConversionError(
             f"{where}: model_type {model_type!r} is not supported, because {why}; supported are {', '.join(ARCHITECTURES)}"
         )
-    required = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
-    missing = [key for key in required if not isinstance(config.get(key), int)]
-    if missing:
-        raise ConversionError(f"{where} does not give {', '.join(missing)} as integers")
-    rope = _rope(config)
-    routed = "mlp.router.weight" in architecture.layer
-    problems = [*_unsupported(config), *_unsupported_rope(rope), *(_unsupported_mixture(config) if routed else ())]
-    if problems:
-        raise ConversionError(f"{where} asks for what is not supported: " + "; ".join(problems))
-    heads = config["num_attention_heads"]
+    family = with_defaults(config, where, mixture=architecture.routed)
+    rope = family.rope_parameters
     return ModelShape(
-        model_type=str(model_type),
-        num_layers=config["num_hidden_layers"],
-        hidden_size=config["hidden_size"],
-        ffn_size=config["intermediate_size"],
-        num_heads=heads,
-        num_kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-        vocab_size=config["vocab_size"],
-        tied=bool(config.get("tie_word_embeddings")),
+        model_type=family.model_type,
+        num_layers=family.num_hidden_layers,
+        hidden_size=family.hidden_size,
+        ffn_size=family.intermediate_size,
+        num_heads=family.num_attention_heads,
+        num_kv_heads=family.num_key_value_heads,
+        head_dim=head_dim(family),
+        vocab_size=family.vocab_size,
+        tied=family.tie_word_embeddings,
         qkv_bias="self_attention.linear_qkv.bias" in architecture.layer,
         qk_norm="self_attention.q_layernorm.weight" in architecture.layer,
         rope_theta=float(rope["rope_theta"]),
         rope_scaling={"factor": float(rope["factor"])} if rope["rope_type"] == "llama3" else None,
-        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-        max_positions=int(config.get("max_position_embeddings", 2048)),
+        norm_eps=family.rms_norm_eps,
+        max_positions=family.max_position_embeddings,
         dtype=config.get("dtype") or config.get("torch_dtype"),
-        mixture=_mixture_of(config) if routed else None,
+        mixture=_mixture_of(family) if architecture.routed else None,
     )
 
 
-def _num_experts(config: Mapping[str, Any]) -> Any:
-    # transformers 5 writes Mixtral's spelling for every family; Qwen's own folders have the other.
-    return config.get("num_experts") or config.get("num_local_experts")
-
-
-def _mixture_of(config: Mapping[str, Any]) -> Mixture:
+def _mixture_of(family: Any) -> Mixture:
+    mixtral = family.model_type == "mixtral"  # its experts have the only MLP's size, and their weights always sum to 1
     return Mixture(
-        num_experts=_num_experts(config),
-        top_k=config["num_experts_per_tok"],
-        ffn_size=config.get("moe_intermediate_size") or config["intermediate_size"],
-        # Mixtral always does and has no key for it.
-        sums_to_one=bool(config.get("norm_topk_prob", config["model_type"] == "mixtral")),
+        num_experts=family.num_local_experts,
+        top_k=family.num_experts_per_tok,
+        ffn_size=family.intermediate_size if mixtral else family.moe_intermediate_size,
+        sums_to_one=mixtral or family.norm_topk_prob,
     )
-
-
-def _unsupported_mixture(config: Mapping[str, Any]) -> Iterator[str]:
-    if not isinstance(_num_experts(config), int) or not isinstance(config.get("num_experts_per_tok"), int):
-        yield "a mixture of experts without num_experts (or num_local_experts) and num_experts_per_tok"
-    elif config["num_experts_per_tok"] == 1 and _mixture_of(config).sums_to_one:
-        yield "one expert per token whose weight is scaled to 1 (its router would get no gradient)"
-    if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
-        yield "a mixture of experts in some layers only (mlp_only_layers, decoder_sparse_step; every layer must have it)"
-
-
-def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Rope settings in the spelling of transformers 5: `rope_parameters`, where earlier versions had `rope_theta` and `rope_scaling`."""
-    rope = {"rope_theta": config.get("rope_theta", 10000.0), **(config.get("rope_parameters") or config.get("rope_scaling") or {})}
-    return {**rope, "rope_type": rope.get("rope_type") or rope.get("type") or "default"}
-
-
-def _unsupported_rope(rope: Mapping[str, Any]) -> list[str]:
-    # Megatron-Core's rope_scaling is Llama 3's with these three written into its code.
-    fixed = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
-    if rope["rope_type"] == "llama3":
-        return [
-            f"llama3 rope scaling with {key}={rope.get(key)} (Megatron-Core has {value} written into its code)"
-            for key, value in fixed.items()
-            if rope.get(key) != value
-        ] + ([] if rope.get("factor") else ["llama3 rope scaling without a factor"])
-    if rope["rope_type"] != "default":
-        return [f"rope scaling {rope['rope_type']!r} (Megatron-Core's GPTModel has plain rope and llama3 scaling)"]
-    nested = [key for key, value in rope.items() if isinstance(value, Mapping)]
-    return [f"rope settings per kind of layer ({', '.join(nested)}; one for all layers is supported)"] if nested else []
-
-
-def _unsupported(config: Mapping[str, Any]) -> list[str]:
-    """Everything in a config that the tables would silently get wrong."""
-    problems = []
-    kinds = sorted(set(config.get("layer_types") or ()) - {"full_attention"})
-    # Qwen's window is off unless it is switched on; Mistral's has no switch. One as long as the context hides nothing.
-    switched_on = config.get("use_sliding_window", config["model_type"] in ("mistral", "mixtral"))
-    window = config.get("sliding_window")
-    windowed = switched_on and window is not None and window < config.get("max_position_embeddings", 2048)
-    if kinds:
-        problems.append(f"layers with {', '.join(kinds)} (every layer must attend to all earlier tokens)")
-    elif not config.get("layer_types") and windowed and config.get("max_window_layers", 0) < config["num_hidden_layers"]:
-        problems.append(f"a sliding window of {window} tokens (every layer must attend to all earlier tokens)")
-    for key, what in (("attention_bias", "bias on the attention's output projection"), ("mlp_bias", "bias in the MLP")):
-        # Qwen2's query, key and value biases are in its table and need no key; this key adds one to o_proj as well.
-        if config.get(key):
-            problems.append(f"{key}=true ({what} has no rule)")
-    if config.get("hidden_act", "silu") != "silu":
-        problems.append(f"hidden_act={config['hidden_act']!r} (the gated MLP is built with silu)")
-    if config.get("quantization_config"):
-        problems.append("quantized weights (convert the unquantized model)")
-    return problems
 
 
 def rules_for(shape: ModelShape, vocab_multiple: int) -> dict[str, Rule]:
@@ -354,7 +285,10 @@ def check_total(rules: Mapping[str, Rule], *, hf_names: Iterable[str] | None = N
     problems: list[str] = []
     tied = {name for name, rule in rules.items() if not rule.exports}
     if hf_names is not None:
+        hf_names = list(hf_names)
         claims = Counter(name for rule in rules.values() for name in rule.exports)
+        if cause := _one_cause(hf_names, claims):
+            raise ConversionError(f"the tables do not cover this model: {cause}")
         copies = {"lm_head.weight"} if tied else set()
         found = {name for name in hf_names if not _DERIVED.fullmatch(name)} - copies
         problems += [f"{name}: in the HF folder, but no rule claims it" for name in sorted(found - set(claims))]
@@ -367,6 +301,20 @@ def check_total(rules: Mapping[str, Rule], *, hf_names: Iterable[str] | None = N
         problems += [f"{name}: there {count} times in the Megatron model" for name, count in sorted(counts.items()) if count > 1]
     if problems:
         raise ConversionError(f"the tables do not cover this model ({len(problems)} tensors):\n  " + "\n  ".join(problems))
+
+
+def _one_cause(found: Collection[str], claims: Collection[str]) -> str | None:
+    """What makes all names differ at once, where one thing does."""
+    if scale := next((name for name in found if name.endswith(_SCALES)), None):
+        return f"{scale} belongs to quantized weights; convert the unquantized model"
+    ending = "norm.weight"  # the one norm outside the layers
+    prefixes = (name.removesuffix(ending) for name in found if name.endswith(ending) and not re.search(r"\d|layernorm", name))
+    for prefix in prefixes:
+        inside = {name.replace("model.", prefix, 1) for name in claims if name.startswith("model.")}
+        if prefix != "model." and inside <= set(found):
+            begin = f"begin with {prefix!r} where 'model.' is expected" if prefix else "lack 'model.' in front"
+            return f"its names {begin}; save the text model alone, as its AutoModelForCausalLM"
+    return None
 
 
 def check_sizes(rules: Mapping[str, Rule], shape: ModelShape, hf_shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -37,11 +37,17 @@ def new_folder(folder: Path, job: Mapping[str, Any]) -> Iterator[Path]:
     the same job, which finds the files finished so far; another job starts from nothing. Raises ConversionError if `folder`
     exists, if another process writes it, or if the disk refuses; one that the block raises leaves nothing behind.
     """
-    if folder.exists():
-        raise ConversionError(f"{folder} exists already; choose another folder or remove it")
     partial = partial_of(folder)
-    partial.mkdir(parents=True, exist_ok=True)
-    with (partial / _LOCK).open("w") as lock:
+    try:
+        if folder.exists():
+            raise ConversionError(f"{folder} exists already; choose another folder or remove it")
+        partial.mkdir(parents=True, exist_ok=True)
+        opened = (partial / _LOCK).open("w")
+    except OSError as error:
+        raise ConversionError(
+            f"{folder} cannot be made ({error.strerror}: {error.filename}); choose a folder that you may write"
+        ) from error
+    with opened as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

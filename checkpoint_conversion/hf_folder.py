@@ -71,6 +71,8 @@ class HfReader:
 
     def dtype(self, name: str) -> torch.dtype:
         found = self._slice(name).get_dtype()
+        if found.startswith(("F8", "F4", "F6")):
+            raise ConversionError(f"{name} in {self.folder} has dtype {found}: quantized weights; convert the unquantized model")
         if found not in _TORCH_DTYPES:
             raise ConversionError(f"{name} in {self.folder} has dtype {found}; supported are {', '.join(_TORCH_DTYPES)}")
         return _TORCH_DTYPES[found]
@@ -115,6 +117,10 @@ class HfReader:
         single = self.folder / "model.safetensors"
         if single.is_file():
             return dict.fromkeys(self._open(single.name).keys(), single.name)
+        if (self.folder / "adapter_config.json").is_file() or any(self.folder.glob("adapter_model.*")):
+            raise ConversionError(
+                f"{self.folder} holds an adapter (LoRA), not a model; merge it into its base model (peft's merge_and_unload) and save that"
+            )
         others = sorted(path.name for path in self.folder.iterdir() if path.suffix in WEIGHT_SUFFIXES)
         raise ConversionError(
             f"{self.folder} holds neither model.safetensors nor {HF_INDEX}"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint_conversion.architectures import ModelShape, check_total, read_shape, rules_for
+from checkpoint_conversion.architectures import ModelShape, check_sizes, check_total, read_shape, rules_for
 from checkpoint_conversion.classic_folder import ClassicReader, is_classic
 from checkpoint_conversion.convert import VOCAB_MULTIPLE, find_weights
 from checkpoint_conversion.hf_folder import HfReader
@@ -66,7 +66,9 @@ def _hf(folder: Path, list_tensors: bool) -> Iterator[str]:
         yield f"files: {len(reader.paths())}"
         yield from _tensors(reader, list_tensors)
         if shape is not None:
-            check_total(rules_for(shape, VOCAB_MULTIPLE), hf_names=reader.names())
+            rules = rules_for(shape, VOCAB_MULTIPLE)
+            check_total(rules, hf_names=reader.names())
+            check_sizes(rules, shape, {name: reader.shape(name) for name in reader.names()})
             yield "complete: every tensor is there, and a rule claims it"
     except ConversionError as error:
         yield f"problem: {error}"
@@ -101,8 +103,11 @@ def _megatron(weights: Path, shape: ModelShape | None, list_tensors: bool) -> It
 def _run_state(folder: Path) -> Iterator[str]:
     path = folder / "state.json"
     if path.is_file():
-        state = json.loads(path.read_text(encoding="utf-8"))
-        yield f"training run: step {state.get('step')}, optimizer steps {state.get('optimizer_steps')}, layout {state.get('layout')}"
+        try:
+            state = json.loads(path.read_text(encoding="utf-8"))
+            yield f"training run: step {state.get('step')}, optimizer steps {state.get('optimizer_steps')}, layout {state.get('layout')}"
+        except (ValueError, AttributeError) as error:
+            yield f"problem: {path} is damaged ({error})"
 
 
 def _model(shape: ModelShape) -> Iterator[str]:

@@ -54,6 +54,9 @@ _ALIGNMENT = 64
 _LINEAR_WEIGHT = re.compile(r"(decoder\.layers\..*linear_(?:qkv|proj|fc1|fc2)\.)weight")
 
 
+_DAMAGED_PICKLE = (pickle.UnpicklingError, EOFError, ValueError, LookupError, AttributeError, TypeError, ImportError, MemoryError)
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a tensor is stored."""
@@ -86,7 +89,7 @@ class MegatronReader:
             raise ConversionError(f"{self.folder} is no Megatron dist_checkpointing folder of format torch_dist: it holds no .metadata")
         try:
             self._metadata: Metadata = FileSystemReader(self.folder).read_metadata()
-        except (pickle.UnpicklingError, EOFError) as error:
+        except _DAMAGED_PICKLE as error:
             raise ConversionError(f"{self.folder / '.metadata'} is damaged ({error}); copy the checkpoint again") from error
         self._place = dict(self._places())
         self._files: dict[str, mmap.mmap] = {}

@@ -98,6 +98,14 @@ def claim(folder: RunFolder, config: Config) -> None:
     folder.config.write_text(to_json(config), encoding="utf-8")
 
 
+def forget_after(folder: RunFolder, step: int) -> None:
+    """Remove rollouts and evaluations of steps after `step`: the run is back there, and will train and score those steps anew."""
+    for path in (*folder.rollouts.glob("step_??????*"), *folder.eval.glob("step_??????*")):
+        number = path.name[len("step_") :][:6]
+        if number.isdecimal() and int(number) > step:
+            path.unlink()
+
+
 def read_summary(folder: RunFolder) -> dict[str, Any] | None:
     """The finished run's summary; None while it is not finished."""
     return json.loads(folder.summary.read_text(encoding="utf-8")) if folder.summary.is_file() else None

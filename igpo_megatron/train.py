@@ -38,7 +38,7 @@ from igpo_megatron.observability.rollout_dump import read_rollouts, write_rollou
 from igpo_megatron.observability.tracker import Tracker
 from igpo_megatron.protocols import PROTOCOLS
 from igpo_megatron.rollout_queue import RolloutQueue, staleness_metrics
-from igpo_megatron.run import RunFolder, claim, open_folder
+from igpo_megatron.run import RunFolder, claim, forget_after, open_folder
 from igpo_megatron.summary import finish
 from igpo_megatron.types import Prompt, RolloutGroup, RunStopped
 from igpo_megatron.waits import LOST_PEER, ROLLOUTS, recording, waiting
@@ -237,13 +237,14 @@ def open_side(config: Config, folder: RunFolder, stack: ExitStack, tracker: Trac
 
 def run(config: Config) -> None:
     """One rank's whole run: start, resume, train, finish."""
-    from igpo_megatron.actor import checkpoint, parallel
+    from igpo_megatron.actor import checkpoint, checkpoint_sums, parallel
     from igpo_megatron.actor.policy import Policy
 
     ranks = parallel.init(config)
     folder = open_folder(config)
-    saved = parallel.broadcast(checkpoint.complete(folder.checkpoints) if ranks.is_main else None)
-    resumed = int(saved[-1].name.removeprefix("step_")) if saved else 0
+    found = checkpoint_sums.newest_whole(folder.checkpoints)
+    damaged = parallel.on_main(ranks, partial(checkpoint_sums.set_aside, found))
+    resumed = int(found.folder.name.removeprefix("step_")) if found.folder else 0
     with ExitStack() as stack:
         stack.enter_context(recording(f"rank {ranks.rank}", folder.root / "waits"))
         tracker = stack.enter_context(
@@ -263,14 +264,18 @@ def run(config: Config) -> None:
             policy = Policy(config, ranks)
             share = DeviceShare(config, policy)
             state = None
-            if saved:
-                tracker.message(f"resuming from {saved[-1]}")
-                _, state = checkpoint.load(policy, saved[-1])
+            for sentence in damaged or ():
+                tracker.message(sentence)
+            if found.folder:
+                tracker.message(f"resuming from {found.folder}")
+                _, state = checkpoint.load(policy, found.folder)
             share.policy_leaves()
             opening = partial(open_side, config, folder, stack, tracker, resumed + 1, state)
             side = parallel.on_main(ranks, opening) or Side(folder)
             if ranks.is_main:
                 claim(folder, config)  # not before: a run that could not start leaves its name free for corrected settings
+                if config.run.stop_after == "none":
+                    forget_after(folder, resumed)
         train(config, policy, side, tracker, share, resumed + 1)
         if ranks.is_main:
             finish(config, folder, tracker)

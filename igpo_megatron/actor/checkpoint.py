@@ -4,7 +4,8 @@
         model/          dist_checkpointing: weights, optimizer, RNG state; loads at any TP x PP x CP x EP x DP
         hf/             config, tokenizer and chat template of the policy
         metadata.json   what this folder is (read by checkpoint_conversion)
-        state.json      step, prompt stream, optimizer steps; written last
+        state.json      step, prompt stream, optimizer steps
+        checksums.json  size and sum of every file; written last
 
 A save goes to a `.partial` folder that is renamed when all ranks are done, so a killed save never hurts the last good one.
 
@@ -32,7 +33,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from checkpoint_conversion.convert import write_metadata
 from checkpoint_conversion.folders import copy_config
-from igpo_megatron.actor import megatron_fixes
+from igpo_megatron.actor import checkpoint_sums, megatron_fixes, parallel
+from igpo_megatron.actor.checkpoint_sums import Sums
 from igpo_megatron.actor.checkpoint_writer import write_in_thread
 from igpo_megatron.actor.policy import Policy
 from igpo_megatron.types import RunStopped
@@ -66,6 +68,8 @@ class Pending:
     request: AsyncRequest
     writer: threading.Thread | None
     """None on a rank that has nothing to write."""
+    sums: Sums
+    """Of the files this rank wrote, once the writer is done."""
 
 
 def save(policy: Policy, checkpoints: Path, step: int, state: dict[str, Any], keep: int) -> Path:
@@ -86,11 +90,13 @@ def save(policy: Policy, checkpoints: Path, step: int, state: dict[str, Any], ke
     sharded = _sharded_state(policy, loading=False)
     if policy.config.checkpoint.in_background:
         request = dist_checkpointing.save(sharded, str(partial / "model"), content_metadata=SHARDING, async_sharded_save=True)
-        policy.pending_save = Pending(final, keep, state, own, request, write_in_thread(request))
+        sums: Sums = {}
+        writer = write_in_thread(request, lambda: sums.update(checkpoint_sums.of_rank(partial, policy.ranks.rank)))
+        policy.pending_save = Pending(final, keep, state, own, request, writer, sums)
         return final
     dist_checkpointing.save(sharded, str(partial / "model"), content_metadata=SHARDING)
     dist.barrier()
-    _complete(policy, final, state, own, keep)
+    _complete(policy, final, state, own, keep, checkpoint_sums.of_rank(partial, policy.ranks.rank))
     return final
 
 
@@ -114,18 +120,20 @@ def finish(policy: Policy, *, wait: bool) -> bool:
             complete_part()
     except CheckpointException as error:  # the main rank knows what happened on which rank
         raise RunStopped(f"{pending.final.name} could not be written: {error}") from None
-    _complete(policy, pending.final, pending.run, pending.own, pending.keep)
+    _complete(policy, pending.final, pending.run, pending.own, pending.keep, pending.sums)
     return True
 
 
-def _complete(policy: Policy, final: Path, state: dict[str, Any], own: dict[str, Any], keep: int) -> None:
-    """What makes a folder whole: the policy's description, then the marker, then the name."""
+def _complete(policy: Policy, final: Path, state: dict[str, Any], own: dict[str, Any], keep: int, sums: Sums) -> None:
+    """What makes a folder whole: the policy's description, the run's state, the sums of all files, then the name. Collective."""
     partial = final.with_suffix(".partial")
+    everyones = parallel.gather(sums)
     if policy.ranks.is_main:
         (partial / "hf").mkdir()
         copy_config(policy.config.model.path, partial / "hf")
         write_metadata(partial, model_type=policy.shape.model_type, vocab_multiple=policy.config.model.vocab_multiple)
-        (partial / "state.json").write_text(json.dumps({**own, "run": state}, indent=2), encoding="utf-8")
+        (partial / "state.json").write_text(json.dumps({**own, "checksums": True, "run": state}, indent=2), encoding="utf-8")
+        checkpoint_sums.write(partial, {name: found for rank in everyones for name, found in rank.items()})
         _sync_to_disk(partial)
         if final.exists():  # the same step saved again after a resume
             shutil.rmtree(final)

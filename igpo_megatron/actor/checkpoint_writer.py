@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,10 +16,10 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
 
-def write_in_thread(request: AsyncRequest) -> threading.Thread | None:
+def write_in_thread(request: AsyncRequest, afterwards: Callable[[], None]) -> threading.Thread | None:
     """Copy this rank's part of a save to host memory, then write it by a thread; None where it has no part.
 
-    What the thread raises reaches every rank when the request is finalized.
+    The thread ends with `afterwards`. What it raises reaches every rank when the request is finalized.
     """
     if request.async_fn is None:
         return None
@@ -28,7 +29,7 @@ def write_in_thread(request: AsyncRequest) -> threading.Thread | None:
     buckets = [
         (path, key, (pieces, [(item, _own(tensor)) for item, tensor in tensors])) for path, key, (pieces, tensors) in request.preload_fn()
     ]
-    writer = threading.Thread(target=_write, args=(transforms, buckets, results), name="checkpoint writer")
+    writer = threading.Thread(target=_write, args=(transforms, buckets, results, afterwards), name="checkpoint writer")
     writer.start()
     return writer
 
@@ -38,7 +39,7 @@ def _own(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.is_pinned() else tensor.clone()
 
 
-def _write(transforms: list[Any], buckets: list[Any], results: Any) -> None:
+def _write(transforms: list[Any], buckets: list[Any], results: Any, afterwards: Callable[[], None]) -> None:
     written: dict[int, list[Any]] = {}
     for number, bucket in enumerate(buckets):
         answers: queue.Queue[tuple[int, Any]] = queue.Queue()
@@ -50,4 +51,9 @@ def _write(transforms: list[Any], buckets: list[Any], results: Any) -> None:
             results.put(answer)
             return
         written[number] = answer
+    try:
+        afterwards()
+    except OSError as error:
+        results.put(error)
+        return
     results.put(written)

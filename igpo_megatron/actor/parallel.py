@@ -178,6 +178,11 @@ def memory_in_use(device: torch.device) -> int:
     return psutil.Process().memory_info().rss
 
 
+def place() -> tuple[int, int]:
+    """(rank, number of ranks)."""
+    return dist.get_rank(), dist.get_world_size()
+
+
 def barrier() -> None:
     """Return when every rank is here."""
     dist.barrier()

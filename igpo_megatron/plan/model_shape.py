@@ -47,7 +47,7 @@ KNOWN: dict[str, dict[str, Any]] = {
     "Qwen3-235B-A22B": _config("qwen3_moe", 4096, 12288, 94, 64, 4, 151936, moe_intermediate_size=1536, **_EXPERTS),
     "Llama-3.1-8B": _config("llama", 4096, 14336, 32, 32, 8, 128256, **_LLAMA),
     "Llama-3.1-70B": _config("llama", 8192, 28672, 80, 64, 8, 128256, **_LLAMA),
-    "Mistral-7B-v0.3": _config("mistral", 4096, 14336, 32, 32, 8, 32768),
+    "Mistral-7B-v0.3": _config("mistral", 4096, 14336, 32, 32, 8, 32768, sliding_window=None),
     "Mixtral-8x7B": _config("mixtral", 4096, 14336, 32, 32, 8, 32000, num_local_experts=8, num_experts_per_tok=2),
 }
 """Name -> the part of config.json that decides size and time. Instruct and Base models of a size have the same."""

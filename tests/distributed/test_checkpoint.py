@@ -16,11 +16,11 @@ from test_layouts import row_loss, with_off_policy_logprobs
 
 from checkpoint_conversion.convert import megatron_to_hf
 from checkpoint_conversion.hf_folder import HfReader
-from igpo_megatron.actor import checkpoint, checkpoint_writer
+from igpo_megatron.actor import checkpoint, checkpoint_sums, checkpoint_writer
 from igpo_megatron.actor.policy import Policy
 from igpo_megatron.actor.weight_sync import named_weights
 from igpo_megatron.packing.tree import pack_for_training, step_counts
-from igpo_megatron.types import RolloutGroup, RunStopped
+from igpo_megatron.types import RolloutGroup, RunStopped, UserError
 
 SMALL = {"optim__lr": 1e-3}
 
@@ -159,3 +159,37 @@ def test_only_the_newest_checkpoints_are_kept_and_half_written_ones_are_not_seen
     shutil.copytree(tmp_path / "step_000003", tmp_path / "step_000005")
     (tmp_path / "step_000005" / "state.json").unlink()
     assert checkpoint.complete(tmp_path)[-1].name == "step_000003"
+
+
+def resume_from_damaged(policy: Policy, folder: Path) -> list[str]:
+    """What every rank finds as the checkpoints are damaged one by one; the last of three was written behind training."""
+    found = []
+    for step in (1, 2, 3):
+        checkpoint.save(policy, folder, step, {"saved": step}, keep=3)
+    checkpoint.finish(policy, wait=True)
+    for step, rank in ((4, 0), (3, 1), (2, 0), (1, 1)):
+        if step < 4 and policy.ranks.is_main:
+            shard = folder / f"step_{step:06d}" / "model" / f"__{rank}_0.distcp"
+            content = shard.read_bytes()
+            shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        torch.distributed.barrier()
+        try:
+            newest = checkpoint_sums.newest_whole(folder)
+            assert newest.folder is not None
+            found.append(f"{checkpoint.load(policy, newest.folder)} past {[path.name for path in newest.passed_over]}")
+        except UserError as error:
+            found.append(str(error))
+    return found
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_all_ranks_go_back_to_the_same_whole_checkpoint(hf_folders: dict[str, Path], tmp_path: Path, in_background: bool) -> None:
+    config = make_config(hf_folders["qwen2_tied"], parallel__tensor=2, checkpoint__in_background=in_background)
+    left, right = run_ranks(resume_from_damaged, config, tmp_path)
+    assert left == right
+    assert left[:3] == [
+        "(3, {'saved': 3}) past []",
+        "(2, {'saved': 2}) past ['step_000003']",
+        "(1, {'saved': 1}) past ['step_000003', 'step_000002']",
+    ]
+    assert left[3].startswith(f"no checkpoint in {tmp_path} is whole (step_000003: model/__1_0.distcp does not hold what was written")

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -73,7 +75,9 @@ def finished(demo: DemoRuns) -> Iterator[Finished]:
     end([*doomed, *family(first.pid)])
     first.communicate()
     left = sorted(checkpoints.iterdir())
+    damage_newest(checkpoints)
     second = demo.start(command)
+    wait_for((checkpoints / "step_000002.damaged").is_dir, second, timeout_s=100)
     wait_for((checkpoints / "step_000002").is_dir, second, timeout_s=250)
     processes = family(second.pid)
     output, _ = second.communicate(timeout=100)
@@ -82,8 +86,16 @@ def finished(demo: DemoRuns) -> Iterator[Finished]:
     end([*processes, *doomed])
 
 
+def damage_newest(checkpoints: Path) -> None:
+    """A checkpoint of step 2 whose shard is cut, and an evaluation of the steps behind it."""
+    shutil.copytree(checkpoints / "step_000001", checkpoints / "step_000002")
+    os.truncate(next((checkpoints / "step_000002" / "model").glob("*.distcp")), 1000)
+    (checkpoints.parent / "eval" / f"step_{STEPS:06d}.json").write_text("{}", encoding="utf-8")
+
+
 def test_a_killed_run_resumes_and_leaves_everything_a_run_should(finished: Finished) -> None:
     assert [path.name for path in finished.left_after_kill] == ["step_000001", "step_000002.partial"]
+    assert "step_000002 is damaged (model/__" in finished.output and "bytes where" in finished.output
     assert "resuming from" in finished.output and "step_000001" in finished.output
     summary = json.loads((finished.folder / "summary.json").read_text())
     for moment in ("before", "after"):
@@ -96,7 +108,8 @@ def test_a_killed_run_resumes_and_leaves_everything_a_run_should(finished: Finis
     assert [row["step"] for row in rows] == [1, 2, 3]
     # fp32 on both sides: engine and trainer may differ by rounding only, before and after every sync.
     assert all(math.isfinite(row["loss"]) and row["canary_gap"] < 1e-3 and row["logprob_gap_max"] < 1e-3 for row in rows)
-    assert [path.name for path in sorted((finished.folder / "checkpoints").iterdir())] == ["step_000001", "step_000002", "step_000003"]
+    kept = [path.name for path in sorted((finished.folder / "checkpoints").iterdir())]
+    assert kept == ["step_000001", "step_000002", "step_000002.damaged", "step_000003"]
     assert (finished.folder / "report.html").stat().st_size > 10_000
 
 

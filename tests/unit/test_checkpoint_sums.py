@@ -1,0 +1,134 @@
+"""A damaged checkpoint is named, and a run goes on from the newest one that is whole."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from test_conversion import hf_folder
+
+from checkpoint_conversion.convert import hf_to_megatron
+from igpo_megatron.actor import checkpoint_sums, parallel
+from igpo_megatron.actor.checkpoint_sums import Found, damage, newest_whole, set_aside
+from igpo_megatron.run import RunFolder, forget_after
+from igpo_megatron.types import UserError
+
+STATE = {"step": 1, "optimizer_steps": 2, "layout": [1, 1, 1], "run": {"prompts": None}}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sums")
+    hf_to_megatron(hf_folder(folder / "hf", "qwen2"), folder / "megatron", max_shard_bytes=60_000)
+    return folder / "megatron"
+
+
+def make(weights: Path, checkpoints: Path, step: int, *, sums: bool = True) -> Path:
+    """A checkpoint as a run leaves it; without `sums` as one before there were any."""
+    folder = checkpoints / f"step_{step:06d}"
+    shutil.copytree(weights, folder)
+    (folder / "model" / "common.pt").write_bytes(b"common")
+    (folder / "state.json").write_text(json.dumps({**STATE, "step": step, **({"checksums": True} if sums else {})}))
+    if sums:
+        checkpoint_sums.write(folder, checkpoint_sums.of_rank(folder, 0))
+    return folder
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("part", ["model/__0_1.distcp", "model/.metadata", "hf/config.json", "state.json", "checksums.json"])
+@pytest.mark.parametrize("harm", [cut, flip, empty, Path.unlink])
+def test_a_file_that_is_not_what_was_written_is_named(weights: Path, tmp_path: Path, part: str, harm: Callable[[Path], None]) -> None:
+    folder = make(weights, tmp_path, 1)
+    assert damage(folder) == []
+    harm(folder / part)
+    problems = damage(folder)
+    # A bit of checksums.json lies in the sum or the name of some other file.
+    assert problems and (part in problems[0] or (part, harm) == ("checksums.json", flip))
+    assert all("\n" not in problem for problem in problems)
+
+
+def test_the_ranks_shares_cover_every_file_once(weights: Path, tmp_path: Path) -> None:
+    folder = make(weights, tmp_path, 1)
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "checksums.json"]
+    assert len(files) > 6
+    for path in files:
+        flip(path)
+    found = [problem.split()[0] for part in range(3) for problem in damage(folder, part, 3)]
+    assert sorted(found) == sorted(path.relative_to(folder).as_posix() for path in files)
+
+
+@pytest.mark.parametrize("part", ["model/__0_1.distcp", "model/.metadata", "hf/config.json", "state.json"])
+@pytest.mark.parametrize("harm", [cut, empty, Path.unlink])
+def test_of_a_checkpoint_without_sums_what_is_cut_or_lost_is_named(
+    weights: Path, tmp_path: Path, part: str, harm: Callable[[Path], None]
+) -> None:
+    folder = make(weights, tmp_path, 1, sums=False)
+    assert damage(folder) == []
+    harm(folder / part)
+    assert Path(part).name in damage(folder)[0] or Path(part).parent.name in damage(folder)[0]
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank, without a process group."""
+    monkeypatch.setattr(parallel, "place", lambda: (0, 1))
+    monkeypatch.setattr(parallel, "broadcast", lambda value: value)
+    monkeypatch.setattr(parallel, "gather", lambda value: [value])
+
+
+@pytest.mark.usefixtures("alone")
+def test_the_newest_whole_checkpoint_is_found_and_the_damaged_ones_are_set_aside(weights: Path, tmp_path: Path) -> None:
+    assert newest_whole(tmp_path / "none") == Found()
+    for step in (2, 4, 6, 8):
+        make(weights, tmp_path, step)
+    shutil.copytree(tmp_path / "step_000008", tmp_path / "step_000010.partial")
+    flip(tmp_path / "step_000006" / "model" / "__0_0.distcp")
+    cut(tmp_path / "step_000008" / "state.json")
+    found = newest_whole(tmp_path)
+    assert found.folder == tmp_path / "step_000004"
+    (tmp_path / "step_000008.damaged").mkdir()
+    first, second = set_aside(found)
+    assert "step_000008 is damaged (state.json has" in first and "step_000008.damaged-2" in first and "goes on from" in first
+    assert "step_000006 is damaged (model/__0_0.distcp does not hold what was written)" in second
+    assert (tmp_path / "step_000006.damaged" / "model" / "__0_0.distcp").is_file()
+    assert newest_whole(tmp_path) == Found(tmp_path / "step_000004")
+
+
+@pytest.mark.usefixtures("alone")
+def test_without_a_whole_checkpoint_the_run_stops_and_touches_nothing(weights: Path, tmp_path: Path) -> None:
+    for step in (2, 4):
+        (make(weights, tmp_path, step) / "model" / "__0_0.distcp").unlink()
+    (tmp_path / "step_000006").mkdir()
+    with pytest.raises(UserError) as error:
+        newest_whole(tmp_path)
+    said = str(error.value)
+    assert "step_000006: state.json is missing" in said and "step_000002: model/__0_0.distcp is missing" in said and "\n" not in said
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step_000002", "step_000004", "step_000006"]
+
+
+def test_steps_that_a_run_goes_back_behind_leave_no_rollouts_and_no_evaluation(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    names = ("step_000004.parquet", "step_000005.parquet"), ("step_000000.json", "step_000004.json", "step_000006_greedy.parquet", "notes")
+    for place, files in zip((folder.rollouts, folder.eval), names, strict=True):
+        place.mkdir()
+        for name in files:
+            (place / name).touch()
+    forget_after(folder, 4)
+    assert [path.name for path in folder.rollouts.iterdir()] == ["step_000004.parquet"]
+    assert sorted(path.name for path in folder.eval.iterdir()) == ["notes", "step_000000.json", "step_000004.json"]
