@@ -21,6 +21,7 @@ setup(
         "bm25s",
         "einops",
         "jinja2",
+        "lxml",
         "megatron-core==0.16.1; python_version < '3.12'",
         "megatron-core>=0.16.1; python_version >= '3.12'",
         "numpy",
