@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from datetime import UTC, datetime
+from itertools import chain
 from typing import Any
 
 from igpo_megatron.config.schema import Reward, Rollout
@@ -41,8 +42,8 @@ class ChatFormat:
         self.protocol = PROTOCOLS[rollout.protocol]
         self._tools = ToolSet(rollout.tool_name, rollout.max_queries, rollout.extra_tools)
         native = rollout.tool_in_prompt and self.protocol.tool_messages
-        self._template = Template(tokenizer, tool_schemas(self._tools) if native else (), now)
-        self.turn_ends = turn_ends(tokenizer, self._template)
+        self.template = Template(tokenizer, tool_schemas(self._tools) if native else (), now)
+        self.turn_ends = turn_ends(tokenizer, self.template)
         """Tokens that end a turn; the first is the one that the template writes behind an assistant's message."""
 
         added = [token.content for token in tokenizer.added_tokens_decoder.values() if not token.special and len(token.content) > 1]
@@ -65,38 +66,38 @@ class ChatFormat:
                     parts.append(instructions)
                 else:
                     self._before_question = f"{instructions}\n\nQuestion: "
-            elif not self._template.describes_tools:
+            elif not self.template.describes_tools:
                 parts.append(tool_instructions(self._tools))
         self._system = "\n\n".join(parts) if parts else None
-        if self._system is not None and not self._template.takes_system:
-            self._template.notes.append(f"{self._template.system_problem}, so the instruction stands in the first user message")
+        if self._system is not None and not self.template.takes_system:
+            self.template.notes.append(f"{self.template.system_problem}, so the instruction stands in the first user message")
             self._before_question, self._system = f"{self._system}\n\n{self._before_question}", None
 
     def _place_frame(self) -> None:
         """What surrounds a result, and what each turn begins with."""
         forced = FORCED_TEXT if self._rollout.force_think else ""
         if self.protocol.tool_messages:
-            frame = self._template.frame(self.end_of_turn, self._rollout.tool_name)
+            frame = self.template.frame(self.end_of_turn, self._rollout.tool_name)
         else:  # turns behind the first go on in the same message
             frame = Frame(*self.protocol.result, opening="", quoting=Quoting(), role="assistant")
-        self._quoting = frame.quoting
-        self._before_tool, self._after_tool = self._encode(frame.before), self._encode(frame.after)
-        self._closes_turn = self.end_of_turn in self._before_tool and self.protocol.tool_messages
-        if self._closes_turn:  # the policy has sampled it already
-            self._before_tool = self._before_tool[self._before_tool.index(self.end_of_turn) + 1 :]
-        self._openings = [(self._encode(text), text) for text in (self._template.opening or forced, frame.opening or forced)]
-        # A turn that is opened is not opened again by its probe.
+        self.frame, self._quoting = frame, frame.quoting
+        before, self._after_tool = self._encode(frame.before), self._encode(frame.after)
+        spaces, end, behind = _partition(before, self.end_of_turn)
+        self._closes_turn = bool(end) and self.protocol.tool_messages and not self._tokenizer.decode(spaces).strip()
+        self._before_tool = behind if self._closes_turn else before  # the policy has sampled what closes its turn
+        self._openings = [(self._encode(text), text) for text in (self.template.opening or forced, frame.opening or forced)]
+        # What opens every turn is not opened again by its probe.
         template = self._reward.probe_template
-        self._probe_template = template.removeprefix(FORCED_TEXT) if self._template.opening else template
+        self._probe_template = template.removeprefix(FORCED_TEXT) if all(text for _, text in self._openings) else template
         self._ends = self._tokenizer.convert_ids_to_tokens(list(self.turn_ends))
-        control = self._template.control_texts(frame.before, frame.after, *self._ends)
+        control = self.template.control_texts(frame.before, frame.after, *self._ends)
         spelled = sorted(control.difference(*([f"<{tag}>", f"</{tag}>"] for tag in ALL_TAGS)), key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, spelled))) if spelled else None
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What is done where the chat template lacks something, one sentence each; to be said once."""
-        return tuple(self._template.notes)
+        return tuple(self.template.notes)
 
     @property
     def end_of_turn(self) -> int:
@@ -104,8 +105,13 @@ class ChatFormat:
         return self.turn_ends[0]
 
     def opening(self, turn: int) -> tuple[list[int], str]:
-        """Ids and text that begin turn `turn`, from 1, unsampled: the template's own `<think>` or a forced one; empty where there is none."""
+        """Ids and text that begin turn `turn`, from 1, unsampled: the template's own `<think>`, or a forced one, or nothing."""
         return self._openings[turn > 1]
+
+    def frame_ids(self, ended_by: int | None = None) -> tuple[list[int], list[int]]:
+        """Ids before and after a result. Behind a turn that `ended_by` ended and not the template's own token, they begin with that one."""
+        ended = ended_by in (None, self.end_of_turn) or not self._closes_turn
+        return self._before_tool if ended else [self.end_of_turn, *self._before_tool], self._after_tool
 
     @property
     def forced_ids(self) -> list[int]:
@@ -119,9 +125,13 @@ class ChatFormat:
 
     def open(self, question: str) -> tuple[list[int], str]:
         """The prompt's ids and text: system message, tools, question, and the assistant's first message up to its opening."""
-        head: list[Message] = [{"role": "system", "content": self._system}] if self._system is not None else []
-        text = self._template.open([*head, {"role": "user", "content": self._before_question + question}])
+        text = self.template.open(self.messages(question))
         return self._encode(text), text
+
+    def messages(self, question: str) -> list[Message]:
+        """The conversation before the first turn."""
+        head: list[Message] = [{"role": "system", "content": self._system}] if self._system is not None else []
+        return [*head, {"role": "user", "content": self._before_question + question}]
 
     def observation(self, text: str, budget: int, ended_by: int | None = None) -> tuple[list[int], str]:
         """Ids and shown text of a tool result with `text`, up to where the policy goes on: in a new message, or in the same one.
@@ -137,11 +147,8 @@ class ChatFormat:
         content = self._encode_foreign(self._quoting(text))
         if len(content) > room:
             content, text = self._cut(text, content, room)
-        return [*self._before_result(ended_by), *content, *self._after_tool], text
-
-    def _before_result(self, ended_by: int | None) -> list[int]:
-        ended = ended_by in (None, self.end_of_turn) or not self._closes_turn
-        return self._before_tool if ended else [self.end_of_turn, *self._before_tool]
+        before, after = self.frame_ids(ended_by)
+        return [*before, *content, *after], text
 
     def _cut(self, text: str, content: list[int], room: int) -> tuple[list[int], str]:
         """The beginning of `text`, whose ids are `content`, in at most `room` ids."""
@@ -159,7 +166,7 @@ class ChatFormat:
 
     def frame_size(self, ended_by: int | None) -> int:
         """Ids of an empty tool message behind a turn that `ended_by` ended."""
-        return len(self._before_result(ended_by)) + len(self._after_tool)
+        return sum(map(len, self.frame_ids(ended_by)))
 
     def count_tokens(self, text: str) -> int:
         """Tokens that `text` takes as a tool's result."""
@@ -185,7 +192,7 @@ class ChatFormat:
     def render_hidden_probe(self, answer: str, ended_by: int | None = None) -> tuple[list[int], tuple[int, int]]:
         """The probe as `render_probe` gives it, behind an empty tool message and the next turn's opening; `ended_by` as above."""
         token_ids, (start, stop) = self.render_probe(answer)
-        before = [*self._before_result(ended_by), *self._after_tool, *self.opening(2)[0]]
+        before = [*chain.from_iterable(self.frame_ids(ended_by)), *self.opening(2)[0]]
         return [*before, *token_ids], (start + len(before), stop + len(before))
 
     def decode(self, token_ids: list[int]) -> str:
@@ -225,3 +232,9 @@ class ChatFormat:
             pieces.append(text[start : spelled.start() + 1])
             start = spelled.start() + 1
         return [token for piece in (*pieces, text[start:]) for token in self._encode(piece, split_special_tokens=True)]
+
+
+def _partition(ids: list[int], token: int) -> tuple[list[int], list[int], list[int]]:
+    """As str.partition."""
+    place = ids.index(token) if token in ids else len(ids)
+    return ids[:place], ids[place : place + 1], ids[place + 1 :]

@@ -60,7 +60,7 @@ class EnginePool:
         embedding = _embedding_rows(config.model.path)
         ends = turn_ends(tokenizer, Template(tokenizer) if tokenizer.chat_template else None)
         if ends[0] >= embedding:
-            raise UserError(f"the end-of-turn token {ends[0]} is beyond the {embedding} rows of the model's embedding: a turn could never end")
+            raise UserError(f"the end-of-turn token {ends[0]} is beyond the {embedding} rows of the model's embedding: no turn could end")
         self._stop_tokens = tuple(token for token in ends if token < embedding)
         self._limits = sampling_limits(tokenizer, embedding)
         self._stop_strings = PROTOCOLS[config.rollout.protocol].stop

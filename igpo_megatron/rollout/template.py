@@ -71,7 +71,10 @@ class Frame:
 
     quoting: Quoting
     role: str
-    """Of the message that carries the result: `tool`, or `user` where the template has no place for tools."""
+    """Of the message that carries the result: `tool`, `user` where the template has no place for tools, or `assistant` where it is none."""
+
+    messages: tuple[Message, ...] = ()
+    """The marked question, turn and result that the template wrote."""
 
 
 class Template:
@@ -100,7 +103,7 @@ class Template:
             text = self._tokenizer.apply_chat_template(
                 list(messages), tools=self._tools, add_generation_prompt=generate, tokenize=False, **held
             )
-        except Exception as error:  # a template can raise anything
+        except Exception as error:  # noqa: BLE001 (a template can raise anything)
             roles = " and ".join(message["role"] for message in messages)
             raise TemplateProblem(f"the chat template cannot write a conversation of {roles}: {error} ({self._line_of(error)})") from None
         assert isinstance(text, str)
@@ -206,7 +209,7 @@ class Template:
             before = end + before.partition(end)[2]
         after += self._missing_header(conversation, TOOL)
         opening = _opened(after)
-        return Frame(before, after.removesuffix(opening), opening, self._quoting(conversation, text), role)
+        return Frame(before, after.removesuffix(opening), opening, self._quoting(conversation, text), role, tuple(messages))
 
     def _quoting(self, conversation: list[Message], marked: str) -> Quoting:
         """The rule by which the last message's text is written."""

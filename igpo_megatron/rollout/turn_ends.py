@@ -19,7 +19,8 @@ MOST_BARRED = 1024
 def turn_ends(tokenizer: Any, template: Template | None) -> tuple[int, ...]:
     """Every token that ends a turn, the template's own first. Raises UserError where there is none."""
     written = template.end_of_turn() if template is not None else None
-    found = [written, tokenizer.eos_token_id, *_eos_of_files(Path(tokenizer.name_or_path))]
+    folder = tokenizer.name_or_path
+    found = [written, tokenizer.eos_token_id, *(_eos_of_files(Path(folder)) if folder else ())]
     ends = tuple(dict.fromkeys(token for token in found if token is not None))
     if not ends:
         raise UserError(
@@ -43,8 +44,8 @@ def sampling_limits(tokenizer: Any, vocab_size: int) -> dict[str, Any]:
     if len(real) <= MOST_BARRED:
         return {"allowed_token_ids": real}
     raise UserError(
-        f"the model's embedding has {vocab_size:,} rows, {len(barred):,} of them without a token in its tokenizer; vLLM can keep the policy "
-        f"from sampling {MOST_BARRED:,} at most: give the model its own tokenizer, or cut vocab_size and the embedding"
+        f"the model's embedding has {vocab_size:,} rows, {len(barred):,} of them without a token in its tokenizer; vLLM can keep the "
+        f"policy from sampling {MOST_BARRED:,} at most: give the model its own tokenizer, or cut vocab_size and the embedding"
     )
 
 
