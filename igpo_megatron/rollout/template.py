@@ -223,7 +223,7 @@ class Template:
         for quoting in QUOTINGS:
             if all(found[text] == start + quoting(text) + stop for text in _SAMPLES):
                 return quoting
-        raise TemplateProblem(f"the chat template rewrites the text of {last['role']} messages ({self._closest(last['role'])})")
+        raise TemplateProblem(f"the chat template rewrites the text of {last['role']} messages ({self._closest(last['role'], 'content')})")
 
     def _missing_header(self, conversation: list[Message], mark: str) -> str:
         """What the template writes in front of an assistant's message, where it should open one behind `mark` and does not."""
@@ -236,7 +236,9 @@ class Template:
         text = self.render([*conversation, follows], generate=False).rpartition(mark)[2]
         header, found, _ = text.partition(follows["content"])
         header = _EMPTY_THINK.sub("", header)
-        if not found or not header.startswith(shown):
+        if not found:
+            raise TemplateProblem(f"the chat template leaves out assistant messages ({self._closest('assistant')})")
+        if not header.startswith(shown):
             raise TemplateProblem(f"the chat template does not open the assistant's turn ({self._closest('add_generation_prompt')})")
         header = header.removeprefix(shown)
         header = header if header.strip() else ""  # a space there is the assistant's to write
@@ -252,10 +254,11 @@ class Template:
         number = getattr(error, "lineno", None) or (numbers[-1] if numbers else None)
         return self._shown(number) if number else "no line of it"
 
-    def _closest(self, word: str) -> str:
-        """The line that has most to do with `word`: its last mention, in quotes if there is one, else where messages are written."""
+    def _closest(self, *words: str) -> str:
+        """The line that has most to do with `words`: the last that quotes the first, or names the last, or reads messages."""
         lines = self._source().splitlines()
-        for pattern in (rf"['\"]{re.escape(word)}['\"]", re.escape(word), r"\bmessages\b", ""):
+        quoted = [rf"['\"]{re.escape(word)}['\"]" for word in words]
+        for pattern in (*quoted, *(re.escape(word) for word in reversed(words)), r"\bmessages\b", ""):
             for number in range(len(lines), 0, -1):
                 if re.search(pattern, lines[number - 1]):
                     return self._shown(number)
