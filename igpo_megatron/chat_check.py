@@ -63,7 +63,8 @@ class ScriptedPolicy:
 
     def __init__(self, chat: ChatFormat, tokenizer: Any, tool_name: str) -> None:
         self._chat, self._tokenizer = chat, tokenizer
-        self._actions = iter([ToolCall(tool_name, ("author of Hamlet",)), Answer(ANSWER)])
+        script: list[ToolCall | Answer] = [ToolCall(tool_name, ("author of Hamlet",)), Answer(ANSWER)]
+        self._actions = iter(script)
         self._turn = 0
 
     async def generate(self, token_ids: list[int], **_: object) -> Completion:
