@@ -81,16 +81,15 @@ class ChatFormat:
         else:  # turns behind the first go on in the same message
             frame = Frame(*self.protocol.result, opening="", quoting=Quoting(), role="assistant")
         self.frame, self._quoting = frame, frame.quoting
-        before, self._after_tool = self._encode(frame.before), self._encode(frame.after)
-        spaces, end, behind = _partition(before, self.end_of_turn)
-        self._closes_turn = bool(end) and self.protocol.tool_messages and not self._tokenizer.decode(spaces).strip()
-        self._before_tool = behind if self._closes_turn else before  # the policy has sampled what closes its turn
+        self._whole_before, self._after_tool = self._encode(frame.before), self._encode(frame.after)
+        self._before_tool = self._behind(self.end_of_turn)
         self._openings = [(self._encode(text), text) for text in (self.template.opening or forced, frame.opening or forced)]
         # What opens every turn is not opened again by its probe.
         template = self._reward.probe_template
         self._probe_template = template.removeprefix(FORCED_TEXT) if all(text for _, text in self._openings) else template
-        self._ends = self._tokenizer.convert_ids_to_tokens(list(self.turn_ends))
-        control = self.template.control_texts(frame.before, frame.after, *self._ends)
+        ends = self._tokenizer.convert_ids_to_tokens(list(self.turn_ends))
+        control = self.template.control_texts(frame.before, frame.after, *ends)
+        self._ends = [end for end in ends if end in control]
         spelled = sorted(control.difference(*([f"<{tag}>", f"</{tag}>"] for tag in ALL_TAGS)), key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, spelled))) if spelled else None
 
@@ -110,8 +109,13 @@ class ChatFormat:
 
     def frame_ids(self, ended_by: int | None = None) -> tuple[list[int], list[int]]:
         """Ids before and after a result. Behind a turn that `ended_by` ended and not the template's own token, they begin with that one."""
-        ended = ended_by in (None, self.end_of_turn) or not self._closes_turn
-        return self._before_tool if ended else [self.end_of_turn, *self._before_tool], self._after_tool
+        return self._before_tool if ended_by is None else self._behind(ended_by), self._after_tool
+
+    def _behind(self, ended_by: int) -> list[int]:
+        """What the frame still lacks before the result: the policy may have sampled its first token."""
+        before = self._whole_before
+        place = before.index(ended_by) if ended_by in self.turn_ends and ended_by in before else -1
+        return before[place + 1 :] if not self._tokenizer.decode(before[: max(place, 0)]).strip() else before
 
     @property
     def forced_ids(self) -> list[int]:
@@ -232,9 +236,3 @@ class ChatFormat:
             pieces.append(text[start : spelled.start() + 1])
             start = spelled.start() + 1
         return [token for piece in (*pieces, text[start:]) for token in self._encode(piece, split_special_tokens=True)]
-
-
-def _partition(ids: list[int], token: int) -> tuple[list[int], list[int], list[int]]:
-    """As str.partition."""
-    place = ids.index(token) if token in ids else len(ids)
-    return ids[:place], ids[place : place + 1], ids[place + 1 :]

@@ -136,6 +136,21 @@ def test_equal_seeds_sample_equal_tokens(pool: EnginePool) -> None:
     assert len({tuple(done.token_ids) for done in first}) > 1
 
 
+def test_rows_of_the_embedding_without_a_token_are_never_sampled(pool: EnginePool) -> None:
+    """The embedding has 656 rows, the tokenizer 650 tokens; these weights make one of the six the likeliest everywhere."""
+    reader = HfReader(POLICY)
+    embedding = reader.get("model.embed_tokens.weight").clone()
+    model = policy()
+    hidden = model(torch.tensor([PROMPT]), output_hidden_states=True).hidden_states[-1][0, -1].detach()
+    embedding[650:] = 50 * hidden / hidden.norm() ** 2
+    assert int((embedding @ hidden).argmax()) >= 650
+    names = reader.names()
+    pool.update_weights(((name, embedding if "embed_tokens" in name else reader.get(name)) for name in names), 5)
+    for temperature in (0.0, 1.0):
+        assert all(token < 650 for done in generate(pool, 8, temperature, max_tokens=4) for token in done.token_ids)
+    send(pool, 6, 1.0)
+
+
 def test_hundreds_of_seeded_requests_with_long_prompts_do_not_hurt_the_engine(pool: EnginePool) -> None:
     found = generate(pool, 200, 1.0, max_tokens=8, prompt=PROMPT * 40)
     assert len(found) == 200 and all(done.finish in ("stop", "length") for done in found)

@@ -260,7 +260,7 @@ def test_every_eos_of_the_models_files_is_cut_and_a_template_frame_follows_it(tm
     assert hidden[1] == (hidden[0] if not PROTOCOLS[protocol].tool_messages else [2, *hidden[0]])
 
 
-@pytest.mark.parametrize(("eos", "stops"), [(0, (2, 0)), ([0, 2, 1], (2, 0, 1)), ([2, 5000], (2,))])
+@pytest.mark.parametrize(("eos", "stops"), [(0, (2, 0)), ([0, 2, 1], (2, 0, 1)), ([2, 5000, 653], (2,))])
 def test_engines_stop_at_every_eos_and_bar_rows_of_the_embedding_without_a_token(
     tmp_path: Path, eos: object, stops: tuple[int, ...]
 ) -> None:
@@ -268,6 +268,7 @@ def test_engines_stop_at_every_eos_and_bar_rows_of_the_embedding_without_a_token
     pool = EnginePool(build({"model": {"path": str(model(tmp_path, eos))}, "run": {"device": "cpu"}}))
     assert pool._stop_tokens == stops
     assert pool._limits == {"logit_bias": dict.fromkeys(range(650, 656), float("-inf"))}
+    assert form_of(AutoTokenizer.from_pretrained(tmp_path), tool_in_prompt=False).turn_ends == stops
 
 
 def test_padding_is_barred_by_the_shorter_list_or_refused() -> None:
@@ -342,6 +343,19 @@ def test_a_base_models_own_eos_is_not_taken_for_the_template_end(tmp_path: Path)
     form = form_of(words, tool_in_prompt=False)
     assert form.end_of_turn == 2 and form.turn_ends == (2, 0)
     assert decode(words, form.observation("x", 100)[0]).startswith("\n<|im_start|>user\n<tool_response>\nx")
+
+
+def test_an_end_that_opens_the_next_template_message_is_not_written_twice() -> None:
+    """GLM's policies end a call with <|observation|>, which stands in front of the result, and its template writes no other end."""
+    source = "{% for m in messages %}<|{{ 'observation' if m.role == 'tool' else m.role }}|>\n{{ m.content }}{% endfor %}"
+    words = with_template(source + "{% if add_generation_prompt %}<|assistant|>\n{% endif %}")
+    words.add_tokens(["<|user|>", "<|assistant|>", "<|observation|>", "<|system|>"], special_tokens=True)
+    observation, eos = words.convert_tokens_to_ids("<|observation|>"), words.eos_token_id
+    form = form_of(words)
+    form.turn_ends = (eos, observation)
+    assert decode(words, form.frame_ids(eos)[0]) == decode(words, form.frame_ids()[0]) == "<|observation|>\n"
+    assert decode(words, form.frame_ids(observation)[0]) == "\n"
+    assert decode(words, form.frame_ids()[1]) == "<|assistant|>\n"
 
 
 # ---- calls
