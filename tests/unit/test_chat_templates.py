@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import re
+import unicodedata
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from transformers import AutoTokenizer
+from typer.testing import CliRunner
 
-from igpo_megatron import chat_check
+from igpo_megatron import chat_check, cli
 from igpo_megatron.algorithms.rewards import own_turns, score
 from igpo_megatron.config.load import build
 from igpo_megatron.config.schema import Reward, Rollout
@@ -141,11 +143,14 @@ def rendered(words: Any, form: ChatFormat, turns: list[str], results: list[str])
     return str(words.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False, strftime_now=NOW.strftime))
 
 
-PLAIN = st.text(st.characters(codec="utf-8", exclude_characters="<>\0\r|"), max_size=60)
+# The demo's tokenizer composes characters (NFC), so text comes composed and without marks that compose with what stands before them.
+PLAIN = st.text(st.characters(codec="utf-8", exclude_categories=["M"], exclude_characters="<>\0\r|"), max_size=60).map(
+    lambda text: unicodedata.normalize("NFC", text)
+)
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "r1_distill"])
-@settings(max_examples=40, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(thoughts=st.tuples(PLAIN, PLAIN), results=st.tuples(PLAIN, PLAIN))
 def test_appended_tokens_spell_what_the_template_renders(name: str, thoughts: tuple[str, ...], results: tuple[str, ...]) -> None:
     """Two rounds; one where roles must alternate. R1's template drops thoughts, Mistral's the system text: nothing to compare with."""
@@ -388,7 +393,7 @@ def test_a_bare_call_as_llamas_template_asks_for_it_is_a_call(text: str, action:
         assert PROTOCOLS["hermes"].final_answer([text]) == "Paris"
 
 
-@settings(max_examples=150, deadline=None, database=None)
+@settings(max_examples=150, deadline=None, database=None, derandomize=True)
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.text(max_size=8),
@@ -490,6 +495,21 @@ def test_doctor_chat_can_be_read_without_colour_and_tells_what_the_template_lack
     for source in chat_check.SOURCES:
         assert re.search(rf"│ {source} +│", text), source
     assert len(re.findall(r"│ sampled +│ yes", text)) == 2 and len(re.findall(r"│ yes", text)) == 2
+
+
+@pytest.mark.parametrize(
+    ("template", "code", "words"), [(None, 0, "a turn ends with: <|im_end|> (2)"), ("{{ 1 + }}", 2, "error: the chat template")]
+)
+def test_igpo_doctor_chat_prints_a_conversation_or_one_template_sentence(
+    tmp_path: Path, template: str | None, code: int, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "_stay_offline", lambda: None)  # it sets this process's environment
+    folder = model(tmp_path, 2)
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template)
+    (tmp_path / "run.yaml").write_text(f"model: {{path: {folder}}}\n")
+    done = CliRunner().invoke(cli.app, ["doctor", "chat", str(tmp_path / "run.yaml")])
+    assert done.exit_code == code and words in done.output, done.output
 
 
 def test_doctor_chat_names_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
