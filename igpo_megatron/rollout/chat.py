@@ -46,6 +46,8 @@ class ChatFormat:
         self.turn_ends = turn_ends(tokenizer, self.template)
         """Tokens that end a turn; the first is the one that the template writes behind an assistant's message."""
 
+        pieces = [tokenizer.encode(text, add_special_tokens=False) for text in ("a", "b", "\n")]
+        self._lead: list[int] = [] if tokenizer.decode([*pieces[0], *pieces[1]]) == "ab" else pieces[2]
         added = [token.content for token in tokenizer.added_tokens_decoder.values() if not token.special and len(token.content) > 1]
         self._added = re.compile("|".join(map(re.escape, added))) if added else None
         self._place_instructions(now.date().isoformat())
@@ -130,7 +132,7 @@ class ChatFormat:
     def open(self, question: str) -> tuple[list[int], str]:
         """The prompt's ids and text: system message, tools, question, and the assistant's first message up to its opening."""
         text = self.template.open(self.messages(question))
-        return self._encode(text), text
+        return self._tokenizer.encode(text, add_special_tokens=False), text
 
     def messages(self, question: str) -> list[Message]:
         """The conversation before the first turn."""
@@ -226,7 +228,11 @@ class ChatFormat:
         return self.protocol.parse(text, self._tools)
 
     def _encode(self, text: str, **options: Any) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False, **options)
+        """Ids of text that stands behind other text: without the space that tokenizers such as Mistral's put in front of what they get."""
+        lead = self._lead if text else []
+        ids: list[int] = self._tokenizer.encode("\n" + text if lead else text, add_special_tokens=False, **options)
+        assert ids[: len(lead)] == lead, f"the tokenizer joins a line break with {text[:20]!r}"
+        return ids[len(lead) :]
 
     def _encode_foreign(self, text: str) -> list[int]:
         """Ids of text that others wrote: no id in it stands for a control token, though the text may spell one."""

@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import re
+import string
 import unicodedata
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +17,9 @@ from chat_templates import ENDS, POLICY, TOKENS, family, with_template
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, normalizers
+from tokenizers.models import BPE
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from igpo_megatron import chat_check, cli
@@ -180,6 +183,26 @@ def test_ids_are_those_of_the_rendered_template_text(name: str) -> None:
     turn, result = said(name, "I see."), 'He said "Rome".\nThen left.'
     ids = [*prompt, *words.encode(turn, add_special_tokens=False), form.end_of_turn, *form.observation(result, 1000)[0]]
     assert ids == words.encode(rendered(words, form, [turn], [result]), add_special_tokens=False)
+
+
+def test_a_tokenizer_that_puts_a_space_in_front_adds_none_to_a_template_frame() -> None:
+    """Mistral's and Llama 2's do: each piece that is encoded alone would begin with one."""
+    marks = ["<s>", "</s>", "[INST]", "[/INST]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"]
+    letters = BPE({letter: number for number, letter in enumerate(["\u2581", *string.printable])}, [])
+    pieces = Tokenizer(letters)
+    pieces.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    pieces.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    words = PreTrainedTokenizerFast(
+        tokenizer_object=pieces, bos_token="<s>", eos_token="</s>", chat_template=family("mistral").chat_template
+    )
+    words.add_tokens(marks, special_tokens=True)
+    form = form_of(words, system_prompt=None)
+    turn, result = said("mistral", "I see."), "Rome.\nYes"
+    ids = [*form.open("Where?")[0], *words.encode(turn, add_special_tokens=False), form.end_of_turn]
+    ids += form.observation(result, 1000)[0]
+    assert decode(words, ids) == decode(words, words.encode(rendered(words, form, [turn], [result]), add_special_tokens=False))
+    shown = decode(words, form.observation("Rome [INST]", 1000)[0])
+    assert shown.endswith('{"content": Rome [INST], "call_id": "call00001"}[/TOOL_RESULTS]')
 
 
 def test_a_template_that_opens_no_turn_behind_a_result_gets_a_whole_next_frame() -> None:
