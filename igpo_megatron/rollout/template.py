@@ -105,7 +105,8 @@ class Template:
             )
         except Exception as error:  # noqa: BLE001 (a template can raise anything)
             roles = " and ".join(message["role"] for message in messages)
-            raise TemplateProblem(f"the chat template cannot write a conversation of {roles}: {error} ({self._line_of(error)})") from None
+            said = " ".join(str(error).split())
+            raise TemplateProblem(f"the chat template cannot write a conversation of {roles}: {said} ({self._line_of(error)})") from None
         assert isinstance(text, str)
         return text
 

@@ -444,6 +444,7 @@ def test_untrusted_bare_json_is_a_call_an_answer_or_malformed(value: object) -> 
     [
         ("{{ 1 +\n }}", r"cannot write a conversation of user: .* \(line 2: \}\}\)$"),
         ("\n{{ messages[0].content + 3 }}", r"cannot write a conversation of user: can only concatenate .* \(line 2: "),
+        ("{{ raise_exception('No\\nroles') }}", r"cannot write a conversation of user: No roles \(line 1: "),
         ("{% for m in messages %}\n{{ m.role }}{% endfor %}", r"leaves out the user's message \(line 1: "),
         (
             "{% for m in messages %}\n{% if m.role != 'assistant' %}{{ m.content }}{% endif %}{% endfor %}",
