@@ -121,7 +121,7 @@ def test_entropies_are_those_of_transformers_over_all_tokens_or_the_likeliest(po
 
     for top in (-1, 10):
         done = asyncio.run(ask(top))
-        logits = model(torch.tensor([[*PROMPT, *done.token_ids]])).logits[0, len(PROMPT) - 1 : -1].detach() / 0.7
+        logits = model(torch.tensor([[*PROMPT, *done.token_ids]])).logits[0, len(PROMPT) - 1 : -1, :TOKENS].detach() / 0.7
         logprobs = torch.log_softmax(logits, -1)
         kept = logprobs if top == -1 else logprobs.topk(10).values
         found, expected = torch.tensor(done.entropies), -(kept.exp() * kept).sum(-1)
