@@ -287,6 +287,18 @@ def doctor_probes(
         raise typer.Exit(probe_check.main(settings))
 
 
+@doctor_app.command("chat")
+def doctor_chat(
+    config: Annotated[Path, typer.Argument(help="YAML file that names the model and the protocol.")], overrides: Overrides = None
+) -> None:
+    """Show one conversation of two turns in the model's chat template: where each token comes from, and which are trained."""
+    from igpo_megatron import chat_check
+
+    _stay_offline()
+    with _one_sentence():
+        raise typer.Exit(chat_check.main(load(config, overrides or [])))
+
+
 @doctor_app.command("tools")
 def doctor_tools(
     config: Annotated[Path, typer.Argument(help="YAML file that says what is searched with.")],

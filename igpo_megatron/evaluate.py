@@ -6,6 +6,7 @@ questions ──Rollouter (sampled n times, greedy once)──> groups ──sco
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import random
@@ -21,6 +22,8 @@ from igpo_megatron.observability.metrics import num_calls, status_counts
 from igpo_megatron.observability.rollout_dump import write_rollouts
 from igpo_megatron.protocols import PROTOCOLS
 from igpo_megatron.types import Prompt, RolloutGroup, UserError
+
+logger = logging.getLogger(__name__)
 
 GREEDY_STEP, SAMPLED_STEP = -1, -2
 """Step numbers that keep evaluation's sampling seeds apart from training's."""
@@ -223,6 +226,8 @@ def evaluate_checkpoint(config: Config, model: Path | None, out: Path) -> dict[s
         require(config, None)
         out.mkdir(parents=True, exist_ok=True)
         chat = ChatFormat(AutoTokenizer.from_pretrained(folder), config.rollout, config.reward)
+        for note in chat.notes:
+            logger.warning(note)
         prompts = questions(config)
         progress = stack.enter_context(Progress(transient=True))
         task = progress.add_task("starting engines", total=1.0)

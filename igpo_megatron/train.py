@@ -197,6 +197,8 @@ def open_side(config: Config, folder: RunFolder, stack: ExitStack, tracker: Trac
         from igpo_megatron.rollout.chat import ChatFormat
 
         side.chat = ChatFormat(AutoTokenizer.from_pretrained(config.model.path), config.rollout, config.reward)
+        for note in side.chat.notes:
+            logger.warning(note)
     if config.run.replay is not None:
         side.replay = replayed(config.run.replay, config, first_step)
         return side

@@ -21,6 +21,9 @@ from igpo_megatron.types import Node, Prompt, RolloutGroup, Trajectory
 RenderProbe = Callable[[str], tuple[list[int], tuple[int, int]]]
 """answer -> (token ids of the probe text, [start, stop) of the answer's tokens in them), already capped in length."""
 
+RenderHidden = Callable[[str, int], tuple[list[int], tuple[int, int]]]
+"""(answer, last token of the turn before) -> the same, behind an empty tool message."""
+
 MIXED_VERSION_GAINS = "mixed_version_gains"
 """Key in `RolloutGroup.metrics`: gains lost because the weights changed between their two values."""
 
@@ -28,7 +31,7 @@ NONFINITE_GAINS = "nonfinite_gains"
 """Key in `RolloutGroup.metrics`: gains lost to a log-probability that was not finite."""
 
 
-def add_probes(group: RolloutGroup, render_probe: RenderProbe, config: Reward, render_hidden: RenderProbe | None = None) -> None:
+def add_probes(group: RolloutGroup, render_probe: RenderProbe, config: Reward, render_hidden: RenderHidden | None = None) -> None:
     """Hang probe leaves at the parent of every action of every trained trajectory: one per parent and probed alias.
 
     With `config.evidence` a second one hangs at every action that another follows, rendered by `render_hidden`: the frame of a tool
@@ -41,8 +44,11 @@ def add_probes(group: RolloutGroup, render_probe: RenderProbe, config: Reward, r
     if config.gain == "none":
         return
     probes = rendered_probes(group.prompt, render_probe, config)
-    hidden = rendered_probes(group.prompt, render_hidden, config) if config.evidence and render_hidden else []
     probed: set[int] = set()
+
+    def hidden(last_token: int) -> Sequence[tuple[str, list[int], tuple[int, int]]]:
+        assert render_hidden is not None, "evidence needs a way to hide a result"
+        return rendered_probes(group.prompt, lambda answer: render_hidden(answer, last_token), config)
 
     def hang(parent: int, finished_turns: int, leaves: Sequence[tuple[str, list[int], tuple[int, int]]]) -> None:
         if parent in probed:
@@ -59,8 +65,8 @@ def add_probes(group: RolloutGroup, render_probe: RenderProbe, config: Reward, r
         actions = [number for number in trajectory.path if group.nodes[number].kind == "action"]
         for finished_turns, parent in enumerate(_action_parents(group, trajectory)):
             hang(parent, finished_turns, probes)
-        for turn, action in enumerate(actions[:-1], start=1):
-            hang(action, turn, hidden)
+        for turn, action in enumerate(actions[:-1] if config.evidence and render_hidden else (), start=1):
+            hang(action, turn, hidden(group.nodes[action].token_ids[-1]))
 
 
 def turn_gains(group: RolloutGroup, config: Reward) -> None:

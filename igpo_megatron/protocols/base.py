@@ -25,6 +25,9 @@ class Malformed:
 
 Action = ToolCall | Answer | Malformed
 
+ALL_TAGS = ("think", "tool_call", "tool_response", "answer", "code", "search", "visit", "python", "information", "result")
+"""Tags of all protocols: what a policy may write, and what its format check judges."""
+
 
 @dataclass(frozen=True, slots=True)
 class ToolSet:

@@ -1,6 +1,7 @@
 """Native tool calls of Qwen and Hermes models, as their chat templates write them: thinking is optional, calls need no answer tag.
 
     (<think>...</think>) text <tool_call>\\n{"name": ..., "arguments": {...}}\\n</tool_call> (<tool_call>...)
+    (<think>...</think>) {"name": ..., "parameters": {...}}, the whole turn, as Llama 3 writes a call
     (<think>...</think>) the answer, or text with <answer>the answer</answer> in it
 
 A turn without a call is the answer. Several searches in one turn are one call with several queries.
@@ -13,13 +14,14 @@ from collections.abc import Sequence
 
 from igpo_megatron.protocols.base import Action, Answer, Malformed, ToolProtocol, ToolSet, balanced
 from igpo_megatron.protocols.igpo import refuse_tags
-from igpo_megatron.protocols.json_calls import call_json, parse_call
+from igpo_megatron.protocols.json_calls import bare_call, call_json, parse_call
 from igpo_megatron.types import ToolCall
 from igpo_megatron.untrusted import clean_text
 
 TAGS = ("think", "tool_call", "answer")
 _CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_CONTROL_AT_END = re.compile(r"(?:\s*<\|[^<>|\s]+\|>)+\s*\Z")
 
 
 def parse(text: str, tools: ToolSet) -> Action:
@@ -33,8 +35,11 @@ def parse(text: str, tools: ToolSet) -> Action:
     calls = [parse_call(body, tools) for body in _CALL.findall(said)]
     if calls:
         return _one_call(calls, tools)
+    if (call := bare_call(said, tools)) is not None:
+        return call
     found = _ANSWER.search(said)
-    answer = (found.group(1) if found else said).strip()
+    # Texts from elsewhere may still end with the token that ended the turn.
+    answer = (found.group(1) if found else _CONTROL_AT_END.sub("", said)).strip()
     return Answer(answer) if answer else Malformed("neither an answer nor a tool call")
 
 

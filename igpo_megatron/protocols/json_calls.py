@@ -1,4 +1,7 @@
-"""Calls as JSON, `{"name": ..., "arguments": {...}}`, and the tools as chat templates want them: shared by IGPO and Hermes."""
+"""Calls as JSON, `{"name": ..., "arguments": {...}}`, and the tools as chat templates want them: shared by IGPO and Hermes.
+
+Llama 3 calls its arguments `parameters`, and writes a call without tags.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,9 @@ from igpo_megatron.untrusted import BadJson, json_loads_untrusted
 ARGUMENTS = {"visit": ("url", "goal"), "python": ("code",)}
 """Extra tool -> its arguments in the order of `ToolCall.queries`; the first is required."""
 
+ARGUMENT_KEYS = ("arguments", "parameters")
+"""Where a call holds its arguments; the first that is there counts."""
+
 
 def parse_call(body: str, tools: ToolSet) -> ToolCall | Malformed:
     """One call. A tool that does not exist is well-formed if it asks for something: the policy is told which ones there are."""
@@ -20,9 +26,10 @@ def parse_call(body: str, tools: ToolSet) -> ToolCall | Malformed:
         call = json_loads_untrusted(body)
     except BadJson as error:
         return Malformed(f"the tool call is not JSON: {error}")
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str) or not call["name"] or "arguments" not in call:
+    keys = [key for key in ARGUMENT_KEYS if key in call] if isinstance(call, dict) else []
+    if not keys or not isinstance(call.get("name"), str) or not call["name"]:
         return Malformed("the tool call needs a name and arguments")
-    name, arguments = call["name"], call["arguments"]
+    name, arguments = call["name"], call[keys[0]]
     if name in tools.extra:
         return _extra_call(name, arguments)
     given = arguments.get("query") if isinstance(arguments, dict) else None
@@ -31,6 +38,19 @@ def parse_call(body: str, tools: ToolSet) -> ToolCall | Malformed:
     if not texts:
         return Malformed("the tool call has no query")
     return ToolCall(name, tuple(texts[: tools.max_queries]))
+
+
+def bare_call(text: str, tools: ToolSet) -> ToolCall | Malformed | None:
+    """The call that is the whole text, without tags, as Llama 3 writes it; None where the text is something else."""
+    body = text.strip().removeprefix("<|python_tag|>").strip()
+    if not (body.startswith("{") and body.endswith("}") and '"name"' in body):
+        return None
+    try:
+        found = json_loads_untrusted(body)
+    except BadJson:
+        return None
+    is_call = isinstance(found.get("name"), str) and any(isinstance(found.get(key), dict) for key in ARGUMENT_KEYS)
+    return parse_call(body, tools) if is_call else None
 
 
 def _extra_call(name: str, arguments: Any) -> ToolCall | Malformed:
@@ -59,6 +79,18 @@ def tool_schema(name: str) -> dict[str, Any]:
 def tool_schemas(tools: ToolSet) -> list[dict[str, Any]]:
     """All tools as chat templates want them."""
     return [tool_schema(tools.search), *(EXTRA_SCHEMAS[name] for name in tools.extra)]
+
+
+def tool_instructions(tools: ToolSet) -> str:
+    """What the policy is told of the tools where its chat template says nothing of them."""
+    schemas = "\n".join(json.dumps(schema["function"], ensure_ascii=False) for schema in tool_schemas(tools))
+    return (
+        "You can call these tools, as often as you need. Each line describes one, with its parameters as a JSON schema:\n"
+        f"<tools>\n{schemas}\n</tools>\n"
+        "To call a tool, write its name and arguments as JSON between <tool_call> and </tool_call> and end your turn; "
+        "its result will be shown to you:\n"
+        '<tool_call>\n{"name": "the tool\'s name", "arguments": {"its parameter": "a value"}}\n</tool_call>'
+    )
 
 
 def _schema(name: str, description: str, properties: dict[str, Any], required: Sequence[str]) -> dict[str, Any]:

@@ -105,9 +105,10 @@ async def run_trajectory(
     used = len(group.context(path[-1]))
     room = config.max_context - probe_tokens
     for turn in range(group.nodes[path[-1]].turn + 1, config.max_turns + 1):
-        if chat.forced_ids:
-            path.append(_shared_child(group, path[-1], "forced", chat.forced_ids, chat.forced_text, turn))
-            used += len(chat.forced_ids)
+        opening_ids, opening = chat.opening(turn)
+        if opening_ids:
+            path.append(_shared_child(group, path[-1], "forced", opening_ids, opening, turn))
+            used += len(opening_ids)
         if used >= room:
             return Trajectory(path, Status.TRUNCATED_CONTEXT)
         if prober is not None:
@@ -138,7 +139,7 @@ async def run_trajectory(
             return Trajectory(path, Status.ENGINE_FAILED, reason="the engine aborted the request")
         if completion.finish == "length":
             return Trajectory(path, Status.TRUNCATED_TOKENS if max_tokens == config.max_tokens_per_turn else Status.TRUNCATED_CONTEXT)
-        wanted = chat.parse(chat.forced_text + (chat.asking_text if asked else "") + text)
+        wanted = chat.parse(opening + (chat.asking_text if asked else "") + text)
         if asked and isinstance(wanted, ToolCall):
             wanted = Malformed("asked for its answer, the policy called a tool")
         if isinstance(wanted, Answer):
@@ -153,10 +154,12 @@ async def run_trajectory(
         if shown.failure is not None:
             status = Status.TOOL_FAILED if config.failed_search == "mask" else Status.ENDED_BY_TOOL
             return Trajectory(path, status, reason=shown.failure)
-        budget = min(config.max_observation_tokens + chat.frame_tokens, room - used - len(chat.forced_ids) - 1)
-        if budget <= chat.frame_tokens:
+        ended_by = completion.token_ids[-1]
+        frame = chat.frame_size(ended_by)
+        budget = min(config.max_observation_tokens + frame, room - used - len(chat.opening(turn + 1)[0]) - 1)
+        if budget <= frame:
             return Trajectory(path, Status.TRUNCATED_CONTEXT)
-        ids, cut = chat.observation(shown.text, budget)
+        ids, cut = chat.observation(shown.text, budget, ended_by)
         path.append(group.add(Node(path[-1], "observation", ids, turn, cut)))
         used += len(ids)
     raise AssertionError("the last turn always ends the trajectory")

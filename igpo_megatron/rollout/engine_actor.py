@@ -8,7 +8,7 @@ import itertools
 import math
 import os
 import re
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from typing import Any
 
 from igpo_megatron.config.schema import ArpoBranching, Branching, Config
@@ -45,14 +45,16 @@ class EngineActor:
         self._requests = itertools.count()
         self._engine: Any = None
         self._returns_experts = False
+        self._limits: Mapping[str, Any] = {}
         self._copy: SharedWeights | None = None
         # Closed while weights are exchanged: a request that came in between would be tagged with weights that never saw it.
         self._gate = asyncio.Event()
 
-    async def start(self, options: dict[str, Any], weights_path: str | None) -> None:
+    async def start(self, options: dict[str, Any], weights_path: str | None, limits: Mapping[str, Any]) -> None:
         """Load the model; returns when requests can be served. Raises EngineLost where a signal ended vLLM meanwhile.
 
-        `weights_path`: the file of later weights on this machine; None to keep a copy of it here.
+        `weights_path`: the file of later weights on this machine; None to keep a copy of it here. `limits`: SamplingParams that keep every
+        turn to the tokenizer's tokens.
         """
         from vllm.config import WeightTransferConfig
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
@@ -61,6 +63,7 @@ class EngineActor:
 
         extension = {"worker_extension_cls": "igpo_megatron.rollout.weight_transfer.WorkerExtension"}
         self._returns_experts = "enable_return_routed_experts" in options
+        self._limits = limits
         arguments = AsyncEngineArgs(**{**extension, **options}, weight_transfer_config=WeightTransferConfig(backend=BACKEND))
         try:
             self._engine = AsyncLLM.from_engine_args(arguments)
@@ -85,7 +88,7 @@ class EngineActor:
         max_tokens: int,
         temperature: float,
         seed: int,
-        stop: int,
+        stops: Sequence[int],
         stop_strings: tuple[str, ...] = (),
         top_logprobs: int = 0,
         experts_from: int | None = None,
@@ -101,7 +104,8 @@ class EngineActor:
             max_tokens=max_tokens,
             seed=seed if temperature > 0 else None,
             logprobs=top_logprobs,
-            stop_token_ids=[stop],
+            stop_token_ids=list(stops),
+            **self._limits,
             # Only a protocol of tags needs the engine to read along; the ids stay as sampled, those of the tag included.
             detokenize=bool(stop_strings),
             stop=list(stop_strings),

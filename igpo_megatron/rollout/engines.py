@@ -28,10 +28,12 @@ from igpo_megatron.rollout.engine_actor import EngineLost
 from igpo_megatron.rollout.fleet import EngineState, Fleet, Member, is_lost
 from igpo_megatron.rollout.ray_cluster import RayCluster, cause
 from igpo_megatron.rollout.self_test import self_test_scoring
+from igpo_megatron.rollout.template import Template
 from igpo_megatron.rollout.transports import EngineReceiver, ObjectStore, SharedMemory
+from igpo_megatron.rollout.turn_ends import sampling_limits, turn_ends
 from igpo_megatron.rollout.weight_send import Transfer, Transport, export, fingerprints
 from igpo_megatron.rollout.weight_store import Bucket, SharedWeights
-from igpo_megatron.types import Canary, Completion, ProbeScore, SyncError
+from igpo_megatron.types import Canary, Completion, ProbeScore, SyncError, UserError
 from igpo_megatron.waits import ENGINES, waiting
 
 _OPERATION_TIMEOUT_S = 600
@@ -53,7 +55,14 @@ class EnginePool:
         self._config = config
         self._engine = config.rollout.engine
         self._cuda = _uses_cuda(config)
-        self._stop_token, self._vocab_size = _end_of_turn(config.model.path)
+        tokenizer = _tokenizer(config.model.path)
+        self._vocab_size = len(tokenizer)
+        embedding = _embedding_rows(config.model.path)
+        ends = turn_ends(tokenizer, Template(tokenizer) if tokenizer.chat_template else None)
+        if ends[0] >= embedding:
+            raise UserError(f"the end-of-turn token {ends[0]} is beyond the {embedding} rows of the model's embedding: no turn could end")
+        self._stop_tokens = tuple(token for token in ends if token < embedding)
+        self._limits = sampling_limits(tokenizer, embedding)
         self._stop_strings = PROTOCOLS[config.rollout.protocol].stop
         self._cluster: RayCluster | None = None
         self._weights: SharedWeights | None = None
@@ -76,6 +85,7 @@ class EnginePool:
                 self._weights.path,
                 cuda=self._cuda,
                 stop_strings=bool(self._stop_strings),
+                limits=self._limits,
                 fill=self._fill,
             )
             self._fleet.start()
@@ -117,7 +127,7 @@ class EnginePool:
         experts_from: int | None = None,
     ) -> Completion:
         """Sample one turn, on the engine that serves `key` if it can. Raises EngineError when none can in time."""
-        arguments = (token_ids, max_tokens, temperature, seed, self._stop_token, self._stop_strings, top_logprobs, experts_from)
+        arguments = (token_ids, max_tokens, temperature, seed, self._stop_tokens, self._stop_strings, top_logprobs, experts_from)
         number, found = await self._ask(key, "a turn", lambda actor: actor.generate.remote(*arguments))
         ids, logprobs, finish, version, entropies, experts = found
         self._require_known(version, number)
@@ -396,9 +406,14 @@ def _uses_cuda(config: Config) -> bool:
     return torch.cuda.is_available()
 
 
-def _end_of_turn(model: Path) -> tuple[int, int]:
-    """End-of-turn token and number of tokens."""
+def _tokenizer(model: Path) -> Any:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    return tokenizer.eos_token_id, len(tokenizer)
+    return AutoTokenizer.from_pretrained(model)
+
+
+def _embedding_rows(model: Path) -> int:
+    """Rows of the model's embedding; there may be more of them than tokens."""
+    from transformers import AutoConfig
+
+    return int(AutoConfig.from_pretrained(model).get_text_config().vocab_size)

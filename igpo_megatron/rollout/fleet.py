@@ -14,7 +14,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
@@ -75,11 +75,23 @@ class Fleet:
     """All engines of a run."""
 
     def __init__(
-        self, config: Config, cluster: RayCluster, weights: Path, *, cuda: bool, stop_strings: bool, fill: Callable[[Member], None]
+        self,
+        config: Config,
+        cluster: RayCluster,
+        weights: Path,
+        *,
+        cuda: bool,
+        stop_strings: bool,
+        fill: Callable[[Member], None],
+        limits: Mapping[str, Any] | None = None,
     ) -> None:
-        """`weights`: the file of later weights; `fill` makes an engine that has started HEALTHY, or raises EngineError, SyncError."""
+        """`weights`: the file of later weights; `fill` makes an engine that has started HEALTHY, or raises EngineError, SyncError.
+
+        `limits`: SamplingParams that keep every turn to the tokenizer's tokens.
+        """
         self._config, self._engine, self._cluster = config, config.rollout.engine, cluster
         self._cuda, self._stop_strings, self._weights, self._fill = cuda, stop_strings, weights, fill
+        self._limits = limits or {}
         self.members = [Member(number) for number in range(self._engine.count)]
         self.problem: RunStopped | None = None
         """Why the run cannot go on."""
@@ -232,7 +244,7 @@ class Fleet:
         member.is_local = self._is_here(member, node)
         shares_file = member.is_local and self._config.sync.transport != "object_store"
         options = engine_options(self._config, cuda=self._cuda, stop_strings=self._stop_strings)
-        return member.actor.start.remote(options, str(self._weights) if shares_file else None)
+        return member.actor.start.remote(options, str(self._weights) if shares_file else None, self._limits)
 
     def _is_here(self, member: Member, node: str) -> bool:
         """A Ray node is that of the main rank."""

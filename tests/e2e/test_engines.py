@@ -24,6 +24,8 @@ from igpo_megatron.types import Canary, Completion, SyncError
 
 POLICY = Path(__file__).parents[2] / "examples/quickstart/policy"
 PROMPT = [1, 85, 96, 110, 64, 87, 2]
+TOKENS = 650
+"""Of the tokenizer: the six further rows of the embedding are never sampled, so sampled log-probs leave them out; scores do not."""
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +75,9 @@ def policy(scale: float = 1.0) -> torch.nn.Module:
     return model
 
 
-def logprobs(model: torch.nn.Module, token_ids: list[int], temperature: float = 1.0) -> torch.Tensor:
-    """Log-prob of every token but the first."""
-    logits = model(torch.tensor([token_ids])).logits[0, :-1].detach() / temperature
+def logprobs(model: torch.nn.Module, token_ids: list[int], temperature: float = 1.0, rows: int | None = None) -> torch.Tensor:
+    """Log-prob of every token but the first, among the first `rows` of the embedding."""
+    logits = model(torch.tensor([token_ids])).logits[0, :-1, :rows].detach() / temperature
     return torch.log_softmax(logits, -1).gather(-1, torch.tensor(token_ids[1:])[:, None])[:, 0]
 
 
@@ -106,7 +108,7 @@ def canary_of(scale: float) -> Canary:
 def test_sampled_log_probs_are_those_of_transformers_at_the_sampling_temperature(pool: EnginePool, temperature: float) -> None:
     model = policy()
     for done in generate(pool, 4, temperature):
-        expected = logprobs(model, [*PROMPT, *done.token_ids], temperature)[len(PROMPT) - 1 :]
+        expected = logprobs(model, [*PROMPT, *done.token_ids], temperature, TOKENS)[len(PROMPT) - 1 :]
         assert torch.allclose(torch.tensor(done.logprobs), expected, atol=1e-4)
     assert not torch.allclose(torch.tensor(done.logprobs), logprobs(model, [*PROMPT, *done.token_ids], 1.3)[len(PROMPT) - 1 :], atol=1e-2)
 
@@ -119,7 +121,7 @@ def test_entropies_are_those_of_transformers_over_all_tokens_or_the_likeliest(po
 
     for top in (-1, 10):
         done = asyncio.run(ask(top))
-        logits = model(torch.tensor([[*PROMPT, *done.token_ids]])).logits[0, len(PROMPT) - 1 : -1].detach() / 0.7
+        logits = model(torch.tensor([[*PROMPT, *done.token_ids]])).logits[0, len(PROMPT) - 1 : -1, :TOKENS].detach() / 0.7
         logprobs = torch.log_softmax(logits, -1)
         kept = logprobs if top == -1 else logprobs.topk(10).values
         found, expected = torch.tensor(done.entropies), -(kept.exp() * kept).sum(-1)
@@ -134,6 +136,21 @@ def test_equal_seeds_sample_equal_tokens(pool: EnginePool) -> None:
     first, again = (generate(pool, 6, 1.0) for _ in range(2))
     assert [done.token_ids for done in first] == [done.token_ids for done in again]
     assert len({tuple(done.token_ids) for done in first}) > 1
+
+
+def test_rows_of_the_embedding_without_a_token_are_never_sampled(pool: EnginePool) -> None:
+    """The embedding has 656 rows, the tokenizer 650 tokens; these weights make one of the six the likeliest everywhere."""
+    reader = HfReader(POLICY)
+    embedding = reader.get("model.embed_tokens.weight").clone()
+    model = policy()
+    hidden = model(torch.tensor([PROMPT]), output_hidden_states=True).hidden_states[-1][0, -1].detach()
+    embedding[TOKENS:] = 50 * hidden / hidden.norm() ** 2
+    assert int((embedding @ hidden).argmax()) >= TOKENS
+    names = reader.names()
+    pool.update_weights(((name, embedding if "embed_tokens" in name else reader.get(name)) for name in names), 3)
+    for temperature in (0.0, 1.0):
+        assert all(token < TOKENS for done in generate(pool, 8, temperature, max_tokens=4) for token in done.token_ids)
+    send(pool, 4, 1.0)
 
 
 def test_hundreds_of_seeded_requests_with_long_prompts_do_not_hurt_the_engine(pool: EnginePool) -> None:
@@ -229,7 +246,7 @@ def test_requests_in_flight_outlive_a_sync_and_carry_the_weights_they_began_with
     def by(scale: float, number: int, done: Completion) -> torch.Tensor:
         """Tokens of a turn that the weights of `scale` sampled."""
         context = [*PROMPT, 40 + number]
-        expected = logprobs(policy(scale), context + done.token_ids)[len(context) - 1 :]
+        expected = logprobs(policy(scale), context + done.token_ids, rows=TOKENS)[len(context) - 1 :]
         return (torch.tensor(done.logprobs) - expected).abs() < 2e-4
 
     first, during, probes = asyncio.run(across())

@@ -71,6 +71,7 @@ def test_equal_keys_go_to_the_same_engine_and_others_are_spread() -> None:
     for key in "abcdefgh":
         for _ in range(2):
             asyncio.run(ask(pool, key))
+    assert actors[0].asked[0][4] == (2,)  # the tokens at which a turn stops
     assert sum(len(actor.asked) for actor in actors) == 16 and all(actor.asked and len(actor.asked) % 2 == 0 for actor in actors)
 
 

@@ -32,6 +32,7 @@ BELOW = {
 TOP = {
     "cli",
     "doctor",
+    "chat_check",
     "probe_check",
     "tool_check",
     "train",

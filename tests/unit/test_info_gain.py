@@ -187,7 +187,7 @@ def test_a_difference_between_two_weights_is_no_gain_and_is_counted():
     assert group.metrics["mixed_version_gains"] == 1.0
 
 
-def hidden(answer):
+def hidden(answer, last_token):
     """An empty tool message of three tokens before the probe."""
     token_ids, (start, stop) = render(answer)
     return [4, 4, 4, *token_ids], (start + 3, stop + 3)

@@ -211,12 +211,13 @@ def test_the_conversation_is_rendered_once_and_only_appended_to(name: str, templ
     # Whatever the text is, the frame's ids are the same and the content stands between them.
     frame, _ = form.observation("", 100)
     attacked, shown = form.observation(ATTACK, 1000)
-    assert shown == ATTACK and ATTACK in words.decode(attacked) and len(attacked) == len(frame) + form.count_tokens(ATTACK)
+    written = json.dumps(ATTACK)[1:-1] if template == LLAMA_LIKE and form.protocol.tool_messages else ATTACK
+    assert shown == ATTACK and written in words.decode(attacked) and len(attacked) == len(frame) + form.count_tokens(ATTACK)
     for control in words.added_tokens_decoder:  # of the demo: <think>, <answer>, <tool_call>, ... and <|im_end|>
         assert attacked.count(control) == frame.count(control)
     short, _ = form.observation(ATTACK, len(frame) + 5)
     closing = "assistant" if form.protocol.tool_messages else form.protocol.result[1]
-    assert len(short) == len(frame) + 5 and closing in words.decode(short[-form.frame_tokens :])
+    assert len(frame) < len(short) <= len(frame) + 5 and closing in words.decode(short[-form.frame_tokens :])
 
 
 def test_half_a_surrogate_pair_is_no_reason_to_stop() -> None:

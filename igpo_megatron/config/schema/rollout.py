@@ -181,10 +181,12 @@ class Rollout(Section):
     """Sampling temperature; policy log-probs are taken at the same temperature."""
 
     force_think: bool = True
-    """Append `<think>` to every turn's prompt, as published; forced tokens are never trained."""
+    """Append `<think>` to every turn's prompt, as published; forced tokens are never trained. A chat template that opens `<think>` itself
+    is given no second one, and its own counts as forced whatever this says."""
 
     system_prompt: str | None = None
-    """System message; null sends none. `{date}` becomes the date of the run's start."""
+    """System message; null sends none. `{date}` becomes the date of the run's start. Where the chat template takes no system message, the
+    text stands in the first user message."""
 
     protocol: Literal["igpo", "search_r1", "arpo", "hermes"] = "igpo"
     """How the policy writes calls and answers: IGPO's think + tool_call or answer, Search-R1's and ARPO's tags, or native tool calls of
@@ -212,8 +214,8 @@ class Rollout(Section):
     """For replay_successes: a trajectory whose reward is above this is a success."""
 
     tool_in_prompt: bool = True
-    """Describe the tools in the prompt, through the chat template's `tools` or the protocol's own text; false for a policy that was
-    taught the format."""
+    """Describe the tools in the prompt, through the chat template's `tools`, or in the instruction where the template or the protocol
+    shows none; false for a policy that was taught the format."""
 
     max_failed_fraction: Annotated[float, Field(ge=0, le=1)] = 0.2
     """A step in which more than this share of trajectories, or of searches, fails for reasons outside the policy stops the run.
