@@ -9,7 +9,6 @@ ARPO's (arXiv 2507.19849) are `reward.outcome=f1_multiset` and `reward.tool_bonu
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from igpo_megatron.protocols import PROTOCOLS, ToolProtocol
 from igpo_megatron.protocols.igpo import tags_balanced as tags_balanced
 from igpo_megatron.protocols.igpo import well_formed_answer
 from igpo_megatron.types import RolloutGroup, Status, Trajectory, UserError
+from igpo_megatron.untrusted import BadJson, json_loads_untrusted
 
 ALIAS_SEPARATOR = "<|answer_split|>"
 """Joins the accepted answers in the published ground-truth strings."""
@@ -108,8 +108,8 @@ def score_lines(path: str | Path) -> Iterator[dict[str, float | bool]]:
 def _solution_and_truth(line: bytes, where: str) -> tuple[str, str]:
     expected = 'expected {"solution": "...", "ground_truth": "..."}'
     try:
-        row = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        row = json_loads_untrusted(line)
+    except BadJson as error:
         raise UserError(f"{where}: not JSON ({error}); {expected}") from error
     if not isinstance(row, dict):
         raise UserError(f"{where}: found a JSON {type(row).__name__}; {expected}")

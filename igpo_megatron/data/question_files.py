@@ -278,9 +278,12 @@ def _ids(rows: Sequence[Row | Problem]) -> list[str]:
     absent or repeated (merged files repeat it)."""
     names = []
     for row in rows:
-        extra = row["extra_info"] if isinstance(row, dict) else {}
-        index = extra.get("index")
-        numbered = "-".join(str(part) for part in (row["data_source"], extra.get("split"), index) if part is not None) if extra else ""
-        names.append(index if isinstance(index, str) and index else numbered if index is not None else "")
+        if isinstance(row, Problem) or (index := row["extra_info"].get("index")) is None or index == "":
+            names.append("")
+        elif isinstance(index, str):
+            names.append(index)
+        else:
+            parts = (row["data_source"], row["extra_info"].get("split"), index)
+            names.append("-".join(str(part) for part in parts if part is not None))
     seen = Counter(names)
     return [name if name and seen[name] == 1 else f"{name or 'row'}#{number}" for number, name in enumerate(names)]
