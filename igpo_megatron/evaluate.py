@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from igpo_megatron.algorithms.rewards import score
 from igpo_megatron.config.schema import Config
-from igpo_megatron.data.prompts import read_prompts
+from igpo_megatron.data.question_files import read_prompts
 from igpo_megatron.observability.metrics import num_calls, status_counts
 from igpo_megatron.observability.rollout_dump import write_rollouts
 from igpo_megatron.protocols import PROTOCOLS
@@ -39,7 +39,7 @@ class RunsRollouts(Protocol):
 
 def questions(config: Config) -> list[Prompt]:
     """The held-out questions of a run: all, or the first `eval.questions` of a fixed shuffle that does not depend on the seed."""
-    prompts = [prompt for path in config.data.eval for prompt in read_prompts(path)]
+    prompts = [prompt for path in config.data.eval for prompt in read_prompts(path, config.data.layout, config.reward.outcome)]
     if 0 < config.eval.questions < len(prompts):
         random.Random(0).shuffle(prompts)
         by_source: dict[str, list[Prompt]] = {}
@@ -79,6 +79,7 @@ def evaluate(
             score(group, config.reward, PROTOCOLS[config.rollout.protocol], config.rollout.tool_name)
         write_rollouts(folder / f"step_{step:06d}_{name}.parquet", step, groups)
         report[name] = summarise(groups, config)
+        report[name]["too_long"] = len(prompts) - len(groups)
     path = folder / f"step_{step:06d}.json"
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(report, indent=2), encoding="utf-8")

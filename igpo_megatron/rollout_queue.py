@@ -14,6 +14,7 @@ because only new weights open the next one. With k = 0 a batch begins when it is
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 from collections import Counter
@@ -30,11 +31,16 @@ from igpo_megatron.algorithms.rewards import score
 from igpo_megatron.config.schema import Config
 from igpo_megatron.protocols import PROTOCOLS
 from igpo_megatron.search.tally import Tally, tally_metrics
-from igpo_megatron.types import RolloutGroup, RunStopped
+from igpo_megatron.types import Prompt, RolloutGroup, RunStopped
 
 if TYPE_CHECKING:
     from igpo_megatron.data.prompts import PromptStream, StreamState
     from igpo_megatron.rollout.rollouter import Rollouter
+
+logger = logging.getLogger(__name__)
+
+MOST_DRAWS = 100
+"""Times that a batch draws questions in place of those that do not fit the context."""
 
 
 @dataclass(slots=True)
@@ -48,6 +54,9 @@ class Batch:
     tallies: Mapping[str, Tally]
     asked: Counter[str] = field(default_factory=Counter)
     """Question id -> groups of it that were begun for this step: a question that comes again is sampled with other seeds."""
+
+    too_long: int = 0
+    """Questions drawn for it that do not fit the context: not asked, and not drawn again before the next epoch."""
 
     progress: float = 0.0
     rollouts: Future[list[RolloutGroup]] = field(default_factory=Future)
@@ -64,7 +73,10 @@ class RolloutQueue:
         *,
         first_step: int,
         on_progress: Callable[[float], None] | None = None,
+        too_long: Callable[[Prompt], str | None] = lambda prompt: None,
     ) -> None:
+        """`too_long`: why a question leaves no room for a turn, if so: the next one takes its place. Called by one thread at a time."""
+        self._too_long, self._told_too_long = too_long, False
         self._config, self._stream, self._rollouter, self._on_progress = config, stream, rollouter, on_progress
         self._batches: dict[int, Batch] = {}
         self._newest = first_step - 1
@@ -95,7 +107,7 @@ class RolloutQueue:
         batch = self._batches.pop(step)
         with self._drawing:
             self._stream.done(batch.ordinals)
-        return tally_metrics(batch.tallies)
+        return tally_metrics(batch.tallies) | {"questions_too_long": float(batch.too_long)}
 
     def state(self) -> StreamState:
         """For a checkpoint: a resumed run asks again what is under way or was not trained, and nothing else."""
@@ -105,7 +117,8 @@ class RolloutQueue:
     def _open_through(self, step: int) -> None:
         """Let the batches of all steps up to `step` begin."""
         for number in range(self._newest + 1, min(step, self._config.run.steps) + 1):
-            batch = Batch(number, self._draw(), self._rollouter.tallies())
+            batch = Batch(number, [], self._rollouter.tallies())
+            self._draw(batch)
             batch.rollouts = self._rollouter.start(self._roll_out(batch))
             self._batches[number], self._newest = batch, number
 
@@ -133,8 +146,7 @@ class RolloutQueue:
             spare += [group for group, equal in zip(groups, replaceable, strict=True) if equal]
             if len(kept) >= rollout.prompts_per_step or not left:
                 break
-            ordinals = self._draw()
-            batch.ordinals += ordinals
+            ordinals = self._draw(batch)
         groups = [*kept, *spare][: rollout.prompts_per_step]
         if ADVANTAGES[self._config.advantage.name].needs_greedy:
             greedy = await sample([group.prompt for group in groups], samples=1, temperature=0.0)
@@ -144,9 +156,31 @@ class RolloutQueue:
                 group.metrics[GREEDY_REWARD] = trajectory.reward if baseline.trained else math.nan
         return groups
 
-    def _draw(self) -> list[int]:
+    def _draw(self, batch: Batch) -> list[int]:
+        """Ordinals of `prompts_per_step` more questions for a batch. Raises RunStopped where hardly any question fits the context."""
+        wanted, fitting = self._config.rollout.prompts_per_step, list[int]()
         with self._drawing:
-            return self._stream.draw(self._config.rollout.prompts_per_step)
+            for _ in range(MOST_DRAWS):
+                drawn = self._stream.draw(wanted - len(fitting))
+                fit = [ordinal for ordinal in drawn if self._has_room(self._stream.question(ordinal))]
+                self._stream.done(set(drawn) - set(fit))
+                batch.too_long += len(drawn) - len(fit)
+                fitting += fit
+                if len(fitting) == wanted:
+                    batch.ordinals += fitting
+                    return fitting
+        raise RunStopped(
+            f"of {len(fitting) + batch.too_long} questions drawn for step {batch.step}, {batch.too_long} leave no room for a turn in "
+            f"rollout.max_context={self._config.rollout.max_context}; raise it, or choose other questions"
+        )
+
+    def _has_room(self, prompt: Prompt) -> bool:
+        """Whether a question leaves room for a turn; the first that does not is logged."""
+        reason = self._too_long(prompt)
+        if reason is not None and not self._told_too_long:
+            self._told_too_long = True
+            logger.warning("question %s: %s. The next one takes its place; the metric questions_too_long counts such", prompt.id, reason)
+        return reason is None
 
     def _score(self, groups: Sequence[RolloutGroup]) -> None:
         rollout = self._config.rollout

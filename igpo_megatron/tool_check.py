@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 from igpo_megatron.config.schema import Config, Search
-from igpo_megatron.data.prompts import read_prompts
+from igpo_megatron.data.question_files import read_prompts
 from igpo_megatron.search.client import CLIENTS
 from igpo_megatron.search.python_tool import PythonTool
 from igpo_megatron.search.reader import PageReader
@@ -121,7 +121,7 @@ def num_calls(stages: Sequence[Stage]) -> int:
 def questions(config: Config, count: int) -> list[str]:
     """`count` different queries: the configuration's own questions where their files are here, then built-in ones, then numbered."""
     files = (path for path in (*config.data.eval, *config.data.train) if path.is_file())
-    own = (prompt.question for path in files for prompt in read_prompts(path))
+    own = (prompt.question for path in files for prompt in read_prompts(path, config.data.layout))
     numbered = (f"{BUILT_IN[0]} in {number}" for number in range(count))
     return list(islice(_distinct(chain(own, BUILT_IN, numbered)), count))
 

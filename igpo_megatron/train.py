@@ -7,6 +7,7 @@ The main rank talks to engines, files and people; all ranks score and train. The
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -204,12 +205,20 @@ def open_side(config: Config, folder: RunFolder, stack: ExitStack, tracker: Trac
         return side
     from igpo_megatron.rollout.engines import EnginePool
     from igpo_megatron.rollout.rollouter import Rollouter
+    from igpo_megatron.rollout.room import too_long
     from igpo_megatron.search.client import make_client
     from igpo_megatron.search.tools import make_tools
 
     assert side.chat is not None
     # What can be wrong with the user's files shows before an engine is started.
-    stream = PromptStream(config.data.train, seed=config.run.seed, shuffle=config.data.shuffle, balance=config.data.balance)
+    stream = PromptStream(
+        config.data.train,
+        seed=config.run.seed,
+        shuffle=config.data.shuffle,
+        balance=config.data.balance,
+        layout=config.data.layout,
+        outcome=config.reward.outcome,
+    )
     if state and state["prompts"]:
         stream.load_state(state["prompts"])
     side.held_out = evaluate.questions(config)
@@ -231,7 +240,16 @@ def open_side(config: Config, folder: RunFolder, stack: ExitStack, tracker: Trac
             crashes=folder.crashes,
         )
     )
-    side.queue = RolloutQueue(config, stream, side.rollouter, first_step=first_step, on_progress=tracker.progress)
+    # A tokenizer serves one thread at a time, and questions are drawn while rollouts use theirs.
+    chat = copy.deepcopy(side.chat)
+    side.queue = RolloutQueue(
+        config,
+        stream,
+        side.rollouter,
+        first_step=first_step,
+        on_progress=tracker.progress,
+        too_long=partial(too_long, chat=chat, config=config.rollout),
+    )
     if state and state.get("successes"):  # absent from checkpoints written before successes were replayed
         side.queue.successes.load_state(state["successes"])
     return side

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from igpo_megatron.data.corpora import CorpusCount, read_passages, total_bytes, write_passages
 from igpo_megatron.data.corpus import Passage, read_corpus
-from igpo_megatron.data.prompts import Problem
+from igpo_megatron.data.problems import Problem
 from igpo_megatron.data.questions import FileCount, Refused, convert
 from igpo_megatron.data.whole import whole
 from igpo_megatron.search.bm25_build import build_index

@@ -4,6 +4,7 @@ python tools/prepare_data.py world-facts --out data/world     corpus.jsonl, trai
 python tools/prepare_data.py questions FILE ... --out FILE    public question sets, as published, to one parquet file of questions
 python tools/prepare_data.py corpus FILE ... --out FILE       wiki-18 style passages to a corpus and its BM25 index
 python tools/prepare_data.py check FILE.parquet ...           rows per source and every problem; exit code 1 if there is one
+python tools/prepare_data.py check --config RUN.yaml          the same for a run's files, with its layout, score and tokenizer
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -25,9 +27,15 @@ from rich.table import Column, Table
 
 import own_data
 import world_facts
+from igpo_megatron.config.check.files import check_model_files
+from igpo_megatron.config.load import load
+from igpo_megatron.config.schema import Config
 from igpo_megatron.data.check import Report, check_file
 from igpo_megatron.data.corpus import Passage
-from igpo_megatron.data.prompts import ALIAS_SEPARATOR
+from igpo_megatron.data.layouts import ALIAS_SEPARATOR, LAYOUTS
+from igpo_megatron.rollout.chat import ChatFormat
+from igpo_megatron.rollout.room import too_long
+from igpo_megatron.types import Prompt, UserError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Make and check data files.", pretty_exceptions_enable=False)
 app.command("questions")(own_data.questions)
@@ -81,13 +89,45 @@ def world_facts_command(out: Annotated[Path, typer.Option(help="Folder to write;
 
 
 @app.command()
-def check(files: Annotated[list[Path], typer.Argument(help="Parquet files of questions.")]) -> None:
-    """Print rows per source and every problem; exit code 1 if there is one."""
-    reports = [check_file(path) for path in files]
+def check(
+    files: Annotated[list[Path] | None, typer.Argument(help="Parquet files of questions; default: those of --config.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file of a run: its layout, score, tokenizer, chat and rollout.max_context are used.")
+    ] = None,
+    layout: Annotated[str | None, typer.Option(help="auto, igpo, arpo or search_r1; default: data.layout of --config, or auto.")] = None,
+) -> None:
+    """Print rows per source and every problem; exit code 1 if a run would refuse a file or leave a row out."""
+    try:
+        if layout is not None and layout not in ("auto", *LAYOUTS):
+            raise UserError(f"found --layout {layout}, expected auto, {', '.join(LAYOUTS)}")
+        settings = load(config) if config is not None else None
+        paths = files or ([*settings.data.train, *settings.data.eval] if settings else [])
+        if not paths:
+            raise UserError("no files to check: name parquet files, or a --config with data.train or data.eval")
+        checked = partial(
+            check_file,
+            layout=layout or (settings.data.layout if settings else "auto"),
+            outcome=settings.reward.outcome if settings else "f1",
+            too_long=context_check(settings) if settings else lambda prompt: None,
+        )
+        reports = [checked(path) for path in paths]
+    except UserError as error:
+        console.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
+        raise typer.Exit(2) from None
     for report in reports:
         print_report(report)
-    if any(report.problems for report in reports):
+    if any(problem.costs != "answer" for report in reports for problem in report.problems):
         raise typer.Exit(1)
+
+
+def context_check(config: Config) -> Callable[[Prompt], str | None]:
+    """Says of a question why the run's model would have no room for a turn behind it, if so."""
+    from transformers import AutoTokenizer
+
+    if problems := [*check_model_files(config.model.path)]:
+        raise UserError("\n".join(problems))
+    chat = ChatFormat(AutoTokenizer.from_pretrained(config.model.path), config.rollout, config.reward)
+    return partial(too_long, chat=chat, config=config.rollout)
 
 
 def write_corpus(passages: Iterable[Passage], path: Path) -> None:
@@ -136,7 +176,7 @@ def print_report(report: Report) -> None:
             row = "-" if problem.row is None else str(problem.row)
             problems.add_row(row, escape(problem.column or "-"), escape(problem.message))
         console.print(problems)
-    count = len(report.problems)
+    count = sum(problem.costs != "answer" for problem in report.problems)
     verdict = f"[red]{count} problem{'s' if count > 1 else ''}[/red]" if count else "[green]no problems[/green]"
     console.print(f"{sum(report.sources.values())} usable rows, {verdict}\n")
 

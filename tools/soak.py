@@ -115,7 +115,8 @@ def trained_questions(run: Path, steps: int) -> Counter[str]:
 
 def expected_questions(config: Config, steps: int) -> Counter[str]:
     """What a run that nobody disturbs trains in `steps`: the first steps x prompts_per_step questions of its stream."""
-    stream = PromptStream(config.data.train, seed=config.run.seed, shuffle=config.data.shuffle, balance=config.data.balance)
+    data = config.data
+    stream = PromptStream(data.train, seed=config.run.seed, shuffle=data.shuffle, balance=data.balance, layout=data.layout)
     return Counter(stream.question(ordinal).id for ordinal in stream.draw(steps * config.rollout.prompts_per_step))
 
 

@@ -10,8 +10,6 @@ ARPO's (arXiv 2507.19849) are `reward.outcome=f1_multiset` and `reward.tool_bonu
 
 from __future__ import annotations
 
-import re
-import string
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +17,8 @@ from itertools import pairwise
 from pathlib import Path
 
 from igpo_megatron.config.schema import Reward
+from igpo_megatron.normalisation import normalise as normalise
+from igpo_megatron.normalisation import normalise_squad as normalise_squad
 from igpo_megatron.protocols import PROTOCOLS, ToolProtocol
 from igpo_megatron.protocols.igpo import tags_balanced as tags_balanced
 from igpo_megatron.protocols.igpo import well_formed_answer
@@ -30,15 +30,6 @@ ALIAS_SEPARATOR = "<|answer_split|>"
 
 PUBLISHED_FORMAT_PENALTY = -2.0
 """Reward of malformed text in the published rule (`reward.format_penalty` sets it for training)."""
-
-_WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
-_PUNCTUATION_TO_SPACE = str.maketrans(string.punctuation, " " * len(string.punctuation))
-
-
-def normalise(text: str) -> str:
-    """Lower case, ASCII punctuation to spaces, whitespace collapsed; articles stay: `"The U.S.A."` -> `"the u s a"`."""
-    return " ".join(text.lower().translate(_PUNCTUATION_TO_SPACE).split())
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
@@ -56,14 +47,6 @@ def f1(prediction: str, answers: Sequence[str]) -> float:
             # 2PR / (P + R) with P = shared / |predicted| and R = shared / |expected|.
             best = max(best, 2 * shared / (len(predicted) + len(expected)))
     return best
-
-
-def normalise_squad(text: str) -> str:
-    """Lower case, ASCII punctuation deleted, a/an/the left out, whitespace collapsed: `"The U.S.A."` -> `"usa"` (SQuAD, ARPO, Search-R1).
-
-    As in SQuAD's own script an article ends at whatever is no letter, digit or underscore, a dash or quote beyond ASCII among them.
-    """
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_WITHOUT_PUNCTUATION)).split())
 
 
 def exact_match_squad(prediction: str, answers: Sequence[str]) -> float:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from igpo_megatron.data.corpus import Passage, split_contents
-from igpo_megatron.data.prompts import Problem
+from igpo_megatron.data.problems import Problem, shown
 from igpo_megatron.data.records import read_records
 
 IDS = ("id", "_id", "docid")
@@ -56,11 +56,11 @@ def to_passage(record: Mapping[str, Any], row: int) -> Passage | Problem:
         return Problem(f"found the fields {found}; expected id and contents, or id, title and text", row, "id" if name is None else "text")
     doc_id, text, title = record[name], record[body], record.get("title")
     if isinstance(doc_id, bool) or not isinstance(doc_id, str | int) or doc_id == "":
-        return Problem(f"found {doc_id!r}, expected a string or a number", row, name)
+        return Problem(f"found {shown(doc_id)}, expected a string or a number", row, name)
     if not isinstance(text, str) or not text.strip():
-        return Problem(f"found {str(text)[:40]!r}, expected text", row, body)
+        return Problem(f"found {shown(text)}, expected text", row, body)
     if title is not None and not isinstance(title, str):
-        return Problem(f"found {str(title)[:40]!r}, expected a string", row, "title")
+        return Problem(f"found {shown(title)}, expected a string", row, "title")
     if body == "contents" and title is None:
         title, text = split_contents(text)
     return Passage(str(doc_id), title or "", text)

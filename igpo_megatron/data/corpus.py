@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from igpo_megatron.data.json_rows import Flaw, RecordDecoder
+from igpo_megatron.data.problems import shown
 from igpo_megatron.types import UserError
 
 
@@ -37,20 +39,23 @@ def read_corpus(path: Path | str) -> Iterator[Passage]:
     if not path.is_file():
         raise UserError(f"{path}: no such corpus file; expected JSON lines of {{id, title, text}} or {{id, contents}}")
     with path.open("rb") as lines:
+        decoder = RecordDecoder()
         for number, line in enumerate(lines, start=1):
             if line.strip():
-                yield _parse(line, f"{path}:{number}")
+                yield _parse(line, f"{path}:{number}", decoder)
 
 
-def _parse(line: bytes, place: str) -> Passage:
+def _parse(line: bytes, place: str, decoder: RecordDecoder) -> Passage:
     """One line -> Passage. `place` is `file:line` for the error."""
     try:
-        record = json.loads(line)
+        record = decoder.loads(line)
     except UnicodeDecodeError as error:
         raise UserError(f"{place}: not UTF-8 text ({error.reason} at byte {error.start}); save the corpus as UTF-8") from None
     except json.JSONDecodeError as error:
         start = line[:60].decode(errors="replace").rstrip()
         raise UserError(f"{place}: not JSON ({error.msg} at column {error.colno}); found {start!r}, expected one object per line") from None
+    except Flaw as flaw:
+        raise UserError(f"{place}: {f'field {flaw.column!r}: ' if flaw.column else ''}{flaw}") from None
     if not isinstance(record, dict):
         raise UserError(f"{place}: found a JSON {type(record).__name__}, expected an object with id, title and text (or id and contents)")
     if isinstance(record.get("id"), int):
@@ -68,7 +73,7 @@ def _string(record: dict[str, Any], field: str, place: str) -> str:
         raise UserError(f"{place}: field {field!r} is missing (found {fields}); expected id, title and text, or id and contents")
     value = record[field]
     if not isinstance(value, str):
-        raise UserError(f"{place}: field {field!r} is {json.dumps(value)[:60]}, expected a string")
+        raise UserError(f"{place}: field {field!r} is {'null' if value is None else shown(value)}, expected a string")
     return value
 
 

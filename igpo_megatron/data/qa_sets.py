@@ -7,15 +7,16 @@ A new set is one line in LAYOUTS.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from igpo_megatron.data.answers import NotAnswers, as_answers
+from igpo_megatron.data.layouts import ALIAS_SEPARATOR
 from igpo_megatron.data.natural_questions import hub_answers, span_answers
-from igpo_megatron.data.prompts import ALIAS_SEPARATOR
+from igpo_megatron.data.problems import shown
 
 Row = Mapping[str, Any]
 
@@ -61,16 +62,18 @@ class QaLayout:
         """None where the record has no (short) answer by design. Raises Unusable. `aliases`: of 2WikiMultihopQA, by entity."""
         text = _field(row, self.question)
         if not isinstance(text, str) or not text.strip():
-            raise Unusable(self.question, f"found {_shown(text)}, expected the question")
+            raise Unusable(self.question, f"found {shown(text)}, expected the question")
         if row.get("answerable") is False:  # MuSiQue's full version
             return None
         try:
-            found = [*self.answers(row), *aliases.get(str(row.get("answer_id")), [])]
+            found = [*self.answers(row), *_of_entity(row, aliases)]
+        except NotAnswers as wrong:
+            raise Unusable(self.answer_column, str(wrong)) from None
         except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-            shown = _shown(_field(row, self.answer_column))
-            raise Unusable(self.answer_column, f"found {shown}, expected the answers of {self.name} ({error!r})") from None
-        if wrong := [answer for answer in found if not isinstance(answer, str) or ALIAS_SEPARATOR in answer]:
-            raise Unusable(self.answer_column, f"found the answer {_shown(wrong[0])}, expected a string without {ALIAS_SEPARATOR}")
+            found_instead = shown(_field(row, self.answer_column))
+            raise Unusable(self.answer_column, f"found {found_instead}, expected the answers of {self.name} ({error!r})") from None
+        if unfit := [answer for answer in found if not isinstance(answer, str) or ALIAS_SEPARATOR in answer]:
+            raise Unusable(self.answer_column, f"found the answer {shown(unfit[0])}, expected a string without {ALIAS_SEPARATOR}")
         answers = tuple(dict.fromkeys(answer.strip() for answer in found if answer.strip()))
         if not answers and self.source == "nq":
             return None
@@ -79,6 +82,8 @@ class QaLayout:
         if any("\ud800" <= character <= "\udfff" for character in text + "".join(answers)):
             raise Unusable(self.question, "found half a surrogate pair, which JSON can spell and no file takes; mend the record")
         own = row.get(self.own_id) if self.own_id else None
+        if not isinstance(own, str | int | float | None):
+            raise Unusable(self.own_id or "", f"found {shown(own)}, expected a string or a number")
         return Question(" ".join(text.split()), answers, None if own is None else str(own))
 
 
@@ -87,50 +92,38 @@ def has(*fields: str) -> Callable[[Row], bool]:
     return lambda row: all(field in row for field in fields)
 
 
-def _plain(row: Row) -> list[Any]:
-    """`answer` or `answers`, a string, a list of strings, or SQuAD's {text [...]}; then aliases under their usual names."""
+def _plain(row: Row) -> list[str]:
+    """`answer` or `answers`, then aliases under their usual names."""
     given = row["answers"] if "answers" in row else row["answer"]
-    first = given["text"] if isinstance(given, dict) else given
-    more = [alias for name in ("answer_aliases", "aliases") for alias in row.get(name) or []]
-    return [*([first] if isinstance(first, str) else first), *more]
+    return [answer for value in (given, row.get("answer_aliases"), row.get("aliases")) for answer in as_answers(value)]
 
 
-def _trivia(answer: Row, value: str, *lists: str) -> list[Any]:
-    return [answer[value], *(alias for name in lists for alias in answer.get(name) or [])]
+def _of_entity(row: Row, aliases: Mapping[str, list[str]]) -> list[str]:
+    entity = row.get("answer_id")
+    return aliases.get(entity, []) if isinstance(entity, str) else []
 
 
-def _trivia_original(row: Row) -> list[Any]:
-    return _trivia(row["Answer"], "Value", "Aliases", "HumanAnswers")
-
-
-def _trivia_hub(row: Row) -> list[Any]:
-    return _trivia(row["answer"], "value", "aliases")
+def _in_field(name: str) -> Callable[[Row], tuple[str, ...]]:
+    """All answers are in one field."""
+    return lambda row: as_answers(row[name])
 
 
 def _is_trivia_hub(row: Row) -> bool:
     return "question_id" in row and isinstance(row.get("answer"), dict)
 
 
-def _flashrag(row: Row) -> Any:
-    return row["golden_answers"]
-
-
-def _popqa(row: Row) -> Any:
-    return json.loads(row["possible_answers"])
-
-
 LAYOUTS = (
     QaLayout("Natural Questions", "nq", has("question_text", "annotations"), "question_text", span_answers, "annotations", "example_id"),
     QaLayout("Natural Questions (Hugging Face)", "nq", has("document", "annotations"), "question.text", hub_answers, "annotations", "id"),
-    QaLayout("TriviaQA", "tq", has("Question", "Answer"), "Question", _trivia_original, "Answer", "QuestionId"),
-    QaLayout("TriviaQA (Hugging Face)", "tq", _is_trivia_hub, "question", _trivia_hub, "answer", "question_id"),
+    QaLayout("TriviaQA", "tq", has("Question", "Answer"), "Question", _in_field("Answer"), "Answer", "QuestionId"),
+    QaLayout("TriviaQA (Hugging Face)", "tq", _is_trivia_hub, "question", _in_field("answer"), "answer", "question_id"),
     QaLayout("MuSiQue", "musique", has("answer", "answer_aliases", "paragraphs"), "question", _plain, "answer", "id"),
     QaLayout("2WikiMultihopQA", "2wiki", has("_id", "answer", "evidences"), "question", _plain, "answer", "_id"),
     QaLayout("2WikiMultihopQA (Hugging Face)", "2wiki", has("id", "answer", "evidences"), "question", _plain, "answer", "id"),
     QaLayout("HotpotQA", "hotpotqa", has("_id", "answer", "supporting_facts"), "question", _plain, "answer", "_id"),
     QaLayout("HotpotQA (Hugging Face)", "hotpotqa", has("id", "answer", "supporting_facts"), "question", _plain, "answer", "id"),
-    QaLayout("FlashRAG", None, has("question", "golden_answers"), "question", _flashrag, "golden_answers", "id"),
-    QaLayout("PopQA", "popqa", has("question", "possible_answers"), "question", _popqa, "possible_answers", "id"),
+    QaLayout("FlashRAG", None, has("question", "golden_answers"), "question", _in_field("golden_answers"), "golden_answers", "id"),
+    QaLayout("PopQA", "popqa", has("question", "possible_answers"), "question", _in_field("possible_answers"), "possible_answers", "id"),
     QaLayout("question and answers", None, has("question", "answers"), "question", _plain, "answers", "id"),
     QaLayout("question and answer", None, has("question", "answer"), "question", _plain, "answer", "id"),
 )
@@ -178,8 +171,3 @@ def _field(row: Row, dotted: str) -> Any:
     for name in dotted.split("."):
         found = found.get(name) if isinstance(found, Mapping) else None
     return found
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

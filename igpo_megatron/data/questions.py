@@ -14,8 +14,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from igpo_megatron.data.prompts import ALIAS_SEPARATOR, Problem, read_prompts
+from igpo_megatron.data.answers import NotAnswers, as_answers
+from igpo_megatron.data.layouts import ALIAS_SEPARATOR
+from igpo_megatron.data.problems import Problem
 from igpo_megatron.data.qa_sets import QaLayout, Question, Unusable, recognise, source_of, split_of
+from igpo_megatron.data.question_files import read_prompts
 from igpo_megatron.data.records import read_records
 from igpo_megatron.data.whole import whole
 from igpo_megatron.types import UserError
@@ -55,7 +58,7 @@ class FileCount:
     problems: list[Problem] = field(default_factory=list)
 
 
-class Refused(ValueError):
+class Refused(UserError):
     """There were problems, so nothing was written."""
 
 
@@ -172,8 +175,10 @@ def _read_aliases(path: Path) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     # JSON lines in spite of its name.
     for row, record in read_records(path):
-        if isinstance(record, Problem) or "Q_id" not in record or not isinstance(record.get("aliases"), list):
-            problem = record if isinstance(record, Problem) else Problem("expected Q_id and a list of aliases", row)
-            raise UserError(f"{path}: {problem}")
-        found[record["Q_id"]] = [*record["aliases"], *(record.get("demonyms") or [])]
+        if isinstance(record, Problem) or "Q_id" not in record or "aliases" not in record:
+            raise UserError(f"{path}: {record if isinstance(record, Problem) else Problem('expected Q_id and aliases', row)}")
+        try:
+            found[str(record["Q_id"])] = [*as_answers(record["aliases"]), *as_answers(record.get("demonyms"))]
+        except NotAnswers as wrong:
+            raise UserError(f"{path}: {Problem(str(wrong), row, 'aliases')}") from None
     return found

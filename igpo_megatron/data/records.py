@@ -8,20 +8,23 @@ Memory holds one record (of parquet a batch), however large the file is.
 from __future__ import annotations
 
 import codecs
-import csv
 import gzip
 import io
 import json
 import re
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from igpo_megatron.data.prompts import Problem
+from igpo_megatron.data.json_rows import Flaw, RecordDecoder
+from igpo_megatron.data.parquet_rows import python_rows, repeated_fields
+from igpo_megatron.data.problems import Problem
+from igpo_megatron.data.tsv import read_table
 
 Records = Iterator[tuple[int, dict[str, Any] | Problem]]
 """(row counted from 0, record or what is wrong with it). A Problem without a row ends the file."""
@@ -33,9 +36,6 @@ _LIST = re.compile(r"\s*(?:\{\s*\"data\"\s*:\s*)?\[", re.IGNORECASE)
 """A list, or an object whose first value is one under the name `Data`, as in TriviaQA's files."""
 
 _BETWEEN = re.compile(r"[\s,]*")
-
-_csv_limit = 2**31 - 1
-"""The csv module's own limit on a field is shorter than some articles."""
 
 
 def read_records(path: Path, on_bytes: Callable[[int], None] = lambda count: None) -> Records:
@@ -56,13 +56,16 @@ def _parquet(path: Path, on_bytes: Callable[[int], None]) -> Records:
     size = path.stat().st_size
     try:
         with pq.ParquetFile(path) as file:
+            if repeated := repeated_fields(file.schema_arrow):
+                yield 0, Problem("the column is there twice; keep one", column=repeated[0])
+                return
             total = file.metadata.num_rows
             for batch in file.iter_batches(PARQUET_ROWS):
-                for record in batch.to_pylist():
-                    yield row, record
+                for record in python_rows(batch):
+                    yield row, record if isinstance(record, dict) else replace(record, row=row)
                     row += 1
                 on_bytes(size * row // total - size * (row - batch.num_rows) // total)
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         yield row, Problem(f"not a parquet file, or a damaged one ({str(error).splitlines()[0]}); fetch it again")
 
 
@@ -71,7 +74,7 @@ def _text(path: Path, suffix: str, on_bytes: Callable[[int], None]) -> Records:
     with path.open("rb") as raw:
         stream = io.BufferedReader(gzip.GzipFile(fileobj=raw)) if path.suffix == ".gz" else raw
         try:
-            for row, record in _table(stream) if suffix == ".tsv" else _json(stream, suffix):
+            for row, record in read_table(stream) if suffix == ".tsv" else _json(stream, suffix):
                 yield row, record
                 if (now := raw.tell()) != told:
                     on_bytes(now - told)
@@ -91,62 +94,53 @@ def _json(stream: Any, suffix: str) -> Records:
 
 
 def _lines(stream: IO[bytes]) -> Records:
-    row = 0
+    row, decoder = 0, RecordDecoder()
     for line in stream:
         if not line.strip():
             continue
+        record: Any
         try:
-            record = json.loads(line)
+            record = decoder.loads(line)
         except UnicodeDecodeError as error:
             record = Problem(f"not UTF-8 text ({error.reason} at byte {error.start} of the line)", row)
         except json.JSONDecodeError as error:
             record = Problem(f"not JSON ({error.msg} at column {error.colno}): {line[:60].decode(errors='replace').strip()!r}", row)
+        except Flaw as flaw:
+            record = Problem(str(flaw), row, flaw.column)
         yield row, _object(record, row)
         row += 1
 
 
 def _list(stream: IO[bytes]) -> Records:
     """The objects of a JSON list, decoded one by one."""
-    decode, decoder = json.JSONDecoder().raw_decode, codecs.getincrementaldecoder("utf-8-sig")()
-    text = decoder.decode(stream.read(CHUNK))
+    decoder, characters = RecordDecoder(), codecs.getincrementaldecoder("utf-8-sig")()
+    text = characters.decode(stream.read(CHUNK))
     start = _LIST.match(text)
     assert start is not None, "the caller has looked"
     position, row, size = start.end(), 0, CHUNK
     while True:
         position = _BETWEEN.match(text, position).end()  # type: ignore[union-attr]
+        record: Any
         try:
             if text.startswith("]", position):
                 return
-            record, position = decode(text, position)
+            record, position = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
             cut = error.msg.startswith("Unterminated") or error.pos > len(text) - 16
             more = stream.read(size) if cut else b""
             if not more:
-                shown = text[position : position + 60]
-                yield row, Problem(f"not JSON, or cut off, in record {row} ({error.msg}): {shown!r}; fetch the file again")
+                where = text[position : position + 60]
+                yield row, Problem(f"not JSON, or cut off, in record {row} ({error.msg}): {where!r}; fetch the file again")
                 return
             # Twice as much each time: a long record is not decoded from its start again and again.
-            text, position, size = text[position:] + decoder.decode(more), 0, 2 * size
+            text, position, size = text[position:] + characters.decode(more), 0, 2 * size
             continue
+        try:
+            decoder.check(record)
+        except Flaw as flaw:
+            record = Problem(str(flaw), row, flaw.column)
         yield row, _object(record, row)
         row, size = row + 1, CHUNK
-
-
-def _table(stream: IO[bytes]) -> Records:
-    """Rows of a TSV by the names in its first line; without such a line, DPR's id, text, title."""
-    csv.field_size_limit(_csv_limit)
-    rows = csv.reader((line.decode("utf-8") for line in stream), delimiter="\t")
-    names = ["id", "text", "title"]
-    row = 0
-    for number, fields in enumerate(rows):
-        if number == 0 and not fields[0].isdigit():
-            names = fields
-            continue
-        if len(fields) == len(names):
-            yield row, dict(zip(names, fields, strict=True))
-        else:
-            yield row, Problem(f"found {len(fields)} fields, expected {len(names)} ({', '.join(names)})", row)
-        row += 1
 
 
 def _object(record: Any, row: int) -> dict[str, Any] | Problem:

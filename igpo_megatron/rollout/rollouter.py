@@ -6,6 +6,7 @@ prompts ──> groups ──gather(run_trajectory, ...)──> groups with traj
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -22,10 +23,13 @@ from igpo_megatron.rollout.chat import ChatFormat
 from igpo_megatron.rollout.crashes import CrashLog
 from igpo_megatron.rollout.gain_branching import GainGrower
 from igpo_megatron.rollout.prober import Prober, RenderedProbe
+from igpo_megatron.rollout.room import probe_tokens, too_long
 from igpo_megatron.search.results import SearchClient, Tool
 from igpo_megatron.search.tally import Tally, TallyClient, TallyTool, search_tally
-from igpo_megatron.types import Node, Prompt, RolloutGroup, RunStopped, Status, Trajectory, UserError
+from igpo_megatron.types import Node, Prompt, RolloutGroup, RunStopped, Status, Trajectory
 from igpo_megatron.untrusted import clean_text
+
+logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -59,6 +63,7 @@ class Rollouter:
         self._probes_of = probes_of
         self._tools = tools or {}
         self._crashes = CrashLog(crashes)
+        self._told_too_long = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollouts", daemon=True)
 
@@ -109,7 +114,7 @@ class Rollouter:
         asked: Counter[str] | None = None,
         on_progress: Callable[[float], None] | None = None,
     ) -> list[RolloutGroup]:
-        """One group of `samples` trajectories per prompt; `temperature` None takes the configured one.
+        """One group of `samples` trajectories per prompt that fits the context; `temperature` None takes the configured one.
 
         With `probe` the engine scores the probes of every state, if this rollouter was given any; with `branch` groups grow as
         `rollout.branching` says; `close_at` trajectories of a group end it. What tools did is added to `tallies`.
@@ -119,7 +124,7 @@ class Rollouter:
 
         Raises RolloutFailure when more than `rollout.max_failed_fraction` of the trajectories or of the searches failed.
         """
-        groups = [self._open(prompt) for prompt in prompts]
+        groups = [self._open(prompt) for prompt in prompts if self._has_room(prompt)]
         seeds = self._seeds(groups, Counter() if asked is None else asked)
         probers = [Prober(self._engine, group, self._probes_of(group.prompt)) if probe and self._probes_of else None for group in groups]
         tallies = self.tallies() if tallies is None else tallies
@@ -179,12 +184,16 @@ class Rollouter:
             asked[group.prompt.id] += 1
         return seeds
 
+    def _has_room(self, prompt: Prompt) -> bool:
+        """Whether a question leaves room for a turn; the first that does not is logged."""
+        reason = too_long(prompt, self._chat, self._config)
+        if reason is not None and not self._told_too_long:
+            self._told_too_long = True
+            logger.warning("question %s: %s. It is left out, as others like it will be", prompt.id, reason)
+        return reason is None
+
     def _open(self, prompt: Prompt) -> RolloutGroup:
         ids, text = self._chat.open(prompt.question)
-        if len(ids) >= self._config.max_context:
-            raise UserError(
-                f"question {prompt.id} takes {len(ids)} tokens, rollout.max_context is {self._config.max_context}; raise it or drop the row"
-            )
         return RolloutGroup(prompt, [Node(None, "prompt", ids, text=text)])
 
     async def _bounded(
@@ -203,7 +212,6 @@ class Rollouter:
         """A trajectory within its deadline; trouble of the engine, and whatever nobody expected, ends this one and no other."""
         try:
             async with asyncio.timeout(self._config.deadline_s) as deadline:
-                probe_tokens = max(len(self._chat.render_probe(answer)[0]) for answer in group.prompt.answers)
                 trajectory = await run_trajectory(
                     group,
                     engine=self._engine,
@@ -213,7 +221,7 @@ class Rollouter:
                     config=self._config,
                     prober=prober,
                     temperature=temperature,
-                    probe_tokens=probe_tokens,
+                    probe_tokens=probe_tokens(group.prompt, self._chat),
                     seed=seed,
                     step=step,
                     sample=sample,

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BELOW = {
     "types",
     "untrusted",
+    "normalisation",
     "leftovers",
     "waits",
     "protocols",
@@ -50,17 +51,18 @@ TOP = {
 MAY_IMPORT = {
     "__init__": set(),
     "untrusted": set(),
+    "normalisation": set(),
     "types": set(),
     "leftovers": set(),
     "waits": {"types"},
     "protocols": {"types", "untrusted"},
     "config": {"types", "untrusted"},
-    "data": {"types", "untrusted", "config"},
+    "data": {"types", "untrusted", "normalisation", "config"},
     "search": {"types", "untrusted", "config", "data"},
     "observability": {"types", "untrusted", "config"},
     "kernels": {"types"},
     "packing": {"types"},
-    "algorithms": {"types", "untrusted", "protocols", "config"},
+    "algorithms": {"types", "untrusted", "normalisation", "protocols", "config"},
     "rollout": {"types", "untrusted", "leftovers", "waits", "protocols", "config", "search"},
     "actor": {"types", "waits", "config", "packing", "kernels", "checkpoint_conversion"},
     **{module: BELOW | TOP | {"checkpoint_conversion"} for module in TOP},
@@ -206,7 +208,7 @@ def test_allowed_imports_pass(tmp_path):
     assert violations(tmp_path) == []
 
 
-@pytest.mark.parametrize("packages", ["types untrusted", "protocols", "config", "data", "search", "config doctor"])
+@pytest.mark.parametrize("packages", ["types untrusted normalisation", "protocols", "config", "data", "search", "config doctor"])
 def test_light_packages_load_nothing_heavy(packages):
     script = """
 import importlib, pkgutil, sys

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from test_chat import tokenizer
 from test_data_prompts import DEV, igpo_row, write
+from typer.testing import CliRunner
 
 import prepare_data
 from igpo_megatron.data.check import check_file
@@ -70,3 +72,40 @@ def test_check_prints_every_problem_of_every_file_and_exits_non_zero(tmp_path):
     text = " ".join(result.stdout.split())
     assert "bad.parquet" in text and "reward_model.ground_truth" in text and "answer 1 of 1 is empty" in text
     assert "1 usable rows, 1 problem" in text and "gone.parquet" in text and "no such file" in text
+
+
+def check(*arguments):
+    result = CliRunner().invoke(prepare_data.app, ["check", *map(str, arguments)])
+    return result.exit_code, " ".join(result.output.split())
+
+
+def test_check_with_a_config_names_the_questions_that_leave_no_room_for_a_turn_and_takes_its_files_and_its_score(tmp_path):
+    model = tmp_path / "model"
+    tokenizer().save_pretrained(model)
+    (model / "config.json").write_text('{"model_type": "qwen2"}')
+    (model / "model.safetensors").write_bytes(b"")
+    questions = write(tmp_path, [igpo_row("0"), igpo_row("1", question="Who is it? " * 60), igpo_row("2", truth="The")])
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"model: {{path: {model}}}\ndata: {{train: [{questions}]}}\nreward: {{outcome: f1_multiset}}\n"
+        "rollout: {max_context: 200, max_tokens_per_turn: 60, tool_in_prompt: false}\n"
+    )
+    code, said = check("--config", config)
+    assert code == 1 and "1 usable rows, 2 problems" in said
+    assert "rollout.max_context=200" in said and "tokens" in said and "'The'" in said
+    assert check(questions)[0] == 0, "without a config nothing is known of the model, and f1 scores an article"
+
+
+def test_check_says_what_is_wrong_with_what_it_was_asked(tmp_path):
+    assert check() == (2, "error: no files to check: name parquet files, or a --config with data.train or data.eval")
+    code, said = check(DEV, "--layout", "verl")
+    assert code == 2 and "found --layout verl, expected auto, igpo, arpo, search_r1" in said
+    assert check(DEV, "--layout", "igpo")[0] == 0
+    (tmp_path / "run.yaml").write_text(f"model: {{path: {tmp_path}/none}}\n")
+    code, said = check(DEV, "--config", tmp_path / "run.yaml")
+    assert code == 2 and "no such folder" in said
+
+
+def test_an_alias_that_is_left_out_is_named_and_costs_no_row(tmp_path):
+    code, said = check(write(tmp_path, [igpo_row("0", truth="Rhine<|answer_split|>...")]))
+    assert code == 0 and "1 usable rows, no problems" in said and "found the alias '...'" in said

@@ -121,6 +121,33 @@ def test_without_resampling_every_group_is_kept() -> None:
     assert ids(queue_of(rollouts).take(1)) == ["q0", "q1"] == rollouts.asked
 
 
+def test_a_question_that_leaves_no_room_for_a_turn_is_replaced_by_the_next_counted_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    questions, rollouts = Questions(), AtOnce([True] * 9)
+    config = build({"model": {"path": "m"}}, ["advantage.name=grpo", "rollout.prompts_per_step=2", "run.steps=9"])
+    too_long = {"q0", "q2", "q3"}
+    queue = RolloutQueue(
+        config,
+        questions,  # type: ignore[arg-type]
+        rollouts,  # type: ignore[arg-type]
+        first_step=1,
+        too_long=lambda prompt: "takes 130 tokens" if prompt.id in too_long else None,
+    )
+    assert ids(queue.take(1)) == ["q1", "q4"] == rollouts.asked
+    assert queue.state() == [1, 4], "what does not fit is not asked again"
+    assert queue.done(1)["questions_too_long"] == 3.0
+    rollouts.version = 1
+    assert ids(queue.take(2)) == ["q5", "q6"] and queue.done(2)["questions_too_long"] == 0.0
+    (warning,) = caplog.records
+    assert "question q0: takes 130 tokens" in warning.getMessage()
+
+
+def test_a_file_in_which_no_question_leaves_room_for_a_turn_stops_the_run_with_one_sentence() -> None:
+    config = build({"model": {"path": "m"}}, ["rollout.prompts_per_step=2", "rollout.max_context=128"])
+    queue = RolloutQueue(config, Questions(), AtOnce([]), first_step=1, too_long=lambda prompt: "is long")  # type: ignore[arg-type]
+    with pytest.raises(RunStopped, match=r"of 200 questions drawn for step 1, 200 leave no room for a turn in rollout.max_context=128"):
+        queue.take(1)
+
+
 class OneQuestion(Questions):
     """The same question, under the ordinals 0, 1, ..."""
 

@@ -16,8 +16,10 @@ from test_chat import tokenizer
 
 from igpo_megatron.algorithms.info_gain import add_probes, rendered_probes
 from igpo_megatron.algorithms.rewards import score
+from igpo_megatron.config.load import build
 from igpo_megatron.config.schema import Reward, Rollout
 from igpo_megatron.data.corpus import Passage
+from igpo_megatron.evaluate import evaluate
 from igpo_megatron.observability.metrics import rollout_metrics
 from igpo_megatron.rollout.agent import EngineError, EnginesEnded, counter_seed, render_results
 from igpo_megatron.rollout.chat import ChatFormat
@@ -180,6 +182,34 @@ def test_every_context_leaves_room_for_its_longest_probe(max_context: int) -> No
     for token_ids, max_tokens, _ in engine.calls:
         assert len(token_ids) + max_tokens + probe <= max_context
     assert all(len(group.context(index)) + probe <= max_context for index in range(len(group.nodes)) if group.nodes[index].kind != "action")
+
+
+@pytest.mark.parametrize("force_think", [False, True])
+def test_a_question_without_room_for_one_token_of_a_turn_is_left_out_and_said_once(
+    force_think: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its prompt, the forced opening and the longest probe fill the context; one token more leaves room for one."""
+    reward = Reward(probe_template="<answer>{answer}</answer>")
+    form = ChatFormat(WORDS, Rollout(**{**SETTINGS, "force_think": force_think}), reward)  # type: ignore[arg-type]
+    question = "What is the capital of Italy?"
+    filled = len(form.open(question)[0]) + len(form.forced_ids) + len(form.render_probe("Rome")[0])
+    engine = ScriptedEngine(ANSWER)
+    assert run(engine, prompts=2, max_context=filled, reward=reward, force_think=force_think) == [] and engine.calls == []
+    (warning,) = caplog.records
+    assert f"rollout.max_context={filled}" in warning.getMessage() and "question q0" in warning.getMessage()
+    (group,) = run(ScriptedEngine(completion("Rome", "length")), max_context=filled + 1, reward=reward, force_think=force_think)
+    assert len(group.actions(group.trajectories[0])) == 1
+
+
+def test_an_evaluation_counts_the_questions_that_leave_no_room_for_a_turn_and_scores_the_others(tmp_path: Path) -> None:
+    config = build({"model": {"path": "m"}, "rollout": SETTINGS}, ["rollout.max_failed_fraction=1"])
+    form = ChatFormat(WORDS, config.rollout, config.reward)
+    short, long = (Prompt(str(words), "What is it? " * words, ("Rome",), "test") for words in (1, 400))
+    with Rollouter(ScriptedEngine(ANSWER), ScriptedSearch(), form, config.rollout, seed=1) as rollouter:  # type: ignore[arg-type]
+        greedy = evaluate(rollouter, [short, long], config, step=0, folder=tmp_path)["greedy"]
+        assert (greedy["too_long"], greedy["questions"], greedy["em"]) == (1, 1, 1.0)
+        nothing = evaluate(rollouter, [long], config, step=1, folder=tmp_path)["greedy"]
+        assert (nothing["too_long"], nothing["questions"]) == (1, 0)
 
 
 def test_forced_tokens_are_nodes_of_their_own_and_shared_by_the_samples() -> None:

@@ -37,7 +37,7 @@ from rich.progress import track
 
 from igpo_megatron.config.load import load
 from igpo_megatron.config.schema import Config
-from igpo_megatron.data.prompts import read_prompts
+from igpo_megatron.data.question_files import read_prompts
 from igpo_megatron.rollout.agent import Engine
 from igpo_megatron.rollout.chat import ChatFormat
 from igpo_megatron.rollout.engines import EnginePool

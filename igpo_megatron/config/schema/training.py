@@ -107,10 +107,13 @@ class Data(Section):
     """Questions."""
 
     train: tuple[Path, ...] = ()
-    """Parquet files of training questions (IGPO, ARPO or Search-R1 layout, recognised by their columns)."""
+    """Parquet files of training questions, in the layout of IGPO, ARPO or Search-R1."""
 
     eval: tuple[Path, ...] = ()
     """Parquet files of held-out questions."""
+
+    layout: Literal["auto", "igpo", "arpo", "search_r1"] = "auto"
+    """Layout of all these files. `auto` tells each file's by what it certainly is, and refuses a file that two layouts read differently."""
 
     shuffle: bool = True
     """Shuffle each epoch with `run.seed`; the order depends on seed and epoch only."""

@@ -1,0 +1,76 @@
+"""Whatever stands where answers are expected, as answers. Every reader of questions goes through here.
+
+    None                             no answer
+    "Rhine"                          one answer, never its letters
+    '["Rhine", "the Rhine"]'         JSON text of a string, a list or an object: what it says
+    ["Rhine", "the Rhine"]           each
+    {"target": ["Rhine"]}            Search-R1's, SQuAD's {"text": [...]}, TriviaQA's {"Value": ..., "Aliases": [...]}
+
+What could be one answer as well as several, or is no text at all, is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from igpo_megatron.data.problems import shown
+from igpo_megatron.untrusted import BadJson, json_loads_untrusted
+
+MAIN = ("target", "value", "text")
+"""Names of an object's main answers, letter case aside; the first that is there counts."""
+
+ALIASES = ("aliases", "humananswers")
+"""Names of its further answers. Normalised copies are not among them: they are the same answers in worse spelling."""
+
+_PYTHON_LIST = re.compile(r"\[\s*'.*\]", re.DOTALL)
+"""The beginning and end of `str(["a", "b"])`, which is no JSON."""
+
+
+class NotAnswers(ValueError):
+    """What was found and what was expected."""
+
+
+def as_answers(value: Any) -> tuple[str, ...]:
+    """Every answer in `value`, in order, empty strings included. Raises NotAnswers."""
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        return _of_text(value)
+    if isinstance(value, Mapping):
+        return _of_object(value)
+    if not isinstance(value, list | tuple):
+        raise NotAnswers(f"found {shown(value)}, expected a string or a list of strings")
+    for answer in value:
+        if not isinstance(answer, str):
+            raise NotAnswers(f"found the answer {shown(answer)}, expected a string")
+    return tuple(value)
+
+
+def _of_text(text: str) -> tuple[str, ...]:
+    stripped = text.strip()
+    if stripped[:1] not in ('"', "[", "{"):
+        return (text,)
+    try:
+        value = json_loads_untrusted(stripped)
+    except BadJson:
+        if _PYTHON_LIST.fullmatch(stripped):
+            raise NotAnswers(f"found the text of a Python list, {shown(stripped)}; write it as JSON or as a list of strings") from None
+        return (text,)
+    if isinstance(value, list) and value and not any(isinstance(item, str) for item in value):
+        if len(value) == 1 and isinstance(value[0], int | float):
+            return (text,)  # the same words with brackets and without
+        raise NotAnswers(f"found {shown(text)}, which may be one answer or several; write a list of strings")
+    return as_answers(value)
+
+
+def _of_object(value: Mapping[str, Any]) -> tuple[str, ...]:
+    fields = {str(name).lower(): field for name, field in value.items()}
+    main = next((name for name in MAIN if name in fields), None)
+    if main is None:
+        raise NotAnswers(f"found an object with {', '.join(map(str, value)) or 'no fields'}; expected one of {', '.join(MAIN)} in it")
+    given = [fields.get(name) for name in (main, *ALIASES)]
+    if nested := [field for field in given if isinstance(field, Mapping)]:
+        raise NotAnswers(f"found {shown(nested[0])} inside an object, expected a string or a list of strings")
+    return tuple(answer for field in given for answer in as_answers(field))

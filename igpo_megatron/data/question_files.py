@@ -1,0 +1,289 @@
+"""Read questions from parquet.
+
+    parquet -> rows -> layout (named, or recognised by the rows) -> Prompt or Problem, row by row
+
+Broken \\boxed of ARPO's files is repaired with a warning. A question that no answer could score is left out with a warning.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from igpo_megatron.data.answers import NotAnswers
+from igpo_megatron.data.layouts import (
+    ALIAS_SEPARATOR,
+    LAYOUTS,
+    Ambiguous,
+    Layout,
+    LayoutName,
+    Row,
+    as_mapping,
+    ground_truth,
+    own_question,
+    recognise,
+)
+from igpo_megatron.data.parquet_rows import python_rows, repeated_fields
+from igpo_megatron.data.problems import Problem, shown
+from igpo_megatron.normalisation import normal_form
+from igpo_megatron.types import Prompt, UserError
+
+logger = logging.getLogger(__name__)
+
+BROKEN_BOX, BOX = "\boxed", "\\boxed"
+"""ARPO's published files hold a backspace and `oxed` where \\boxed was meant."""
+
+SHOWN_PROBLEMS = 10
+"""Problems that the error of `read_prompts` lists; tools/prepare_data.py lists all."""
+
+USED = ("data_source", "prompt", "reward_model", "extra_info", "question")
+"""Columns that are read."""
+
+
+@dataclass(slots=True)
+class Inspection:
+    """What is in a file."""
+
+    layout: Layout | None = None
+    """None where it cannot be told."""
+
+    questions: list[tuple[int, Prompt]] = field(default_factory=list)
+    """(row, question) of everything that a run would use."""
+
+    problems: list[Problem] = field(default_factory=list)
+    """In row order."""
+
+
+def read_prompts(path: Path | str, layout: LayoutName = "auto", outcome: str = "f1") -> list[Prompt]:
+    """All questions of a parquet file, in row order. UserError names file, row and column of the problems, if there are any.
+
+    `outcome`: the `reward.outcome` that must be able to score them; rows that it cannot score are left out, which is logged.
+    """
+    path = Path(path)
+    found = inspect(path, layout, outcome)
+    if problems := [problem for problem in found.problems if problem.costs == "file"]:
+        listed = [f"  - {problem}" for problem in problems[:SHOWN_PROBLEMS]]
+        if len(problems) > SHOWN_PROBLEMS:
+            listed.append(f"  - and {len(problems) - SHOWN_PROBLEMS} more; `python tools/prepare_data.py check {path}` lists all")
+        raise UserError("\n".join([f"{path}: cannot be used as questions:", *listed]))
+    left_out = [problem for problem in found.problems if problem.costs == "row"]
+    if left_out:
+        said = f"{path}: {len(left_out)} of {len(left_out) + len(found.questions)} questions are left out; the first: {left_out[0]}"
+        if not found.questions:
+            raise UserError(said)
+        logger.warning("%s", said)
+    return [prompt for _, prompt in found.questions]
+
+
+def inspect(path: Path, layout: LayoutName = "auto", outcome: str = "f1") -> Inspection:
+    """Every question and every problem of a parquet file; never raises for what is in it."""
+    if not path.is_file():
+        return Inspection(problems=[Problem("no such file; expected a parquet file of questions")])
+    try:
+        schema = pq.read_schema(path)
+    except (pa.ArrowException, OSError) as error:
+        return Inspection(problems=[Problem(f"not a parquet file ({str(error).splitlines()[0]})")])
+    if problems := [Problem(message, column=column) for column, message in _schema_problems(schema)]:
+        return Inspection(problems=problems)
+    try:
+        with pq.ParquetFile(path) as file:
+            batches = file.iter_batches(columns=[name for name in USED if name in schema.names])
+            values = [value for batch in batches for value in python_rows(batch)]
+    except (pa.ArrowException, OSError) as error:
+        return Inspection(problems=[Problem(f"the parquet file is damaged ({str(error).splitlines()[0]})")])
+    if not values:
+        return Inspection(problems=[Problem("the file has no rows; expected at least one question")])
+    rows = [_row(value, number) for number, value in enumerate(values)]
+    return _inspect_rows(_with_boxes(rows, path), layout, outcome)
+
+
+def _inspect_rows(rows: Sequence[Row | Problem], layout_name: LayoutName, outcome: str) -> Inspection:
+    bad = {number: [row] if isinstance(row, Problem) else list(_shape_problems(row, number)) for number, row in enumerate(rows)}
+    try:
+        good = [row for number, row in enumerate(rows) if isinstance(row, dict) and not bad[number]]
+        layout = recognise(good) if layout_name == "auto" else LAYOUTS[layout_name]
+    except Ambiguous as error:
+        return Inspection(problems=[problem for problems in bad.values() for problem in problems] + [Problem(str(error))])
+    found = Inspection(layout)
+    for number, (row, name) in enumerate(zip(rows, _ids(rows), strict=True)):
+        problems = bad[number]
+        if isinstance(row, dict):
+            # A row without its one user message has no question to look at, but its answers are looked at all the same.
+            if not any(problem.column == "prompt" for problem in problems):
+                problems += _question_problems(row, number, layout)
+            answers, wrong = _answers(row, number, layout, outcome)
+            problems += wrong
+            if all(problem.costs == "answer" for problem in problems):
+                found.questions.append((number, Prompt(name, layout.question(row), answers, row["data_source"])))
+        found.problems += problems
+    return found
+
+
+# ---- columns
+
+
+def _is_string(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return any(is_kind(kind) for is_kind in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view))
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    kinds = (
+        *(pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list),
+        *(pa.types.is_list_view, pa.types.is_large_list_view),
+    )
+    return any(is_kind(kind) for is_kind in kinds)
+
+
+def _is_strings(kind: pa.DataType) -> bool:
+    return _is_string(kind) or (_is_list(kind) and _is_string(kind.value_type))
+
+
+def _struct_field(kind: pa.DataType, name: str) -> pa.DataType | None:
+    """Type of a struct's field; None where it is no struct or has no such field."""
+    return kind.field(name).type if pa.types.is_struct(kind) and kind.get_field_index(name) >= 0 else None
+
+
+def _is_messages(kind: pa.DataType) -> bool:
+    if not _is_list(kind):
+        return False
+    fields = [_struct_field(kind.value_type, name) for name in ("role", "content")]
+    return all(field is not None and _is_string(field) for field in fields)
+
+
+def _is_mapping(kind: pa.DataType) -> bool:
+    return pa.types.is_struct(kind) or pa.types.is_map(kind) or _is_string(kind) or pa.types.is_null(kind)
+
+
+def _schema_problems(schema: pa.Schema) -> Iterator[tuple[str, str]]:
+    """(column, message) for every column that no layout could be read without."""
+    used = pa.schema([field for field in schema if field.name in USED])
+    if repeated := repeated_fields(used):
+        yield from ((name, "it is there twice; keep one") for name in repeated)
+        return
+    expected: dict[str, tuple[str, Callable[[pa.DataType], bool]]] = {
+        "data_source": ("string", _is_string),
+        "prompt": ("list of structs with role and content", _is_messages),
+        "reward_model": ("struct with ground_truth", lambda kind: _is_mapping(kind) and not _lacks_truth(kind)),
+    }
+    for column, (description, fits) in expected.items():
+        if column not in used.names:
+            yield column, f"column is missing (found {', '.join(schema.names) or 'none'}); expected {description}"
+        elif not fits(used.field(column).type):
+            yield column, f"found type {used.field(column).type}, expected {description}"
+    if "extra_info" in used.names and not _is_mapping(used.field("extra_info").type):
+        found = used.field("extra_info").type
+        yield (
+            "extra_info",
+            f"found type {found}, expected a struct, a map or the JSON text of an object; drop the column if it is not needed",
+        )
+    truth = _struct_field(used.field("reward_model").type, "ground_truth") if "reward_model" in used.names else None
+    if truth is not None and not _is_truth(truth):
+        description = "a string (IGPO, ARPO), a list of strings, or a struct with a list of strings `target` (Search-R1)"
+        yield "reward_model.ground_truth", f"found type {truth}, expected {description}"
+
+
+def _lacks_truth(kind: pa.DataType) -> bool:
+    return pa.types.is_struct(kind) and _struct_field(kind, "ground_truth") is None
+
+
+def _is_truth(kind: pa.DataType) -> bool:
+    target = _struct_field(kind, "target")
+    return _is_strings(kind) or (target is not None and _is_strings(target))
+
+
+# ---- rows
+
+
+def _row(values: dict[str, Any] | Problem, number: int) -> Row | Problem:
+    """A row of plain values, with structs, maps and JSON texts as dicts."""
+    if isinstance(values, Problem):
+        return replace(values, row=number)
+    row = {"extra_info": None, **values}
+    for column in ("reward_model", "extra_info"):
+        try:
+            row[column] = as_mapping(row[column])
+        except NotAnswers as error:
+            return Problem(str(error), number, column)
+    return row
+
+
+def _with_boxes(rows: Sequence[Row | Problem], path: Path) -> list[Row | Problem]:
+    repaired = [_repaired(row) for row in rows]
+    if broken := sum(before != after for before, after in zip(rows, repaired, strict=True)):
+        logger.warning("%s: %d of %d rows spell \\boxed with a backspace character; read as \\boxed", path, broken, len(rows))
+    return repaired
+
+
+def _repaired(value: Any) -> Any:
+    """The same nested value with every broken \\boxed made whole."""
+    if isinstance(value, str):
+        return value.replace(BROKEN_BOX, BOX)
+    if isinstance(value, list):
+        return [_repaired(part) for part in value]
+    return {key: _repaired(part) for key, part in value.items()} if isinstance(value, dict) else value
+
+
+def _shape_problems(row: Row, number: int) -> Iterator[Problem]:
+    """What keeps a row from being read in any layout."""
+    if not (row["data_source"] or "").strip():
+        yield Problem(f"found {row['data_source']!r}, expected the name of a benchmark", number, "data_source")
+    messages = row["prompt"] or []
+    users = [message for message in messages if message and message["role"] == "user"]
+    if len(users) != 1 or users[0]["content"] is None or not all(messages):
+        roles = [message["role"] if message else None for message in messages]
+        yield Problem(f"found messages with roles {roles}, expected exactly one user message with text", number, "prompt")
+
+
+def _question_problems(row: Row, number: int, layout: Layout) -> Iterator[Problem]:
+    if layout is LAYOUTS["arpo"] and own_question(row) is None:
+        yield Problem("found None, expected the question", number, layout.question_column)
+    elif not layout.question(row).strip():
+        yield Problem("the question is empty", number, layout.question_column)
+
+
+def _answers(row: Row, number: int, layout: Layout, outcome: str) -> tuple[tuple[str, ...], list[Problem]]:
+    """The aliases that can be scored, and what is wrong with the others."""
+    column = "reward_model.ground_truth"
+    try:
+        answers = layout.answers(ground_truth(row))
+    except NotAnswers as error:
+        return (), [Problem(str(error), number, column)]
+    if not answers:
+        return (), [Problem("found no answer, expected at least one", number, column)]
+    if blank := [place for place, answer in enumerate(answers, start=1) if not answer.strip()]:
+        return (), [Problem(f"answer {blank[0]} of {len(answers)} is empty", number, column)]
+    if joined := [answer for answer in answers if ALIAS_SEPARATOR in answer]:
+        return (), [Problem(f"found the answer {shown(joined[0])}, expected a string without {ALIAS_SEPARATOR}", number, column)]
+    scored = tuple(answer for answer in answers if normal_form(answer, outcome))
+    unscored = [answer for answer in answers if answer not in scored]
+    if not unscored:
+        return scored, []
+    nothing = f"{shown(unscored[0])}, of which nothing is left once punctuation is removed as the scores do"
+    if scored:
+        return scored, [Problem(f"found the alias {nothing}; it is left out", number, column, "answer")]
+    return (), [Problem(f"found {nothing}: no answer could be right; the row is left out", number, column, "row")]
+
+
+def _ids(rows: Sequence[Row | Problem]) -> list[str]:
+    """One id per row: `extra_info.index`, after split and source where it is a mere number; made unique by the row number where it is
+    absent or repeated (merged files repeat it)."""
+    names = []
+    for row in rows:
+        if isinstance(row, Problem) or (index := row["extra_info"].get("index")) is None or index == "":
+            names.append("")
+        elif isinstance(index, str):
+            names.append(index)
+        else:
+            parts = (row["data_source"], row["extra_info"].get("split"), index)
+            names.append("-".join(str(part) for part in parts if part is not None))
+    seen = Counter(names)
+    return [name if name and seen[name] == 1 else f"{name or 'row'}#{number}" for number, name in enumerate(names)]
