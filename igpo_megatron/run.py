@@ -14,6 +14,7 @@ runs/<name>/
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def open_folder(config: Config) -> RunFolder:
     how = f"choose another run.name, or remove {folder.root} to start again"
     if config.run.resume == "never":
         raise ConfigError([f"run.resume=never, but {folder.root} already holds a run; {how}"])
-    old = json.loads(folder.config.read_text(encoding="utf-8"))
+    old = _read(folder.config, f"write it from a copy, or {how}")
     new = json.loads(to_json(config))
     changed = [row for row in differing_keys(old, new) if not row.startswith(MAY_CHANGE)]
     if changed:
@@ -95,7 +96,9 @@ def claim(folder: RunFolder, config: Config) -> None:
     """Make the folder and save the resolved configuration in it."""
     for path in (folder.rollouts, folder.eval, folder.checkpoints):
         path.mkdir(parents=True, exist_ok=True)
-    folder.config.write_text(to_json(config), encoding="utf-8")
+    whole = folder.config.with_suffix(".tmp")
+    whole.write_text(to_json(config), encoding="utf-8")
+    os.replace(whole, folder.config)
 
 
 def forget_after(folder: RunFolder, step: int) -> None:
@@ -108,7 +111,18 @@ def forget_after(folder: RunFolder, step: int) -> None:
 
 def read_summary(folder: RunFolder) -> dict[str, Any] | None:
     """The finished run's summary; None while it is not finished."""
-    return json.loads(folder.summary.read_text(encoding="utf-8")) if folder.summary.is_file() else None
+    return _read(folder.summary, "remove it, and the same command writes it again") if folder.summary.is_file() else None
+
+
+def _read(path: Path, what_to_do: str) -> dict[str, Any]:
+    """The object in a file of ours. Raises ConfigError with `what_to_do` where the file is damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError([f"{path} is damaged ({error}); {what_to_do}"]) from error
+    if not isinstance(value, dict):
+        raise ConfigError([f"{path} is damaged (it holds no object); {what_to_do}"])
+    return value
 
 
 ROWS = (

@@ -13,7 +13,8 @@ from test_conversion import hf_folder
 from checkpoint_conversion.convert import hf_to_megatron
 from igpo_megatron.actor import checkpoint_sums, parallel
 from igpo_megatron.actor.checkpoint_sums import Found, damage, newest_whole, set_aside
-from igpo_megatron.run import RunFolder, forget_after
+from igpo_megatron.config.load import ConfigError, build
+from igpo_megatron.run import RunFolder, claim, folder_for, forget_after, open_folder, read_summary
 from igpo_megatron.types import UserError
 
 STATE = {"step": 1, "optimizer_steps": 2, "layout": [1, 1, 1], "run": {"prompts": None}}
@@ -132,3 +133,18 @@ def test_steps_that_a_run_goes_back_behind_leave_no_rollouts_and_no_evaluation(t
     forget_after(folder, 4)
     assert [path.name for path in folder.rollouts.iterdir()] == ["step_000004.parquet"]
     assert sorted(path.name for path in folder.eval.iterdir()) == ["notes", "step_000000.json", "step_000004.json"]
+
+
+@pytest.mark.parametrize("content", ["", '{"run": {"na', "[1]"])
+def test_half_a_file_of_the_run_is_one_sentence(tmp_path: Path, content: str) -> None:
+    config = build({"model": {"path": "m"}, "run": {"folder": str(tmp_path), "name": "x"}})
+    folder = folder_for(config)
+    claim(folder, config)
+    assert open_folder(config) == folder and read_summary(folder) is None
+    assert not list(folder.root.glob("*.tmp"))
+    folder.config.write_text(content)
+    with pytest.raises(ConfigError, match=r"x/config\.json is damaged"):
+        open_folder(config)
+    folder.summary.write_text(content)
+    with pytest.raises(ConfigError, match=r"x/summary\.json is damaged .*remove it"):
+        read_summary(folder)

@@ -136,7 +136,13 @@ PUBLISHED = {
     ),
     "Mixtral": variant("mixtral", **EXPERTS, router_aux_loss_coef=0.02, output_router_logits=False, router_jitter_noise=0.0),
     "Qwen3-MoE": variant(
-        "qwen3_moe", **QWEN_EXPERTS, decoder_sparse_step=1, mlp_only_layers=[], router_aux_loss_coef=0.001, norm_topk_prob=True
+        "qwen3_moe",
+        **QWEN_EXPERTS,
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
+        n_shared_experts=0,
+        router_aux_loss_coef=0.001,
+        norm_topk_prob=True,
     ),
     "Ministral": variant("mistral", sliding_window=32768, max_position_embeddings=32768, head_dim=128, attention_dropout=0.0),
     "an unquantized model that says so": variant("llama", quantization_config=None, rope_scaling={}),
@@ -174,6 +180,7 @@ REFUSED = [
     (variant("qwen3_moe", decoder_sparse_step=2, **QWEN_EXPERTS), "in some layers only"),
     (variant("qwen3_moe", **QWEN_EXPERTS, num_local_experts=8), "num_experts=4 beside num_local_experts=8"),
     (variant("llama", logits_scaling=8.0, embedding_multiplier=12.0), "logits_scaling=8.0.*embedding_multiplier=12.0"),
+    (variant("llama", scale_depth=1.4, dim_model_base=256), "scale_depth=1.4.*dim_model_base=256"),
     (variant("llama", attention_multiplier=0.1), "attention_multiplier=0.1"),
     (variant("qwen2", final_logit_softcapping=30.0), "final_logit_softcapping=30.0"),
     (variant("qwen2", is_causal=False), "is_causal=false"),
