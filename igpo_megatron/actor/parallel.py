@@ -61,6 +61,14 @@ def wants_cuda(device: str) -> bool:
     return device == "cuda" or (device == "auto" and torch.cuda.is_available())
 
 
+def on_this_machine(config: Config) -> Config:
+    """The configuration with `run.device=auto` replaced by what it is here, for checks that depend on it."""
+    if config.run.device != "auto":
+        return config
+    device = "cuda" if wants_cuda("auto") else "cpu"
+    return config.model_copy(update={"run": config.run.model_copy(update={"device": device})})
+
+
 def init(config: Config) -> Ranks:
     """Join the process group described by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, and make Megatron's groups.
 
