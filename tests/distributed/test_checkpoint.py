@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
 import threading
 from functools import partial
@@ -12,6 +13,7 @@ import pytest
 import torch
 from conftest import make_config, run_ranks
 from groups import load_hf, random_groups
+from megatron.core import dist_checkpointing
 from test_layouts import row_loss, with_off_policy_logprobs
 
 from checkpoint_conversion.convert import megatron_to_hf
@@ -159,3 +161,10 @@ def test_only_the_newest_checkpoints_are_kept_and_half_written_ones_are_not_seen
     shutil.copytree(tmp_path / "step_000003", tmp_path / "step_000005")
     (tmp_path / "step_000005" / "state.json").unlink()
     assert checkpoint.complete(tmp_path)[-1].name == "step_000003"
+
+
+def test_newer_megatron_is_told_to_write_by_itself() -> None:
+    """In later versions `save` has another default, which needs a package that a policy on CPU has no use for."""
+    assert checkpoint.own_writer(lambda state, folder, async_strategy="nvrx": None) == {"async_strategy": "mcore"}
+    assert checkpoint.own_writer(lambda state, folder: None) == {}
+    assert set(checkpoint.WRITER) <= set(inspect.signature(dist_checkpointing.save).parameters)
