@@ -75,10 +75,11 @@ def init(config: Config) -> Ranks:
     A process started without a launcher becomes a world of one.
     """
     cuda = wants_cuda(config.run.device)
-    if not cuda:
-        from igpo_megatron.actor import cpu
+    from igpo_megatron.actor import cpu
 
+    if not cuda:
         cpu.install()
+    assert not cuda or not cpu.is_installed(), "megatron.core runs on CPU in this process, which cannot be undone"
     from igpo_megatron.actor import megatron_fixes
 
     megatron_fixes.install()
