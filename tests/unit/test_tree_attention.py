@@ -39,7 +39,7 @@ def random_row(seed: int, trees: int = 3, tokens: int = 40) -> list[int]:
 
 def seen(ends: torch.Tensor) -> torch.Tensor:
     """[T, T] bool by the definition: query i sees key j iff j <= i < subtree_end[j]."""
-    index = torch.arange(len(ends))
+    index = torch.arange(len(ends), device=ends.device)
     return (index[None, :] <= index[:, None]) & (index[:, None] < ends[None, :])
 
 
