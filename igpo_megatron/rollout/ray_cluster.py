@@ -129,11 +129,13 @@ def visible_devices(gpu_ids: Sequence[int]) -> str:
 
     Where a scheduler gave this process GPUs 4 to 7 of the machine, number 2 is GPU 6. Raises UserError for one that it does not see.
     """
+    if not gpu_ids:
+        return ""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = [str(gpu) for gpu in range(torch.cuda.device_count())] if given is None else [name.strip() for name in given.split(",") if name]
     if not all(name.isdecimal() for name in names):
         raise UserError(
-            f"CUDA_VISIBLE_DEVICES={given} does not name GPUs by number, which rollout.engine.gpu_ids={list(gpu_ids)} needs; "
+            f"CUDA_VISIBLE_DEVICES={given} does not name GPUs by number, so rollout.engine.gpu_ids={list(gpu_ids)} has nothing to count in; "
             "set it to their numbers in `nvidia-smi -L`"
         )
     beyond = [gpu for gpu in gpu_ids if gpu >= len(names)]

@@ -143,6 +143,11 @@ def test_gpus_that_the_run_was_not_given_are_one_sentence(monkeypatch: pytest.Mo
     assert "\n" not in str(caught.value)
 
 
+def test_a_node_without_engines_shows_ray_no_gpu_however_they_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_visible(monkeypatch, "GPU-8c1f0c5e-9a7b")
+    assert visible_devices(()) == ""
+
+
 def test_more_gpus_than_the_machine_has_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     set_visible(monkeypatch, None)
     with pytest.raises(UserError, match=r"among the 4 GPUs that this process sees \(CUDA_VISIBLE_DEVICES=unset\), so \[8\] are none"):
