@@ -135,7 +135,7 @@ def visible_devices(gpu_ids: Sequence[int]) -> str:
     names = [str(gpu) for gpu in range(torch.cuda.device_count())] if given is None else [name.strip() for name in given.split(",") if name]
     if not all(name.isdecimal() for name in names):
         raise UserError(
-            f"CUDA_VISIBLE_DEVICES={given} does not name GPUs by number, so rollout.engine.gpu_ids={list(gpu_ids)} has nothing to count in; "
+            f"CUDA_VISIBLE_DEVICES={given} does not name GPUs by number, so rollout.engine.gpu_ids={list(gpu_ids)} cannot count them; "
             "set it to their numbers in `nvidia-smi -L`"
         )
     beyond = [gpu for gpu in gpu_ids if gpu >= len(names)]

@@ -19,7 +19,7 @@ from igpo_megatron.packing.tree import pack_for_scoring, pack_for_training, step
 from igpo_megatron.types import RolloutGroup
 
 ROW_TOKENS = 320
-"""Three blocks of the mask, so that some are skipped, some whole and some mixed."""
+"""Three blocks of the mask, so that some are skipped, some whole and some mixed. All rows have it: each length takes time to compile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +47,14 @@ def groups() -> list[RolloutGroup]:
 
 def measured(policy: Policy, trees: list[RolloutGroup]) -> Numbers:
     """Score, leave and come back, score again, accumulate gradients, step."""
-    scoring = pack_for_scoring(trees, row_tokens=ROW_TOKENS)
+    scoring = pack_for_scoring(trees, row_tokens=ROW_TOKENS, multiple=ROW_TOKENS)
     logprobs = torch.cat(policy.log_probs(scoring))
     offload = Offload(policy)
     offload.leave()
     offload.come_back()
     again = torch.cat(policy.log_probs(scoring))
-    rows = pack_for_training(trees, row_tokens=ROW_TOKENS, token_weight=lambda tokens: 1.0)
-    assert max(row.num_tokens for row in rows) > 2 * attention.BLOCK
+    rows = pack_for_training(trees, row_tokens=ROW_TOKENS, multiple=ROW_TOKENS, token_weight=lambda tokens: 1.0)
+    assert {row.num_tokens for row in [*rows, *scoring]} == {ROW_TOKENS} and ROW_TOKENS > 2 * attention.BLOCK
     loss = partial(row_loss, step_counts(trees))
     policy.zero_gradients()
     schedule.forward_backward(policy.wrapped, rows, loss, temperature=1.0, device=policy.ranks.device)
