@@ -24,7 +24,7 @@ MORE_MODELS = [("qwen2_tied", "fp32"), ("qwen2_tied", "bf16"), ("llama3", "fp32"
 """On CUDA alone: on CPU nothing of them is new."""
 
 BOUNDS = {"fp32": (1e-3, 1e-3), "bf16": (0.1, 0.1)}
-"""Log-probs in nats, gradients as a share of the largest entry of each tensor. On CPU fp32 agrees within 1e-5, bf16 within 0.03 and 0.02."""
+"""Log-probs in nats, gradients by the largest entry of each tensor. On CPU fp32 agrees within 1e-5, bf16 within 0.03 and 0.02."""
 
 
 def by_cuda(folder: Path, dtype: str) -> Numbers:
