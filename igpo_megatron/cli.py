@@ -65,7 +65,7 @@ def train(config: Annotated[Path, typer.Argument(help="YAML file of the run.")],
         if _is_finished(settings):
             return
         ranks = world_size(settings)
-        require(settings, ranks)
+        require(_on_this_machine(settings), ranks)
     raise typer.Exit(_torchrun(ranks, [str(config), *(overrides or [])]))
 
 
@@ -111,11 +111,18 @@ def launch(
         node = place(rank=node_rank, nodes=nodes, head=head, role=role, ranks=ranks, world=world, address=address)
         arguments = [str(config), *(overrides or [])]
         if nodes == 1:
-            require(settings, node.ranks)
+            require(_on_this_machine(settings), node.ranks)
             raise typer.Exit(_torchrun(node.ranks, arguments, max_restarts))
         for name, value in OFFLINE.items():
             os.environ.setdefault(name, value)
         raise typer.Exit(run_node(node, settings, arguments, options))
+
+
+def _on_this_machine(config: Config) -> Config:
+    """What is checked: `run.device=auto` is decided."""
+    from igpo_megatron.actor.parallel import on_this_machine
+
+    return on_this_machine(config)
 
 
 def world_size(config: Config) -> int:
@@ -283,7 +290,7 @@ def doctor_probes(
     _stay_offline()
     with _one_sentence():
         settings = load(config, overrides or [])
-        require(settings, None)
+        require(_on_this_machine(settings), None)
         raise typer.Exit(probe_check.main(settings))
 
 

@@ -206,6 +206,7 @@ def evaluate_checkpoint(config: Config, model: Path | None, out: Path) -> dict[s
     from rich.progress import Progress
     from transformers import AutoTokenizer
 
+    from igpo_megatron.actor.parallel import on_this_machine
     from igpo_megatron.config.check import require
     from igpo_megatron.rollout.chat import ChatFormat
     from igpo_megatron.rollout.engines import EnginePool
@@ -224,7 +225,7 @@ def evaluate_checkpoint(config: Config, model: Path | None, out: Path) -> dict[s
             megatron_to_hf(folder, converted)
             folder = converted
         config = config.model_copy(update={"model": config.model.model_copy(update={"path": folder})})
-        require(config, None)
+        require(on_this_machine(config), None)
         out.mkdir(parents=True, exist_ok=True)
         chat = ChatFormat(AutoTokenizer.from_pretrained(folder), config.rollout, config.reward)
         for note in chat.notes:

@@ -312,11 +312,13 @@ def main(arguments: Sequence[str]) -> int:
     if not arguments:
         sys.stderr.write("usage: python -m igpo_megatron.train CONFIG.yaml [section.key=value ...]\n")
         return 2
+    from igpo_megatron.actor.parallel import on_this_machine
+
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()  # torchrun's agent: without it nobody would notice how this rank ends
     try:
         config = load(arguments[0], arguments[1:])
-        require(config, int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        require(on_this_machine(config), int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         run(config)
     except (ConfigError, ValueError) as error:
         _say(f"error: {error}\n", str(error))

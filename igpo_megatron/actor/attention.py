@@ -9,7 +9,7 @@ group has the queries of the tokens it holds, and gathers the keys and values of
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import cache, lru_cache, wraps
 from typing import Any
 
 import torch
@@ -23,6 +23,12 @@ from igpo_megatron.actor.tree_plan import PLANS, Range, plan_of
 
 BLOCK = 128
 """Tokens per side of a block of the block mask."""
+
+GRAPHS = 256
+"""Compiled forms of FlexAttention that one process may hold: a form for every bucket of queries and of keys, with and without gradients."""
+
+FlexAttention = Callable[..., torch.Tensor]
+"""Called as torch's `flex_attention`."""
 
 
 class TreeAttention(MegatronModule):
@@ -109,14 +115,23 @@ def _heads_first(tokens: torch.Tensor) -> torch.Tensor:
 
 
 def flex_tree_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, subtree_end: torch.Tensor, scale: float, held: tuple[Range, ...] | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    subtree_end: torch.Tensor,
+    scale: float,
+    held: tuple[Range, ...] | None = None,
+    attend: FlexAttention | None = None,
 ) -> torch.Tensor:
-    """The same by one FlexAttention, padded to one of a few lengths so that few kernels are compiled."""
+    """The same by one FlexAttention, padded to one of a few lengths so that few kernels are compiled.
+
+    `attend`: what runs it; None: compiled on CUDA, uncompiled on CPU.
+    """
     length = len(q)
     mask = _block_mask(subtree_end.to("cpu", torch.int64).numpy().tobytes(), held, q.device)
     queries, keys = mask.seq_lengths
     padded = (_heads_first(_padded(x, size)) for x, size in ((q, queries), (k, keys), (v, keys)))
-    attend = _compiled_flex_attention() if q.is_cuda else flex_attention
+    attend = attend or (compiled_flex_attention() if q.is_cuda else flex_attention)
     return attend(*padded, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])[0].transpose(0, 1)[:length]
 
 
@@ -126,22 +141,30 @@ def _padded(tokens: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def bucket(length: int) -> int:
-    """Smallest of the allowed lengths that holds `length` tokens: multiples of BLOCK, at most four to each doubling."""
-    step = max(BLOCK, 1 << max((length - 1).bit_length() - 3, 0))
+    """Smallest of the allowed lengths that holds `length` tokens: multiples of BLOCK, at most two to each doubling.
+
+    Each length is a kernel to compile. What is padded costs little, since it attends to nothing but itself (`padded_row`).
+    """
+    step = max(BLOCK, 1 << max((length - 1).bit_length() - 2, 0))
     return -(-length // step) * step
+
+
+def padded_row(subtree_end: torch.Tensor) -> torch.Tensor:
+    """[T] -> [bucket(T)]: a token of the padding sees itself only, so that of its blocks only those on the diagonal are computed."""
+    return torch.cat((subtree_end, torch.arange(len(subtree_end), bucket(len(subtree_end))) + 1))
 
 
 def block_mask(subtree_end: torch.Tensor, held: torch.Tensor | None = None) -> BlockMask:
     """FlexAttention's mask of a row [S], S a multiple of BLOCK, on its device, from S / BLOCK numbers instead of S^2.
 
-    `held` [Q] int64, Q a multiple of BLOCK: the tokens whose queries there are, ascending; None: all of the row.
+    `held` [Q] int64, Q a multiple of BLOCK: the tokens whose queries there are; None: all of the row.
     With lo_j and hi_j the least and greatest subtree_end in key block j: no pair of query block i and j is seen unless j begins at or
     before i's last token and hi_j > i's first token, and all pairs are iff j ends before i's first token and lo_j > i's last token.
     """
     length = len(subtree_end)
     ends = subtree_end.view(-1, BLOCK)
     tokens = torch.arange(length, device=subtree_end.device) if held is None else held
-    first, last = tokens[::BLOCK, None], tokens[BLOCK - 1 :: BLOCK, None]
+    first, last = (bound[:, None] for bound in tokens.view(-1, BLOCK).aminmax(dim=1))
     key = torch.arange(0, length, BLOCK, device=subtree_end.device)[None, :]
     seen = (key <= last) & (ends.amax(1)[None, :] > first)
     full = (key + BLOCK <= first) & (ends.amin(1)[None, :] > last)
@@ -175,19 +198,30 @@ def _listed(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _block_mask(subtree_end: bytes, held: tuple[Range, ...] | None, device: torch.device) -> BlockMask:
     """By content, like the plans: once per row, not once per layer."""
     row = torch.frombuffer(bytearray(subtree_end), dtype=torch.int64)
-    size = bucket(len(row))
-    ends = F.pad(row, (0, size - len(row)), value=size).to(device)
+    ends = padded_row(row).to(device)
     if held is None:
         return block_mask(ends)
     tokens = torch.cat([torch.arange(start, stop) for start, stop in held])
-    # Queries of the padding see what the last token sees, and are dropped.
-    padding = tokens[-1:].expand(bucket(len(tokens)) - len(tokens))
+    # Queries of the padding see what the first token sees, which is least, and are dropped.
+    padding = tokens[:1].expand(bucket(len(tokens)) - len(tokens))
     return block_mask(ends, torch.cat((tokens, padding)).to(device))
 
 
 @cache
-def _compiled_flex_attention() -> Callable[..., torch.Tensor]:
-    return torch.compile(flex_attention, dynamic=False)
+def compiled_flex_attention(backend: str | Callable[..., Any] = "inductor") -> FlexAttention:
+    """FlexAttention, compiled anew for every bucket; raises torch's FailOnRecompileLimitHit beyond GRAPHS of them.
+
+    Left to itself dynamo stops at 8 and runs the rest uncompiled with only a line in the log: [heads, S, S] in fp32, 30 GB at 16k x 28.
+    `fullgraph` makes it raise. The limit holds around our calls alone, so that Megatron's own compiled functions keep theirs.
+    """
+    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True, backend=backend)
+
+    @wraps(flex_attention)
+    def attend(*args: Any, **kwargs: Any) -> torch.Tensor:
+        with torch._dynamo.config.patch(recompile_limit=GRAPHS, accumulated_recompile_limit=GRAPHS):
+            return compiled(*args, **kwargs)
+
+    return attend
 
 
 class TreeRotaryEmbedding(RotaryEmbedding):

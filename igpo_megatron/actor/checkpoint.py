@@ -15,10 +15,12 @@ the folder in the next call of `finish` that finds all of them done. Only that t
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,14 @@ SHARDING = {
     "singleton_local_shards": False,
     "chained_optim_avoid_prefix": True,
 }
+
+
+def own_writer(save: Callable[..., Any]) -> dict[str, str]:
+    """Options by which Megatron's `save` uses its own asynchronous writer: newer versions default to nvidia-resiliency-ext's."""
+    return {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(save).parameters else {}
+
+
+WRITER = own_writer(dist_checkpointing.save)
 
 
 def folder_of(checkpoints: Path, step: int) -> Path:
@@ -89,12 +99,12 @@ def save(policy: Policy, checkpoints: Path, step: int, state: dict[str, Any], ke
     own = {"step": step, "optimizer_steps": policy.steps_taken, "layout": layout}
     sharded = _sharded_state(policy, loading=False)
     if policy.config.checkpoint.in_background:
-        request = dist_checkpointing.save(sharded, str(partial / "model"), content_metadata=SHARDING, async_sharded_save=True)
+        request = dist_checkpointing.save(sharded, str(partial / "model"), content_metadata=SHARDING, async_sharded_save=True, **WRITER)
         sums: Sums = {}
         writer = write_in_thread(request, lambda: sums.update(checkpoint_sums.of_rank(partial, policy.ranks.rank)))
         policy.pending_save = Pending(final, keep, state, own, request, writer, sums)
         return final
-    dist_checkpointing.save(sharded, str(partial / "model"), content_metadata=SHARDING)
+    dist_checkpointing.save(sharded, str(partial / "model"), content_metadata=SHARDING, **WRITER)
     dist.barrier()
     _complete(policy, final, state, own, keep, checkpoint_sums.of_rank(partial, policy.ranks.rank))
     return final

@@ -178,9 +178,14 @@ def _give(module: ModuleType, stand_in: _Torch) -> None:
         module.torch = stand_in  # type: ignore[attr-defined]
 
 
+def is_installed() -> bool:
+    """Megatron runs on CPU in this process, for good."""
+    return any(isinstance(finder, _Finder) for finder in sys.meta_path)
+
+
 def install() -> None:
     """Make megatron.core run on CPU in this process. Calling it again does nothing."""
-    if any(isinstance(finder, _Finder) for finder in sys.meta_path):
+    if is_installed():
         return
     stand_in = _Torch()
     sys.meta_path.insert(0, _Finder(stand_in))

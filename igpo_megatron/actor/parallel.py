@@ -61,16 +61,25 @@ def wants_cuda(device: str) -> bool:
     return device == "cuda" or (device == "auto" and torch.cuda.is_available())
 
 
+def on_this_machine(config: Config) -> Config:
+    """The configuration with `run.device=auto` replaced by what it is here, for checks that depend on it."""
+    if config.run.device != "auto":
+        return config
+    device = "cuda" if wants_cuda("auto") else "cpu"
+    return config.model_copy(update={"run": config.run.model_copy(update={"device": device})})
+
+
 def init(config: Config) -> Ranks:
     """Join the process group described by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, and make Megatron's groups.
 
     A process started without a launcher becomes a world of one.
     """
     cuda = wants_cuda(config.run.device)
-    if not cuda:
-        from igpo_megatron.actor import cpu
+    from igpo_megatron.actor import cpu
 
+    if not cuda:
         cpu.install()
+    assert not cuda or not cpu.is_installed(), "megatron.core runs on CPU in this process, which cannot be undone"
     from igpo_megatron.actor import megatron_fixes
 
     megatron_fixes.install()

@@ -135,8 +135,8 @@ class Policy:
         self.optimizer.zero_grad()
         mine, _ = self._share(rows)
         temperature = self.config.rollout.temperature or 1.0
-        per_row = schedule.forward_backward(self.wrapped, mine, loss, temperature=temperature, device=self.ranks.device)
-        metrics = self._sum_metrics(per_row)
+        sums = schedule.forward_backward(self.wrapped, mine, loss, temperature=temperature, device=self.ranks.device)
+        metrics = self._sum_metrics(sums)
         value = metrics.pop("loss")
         overflow = bool(self.optimizer.prepare_grads())
         grad_norm = float(self.optimizer.get_grad_norm())
@@ -174,14 +174,10 @@ class Policy:
             share = [*share, *[-1] * (-len(share) % self.ranks.pipeline_size)]
         return [rows[index] if index >= 0 else blank_row(self.row_multiple) for index in share], share
 
-    def _sum_metrics(self, per_row: list[dict[str, torch.Tensor]]) -> dict[str, float]:
-        sums: dict[str, float] = {}
-        if self.ranks.reports:
-            for metrics in per_row:
-                for name, metric in metrics.items():
-                    sums[name] = sums.get(name, 0.0) + float(metric)
+    def _sum_metrics(self, sums: dict[str, float]) -> dict[str, float]:
+        """Over all ranks whose results count."""
         total: dict[str, float] = {}
-        for part in parallel.gather(sums):
+        for part in parallel.gather(sums if self.ranks.reports else {}):
             for name, number in part.items():
                 total[name] = total.get(name, 0.0) + number
         return total

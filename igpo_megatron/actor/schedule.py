@@ -2,6 +2,9 @@
 
 Every rank of a data-parallel part is given the same rows: those of a context-parallel group run a share of each, and only the last
 pipeline stage computes log-probs and losses. A rank holds one model, or the chunks of a virtual pipeline, which take the rows in turn.
+
+Results stay on the device until the last row is done and are copied to the host once: a copy waits for the device, which then stands
+idle until the next row's kernels are launched.
 """
 
 from __future__ import annotations
@@ -41,30 +44,39 @@ def forward_only(
     of_probes = temperature if probe_temperature is None else probe_temperature
 
     def keep(output: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
-        return (output if with_entropy else output[:, 0]).detach().cpu()
+        return (output if with_entropy else output[:, 0]).detach()
 
     for chunk in chunks:
         chunk.eval()
     with torch.no_grad():
         options = {"forward_only": True, "collect_non_loss_data": True}
         results = _run(chunks, rows, lambda row: keep, (temperature, of_probes), device, with_entropy, **options)
-    return list(results)
+    return list(torch.cat(results).cpu().split([len(result) for result in results])) if results else []
 
 
 def forward_backward(
     chunks: Sequence[torch.nn.Module], rows: Sequence[PackedRow], loss: RowLoss, *, temperature: float, device: torch.device
-) -> list[dict[str, torch.Tensor]]:
-    """Accumulate gradients over all rows; metric sums per row (with `loss`) on the last stage, an empty list on the others."""
+) -> dict[str, float]:
+    """Accumulate gradients over all rows; metric sums over them (with `loss`) on the last stage, nothing on the others."""
 
     def loss_of(row: PackedRow, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         value, metrics = loss(row, output[:, 0], output[:, 1])
-        sums = {name: metric.detach().cpu() for name, metric in metrics.items()}
+        sums = {name: metric.detach() for name, metric in metrics.items()}
         # The second item is Megatron's token count, which is not used: losses are already divided by global counts.
-        return value, torch.zeros((), dtype=torch.int, device=output.device), {**sums, "loss": value.detach().cpu()}
+        return value, torch.zeros((), dtype=torch.int, device=output.device), {**sums, "loss": value.detach()}
 
     for chunk in chunks:
         chunk.train()
-    return list(_run(chunks, rows, lambda row: partial(loss_of, row), (temperature, temperature), device, True, forward_only=False))
+    return summed(_run(chunks, rows, lambda row: partial(loss_of, row), (temperature, temperature), device, True, forward_only=False))
+
+
+def summed(per_row: Sequence[dict[str, torch.Tensor]]) -> dict[str, float]:
+    """Scalars added up by name, in fp64 where they are; copied to the host at once."""
+    if not per_row:
+        return {}
+    names = list(dict.fromkeys(name for metrics in per_row for name in metrics))
+    totals = [torch.stack([metrics[name].double() for metrics in per_row if name in metrics]).sum() for name in names]
+    return dict(zip(names, torch.stack(totals).tolist(), strict=True))
 
 
 def _run(
@@ -79,13 +91,14 @@ def _run(
     """`temperatures`: of sampled tokens and of probes."""
 
     def step(iterator: Iterator[PackedRow], stage: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
-        row = to_device(next(iterator), device)
+        on_host = next(iterator)
+        row = to_device(on_host, device)
         part = part_of(row, parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size())
         sampled, probes = temperatures
         head = HeadInputs(part.predictor, part.targets, sampled, need_entropy, part.probed, probes, owner=part.owner)
         replay(get_attr_wrapped_model(stage, "decoder", return_model_obj=True), part.experts)
         output = stage(
-            input_ids=part.token_ids[None], position_ids=part.position_ids[None], attention_mask=row.subtree_end.cpu(), labels=head
+            input_ids=part.token_ids[None], position_ids=part.position_ids[None], attention_mask=on_host.subtree_end, labels=head
         )
         return output, loss_for(row)
 

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from igpo_megatron.actor.parallel import wants_cuda
+from igpo_megatron.actor.parallel import on_this_machine, wants_cuda
 from igpo_megatron.config.check import check
 from igpo_megatron.config.schema import Config
 from igpo_megatron.launch.board import Board, PreflightFailed
@@ -26,6 +26,7 @@ from igpo_megatron.launch.preflight import Facts, busy_port, disagreements, fact
 from igpo_megatron.launch.processes import Child
 from igpo_megatron.launch.rendezvous import open_store
 from igpo_megatron.leftovers import claim, remove_abandoned
+from igpo_megatron.rollout.ray_cluster import visible_devices
 from igpo_megatron.types import UserError
 
 _TEMPORARY_PREFIX = "igpo-node-"
@@ -64,7 +65,7 @@ def run_node(node: Node, config: Config, arguments: list[str], options: Options)
     def judge(facts: list[Facts]) -> list[str]:
         problems = disagreements(facts)
         if not problems and len(facts) == node.nodes:
-            problems = check(config, world_size=sum(one.ranks for one in facts), local_world_size=node.ranks)
+            problems = check(on_this_machine(config), world_size=sum(one.ranks for one in facts), local_world_size=node.ranks)
         return problems
 
     try:
@@ -135,7 +136,12 @@ class _Job:
             # Ray's own limit of 30 s for a node to register would speak first.
             environment["RAY_raylet_start_wait_time_s"] = str(round(self.options.deadline_s))
             os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token)
-            self.ray = Child(ray_command(self.node, self.config, folder), {**environment, **self._ray_devices()}, folder / "ray.log")
+            try:
+                devices = self._ray_devices()
+            except UserError as mistake:
+                self.board.report("error", f"{mistake} ({self.node.name})", 2)
+                return
+            self.ray = Child(ray_command(self.node, self.config, folder), {**environment, **devices}, folder / "ray.log")
             if not self._until(lambda: self.ray is not None and self.ray.says(_RAY_IS_UP), "Ray did not start", folder):
                 return
             if self.node.is_head:
@@ -201,7 +207,7 @@ class _Job:
 
     def _ray_devices(self) -> dict[str, str]:
         gpus = engine_gpus(self.node, self.config) if wants_cuda(self.config.run.device) else None
-        return {} if gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))}
+        return {} if gpus is None else {"CUDA_VISIBLE_DEVICES": visible_devices(gpus)}
 
 
 def engine_gpus(node: Node, config: Config) -> Sequence[int] | None:

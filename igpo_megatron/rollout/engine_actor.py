@@ -14,7 +14,7 @@ from typing import Any
 from igpo_megatron.config.schema import ArpoBranching, Branching, Config
 from igpo_megatron.rollout.routing import routed_experts
 from igpo_megatron.rollout.weight_store import SharedWeights
-from igpo_megatron.rollout.weight_transfer import BACKEND, POSITION_BYTES
+from igpo_megatron.rollout.weight_transfer import BACKEND, POSITION_BYTES, as_plain
 
 _QUIET = {
     "HF_HUB_OFFLINE": "1",
@@ -180,12 +180,12 @@ class EngineActor:
             assert self._copy is not None, "this engine reads the main rank's file"
             self._copy.write_bytes(memoryview(data), begin)
         async with _lost_by_name():
-            return await self._engine.collective_rpc("load_bucket", args=(update_info,))
+            return await self._engine.collective_rpc("load_bucket", args=(as_plain(update_info),))
 
     async def finish_update(self, version: int) -> None:
         """Serve the new weights: requests in flight go on."""
         async with _lost_by_name():
-            await self._engine.finish_weight_update(weight_version=str(version))
+            await self._engine.finish_weight_update()
             self.version = version
             await self._engine.resume_generation()
         self._gate.set()
@@ -264,6 +264,8 @@ def engine_options(config: Config, *, cuda: bool, stop_strings: bool) -> dict[st
         "model": str(config.model.path),
         "dtype": {"fp32": "float32", "bf16": "bfloat16"}[dtype],
         "tensor_parallel_size": engine.tensor,
+        # Left to choose, vLLM takes "ray" inside an actor, and that executor refuses a bundle of more than one GPU.
+        **({"distributed_executor_backend": "mp"} if engine.tensor > 1 else {}),
         "max_model_len": rollout.max_context,
         "max_num_seqs": engine.max_num_seqs,
         "seed": config.run.seed,

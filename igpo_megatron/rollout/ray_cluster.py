@@ -10,14 +10,16 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
+import torch
 
 from igpo_megatron.config.schema import Config
 from igpo_megatron.leftovers import claim, is_alive, remove_abandoned
 from igpo_megatron.rollout.agent import EngineError
+from igpo_megatron.types import UserError
 
 _OBJECT_STORE_BYTES = 100 * 2**20
 _BUCKETS_IN_FLIGHT = 3  # one being written, one being read, one being let go
@@ -36,7 +38,7 @@ class RayCluster:
     """Ray for one pool; `close` ends what was started here and leaves a joined cluster."""
 
     def __init__(self, config: Config, *, cuda: bool) -> None:
-        """Raises EngineError where Ray does not start, or the cluster to join does not answer."""
+        """Raises EngineError where Ray does not start or the cluster to join does not answer, UserError for GPUs that are not there."""
         self._folder: Path | None = None
         self._servers: dict[str, psutil.Process] = {}
         self._family: list[psutil.Process] = []
@@ -60,21 +62,21 @@ class RayCluster:
                 except (ConnectionError, ValueError, RuntimeError) as error:
                     raise EngineError(f"no Ray cluster answers at rollout.engine.ray_address={address}: {error}") from None
                 return
+            devices = visible_devices(engine.gpu_ids) if cuda and engine.gpu_ids else None
             self._folder = _new_folder()
             self._claim = claim(self._folder)
-            if cuda and engine.gpu_ids:
-                os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, engine.gpu_ids))
             carried = _BUCKETS_IN_FLIGHT * config.sync.bucket_mib * 2**20 if config.sync.transport == "object_store" else 0
             try:
-                ray.init(
-                    address="local",
-                    num_cpus=engine.count + 1,  # logical: what an engine really uses is its `threads`
-                    include_dashboard=False,
-                    object_store_memory=_OBJECT_STORE_BYTES + carried,
-                    _node_ip_address="127.0.0.1",
-                    _temp_dir=str(self._folder),
-                    **quiet,
-                )
+                with _seeing_only(devices):
+                    ray.init(
+                        address="local",
+                        num_cpus=engine.count + 1,  # logical: what an engine really uses is its `threads`
+                        include_dashboard=False,
+                        object_store_memory=_OBJECT_STORE_BYTES + carried,
+                        _node_ip_address="127.0.0.1",
+                        _temp_dir=str(self._folder),
+                        **quiet,
+                    )
             except Exception as error:  # noqa: BLE001 (Ray raises nothing narrower)
                 raise EngineError(f"Ray did not start on this machine: {cause(error)}") from None
             self._servers = {child.name(): child for child in psutil.Process().children() if child.name() in _SERVERS}
@@ -122,6 +124,29 @@ class RayCluster:
         return "\nlast lines of the engine's log:\n  " + "\n  ".join(lines[-_LOG_LINES:]) if lines else ""
 
 
+def visible_devices(gpu_ids: Sequence[int]) -> str:
+    """CUDA_VISIBLE_DEVICES for a process that may see `gpu_ids`, which count among the GPUs that this process sees, as torch counts them.
+
+    Where a scheduler gave this process GPUs 4 to 7 of the machine, number 2 is GPU 6. Raises UserError for one that it does not see.
+    """
+    if not gpu_ids:
+        return ""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [str(gpu) for gpu in range(torch.cuda.device_count())] if given is None else [name.strip() for name in given.split(",") if name]
+    if not all(name.isdecimal() for name in names):
+        raise UserError(
+            f"CUDA_VISIBLE_DEVICES={given} does not name GPUs by number, so rollout.engine.gpu_ids={list(gpu_ids)} cannot count them; "
+            "set it to their numbers in `nvidia-smi -L`"
+        )
+    beyond = [gpu for gpu in gpu_ids if gpu >= len(names)]
+    if beyond:
+        raise UserError(
+            f"rollout.engine.gpu_ids={list(gpu_ids)} counts among the {len(names)} GPUs that this process sees "
+            f"(CUDA_VISIBLE_DEVICES={'unset' if given is None else given}), so {beyond} are none of them; use numbers below {len(names)}"
+        )
+    return ",".join(names[gpu] for gpu in gpu_ids)
+
+
 def cause(error: BaseException) -> str:
     """The last line of a Ray error says what happened; the rest is where."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -144,6 +169,20 @@ def _new_folder() -> Path:
 def _token() -> str:
     """One for all pools of this process: Ray reads its token once and keeps it."""
     return secrets.token_hex(16)
+
+
+@contextlib.contextmanager
+def _seeing_only(devices: str | None) -> Iterator[None]:
+    """What starts inside sees these GPUs, or (None) those that this process sees. Afterwards this process's own are as they were."""
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if devices is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices
+    try:
+        yield
+    finally:
+        if devices is not None:
+            os.environ.pop("CUDA_VISIBLE_DEVICES")
+            os.environ.update({} if before is None else {"CUDA_VISIBLE_DEVICES": before})
 
 
 @contextlib.contextmanager

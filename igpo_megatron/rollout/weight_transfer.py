@@ -9,6 +9,7 @@ imports this module as its `worker_extension_cls`; it reads files itself and lea
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,18 @@ from igpo_megatron.rollout.weight_store import Entry, Received, read, received
 
 BACKEND = "igpo"
 POSITION_BYTES = 512
+
+
+def as_plain(update_info: dict[str, Any]) -> dict[str, Any]:
+    """An update as vLLM's encoder can carry it: handles of CUDA IPC hold torch's classes, which it refuses, so they go as bytes."""
+    native_info = update_info.get("native_info")
+    return update_info if native_info is None else {**update_info, "native_info": pickle.dumps(native_info)}
+
+
+def from_plain(update_info: dict[str, Any]) -> dict[str, Any]:
+    """The update again. The bytes are those of `as_plain` in the engine's own actor, of which the worker is a child."""
+    native_info = update_info.get("native_info")
+    return update_info if native_info is None else {**update_info, "native_info": pickle.loads(native_info)}
 
 
 class Counting:
@@ -146,7 +159,7 @@ class WorkerExtension:
     def load_bucket(self, update_info: dict[str, Any]) -> list[tuple[Any, ...]]:
         """`update_weights`, and what was loaded: the fields of `Received`, tensor by tensor."""
         worker: Any = self
-        worker.update_weights(update_info)
+        worker.update_weights(from_plain(update_info))
         return [(row.name, row.dtype, row.shape, row.fingerprint) for row in worker.weight_transfer_engine.rows]
 
 

@@ -1,4 +1,7 @@
-"""Real Megatron-Core ranks over gloo: forked from a process that has imported Megatron once, so four of them start in a second."""
+"""Real Megatron-Core ranks over gloo: forked from a process that has imported Megatron once, so four of them start in a second.
+
+Importing this changes nothing: the ranks alone are kept off CUDA, each by its own `parallel.init`, so that a test on a GPU may run beside.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +16,13 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core import parallel_state
 from tiny_models import ARCHITECTURES, MIXTURES, VOCAB, make_hf_folder  # noqa: F401  (tests import them from here)
 
-from igpo_megatron.actor import cpu
-
-cpu.install()
-
-from megatron.core import parallel_state  # noqa: E402
-
-from igpo_megatron.actor import checkpoint, parallel, policy, weight_sync  # noqa: E402, F401  (imported before forking)
-from igpo_megatron.cli import world_size  # noqa: E402
-from igpo_megatron.config.load import build  # noqa: E402
-from igpo_megatron.config.schema import Config  # noqa: E402
-
-torch.set_num_threads(1)
+from igpo_megatron.actor import checkpoint, parallel, policy, weight_sync  # noqa: F401  (imported before forking)
+from igpo_megatron.cli import world_size
+from igpo_megatron.config.load import build
+from igpo_megatron.config.schema import Config
 
 
 @pytest.fixture(scope="session")
@@ -72,6 +68,7 @@ def run_ranks_for_each(function: Callable[..., Any], configs: Sequence[Config], 
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     queue = context.Queue()
+    torch.set_num_threads(1)  # a pool of threads does not survive the fork, and a rank would wait for it
     ranks = [context.Process(target=_rank, args=(rank, world, port, configs, function, arguments, queue)) for rank in range(world)]
     for process in ranks:
         process.start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
 import threading
 from functools import partial
@@ -12,6 +13,7 @@ import pytest
 import torch
 from conftest import make_config, run_ranks
 from groups import load_hf, random_groups
+from megatron.core import dist_checkpointing
 from test_layouts import row_loss, with_off_policy_logprobs
 
 from checkpoint_conversion.convert import megatron_to_hf
@@ -193,3 +195,10 @@ def test_all_ranks_go_back_to_the_same_whole_checkpoint(hf_folders: dict[str, Pa
         "(1, {'saved': 1}) past ['step_000003', 'step_000002']",
     ]
     assert left[3].startswith(f"no checkpoint in {tmp_path} is whole (step_000003: model/__1_0.distcp does not hold what was written")
+
+
+def test_newer_megatron_is_told_to_write_by_itself() -> None:
+    """In later versions `save` has another default, which needs a package that a policy on CPU has no use for."""
+    assert checkpoint.own_writer(lambda state, folder, async_strategy="nvrx": None) == {"async_strategy": "mcore"}
+    assert checkpoint.own_writer(lambda state, folder: None) == {}
+    assert set(checkpoint.WRITER) <= set(inspect.signature(dist_checkpointing.save).parameters)

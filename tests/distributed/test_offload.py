@@ -12,6 +12,7 @@ from conftest import make_config, run_ranks
 from groups import random_groups
 from test_layouts import with_off_policy_logprobs
 
+from igpo_megatron.actor import offload
 from igpo_megatron.actor.offload import Offload
 from igpo_megatron.actor.policy import Policy
 from igpo_megatron.actor.weight_sync import named_weights
@@ -29,13 +30,13 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 def trained(policy: Policy, groups: list[RolloutGroup], leaves: bool) -> tuple[dict[str, torch.Tensor], int, bool]:
     """(weights after two steps, bytes given back at most, emptied while away), with or without leaving the device before each step."""
-    offload, given_back, emptied = Offload(policy), 0, False
+    away, given_back, emptied = Offload(policy), 0, False
     for _ in range(2):
         if leaves:
-            given_back = max(given_back, offload.leave())
-            emptied = offload.is_away and all(p.untyped_storage().nbytes() == 0 for chunk in policy.chunks for p in chunk.parameters())
-            offload.come_back()
-            assert not offload.is_away
+            given_back = max(given_back, away.leave())
+            emptied = away.is_away and all(p.untyped_storage().nbytes() == 0 for chunk in policy.chunks for p in chunk.parameters())
+            away.come_back()
+            assert not away.is_away
         update(policy, groups)
         # An export must not pin what is to be emptied next.
         store = SharedWeights()
@@ -58,3 +59,33 @@ def test_a_policy_that_left_the_device_trains_on_bit_for_bit(hf_folders: dict[st
     ranks = layout.get("parallel__tensor", layout.get("parallel__data", 1))
     # Weights and fp32 gradients, and two moments of what this rank's optimizer holds; in fp32 its parameters are the weights themselves.
     assert left[1] > parameters / ranks * (4 + 4)
+
+
+def locked(policy: Policy, groups: list[RolloutGroup]) -> list[tuple[list[tuple[str, int]], int]]:
+    """(pages locked and unlocked, bytes that must be kept), of leaving before the first step and twice after it."""
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        calls: list[tuple[str, int]] = []
+        patch.setattr(offload, "_lock_pages", lambda host: calls.append(("lock", host.nbytes)))
+        patch.setattr(offload, "_unlock_pages", lambda host: calls.append(("unlock", host.nbytes)))
+        away = Offload(policy)
+        away._page_locks = True  # as on CUDA
+        for _ in range(3):
+            calls.clear()
+            away.leave()
+            kept = sum(host.nbytes for _, host in away._away if isinstance(host, torch.Tensor))
+            away.come_back()
+            found.append((list(calls), kept))
+            update(policy, groups)
+    return found
+
+
+def test_host_memory_is_locked_once_and_is_no_more_than_what_leaves(hf_folders: dict[str, Path]) -> None:
+    """Before the first step there are no moments, so the second time there is more to keep."""
+    groups = with_off_policy_logprobs(random_groups(seed=2, probes=False))
+    ((before, first, again),) = run_ranks(locked, make_config(hf_folders["qwen2"], parallel__distributed_optimizer=False), groups)
+    ((_, small),), kept = before
+    assert kept <= small < kept + 100 * offload._ALIGNMENT
+    (unlocked, (_, large)), kept = first
+    assert unlocked == ("unlock", small) and kept <= large < kept + 200 * offload._ALIGNMENT and large > 2 * small
+    assert again == ([], kept)

@@ -221,6 +221,18 @@ def test_new_weights_are_served_at_once_also_by_the_tied_head(pool: EnginePool) 
     assert back == pytest.approx(before, abs=1e-5)
 
 
+def test_handles_of_cuda_ipc_pass_vllms_encoder_on_their_way_to_the_workers(pool: EnginePool) -> None:
+    """Such a handle is what torch.multiprocessing makes of a tensor on a GPU: classes, types and bytes."""
+    import ray
+
+    memory = (torch.storage.UntypedStorage, torch.bfloat16, 0, b"h" * 64, 12, 0, b"r", 0, b"e", False, False)
+    handle = (torch.Tensor, (2, 3), (3, 1), 0, *memory)
+    native_info = {"names": ["w"], "dtype_names": ["bfloat16"], "shapes": [[2, 3]], "ipc_handles": [{"GPU-0a1b": handle}]}
+    actor = pool._fleet.members[0].actor
+    ((row,),) = ray.get(actor.load_bucket.remote({"number": 0, "native_info": native_info}), timeout=60)
+    assert row[0] == repr(native_info)
+
+
 def test_requests_in_flight_outlive_a_sync_and_carry_the_weights_they_began_with(pool: EnginePool) -> None:
     """Turns before, across and after a sync; none is lost, and each that saw one version only is as its seed says."""
     send(pool, version=20, scale=1.0)

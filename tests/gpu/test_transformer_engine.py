@@ -13,7 +13,6 @@ import pytest
 import torch
 from conftest import make_config, make_hf_folder
 from groups import random_groups
-from megatron.core import parallel_state
 from test_layouts import gradients, relative_error, row_loss, with_off_policy_logprobs
 
 from igpo_megatron.actor import parallel, schedule
@@ -42,7 +41,7 @@ def scores_and_gradients(
     loss = partial(row_loss, step_counts(groups))
     schedule.forward_backward(policy.wrapped, rows, loss, temperature=1.0, device=policy.ranks.device)
     found = {name: tensor.float().cpu() for name, tensor in gradients(policy).items()}
-    parallel_state.destroy_model_parallel()
+    parallel.shutdown()
     return logprobs, found
 
 

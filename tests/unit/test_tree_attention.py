@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
+from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch._dynamo.testing import CompileCounter
 
-from igpo_megatron.actor import tree_plan
-from igpo_megatron.actor.attention import chain_attention
+from igpo_megatron.actor import attention, tree_plan
+from igpo_megatron.actor.attention import BLOCK, block_mask, chain_attention, flex_tree_attention
 from igpo_megatron.actor.context import zigzag
 from igpo_megatron.actor.tree_plan import NEXT_BONUS, Chain, chains, grouped, plan_of
 
@@ -37,7 +39,7 @@ def random_row(seed: int, trees: int = 3, tokens: int = 40) -> list[int]:
 
 def seen(ends: torch.Tensor) -> torch.Tensor:
     """[T, T] bool by the definition: query i sees key j iff j <= i < subtree_end[j]."""
-    index = torch.arange(len(ends))
+    index = torch.arange(len(ends), device=ends.device)
     return (index[None, :] <= index[:, None]) & (index[:, None] < ends[None, :])
 
 
@@ -197,8 +199,6 @@ def test_numbers_that_are_no_trees_are_refused(ends: list[int]) -> None:
 def test_block_masks_are_those_of_the_pairwise_rule(seed: int) -> None:
     from torch.nn.attention.flex_attention import create_block_mask
 
-    from igpo_megatron.actor.attention import BLOCK, block_mask
-
     row = random_row(seed, trees=2, tokens=420)
     size = -(-len(row) // BLOCK) * BLOCK
     ends = torch.tensor(row + [size] * (size - len(row)))
@@ -214,8 +214,6 @@ def test_block_masks_are_those_of_the_pairwise_rule(seed: int) -> None:
 
 
 def test_flex_attention_with_that_mask_equals_dense_attention() -> None:
-    from igpo_megatron.actor.attention import flex_tree_attention
-
     ends = torch.tensor(random_row(5, trees=2, tokens=150))
     with torch.no_grad():
         tensors = [x.detach().float() for x in inputs(len(ends))]
@@ -223,8 +221,6 @@ def test_flex_attention_with_that_mask_equals_dense_attention() -> None:
 
 
 def test_flex_attention_of_a_share_equals_dense_attention() -> None:
-    from igpo_megatron.actor.attention import flex_tree_attention
-
     row = random_row(5, trees=2, tokens=400)
     ends = torch.tensor([min(end, len(row) // 4 * 4) for end in row[: len(row) // 4 * 4]])
     with torch.no_grad():
@@ -238,17 +234,64 @@ def test_flex_attention_of_a_share_equals_dense_attention() -> None:
 
 
 @pytest.mark.parametrize(
-    ("length", "expected"), [(1, 128), (128, 128), (129, 256), (1000, 1024), (1025, 1280), (2049, 2560), (14240, 14336)]
+    ("length", "expected"), [(1, 128), (128, 128), (129, 256), (1000, 1024), (1025, 1536), (2049, 3072), (14240, 16384)]
 )
 def test_lengths_come_in_few_buckets(length: int, expected: int) -> None:
-    from igpo_megatron.actor.attention import bucket
-
-    assert bucket(length) == expected
+    assert attention.bucket(length) == expected
 
 
-def test_four_buckets_to_each_doubling_waste_at_most_a_quarter() -> None:
-    from igpo_megatron.actor.attention import bucket
+def test_there_are_two_buckets_to_each_doubling() -> None:
+    assert {attention.bucket(length) for length in range(4097, 8193)} == {6144, 8192}
+    lengths = {attention.bucket(length) for length in range(1, 2**17 + 1, attention.BLOCK)}
+    # Queries and keys of a row that ranks share are of two lengths each; all of it with and without gradients.
+    assert len(lengths) * 2 * 2 < attention.GRAPHS
 
-    lengths = range(4097, 8193)
-    assert len({bucket(length) for length in lengths}) == 4
-    assert max(bucket(length) / length for length in lengths) < 1.26
+
+@pytest.mark.parametrize("held", [None, ((0, 512), (3584, 4098))])
+def test_padding_attends_to_next_to_nothing(held: tuple[tuple[int, int], ...] | None) -> None:
+    """A row just beyond a bucket: of the blocks of what was padded only one is computed for each."""
+    row = torch.full((4098,), 4098)
+    mask = attention._block_mask(row.numpy().tobytes(), held, torch.device("cpu"))
+    computed = mask.kv_num_blocks[0, 0] + mask.full_kv_num_blocks[0, 0]
+    tokens = len(row) if held is None else sum(stop - start for start, stop in held)
+    padded = computed[-(-tokens // attention.BLOCK) :]
+    assert len(padded) == (6144 - 4224 if held is None else 1536 - 1152) // attention.BLOCK
+    assert set(padded.tolist()) == {1}
+
+
+@pytest.fixture
+def no_graphs() -> Iterator[None]:
+    """dynamo counts the forms of a function in one account for all that compile it."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("no_graphs")
+def test_every_bucket_is_compiled_once_and_none_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve lengths, which are more than dynamo compiles of one function by default, with several rows of each."""
+    monkeypatch.setattr(attention, "BLOCK", 16)
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *tensors: None)  # it refuses gradients on CPU
+    attention._block_mask.cache_clear()
+    counter = CompileCounter()
+    attend = attention.compiled_flex_attention(counter)
+    buckets = [16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024]
+    for graphs, (size, learns) in enumerate([*((size, False) for size in buckets), (32, True)], start=1):
+        for seed, length in enumerate((size, size - 3)):
+            assert attention.bucket(length) == size
+            ends = torch.tensor([min(end, length) for end in (random_row(seed, trees=4, tokens=size) + [length] * length)[:length]])
+            tensors = [x.detach().float().requires_grad_(learns) for x in inputs(length, seed)]
+            found = attention.flex_tree_attention(*tensors, ends, 0.3, attend=attend)
+            assert float((found - dense_attention(*tensors, ends, 0.3)).detach().abs().max()) < 1e-5
+        assert counter.frame_count == graphs
+    attention._block_mask.cache_clear()
+
+
+@pytest.mark.usefixtures("no_graphs")
+def test_a_form_too_many_is_an_error_and_no_slow_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "GRAPHS", 1)
+    attend = attention.compiled_flex_attention(CompileCounter())
+    row = torch.full((256,), 256)
+    attention.flex_tree_attention(*(x.detach().float() for x in inputs(128)), row[:128].clamp(max=128), 0.3, attend=attend)
+    with pytest.raises(FailOnRecompileLimitHit):
+        attention.flex_tree_attention(*(x.detach().float() for x in inputs(256)), row, 0.3, attend=attend)

@@ -3,9 +3,9 @@
 #
 #     tools/bench/gpu.sh --wheels DIR --max-minutes N [--shape 7B]
 #
-# The machine has Python 3.12, torch with CUDA and triton. DIR holds what it lacks as wheels: megatron-core, transformers, and what
-# they and igpo_megatron import (tools/bench/gpu_wheels.txt), and the peers liger-kernel, cut-cross-entropy and nvidia-cutlass-dsl.
-# A wheel that is missing costs the benchmarks that need it, not the others. Results: tools/bench/results/<device>/*.json; logs beside.
+# The machine has Python 3.12 and the packages of tools/bench/gpu_machine.txt. DIR holds what it lacks as wheels (gpu_wheels.sh DIR).
+# A wheel that is missing costs the benchmarks that need it, not the others, and none may take the time of those after it.
+# Results: tools/bench/results/<device>/*.json; logs beside.
 set -u
 cd "$(dirname "$0")/../.."
 
@@ -41,16 +41,16 @@ logs=tools/bench/results/$device
 mkdir -p "$logs"
 failed=""
 
-step() { # NAME COMMAND...: at most what is left of the time
-  local name=$1 left=$(( deadline - $(date +%s) ))
-  shift
+step() { # NAME SHARE COMMAND...: at most SHARE percent of all the time, and what is left of it
+  local name=$1 share=$(( 60 * minutes * $2 / 100 )) left=$(( deadline - $(date +%s) ))
+  shift 2
   if [ "$left" -lt 30 ]; then
     echo "== $name: skipped, the $minutes minutes are over"
     failed="$failed $name"
     return
   fi
   echo "== $name ($left s left)"
-  if timeout "$left" "$@" > "$logs/$name.log" 2>&1; then
+  if timeout "$(( left < share ? left : share ))" "$@" > "$logs/$name.log" 2>&1; then
     tail -n 1 "$logs/$name.log" | cut -c1-400
   else
     echo "   failed with exit code $?; the end of $logs/$name.log:"
@@ -60,16 +60,16 @@ step() { # NAME COMMAND...: at most what is left of the time
 }
 
 # The most telling first, in case time runs out.
-step tests "$python" -m pytest -q -p no:cacheprovider -o addopts="" tests/gpu
-step head_kernel "$python" tools/bench/head_kernel.py --write-table
-step probe_cost "$python" tools/bench/probe_cost.py --shape "$shape" --turns 1,5,10 --no-engine
-step tree_attention "$python" tools/bench/tree_attention.py
-step head_memory "$python" tools/bench/head_memory.py
-step head_precision "$python" tools/bench/head_precision.py
-step tree_training "$python" tools/bench/tree_training.py --shape 0.5B
+step tests 25 "$python" -m pytest -q -p no:cacheprovider -o addopts="" tests/gpu
+step head_kernel 30 "$python" tools/bench/head_kernel.py --write-table
+step probe_cost 15 "$python" tools/bench/probe_cost.py --shape "$shape" --turns 1,5,10 --no-engine
+step tree_attention 15 "$python" tools/bench/tree_attention.py
+step head_memory 10 "$python" tools/bench/head_memory.py
+step head_precision 10 "$python" tools/bench/head_precision.py
+step tree_training 15 "$python" tools/bench/tree_training.py --shape 0.5B
 if "$python" -c 'import vllm, ray' 2> /dev/null; then
-  step vllm_score "$python" tools/bench/vllm_score.py --shape "$shape"
-  step weight_sync "$python" tools/bench/weight_sync.py --shape "$shape"
+  step vllm_score 20 "$python" tools/bench/vllm_score.py --shape "$shape"
+  step weight_sync 20 "$python" tools/bench/weight_sync.py --shape "$shape"
 else
   echo "== vllm_score, weight_sync: not run, vllm and ray are not importable"
 fi

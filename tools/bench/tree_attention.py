@@ -62,7 +62,7 @@ def main(
             "per_probe_vs_tree": ratio(seconds["causal_per_probe"], seconds[used]),
         }
     figures["plan_ms"] = round(1000 * median(interleaved({"plan": partial(new_plan, tree)}, 5)["plan"]), 3)
-    padded = F.pad(tree, (0, attention.bucket(len(tree)) - len(tree)), value=attention.bucket(len(tree)))
+    padded = attention.padded_row(tree)
     padded = padded.cuda() if cuda else padded
     figures["block_mask_ms"] = round(1000 * median(interleaved({"mask": partial(attention.block_mask, padded)}, 5)["mask"]), 3)
     pairs = sum(range(1, len(trunk) + 1))

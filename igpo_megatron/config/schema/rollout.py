@@ -34,7 +34,8 @@ class Engine(Section):
     """CPU: OpenMP threads of each engine."""
 
     gpu_ids: tuple[NonNegativeInt, ...] = ()
-    """CUDA: devices the engines may use on this node; must not overlap the ranks' devices."""
+    """CUDA: devices the engines may use on this node, counted from 0 among those that the run sees (its CUDA_VISIBLE_DEVICES, where a
+    scheduler has set it); must not overlap the ranks' devices, which are the first ones."""
 
     ray_address: str | None = None
     """Ray cluster to join (host:port); null starts one on this machine, bound to loopback."""
