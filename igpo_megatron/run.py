@@ -1,8 +1,10 @@
 """A run's folder: where everything lies, and whether a run may start, resume or is already finished.
 
 runs/<name>/
+    lock             held by the main rank as long as the run goes on
     config.json      resolved configuration (no secrets)
     metrics.jsonl    one line per step
+    failures/        tracebacks of what nobody expected
     rollouts/        step_000001.parquet ...    everything needed to replay a step
     eval/            step_000000.json and the rollouts behind each
     checkpoints/     step_000010/ ...
@@ -12,7 +14,12 @@ runs/<name>/
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +28,7 @@ from rich.table import Table
 
 from igpo_megatron.config.load import ConfigError, differing_keys, to_json
 from igpo_megatron.config.schema import Config
+from igpo_megatron.types import UserError
 
 MAY_CHANGE = (
     *("parallel.", "rollout.engine.", "run.threads", "run.resume", "track.", "checkpoint.keep", "checkpoint.in_background"),
@@ -78,7 +86,7 @@ def open_folder(config: Config) -> RunFolder:
     how = f"choose another run.name, or remove {folder.root} to start again"
     if config.run.resume == "never":
         raise ConfigError([f"run.resume=never, but {folder.root} already holds a run; {how}"])
-    old = json.loads(folder.config.read_text(encoding="utf-8"))
+    old = _read(folder.config)
     new = json.loads(to_json(config))
     changed = [row for row in differing_keys(old, new) if not row.startswith(MAY_CHANGE)]
     if changed:
@@ -86,16 +94,63 @@ def open_folder(config: Config) -> RunFolder:
     return folder
 
 
+@contextmanager
+def held(folder: RunFolder) -> Iterator[None]:
+    """The folder, made where it is missing, is this process's alone until the block or the process ends.
+
+    Raises UserError where another run has it, on this machine or on one that shares the disk, or where it cannot be written.
+    """
+    path = folder.root / "lock"
+    try:
+        folder.root.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+", encoding="utf-8")
+    except OSError as error:
+        why = os.strerror(error.errno or 0).lower()
+        raise UserError(f"{error.filename or path} cannot be written ({why}): choose another run.folder, or make it writable") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise UserError(f"{folder.root} is in use by {holder}: wait for its end, stop it, or choose another run.name") from None
+        except OSError:
+            pass  # a file system without locks
+        with suppress(OSError):  # a full disk says so when there is something to save
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+        yield
+
+
 def claim(folder: RunFolder, config: Config) -> None:
     """Make the folder and save the resolved configuration in it."""
     for path in (folder.rollouts, folder.eval, folder.checkpoints):
         path.mkdir(parents=True, exist_ok=True)
-    folder.config.write_text(to_json(config), encoding="utf-8")
+    write_whole(folder.config, to_json(config))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there as a whole or, where the disk is full, as it was before."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.rename(path)
 
 
 def read_summary(folder: RunFolder) -> dict[str, Any] | None:
     """The finished run's summary; None while it is not finished."""
-    return json.loads(folder.summary.read_text(encoding="utf-8")) if folder.summary.is_file() else None
+    return _read(folder.summary) if folder.summary.is_file() else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object of ours. Raises UserError where the file is something else."""
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({error}): move it away, or choose another run.name") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected an object, found {type(values).__name__}: move it away, or choose another run.name")
+    return values
 
 
 ROWS = (

@@ -18,6 +18,8 @@ import json
 import os
 import shutil
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,7 @@ from checkpoint_conversion.folders import copy_config
 from igpo_megatron.actor import megatron_fixes
 from igpo_megatron.actor.checkpoint_writer import write_in_thread
 from igpo_megatron.actor.policy import Policy
-from igpo_megatron.types import RunStopped
+from igpo_megatron.types import PeerStopped, RunStopped
 
 SHARDING = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -88,7 +90,8 @@ def save(policy: Policy, checkpoints: Path, step: int, state: dict[str, Any], ke
         request = dist_checkpointing.save(sharded, str(partial / "model"), content_metadata=SHARDING, async_sharded_save=True)
         policy.pending_save = Pending(final, keep, state, own, request, write_in_thread(request))
         return final
-    dist_checkpointing.save(sharded, str(partial / "model"), content_metadata=SHARDING)
+    with _failures_named(final):
+        dist_checkpointing.save(sharded, str(partial / "model"), content_metadata=SHARDING)
     dist.barrier()
     _complete(policy, final, state, own, keep)
     return final
@@ -109,13 +112,24 @@ def finish(policy: Policy, *, wait: bool) -> bool:
     if not written.item():
         return False
     policy.pending_save = None
-    try:
+    with _failures_named(pending.final):
         for complete_part in pending.request.finalize_fns:
             complete_part()
-    except CheckpointException as error:  # the main rank knows what happened on which rank
-        raise RunStopped(f"{pending.final.name} could not be written: {error}") from None
     _complete(policy, pending.final, pending.run, pending.own, pending.keep)
     return True
+
+
+@contextmanager
+def _failures_named(final: Path) -> Iterator[None]:
+    """What Megatron raises on every rank when one of them could not write, of which only the main rank knows more, as RunStopped."""
+    try:
+        yield
+    except CheckpointException as error:
+        if not error.failures:
+            raise PeerStopped(f"{final.name} could not be written; rank 0 says why") from None
+        rank, (problem, _) = min(error.failures.items())
+        why = str(problem).removeprefix("Worker failure: ")
+        raise RunStopped(f"{final.name} could not be written by rank {rank}: {why}") from error
 
 
 def _complete(policy: Policy, final: Path, state: dict[str, Any], own: dict[str, Any], keep: int) -> None:
