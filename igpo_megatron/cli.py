@@ -57,8 +57,10 @@ OFFLINE = {
     "VLLM_NO_USAGE_STATS": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "TOKENIZERS_PARALLELISM": "false",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
-"""Nothing a run starts looks anything up or reports anywhere, unless its environment says otherwise."""
+"""Nothing a run starts looks anything up or reports anywhere, and no rank that lost another tells so in C++, unless its environment says
+otherwise."""
 
 
 @app.command()

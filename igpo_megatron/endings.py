@@ -74,11 +74,11 @@ def ending_of(error: BaseException, who: str, folder: Path | None) -> Ending:
         return Ending("peer" if isinstance(error, PeerStopped) else "error", 1, str(error), now)
     if (number := _signal_of(error)) is not None:
         return Ending("interrupted", 128 + number, f"{who} was interrupted by {number.name}".removeprefix(" was "), now)
+    if _is_lost_peer(error):
+        return Ending("peer", 1, f"{who} {LOST_PEER}", now)
     if (refusal := _refusal(error, folder)) is not None:
         return Ending("error", 1, refusal, now)
     kept = keep_failure(folder, who.replace(" ", "") or "command", error)
-    if _is_lost_peer(error):
-        return Ending("peer", 1, f"{who} {LOST_PEER}", now)
     return Ending("error", 1, f"{who} failed: {kept}" if who else kept, now)
 
 
