@@ -188,7 +188,7 @@ def read_shape(folder: str | Path) -> ModelShape:
         raise ConversionError(f"{folder} holds no config.json; give the folder of a Hugging Face model")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # also bytes that are no text
+    except (ValueError, RecursionError) as error:  # also bytes that are no text
         raise ConversionError(f"{path} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise ConversionError(f"{path} holds a {type(config).__name__}; expected the object of a model's settings")

@@ -155,12 +155,12 @@ def evaluate_checkpoint(config: Config, model: Path | None, out: Path) -> dict[s
     from contextlib import ExitStack
 
     from rich.progress import Progress
-    from transformers import AutoTokenizer
 
     from igpo_megatron.config.check import require
     from igpo_megatron.rollout.chat import ChatFormat
     from igpo_megatron.rollout.engines import EnginePool
     from igpo_megatron.rollout.rollouter import Rollouter
+    from igpo_megatron.rollout.tokenizer import load_tokenizer
     from igpo_megatron.search.client import make_client
     from igpo_megatron.search.tools import make_tools
 
@@ -177,7 +177,7 @@ def evaluate_checkpoint(config: Config, model: Path | None, out: Path) -> dict[s
         config = config.model_copy(update={"model": config.model.model_copy(update={"path": folder})})
         require(config, None)
         out.mkdir(parents=True, exist_ok=True)
-        chat = ChatFormat(AutoTokenizer.from_pretrained(folder), config.rollout, config.reward)
+        chat = ChatFormat(load_tokenizer(folder), config.rollout, config.reward)
         prompts = questions(config)
         progress = stack.enter_context(Progress(transient=True))
         task = progress.add_task("starting engines", total=1.0)

@@ -28,6 +28,7 @@ from rich.table import Table
 
 from igpo_megatron.config.load import ConfigError, differing_keys, to_json
 from igpo_megatron.config.schema import Config
+from igpo_megatron.observability.failures import in_short
 from igpo_megatron.types import UserError
 
 MAY_CHANGE = (
@@ -81,8 +82,12 @@ def open_folder(config: Config) -> RunFolder:
     A folder made with other settings is refused with the keys that differ; with `run.resume=never` any used folder is.
     """
     folder = folder_for(config)
-    if not folder.config.is_file():
+    try:
+        os.stat(folder.config)
+    except (FileNotFoundError, NotADirectoryError):
         return folder
+    except (OSError, ValueError) as error:  # a name that is too long, or has a zero byte
+        raise ConfigError([f"run.folder and run.name: {str(folder.root)[:200]!r} cannot be a folder ({in_short(error)[:80]})"]) from None
     how = f"choose another run.name, or remove {folder.root} to start again"
     if config.run.resume == "never":
         raise ConfigError([f"run.resume=never, but {folder.root} already holds a run; {how}"])

@@ -198,11 +198,10 @@ def open_side(config: Config, folder: RunFolder, stack: ExitStack, tracker: Trac
     side = Side(folder)
     needs_chat = isinstance(config.loss, PolicyLoss)
     if needs_chat:
-        from transformers import AutoTokenizer
-
         from igpo_megatron.rollout.chat import ChatFormat
+        from igpo_megatron.rollout.tokenizer import load_tokenizer
 
-        side.chat = ChatFormat(AutoTokenizer.from_pretrained(config.model.path), config.rollout, config.reward)
+        side.chat = ChatFormat(load_tokenizer(config.model.path), config.rollout, config.reward)
     if config.run.replay is not None:
         side.replay = replayed(config.run.replay, config, first_step)
         return side

@@ -28,6 +28,7 @@ import world_facts
 from igpo_megatron.data.check import Report, check_file
 from igpo_megatron.data.corpus import Passage
 from igpo_megatron.data.prompts import ALIAS_SEPARATOR
+from igpo_megatron.endings import one_sentence
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Make and check data files.", pretty_exceptions_enable=False)
 app.command("questions")(own_data.questions)
@@ -142,4 +143,5 @@ def print_report(report: Report) -> None:
 
 
 if __name__ == "__main__":
-    app()
+    with one_sentence():
+        app()

@@ -9,7 +9,7 @@ ARPO's (arXiv 2507.19849) are `reward.outcome=f1_multiset` and `reward.tool_bonu
 
 from __future__ import annotations
 
-import json
+import os
 import string
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +22,7 @@ from igpo_megatron.protocols import PROTOCOLS, ToolProtocol
 from igpo_megatron.protocols.igpo import tags_balanced as tags_balanced
 from igpo_megatron.protocols.igpo import well_formed_answer
 from igpo_megatron.types import RolloutGroup, Status, Trajectory, UserError
+from igpo_megatron.untrusted import BadJson, json_loads_untrusted
 
 ALIAS_SEPARATOR = "<|answer_split|>"
 """Joins the accepted answers in the published ground-truth strings."""
@@ -108,20 +109,23 @@ def published_score(text: str, ground_truth: str) -> Score:
 def score_lines(path: str | Path) -> Iterator[dict[str, float | bool]]:
     """Score a JSON-lines file of `{"solution", "ground_truth"}`: one dict of f1, em, format_ok and reward per line, blank lines skipped.
 
-    Raises UserError naming file and line where a line is not a JSON object with both strings.
+    Raises UserError where the file cannot be read, or naming the line that is not a JSON object with both strings.
     """
-    with Path(path).open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                score = published_score(*_solution_and_truth(line, where=f"{path}, line {number}"))
-                yield {"f1": score.f1, "em": score.em, "format_ok": score.format_ok, "reward": score.reward}
+    try:
+        with Path(path).open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    score = published_score(*_solution_and_truth(line, where=f"{path}, line {number}"))
+                    yield {"f1": score.f1, "em": score.em, "format_ok": score.format_ok, "reward": score.reward}
+    except OSError as error:
+        raise UserError(f"{path}: {os.strerror(error.errno or 0).lower()}; expected a file of JSON lines") from None
 
 
 def _solution_and_truth(line: bytes, where: str) -> tuple[str, str]:
     expected = 'expected {"solution": "...", "ground_truth": "..."}'
     try:
-        row = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        row = json_loads_untrusted(line)
+    except BadJson as error:
         raise UserError(f"{where}: not JSON ({error}); {expected}") from error
     if not isinstance(row, dict):
         raise UserError(f"{where}: found a JSON {type(row).__name__}; {expected}")

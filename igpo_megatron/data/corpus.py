@@ -51,6 +51,8 @@ def _parse(line: bytes, place: str) -> Passage:
     except json.JSONDecodeError as error:
         start = line[:60].decode(errors="replace").rstrip()
         raise UserError(f"{place}: not JSON ({error.msg} at column {error.colno}); found {start!r}, expected one object per line") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise UserError(f"{place}: not JSON that can be read ({error}); expected one object per line") from None
     if not isinstance(record, dict):
         raise UserError(f"{place}: found a JSON {type(record).__name__}, expected an object with id, title and text (or id and contents)")
     if isinstance(record.get("id"), int):

@@ -137,9 +137,17 @@ def read_rollouts(path: Path, max_groups: int | None = None) -> Iterator[tuple[i
     """Yield `(step, groups)` in file order, decoding about a thousand groups at a time.
 
     Consecutive groups of one step come together; with `max_groups`, in parts of at most that many.
-    Raises UserError at once for a file that is missing, not parquet, or not a rollout file.
+    Raises UserError at once for a file that is missing, not parquet, or not a rollout file, and later where it is damaged inside.
     """
-    return _steps(_open(path), max_groups)
+    return _whole(path, _steps(_open(path), max_groups))
+
+
+def _whole(path: Path, steps: Iterator[tuple[int, list[RolloutGroup]]]) -> Iterator[tuple[int, list[RolloutGroup]]]:
+    """The same steps. Raises UserError where the file is damaged behind its footer."""
+    try:
+        yield from steps
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: damaged ({error}); remove it, or record the step again") from None
 
 
 def _steps(file: pq.ParquetFile, max_groups: int | None) -> Iterator[tuple[int, list[RolloutGroup]]]:
@@ -170,7 +178,7 @@ def _open(path: Path) -> pq.ParquetFile:
         raise UserError(f"{path}: no such rollout file; training writes them to <run>/rollouts/step_*.parquet")
     try:
         file = pq.ParquetFile(path)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a parquet file ({error}); expected a rollout file written by a run or by write_rollouts") from None
     found = file.schema_arrow
     problems = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import socket
@@ -26,6 +27,8 @@ from igpo_megatron.actor import checkpoint, parallel, policy, weight_sync
 from igpo_megatron.config.load import to_json
 from igpo_megatron.endings import LAUNCHED, Ending
 from igpo_megatron.launch.agent import ending_of_ranks
+from igpo_megatron.rollout.tokenizer import load_tokenizer
+from igpo_megatron.types import UserError
 
 FORK = multiprocessing.get_context("fork")
 
@@ -67,8 +70,8 @@ def open_side(config: Any, folder: Any, stack: Any, *_: Any) -> train.Side:
 
 
 def settings(hf_folder: Path, folder: Path, **overrides: Any) -> Path:
-    """A run of two ranks and two steps, as a file."""
-    common = {"run__folder": str(folder), "run__name": "run", "run__steps": 2, "parallel__tensor": 2, "checkpoint__every": 1}
+    """A run of two ranks and one step, as a file."""
+    common = {"run__folder": str(folder), "run__name": "run", "run__steps": 1, "parallel__tensor": 2, "checkpoint__every": 1}
     config = make_config(hf_folder, **{**common, **overrides})
     values = json.loads(to_json(config))
     values |= {"advantage": {"name": "grpo"}, "reward": {"gain": "none"}, "track": {"dump_every": 0}}
@@ -167,12 +170,12 @@ def test_a_rank_that_raises_in_any_phase_is_the_cause_and_keeps_its_traceback(
     assert "in raises" in path.read_text(encoding="utf-8") and "Traceback" not in printed
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("phase", ["rollout", "evaluation", "finish"])
 def test_a_main_rank_that_raises_closes_what_is_open_and_is_the_cause(phase: str, hf_folders: dict[str, Path], tmp_path: Path) -> None:
     ending, printed = run_ranks(settings(hf_folders["qwen2"], tmp_path), lambda rank: Fault(phase, raises) if rank == 0 else None)
     assert (ending.kind, ending.code) == ("error", 1) and ending.sentence.startswith("rank 0 failed: ValueError: zip()")
     assert (tmp_path / "run/failures/rank0.txt").is_file() and "Traceback" not in printed
-    assert (tmp_path / "closed").is_file() or phase == "starting"
+    assert (tmp_path / "closed").is_file()
 
 
 @pytest.mark.parametrize("phase", [phase for phase in PHASES if phase != "closing"])
@@ -202,7 +205,13 @@ def test_a_save_that_is_cut_short_is_one_sentence_on_whichever_rank_it_happens(
     assert "Traceback" not in printed
 
 
-@pytest.mark.parametrize(("free_kib", "sentence"), [(0, "no space left on device; free some space there"), (300, "a file was cut short")])
+@pytest.mark.parametrize(
+    ("free_kib", "sentence"),
+    [
+        (0, "disk.*: no space left on device; free some space there"),
+        (300, r"step_000001 could not be written by rank \d: (a file was cut short|.*No space left on device)"),
+    ],
+)
 def test_a_full_disk_is_one_sentence(free_kib: int, sentence: str, hf_folders: dict[str, Path], tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -214,5 +223,12 @@ def test_a_full_disk_is_one_sentence(free_kib: int, sentence: str, hf_folders: d
         ending, printed = run_ranks(path, lambda rank: None)
     finally:
         subprocess.run(["umount", str(disk)], check=True)
-    assert (ending.kind, ending.code) == ("error", 1) and sentence in ending.sentence
+    assert (ending.kind, ending.code) == ("error", 1) and re.search(sentence, ending.sentence)
     assert "Traceback" not in ending.sentence + printed
+
+
+def test_a_damaged_tokenizer_is_the_users_mistake(tmp_path: Path) -> None:
+    for content in ("{", '{"model": 5}', "", '{"version": "1.0", "model": {"type": "BPE"}}'):
+        (tmp_path / "tokenizer.json").write_text(content, encoding="utf-8")
+        with pytest.raises(UserError, match="its tokenizer cannot be read"):
+            load_tokenizer(tmp_path)

@@ -15,10 +15,13 @@ from typer.testing import CliRunner
 
 from checkpoint_conversion import ConversionError
 from igpo_megatron import cli
+from igpo_megatron.config.load import build
 from igpo_megatron.endings import LAUNCHED, Ended, Ending, ending_of, interruptible, reason_left, signals_restored
 from igpo_megatron.launch import agent
+from igpo_megatron.observability.rollout_dump import write_rollouts
+from igpo_megatron.plan import machines
 from igpo_megatron.run import RunFolder, held, read_summary
-from igpo_megatron.types import PeerStopped, RunStopped, UserError
+from igpo_megatron.types import Node, PeerStopped, Prompt, RolloutGroup, RunStopped, Status, Trajectory, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "examples/quickstart/igpo.yaml")
@@ -212,3 +215,70 @@ def test_a_half_written_file_of_a_run_is_one_sentence(text: str, tmp_path: Path)
     (tmp_path / "summary.json").write_text(text, encoding="latin-1")
     with pytest.raises(UserError, match=r"summary.json.*: move it away, or choose another run.name"):
         read_summary(RunFolder(tmp_path))
+
+
+# ---- a user's mistakes, where they are read
+
+
+def write(folder: Path, name: str, content: str | bytes) -> str:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("value", "sentence"),
+    [
+        ("run: {name: 2024-13-45}", "not valid YAML: month must be in 1..12"),
+        ("run: {seed: !!int abc}", "not valid YAML: invalid literal for int()"),
+        ("run: {resume: !!bool maybe}", "not valid YAML: 'maybe'"),
+        ("run: {name: !!timestamp x}", "not valid YAML: "),
+        (f"run: {{seed: {'9' * 5000}}}", "not valid YAML: Exceeds the limit"),
+        (f"run: {'[' * 3000}", "not valid YAML: maximum recursion depth exceeded"),
+        ('model: {path: m}\nrun: {name: "a\\0b"}', "cannot be a folder (ValueError: embedded null byte)"),
+        (f"model: {{path: m}}\nrun: {{folder: ., name: {'x' * 300}}}", "cannot be a folder (OSError: [Errno 36] File name too long"),
+    ],
+)
+def test_a_configuration_that_cannot_be_read_is_the_users_mistake(value: str, sentence: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(cli.app, ["train", write(tmp_path, "run.yaml", value)])
+    assert result.exit_code == 2 and result.output.startswith("error: ") and sentence in result.output
+
+
+def test_an_override_that_is_no_yaml_is_text() -> None:
+    with pytest.raises(UserError, match=r"run\.seed='2024-13-45': input should be a valid integer"):
+        build({"model": {"path": "m"}}, ["run.seed=2024-13-45"])
+
+
+def test_files_that_are_absent_or_damaged_are_the_users_mistake(tmp_path: Path) -> None:
+    deep, plan = "[" * 100_000, ["plan", "--model", "Qwen2.5-7B", "--gpus", "8"]
+    (tmp_path / "m").mkdir()
+    damaged = tmp_path / "rollouts/step_000001.parquet"
+    nodes = [Node(None, "prompt", [1] * 500), Node(0, "action", list(range(500)), 1)]
+    write_rollouts(damaged, 1, [RolloutGroup(Prompt("q", "?", ("a",), "t"), nodes, [Trajectory([0, 1], Status.FINISHED)])])
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:4] + b"\xff" * 60 + content[64:])
+    for arguments, sentence in (
+        (["score", str(tmp_path / "absent")], "absent: no such file or directory"),
+        (["score", str(tmp_path)], "is a directory"),
+        (["score", write(tmp_path, "deep.jsonl", deep)], "line 1: not JSON (nested deeper than 64 levels)"),
+        (["score", write(tmp_path, "long.jsonl", f'{{"ground_truth": {"9" * 5000}}}')], "line 1: not JSON (a number of 5,000 digits)"),
+        (["plan", "--model", str(Path(write(tmp_path, "m/config.json", deep)).parent), "--gpus", "8"], "is not JSON: maximum recursion"),
+        ([*plan, "--calibration", write(tmp_path, "c.json", deep)], "not a file written by `igpo plan --calibrate`"),
+        ([*plan, "--rollouts", str(damaged)], "step_000001.parquet: damaged ("),
+        (["report", str(tmp_path)], "step_000001.parquet: damaged ("),
+        (["train", str(tmp_path)], "is a directory; expected a configuration file"),
+    ):
+        result = CliRunner().invoke(cli.app, arguments)
+        assert result.exit_code == 2 and sentence in result.output.replace("\n", ""), (arguments, result.output)
+    for name in ("summary.json", "config.json", "metrics.jsonl", "eval/step_000000.json"):
+        write(tmp_path, "run/metrics.jsonl", "")
+        write(tmp_path, f"run/{name}", deep + "\n")
+        result = CliRunner().invoke(cli.app, ["report", str(tmp_path / "run")])
+        assert result.exit_code == 2 and f"{name}" in result.output and "not JSON (maximum recursion" in result.output
+        (tmp_path / "run" / name).unlink()
+
+
+def test_a_plan_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--out .*: cannot be written \(is a directory\); name another file"):
+        machines.write_asked(tmp_path, "text", "--out")
