@@ -216,9 +216,9 @@ def one_sentence(folder: Path | None = None, passing: tuple[type[BaseException],
     """What ends a command is said in one sentence on standard error, and is its exit code. `passing`: what is no end, or said elsewhere."""
     try:
         yield
-    except (*passing, SystemExit):
-        raise
-    except BaseException as error:  # noqa: BLE001 (whatever it is, it has its sentence)
+    except BaseException as error:
+        if isinstance(error, (*passing, SystemExit)):
+            raise
         ending = ending_of(error, "", folder)
         sys.stderr.write(f"{ending.sentence}\n" if ending.kind == "interrupted" else f"error: {ending.sentence}\n")
         raise SystemExit(ending.code) from None
