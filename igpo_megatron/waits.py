@@ -151,12 +151,15 @@ class Recorder:
         idle = f"{self._who} waits for nobody"
         sentence = f"{start.sentence(now)}; held up by {culprit(waits, start)}" if start else idle
         path = self._folder / f"record_{self._file}_{next(self._records)}.txt"
-        with contextlib.suppress(OSError), _opened(path) as file:  # a full disk must not end the thread that watches the deadlines
-            file.write(f"{sentence}\n\nwho waits for whom:\n")
-            file.writelines(f"  {wait.sentence(now)}\n" for wait in sorted(waits, key=lambda wait: wait.since))
-            file.write("\nstacks of this process:\n")
-            file.flush()
-            faulthandler.dump_traceback(file, all_threads=True)
+        try:
+            with _opened(path) as file:
+                file.write(f"{sentence}\n\nwho waits for whom:\n")
+                file.writelines(f"  {wait.sentence(now)}\n" for wait in sorted(waits, key=lambda wait: wait.since))
+                file.write("\nstacks of this process:\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+        except OSError:  # a full disk must not end the thread that watches the deadlines
+            return sentence
         return f"{sentence} (record: {path})"
 
     def interrupt(self) -> None:
@@ -170,7 +173,7 @@ class Recorder:
         """Stop looking."""
         self._closed.set()
         self._thread.join()
-        (self._folder / f"{self._file}.json").unlink(missing_ok=True)
+        self._post([])
 
     def _look(self) -> None:
         while not self._closed.wait(self._look_s):
@@ -197,7 +200,8 @@ class Recorder:
         self._posted = bool(waits)
         path = self._folder / f"{self._file}.json"
         if not waits:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
             return
         partial = path.with_suffix(".partial")
         with contextlib.suppress(OSError):
