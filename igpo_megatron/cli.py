@@ -27,7 +27,7 @@ from igpo_megatron.leftovers import claim, remove_abandoned
 from igpo_megatron.run import folder_for, held, open_folder, read_summary
 from igpo_megatron.types import UserError
 
-_one_sentence = partial(one_sentence, passing=(typer.Exit, typer.Abort, TyperException))
+_one_sentence = partial(one_sentence, passing=(typer.Exit, typer.Abort, TyperException, BrokenPipeError))
 
 
 class _OneSentence(TyperGroup):
@@ -44,6 +44,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Train search agents with information-gain rewards on Megatron-Core, vLLM and Ray.",
+    epilog="Exit codes: 0 done; 1 stopped, with the reason in one sentence; 2 something to correct; 128 + N ended by signal N.",
 )
 
 _RENDEZVOUS_PREFIX = "igpo-rendezvous-"

@@ -21,7 +21,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -142,11 +142,13 @@ def _first(error: BaseException | None) -> Ending | None:
 
 def leave(ending: Ending) -> Ending:
     """Put it where torchrun's agent looks (`read`); say it where no launcher of ours does."""
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    path, written = os.environ.get("TORCHELASTIC_ERROR_FILE"), False
     if path:
         values = {"message": ending.sentence, "timestamp": int(ending.time), "ending": asdict(ending)}
-        Path(path).write_text(json.dumps(values), encoding="utf-8")
-    if not (path and os.environ.get(LAUNCHED)) and ending.kind != "peer":
+        with suppress(OSError):  # the temporary folder, too, may be full
+            Path(path).write_text(json.dumps(values), encoding="utf-8")
+            written = True
+    if not (written and os.environ.get(LAUNCHED)) and ending.kind != "peer":
         sys.stderr.write(ending.text)
         sys.stderr.flush()
     return ending

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from checkpoint_conversion import ConversionError
 from igpo_megatron import cli
 from igpo_megatron.config.load import build
-from igpo_megatron.endings import LAUNCHED, Ended, Ending, ending_of, interruptible, reason_left, signals_restored
+from igpo_megatron.endings import LAUNCHED, Ended, Ending, ending_of, interruptible, leave, reason_left, signals_restored
 from igpo_megatron.launch import agent
 from igpo_megatron.observability.rollout_dump import write_rollouts
 from igpo_megatron.plan import machines
@@ -122,6 +122,24 @@ def test_every_command_ends_with_one_sentence(
     assert result.exit_code == code and result.output.startswith(printed) and "Traceback" not in result.output
     kept = [path.read_text(encoding="utf-8") for path in tmp_path.rglob("*.txt")]
     assert len(kept) == ("traceback" in printed) and all("Traceback (most recent call last)" in text for text in kept)
+
+
+def test_a_reader_that_closes_the_pipe_is_no_failure(tmp_path: Path) -> None:
+    with mock.patch("igpo_megatron.cli.explain", side_effect=BrokenPipeError(errno.EPIPE, "Broken pipe")):
+        result = CliRunner().invoke(cli.app, ["config"])
+    assert result.exit_code == 1 and result.output == ""
+
+
+def test_a_rank_whose_reason_cannot_be_left_says_it_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(LAUNCHED, "1")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    leave(Ending("error", 1, "engine 0 died"))
+    assert capsys.readouterr().err == "" and (tmp_path / "error.json").is_file()
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "absent/error.json"))
+    leave(Ending("error", 1, "engine 0 died"))
+    assert capsys.readouterr().err.startswith("stopped: engine 0 died")
 
 
 RANK = """
