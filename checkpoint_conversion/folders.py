@@ -40,8 +40,13 @@ def new_folder(folder: Path, job: Mapping[str, Any]) -> Iterator[Path]:
     if folder.exists():
         raise ConversionError(f"{folder} exists already; choose another folder or remove it")
     partial = partial_of(folder)
-    partial.mkdir(parents=True, exist_ok=True)
-    with (partial / _LOCK).open("w") as lock:
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        lock = (partial / _LOCK).open("w")
+    except OSError as error:
+        why = os.strerror(error.errno or 0).lower()
+        raise ConversionError(f"{folder} cannot be made ({why}); choose a place that can be written") from None
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -14,6 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from checkpoint_conversion import ConversionError
+from checkpoint_conversion.folders import new_folder
 from igpo_megatron import cli
 from igpo_megatron.config.load import build
 from igpo_megatron.endings import LAUNCHED, Ended, Ending, ending_of, interruptible, leave, reason_left, signals_restored
@@ -295,6 +296,13 @@ def test_files_that_are_absent_or_damaged_are_the_users_mistake(tmp_path: Path) 
         result = CliRunner().invoke(cli.app, ["report", str(tmp_path / "run")])
         assert result.exit_code == 2 and f"{name}" in result.output and "not JSON (maximum recursion" in result.output
         (tmp_path / "run" / name).unlink()
+
+
+def test_a_conversion_to_a_place_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
+    write(tmp_path, "file", "")
+    with pytest.raises(ConversionError, match=r"file/out cannot be made \(not a directory\); choose a place that can be written"):
+        with new_folder(tmp_path / "file/out", {}):
+            pass
 
 
 def test_a_plan_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
