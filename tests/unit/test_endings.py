@@ -300,9 +300,9 @@ def test_files_that_are_absent_or_damaged_are_the_users_mistake(tmp_path: Path) 
 
 def test_a_conversion_to_a_place_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
     write(tmp_path, "file", "")
-    with pytest.raises(ConversionError, match=r"file/out cannot be made \(not a directory\); choose a place that can be written"):
-        with new_folder(tmp_path / "file/out", {}):
-            pass
+    expected = pytest.raises(ConversionError, match=r"file/out cannot be made \(not a directory\); choose a place that can be written")
+    with expected, new_folder(tmp_path / "file/out", {}):
+        pass
 
 
 def test_a_plan_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
