@@ -63,5 +63,5 @@ setup(
             "pycountry==26.2.16",
         ],
     },
-    entry_points={"console_scripts": ["igpo = igpo_megatron.cli:main"]},
+    entry_points={"console_scripts": ["igpo = igpo_megatron.__main__:main"]},
 )

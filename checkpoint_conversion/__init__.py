@@ -1,5 +1,5 @@
 """Hugging Face folders to Megatron-Core checkpoints and back, by tables of invertible rules; knows nothing of igpo_megatron."""
 
-from checkpoint_conversion.rules import ConversionError
+from checkpoint_conversion.errors import ConversionError
 
 __all__ = ["ConversionError"]

@@ -15,9 +15,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-
-class ConversionError(ValueError):
-    """A folder, a name or a tensor that cannot be converted; the message says what was found, expected, and what to change."""
+from checkpoint_conversion.errors import ConversionError as ConversionError  # to be imported from here by all that convert
 
 
 @dataclass(frozen=True)

@@ -11,25 +11,40 @@ import os
 import secrets
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
+from typer.core import TyperGroup
+from typer.exceptions import TyperException
 
 from igpo_megatron.config.check import require
 from igpo_megatron.config.load import explain, load
 from igpo_megatron.config.schema import Config
+from igpo_megatron.endings import one_sentence, sigterm_interrupts
 from igpo_megatron.leftovers import claim, remove_abandoned
-from igpo_megatron.run import open_folder, read_summary
+from igpo_megatron.run import folder_for, held, open_folder, read_summary
 from igpo_megatron.types import UserError
 
+_one_sentence = partial(one_sentence, passing=(typer.Exit, typer.Abort, TyperException, BrokenPipeError))
+
+
+class _OneSentence(TyperGroup):
+    """Every command, and those mounted below, ends with one sentence where it does not end well."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with _one_sentence():
+            return super().invoke(ctx)
+
+
 app = typer.Typer(
+    cls=_OneSentence,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Train search agents with information-gain rewards on Megatron-Core, vLLM and Ray.",
+    epilog="Exit codes: 0 done; 1 stopped, with the reason in one sentence; 2 something to correct; 128 + N ended by signal N.",
 )
 
 _RENDEZVOUS_PREFIX = "igpo-rendezvous-"
@@ -43,30 +58,18 @@ OFFLINE = {
     "VLLM_NO_USAGE_STATS": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "TOKENIZERS_PARALLELISM": "false",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
-"""Nothing a run starts looks anything up or reports anywhere, unless its environment says otherwise."""
-
-
-@contextmanager
-def _one_sentence() -> Iterator[None]:
-    """The user's mistakes end with their message and exit code 2, not with a traceback."""
-    try:
-        yield
-    except ValueError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
+"""Nothing a run starts looks anything up or reports anywhere, and no rank that lost another tells so in C++, unless its environment says
+otherwise."""
 
 
 @app.command()
 def train(config: Annotated[Path, typer.Argument(help="YAML file of the run.")], overrides: Overrides = None) -> None:
     """Start or resume a run. Starts the ranks itself (torchrun on this machine); inside torchrun use -m igpo_megatron.train."""
-    with _one_sentence():
-        settings = load(config, overrides or [])
-        if _is_finished(settings):
-            return
-        ranks = world_size(settings)
-        require(_on_this_machine(settings), ranks)
-    raise typer.Exit(_torchrun(ranks, [str(config), *(overrides or [])]))
+    settings = load(config, overrides or [])
+    if not _is_finished(settings):
+        _start_ranks(settings, world_size(settings), [str(config), *(overrides or [])])
 
 
 def _is_finished(settings: Config) -> bool:
@@ -102,19 +105,18 @@ def launch(
     from igpo_megatron.launch.job import Options, run_node
     from igpo_megatron.launch.node import place
 
-    with _one_sentence():
-        options = Options(rendezvous, max_restarts, deadline_s, lost_after_s)
-        settings = load(config, overrides or [])
-        if _is_finished(settings):
-            return
-        world = world_size(settings)
-        node = place(rank=node_rank, nodes=nodes, head=head, role=role, ranks=ranks, world=world, address=address)
-        arguments = [str(config), *(overrides or [])]
-        if nodes == 1:
-            require(_on_this_machine(settings), node.ranks)
-            raise typer.Exit(_torchrun(node.ranks, arguments, max_restarts))
-        for name, value in OFFLINE.items():
-            os.environ.setdefault(name, value)
+    options = Options(rendezvous, max_restarts, deadline_s, lost_after_s)
+    settings = load(config, overrides or [])
+    if _is_finished(settings):
+        return
+    world = world_size(settings)
+    node = place(rank=node_rank, nodes=nodes, head=head, role=role, ranks=ranks, world=world, address=address)
+    arguments = [str(config), *(overrides or [])]
+    if nodes == 1:
+        _start_ranks(settings, node.ranks, arguments, max_restarts)
+    for name, value in OFFLINE.items():
+        os.environ.setdefault(name, value)
+    with _one_sentence(folder_for(settings).root):
         raise typer.Exit(run_node(node, settings, arguments, options))
 
 
@@ -130,6 +132,16 @@ def world_size(config: Config) -> int:
     layout = config.parallel
     row_ranks = layout.tensor * layout.context
     return row_ranks * layout.pipeline * (layout.data or layout.expert // math.gcd(layout.expert, row_ranks))
+
+
+def _start_ranks(settings: Config, ranks: int, arguments: list[str], max_restarts: int = 0) -> NoReturn:
+    """All ranks of a run on this machine, to their end."""
+    require(_on_this_machine(settings), ranks)
+    folder = folder_for(settings)
+    with held(folder):
+        pass  # that another run has it, or that it cannot be written, is said before anything heavy starts
+    with _one_sentence(folder.root):
+        raise typer.Exit(_torchrun(ranks, arguments, max_restarts))
 
 
 def _torchrun(ranks: int, arguments: list[str], max_restarts: int = 0) -> int:
@@ -157,12 +169,10 @@ def _torchrun(ranks: int, arguments: list[str], max_restarts: int = 0) -> int:
             max_restarts=max_restarts,
             monitor_interval=0.2,
         )
-        outcome = run_ranks(launch, arguments)
-    if outcome.kind == "signal":
-        typer.echo(f"stopped: {outcome.sentence}; the same command resumes", err=True)
-    elif outcome.kind == "interrupted":
-        typer.echo(f"{outcome.sentence}; the same command resumes from the last checkpoint", err=True)
-    return outcome.code
+        ending = run_ranks(launch, arguments)
+    if ending.code:
+        typer.echo(ending.text, err=True, nl=False)
+    return ending.code
 
 
 def _stay_offline() -> None:
@@ -183,11 +193,12 @@ def eval_command(
     """Score a checkpoint on benchmark files: EM, F1, format, turns, searches; greedy, sampled and pass@k; per source."""
     from igpo_megatron.evaluate import evaluate_checkpoint
 
-    with _one_sentence():
-        changes = [*(overrides or [])]
-        if data:
-            changes.append(f"data.eval={json.dumps([str(path) for path in data])}")
-        report = evaluate_checkpoint(load(config, changes), model, out)
+    changes = [*(overrides or [])]
+    if data:
+        changes.append(f"data.eval={json.dumps([str(path) for path in data])}")
+    settings = load(config, changes)
+    with _one_sentence(out):
+        report = evaluate_checkpoint(settings, model, out)
     typer.echo(json.dumps(report, indent=2))
 
 
@@ -196,9 +207,8 @@ def score_command(file: Annotated[Path, typer.Argument(help='JSON lines of {"sol
     """Apply the published outcome rule to whole texts; prints one JSON line each with f1, em, format_ok and reward."""
     from igpo_megatron.algorithms.rewards import score_lines
 
-    with _one_sentence():
-        for row in score_lines(file):
-            typer.echo(json.dumps(row))
+    for row in score_lines(file):
+        typer.echo(json.dumps(row))
 
 
 @app.command("report")
@@ -206,7 +216,7 @@ def report_command(run: Annotated[Path, typer.Argument(help="Folder of a run.")]
     """Write a run's HTML report again."""
     from igpo_megatron.report import write_report
 
-    with _one_sentence():
+    with _one_sentence(run):
         typer.echo(write_report(run))
 
 
@@ -234,37 +244,35 @@ def plan_command(
     rows: Annotated[int, typer.Option(min=1, help="Rows of the tables.")] = 10,
 ) -> None:
     """Say how to lay a model out on N devices: what fits, how long a step takes, what does not fit and why."""
-    with _one_sentence():
-        if calibrate:
-            from igpo_megatron.plan import machines
-            from igpo_megatron.plan.calibrate import calibrate as measure
+    if calibrate:
+        from igpo_megatron.plan import machines
+        from igpo_megatron.plan.calibrate import calibrate as measure
 
-            path = calibration or Path("machine.json")
-            machines.write(measure(), path)
-            typer.echo(f"wrote {path}; plan with --calibration {path}")
-            return
-        if model is None or gpus is None:
-            raise UserError("igpo plan needs --model and --gpus (or --calibrate)")
-        from igpo_megatron.plan.command import plan_run
-        from igpo_megatron.plan.types import Workload
+        path = calibration or Path("machine.json")
+        machines.write(measure(), path)
+        typer.echo(f"wrote {path}; plan with --calibration {path}")
+        return
+    if model is None or gpus is None:
+        raise UserError("igpo plan needs --model and --gpus (or --calibrate)")
+    from igpo_megatron.plan.command import plan_run
+    from igpo_megatron.plan.types import Workload
 
-        workload = Workload(
-            prompts=prompts,
-            samples=samples,
-            turns=turns,
-            tool_median=tool_latency,
-            max_context=max_context,
-            max_turns=max(10, round(turns)),
-        )
-        files = tuple(rollouts or ())
-        raise typer.Exit(plan_run(model, gpus, gpu, calibration, out, workload, files, staleness, placement, reference, rows))
+    workload = Workload(
+        prompts=prompts,
+        samples=samples,
+        turns=turns,
+        tool_median=tool_latency,
+        max_context=max_context,
+        max_turns=max(10, round(turns)),
+    )
+    files = tuple(rollouts or ())
+    raise typer.Exit(plan_run(model, gpus, gpu, calibration, out, workload, files, staleness, placement, reference, rows))
 
 
 @app.command("config")
 def config_command(section: Annotated[str | None, typer.Argument(help="Section such as rollout; default: all.")] = None) -> None:
     """Explain every setting and its default."""
-    with _one_sentence():
-        typer.echo(explain(section))
+    typer.echo(explain(section))
 
 
 doctor_app = typer.Typer(invoke_without_command=True, help="Say what this machine can run, and what is missing.")
@@ -288,10 +296,9 @@ def doctor_probes(
     from igpo_megatron import probe_check
 
     _stay_offline()
-    with _one_sentence():
-        settings = load(config, overrides or [])
-        require(_on_this_machine(settings), None)
-        raise typer.Exit(probe_check.main(settings))
+    settings = load(config, overrides or [])
+    require(_on_this_machine(settings), None)
+    raise typer.Exit(probe_check.main(settings))
 
 
 @doctor_app.command("chat")
@@ -302,8 +309,7 @@ def doctor_chat(
     from igpo_megatron import chat_check
 
     _stay_offline()
-    with _one_sentence():
-        raise typer.Exit(chat_check.main(load(config, overrides or [])))
+    raise typer.Exit(chat_check.main(load(config, overrides or [])))
 
 
 @doctor_app.command("tools")
@@ -316,8 +322,7 @@ def doctor_tools(
     """Send real queries to the configured search (and tools): latency, errors, how many at once; says what to set. Never the cache."""
     from igpo_megatron import tool_check
 
-    with _one_sentence():
-        raise typer.Exit(tool_check.main(load(config, overrides or []), queries, page or []))
+    raise typer.Exit(tool_check.main(load(config, overrides or []), queries, page or []))
 
 
 def _mount_convert() -> None:
@@ -334,6 +339,7 @@ def main() -> None:
     """Entry point of the `igpo` command."""
     if sys.argv[1:2] == ["convert"] or "--help" in sys.argv[1:2]:
         _mount_convert()  # imports torch, which no other command needs at once
+    sigterm_interrupts()
     app()
 
 

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from igpo_megatron.algorithms.rewards import score
 from igpo_megatron.config.schema import Config
 from igpo_megatron.data.question_files import read_prompts
+from igpo_megatron.observability.failures import FOLDER as FAILURES
 from igpo_megatron.observability.metrics import num_calls, status_counts
 from igpo_megatron.observability.rollout_dump import write_rollouts
 from igpo_megatron.protocols import PROTOCOLS
@@ -204,13 +205,13 @@ def evaluate_checkpoint(config: Config, model: Path | None, out: Path) -> dict[s
     from contextlib import ExitStack
 
     from rich.progress import Progress
-    from transformers import AutoTokenizer
 
     from igpo_megatron.actor.parallel import on_this_machine
     from igpo_megatron.config.check import require
     from igpo_megatron.rollout.chat import ChatFormat
     from igpo_megatron.rollout.engines import EnginePool
     from igpo_megatron.rollout.rollouter import Rollouter
+    from igpo_megatron.rollout.tokenizer import load_tokenizer
     from igpo_megatron.search.client import make_client
     from igpo_megatron.search.tools import make_tools
 
@@ -227,7 +228,7 @@ def evaluate_checkpoint(config: Config, model: Path | None, out: Path) -> dict[s
         config = config.model_copy(update={"model": config.model.model_copy(update={"path": folder})})
         require(on_this_machine(config), None)
         out.mkdir(parents=True, exist_ok=True)
-        chat = ChatFormat(AutoTokenizer.from_pretrained(folder), config.rollout, config.reward)
+        chat = ChatFormat(load_tokenizer(folder), config.rollout, config.reward)
         for note in chat.notes:
             logger.warning(note)
         prompts = questions(config)
@@ -236,7 +237,7 @@ def evaluate_checkpoint(config: Config, model: Path | None, out: Path) -> dict[s
         search, tools = make_client(config.search), make_tools(config, chat.count_tokens)
         engines = stack.enter_context(EnginePool(config))
         rollouter = stack.enter_context(
-            Rollouter(engines, search, chat, config.rollout, seed=config.run.seed, tools=tools, crashes=out / "crashes.log")
+            Rollouter(engines, search, chat, config.rollout, seed=config.run.seed, tools=tools, crashes=out / FAILURES / "trajectories.txt")
         )
         progress.update(task, description=f"answering {len(prompts)} questions")
         return evaluate(rollouter, prompts, config, step=0, folder=out, on_progress=lambda share: progress.update(task, completed=share))

@@ -1,9 +1,10 @@
 """A run's folder: where everything lies, and whether a run may start, resume or is already finished.
 
 runs/<name>/
+    lock             held by the main rank as long as the run goes on
     config.json      resolved configuration (no secrets)
     metrics.jsonl    one line per step
-    crashes.log      tracebacks of trajectories that ended as `crashed`
+    failures/        tracebacks of what nobody expected: rank0.txt ..., and trajectories.txt of those that ended as `crashed`
     rollouts/        step_000001.parquet ...    everything needed to replay a step
     eval/            step_000000.json and the rollouts behind each
     checkpoints/     step_000010/ ...
@@ -13,8 +14,12 @@ runs/<name>/
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +28,8 @@ from rich.table import Table
 
 from igpo_megatron.config.load import ConfigError, differing_keys, to_json
 from igpo_megatron.config.schema import Config
+from igpo_megatron.observability.failures import FOLDER, in_short
+from igpo_megatron.types import UserError
 
 MAY_CHANGE = (
     *("parallel.", "rollout.engine.", "run.threads", "run.resume", "track.", "checkpoint.keep", "checkpoint.in_background"),
@@ -49,7 +56,7 @@ class RunFolder:
 
     @property
     def crashes(self) -> Path:
-        return self.root / "crashes.log"
+        return self.root / FOLDER / "trajectories.txt"
 
     @property
     def eval(self) -> Path:
@@ -79,8 +86,12 @@ def open_folder(config: Config) -> RunFolder:
     A folder made with other settings is refused with the keys that differ; with `run.resume=never` any used folder is.
     """
     folder = folder_for(config)
-    if not folder.config.is_file():
+    try:
+        os.stat(folder.config)
+    except (FileNotFoundError, NotADirectoryError):
         return folder
+    except (OSError, ValueError) as error:  # a name that is too long, or has a zero byte
+        raise ConfigError([f"run.folder and run.name: {str(folder.root)[:200]!r} cannot be a folder ({in_short(error)[:80]})"]) from None
     how = f"choose another run.name, or remove {folder.root} to start again"
     if config.run.resume == "never":
         raise ConfigError([f"run.resume=never, but {folder.root} already holds a run; {how}"])
@@ -92,13 +103,40 @@ def open_folder(config: Config) -> RunFolder:
     return folder
 
 
+@contextmanager
+def held(folder: RunFolder) -> Iterator[None]:
+    """The folder, made where it is missing, is this process's alone until the block or the process ends.
+
+    Raises UserError where another run has it, on this machine or on one that shares the disk, or where it cannot be written.
+    """
+    path = folder.root / "lock"
+    try:
+        folder.root.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+", encoding="utf-8")
+    except OSError as error:
+        why = os.strerror(error.errno or 0).lower()
+        raise UserError(f"{error.filename or path} cannot be written ({why}): choose another run.folder, or make it writable") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise UserError(f"{folder.root} is in use by {holder}: wait for its end, stop it, or choose another run.name") from None
+        except OSError:
+            pass  # a file system without locks
+        with suppress(OSError):  # a full disk says so when there is something to save
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+        yield
+
+
 def claim(folder: RunFolder, config: Config) -> None:
     """Make the folder and save the resolved configuration in it."""
     for path in (folder.rollouts, folder.eval, folder.checkpoints):
         path.mkdir(parents=True, exist_ok=True)
-    whole = folder.config.with_suffix(".tmp")
-    whole.write_text(to_json(config), encoding="utf-8")
-    os.replace(whole, folder.config)
+    write_whole(folder.config, to_json(config))
 
 
 def forget_after(folder: RunFolder, step: int) -> None:
@@ -107,6 +145,13 @@ def forget_after(folder: RunFolder, step: int) -> None:
         number = path.name[len("step_") :][:6]
         if number.isdecimal() and int(number) > step:
             path.unlink()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there as a whole or, where the disk is full, as it was before."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.rename(path)
 
 
 def read_summary(folder: RunFolder) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ from typing import Any
 from igpo_megatron import evaluate
 from igpo_megatron.config.schema import Config
 from igpo_megatron.observability.tracker import Tracker, read_metrics
-from igpo_megatron.run import RunFolder, summary_table
+from igpo_megatron.run import RunFolder, summary_table, write_whole
 
 
 def finish(config: Config, folder: RunFolder, tracker: Tracker) -> None:
@@ -32,7 +32,7 @@ def finish(config: Config, folder: RunFolder, tracker: Tracker) -> None:
         "max_logprob_gap": max(gaps, default=0.0),
         "gain_by_turn": gain_by_turn(rows),
     }
-    folder.summary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_whole(folder.summary, json.dumps(summary, indent=2) + "\n")
     report = write_report(folder.root)
     tracker.close()
     show_finished(summary, report)

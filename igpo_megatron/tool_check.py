@@ -26,6 +26,7 @@ from igpo_megatron.search.python_tool import PythonTool
 from igpo_megatron.search.reader import PageReader
 from igpo_megatron.search.results import SearchClient, SearchStatus, SearchStopped, normalise
 from igpo_megatron.search.tally import Tally, TallyClient, TallyTool, percentile
+from igpo_megatron.types import UserError
 
 PAGES = 8
 """Pages visited, each once: they belong to strangers."""
@@ -314,7 +315,7 @@ async def _visits(config: Config, pages: Sequence[str], advancing: Callable[[str
 async def _python(config: Config, advancing: Callable[[str, int], Callable[[], None]]) -> Finding:
     try:
         tool = PythonTool.from_config(config.python)
-    except ValueError as error:
+    except UserError as error:
         return Finding("python", advice=[f"{error}."], works=False)
     stages = plan(config.python.max_concurrency, 10**9)
     levels = await climb(

@@ -8,14 +8,13 @@ The main rank talks to engines, files and people; all ranks score and train. The
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import os
 import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -27,10 +26,11 @@ from igpo_megatron.algorithms import ADVANTAGES
 from igpo_megatron.algorithms.info_gain import add_probes, rendered_probes
 from igpo_megatron.algorithms.rewards import score
 from igpo_megatron.config.check import require
-from igpo_megatron.config.load import ConfigError, load
+from igpo_megatron.config.load import load
 from igpo_megatron.config.schema import Config, PolicyLoss
 from igpo_megatron.data.prompts import PromptStream
 from igpo_megatron.device_share import DeviceShare
+from igpo_megatron.endings import Ended, end_process, ending_of, interruptible, leave, reason_left, signals_restored
 from igpo_megatron.learn import assign_advantages, routing_metrics, score_tokens, update
 from igpo_megatron.leftovers import end_with_parent
 from igpo_megatron.observability.memory import MemoryLedger, worst_rank
@@ -39,10 +39,10 @@ from igpo_megatron.observability.rollout_dump import read_rollouts, write_rollou
 from igpo_megatron.observability.tracker import Tracker
 from igpo_megatron.protocols import PROTOCOLS
 from igpo_megatron.rollout_queue import RolloutQueue, staleness_metrics
-from igpo_megatron.run import RunFolder, claim, forget_after, open_folder
+from igpo_megatron.run import RunFolder, claim, folder_for, forget_after, held, open_folder
 from igpo_megatron.summary import finish
-from igpo_megatron.types import Prompt, RolloutGroup, RunStopped
-from igpo_megatron.waits import LOST_PEER, ROLLOUTS, recording, waiting
+from igpo_megatron.types import Prompt, RolloutGroup
+from igpo_megatron.waits import ROLLOUTS, recording, waiting
 
 if TYPE_CHECKING:
     from igpo_megatron.actor.policy import Policy
@@ -51,8 +51,6 @@ if TYPE_CHECKING:
     from igpo_megatron.rollout.rollouter import Rollouter
 
 logger = logging.getLogger(__name__)
-
-_MAIN_CLOSES_S = 60.0
 
 
 @dataclass(slots=True)
@@ -193,11 +191,10 @@ def open_side(config: Config, folder: RunFolder, stack: ExitStack, tracker: Trac
     side = Side(folder)
     needs_chat = isinstance(config.loss, PolicyLoss)
     if needs_chat:
-        from transformers import AutoTokenizer
-
         from igpo_megatron.rollout.chat import ChatFormat
+        from igpo_megatron.rollout.tokenizer import load_tokenizer
 
-        side.chat = ChatFormat(AutoTokenizer.from_pretrained(config.model.path), config.rollout, config.reward)
+        side.chat = ChatFormat(load_tokenizer(config.model.path), config.rollout, config.reward)
         for note in side.chat.notes:
             logger.warning(note)
     if config.run.replay is not None:
@@ -256,17 +253,19 @@ def open_side(config: Config, folder: RunFolder, stack: ExitStack, tracker: Trac
 
 
 def run(config: Config) -> None:
-    """One rank's whole run: start, resume, train, finish."""
+    """One rank's whole run: start, resume, train, finish. What ends it early raises `Ended`, when all that was open is closed."""
     from igpo_megatron.actor import checkpoint, checkpoint_sums, parallel
     from igpo_megatron.actor.policy import Policy
 
     ranks = parallel.init(config)
-    folder = open_folder(config)
-    found = checkpoint_sums.newest_whole(folder.checkpoints)
-    damaged = parallel.on_main(ranks, partial(checkpoint_sums.set_aside, found))
-    resumed = int(found.folder.name.removeprefix("step_")) if found.folder else 0
-    with ExitStack() as stack:
-        stack.enter_context(recording(f"rank {ranks.rank}", folder.root / "waits"))
+    folder, who = open_folder(config), f"rank {ranks.rank}"
+    with signals_restored(), ExitStack() as stack, reason_left(who, folder.root), interruptible() if ranks.is_main else nullcontext():
+        if ranks.is_main:
+            stack.enter_context(held(folder))
+        found = checkpoint_sums.newest_whole(folder.checkpoints)
+        damaged = parallel.on_main(ranks, partial(checkpoint_sums.set_aside, found))
+        resumed = int(found.folder.name.removeprefix("step_")) if found.folder else 0
+        stack.enter_context(recording(who, folder.root / "waits", last_words=lambda expired: leave(ending_of(expired, who, None))))
         tracker = stack.enter_context(
             Tracker(
                 folder.root,
@@ -307,7 +306,7 @@ def _every(interval: int, step: int) -> bool:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`CONFIG.yaml [section.key=value ...]` on every rank; the exit code: 0 finished, 2 for a mistake of the user's."""
+    """`CONFIG.yaml [section.key=value ...]` on every rank; the exit code (see endings.py): 0 finished, 2 for a mistake of the user's."""
     warnings.filterwarnings("ignore", module=r"megatron\.|torch\.")
     if not arguments:
         sys.stderr.write("usage: python -m igpo_megatron.train CONFIG.yaml [section.key=value ...]\n")
@@ -316,50 +315,17 @@ def main(arguments: Sequence[str]) -> int:
 
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()  # torchrun's agent: without it nobody would notice how this rank ends
+    who = f"rank {os.environ.get('RANK', 0)}"
     try:
-        config = load(arguments[0], arguments[1:])
-        require(on_this_machine(config), int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        run(config)
-    except (ConfigError, ValueError) as error:
-        _say(f"error: {error}\n", str(error))
-        return 2
-    except RunStopped as stop:
-        _say(f"stopped: {stop}\nthe same command resumes from the last checkpoint\n", str(stop))
-        if int(os.environ.get("RANK", 0)):
-            time.sleep(
-                _MAIN_CLOSES_S
-            )  # the first rank that ends lets torchrun end the others, and the main rank still has engines to close
-        return 1
-    except RuntimeError as error:
-        if not is_lost_peer(error):
-            raise
-        rank = os.environ.get("RANK", "0")
-        _leave_message(f"rank {rank} {LOST_PEER}")
-        sys.stderr.write(f"rank {rank} {LOST_PEER}\n")
-        sys.stderr.flush()
-        os._exit(1)  # the groups are unusable, and leaving them in order would wait for the lost rank
+        with reason_left(who, None):
+            config = load(arguments[0], arguments[1:])
+        with reason_left(who, folder_for(config).root):
+            require(on_this_machine(config), int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+            run(config)
+    except Ended as end:
+        return end.ending.code
     return 0
 
 
-def is_lost_peer(error: BaseException) -> bool:
-    """A collective failed because a rank at its other end is gone."""
-    text = str(error)
-    return any(words in text for words in ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited"))
-
-
-def _say(text: str, sentence: str) -> None:
-    """What ends the run is said once, by rank 0, and kept for the launcher, which may be on another machine."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        sys.stderr.write(text)
-    _leave_message(sentence)
-
-
-def _leave_message(sentence: str) -> None:
-    """Where torchrun's agent looks for the reason of a rank's end."""
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path:
-        Path(path).write_text(json.dumps({"message": sentence, "timestamp": int(time.time())}), encoding="utf-8")
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end_process(main(sys.argv[1:]))

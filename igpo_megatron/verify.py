@@ -65,9 +65,9 @@ def text_tokens(folder: Path) -> list[int]:
     """`TEXT` by the folder's tokenizer; tokens spread over the vocabulary where it has none."""
     shape = read_shape(folder)
     if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        from transformers import AutoTokenizer
+        from igpo_megatron.rollout.tokenizer import load_tokenizer
 
-        tokens: list[int] = AutoTokenizer.from_pretrained(folder)(TEXT)["input_ids"]
+        tokens: list[int] = load_tokenizer(folder)(TEXT)["input_ids"]
     else:
         tokens = torch.randint(0, shape.vocab_size, (64,), generator=torch.Generator().manual_seed(0)).tolist()
     return tokens[: shape.max_positions]

@@ -25,10 +25,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from igpo_megatron.types import RunStopped
 
@@ -100,13 +100,27 @@ class _Open:
     began: float
     deadline_s: float | None
     thread: int
+    sentence: str = ""
+    """Of the record, once the deadline has passed."""
+
     expired: WaitExpired | None = None
+    """Still to be raised."""
 
 
 class Recorder:
     """The waits of one process. `open_recorder` makes it; a process without one waits unobserved."""
 
-    def __init__(self, who: str, folder: Path, *, look_s: float = _LOOK_S, posted_after_s: float = _POSTED_AFTER_S) -> None:
+    def __init__(
+        self,
+        who: str,
+        folder: Path,
+        *,
+        look_s: float = _LOOK_S,
+        posted_after_s: float = _POSTED_AFTER_S,
+        last_words: Callable[[WaitExpired], object] = lambda expired: None,
+    ) -> None:
+        """`last_words` are said where an expired wait cannot be interrupted, before this process ends itself."""
+        self._last_words = last_words
         self._who, self._folder, self._look_s, self._posted_after_s = who, folder, look_s, posted_after_s
         self._file = who.replace(" ", "_")
         self._open: dict[int, _Open] = {}
@@ -136,14 +150,16 @@ class Recorder:
         start = start or min((wait for wait in own if wait.who == self._who), key=lambda wait: wait.since, default=None)
         idle = f"{self._who} waits for nobody"
         sentence = f"{start.sentence(now)}; held up by {culprit(waits, start)}" if start else idle
-        self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"record_{self._file}_{next(self._records)}.txt"
-        with path.open("w", encoding="utf-8") as file:
-            file.write(f"{sentence}\n\nwho waits for whom:\n")
-            file.writelines(f"  {wait.sentence(now)}\n" for wait in sorted(waits, key=lambda wait: wait.since))
-            file.write("\nstacks of this process:\n")
-            file.flush()
-            faulthandler.dump_traceback(file, all_threads=True)
+        try:
+            with _opened(path) as file:
+                file.write(f"{sentence}\n\nwho waits for whom:\n")
+                file.writelines(f"  {wait.sentence(now)}\n" for wait in sorted(waits, key=lambda wait: wait.since))
+                file.write("\nstacks of this process:\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+        except OSError:  # a full disk must not end the thread that watches the deadlines
+            return sentence
         return f"{sentence} (record: {path})"
 
     def interrupt(self) -> None:
@@ -157,7 +173,7 @@ class Recorder:
         """Stop looking."""
         self._closed.set()
         self._thread.join()
-        (self._folder / f"{self._file}.json").unlink(missing_ok=True)
+        self._post([])
 
     def _look(self) -> None:
         while not self._closed.wait(self._look_s):
@@ -167,15 +183,16 @@ class Recorder:
             for entry in entries:
                 if entry.deadline_s is None or now - entry.began < entry.deadline_s:
                     continue
-                if now - entry.began > entry.deadline_s + _UNINTERRUPTED_S:
-                    os._exit(1)
-                if entry.expired is None:
-                    sentence = self.record(entry.wait)
-                    entry.expired = WaitExpired(sentence)
-                    sys.stderr.write(f"{sentence}\n")
+                if not entry.sentence:
+                    entry.sentence = self.record(entry.wait)
+                    entry.expired = WaitExpired(entry.sentence)
+                    sys.stderr.write(f"{entry.sentence}\n")
                     main = threading.main_thread().ident
                     if entry.thread == main and main is not None:
                         signal.pthread_kill(main, signal.SIGUSR2)
+                elif now - entry.began > entry.deadline_s + _UNINTERRUPTED_S:
+                    self._last_words(WaitExpired(entry.sentence))
+                    os._exit(1)
 
     def _post(self, waits: list[Wait]) -> None:
         if not waits and not self._posted:
@@ -183,12 +200,14 @@ class Recorder:
         self._posted = bool(waits)
         path = self._folder / f"{self._file}.json"
         if not waits:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps([asdict(wait) for wait in waits]), encoding="utf-8")
-        partial.rename(path)
+        with contextlib.suppress(OSError):
+            with _opened(partial) as file:
+                file.write(json.dumps([asdict(wait) for wait in waits]))
+            partial.rename(path)
 
     def _others(self) -> list[Wait]:
         waits = []
@@ -200,14 +219,22 @@ class Recorder:
         return waits
 
 
+def _opened(path: Path) -> TextIO:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.open("w", encoding="utf-8")
+
+
 _recorder: Recorder | None = None
 
 
 @contextlib.contextmanager
-def recording(who: str, folder: Path) -> Iterator[Recorder]:
-    """Observe this process's waits. On the main thread, whose signals SIGUSR1 (write a record) and SIGUSR2 (end a wait) it takes."""
+def recording(who: str, folder: Path, last_words: Callable[[WaitExpired], object] = lambda expired: None) -> Iterator[Recorder]:
+    """Observe this process's waits; `last_words` are a Recorder's.
+
+    On the main thread, whose signals SIGUSR1 (write a record) and SIGUSR2 (end a wait) it takes.
+    """
     global _recorder
-    _recorder = recorder = Recorder(who, folder)
+    _recorder = recorder = Recorder(who, folder, last_words=last_words)
     before = {
         signal.SIGUSR1: signal.signal(signal.SIGUSR1, lambda number, frame: _tell(recorder)),
         signal.SIGUSR2: signal.signal(signal.SIGUSR2, lambda number, frame: recorder.interrupt()),

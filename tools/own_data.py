@@ -19,6 +19,7 @@ from igpo_megatron.data.questions import FileCount, Refused, convert
 from igpo_megatron.data.whole import whole
 from igpo_megatron.search.bm25_build import build_index
 from igpo_megatron.search.index_place import Digest, bm25_settings, place
+from igpo_megatron.types import UserError
 
 console = Console()
 
@@ -50,7 +51,7 @@ def questions(
     except Refused as refused:
         _print_questions(refused.args[1])
         raise _stop(_refusal([problem for count in refused.args[1] for problem in count.problems], out)) from None
-    except ValueError as error:
+    except UserError as error:
         raise _stop(str(error)) from None
     _print_questions(counts)
     console.print(f"{sum(count.written for count in counts)} questions in [bold]{escape(str(out))}[/bold]", soft_wrap=True)
@@ -79,7 +80,7 @@ def corpus(
                 folder = place(out, "bm25", digest.hex)
                 with whole(folder) as unfinished:
                     _index(part, unfinished, total)
-    except ValueError as error:
+    except UserError as error:
         raise _stop(str(error)) from None
     console.print(f"{total} passages in [bold]{escape(str(out))}[/bold]", soft_wrap=True)
     if index:

@@ -33,6 +33,7 @@ from igpo_megatron.config.schema import Config
 from igpo_megatron.data.check import Report, check_file
 from igpo_megatron.data.corpus import Passage
 from igpo_megatron.data.layouts import ALIAS_SEPARATOR, LAYOUTS
+from igpo_megatron.endings import one_sentence
 from igpo_megatron.rollout.chat import ChatFormat
 from igpo_megatron.rollout.room import too_long
 from igpo_megatron.types import Prompt, UserError
@@ -182,4 +183,5 @@ def print_report(report: Report) -> None:
 
 
 if __name__ == "__main__":
-    app()
+    with one_sentence():
+        app()

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -27,6 +26,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from igpo_megatron.endings import one_sentence
 from igpo_megatron.plan import machines
 from igpo_megatron.plan.asynchronous import Outcome, Setup, Simulation
 from igpo_megatron.plan.model_shape import find_shape
@@ -63,6 +63,13 @@ class Point:
     """Seconds the simulation took."""
 
 
+def _numbers(option: str, text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise UserError(f"{option} {text}: expected whole numbers with commas between them")
+    return [int(part) for part in parts]
+
+
 def main(
     model: Annotated[str, typer.Option(help="Folder with config.json, or a known name.")] = "Qwen2.5-7B",
     gpus: Annotated[int, typer.Option(help="Devices of one cell.")] = 16,
@@ -76,22 +83,19 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for scaling.json and scaling.html.")] = Path("runs/scaling"),
 ) -> None:
     """Plan a cell, simulate the grid, write and draw it."""
-    try:
-        name, shape = find_shape(model)
-        workload = replace(Workload(), max_context=min(32768, shape.max_positions))
-        if rollouts:
-            workload = from_rollouts(rollouts, workload)
-        if metrics:
-            workload = with_latency(workload, metrics)
-        machine = machines.read(calibration) if calibration else machines.gpu(gpu)
-        settings = Settings(dtype_bytes=2 if machine.device == "cuda" else 4)
-        # Rollouts run beside training here, so each has devices of its own.
-        plan = search(name, shape, machine, workload, gpus, settings, placement="disaggregated")
-        if not plan.fits:
-            raise UserError(f"{name} does not fit on {gpus} devices; `igpo plan --model {model} --gpus {gpus}` says why")
-        grid = [(int(size), int(k)) for size in cells.split(",") for k in staleness.split(",")]
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    name, shape = find_shape(model)
+    workload = replace(Workload(), max_context=min(32768, shape.max_positions))
+    if rollouts:
+        workload = from_rollouts(rollouts, workload)
+    if metrics:
+        workload = with_latency(workload, metrics)
+    machine = machines.read(calibration) if calibration else machines.gpu(gpu)
+    settings = Settings(dtype_bytes=2 if machine.device == "cuda" else 4)
+    # Rollouts run beside training here, so each has devices of its own.
+    plan = search(name, shape, machine, workload, gpus, settings, placement="disaggregated")
+    if not plan.fits:
+        raise UserError(f"{name} does not fit on {gpus} devices; `igpo plan --model {model} --gpus {gpus}` says why")
+    grid = [(size, k) for size in _numbers("--cells", cells) for k in _numbers("--staleness", staleness)]
     points = [point(plan, size, k, steps) for size, k in track(grid, console=Console(stderr=True), transient=True)]
     out.mkdir(parents=True, exist_ok=True)
     facts = provenance(plan, measured_lengths=bool(rollouts), measured_latency=metrics is not None)
@@ -264,4 +268,5 @@ def _points(places: Iterable[tuple[float, float]]) -> str:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with one_sentence():
+        typer.run(main)

@@ -35,9 +35,11 @@ from rich.console import Console
 from rich.progress import track
 
 from igpo_megatron.data.corpus import Passage, read_corpus
+from igpo_megatron.endings import one_sentence
 from igpo_megatron.search.bm25 import Bm25Index, Hits
 from igpo_megatron.search.dense import DenseIndex, sentence_transformer
 from igpo_megatron.search.index_place import bm25_settings, digest, place
+from igpo_megatron.types import UserError
 from serving import MOST_BYTES, Metrics, base_url, document, fail, listen, read_request, refusal, serve
 
 TOOL = "serve_retriever"
@@ -254,9 +256,10 @@ def main(
 
     try:
         asyncio.run(run(server, listener, lambda: open_index(corpus, dense, progress=sys.stderr.isatty()), announce))
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         raise fail(TOOL, str(error) if str(corpus) in str(error) else f"{corpus}: {error}") from None
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with one_sentence():
+        typer.run(main)

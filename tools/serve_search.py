@@ -40,6 +40,7 @@ from yarl import URL
 from budgets import Ledger, Metered
 from igpo_megatron.config.load import build
 from igpo_megatron.config.schema import Search
+from igpo_megatron.endings import one_sentence
 from igpo_megatron.search.cache import CachedClient, Store
 from igpo_megatron.search.client import make_client, shelf
 from igpo_megatron.search.results import SearchClient, SearchResult, SearchStatus, SearchStopped
@@ -217,7 +218,7 @@ def main(
     try:
         given = read_settings(cache, budget, token_env, host, settings)
         proxy = Proxy(given)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         raise fail(TOOL, str(error)) from None
     try:
         listener = listen(host, port)
@@ -230,4 +231,5 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with one_sentence():
+        typer.run(main)

@@ -68,7 +68,7 @@ class Fault:
 
 
 FAULTS = (
-    Fault("rank", "igpo_megatron.train"),
+    Fault("rank", "igpo_megatron.launch.rank"),
     Fault("engine", "VLLM::EngineCore"),
     Fault("Ray head", "gcs_server", on_head=True),
     Fault("raylet", "raylet"),

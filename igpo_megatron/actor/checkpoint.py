@@ -20,7 +20,8 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ from igpo_megatron.actor import checkpoint_sums, megatron_fixes, parallel
 from igpo_megatron.actor.checkpoint_sums import Sums
 from igpo_megatron.actor.checkpoint_writer import write_in_thread
 from igpo_megatron.actor.policy import Policy
-from igpo_megatron.types import RunStopped
+from igpo_megatron.types import PeerStopped, RunStopped
 
 SHARDING = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -104,7 +105,8 @@ def save(policy: Policy, checkpoints: Path, step: int, state: dict[str, Any], ke
         writer = write_in_thread(request, lambda: sums.update(checkpoint_sums.of_rank(partial, policy.ranks.rank)))
         policy.pending_save = Pending(final, keep, state, own, request, writer, sums)
         return final
-    dist_checkpointing.save(sharded, str(partial / "model"), content_metadata=SHARDING, **WRITER)
+    with _failures_named(final):
+        dist_checkpointing.save(sharded, str(partial / "model"), content_metadata=SHARDING, **WRITER)
     dist.barrier()
     _complete(policy, final, state, own, keep, checkpoint_sums.of_rank(partial, policy.ranks.rank))
     return final
@@ -125,13 +127,27 @@ def finish(policy: Policy, *, wait: bool) -> bool:
     if not written.item():
         return False
     policy.pending_save = None
-    try:
+    with _failures_named(pending.final):
         for complete_part in pending.request.finalize_fns:
             complete_part()
-    except CheckpointException as error:  # the main rank knows what happened on which rank
-        raise RunStopped(f"{pending.final.name} could not be written: {error}") from None
     _complete(policy, pending.final, pending.run, pending.own, pending.keep, pending.sums)
     return True
+
+
+@contextmanager
+def _failures_named(final: Path) -> Iterator[None]:
+    """What Megatron raises on every rank when one of them could not write, of which only the main rank knows more, as RunStopped."""
+    try:
+        yield
+    except CheckpointException as error:
+        if not error.failures:
+            raise PeerStopped(f"{final.name} could not be written; rank 0 says why") from None
+        rank, (problem, _) = min(error.failures.items())
+        why = str(problem).removeprefix("Worker failure: ")
+        if "inline_container" in why or "PytorchStreamWriter" in why:  # all that torch says of a file system that takes no more
+            free = shutil.disk_usage(final.parent).free
+            why = f"a file was cut short; {final.parent} has {free:,} bytes free (otherwise a quota, or `ulimit -f`)"
+        raise RunStopped(f"{final.name} could not be written by rank {rank}: {why}") from error
 
 
 def _complete(policy: Policy, final: Path, state: dict[str, Any], own: dict[str, Any], keep: int, sums: Sums) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from igpo_megatron.config.schema import Config
-from igpo_megatron.types import RunStopped, UserError
+from igpo_megatron.types import UserError
 from igpo_megatron.waits import waiting
 
 Value = TypeVar("Value")
@@ -160,23 +160,10 @@ def broadcast(value: Any) -> Any:
 
 
 def on_main(ranks: Ranks, work: Callable[[], Value]) -> Value | None:
-    """Do `work` on the main rank while the others wait; what stops it there (ValueError, RunStopped) stops every rank alike."""
-    value: Value | None = None
-    problem: Exception | None = None
-    if ranks.is_main:
-        try:
-            value = work()
-        except (ValueError, RunStopped) as error:
-            problem = error
-    raise_together(problem)
+    """Do `work` on the main rank while the others wait. What it raises ends the main rank, and its end that of the others."""
+    value = work() if ranks.is_main else None
+    broadcast(None)
     return value
-
-
-def raise_together(problem: Exception | None) -> None:
-    """Raise the main rank's problem on every rank; return where it has none."""
-    problem = broadcast(problem)
-    if problem is not None:
-        raise problem
 
 
 def memory_in_use(device: torch.device) -> int:

@@ -163,7 +163,7 @@ class Policy:
     def _share(self, rows: Sequence[PackedRow]) -> tuple[list[PackedRow], list[int]]:
         """This data-parallel rank's rows and their indices; -1 marks a blank row."""
         if not rows:
-            raise ValueError("no rows to run: every trajectory of the step ended in a tool or engine failure")
+            raise RunStopped("no rows to run: every trajectory of the step ended in a tool or engine failure")
         shape = self.shape
         width = shape.num_heads * shape.head_dim
         per_token = 2.0 * shape.num_layers * (2 * shape.hidden_size * width + 3 * shape.hidden_size * shape.active_ffn_size)

@@ -20,7 +20,7 @@ from igpo_megatron.actor import parallel
 from igpo_megatron.actor.model import global_names, tensor_shards
 from igpo_megatron.actor.policy import Policy
 from igpo_megatron.packing.tree import pack_for_scoring
-from igpo_megatron.types import Canary, Node, Prompt, RolloutGroup, RunStopped, Status, SyncError, Trajectory, WeightSink
+from igpo_megatron.types import Canary, Node, Prompt, RolloutGroup, Status, SyncError, Trajectory, WeightSink
 
 
 @torch.no_grad()
@@ -150,17 +150,13 @@ def push(
         while calls:
             calls.pop()()
 
-    problem: RunStopped | None = None
     metrics: dict[str, float] = {}
     if sink is not None:
-        try:
-            metrics = dict(sink.update_weights(_whole(policy, weights, version), version, canary, all_left))
-        except RunStopped as error:
-            problem = error
-    for _ in weights:  # other ranks walk along; on the main rank the sink has consumed everything, or failed
+        metrics = dict(sink.update_weights(_whole(policy, weights, version), version, canary, all_left))
+    for _ in weights:  # other ranks walk along; on the main rank the sink has consumed everything
         pass
     all_left()
-    parallel.raise_together(problem)
+    parallel.broadcast(None)
     return metrics
 
 

@@ -10,6 +10,7 @@ ARPO's (arXiv 2507.19849) are `reward.outcome=f1_multiset` and `reward.tool_bonu
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -108,13 +109,16 @@ def published_score(text: str, ground_truth: str) -> Score:
 def score_lines(path: str | Path) -> Iterator[dict[str, float | bool]]:
     """Score a JSON-lines file of `{"solution", "ground_truth"}`: one dict of f1, em, format_ok and reward per line, blank lines skipped.
 
-    Raises UserError naming file and line where a line is not a JSON object with both strings.
+    Raises UserError where the file cannot be read, or naming the line that is not a JSON object with both strings.
     """
-    with Path(path).open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                score = published_score(*_solution_and_truth(line, where=f"{path}, line {number}"))
-                yield {"f1": score.f1, "em": score.em, "format_ok": score.format_ok, "reward": score.reward}
+    try:
+        with Path(path).open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    score = published_score(*_solution_and_truth(line, where=f"{path}, line {number}"))
+                    yield {"f1": score.f1, "em": score.em, "format_ok": score.format_ok, "reward": score.reward}
+    except OSError as error:
+        raise UserError(f"{path}: {os.strerror(error.errno or 0).lower()}; expected a file of JSON lines") from None
 
 
 def _solution_and_truth(line: bytes, where: str) -> tuple[str, str]:

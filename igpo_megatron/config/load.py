@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import difflib
 import json
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -45,6 +46,9 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_NOT_YAML = (yaml.YAMLError, ValueError, KeyError, AttributeError, RecursionError)
+"""What the parser raises for a text: values such as `!!bool maybe` or 2024-13-45 are behind the last four."""
+
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
@@ -55,11 +59,13 @@ _Loader.add_implicit_resolver(
 def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply `section.key=value` overrides, validate. Raises ConfigError."""
     path = Path(path)
-    if not path.is_file():
-        raise ConfigError([f"{path}: no such configuration file; the examples/ folder has complete ones"])
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except FileNotFoundError:
+        raise ConfigError([f"{path}: no such configuration file; the examples/ folder has complete ones"]) from None
+    except OSError as error:
+        raise ConfigError([f"{path}: {os.strerror(error.errno or 0).lower()}; expected a configuration file"]) from None
+    except _NOT_YAML as error:
         raise ConfigError([f"{path}: not valid YAML: {error}"]) from None
     if not isinstance(values, dict):
         raise ConfigError([f"{path}: expected sections such as `model:` at the top, found {type(values).__name__}"])
@@ -133,7 +139,7 @@ def _apply(values: dict[str, Any], override: str) -> str | None:
     *sections, name = key.strip().split(".")
     try:
         value = yaml.load(text, _Loader)
-    except yaml.YAMLError:
+    except _NOT_YAML:
         value = text
     for part in sections:
         inner = values.setdefault(part, {})

@@ -12,77 +12,67 @@ import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from igpo_megatron.endings import LAUNCHED, Ending, read, signals_restored
 from igpo_megatron.leftovers import end_with_parent
-from igpo_megatron.waits import LOST_PEER
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
     from torch.distributed.launcher.api import LaunchConfig
 
-NO_MESSAGE = "<NONE>"  # torchrun's word for a rank that left none
+RANK_MODULE = "igpo_megatron.launch.rank"
+
+_PATIENCE_S = 20.0
+"""torchrun kills a rank that has not ended this long (30 s) after it was asked to: so late a kill is no cause."""
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How the ranks of one node ended."""
-
-    code: int
-    """0, or an exit code for the shell."""
-
-    kind: str
-    """done, interrupted (this agent was asked to stop), signal (a rank was ended by one), error (a rank ended itself), peer (a rank lost
-    another one)."""
-
-    sentence: str = ""
-    """What a person needs to know; empty where all went well."""
-
-    told: bool = False
-    """The rank has said it on its own output."""
-
-
-def run_ranks(launch: LaunchConfig, arguments: Sequence[str]) -> Outcome:
+def run_ranks(launch: LaunchConfig, arguments: Sequence[str]) -> Ending:
     """Start the ranks and wait for them."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks have said what happened
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):  # each has a level of its own; the ending says what happened
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+    os.environ[LAUNCHED] = "1"
     try:
-        elastic_launch(launch, sys.executable)("-u", "-m", "igpo_megatron.train", *arguments)
+        with signals_restored():
+            elastic_launch(launch, sys.executable)("-u", "-m", RANK_MODULE, *arguments)
     except ChildFailedError as error:
-        return outcome_of(error.failures)
+        return ending_of_ranks(error.failures)
     except SignalException as error:
-        return Outcome(128 + error.sigval.value, "interrupted", f"interrupted by {error.sigval.name}")
-    return Outcome(0, "done")
+        return Ending("interrupted", 128 + error.sigval.value, f"interrupted by {error.sigval.name}")
+    return Ending("done", 0)
 
 
-def outcome_of(failures: Mapping[int, ProcessFailure]) -> Outcome:
-    """The cause among the ranks that failed, by global rank."""
-    rank, failure = min(failures.items(), key=lambda item: (_consequence(item[1]), item[1].timestamp))
-    said = _said(failure)
-    if said is not None:
-        return Outcome(max(failure.exitcode, 1), "peer" if said.endswith(LOST_PEER) else "error", said, told=True)
+def ending_of_ranks(failures: Mapping[int, ProcessFailure]) -> Ending:
+    """The cause among the ranks that failed, by global rank: a kill; an error; what others made happen (a lost peer, torchrun's own
+    SIGTERM). Of the same kind the first."""
+    endings = [_ending(rank, failure) for rank, failure in failures.items()]
+    errors = [one.time for one in endings if one.kind == "error"]
+
+    def order(one: Ending) -> tuple[int, float]:
+        if one.kind == "signal":
+            late = one.code == 128 + signal.SIGTERM or any(one.time > time + _PATIENCE_S for time in errors)
+            return (3 if late else 0), one.time
+        return (1 if one.kind == "error" else 2), one.time
+
+    return min(endings, key=order)
+
+
+def _ending(rank: int, failure: ProcessFailure) -> Ending:
+    """What a rank left, or what its exit code says."""
+    left = read(failure.error_file_data)
+    if left is not None:
+        return left
     if failure.exitcode < 0:
-        return Outcome(128 - failure.exitcode, "signal", f"rank {rank} was ended by {signal.Signals(-failure.exitcode).name}")
-    return Outcome(failure.exitcode, "error", f"rank {rank} ended with exit code {failure.exitcode}", told=True)
-
-
-def _said(failure: ProcessFailure) -> str | None:
-    """What a rank left behind (`train._leave_message`)."""
-    said = failure.error_file_data.get("message")
-    return said if isinstance(said, str) and said != NO_MESSAGE and failure.exitcode != -signal.SIGKILL else None
-
-
-def _consequence(failure: ProcessFailure) -> int:
-    """How likely others caused it: 0 a kill, which makes others fail within the second that torchrun's timestamps tell; 1 an error;
-    2 torchrun's own SIGTERM to ranks that were still there."""
-    if failure.exitcode >= 0 or _said(failure) is not None:
-        return 1
-    return 2 if failure.exitcode == -signal.SIGTERM else 0
+        name = signal.Signals(-failure.exitcode).name
+        return Ending("signal", 128 - failure.exitcode, f"rank {rank} was ended by {name}", failure.timestamp)
+    return Ending("error", failure.exitcode, f"rank {rank} ended with exit code {failure.exitcode}", failure.timestamp)
 
 
 def main(spec: dict[str, Any]) -> int:
@@ -91,14 +81,15 @@ def main(spec: dict[str, Any]) -> int:
     from torch.distributed.launcher.api import LaunchConfig
 
     end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal, which sends it to all: the launcher ends this agent
     # One store of the agents for every attempt would still hold the addresses of the ranks that died, and new ones would knock there.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     try:
-        outcome = run_ranks(LaunchConfig(**spec["launch"]), spec["arguments"])
+        ending = run_ranks(LaunchConfig(**spec["launch"]), spec["arguments"])
     except RendezvousError as error:
-        outcome = Outcome(1, "error", f"the agents of the nodes did not meet: {error}")
-    Path(spec["outcome"]).write_text(json.dumps(asdict(outcome)), encoding="utf-8")
-    return outcome.code
+        ending = Ending("error", 1, f"the agents of the nodes did not meet: {error}")
+    Path(spec["outcome"]).write_text(json.dumps(asdict(ending)), encoding="utf-8")
+    return ending.code
 
 
 if __name__ == "__main__":

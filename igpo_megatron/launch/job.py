@@ -19,6 +19,7 @@ from typing import Any
 from igpo_megatron.actor.parallel import on_this_machine, wants_cuda
 from igpo_megatron.config.check import check
 from igpo_megatron.config.schema import Config
+from igpo_megatron.launch.agent import RANK_MODULE
 from igpo_megatron.launch.board import Board, PreflightFailed
 from igpo_megatron.launch.messages import Verdict
 from igpo_megatron.launch.node import Node, interface_of, reachable
@@ -34,7 +35,6 @@ _POLL_S = 0.3
 _PATIENCE_S = 10.0
 _RAY_IS_UP = "Ray runtime started"
 _RAY_SERVERS = ("gcs_server", "raylet")
-_RANK_COMMAND = "igpo_megatron.train"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +51,6 @@ class Options:
             raise UserError(f"--rendezvous {self.rendezvous}: expected c10d or static")
         if self.rendezvous == "static" and self.max_restarts:
             raise UserError(f"--max-restarts {self.max_restarts} needs --rendezvous c10d: ranks that meet statically can do so once")
-
-
-class _Interrupted(Exception):
-    """This launcher was sent a signal."""
 
 
 def run_node(node: Node, config: Config, arguments: list[str], options: Options) -> int:
@@ -114,7 +110,7 @@ class _Job:
                 time.sleep(_POLL_S)
             if verdict.code not in (0, 2) and self.agent:
                 # Ranks write down whom they wait for (waits.py): what a hang leaves to be read.
-                self.agent.signal_descendants(signal.SIGUSR1, _RANK_COMMAND)
+                self.agent.signal_descendants(signal.SIGUSR1, RANK_MODULE)
                 time.sleep(_POLL_S)
         self.board.leave()
         return verdict

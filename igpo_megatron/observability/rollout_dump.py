@@ -195,7 +195,7 @@ def _open(path: Path) -> pq.ParquetFile:
         raise UserError(f"{path}: no such rollout file; training writes them to <run>/rollouts/step_*.parquet")
     try:
         file = pq.ParquetFile(path)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a parquet file ({error}); expected a rollout file written by a run or by write_rollouts") from None
     found = file.schema_arrow
     problems = []

@@ -349,7 +349,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             break
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(
                 f"{path}, line {number}: not JSON ({error}); remove the line, or move the file away to start a new one"
             ) from None

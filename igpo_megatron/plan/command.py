@@ -58,8 +58,7 @@ def plan_run(
         command = f"igpo plan --model {shlex.quote(model)} --gpus {gpus} {where}{options} --out {shown_out or out}"
         text = launch_yaml(plan, plan.fits[0], command, path)
         _loads(text)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text, encoding="utf-8")
+        machines.write_asked(out, text, "--out")
         (console or Console()).print(f"wrote {out}")
     return 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -65,11 +66,19 @@ def read(path: Path) -> Machine:
         if not isinstance(values, dict) or set(values) != known:
             raise KeyError(f"expected the keys {', '.join(sorted(known))}")
         return Machine(**{**values, "matmul": tuple((float(size), float(rate)) for size, rate in values["matmul"])})
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"--calibration {path}: not a file written by `igpo plan --calibrate`: {error}") from None
 
 
 def write(machine: Machine, path: Path) -> None:
-    """Write a calibration file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(machine), indent=1) + "\n", encoding="utf-8")
+    """Write a calibration file. Raises UserError where it cannot be written."""
+    write_asked(path, json.dumps(asdict(machine), indent=1) + "\n", "--calibration")
+
+
+def write_asked(path: Path, text: str, option: str) -> None:
+    """Write the file that an option named. Raises UserError where it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{option} {path}: cannot be written ({os.strerror(error.errno or 0).lower()}); name another file") from None

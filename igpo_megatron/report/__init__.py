@@ -71,10 +71,13 @@ def collect(run_folder: Path, limits: Limits) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> Any:
-    """Content of a JSON file; None where there is none."""
+    """The object in a JSON file; None where there is no file."""
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error}); remove it to leave it out of the report") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected an object, found {type(values).__name__}; remove it to leave it out of the report")
+    return values

@@ -128,6 +128,23 @@ def test_two_torchrun_agents_train_as_one_node_does(folder: Path, uninterrupted:
     assert losses == pytest.approx(uninterrupted, rel=1e-5)
 
 
+def test_a_second_trainer_is_refused_and_an_interruption_is_one_sentence_and_leaves_no_process(folder: Path) -> None:
+    arguments = ["-m", "igpo_megatron", "train", *settings(folder, "stopped"), "run.steps=200", "checkpoint.every=0"]
+    first = start(arguments)
+    wait_for(folder / "stopped" / "config.json", [first], 120)
+    second = start(arguments)
+    refused, _ = second.communicate(timeout=60)
+    assert second.returncode == 2 and refused.startswith(f"error: {folder / 'stopped'} is in use by process ") and refused.count("\n") == 1
+    family = psutil.Process(first.pid).children(recursive=True)
+    os.killpg(first.pid, signal.SIGINT)  # as a terminal does: to the command and to every rank
+    output, _ = first.communicate(timeout=60)
+    assert first.returncode == 130, output
+    assert output.splitlines()[-1] == "interrupted by SIGINT; the same command resumes from the last checkpoint"
+    assert "Traceback" not in output and "rank" not in output and not (folder / "stopped" / "failures").exists()
+    gone, alive = psutil.wait_procs(family, timeout=10)
+    assert len(gone) >= 2 and not alive
+
+
 def start_on(network: hosts.Hosts, number: int, arguments: list[str], *how: str) -> subprocess.Popen[str]:
     """`igpo launch` on a host of two; a signal or a cut link between them must be noticed within 25 s on a busy machine."""
     options = ["--nodes", "2", "--node-rank", str(number), "--head", network.address(0), "--lost-after-s", "25"]

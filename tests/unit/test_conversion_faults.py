@@ -1,5 +1,6 @@
 """Conversions that are killed, refused by the disk, begun twice or given damaged files; the classic layout; memory; `inspect`."""
 
+import ctypes
 import errno
 import fcntl
 import io
@@ -433,6 +434,8 @@ def big_checkpoint(folder: Path, layers: int = 12) -> int:
 def peak_in_a_process(function, *arguments) -> int:
     def measure(queue) -> None:
         torch.set_num_threads(1)
+        # What earlier tests have freed would be taken again, and not be seen.
+        ctypes.CDLL(None).malloc_trim(0)
         with anonymous_peak(every_s=0.001) as peak:
             function(*arguments)
         queue.put(peak[0])

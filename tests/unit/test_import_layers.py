@@ -31,7 +31,9 @@ BELOW = {
     "actor",
 }
 TOP = {
+    "__main__",
     "cli",
+    "endings",
     "doctor",
     "chat_check",
     "probe_check",
@@ -69,7 +71,7 @@ MAY_IMPORT = {
 }
 """Part of igpo_megatron -> parts it may import, `checkpoint_conversion` among them."""
 
-TOOLS_MAY_IMPORT = {"types", "untrusted", "config", "data", "search", "rollout", "observability", "plan", "leftovers"}
+TOOLS_MAY_IMPORT = {"types", "untrusted", "config", "data", "search", "rollout", "observability", "plan", "leftovers", "endings"}
 """tools/bench may import anything. rollout and observability are there for the demonstrations that warm-start the demo policy, plan for
 the scaling study and the examples by size, leftovers for the soak trials."""
 

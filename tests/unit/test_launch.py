@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +16,8 @@ import pytest
 from typer.testing import CliRunner
 
 from igpo_megatron.cli import app
-from igpo_megatron.launch.agent import Outcome, outcome_of
+from igpo_megatron.endings import Ending
+from igpo_megatron.launch.agent import ending_of_ranks
 from igpo_megatron.launch.board import Board, PreflightFailed
 from igpo_megatron.launch.head import culprit, decide
 from igpo_megatron.launch.job import Options, engine_gpus, launch_arguments, ray_command
@@ -175,17 +176,28 @@ def test_ray_and_torchrun_get_the_addresses_of_the_job(tmp_path):
         Options("static", 2, 1, 1)
 
 
-def failure(code: int, second: int, message: str = "<NONE>"):
-    return SimpleNamespace(exitcode=code, timestamp=second, error_file_data={"message": message})
+def failure(code: int, second: int, left: Ending | None = None):
+    data = {"message": "<NONE>"} if left is None else {"message": left.sentence, "ending": asdict(left)}
+    return SimpleNamespace(exitcode=code, timestamp=second, error_file_data=data)
 
 
 def test_the_rank_that_was_killed_or_said_why_is_the_culprit_not_those_that_torchrun_ended():
-    ended, lost, why = failure(-15, 1), failure(1, 2, "rank 1 lost its connection to another rank"), "engine 0 did not start"
-    assert outcome_of({0: ended, 1: lost, 2: failure(-9, 3)}).sentence == "rank 2 was ended by SIGKILL"
-    assert outcome_of({0: failure(-15, 1, why), 1: failure(1, 2, why)}) == Outcome(1, "error", why, told=True)
-    assert outcome_of({0: ended, 1: lost}).sentence == "rank 1 lost its connection to another rank"
-    assert outcome_of({0: failure(3, 4), 1: failure(-15, 3)}) == Outcome(3, "error", "rank 0 ended with exit code 3", told=True)
-    assert outcome_of({0: ended}).sentence == "rank 0 was ended by SIGTERM"
+    ended, why = failure(-15, 1), Ending("error", 1, "engine 0 did not start", 3.4)
+    lost = failure(1, 2, Ending("peer", 1, "rank 1 lost its connection to another rank", 2.9))
+    asked = failure(143, 1, Ending("interrupted", 143, "rank 0 was interrupted by SIGTERM", 3.1))
+    assert ending_of_ranks({0: ended, 1: lost, 2: failure(-9, 3)}).sentence == "rank 2 was ended by SIGKILL"
+    assert ending_of_ranks({0: lost, 1: failure(1, 3, why), 2: asked}) == why
+    assert ending_of_ranks({0: failure(-15, 1), 1: failure(1, 3, replace(why, time=3.5)), 2: failure(1, 3, why)}) == why
+    assert ending_of_ranks({0: ended, 1: lost}).sentence == "rank 1 lost its connection to another rank"
+    assert ending_of_ranks({0: asked, 1: lost}).kind == "peer"
+    assert ending_of_ranks({0: failure(3, 4), 1: failure(-15, 3)}) == Ending("error", 3, "rank 0 ended with exit code 3", 4)
+    assert ending_of_ranks({0: ended}).sentence == "rank 0 was ended by SIGTERM"
+
+
+def test_a_rank_that_torchrun_kills_because_it_closes_too_slowly_is_not_the_cause():
+    why = Ending("error", 1, "rank 1 failed: ValueError", 100.0)
+    assert ending_of_ranks({0: failure(-9, 131), 1: failure(1, 100, why)}) == why
+    assert ending_of_ranks({0: failure(-9, 100), 1: failure(1, 100, why)}).sentence == "rank 0 was ended by SIGKILL"
 
 
 # ---- the meeting, for real: threads stand in for nodes

@@ -6,6 +6,8 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -101,3 +103,33 @@ def test_a_signal_writes_a_record_and_ends_nothing(tmp_path: Path, capfd):
     (record,) = tmp_path.glob("record_rank_7_*.txt")
     assert "held up by the post" in record.read_text() and "held up by the post" in capfd.readouterr().err
     assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+
+
+def expired(recorder: Recorder, last: Callable[[], object]) -> str:
+    """What a thread is told that waits on `rank 0` until `last` returns, past its deadline."""
+
+    def wait() -> str:
+        with pytest.raises(WaitExpired) as caught, recorder.waiting("a collective", on="rank 0", deadline_s=0.05):
+            last()
+        return str(caught.value)
+
+    with ThreadPoolExecutor(1) as threads:
+        return threads.submit(wait).result(20)
+
+
+def test_a_process_that_ends_itself_because_a_wait_cannot_be_interrupted_says_why_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    ended, said = threading.Event(), []
+    monkeypatch.setattr("igpo_megatron.waits._UNINTERRUPTED_S", 0.1)
+    monkeypatch.setattr("os._exit", lambda code: ended.set())
+    recorder = Recorder("rank 1", tmp_path, look_s=0.02, last_words=lambda why: said.append(str(why)))
+    sentence = expired(recorder, lambda: ended.wait(20))
+    recorder.close()
+    assert said[0] == sentence and "rank 1 has waited" in sentence and "held up by rank 0" in sentence
+
+
+def test_the_watch_over_the_waits_outlives_a_disk_that_takes_nothing(tmp_path: Path):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    recorder = Recorder("rank 1", tmp_path / "file/waits", look_s=0.02, posted_after_s=0.0)
+    assert "held up by rank 0" in expired(recorder, lambda: time.sleep(0.3))
+    assert recorder._thread.is_alive()
+    recorder.close()

@@ -28,7 +28,7 @@ def model_shape(folder: Path) -> dict[str, Any]:
     """config.json of the model; empty where it cannot be read, which `check_model_files` reports."""
     try:
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}
 

@@ -220,7 +220,8 @@ class Rollout(Section):
 
     max_failed_fraction: Annotated[float, Field(ge=0, le=1)] = 0.2
     """A step in which more than this share of trajectories, or of searches, fails for reasons outside the policy stops the run.
-    Trajectories that crash, by a mistake of this project, count among them; their tracebacks are in `crashes.log` in the run's folder."""
+    Trajectories that crash, by a mistake of this project, count among them; their tracebacks are in `failures/trajectories.txt` in the
+    run's folder."""
 
     failed_search: Literal["mask", "end"] = "mask"
     """A search, or another tool, that fails after its retries ends its trajectory. `mask` leaves it out of the loss and of its group's
