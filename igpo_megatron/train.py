@@ -41,7 +41,7 @@ from igpo_megatron.protocols import PROTOCOLS
 from igpo_megatron.rollout_queue import RolloutQueue, staleness_metrics
 from igpo_megatron.run import RunFolder, claim, folder_for, forget_after, held, open_folder
 from igpo_megatron.summary import finish
-from igpo_megatron.types import Prompt, RolloutGroup
+from igpo_megatron.types import Prompt, RolloutGroup, UserError
 from igpo_megatron.waits import ROLLOUTS, recording, waiting
 
 if TYPE_CHECKING:
@@ -174,13 +174,21 @@ def engine_scores(config: Config) -> bool:
     return wanted and config.reward.scorer == "engine"
 
 
-def replayed(path: Path, config: Config, first_step: int) -> Iterator[list[RolloutGroup]]:
-    """Groups of each step from `first_step` on: recorded steps whole, demonstrations by `prompts_per_step`, over and over."""
+def replayed(path: Path, config: Config, first_step: int, vocab_size: int | None = None) -> Iterator[list[RolloutGroup]]:
+    """Groups of each step from `first_step` on: recorded steps whole, demonstrations by `prompts_per_step`, over and over.
+
+    `vocab_size`: tokens that engines can sample. Raises UserError on the way where others were.
+    """
     size = config.rollout.prompts_per_step if config.loss.name == "sft" else None
 
     def endless() -> Iterator[list[RolloutGroup]]:
         while True:
             for _, groups in read_rollouts(path, size):
+                sampled = (token for group in groups for node in group.nodes if node.kind == "action" for token in node.token_ids)
+                if vocab_size is not None and (last := max(sampled, default=0)) >= vocab_size:
+                    raise UserError(
+                        f"{path}: token {last} was sampled, the model's tokenizer ends at {vocab_size - 1}; record the step again"
+                    )
                 yield groups
 
     return islice(endless(), first_step - 1, None)
@@ -198,7 +206,7 @@ def open_side(config: Config, folder: RunFolder, stack: ExitStack, tracker: Trac
         for note in side.chat.notes:
             logger.warning(note)
     if config.run.replay is not None:
-        side.replay = replayed(config.run.replay, config, first_step)
+        side.replay = replayed(config.run.replay, config, first_step, side.chat.vocab_size if side.chat else None)
         return side
     from igpo_megatron.rollout.engines import EnginePool
     from igpo_megatron.rollout.rollouter import Rollouter
@@ -291,6 +299,7 @@ def run(config: Config) -> None:
             share.policy_leaves()
             opening = partial(open_side, config, folder, stack, tracker, resumed + 1, state)
             side = parallel.on_main(ranks, opening) or Side(folder)
+            policy.sampled_vocab = parallel.broadcast(side.chat.vocab_size if side.chat else None)
             if ranks.is_main:
                 claim(folder, config)  # not before: a run that could not start leaves its name free for corrected settings
                 if config.run.stop_after == "none":

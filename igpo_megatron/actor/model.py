@@ -60,8 +60,11 @@ class HeadInputs:
     need_entropy: bool
     """Without it the entropies are 0."""
 
+    sampled_vocab: int | None = None
+    """Rows of the embedding that a sampled token can be; None for all."""
+
     probed: torch.Tensor | None = None
-    """[n] bool, the targets whose logits are divided by `probe_temperature` instead; None for none."""
+    """[n] bool, the targets whose logits are those of all rows, divided by `probe_temperature`; None for none."""
 
     probe_temperature: float = 1.0
 
@@ -110,13 +113,13 @@ class PolicyModel(GPTModel):
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
         hidden = select_rows(hidden_states[:, 0], labels.predictor, self.config.sequence_parallel)
 
-        def head(rows: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
+        def head(rows: torch.Tensor, targets: torch.Tensor, temperature: float, vocab: int) -> torch.Tensor:
             logp, entropy, _ = linear_logprob(
                 rows,
                 weight,
                 targets,
                 vocab_start=parallel_state.get_tensor_model_parallel_rank() * weight.shape[0],
-                vocab_size=self.real_vocab,
+                vocab_size=vocab,
                 temperature=temperature,
                 tp_group=parallel_state.get_tensor_model_parallel_group(),
                 need_entropy=labels.need_entropy,
@@ -125,14 +128,13 @@ class PolicyModel(GPTModel):
             )
             return torch.stack((logp, entropy), dim=-1)
 
-        if labels.probed is None or labels.probe_temperature == labels.temperature:
-            output = head(hidden, labels.targets, labels.temperature)
+        of_sampled = (labels.temperature, labels.sampled_vocab or self.real_vocab)
+        of_probes = (labels.probe_temperature, self.real_vocab)
+        if labels.probed is None or of_probes == of_sampled:
+            output = head(hidden, labels.targets, *of_sampled)
         else:
-            parts = [
-                (torch.nonzero(~labels.probed)[:, 0], labels.temperature),
-                (torch.nonzero(labels.probed)[:, 0], labels.probe_temperature),
-            ]
-            found = torch.cat([head(gather_rows(hidden, at), labels.targets[at], temperature) for at, temperature in parts])
+            parts = [(torch.nonzero(~labels.probed)[:, 0], of_sampled), (torch.nonzero(labels.probed)[:, 0], of_probes)]
+            found = torch.cat([head(gather_rows(hidden, at), labels.targets[at], *how) for at, how in parts])
             output = gather_rows(found, torch.argsort(torch.cat([at for at, _ in parts])))
         if labels.owner is None:
             return output

@@ -77,6 +77,9 @@ class Policy:
         self.steps_taken = 0
         """Optimizer steps since the run's start, those skipped among them; the learning-rate schedule is a function of it."""
 
+        self.sampled_vocab: int | None = None
+        """Rows of the embedding that engines can sample, the first so many; those behind them pad it. None for all."""
+
         self.pending_save: Any = None
         """What checkpoint.py is writing in the background."""
 
@@ -100,17 +103,20 @@ class Policy:
     def log_probs(self, rows: Sequence[PackedRow], temperature: float | None = None, *, with_entropy: bool = False) -> list[torch.Tensor]:
         """[N] log-probs per row, on every rank, in the order of `rows`.
 
-        temperature None means `rollout.temperature` for sampled tokens and `reward.probe_temperature` for those of probes.
+        temperature None: as they were sampled, at `rollout.temperature` among `sampled_vocab`, and of probes at `reward.probe_temperature`.
+        A temperature given is that of all targets, each among all rows of the embedding.
         `with_entropy`: [N, 2], log-probs and entropies.
         """
         mine, share = self._share(rows)
         of_probes = 1.0 if temperature is None and self.config.reward.probe_temperature == 1 else None
+        vocab = self.sampled_vocab if temperature is None else None
         temperature = temperature or self.config.rollout.temperature or 1.0
         results = schedule.forward_only(
             self.wrapped,
             mine,
             temperature=temperature,
             probe_temperature=of_probes,
+            sampled_vocab=vocab,
             device=self.ranks.device,
             with_entropy=with_entropy,
         )
@@ -135,7 +141,9 @@ class Policy:
         self.optimizer.zero_grad()
         mine, _ = self._share(rows)
         temperature = self.config.rollout.temperature or 1.0
-        sums = schedule.forward_backward(self.wrapped, mine, loss, temperature=temperature, device=self.ranks.device)
+        sums = schedule.forward_backward(
+            self.wrapped, mine, loss, temperature=temperature, sampled_vocab=self.sampled_vocab, device=self.ranks.device
+        )
         metrics = self._sum_metrics(sums)
         value = metrics.pop("loss")
         overflow = bool(self.optimizer.prepare_grads())

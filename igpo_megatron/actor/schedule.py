@@ -34,14 +34,15 @@ def forward_only(
     *,
     temperature: float,
     probe_temperature: float | None = None,
+    sampled_vocab: int | None = None,
     device: torch.device,
     with_entropy: bool = False,
 ) -> list[torch.Tensor]:
     """[N] log-probs (or [N, 2] with entropies) of every target of every row, on the last stage; an empty list on the others.
 
-    `probe_temperature`: of the targets that are a probe's, None for the same as all others'.
+    `probe_temperature`: of the targets that are a probe's, None for the same as all others'. `sampled_vocab`: as in `HeadInputs`.
     """
-    of_probes = temperature if probe_temperature is None else probe_temperature
+    settings = (temperature, temperature if probe_temperature is None else probe_temperature, sampled_vocab)
 
     def keep(output: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
         return (output if with_entropy else output[:, 0]).detach()
@@ -50,12 +51,18 @@ def forward_only(
         chunk.eval()
     with torch.no_grad():
         options = {"forward_only": True, "collect_non_loss_data": True}
-        results = _run(chunks, rows, lambda row: keep, (temperature, of_probes), device, with_entropy, **options)
+        results = _run(chunks, rows, lambda row: keep, settings, device, with_entropy, **options)
     return list(torch.cat(results).cpu().split([len(result) for result in results])) if results else []
 
 
 def forward_backward(
-    chunks: Sequence[torch.nn.Module], rows: Sequence[PackedRow], loss: RowLoss, *, temperature: float, device: torch.device
+    chunks: Sequence[torch.nn.Module],
+    rows: Sequence[PackedRow],
+    loss: RowLoss,
+    *,
+    temperature: float,
+    sampled_vocab: int | None = None,
+    device: torch.device,
 ) -> dict[str, float]:
     """Accumulate gradients over all rows; metric sums over them (with `loss`) on the last stage, nothing on the others."""
 
@@ -67,7 +74,8 @@ def forward_backward(
 
     for chunk in chunks:
         chunk.train()
-    return summed(_run(chunks, rows, lambda row: partial(loss_of, row), (temperature, temperature), device, True, forward_only=False))
+    settings = (temperature, temperature, sampled_vocab)
+    return summed(_run(chunks, rows, lambda row: partial(loss_of, row), settings, device, True, forward_only=False))
 
 
 def summed(per_row: Sequence[dict[str, torch.Tensor]]) -> dict[str, float]:
@@ -83,19 +91,19 @@ def _run(
     chunks: Sequence[torch.nn.Module],
     rows: Sequence[PackedRow],
     loss_for: Callable[[PackedRow], Callable[..., Any]],
-    temperatures: tuple[float, float],
+    settings: tuple[float, float, int | None],
     device: torch.device,
     need_entropy: bool,
     **options: Any,
 ) -> list[Any]:
-    """`temperatures`: of sampled tokens and of probes."""
+    """`settings`: the temperatures of sampled tokens and of probes, and the rows of the embedding that a sampled token can be."""
 
     def step(iterator: Iterator[PackedRow], stage: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
         on_host = next(iterator)
         row = to_device(on_host, device)
         part = part_of(row, parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size())
-        sampled, probes = temperatures
-        head = HeadInputs(part.predictor, part.targets, sampled, need_entropy, part.probed, probes, owner=part.owner)
+        sampled, probes, vocab = settings
+        head = HeadInputs(part.predictor, part.targets, sampled, need_entropy, vocab, part.probed, probes, part.owner)
         replay(get_attr_wrapped_model(stage, "decoder", return_model_obj=True), part.experts)
         output = stage(
             input_ids=part.token_ids[None], position_ids=part.position_ids[None], attention_mask=on_host.subtree_end, labels=head

@@ -215,8 +215,8 @@ class ChatFormat:
 
     @property
     def vocab_size(self) -> int:
-        """Tokens that the policy can write."""
-        return len(self._tokenizer)
+        """One more than the last token that the policy can write."""
+        return max(self._tokenizer.get_vocab().values()) + 1
 
     def parse(self, text: str) -> Action:
         """What a turn asks for; `text` includes the turn's opening. A turn that writes the template's own tokens forges a message."""

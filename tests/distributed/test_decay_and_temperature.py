@@ -68,8 +68,10 @@ def scored(policy: Policy, groups: list[RolloutGroup]) -> dict[str, list[list[fl
     return found
 
 
-def by_transformers(model: torch.nn.Module, groups: list[RolloutGroup], of_probes: float, of_actions: float) -> list[list[float]]:
-    """The same, one sequence at a time: log-softmax of logits over the temperature, of a probe its scored tokens."""
+def by_transformers(
+    model: torch.nn.Module, groups: list[RolloutGroup], of_probes: float, of_actions: float, sampled_vocab: int | None = None
+) -> list[list[float]]:
+    """The same, one sequence at a time: log-softmax of logits over the temperature, of a probe its scored tokens among all."""
     result = []
     for group in groups:
         for node in group.nodes:
@@ -78,6 +80,7 @@ def by_transformers(model: torch.nn.Module, groups: list[RolloutGroup], of_probe
                 continue
             context = group.context(node.parent)
             logits = model(torch.tensor([context + node.token_ids])).logits[0].float() / (of_probes if node.kind == "probe" else of_actions)
+            logits = logits if node.kind == "probe" else logits[:, :sampled_vocab]
             logprobs = torch.log_softmax(logits, -1)[len(context) - 1 : -1].gather(-1, torch.tensor(node.token_ids)[:, None])[:, 0]
             result.append(logprobs.tolist()[slice(*(node.scored or (None,)))])
     return result
@@ -100,3 +103,30 @@ def test_probes_are_scored_at_their_own_temperature_by_every_scorer_and_layout(h
     for of_probes, ranks in ((1.0, plain), (0.7, sampling), *((1.0, ranks) for ranks in run_ranks_for_each(scored, spread, groups))):
         for scorer, values in ranks[0].items():
             assert worst(values, expected[of_probes]) < 1e-5, (scorer, of_probes)
+
+
+SAMPLED = 100
+
+
+def scored_among(policy: Policy, groups: list[RolloutGroup]) -> list[Any]:
+    """As sampled, and the actions again at a temperature that is given."""
+    policy.sampled_vocab = SAMPLED
+    found = scored(policy, groups)["fold"]
+    rows = pack_for_scoring(groups, row_tokens=60, multiple=policy.row_multiple, scorer=None)
+    scatter(rows, policy.log_probs(rows, temperature=0.7), groups, "old_logprobs")
+    return [found, [node.old_logprobs if node.kind == "action" else [] for group in groups for node in group.nodes]]
+
+
+def test_sampled_tokens_are_scored_among_those_that_can_be_sampled_and_all_others_among_all(hf_folders: dict[str, Path]) -> None:
+    folder, groups = hf_folders["qwen3"], random_groups(seed=4, count=3)
+    for node in (node for group in groups for node in group.nodes if node.kind == "action"):
+        node.token_ids = [token % SAMPLED for token in node.token_ids]
+    with torch.no_grad():
+        expected, among_all = (by_transformers(load_hf(folder), groups, 1.0, 0.7, vocab) for vocab in (SAMPLED, None))
+    assert worst(expected, among_all) > 1e-2, "all rows must fail below"
+    actions = [node.kind == "action" for group in groups for node in group.nodes]
+    configs = [make_config(folder, rollout__temperature=0.7, **{f"parallel__{kind}": 2}) for kind in ("data", "tensor", "context")]
+    for ranks in run_ranks_for_each(scored_among, configs, groups):
+        as_sampled, given = ranks[0]
+        assert worst(as_sampled, expected) < 1e-5
+        assert worst(given, [values if action else [] for values, action in zip(among_all, actions, strict=True)]) < 1e-5
