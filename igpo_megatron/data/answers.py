@@ -24,7 +24,7 @@ MAIN = ("target", "value", "text")
 ALIASES = ("aliases", "humananswers")
 """Names of its further answers. Normalised copies are not among them: they are the same answers in worse spelling."""
 
-_PYTHON = re.compile(r"""(\[\s*['"].*\]|\{\s*'.*:.*\}|array\(\[.*\).*)""", re.DOTALL)
+_PYTHON = re.compile(r"""(\[\s*['"].*\]|\{\s*'.*\}|array\(\[.*\).*)""", re.DOTALL)
 """`str(["a", 'b'])`, `str({"target": ["a"]})` and `repr` of an array of NumPy, which are no JSON."""
 
 
@@ -56,9 +56,8 @@ def _of_text(text: str) -> tuple[str, ...]:
         value = json_loads_untrusted(stripped)
     except BadJson:
         if _PYTHON.fullmatch(stripped):
-            raise NotAnswers(
-                f"found the text of a Python list or dict, {shown(stripped)}; write it as JSON or as a list of strings"
-            ) from None
+            found = f"found the text of a Python list or dict, {shown(stripped)}"
+            raise NotAnswers(f"{found}; write it as JSON or as a list of strings") from None
         return (text,)
     if isinstance(value, list) and value and not any(isinstance(item, str) for item in value):
         if len(value) == 1 and isinstance(value[0], int | float):

@@ -22,7 +22,8 @@ def turn_ends(tokenizer: Any, template: Template | None) -> tuple[int, ...]:
     folder = tokenizer.name_or_path
     found = [written, tokenizer.eos_token_id, *(_eos_of_files(Path(folder)) if folder else ())]
     # What the tokenizer has no token for can neither be sampled nor written.
-    ends = tuple(token for token in dict.fromkeys(found) if token is not None and tokenizer.convert_ids_to_tokens(token) is not None)
+    known = set(tokenizer.get_vocab().values())
+    ends = tuple(token for token in dict.fromkeys(found) if token in known)
     if not ends:
         raise UserError(
             "the model's tokenizer has no eos token and its chat template writes none behind an assistant's message, so a turn could "
