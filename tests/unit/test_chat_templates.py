@@ -411,6 +411,14 @@ def test_llamas_parameters_are_arguments(protocol: str) -> None:
     [
         ('{"name": "web_search", "parameters": {"query": ["x"]}}', ToolCall("web_search", ("x",))),
         ('<think>t</think>\n <|python_tag|>{"type": "function", "name": "f", "parameters": {"query": "x"}}\n', ToolCall("f", ("x",))),
+        ('{"name": "web_search", "parameters": {"query": "x"}}<|eom_id|>', ToolCall("web_search", ("x",))),
+        ('[TOOL_CALLS] [{"name": "web_search", "arguments": {"query": "x"}, "id": "abcdefghi"}]', ToolCall("web_search", ("x",))),
+        (
+            '[{"name": "f", "arguments": {"query": "x"}}, {"name": "f", "parameters": {"query": "y"}}]',
+            ToolCall("f", ("x", "y")),
+        ),
+        ('[TOOL_CALLS][{"name": "Rome"}]', Answer('[TOOL_CALLS][{"name": "Rome"}]')),
+        ('["a name", "name"]', Answer('["a name", "name"]')),
         ('{"name": "web_search", "arguments": {"query": []}}', Malformed("the tool call has no query")),
         ('{"name": "Rome"}', Answer('{"name": "Rome"}')),
         ('{"name": "Rome", "parameters": "none"}', Answer('{"name": "Rome", "parameters": "none"}')),
