@@ -29,6 +29,9 @@ def turn_ends(tokenizer: Any, template: Template | None) -> tuple[int, ...]:
             "the model's tokenizer has no eos token and its chat template writes none behind an assistant's message, so a turn could "
             "never end; set eos_token in tokenizer_config.json"
         )
+    if template is not None and written is None:
+        end = tokenizer.convert_ids_to_tokens(ends[0])
+        template.notes.append(f"the chat template writes no token of its tokenizer behind an assistant's message, so {end} ends a turn")
     return ends
 
 

@@ -382,6 +382,13 @@ def test_a_base_models_own_eos_is_not_taken_for_the_template_end(tmp_path: Path)
     assert decode(words, form.observation("x", 100)[0]).startswith("\n<|im_start|>user\n<tool_response>\nx")
 
 
+def test_a_template_whose_turns_end_in_plain_text_is_noted_and_the_eos_ends_them() -> None:
+    words = with_template(CHATML.replace("<|im_end|>", "\nEND"))
+    form = form_of(words)
+    assert form.end_of_turn == words.eos_token_id and sum("so <|im_end|> ends a turn" in note for note in form.notes) == 1
+    assert not any("ends a turn" in note for note in form_of(with_template(CHATML)).notes)
+
+
 def test_an_end_that_opens_the_next_template_message_is_not_written_twice() -> None:
     """GLM's policies end a call with <|observation|>, which stands in front of the result, and its template writes no other end."""
     source = "{% for m in messages %}<|{{ 'observation' if m.role == 'tool' else m.role }}|>\n{{ m.content }}{% endfor %}"
