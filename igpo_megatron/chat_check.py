@@ -20,8 +20,9 @@ from igpo_megatron.data.corpus import Passage
 from igpo_megatron.rollout.agent import run_trajectory
 from igpo_megatron.rollout.chat import Answer, ChatFormat
 from igpo_megatron.rollout.template import ASSISTANT, TOOL, TemplateProblem
+from igpo_megatron.rollout.tokenizer import load_tokenizer
 from igpo_megatron.search.results import SearchResult, SearchStatus
-from igpo_megatron.types import Completion, Node, ProbeScore, Prompt, RolloutGroup, ToolCall, UserError
+from igpo_megatron.types import Completion, Node, ProbeScore, Prompt, RolloutGroup, ToolCall
 
 Source = Literal["template", "instruction", "forced", "sampled", "result", "probe"]
 
@@ -238,10 +239,6 @@ def show(console: Console, config: Config, chat: ChatFormat, tokenizer: Any) -> 
 
 def main(config: Config) -> int:
     """Print one conversation in the configured model's template. Raises UserError where the template cannot be used."""
-    if not any((config.model.path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        raise UserError(f"model.path={config.model.path}: no tokenizer.json or tokenizer_config.json in it; name a model's folder")
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    tokenizer = load_tokenizer(config.model.path)
     show(Console(), config, ChatFormat(tokenizer, config.rollout, config.reward), tokenizer)
     return 0

@@ -27,7 +27,6 @@ from rich.table import Column, Table
 
 import own_data
 import world_facts
-from igpo_megatron.config.check.files import check_model_files
 from igpo_megatron.config.load import load
 from igpo_megatron.config.schema import Config
 from igpo_megatron.data.check import Report, check_file
@@ -36,6 +35,7 @@ from igpo_megatron.data.layouts import ALIAS_SEPARATOR, LAYOUTS
 from igpo_megatron.endings import one_sentence
 from igpo_megatron.rollout.chat import ChatFormat
 from igpo_megatron.rollout.room import too_long
+from igpo_megatron.rollout.tokenizer import load_tokenizer
 from igpo_megatron.types import Prompt, UserError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Make and check data files.", pretty_exceptions_enable=False)
@@ -123,11 +123,7 @@ def check(
 
 def context_check(config: Config) -> Callable[[Prompt], str | None]:
     """Says of a question why the run's model would have no room for a turn behind it, if so."""
-    from transformers import AutoTokenizer
-
-    if problems := [*check_model_files(config.model.path)]:
-        raise UserError("\n".join(problems))
-    chat = ChatFormat(AutoTokenizer.from_pretrained(config.model.path), config.rollout, config.reward)
+    chat = ChatFormat(load_tokenizer(config.model.path), config.rollout, config.reward)
     return partial(too_long, chat=chat, config=config.rollout)
 
 

@@ -3,7 +3,7 @@
     None                             no answer
     "Rhine"                          one answer, never its letters
     '["Rhine", "the Rhine"]'         JSON text of a string, a list or an object: what it says
-    ["Rhine", "the Rhine"]           each
+    ["Rhine", "the Rhine"]           each; one that is JSON text of a list of strings is what it says
     {"target": ["Rhine"]}            Search-R1's, SQuAD's {"text": [...]}, TriviaQA's {"Value": ..., "Aliases": [...]}
 
 What could be one answer as well as several, or is no text at all, is refused.
@@ -24,8 +24,8 @@ MAIN = ("target", "value", "text")
 ALIASES = ("aliases", "humananswers")
 """Names of its further answers. Normalised copies are not among them: they are the same answers in worse spelling."""
 
-_PYTHON_LIST = re.compile(r"\[\s*'.*\]", re.DOTALL)
-"""The beginning and end of `str(["a", "b"])`, which is no JSON."""
+_PYTHON = re.compile(r"""(\[\s*['"].*\]|\{\s*'.*\}|array\(\[.*\).*)""", re.DOTALL)
+"""`str(["a", 'b'])`, `str({"target": ["a"]})` and `repr` of an array of NumPy, which are no JSON."""
 
 
 class NotAnswers(ValueError):
@@ -45,24 +45,36 @@ def as_answers(value: Any) -> tuple[str, ...]:
     for answer in value:
         if not isinstance(answer, str):
             raise NotAnswers(f"found the answer {shown(answer)}, expected a string")
-    return tuple(value)
+    return tuple(part for answer in value for part in _listed(answer))
 
 
 def _of_text(text: str) -> tuple[str, ...]:
     stripped = text.strip()
-    if stripped[:1] not in ('"', "[", "{"):
+    if stripped[:1] not in ('"', "[", "{") and not stripped.startswith("array(["):
         return (text,)
     try:
         value = json_loads_untrusted(stripped)
     except BadJson:
-        if _PYTHON_LIST.fullmatch(stripped):
-            raise NotAnswers(f"found the text of a Python list, {shown(stripped)}; write it as JSON or as a list of strings") from None
+        if _PYTHON.fullmatch(stripped):
+            found = f"found the text of a Python list or dict, {shown(stripped)}"
+            raise NotAnswers(f"{found}; write it as JSON or as a list of strings") from None
         return (text,)
     if isinstance(value, list) and value and not any(isinstance(item, str) for item in value):
         if len(value) == 1 and isinstance(value[0], int | float):
             return (text,)  # the same words with brackets and without
         raise NotAnswers(f"found {shown(text)}, which may be one answer or several; write a list of strings")
     return as_answers(value)
+
+
+def _listed(answer: str) -> tuple[str, ...]:
+    """The answers of one item of a list: itself, but for JSON text of a list of strings, which no question is answered with."""
+    if not answer.lstrip().startswith("["):
+        return (answer,)
+    try:
+        value = json_loads_untrusted(answer.strip())
+    except BadJson:
+        return (answer,)
+    return tuple(value) if value and all(isinstance(item, str) for item in value) else (answer,)
 
 
 def _of_object(value: Mapping[str, Any]) -> tuple[str, ...]:

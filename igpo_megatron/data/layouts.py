@@ -9,6 +9,7 @@ Aliases keep their order and are never rewritten; a system prompt in the data is
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -61,6 +62,16 @@ def ground_truth(row: Row) -> Any:
 def _asked(row: Row) -> str:
     """Search-R1: its own question column where the file kept it, else what follows the instruction."""
     return row["question"] if isinstance(row.get("question"), str) else user_message(row).rpartition("Question:")[2].strip()
+
+
+def igpo_truth(answers: Sequence[str]) -> str:
+    """`ground_truth` that IGPO's layout reads as these aliases: joined, or a JSON list where a lone one would be read as JSON itself."""
+    joined = ALIAS_SEPARATOR.join(answers)
+    try:
+        is_read_so = tuple(_igpo_answers(joined)) == tuple(answers)
+    except NotAnswers:
+        is_read_so = False
+    return joined if is_read_so else json.dumps(list(answers), ensure_ascii=False)
 
 
 def _igpo_answers(truth: Any) -> Sequence[str]:
@@ -122,6 +133,7 @@ def as_mapping(value: Any) -> dict[str, Any]:
             value = json_loads_untrusted(value)
         except BadJson as error:
             raise NotAnswers(f"found text that is not JSON ({error}): {shown(value)}") from None
+        value = {} if value is None else value
     if isinstance(value, list) and all(isinstance(pair, tuple) for pair in value):
         keys = [key for key, _ in value]
         if len(set(keys)) < len(keys):

@@ -115,7 +115,7 @@ def _is_trivia_hub(row: Row) -> bool:
 LAYOUTS = (
     QaLayout("Natural Questions", "nq", has("question_text", "annotations"), "question_text", span_answers, "annotations", "example_id"),
     QaLayout("Natural Questions (Hugging Face)", "nq", has("document", "annotations"), "question.text", hub_answers, "annotations", "id"),
-    QaLayout("TriviaQA", "tq", has("Question", "Answer"), "Question", _in_field("Answer"), "Answer", "QuestionId"),
+    QaLayout("TriviaQA", "tq", has("QuestionId", "Question", "Answer"), "Question", _in_field("Answer"), "Answer", "QuestionId"),
     QaLayout("TriviaQA (Hugging Face)", "tq", _is_trivia_hub, "question", _in_field("answer"), "answer", "question_id"),
     QaLayout("MuSiQue", "musique", has("answer", "answer_aliases", "paragraphs"), "question", _plain, "answer", "id"),
     QaLayout("2WikiMultihopQA", "2wiki", has("_id", "answer", "evidences"), "question", _plain, "answer", "_id"),
@@ -126,6 +126,7 @@ LAYOUTS = (
     QaLayout("PopQA", "popqa", has("question", "possible_answers"), "question", _in_field("possible_answers"), "possible_answers", "id"),
     QaLayout("question and answers", None, has("question", "answers"), "question", _plain, "answers", "id"),
     QaLayout("question and answer", None, has("question", "answer"), "question", _plain, "answer", "id"),
+    QaLayout("Question and Answer", None, has("Question", "Answer"), "Question", _in_field("Answer"), "Answer", None),  # Bamboogle
 )
 """In order of recognition."""
 

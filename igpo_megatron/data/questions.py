@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from igpo_megatron.data.answers import NotAnswers, as_answers
-from igpo_megatron.data.layouts import ALIAS_SEPARATOR
+from igpo_megatron.data.layouts import igpo_truth
 from igpo_megatron.data.problems import Problem
 from igpo_megatron.data.qa_sets import QaLayout, Question, Unusable, recognise, source_of, split_of
 from igpo_megatron.data.question_files import read_prompts
@@ -160,7 +160,7 @@ def _row(question: Question, count: FileCount, names: set[str]) -> dict[str, Any
         "data_source": count.source,
         "prompt": [{"content": question.text, "role": "user"}],
         "ability": "search & question answering",
-        "reward_model": {"ground_truth": ALIAS_SEPARATOR.join(question.answers), "style": "unknown"},
+        "reward_model": {"ground_truth": igpo_truth(question.answers), "style": "unknown"},
         "extra_info": {"index": name, "split": count.split},
     }
 

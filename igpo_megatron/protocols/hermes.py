@@ -2,6 +2,7 @@
 
     (<think>...</think>) text <tool_call>\\n{"name": ..., "arguments": {...}}\\n</tool_call> (<tool_call>...)
     (<think>...</think>) {"name": ..., "parameters": {...}}, the whole turn, as Llama 3 writes a call
+    (<think>...</think>) [TOOL_CALLS] [{"name": ..., "arguments": {...}}, ...], as Mistral writes calls
     (<think>...</think>) the answer, or text with <answer>the answer</answer> in it
 
 A turn without a call is the answer. Several searches in one turn are one call with several queries.
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 
 from igpo_megatron.protocols.base import Action, Answer, Malformed, ToolProtocol, ToolSet, balanced
 from igpo_megatron.protocols.igpo import refuse_tags
-from igpo_megatron.protocols.json_calls import bare_call, call_json, parse_call
+from igpo_megatron.protocols.json_calls import bare_calls, call_json, parse_call
 from igpo_megatron.types import ToolCall
 from igpo_megatron.untrusted import clean_text
 
@@ -33,13 +34,12 @@ def parse(text: str, tools: ToolSet) -> Action:
     if said.count("<tool_call>") != said.count("</tool_call>"):
         return Malformed("<tool_call> is not closed")
     calls = [parse_call(body, tools) for body in _CALL.findall(said)]
-    if calls:
-        return _one_call(calls, tools)
-    if (call := bare_call(said, tools)) is not None:
-        return call
-    found = _ANSWER.search(said)
     # Texts from elsewhere may still end with the token that ended the turn.
-    answer = (found.group(1) if found else _CONTROL_AT_END.sub("", said)).strip()
+    bare = _CONTROL_AT_END.sub("", said)
+    if calls := calls or bare_calls(bare, tools):
+        return _one_call(calls, tools)
+    found = _ANSWER.search(said)
+    answer = (found.group(1) if found else bare).strip()
     return Answer(answer) if answer else Malformed("neither an answer nor a tool call")
 
 

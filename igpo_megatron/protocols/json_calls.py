@@ -1,6 +1,6 @@
 """Calls as JSON, `{"name": ..., "arguments": {...}}`, and the tools as chat templates want them: shared by IGPO and Hermes.
 
-Llama 3 calls its arguments `parameters`, and writes a call without tags.
+Llama 3 calls its arguments `parameters`, and writes a call without tags; Mistral writes a list of calls behind [TOOL_CALLS].
 """
 
 from __future__ import annotations
@@ -23,9 +23,12 @@ ARGUMENT_KEYS = ("arguments", "parameters")
 def parse_call(body: str, tools: ToolSet) -> ToolCall | Malformed:
     """One call. A tool that does not exist is well-formed if it asks for something: the policy is told which ones there are."""
     try:
-        call = json_loads_untrusted(body)
+        return _call(json_loads_untrusted(body), tools)
     except BadJson as error:
         return Malformed(f"the tool call is not JSON: {error}")
+
+
+def _call(call: Any, tools: ToolSet) -> ToolCall | Malformed:
     keys = [key for key in ARGUMENT_KEYS if key in call] if isinstance(call, dict) else []
     if not keys or not isinstance(call.get("name"), str) or not call["name"]:
         return Malformed("the tool call needs a name and arguments")
@@ -40,17 +43,21 @@ def parse_call(body: str, tools: ToolSet) -> ToolCall | Malformed:
     return ToolCall(name, tuple(texts[: tools.max_queries]))
 
 
-def bare_call(text: str, tools: ToolSet) -> ToolCall | Malformed | None:
-    """The call that is the whole text, without tags, as Llama 3 writes it; None where the text is something else."""
-    body = text.strip().removeprefix("<|python_tag|>").strip()
-    if not (body.startswith("{") and body.endswith("}") and '"name"' in body):
-        return None
+def bare_calls(text: str, tools: ToolSet) -> list[ToolCall | Malformed]:
+    """The calls that are the whole text, without tags, as Llama 3 and Mistral write them; none where the text is something else."""
+    body = text.strip().removeprefix("<|python_tag|>").removeprefix("[TOOL_CALLS]").strip()
+    if body[:1] + body[-1:] not in ("{}", "[]") or '"name"' not in body:
+        return []
     try:
         found = json_loads_untrusted(body)
     except BadJson:
-        return None
-    is_call = isinstance(found.get("name"), str) and any(isinstance(found.get(key), dict) for key in ARGUMENT_KEYS)
-    return parse_call(body, tools) if is_call else None
+        return []
+    calls = found if isinstance(found, list) else [found]
+    return [_call(call, tools) for call in calls] if all(map(_is_call, calls)) else []
+
+
+def _is_call(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("name"), str) and any(isinstance(value.get(key), dict) for key in ARGUMENT_KEYS)
 
 
 def _extra_call(name: str, arguments: Any) -> ToolCall | Malformed:

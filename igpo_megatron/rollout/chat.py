@@ -22,7 +22,7 @@ from igpo_megatron.protocols import PROTOCOLS, Action, Answer, Malformed, ToolSe
 from igpo_megatron.protocols.base import ALL_TAGS
 from igpo_megatron.protocols.igpo import parse_action
 from igpo_megatron.protocols.json_calls import tool_instructions, tool_schemas
-from igpo_megatron.rollout.template import Frame, Message, Quoting, Template
+from igpo_megatron.rollout.template import USER, Frame, Message, Quoting, Template
 from igpo_megatron.rollout.turn_ends import turn_ends
 from igpo_megatron.untrusted import clean_text
 
@@ -42,7 +42,7 @@ class ChatFormat:
         self.protocol = PROTOCOLS[rollout.protocol]
         self._tools = ToolSet(rollout.tool_name, rollout.max_queries, rollout.extra_tools)
         native = rollout.tool_in_prompt and self.protocol.tool_messages
-        self.template = Template(tokenizer, tool_schemas(self._tools) if native else (), now)
+        self.template = Template(tokenizer, tool_schemas(self._tools) if native else (), now, has_system=rollout.system_prompt is not None)
         self.turn_ends = turn_ends(tokenizer, self.template)
         """Tokens that end a turn; the first is the one that the template writes behind an assistant's message."""
 
@@ -74,6 +74,7 @@ class ChatFormat:
         if self._system is not None and not self.template.takes_system:
             self.template.notes.append(f"{self.template.system_problem}, so the instruction stands in the first user message")
             self._before_question, self._system = f"{self._system}\n\n{self._before_question}", None
+        self.template.prove(self.messages(USER))
 
     def _place_frame(self) -> None:
         """What surrounds a result, and what each turn begins with."""

@@ -29,6 +29,7 @@ from igpo_megatron.rollout.fleet import EngineState, Fleet, Member, is_lost
 from igpo_megatron.rollout.ray_cluster import RayCluster, cause
 from igpo_megatron.rollout.self_test import self_test_scoring
 from igpo_megatron.rollout.template import Template
+from igpo_megatron.rollout.tokenizer import load_tokenizer
 from igpo_megatron.rollout.transports import EngineReceiver, ObjectStore, SharedMemory
 from igpo_megatron.rollout.turn_ends import sampling_limits, turn_ends
 from igpo_megatron.rollout.weight_send import Transfer, Transport, export, fingerprints
@@ -55,7 +56,7 @@ class EnginePool:
         self._config = config
         self._engine = config.rollout.engine
         self._cuda = _uses_cuda(config)
-        tokenizer = _tokenizer(config.model.path)
+        tokenizer = load_tokenizer(config.model.path)
         self._vocab_size = len(tokenizer)
         embedding = _embedding_rows(config.model.path)
         ends = turn_ends(tokenizer, Template(tokenizer) if tokenizer.chat_template else None)
@@ -404,12 +405,6 @@ def _uses_cuda(config: Config) -> bool:
     import torch
 
     return torch.cuda.is_available()
-
-
-def _tokenizer(model: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(model)
 
 
 def _embedding_rows(model: Path) -> int:

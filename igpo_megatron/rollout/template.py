@@ -31,6 +31,7 @@ _CALL_ID = "call00001"  # Mistral's templates want nine letters and digits
 _OPEN_THINK = re.compile(r"<think>(?:(?!</think>).)*\Z", re.DOTALL)
 _EMPTY_THINK = re.compile(r"<think>\s*</think>\s*\Z")
 _CONTROL = re.compile(r"<[|\uff5c][^<>|\uff5c\s]+[|\uff5c]>")
+_TAG = re.compile(r"<[^<>\n]+>")
 _SAMPLES = ('it\'s "x" \\ <b> & \u00fc\n\tend', "  spaces \n")
 
 
@@ -80,8 +81,10 @@ class Frame:
 class Template:
     """A tokenizer's chat template, with what it was found to do."""
 
-    def __init__(self, tokenizer: Any, tools: Sequence[Message] = (), now: datetime | None = None) -> None:
+    def __init__(self, tokenizer: Any, tools: Sequence[Message] = (), now: datetime | None = None, *, has_system: bool = True) -> None:
         """`tools` are described by the template if it can (see `describes_tools`). `now`: the date it may write, the same all along.
+
+        `has_system`: the conversations begin with a system message where one is accepted; some templates describe tools there only.
 
         Raises UserError where there is no template, TemplateProblem where it cannot even write a question.
         """
@@ -92,7 +95,7 @@ class Template:
         self.notes: list[str] = []
         """What was done where the template lacks something, one sentence each."""
         self.takes_system = self._probe_system()
-        self.describes_tools = self._probe_tools(list(tools)) if tools else False
+        self.describes_tools = self._probe_tools(list(tools), self.head() if has_system else []) if tools else False
         self._header = self._missing_header([question()], USER)
         self.opening = _opened(self._generation())
 
@@ -113,6 +116,15 @@ class Template:
     def open(self, messages: Sequence[Message]) -> str:
         """The conversation up to where the assistant begins, without the template's own `opening`."""
         return (self.render(messages, generate=True) + self._header).removesuffix(self.opening)
+
+    def prove(self, messages: Sequence[Message]) -> None:
+        """TemplateProblem where a line of `messages` does not reach the prompt as it is."""
+        text = self.open(messages)
+        lines = [line.strip() for message in messages for line in message["content"].splitlines()]
+        if lost := [line for line in lines if not _holds(text, [line])]:
+            role = next(message["role"] for message in messages if lost[0] in message["content"])
+            where = self._closest(role, "content")
+            raise TemplateProblem(f"the chat template cuts or rewrites the {role} message, from {lost[0][:40]!r} on ({where})")
 
     def control_texts(self, *more: str) -> frozenset[str]:
         """Tokens of a prompt, and of `more` text of the template, that look as if they began or ended a message."""
@@ -138,17 +150,16 @@ class Template:
         self.system_problem = f"the chat template leaves out the system message ({self._closest('system')})"
         return SYSTEM in text and USER in text
 
-    def _probe_tools(self, tools: list[Message]) -> bool:
+    def _probe_tools(self, tools: list[Message], head: list[Message]) -> bool:
         """True if the name and the description of every tool reach the prompt; else the template is shown no tools."""
         self._tools = tools
         why = f"the chat template leaves out the tools ({self._closest('tools')})"
         try:
-            text = self.render([*self.head(), question()], generate=True)
+            text = self.render([*head, question()], generate=True)
         except TemplateProblem as error:
             text, why = "", str(error)
         words = [tool["function"][key] for tool in tools for key in ("name", "description")]
-        marks = [USER, SYSTEM] if self.takes_system else [USER]
-        if all(word in text or json.dumps(word)[1:-1] in text for word in (*words, *marks)):
+        if _holds(text, [*words, *(message["content"] for message in (*head, question()))]):
             return True
         self._tools = None
         self.notes.append(f"{why}, so the instruction describes them")
@@ -166,7 +177,8 @@ class Template:
                 text = self.render([question(), answer(), *more], generate=False).partition(ASSISTANT)[2].partition(CALL)[0]
             except TemplateProblem:
                 continue
-            spelled = _CONTROL.match(text.lstrip())
+            # In front of another message it may be plain text that opens that one.
+            spelled = (_CONTROL if more else _TAG).match(text.lstrip())
             if spelled and len(ids := self._encode(spelled[0])) > 1:
                 raise TemplateProblem(
                     f"the chat template ends a turn with {spelled[0]} ({self._closest(spelled[0])}), which the tokenizer writes as "
@@ -300,6 +312,11 @@ def _forms(tool_name: str) -> Iterator[list[Message]]:
     yield _conversation(answer(), named)
     yield _conversation({**answer(), "tool_calls": [call]}, named)
     yield _conversation(answer(), {"role": "user", "content": TOOL.join(RESULT_TAGS)})
+
+
+def _holds(text: str, words: Sequence[str]) -> bool:
+    """True if each of `words` is in `text`, as it is or as inside a JSON string."""
+    return all(word in text or json.dumps(word)[1:-1] in text for word in words)
 
 
 def _opened(text: str) -> str:

@@ -10,6 +10,10 @@ from igpo_megatron.types import UserError
 
 def load_tokenizer(folder: Path) -> Any:
     """transformers' tokenizer of a model folder. Raises UserError where its files are absent or damaged."""
+    if not folder.is_dir():
+        raise UserError(f"model.path={folder}: no such folder; name a model's folder")
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        raise UserError(f"model.path={folder}: no tokenizer.json or tokenizer_config.json in it; name a model's folder")
     from transformers import AutoTokenizer
 
     try:

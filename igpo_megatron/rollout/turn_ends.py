@@ -22,12 +22,16 @@ def turn_ends(tokenizer: Any, template: Template | None) -> tuple[int, ...]:
     folder = tokenizer.name_or_path
     found = [written, tokenizer.eos_token_id, *(_eos_of_files(Path(folder)) if folder else ())]
     # What the tokenizer has no token for can neither be sampled nor written.
-    ends = tuple(token for token in dict.fromkeys(found) if token is not None and tokenizer.convert_ids_to_tokens(token) is not None)
+    known = set(tokenizer.get_vocab().values())
+    ends = tuple(token for token in dict.fromkeys(found) if token in known)
     if not ends:
         raise UserError(
             "the model's tokenizer has no eos token and its chat template writes none behind an assistant's message, so a turn could "
             "never end; set eos_token in tokenizer_config.json"
         )
+    if template is not None and written is None:
+        end = tokenizer.convert_ids_to_tokens(ends[0])
+        template.notes.append(f"the chat template writes no token of its tokenizer behind an assistant's message, so {end} ends a turn")
     return ends
 
 

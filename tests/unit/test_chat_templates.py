@@ -116,6 +116,15 @@ def test_a_role_that_the_template_refuses_moves_the_instruction_and_the_note_nam
     assert not form_of(family("mistral")).notes
 
 
+def test_tools_that_a_template_describes_in_a_system_message_only_reach_a_prompt_without_one() -> None:
+    source = CHATML.replace("{{ m.content }}", "{% if m.role == 'system' and tools %}{{ tools | tojson }}{% endif %}{{ m.content }}")
+    words = with_template(source)
+    description = tool_schemas(TOOLS)[0]["function"]["description"]
+    for system, describes in (("Be brief.", True), (None, False)):
+        form = form_of(words, system_prompt=system)
+        assert form.template.describes_tools is describes and form.open("q")[1].count(description) == 1, system
+
+
 def test_a_template_date_is_the_same_in_every_prompt_of_a_run() -> None:
     """This one writes microseconds: with a running clock no two prompts would agree."""
     form = form_of(family("llama3.1"))
@@ -288,7 +297,7 @@ def test_every_eos_of_the_models_files_is_cut_and_a_template_frame_follows_it(tm
     assert hidden[1] == (hidden[0] if not PROTOCOLS[protocol].tool_messages else [2, *hidden[0]])
 
 
-@pytest.mark.parametrize(("eos", "stops"), [(0, (2, 0)), ([0, 2, 1], (2, 0, 1)), ([2, 5000, 653], (2,))])
+@pytest.mark.parametrize(("eos", "stops"), [(0, (2, 0)), ([0, 2, 1], (2, 0, 1)), ([2, 5000, 653, 2**70], (2,))])
 def test_engines_stop_at_every_eos_and_bar_rows_of_the_embedding_without_a_token(
     tmp_path: Path, eos: object, stops: tuple[int, ...]
 ) -> None:
@@ -373,6 +382,13 @@ def test_a_base_models_own_eos_is_not_taken_for_the_template_end(tmp_path: Path)
     assert decode(words, form.observation("x", 100)[0]).startswith("\n<|im_start|>user\n<tool_response>\nx")
 
 
+def test_a_template_whose_turns_end_in_plain_text_is_noted_and_the_eos_ends_them() -> None:
+    words = with_template(CHATML.replace("<|im_end|>", "\nEND"))
+    form = form_of(words)
+    assert form.end_of_turn == words.eos_token_id and sum("so <|im_end|> ends a turn" in note for note in form.notes) == 1
+    assert not any("ends a turn" in note for note in form_of(with_template(CHATML)).notes)
+
+
 def test_an_end_that_opens_the_next_template_message_is_not_written_twice() -> None:
     """GLM's policies end a call with <|observation|>, which stands in front of the result, and its template writes no other end."""
     source = "{% for m in messages %}<|{{ 'observation' if m.role == 'tool' else m.role }}|>\n{{ m.content }}{% endfor %}"
@@ -402,6 +418,14 @@ def test_llamas_parameters_are_arguments(protocol: str) -> None:
     [
         ('{"name": "web_search", "parameters": {"query": ["x"]}}', ToolCall("web_search", ("x",))),
         ('<think>t</think>\n <|python_tag|>{"type": "function", "name": "f", "parameters": {"query": "x"}}\n', ToolCall("f", ("x",))),
+        ('{"name": "web_search", "parameters": {"query": "x"}}<|eom_id|>', ToolCall("web_search", ("x",))),
+        ('[TOOL_CALLS] [{"name": "web_search", "arguments": {"query": "x"}, "id": "abcdefghi"}]', ToolCall("web_search", ("x",))),
+        (
+            '[{"name": "f", "arguments": {"query": "x"}}, {"name": "f", "parameters": {"query": "y"}}]',
+            ToolCall("f", ("x", "y")),
+        ),
+        ('[TOOL_CALLS][{"name": "Rome"}]', Answer('[TOOL_CALLS][{"name": "Rome"}]')),
+        ('["a name", "name"]', Answer('["a name", "name"]')),
         ('{"name": "web_search", "arguments": {"query": []}}', Malformed("the tool call has no query")),
         ('{"name": "Rome"}', Answer('{"name": "Rome"}')),
         ('{"name": "Rome", "parameters": "none"}', Answer('{"name": "Rome", "parameters": "none"}')),
@@ -454,6 +478,7 @@ def test_untrusted_bare_json_is_a_call_an_answer_or_malformed(value: object) -> 
             CHATML.replace("<|im_end|>", "<|turn_end|>"),
             r"ends a turn with <\|turn_end\|> \(line 2: .*\), which the tokenizer writes as \d+ tokens",
         ),
+        (CHATML.replace("<|im_end|>", "</s>"), r"ends a turn with </s> \(line 2: .*\), which the tokenizer writes as \d+ tokens"),
         (ONE_QUESTION + "{% if m.role != 'tool' %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}", r"out tool messages \(line 2: "),
         (ONE_QUESTION + "{{ m.content | upper }}<|im_end|>{% endfor %}", r"rewrites the text of tool messages \(line 2: "),
         (ONE_QUESTION + "{{ m.content | replace('\"', '') }}<|im_end|>{% endfor %}", r"rewrites the text of tool messages \(line 2: "),
@@ -464,6 +489,11 @@ def test_a_template_that_cannot_be_used_is_refused_in_a_sentence_with_its_line(s
         form_of(with_template(source), tool_in_prompt=False, system_prompt=None)
     assert re.search(sentence, str(caught.value)), caught.value
     assert "\n" not in str(caught.value)
+
+
+def test_a_template_that_cuts_the_instruction_is_refused() -> None:
+    with pytest.raises(UserError, match=r"cuts or rewrites the system message, from .* on \(line 2: "):
+        form_of(with_template(CHATML.replace("m.content", "m.content[:40]")))
 
 
 def test_a_template_that_writes_results_only_behind_calls_is_shown_one() -> None:
@@ -534,6 +564,12 @@ def test_igpo_doctor_chat_prints_a_conversation_or_one_template_sentence(
     (tmp_path / "run.yaml").write_text(f"model: {{path: {folder}}}\n")
     done = CliRunner().invoke(cli.app, ["doctor", "chat", str(tmp_path / "run.yaml")])
     assert done.exit_code == code and words in done.output, done.output
+
+
+def test_doctor_chat_names_a_damaged_tokenizer(tmp_path: Path) -> None:
+    (model(tmp_path, 2) / "tokenizer.json").write_text('{"x')
+    with pytest.raises(UserError, match=r"its tokenizer cannot be read"):
+        chat_check.main(build({"model": {"path": str(tmp_path)}}))
 
 
 def test_doctor_chat_names_a_folder_without_a_tokenizer(tmp_path: Path) -> None:

@@ -77,6 +77,9 @@ def problem(path: Path, **options: Any) -> str:
         ('"Weird Al" Yankovic', ('"Weird Al" Yankovic',)),
         ("[sic] and {so}", ("[sic] and {so}",)),
         ("[1998]", ("[1998]",)),
+        (['["a", "b"]', "c"], ("a", "b", "c")),
+        (["[0, 1]", "[", "[sic]"], ("[0, 1]", "[", "[sic]")),
+        ("{so}", ("{so}",)),
         ("1998", ("1998",)),
     ],
 )
@@ -94,6 +97,9 @@ def test_whatever_stands_where_answers_are_expected_becomes_them(value: Any, ans
         ([["a"]], "found the answer \\['a'\\]"),
         ("[0, 1]", "may be one answer or several"),
         ("['a', 'b']", "text of a Python list"),
+        ("[\"O'Neill\", 'b']", "text of a Python list"),
+        ("{'target': ['a']}", "text of a Python list or dict"),
+        ("array(['a', 'b'], dtype=object)", "text of a Python list or dict"),
         ({"label": "a"}, "found an object with label; expected one of target"),
         ({"target": {"target": "a"}}, "inside an object"),
     ],
@@ -126,6 +132,26 @@ def test_a_string_where_a_list_is_usual_is_one_answer_and_never_its_letters(tmp_
     convert([path], tmp_path / "o.parquet")
     (prompt,) = read_prompts(tmp_path / "o.parquet")
     assert prompt.answers[0] == "Jane Doe" and set(prompt.answers) <= {"Jane Doe", "J. Doe", "Doe"}
+
+
+def test_answers_that_look_like_json_are_read_back_as_they_were_written(tmp_path: Path) -> None:
+    answers = [["[0, 1]"], ["[]"], ["{}"], ["['x']"], ['"Heroes"'], ['{"a": 1}'], ["[0, 1]", "0 and 1"], ["a"]]
+    path = tmp_path / "nq_train.jsonl"
+    path.write_text("\n".join(json.dumps({"question": f"q{n}?", "golden_answers": given}) for n, given in enumerate(answers)))
+    convert([path], tmp_path / "o.parquet")
+    truths = [row["ground_truth"] for row in pq.read_table(tmp_path / "o.parquet")["reward_model"].to_pylist()]
+    assert truths[6:] == ["[0, 1]<|answer_split|>0 and 1", "a"] and truths[0] == '["[0, 1]"]'
+    assert [list(prompt.answers) for prompt in read_prompts(tmp_path / "o.parquet")] == [*answers[:1], *answers[3:]], "two have no letter"
+    assert [found.row for found in check_file(tmp_path / "o.parquet").problems] == [1, 2]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "tsv"])
+def test_bamboogle_is_not_taken_for_triviaqa(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"bamboogle_test.{suffix}"
+    path.write_text("Question\tAnswer\nq?\tYes\n" if suffix == "tsv" else '{"Question": "q?", "Answer": "Yes"}\n')
+    (count,) = convert([path], tmp_path / "o.parquet")
+    assert (count.layout, count.source) == ("Question and Answer", "Bamboogle")
+    assert read_prompts(tmp_path / "o.parquet")[0].answers == ("Yes",)
 
 
 def test_names_and_demonyms_of_an_entity_may_be_strings(tmp_path: Path) -> None:
@@ -194,10 +220,11 @@ def test_a_list_in_brackets_is_one_answer_to_a_mathematical_question(tmp_path: P
         pa.array(['{"index": "7", "split": "train"}']),
         pa.array([[("index", "7")]], pa.map_(pa.string(), pa.string())),
         pa.array([{"index": "7"}]),
+        pa.array(["null"]),
     ],
 )
 def test_extra_info_may_be_json_text_a_map_or_a_struct(tmp_path: Path, values: pa.Array) -> None:
-    assert read_prompts(write(tmp_path, row(), extra_info=values))[0].id == "7"
+    assert read_prompts(write(tmp_path, row(), extra_info=values))[0].id == ("row#0" if values.to_pylist() == ["null"] else "7")
 
 
 @pytest.mark.parametrize(

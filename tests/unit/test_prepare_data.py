@@ -82,8 +82,7 @@ def check(*arguments):
 def test_check_with_a_config_names_the_questions_that_leave_no_room_for_a_turn_and_takes_its_files_and_its_score(tmp_path):
     model = tmp_path / "model"
     tokenizer().save_pretrained(model)
-    (model / "config.json").write_text('{"model_type": "qwen2"}')
-    (model / "model.safetensors").write_bytes(b"")
+    (model / "config.json").write_text('{"model_type": "qwen2"}')  # without weights: they are not looked at
     questions = write(tmp_path, [igpo_row("0"), igpo_row("1", question="Who is it? " * 60), igpo_row("2", truth="The")])
     config = tmp_path / "run.yaml"
     config.write_text(
