@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from checkpoint_conversion.errors import ConversionError
-from igpo_megatron.observability.failures import in_short, keep_failure
+from igpo_megatron.failures import in_short, keep_failure
 from igpo_megatron.types import PeerStopped, RunStopped, UserError
 from igpo_megatron.waits import LOST_PEER
 

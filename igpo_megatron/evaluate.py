@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from igpo_megatron.algorithms.rewards import score
 from igpo_megatron.config.schema import Config
 from igpo_megatron.data.question_files import read_prompts
-from igpo_megatron.observability.failures import FOLDER as FAILURES
+from igpo_megatron.failures import FOLDER as FAILURES
 from igpo_megatron.observability.metrics import num_calls, status_counts
 from igpo_megatron.observability.rollout_dump import write_rollouts
 from igpo_megatron.protocols import PROTOCOLS

@@ -28,7 +28,7 @@ from rich.table import Table
 
 from igpo_megatron.config.load import ConfigError, differing_keys, to_json
 from igpo_megatron.config.schema import Config
-from igpo_megatron.observability.failures import FOLDER, in_short
+from igpo_megatron.failures import FOLDER, in_short
 from igpo_megatron.types import UserError
 
 MAY_CHANGE = (
