@@ -5,6 +5,7 @@
     RunStopped                  its own                                             1
     no room, no permission      what the file system refused                        1
     KeyboardInterrupt           the signal's name                                   128 + its number
+    output that nobody reads    none                                                128 + SIGPIPE
     anything else               what it is, and the file with its traceback         1
 
 A rank that a launcher started leaves its `Ending` where torchrun's agent looks; the launcher tells the one that was the cause
@@ -16,6 +17,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import select
 import shutil
 import signal
 import sys
@@ -221,6 +223,16 @@ def one_sentence(folder: Path | None = None, passing: tuple[type[BaseException],
     except BaseException as error:
         if isinstance(error, (*passing, SystemExit)):
             raise
+        if isinstance(error, BrokenPipeError) and _reader_left():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still to be flushed
+            raise SystemExit(128 + signal.SIGPIPE) from None
         ending = ending_of(error, "", folder)
         sys.stderr.write(f"{ending.sentence}\n" if ending.kind == "interrupted" else f"error: {ending.sentence}\n")
         raise SystemExit(ending.code) from None
+
+
+def _reader_left() -> bool:
+    """Nobody reads standard output any more, e.g. behind `| head -1`."""
+    output = select.poll()
+    output.register(1, 0)
+    return any(event & select.POLLERR for _, event in output.poll(0))

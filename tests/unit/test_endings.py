@@ -125,10 +125,21 @@ def test_every_command_ends_with_one_sentence(
     assert len(kept) == ("traceback" in printed) and all("Traceback (most recent call last)" in text for text in kept)
 
 
-def test_a_reader_that_closes_the_pipe_is_no_failure(tmp_path: Path) -> None:
+def test_output_that_nobody_reads_any_more_ends_a_command_without_a_word() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "igpo_megatron", "config", "run"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with os.fdopen(writer, "wb") as output:
+        ended = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, env=environment, text=True, timeout=30, check=False)
+    assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, "")
+
+
+def test_another_pipe_that_breaks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with mock.patch("igpo_megatron.cli.explain", side_effect=BrokenPipeError(errno.EPIPE, "Broken pipe")):
         result = CliRunner().invoke(cli.app, ["config"])
-    assert result.exit_code == 1 and result.output == ""
+    assert result.exit_code == 1 and result.output.startswith("error: BrokenPipeError: [Errno 32] Broken pipe (traceback: ")
 
 
 def test_a_rank_whose_reason_cannot_be_left_says_it_itself(
