@@ -21,7 +21,7 @@ from igpo_megatron.endings import LAUNCHED, Ended, Ending, ending_of, interrupti
 from igpo_megatron.launch import agent
 from igpo_megatron.observability.rollout_dump import write_rollouts
 from igpo_megatron.plan import machines
-from igpo_megatron.run import RunFolder, held, read_summary
+from igpo_megatron.run import RunFolder, held, read_summary, write_whole
 from igpo_megatron.types import Node, PeerStopped, Prompt, RolloutGroup, RunStopped, Status, Trajectory, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -319,3 +319,10 @@ def test_a_conversion_to_a_place_that_cannot_be_made_is_one_sentence(tmp_path: P
 def test_a_plan_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--out .*: cannot be written \(is a directory\); name another file"):
         machines.write_asked(tmp_path, "text", "--out")
+
+
+def test_a_write_that_fails_leaves_the_file_as_it_was_and_nothing_beside_it(tmp_path: Path) -> None:
+    path = Path(write(tmp_path, "summary.json", "before"))
+    with pytest.raises(UnicodeEncodeError):
+        write_whole(path, "no UTF-8 file holds \ud800")
+    assert path.read_text(encoding="utf-8") == "before" and list(tmp_path.iterdir()) == [path]
