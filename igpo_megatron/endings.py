@@ -92,11 +92,17 @@ def _signal_of(error: BaseException) -> signal.Signals | None:
 
 
 def _refusal(error: BaseException, folder: Path | None) -> str | None:
-    """What the file system refused, where that is behind `error`: a full disk also makes libraries raise what says nothing of it."""
+    """What the file system refused, where that is behind `error`: a full disk also makes libraries raise what says nothing of it.
+
+    A permission that was missed on the way may have been done without: it is the reason only where `error` is that, or says so (`from`).
+    """
     link: BaseException | None = error
+    reasons = _FULL | _FORBIDDEN | {errno.EROFS}
     while link is not None:
-        if isinstance(link, OSError) and (link.errno in _FULL | {errno.EROFS} or (link.filename and link.errno in _FORBIDDEN)):
+        if isinstance(link, OSError) and link.errno in reasons and (link.filename or link.errno not in _FORBIDDEN):
             return _refused(link.errno, link.filename or folder)
+        if link.__cause__ is None:
+            reasons = reasons - _FORBIDDEN
         link = link.__cause__ or link.__context__
     while folder is not None and not folder.exists() and folder != folder.parent:
         folder = folder.parent

@@ -9,7 +9,6 @@ only ever sets it as text. Size is bounded by `Limits`, and the page says what w
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 

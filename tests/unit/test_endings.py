@@ -61,6 +61,14 @@ def test_a_full_disk_behind_a_library_s_error_is_told() -> None:
     assert ending_of(error, "rank 0", Path("runs/a")).sentence == "runs/a: no space left on device; free some space there"
 
 
+def test_a_permission_that_was_done_without_is_not_the_reason_of_a_later_failure(tmp_path: Path) -> None:
+    later = ValueError("of its own")
+    later.__context__ = PermissionError(errno.EACCES, "Permission denied", "/optional")
+    assert "ValueError: of its own (traceback: " in ending_of(later, "rank 1", tmp_path).sentence
+    later.__cause__ = later.__context__
+    assert ending_of(later, "rank 1", tmp_path).sentence.startswith("/optional: permission denied; ")
+
+
 def test_the_first_reason_counts_and_not_what_closing_raises_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     monkeypatch.setenv(LAUNCHED, "1")
@@ -152,6 +160,11 @@ def test_a_rank_whose_reason_cannot_be_left_says_it_itself(
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "absent/error.json"))
     leave(Ending("error", 1, "engine 0 died"))
     assert capsys.readouterr().err.startswith("stopped: engine 0 died")
+
+
+def test_a_rank_that_a_signal_without_a_name_ended_is_told_too() -> None:
+    failure = mock.Mock(error_file_data={}, exitcode=-40, timestamp=1)
+    assert agent.ending_of_ranks({3: failure}).sentence == "rank 3 was ended by signal 40"
 
 
 RANK = """
