@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -257,15 +258,20 @@ ShardOption = Annotated[float, typer.Option("--max-shard-gb", help="Largest file
 
 @contextmanager
 def _one_sentence_errors() -> Iterator[None]:
-    """The command line's boundary: the user's mistakes and the disk's refusals end as a sentence, ours as a traceback."""
+    """The command line's boundary: the user's mistakes and the disk's refusals end as a sentence, ours as a traceback.
+
+    The exit code is 2 for the user's mistakes, 1 for the disk's refusals, and 128 + N for signal N, which a KeyboardInterrupt may name.
+    """
     try:
         yield
+    except BrokenPipeError:
+        raise  # who reads has enough
     except (ConversionError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
+        raise typer.Exit(2 if isinstance(error, ConversionError) else 1) from error
     except KeyboardInterrupt as error:
         typer.echo("interrupted; what is finished is kept, and the same command resumes", err=True)
-        raise typer.Exit(130) from error
+        raise typer.Exit(128 + signal.Signals.__members__.get(str(error), signal.SIGINT)) from error
 
 
 @app.command("hf-to-megatron")

@@ -27,7 +27,7 @@ from igpo_megatron.leftovers import claim, remove_abandoned
 from igpo_megatron.run import folder_for, held, open_folder, read_summary
 from igpo_megatron.types import UserError
 
-_one_sentence = partial(one_sentence, passing=(typer.Exit, typer.Abort, TyperException, BrokenPipeError))
+_one_sentence = partial(one_sentence, passing=(typer.Exit, typer.Abort, TyperException))
 
 
 class _OneSentence(TyperGroup):

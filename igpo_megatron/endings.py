@@ -5,6 +5,7 @@
     RunStopped                  its own                                             1
     no room, no permission      what the file system refused                        1
     KeyboardInterrupt           the signal's name                                   128 + its number
+    output that nobody reads    none                                                128 + SIGPIPE
     anything else               what it is, and the file with its traceback         1
 
 A rank that a launcher started leaves its `Ending` where torchrun's agent looks; the launcher tells the one that was the cause
@@ -16,6 +17,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import select
 import shutil
 import signal
 import sys
@@ -27,7 +29,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from checkpoint_conversion.errors import ConversionError
-from igpo_megatron.observability.failures import in_short, keep_failure
+from igpo_megatron.failures import in_short, keep_failure
 from igpo_megatron.types import PeerStopped, RunStopped, UserError
 from igpo_megatron.waits import LOST_PEER
 
@@ -90,11 +92,17 @@ def _signal_of(error: BaseException) -> signal.Signals | None:
 
 
 def _refusal(error: BaseException, folder: Path | None) -> str | None:
-    """What the file system refused, where that is behind `error`: a full disk also makes libraries raise what says nothing of it."""
+    """What the file system refused, where that is behind `error`: a full disk also makes libraries raise what says nothing of it.
+
+    A permission that was missed on the way may have been done without: it is the reason only where `error` is that, or says so (`from`).
+    """
     link: BaseException | None = error
+    reasons = _FULL | _FORBIDDEN | {errno.EROFS}
     while link is not None:
-        if isinstance(link, OSError) and (link.errno in _FULL | {errno.EROFS} or (link.filename and link.errno in _FORBIDDEN)):
+        if isinstance(link, OSError) and link.errno in reasons and (link.filename or link.errno not in _FORBIDDEN):
             return _refused(link.errno, link.filename or folder)
+        if link.__cause__ is None:
+            reasons = reasons - _FORBIDDEN
         link = link.__cause__ or link.__context__
     while folder is not None and not folder.exists() and folder != folder.parent:
         folder = folder.parent
@@ -221,6 +229,16 @@ def one_sentence(folder: Path | None = None, passing: tuple[type[BaseException],
     except BaseException as error:
         if isinstance(error, (*passing, SystemExit)):
             raise
+        if isinstance(error, BrokenPipeError) and _reader_left():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still to be flushed
+            raise SystemExit(128 + signal.SIGPIPE) from None
         ending = ending_of(error, "", folder)
         sys.stderr.write(f"{ending.sentence}\n" if ending.kind == "interrupted" else f"error: {ending.sentence}\n")
         raise SystemExit(ending.code) from None
+
+
+def _reader_left() -> bool:
+    """Nobody reads standard output any more, e.g. behind `| head -1`."""
+    output = select.poll()
+    output.register(1, 0)
+    return any(event & select.POLLERR for _, event in output.poll(0))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,10 +17,11 @@ from typing import Any, Protocol
 from igpo_megatron.algorithms.rewards import score
 from igpo_megatron.config.schema import Config
 from igpo_megatron.data.question_files import read_prompts
-from igpo_megatron.observability.failures import FOLDER as FAILURES
+from igpo_megatron.failures import FOLDER as FAILURES
 from igpo_megatron.observability.metrics import num_calls, status_counts
 from igpo_megatron.observability.rollout_dump import write_rollouts
 from igpo_megatron.protocols import PROTOCOLS
+from igpo_megatron.run import write_whole
 from igpo_megatron.types import Prompt, RolloutGroup, UserError
 
 logger = logging.getLogger(__name__)
@@ -81,10 +81,7 @@ def evaluate(
         write_rollouts(folder / f"step_{step:06d}_{name}.parquet", step, groups)
         report[name] = summarise(groups, config)
         report[name]["too_long"] = len(prompts) - len(groups)
-    path = folder / f"step_{step:06d}.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(report, indent=2), encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(folder / f"step_{step:06d}.json", json.dumps(report, indent=2))
     return report
 
 

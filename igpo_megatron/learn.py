@@ -159,7 +159,7 @@ def balance_bounds(policy: Policy, rows: Sequence[PackedRow], config: Bapo) -> P
 
 
 def refuse_shared_turns(groups: Sequence[RolloutGroup], loss: Loss) -> None:
-    """Raise ValueError where a loss on whole sequences meets trajectories that share sampled tokens."""
+    """Raise UserError where a loss on whole sequences meets trajectories that share sampled tokens."""
     if not isinstance(loss, PolicyLoss):
         return
     by_mismatch = loss.mismatch == "mask_sequence"

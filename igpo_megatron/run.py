@@ -28,7 +28,8 @@ from rich.table import Table
 
 from igpo_megatron.config.load import ConfigError, differing_keys, to_json
 from igpo_megatron.config.schema import Config
-from igpo_megatron.observability.failures import FOLDER, in_short
+from igpo_megatron.data.whole import whole
+from igpo_megatron.failures import FOLDER, in_short
 from igpo_megatron.types import UserError
 
 MAY_CHANGE = (
@@ -149,9 +150,8 @@ def forget_after(folder: RunFolder, step: int) -> None:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file that is there as a whole or, where the disk is full, as it was before."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.rename(path)
+    with whole(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def read_summary(folder: RunFolder) -> dict[str, Any] | None:

@@ -95,7 +95,7 @@ class PromptStream:
         )
 
     def load_state(self, state: StreamState) -> None:
-        """Go on where `state` was taken. ValueError where questions or order are not those of the state."""
+        """Go on where `state` was taken. UserError where questions or order are not those of the state."""
         problems = []
         if state["fingerprint"] != self._fingerprint:
             problems.append(

@@ -70,7 +70,8 @@ def _ending(rank: int, failure: ProcessFailure) -> Ending:
     if left is not None:
         return left
     if failure.exitcode < 0:
-        name = signal.Signals(-failure.exitcode).name
+        number = -failure.exitcode
+        name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"  # a real-time signal has no name
         return Ending("signal", 128 - failure.exitcode, f"rank {rank} was ended by {name}", failure.timestamp)
     return Ending("error", failure.exitcode, f"rank {rank} ended with exit code {failure.exitcode}", failure.timestamp)
 

@@ -34,7 +34,7 @@ def plan_run(
     console: Console | None = None,
     shown_out: str | None = None,
 ) -> int:
-    """Plan, print, write; the exit code: 0 where something fits, 1 where nothing does. Raises ValueError for the user's mistakes.
+    """Plan, print, write; the exit code: 0 where something fits, 1 where nothing does. Raises UserError for the user's mistakes.
 
     `shown_out`: what the file says of its own place, `out` by default.
     """

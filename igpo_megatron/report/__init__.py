@@ -9,7 +9,6 @@ only ever sets it as text. Size is bounded by `Limits`, and the page says what w
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from igpo_megatron.report.charts import charts_of
 from igpo_megatron.report.header import count_questions, facts_of, outcomes_of, scores_by_source, value_at
 from igpo_megatron.report.limits import STANDARD, Limits
 from igpo_megatron.report.trajectories import files_left_out, find_tokenizer, read_file, rollout_files
+from igpo_megatron.run import write_whole
 from igpo_megatron.types import UserError
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -34,9 +34,7 @@ def write_report(run_folder: Path, limits: Limits = STANDARD) -> Path:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     html = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(page)
     path = run_folder / "report.html"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(html, encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, html)
     return path
 
 

@@ -5,14 +5,13 @@ queries --request--> Request ──(http.py)──> decoded JSON --read--> passa
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
-from urllib.parse import quote, quote_plus
 
+from igpo_megatron.blotting import blot_value
 from igpo_megatron.config.schema import Search
 from igpo_megatron.data.corpus import Passage
 from igpo_megatron.types import UserError
@@ -36,7 +35,7 @@ class Secret:
 
     @classmethod
     def from_config(cls, config: Search) -> Secret | None:
-        """The back-end's key; None where it needs none. ValueError where its variable is not set."""
+        """The back-end's key; None where it needs none. Raises UserError where its variable is not set."""
         variable = config.key_variable
         if variable is None:
             return None
@@ -49,11 +48,7 @@ class Secret:
 
 def blot(text: str, key: Secret | None) -> str:
     """Text without the key, in any of the forms it is sent in."""
-    if key is None or len(key.value) < 4:  # so short a word is no secret, and is in every text
-        return text
-    for form in {key.value, quote(key.value), quote(key.value, safe=""), quote_plus(key.value), json.dumps(key.value)[1:-1]}:
-        text = text.replace(form, "***")
-    return text
+    return text if key is None else blot_value(text, key.value)
 
 
 @dataclass(frozen=True, slots=True)

@@ -144,7 +144,7 @@ class Bm25Client:
 
     @classmethod
     def from_config(cls, config: Search) -> Bm25Client:
-        """Read and index `search.corpus`. ValueError names the line at fault."""
+        """Read and index `search.corpus`. UserError names the line at fault."""
         if config.corpus is None:
             raise UserError("search.backend=bm25 needs search.corpus, a file of JSON lines {id, title, text}")
         return cls(Bm25Index(read_corpus(config.corpus)), config.top_k)

@@ -34,7 +34,7 @@ BLOCK = 2**22
 def build_index(passages: Iterable[Passage], folder: Path, on_placed: Callable[[int, int], None] = lambda done, total: None) -> int:
     """Write the index of `passages` into `folder` and return their number. Read it with `bm25s.BM25.load(folder, mmap=True)`.
 
-    `on_placed`: (postings in place, of all), during the second pass. ValueError where there is nothing to index.
+    `on_placed`: (postings in place, of all), during the second pass. UserError where there is nothing to index.
     """
     # Imported here: bm25s brings numba, and vLLM cannot start in a process that has imported numba before it.
     import bm25s

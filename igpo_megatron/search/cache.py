@@ -55,7 +55,7 @@ class Store:
     """The file. Several runs may have it open at once (SQLite's write-ahead log); it is read and written in a thread of its own."""
 
     def __init__(self, path: Path):
-        """Open or make the file. ValueError where it is something else or cannot be written."""
+        """Open or make the file. UserError where it is something else or cannot be written."""
         self.path = path
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="search-cache")
         try:

@@ -53,13 +53,13 @@ DECIDES: dict[str, tuple[str, ...]] = {
 
 
 def make_client(config: Search) -> SearchClient:
-    """The configured client, ready for use (bm25 reads its corpus here). ValueError where its settings, key or corpus are wrong."""
+    """The configured client, ready for use (bm25 reads its corpus here). UserError where its settings, key or corpus are wrong."""
     client = stored(config, shelf(config), lambda: CLIENTS[config.backend](config))
     return ChaosClient(client, config.chaos) if config.mode == "chaos" else client
 
 
 def stored(config: Search, shelf: Shelf, make: Callable[[], SearchClient]) -> SearchClient:
-    """What `make` makes behind the store, as `search.mode` and `search.cache` say; a replay makes nothing. ValueError as `make_client`."""
+    """What `make` makes behind the store, as `search.mode` and `search.cache` say; a replay makes nothing. UserError as `make_client`."""
     if config.mode == "replay":
         path = _cache_file(config)
         if not path.is_file():

@@ -38,7 +38,7 @@ class Encoder(Protocol):
 
 
 def sentence_transformer(name: str) -> Encoder:
-    """The encoder of a sentence-transformers model. ValueError where the library or the model is missing."""
+    """The encoder of a sentence-transformers model. UserError where the library or the model is missing."""
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError:
@@ -115,7 +115,7 @@ def _faiss(vectors: Vectors) -> Any:
 
 
 def _kept(path: Path, encoder: str, texts: list[str], encode: Encoder) -> Vectors:
-    """The vectors in a file, computed and written if it is missing. They belong to this encoder and these texts, or ValueError."""
+    """The vectors in a file, computed and written if it is missing. They belong to this encoder and these texts, or UserError."""
     digest = hashlib.blake2b("\0".join([encoder, *texts]).encode(), digest_size=16).hexdigest()
     if not path.is_file():
         vectors = unit_rows(encode(texts))
@@ -141,7 +141,7 @@ class DenseClient:
 
     @classmethod
     def from_config(cls, config: Search) -> DenseClient:
-        """Load the encoder, read and embed `search.corpus`. ValueError where something is missing."""
+        """Load the encoder, read and embed `search.corpus`. UserError where something is missing."""
         if config.corpus is None or config.encoder is None:
             raise UserError("search.backend=dense needs search.corpus (JSON lines) and search.encoder (a sentence-transformers model)")
         index = DenseIndex(

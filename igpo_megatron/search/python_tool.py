@@ -94,7 +94,7 @@ class PythonTool:
 
     @classmethod
     def from_config(cls, config: Python) -> PythonTool:
-        """A tool that has run its first code. ValueError where this system cannot isolate it as configured."""
+        """A tool that has run its first code. UserError where this system cannot isolate it as configured."""
         tool = cls(config)
         pipe = subprocess.PIPE
         with _scratch() as folder, subprocess.Popen(_command(), stdin=pipe, stdout=pipe, env=_environment(folder)) as runner:

@@ -71,7 +71,7 @@ class PageReader:
 
     @classmethod
     def from_config(cls, config: Visit, count_tokens: CountTokens) -> PageReader:
-        """ValueError where the summariser's settings are wrong."""
+        """UserError where the summariser's settings are wrong."""
         return cls(config, count_tokens, summariser=Summariser.from_config(config.summary))
 
     async def use(self, arguments: Sequence[str]) -> Observed:

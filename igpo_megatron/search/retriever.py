@@ -35,7 +35,7 @@ class Retriever:
 
     @classmethod
     def from_config(cls, config: Search) -> Retriever:
-        """ValueError where the address or the key's environment variable is missing."""
+        """UserError where the address or the key's environment variable is missing."""
         if config.url is None:
             raise UserError("search.backend=retriever needs search.url, such as http://127.0.0.1:8000/retrieve")
         return cls(url=config.url, top_k=config.top_k, key=Secret.from_config(config))

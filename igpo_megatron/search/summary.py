@@ -54,7 +54,7 @@ class Summariser:
 
     @classmethod
     def from_config(cls, config: Summary) -> Summariser | None:
-        """None where no server is named. ValueError where the model or the key's environment variable is missing."""
+        """None where no server is named. UserError where the model or the key's environment variable is missing."""
         if config.url is None:
             return None
         if config.model is None:

@@ -13,7 +13,7 @@ from igpo_megatron.search.stored_tool import PageClient, StoredTool, keeps, visi
 
 
 def make_tools(config: Config, count_tokens: CountTokens) -> dict[str, Tool]:
-    """Name -> tool, of `rollout.extra_tools`. ValueError where settings are wrong or this system cannot run a tool as configured."""
+    """Name -> tool, of `rollout.extra_tools`. UserError where settings are wrong or this system cannot run a tool as configured."""
     makers: dict[str, Callable[[], Tool]] = {
         "visit": lambda: _visit(config, count_tokens),
         "python": lambda: PythonTool.from_config(config.python),

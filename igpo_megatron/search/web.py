@@ -41,7 +41,7 @@ class WebApi:
 
     @classmethod
     def from_config(cls, config: Search) -> Self:
-        """ValueError where the key's variable or the address is missing."""
+        """UserError where the key's variable or the address is missing."""
         url, key = config.url or cls.official, Secret.from_config(config)
         assert key is not None, f"{cls.provider} has a row in KEY_VARIABLES"
         if url is None:

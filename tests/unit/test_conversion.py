@@ -1,5 +1,6 @@
 """Conversion between Hugging Face and Megatron folders: rules, tables, folders, command line. No Megatron here."""
 
+import errno
 import json
 import shutil
 from dataclasses import replace
@@ -464,6 +465,27 @@ def test_a_checkpoint_of_another_architecture_than_its_config_is_refused(tmp_pat
         megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
 
 
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(ConversionError("x"), 2), (PermissionError("x"), 1), (KeyboardInterrupt(), 130), (KeyboardInterrupt("SIGTERM"), 143)],
+)
+def test_the_exit_code_says_what_kind_of_end_a_conversion_had(error, code, monkeypatch):
+    def end(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr("checkpoint_conversion.inspection.inspect", end)
+    shown = CliRunner().invoke(app, ["inspect", "."])
+    assert shown.exit_code == code and len(shown.output.splitlines()) == 1
+
+
+def test_who_reads_no_further_is_no_error_of_an_inspection(monkeypatch):
+    def end(*arguments, **options):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr("checkpoint_conversion.inspection.inspect", end)
+    assert "error" not in CliRunner().invoke(app, ["inspect", "."]).output
+
+
 def test_the_command_line_converts_both_ways_and_answers_mistakes_in_a_sentence(tmp_path):
     hf, megatron, back = hf_folder(tmp_path / "hf", "qwen3"), tmp_path / "megatron", tmp_path / "back"
 
@@ -484,7 +506,7 @@ def test_the_command_line_converts_both_ways_and_answers_mistakes_in_a_sentence(
     ]
     for arguments, message in mistakes:
         result = run(*arguments)
-        assert result.exit_code == 1 and message in result.output, (arguments, result.output)
+        assert result.exit_code == 2 and message in result.output, (arguments, result.output)
     assert not (tmp_path / "x").exists()
     shutil.rmtree(hf)
     (tmp_path / "hf").mkdir()

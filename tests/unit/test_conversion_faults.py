@@ -489,7 +489,7 @@ def test_inspect_says_what_a_folder_is_and_what_it_lacks(hf, megatron, tmp_path)
     shown = CliRunner().invoke(app, ["inspect", str(hf), "--tensors"])
     assert shown.exit_code == 0 and "model.layers.0.mlp.gate.weight float32 [4, 64]" in shown.output
     shown = CliRunner().invoke(app, ["inspect", str(tmp_path)])
-    assert shown.exit_code == 1 and "neither a Hugging Face folder" in shown.output
+    assert shown.exit_code == 2 and "neither a Hugging Face folder" in shown.output
 
 
 def test_the_command_line_writes_and_reads_the_classic_layout(hf, tmp_path):

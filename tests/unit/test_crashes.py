@@ -17,11 +17,12 @@ from test_rollouts import ANSWER, SEARCH, SETTINGS, WORDS, ScriptedEngine, Scrip
 from igpo_megatron.algorithms.info_gain import rendered_probes
 from igpo_megatron.config.schema import ArpoBranching, Config, GainBranching, Reward, Rollout
 from igpo_megatron.evaluate import evaluate
+from igpo_megatron.failures import MOST_BYTES, MOST_CHARS
 from igpo_megatron.observability.metrics import rollout_metrics
 from igpo_megatron.observability.tracker import SHOWN, _shown
 from igpo_megatron.rollout import branching, gain_branching
 from igpo_megatron.rollout.chat import ChatFormat
-from igpo_megatron.rollout.crashes import MOST_BYTES, MOST_CHARS, CrashLog
+from igpo_megatron.rollout.crashes import CrashLog
 from igpo_megatron.rollout.rollouter import Rollouter, RolloutFailure
 from igpo_megatron.search.results import SearchResult
 from igpo_megatron.types import Completion, ProbeScore, Prompt, RolloutGroup, Status
@@ -173,8 +174,9 @@ def test_the_console_shows_crashes_where_there_are_any() -> None:
     assert _shown({"crashed": 0.0}, "crashed", SHOWN["crashed"]) is None
 
 
-def test_the_file_of_tracebacks_is_bounded_and_holds_no_secret(tmp_path: Path) -> None:
-    log = CrashLog(tmp_path / "crashes.log", {"SOME_API_KEY": "s3cret/value"})
+def test_the_file_of_tracebacks_is_bounded_and_holds_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_API_KEY", "s3cret/value")
+    log = CrashLog(tmp_path / "crashes.log")
     sentences = [log.record(f"sample {n}", ValueError("https://x?key=s3cret%2Fvalue " + "y" * 100_000)) for n in range(100)]
     kept = (tmp_path / "crashes.log").read_text(encoding="utf-8")
     assert len(kept) <= MOST_BYTES and kept.count("====") == kept.count("Error: ") < 100 == log.count

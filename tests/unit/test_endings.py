@@ -21,7 +21,7 @@ from igpo_megatron.endings import LAUNCHED, Ended, Ending, ending_of, interrupti
 from igpo_megatron.launch import agent
 from igpo_megatron.observability.rollout_dump import write_rollouts
 from igpo_megatron.plan import machines
-from igpo_megatron.run import RunFolder, held, read_summary
+from igpo_megatron.run import RunFolder, held, read_summary, write_whole
 from igpo_megatron.types import Node, PeerStopped, Prompt, RolloutGroup, RunStopped, Status, Trajectory, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,6 +59,14 @@ def test_a_full_disk_behind_a_library_s_error_is_told() -> None:
     error = RuntimeError("enforce fail")
     error.__context__ = OSError(errno.ENOSPC, "No space left on device")
     assert ending_of(error, "rank 0", Path("runs/a")).sentence == "runs/a: no space left on device; free some space there"
+
+
+def test_a_permission_that_was_done_without_is_not_the_reason_of_a_later_failure(tmp_path: Path) -> None:
+    later = ValueError("of its own")
+    later.__context__ = PermissionError(errno.EACCES, "Permission denied", "/optional")
+    assert "ValueError: of its own (traceback: " in ending_of(later, "rank 1", tmp_path).sentence
+    later.__cause__ = later.__context__
+    assert ending_of(later, "rank 1", tmp_path).sentence.startswith("/optional: permission denied; ")
 
 
 def test_the_first_reason_counts_and_not_what_closing_raises_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,10 +133,21 @@ def test_every_command_ends_with_one_sentence(
     assert len(kept) == ("traceback" in printed) and all("Traceback (most recent call last)" in text for text in kept)
 
 
-def test_a_reader_that_closes_the_pipe_is_no_failure(tmp_path: Path) -> None:
+def test_output_that_nobody_reads_any_more_ends_a_command_without_a_word() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "igpo_megatron", "config", "run"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with os.fdopen(writer, "wb") as output:
+        ended = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, env=environment, text=True, timeout=30, check=False)
+    assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, "")
+
+
+def test_another_pipe_that_breaks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with mock.patch("igpo_megatron.cli.explain", side_effect=BrokenPipeError(errno.EPIPE, "Broken pipe")):
         result = CliRunner().invoke(cli.app, ["config"])
-    assert result.exit_code == 1 and result.output == ""
+    assert result.exit_code == 1 and result.output.startswith("error: BrokenPipeError: [Errno 32] Broken pipe (traceback: ")
 
 
 def test_a_rank_whose_reason_cannot_be_left_says_it_itself(
@@ -141,6 +160,11 @@ def test_a_rank_whose_reason_cannot_be_left_says_it_itself(
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "absent/error.json"))
     leave(Ending("error", 1, "engine 0 died"))
     assert capsys.readouterr().err.startswith("stopped: engine 0 died")
+
+
+def test_a_rank_that_a_signal_without_a_name_ended_is_told_too() -> None:
+    failure = mock.Mock(error_file_data={}, exitcode=-40, timestamp=1)
+    assert agent.ending_of_ranks({3: failure}).sentence == "rank 3 was ended by signal 40"
 
 
 RANK = """
@@ -308,3 +332,10 @@ def test_a_conversion_to_a_place_that_cannot_be_made_is_one_sentence(tmp_path: P
 def test_a_plan_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--out .*: cannot be written \(is a directory\); name another file"):
         machines.write_asked(tmp_path, "text", "--out")
+
+
+def test_a_write_that_fails_leaves_the_file_as_it_was_and_nothing_beside_it(tmp_path: Path) -> None:
+    path = Path(write(tmp_path, "summary.json", "before"))
+    with pytest.raises(UnicodeEncodeError):
+        write_whole(path, "no UTF-8 file holds \ud800")
+    assert path.read_text(encoding="utf-8") == "before" and list(tmp_path.iterdir()) == [path]

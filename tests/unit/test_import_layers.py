@@ -16,6 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 BELOW = {
     "types",
     "untrusted",
+    "blotting",
+    "failures",
     "normalisation",
     "leftovers",
     "waits",
@@ -53,6 +55,8 @@ TOP = {
 MAY_IMPORT = {
     "__init__": set(),
     "untrusted": set(),
+    "blotting": set(),
+    "failures": {"blotting", "untrusted"},
     "normalisation": set(),
     "types": set(),
     "leftovers": set(),
@@ -60,12 +64,12 @@ MAY_IMPORT = {
     "protocols": {"types", "untrusted"},
     "config": {"types", "untrusted"},
     "data": {"types", "untrusted", "normalisation", "config"},
-    "search": {"types", "untrusted", "config", "data"},
+    "search": {"types", "untrusted", "blotting", "config", "data"},
     "observability": {"types", "untrusted", "config"},
     "kernels": {"types"},
     "packing": {"types"},
     "algorithms": {"types", "untrusted", "normalisation", "protocols", "config"},
-    "rollout": {"types", "untrusted", "leftovers", "waits", "protocols", "config", "search"},
+    "rollout": {"types", "untrusted", "failures", "leftovers", "waits", "protocols", "config", "search"},
     "actor": {"types", "waits", "config", "packing", "kernels", "checkpoint_conversion"},
     **{module: BELOW | TOP | {"checkpoint_conversion"} for module in TOP},
 }

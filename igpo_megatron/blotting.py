@@ -1,0 +1,32 @@
+"""Secrets in text that is shown or stored: each becomes `***`, in any of the forms in which it is sent."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from urllib.parse import quote, quote_plus
+
+SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
+"""Environment variables whose values are shown nowhere."""
+
+_SHORTEST, _SHORTEST_UNASKED = 4, 8
+"""Characters. So short a word is no secret, and is in every text; more so where only its name says that it is one."""
+
+
+def blot_value(text: str, value: str) -> str:
+    """`text` without the secret `value`."""
+    if len(value) < _SHORTEST:
+        return text
+    for form in {value, quote(value), quote(value, safe=""), quote_plus(value), json.dumps(value)[1:-1]}:
+        text = text.replace(form, "***")
+    return text
+
+
+def blot_environment(text: str, environment: Mapping[str, str] = os.environ) -> str:
+    """`text` without the values of environment variables that are named like secrets."""
+    secrets = [value for name, value in environment.items() if SECRET_NAME.search(name) and len(value) >= _SHORTEST_UNASKED]
+    for value in sorted(secrets, key=len, reverse=True):  # one may be the beginning of another
+        text = blot_value(text, value.encode("utf-8", "replace").decode())
+    return text
