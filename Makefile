@@ -16,6 +16,7 @@ ACCELERATOR ?= auto
 
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE = 1
+export HYPOTHESIS_STORAGE_DIRECTORY = .venv/hypothesis
 
 BIN := .venv/bin
 INSTALL = $(or $(PYTHON),$(error no Python 3.11 or newer was found; name one with PYTHON=...)) tools/install.py

@@ -201,7 +201,10 @@ def shape_of(config: Mapping[str, Any], where: str = "config.json") -> ModelShap
         raise ConversionError(
             f"{where}: model_type {model_type!r} is not supported, because {why}; supported are {', '.join(ARCHITECTURES)}"
         )
-    family = with_defaults(config, where, mixture=architecture.routed)
+    qkv_bias = "self_attention.linear_qkv.bias" in architecture.layer
+    qk_norm = "self_attention.q_layernorm.weight" in architecture.layer
+    built = {"qkv_bias": qkv_bias, "use_qk_norm": qk_norm}
+    family = with_defaults(config, where, mixture=architecture.routed, built=built)
     rope = family.rope_parameters
     return ModelShape(
         model_type=family.model_type,
@@ -213,8 +216,8 @@ def shape_of(config: Mapping[str, Any], where: str = "config.json") -> ModelShap
         head_dim=head_dim(family),
         vocab_size=family.vocab_size,
         tied=family.tie_word_embeddings,
-        qkv_bias="self_attention.linear_qkv.bias" in architecture.layer,
-        qk_norm="self_attention.q_layernorm.weight" in architecture.layer,
+        qkv_bias=qkv_bias,
+        qk_norm=qk_norm,
         rope_theta=float(rope["rope_theta"]),
         rope_scaling={"factor": float(rope["factor"])} if rope["rope_type"] == "llama3" else None,
         norm_eps=family.rms_norm_eps,

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import json
-import math
+import sys
+import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,9 @@ _NEUTRAL: dict[str, tuple[Any, str]] = {
 """Key -> (value at which it changes nothing, what is built whatever it says)."""
 
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
+MOST_LAYERS = 10_000
+"""transformers makes a list as long as there are layers: a number of them without bound would fill the memory."""
+
 # Megatron-Core's rope_scaling is Llama 3's with these three written into its code.
 _LLAMA3 = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
 
@@ -102,16 +106,19 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return config
 
 
-def with_defaults(config: Mapping[str, Any], where: str, *, mixture: bool) -> Any:
+def with_defaults(config: Mapping[str, Any], where: str, *, mixture: bool, built: Mapping[str, bool]) -> Any:
     """transformers' object for a config.json, which knows its family's default of every key that is absent.
 
-    `mixture`: the family is a mixture of experts. Raises ConversionError with all that is wrong or unsupported.
+    `mixture`: the family is a mixture of experts. `built`: keys that can only repeat what the family has, and what that is.
+    Raises ConversionError with all that is wrong or unsupported.
     """
     missing = [key for key in _SIZES if not _is_size(config.get(key))]
     if missing:
         given = ", ".join(f"{key} is {_show(config[key])}" for key in missing if key in config)
         raise ConversionError(f"{where} does not give {', '.join(missing)} as integers above 0" + (f" ({given})" if given else ""))
-    _refuse(where, [*_unknown(config), *_unsupported_rope(config), *(_unsupported_mixture(config) if mixture else ())])
+    if config["num_hidden_layers"] > MOST_LAYERS:
+        raise ConversionError(f"{where}: num_hidden_layers is {_show(config['num_hidden_layers'])}; no model has more than {MOST_LAYERS:,}")
+    _refuse(where, [*_unknown(config, built), *_unsupported_rope(config), *(_unsupported_mixture(config) if mixture else ())])
     family = _family(config, where)
     _refuse(where, [*_wrong_numbers(family), *_windows(config, family)])
     return family
@@ -124,12 +131,10 @@ def _family(config: Mapping[str, Any], where: str) -> Any:
     try:
         return AutoConfig.for_model(config["model_type"], **known)
     except Exception as error:
-        said = " ".join(str(error).split()).rsplit("Error: ", 1)[-1]
+        said = textwrap.shorten(str(error).rsplit("Error: ", 1)[-1], 200, placeholder="...")
         key = next((key for key in known if f"'{key}'" in said), None)
         value = f"{key} is {_show(known[key])}, which" if key else "a setting that"
-        raise ConversionError(
-            f"{where}: {value} transformers does not take ({said.rsplit('Error: ', 1)[-1]}); give what the model was trained with"
-        ) from error
+        raise ConversionError(f"{where}: {value} transformers does not take ({said}); give what the model was trained with") from error
 
 
 def _refuse(where: str, problems: list[str]) -> None:
@@ -137,7 +142,7 @@ def _refuse(where: str, problems: list[str]) -> None:
         raise ConversionError(f"{where} asks for what is not supported: " + "; ".join(problems))
 
 
-def _unknown(config: Mapping[str, Any]) -> Iterator[str]:
+def _unknown(config: Mapping[str, Any], built: Mapping[str, bool]) -> Iterator[str]:
     """Keys of which nobody can say that they change nothing, and values that no engine takes."""
     from transformers import GenerationConfig
 
@@ -145,7 +150,10 @@ def _unknown(config: Mapping[str, Any]) -> Iterator[str]:
     for key, value in config.items():
         if value is None or value == {} or value == [] or key in harmless or key.startswith(_HARMLESS_PREFIXES):
             continue
-        if key not in _NEUTRAL:
+        if key in built:
+            if value is not built[key]:
+                yield f"{key}={_show(value)} ({config['model_type']} is built with {_show(built[key])})"
+        elif key not in _NEUTRAL:
             yield f"{key}={_show(value)} (no rule knows this key; remove it if it does not change what the model computes)"
         elif value != _NEUTRAL[key][0]:
             yield f"{key}={_show(value)} ({_NEUTRAL[key][1]})"
@@ -198,7 +206,7 @@ def _unsupported_rope_type(rope: Mapping[str, Any]) -> Iterator[str]:
         for key, value in _LLAMA3.items():
             if rope.get(key) != value:
                 yield f"llama3 rope scaling with {key}={rope.get(key)} (Megatron-Core has {value} written into its code)"
-        if not _is_positive(rope.get("factor")):
+        if not _is_positive(rope.get("factor")) or rope["factor"] < 1:
             yield f"llama3 rope scaling with factor={_show(rope.get('factor'))} (expected a number of at least 1)"
     for key in sorted(set(rope) - known):
         if (key, rope[key]) != ("partial_rotary_factor", 1):
@@ -261,11 +269,11 @@ def _windows(config: Mapping[str, Any], family: Any) -> Iterator[str]:
 
 
 def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
 
 
 def _is_positive(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
 
 
 def _show(value: Any) -> str:

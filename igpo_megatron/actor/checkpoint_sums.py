@@ -24,6 +24,7 @@ from igpo_megatron.types import UserError
 NAME = "checksums.json"
 STATE = "state.json"
 _STATE_KEYS = {"step", "optimizer_steps", "layout", "run"}
+_ALWAYS = (STATE, "model/.metadata", "model/metadata.json", "model/common.pt", "hf/config.json")
 _PIECE = 2**22
 
 Sums = dict[str, tuple[int, str]]
@@ -54,11 +55,12 @@ def damage(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
     try:
         sums = json.loads((folder / NAME).read_text(encoding="utf-8")) if (folder / NAME).is_file() else None
         compared = _differing(folder, dict(sorted(sums.items())[part::parts])) if sums is not None else []
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         return [f"{NAME} cannot be read ({error})"] if part == 0 else []
     if part or compared:
         return compared
-    return _bad_state(folder, has_sums=sums is not None) or ([] if sums is not None else _bad_index(folder))
+    unlisted = _unlisted(folder, sums) if sums is not None else []
+    return unlisted or _bad_state(folder, has_sums=sums is not None) or ([] if sums is not None else _bad_index(folder))
 
 
 @dataclass(slots=True)
@@ -124,6 +126,9 @@ def _differing(folder: Path, sums: Mapping[str, tuple[int, str]]) -> list[str]:
     problems = []
     for name, (size, crc) in sums.items():
         path = folder / name
+        if not path.is_relative_to(folder) or ".." in Path(name).parts or (not path.is_file() and path.exists()):
+            problems.append(f"{NAME} names {name!r}, which is no file of a checkpoint")
+            continue
         try:
             found = path.stat().st_size
             if found != size:
@@ -135,6 +140,12 @@ def _differing(folder: Path, sums: Mapping[str, tuple[int, str]]) -> list[str]:
         except OSError as error:
             problems.append(f"{name} cannot be read ({error.strerror})")
     return problems
+
+
+def _unlisted(folder: Path, sums: Mapping[str, tuple[int, str]]) -> list[str]:
+    """What every checkpoint has and every shard in it, as far as they have no sum. Other files may be there: of a person, of NFS."""
+    shards = (path.relative_to(folder).as_posix() for path in (folder / "model").glob("*.distcp"))
+    return [f"{NAME} does not give {name}" for name in sorted({*_ALWAYS, *shards} - sums.keys())]
 
 
 def _bad_state(folder: Path, *, has_sums: bool) -> list[str]:

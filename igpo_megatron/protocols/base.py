@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -84,3 +84,15 @@ def balanced(text: str, tags: Sequence[str]) -> bool:
         if text.count(opening) != text.count(closing) or text.rfind(opening) > text.rfind(closing):
             return False
     return True
+
+
+def between(text: str, tag: str) -> Iterator[str]:
+    """What stands between each opening tag and the first closing one behind it, as a lazy regular expression finds it.
+
+    A text of openings alone costs that expression the square of its length, this the length.
+    """
+    opening, closing = f"<{tag}>", f"</{tag}>"
+    end = 0
+    while (start := text.find(opening, end)) >= 0 and (stop := text.find(closing, start + len(opening))) >= 0:
+        yield text[start + len(opening) : stop]
+        end = stop + len(closing)

@@ -13,16 +13,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from igpo_megatron.protocols.base import Action, Answer, Malformed, ToolProtocol, ToolSet, balanced
+from igpo_megatron.protocols.base import Action, Answer, Malformed, ToolProtocol, ToolSet, balanced, between
 from igpo_megatron.protocols.igpo import refuse_tags
 from igpo_megatron.protocols.json_calls import bare_calls, call_json, parse_call
 from igpo_megatron.types import ToolCall
 from igpo_megatron.untrusted import clean_text
 
 TAGS = ("think", "tool_call", "answer")
-_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_CONTROL_AT_END = re.compile(r"(?:\s*<\|[^<>|\s]+\|>)+\s*\Z")
+_CONTROL = re.compile(r"<\|[^<>|\s]+\|>")
 
 
 def parse(text: str, tools: ToolSet) -> Action:
@@ -33,14 +31,22 @@ def parse(text: str, tools: ToolSet) -> Action:
         return Malformed("<think> is not closed")
     if said.count("<tool_call>") != said.count("</tool_call>"):
         return Malformed("<tool_call> is not closed")
-    calls = [parse_call(body, tools) for body in _CALL.findall(said)]
+    calls = [parse_call(body, tools) for body in between(said, "tool_call")]
     # Texts from elsewhere may still end with the token that ended the turn.
-    bare = _CONTROL_AT_END.sub("", said)
+    bare = _without_controls(said)
     if calls := calls or bare_calls(bare, tools):
         return _one_call(calls, tools)
-    found = _ANSWER.search(said)
-    answer = (found.group(1) if found else bare).strip()
+    tagged = next(between(said, "answer"), None)
+    answer = bare if tagged is None else tagged.strip()
     return Answer(answer) if answer else Malformed("neither an answer nor a tool call")
+
+
+def _without_controls(text: str) -> str:
+    """The text without control tokens at its end: texts from elsewhere may still have the one that ended the turn."""
+    text = text.strip()
+    while _CONTROL.fullmatch(text, start := max(0, text.rfind("<|"))):
+        text = text[:start].rstrip()
+    return text
 
 
 def _one_call(calls: Sequence[ToolCall | Malformed], tools: ToolSet) -> ToolCall | Malformed:

@@ -6,19 +6,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
-from igpo_megatron.protocols.base import Action, Answer, Malformed, ToolProtocol, ToolSet, balanced
+from igpo_megatron.protocols.base import Action, Answer, Malformed, ToolProtocol, ToolSet, balanced, between
 from igpo_megatron.protocols.json_calls import call_json, parse_call
 from igpo_megatron.types import ToolCall
 from igpo_megatron.untrusted import clean_text
 
 TAGS = ("code", "tool_call", "think", "answer")
 """Tags that the published format check counts."""
-
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 
 
 def parse_action(text: str, max_queries: int) -> Action:
@@ -29,14 +25,14 @@ def parse_action(text: str, max_queries: int) -> Action:
 def parse(text: str, tools: ToolSet) -> Action:
     """First match wins, as published: think + answer, think + tool call, anything else is malformed."""
     text = clean_text(text)
-    if not re.search(r"<think>.*?</think>", text, re.DOTALL):
+    if next(between(text, "think"), None) is None:
         return Malformed("no closed <think> block")
     if "<answer>" in text:
-        found = _ANSWER.search(text)
-        return Answer(found.group(1).strip()) if found else Malformed("<answer> is not closed")
+        answer = next(between(text, "answer"), None)
+        return Answer(answer.strip()) if answer is not None else Malformed("<answer> is not closed")
     if "<tool_call>" in text:
-        found = _CALL.search(text)
-        return parse_call(found.group(1), tools) if found else Malformed("<tool_call> is not closed")
+        call = next(between(text, "tool_call"), None)
+        return parse_call(call, tools) if call is not None else Malformed("<tool_call> is not closed")
     return Malformed("neither <answer> nor <tool_call>")
 
 
@@ -49,8 +45,7 @@ def well_formed_answer(text: str) -> str | None:
     """Text inside the first answer tags of a well-formed text, in lower case as published; None where the format check fails."""
     # The check ignores case: the published code lowers the whole response first.
     text = text.lower()
-    found = re.search(r"<answer>(.*?)</answer>", text, re.DOTALL)
-    return found.group(1) if found and tags_balanced(text) else None
+    return next(between(text, "answer"), None) if tags_balanced(text) else None
 
 
 def final_answer(turns: Sequence[str]) -> str | None:

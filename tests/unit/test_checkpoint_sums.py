@@ -64,6 +64,35 @@ def test_a_file_that_is_not_what_was_written_is_named(weights: Path, tmp_path: P
     assert all("\n" not in problem for problem in problems)
 
 
+@pytest.mark.parametrize(
+    ("sums", "said"),
+    [
+        ("{}", "checksums.json does not give hf/config.json"),
+        ("[" * 100_000, "checksums.json cannot be read"),
+        ('{"../../etc/passwd": [1, "0"]}', "checksums.json names '../../etc/passwd', which is no file of a checkpoint"),
+        ('{"/dev/zero": [0, "0"]}', "checksums.json names '/dev/zero'"),
+        ('{"model": [0, "0"]}', "checksums.json names 'model'"),
+        ('{"state.json": null}', "checksums.json cannot be read"),
+        ('{"a\\u0000b": [1, "0"]}', "checksums.json"),
+    ],
+)
+def test_sums_that_no_run_wrote_are_not_believed(weights: Path, tmp_path: Path, sums: str, said: str) -> None:
+    folder = make(weights, tmp_path, 1)
+    (folder / "checksums.json").write_text(sums)
+    (problem, *_) = damage(folder)
+    assert said in problem and "\n" not in problem
+
+
+def test_a_shard_without_a_sum_is_named(weights: Path, tmp_path: Path) -> None:
+    folder = make(weights, tmp_path, 1)
+    sums = json.loads((folder / "checksums.json").read_text())
+    del sums["model/__0_1.distcp"]
+    (folder / "checksums.json").write_text(json.dumps(sums))
+    flip(folder / "model" / "__0_1.distcp")
+    (folder / "notes.txt").write_text("not of the run")
+    assert damage(folder) == ["checksums.json does not give model/__0_1.distcp"]
+
+
 def test_the_ranks_shares_cover_every_file_once(weights: Path, tmp_path: Path) -> None:
     folder = make(weights, tmp_path, 1)
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != "checksums.json"]

@@ -144,6 +144,7 @@ PUBLISHED = {
         router_aux_loss_coef=0.001,
         norm_topk_prob=True,
     ),
+    "Qwen3-Coder": variant("qwen3_moe", **QWEN_EXPERTS, qkv_bias=False, use_qk_norm=True, shared_expert_intermediate_size=0),
     "Ministral": variant("mistral", sliding_window=32768, max_position_embeddings=32768, head_dim=128, attention_dropout=0.0),
     "an unquantized model that says so": variant("llama", quantization_config=None, rope_scaling={}),
 }
@@ -161,6 +162,12 @@ def test_every_model_known_by_name_can_be_read(name):
 
 WINDOW = {"use_sliding_window": True, "sliding_window": 256}
 REFUSED = [
+    (variant("qwen3", qkv_bias=True), "qkv_bias=true .qwen3 is built with false"),
+    (variant("llama", use_qk_norm=True), "use_qk_norm=true .llama is built with false"),
+    (variant("llama", rope_theta=10**400), "rope_theta=10+.*expected a number above 0"),
+    (variant("qwen2", num_hidden_layers=2**30), "num_hidden_layers is 1073741824; no model has more than 10,000"),
+    (variant("qwen2", max_position_embeddings=10**400), "max_position_embeddings=10+"),
+    (variant("llama", rope_scaling={**LLAMA3, "factor": 0.5}), "factor=0.5 .expected a number of at least 1"),
     # Another forward pass.
     (variant("qwen2", rope_scaling=YARN, rope_parameters={"rope_type": "default", "rope_theta": 1e6}), "rope_scaling.*they differ"),
     (variant("qwen2", rope_scaling={**YARN, "type": "yarn"}), "rope scaling 'yarn'"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -111,6 +112,16 @@ def test_untrusted_text_of_a_policy_is_a_call_an_answer_or_malformed(protocol: s
     assert_clean(action)
     answer = PROTOCOLS[protocol].final_answer([text])
     assert answer is None or isinstance(answer, str)
+
+
+@pytest.mark.parametrize("repeated", ["<tool_call>", "<think>", "<answer>", "<|im_end|>", "</think><answer>"])
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_untrusted_turn_that_repeats_one_tag_does_not_hold_up_the_others(protocol: str, repeated: str) -> None:
+    text = f"<think>a</think>{repeated * 10_000}x"
+    start = time.process_time()
+    PROTOCOLS[protocol].parse(text, ToolSet("search", 3))
+    PROTOCOLS[protocol].final_answer([text])
+    assert time.process_time() - start < 1  # searched again from every tag, it takes 5 to 20 s
 
 
 @pytest.mark.parametrize("protocol", ["igpo", "hermes"])
