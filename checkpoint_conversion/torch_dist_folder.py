@@ -7,7 +7,7 @@ layer's tensors are stored under one key for all layers, with the layer as an ex
 the names of TransformerEngine's layers. So torch alone reads and writes it here, tensor by tensor, where Megatron's own `save` wants
 the whole model in memory and a running process group.
 
-`.metadata` is a pickle, as torch writes it: read only checkpoints that you trust.
+`.metadata` is a pickle, as torch writes it; of what it holds only the classes of the format are built, so it runs no code.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
 
 # The index of every torch_dist checkpoint pickles this class by this name: it is part of the format, whatever its underscore says.
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -40,7 +39,7 @@ from checkpoint_conversion.architectures import local_name
 from checkpoint_conversion.folders import complete_file
 from checkpoint_conversion.hf_folder import raw_bytes
 from checkpoint_conversion.rules import ConversionError, Rule
-from checkpoint_conversion.torch_file import append_archive, map_tensor
+from checkpoint_conversion.torch_file import append_archive, load_index, map_tensor
 from checkpoint_conversion.units import MAX_SHARD_BYTES, TensorInfo, Unit, shards
 
 _LAYER_KEY = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
@@ -54,7 +53,7 @@ _ALIGNMENT = 64
 _LINEAR_WEIGHT = re.compile(r"(decoder\.layers\..*linear_(?:qkv|proj|fc1|fc2)\.)weight")
 
 
-_DAMAGED_PICKLE = (pickle.UnpicklingError, EOFError, ValueError, LookupError, AttributeError, TypeError, ImportError, MemoryError)
+_DAMAGED_PICKLE = (pickle.UnpicklingError, EOFError, ValueError, LookupError, AttributeError, TypeError, RuntimeError, MemoryError)
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,9 @@ class MegatronReader:
         if not (self.folder / ".metadata").is_file():
             raise ConversionError(f"{self.folder} is no Megatron dist_checkpointing folder of format torch_dist: it holds no .metadata")
         try:
-            self._metadata: Metadata = FileSystemReader(self.folder).read_metadata()
+            self._metadata: Metadata = load_index(self.folder / ".metadata")
+            if not isinstance(self._metadata, Metadata):
+                raise TypeError(f"it holds a {type(self._metadata).__name__}")
         except _DAMAGED_PICKLE as error:
             raise ConversionError(f"{self.folder / '.metadata'} is damaged ({error}); copy the checkpoint again") from error
         self._place = dict(self._places())

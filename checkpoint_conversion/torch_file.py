@@ -152,6 +152,35 @@ class _Unpickler(pickle.Unpickler):
         return _StandIn
 
 
+_INDEX = {
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    *(
+        ("torch.distributed.checkpoint.metadata", name)
+        for name in (
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        )
+    ),
+}
+
+
+class _IndexUnpickler(_Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        return pickle.Unpickler.find_class(self, module, name) if (module, name) in _INDEX else super().find_class(module, name)
+
+
+def load_index(path: Path) -> Any:
+    """The pickled index of a torch_dist checkpoint, of which only its own classes are built. Raises what a damaged pickle raises."""
+    with path.open("rb") as file:
+        return _IndexUnpickler(file).load()
+
+
 class _Tensor:
     """A pickled tensor's description."""
 

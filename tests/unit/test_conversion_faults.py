@@ -409,6 +409,20 @@ def test_a_file_that_asks_for_code_to_be_run_is_read_without_running_it(tmp_path
     assert (tmp_path / "ran").exists(), "the trap itself must work"
 
 
+def test_an_index_that_asks_for_code_to_be_run_runs_none(tmp_path):
+    hf, _, _ = one_rank(tmp_path, layers=2)
+    hf_to_megatron(hf, tmp_path / "megatron")
+    (index,) = (tmp_path / "megatron").rglob(".metadata")
+    metadata = pickle.loads(index.read_bytes())
+    metadata.planner_data = Runs(tmp_path / "ran")
+    index.write_bytes(pickle.dumps(metadata))
+    assert verify(hf, tmp_path / "megatron").differences == {}
+    index.write_bytes(pickle.dumps(Runs(tmp_path / "ran")))
+    with pytest.raises(ConversionError, match="metadata is damaged"):
+        verify(hf, tmp_path / "megatron")
+    assert not (tmp_path / "ran").exists()
+
+
 # ---- memory
 
 
