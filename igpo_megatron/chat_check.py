@@ -202,7 +202,7 @@ def facts(config: Config, chat: ChatFormat, tokenizer: Any) -> Iterator[tuple[st
     else:
         yield "tools", "described by the template" if chat.template.describes_tools else "described by the instruction"
     quoted = {"none": "as they are", "json": "as JSON strings", "ascii": "as JSON strings, in ASCII"}[chat.frame.quoting.escape]
-    yield "tool results", f"in a message of the {chat.frame.role}, written {quoted}"
+    yield "tool results", f"in a message with the role {chat.frame.role}, written {quoted}"
 
 
 def show(console: Console, config: Config, chat: ChatFormat, tokenizer: Any) -> None:

@@ -175,9 +175,7 @@ def headline(report: dict[str, Any]) -> dict[str, Any]:
     """The few numbers that a run's summary quotes from an evaluation; None for what was not run."""
     sampled, greedy = report.get("sampled", {}), report.get("greedy", {})
     shown = sampled or greedy
-    macro = {name: scores.get("macro", {}) for name, scores in (("sampled", sampled), ("greedy", greedy))}
-    # Of one source it would be the same number again.
-    macro = {name: scores if scores.get("sources", 0) > 1 else {} for name, scores in macro.items()}
+    macro = {"sampled": _differing_macro(sampled), "greedy": _differing_macro(greedy)}
     return {
         "f1_sampled": sampled.get("f1"),
         "f1_greedy": greedy.get("f1"),
@@ -191,6 +189,12 @@ def headline(report: dict[str, Any]) -> dict[str, Any]:
         "f1_greedy_macro": macro["greedy"].get("f1"),
         "em_greedy_macro": macro["greedy"].get("em"),
     }
+
+
+def _differing_macro(scores: Mapping[str, Any]) -> Mapping[str, float]:
+    """Means over sources; empty for one source and for sources of equal size, of which they are the means over questions again."""
+    sizes = {source["questions"] for source in scores.get("per_source", {}).values() if source["questions"]}
+    return scores.get("macro", {}) if len(sizes) > 1 else {}  # evaluations of earlier versions have none
 
 
 def evaluate_checkpoint(config: Config, model: Path | None, out: Path) -> dict[str, Any]:

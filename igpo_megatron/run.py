@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import math
 import os
 import socket
 from collections.abc import Iterator
@@ -193,9 +192,6 @@ def summary_table(summary: dict[str, Any]) -> Table:
         for label, key in ROWS:
             if before.get(key) is None or after.get(key) is None:
                 continue
-            over_questions = key.removesuffix("_macro")
-            if key != over_questions and all(math.isclose(scores[key], scores[over_questions]) for scores in (before, after)):
-                continue  # sources of equal size: the same numbers again
             spread = after.get(f"{key}_se")
             error = "" if spread is None else f" ± {spread:.3f}"
             table.add_row(label, f"{before[key]:.3f}", f"{after[key]:.3f}{error}", f"{after[key] - before[key]:+.3f}")

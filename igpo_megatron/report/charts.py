@@ -104,7 +104,7 @@ CHARTS = (
             "failed": "failed trajectories",
             "truncated": "truncated trajectories",
             "zero_std_groups": "groups with equal rewards",
-            "crashed": "crashed trajectories (failed ones, too)",
+            "crashed": "crashed trajectories",
         },
         "shares",
     ),
