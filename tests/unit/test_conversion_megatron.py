@@ -25,6 +25,7 @@ LAYOUTS = {"qwen2_tied": [(1, 1, 1), (2, 1, 1), (1, 2, 1)], "qwen3": [(2, 2, 1)]
 """(tensor, pipeline, expert) parallel sizes. Experts at TP2 need sequence parallelism: tests/distributed has them."""
 
 CASES = [(kind, layout) for kind, layouts in LAYOUTS.items() for layout in layouts]
+NAMES = [f"{kind}-{'x'.join(map(str, layout))}" for kind, layout in CASES]
 # Megatron pads to 384 rows when converting; the model below has 512.
 MODEL_VOCAB_MULTIPLE = 512
 
@@ -52,7 +53,7 @@ def suffix(layout):
     return "x".join(map(str, layout))
 
 
-@pytest.mark.parametrize("kind, layout", CASES)
+@pytest.mark.parametrize("kind, layout", CASES, ids=NAMES)
 def test_a_real_model_holds_the_tensors_of_the_folder_it_loaded(folders, kind, layout):
     compared = (folders / kind / f"compared_{suffix(layout)}").read_text().split()
     shape = read_shape(folders / kind / "hf")
@@ -60,7 +61,7 @@ def test_a_real_model_holds_the_tensors_of_the_folder_it_loaded(folders, kind, l
     check_total(rules_for(shape, 128), megatron_names=names)
 
 
-@pytest.mark.parametrize("kind, layout", CASES)
+@pytest.mark.parametrize("kind, layout", CASES, ids=NAMES)
 def test_a_checkpoint_that_megatron_saved_beside_optimizer_state_exports_bit_equal(folders, kind, layout):
     saved, hf = folders / kind / f"saved_{suffix(layout)}", folders / kind / "hf"
     copy_config(hf, saved / "hf")
@@ -71,7 +72,7 @@ def test_a_checkpoint_that_megatron_saved_beside_optimizer_state_exports_bit_equ
     assert all(torch.equal(a.get(name), b.get(name)) for name in a.names())
 
 
-@pytest.mark.parametrize("kind, layout", CASES)
+@pytest.mark.parametrize("kind, layout", CASES, ids=NAMES)
 def test_files_per_rank_that_megatron_saved_export_bit_equal_with_the_config_of_another_folder(folders, kind, layout):
     saved, hf = folders / kind / f"classic_saved_{suffix(layout)}", folders / kind / "hf"
     assert verify(hf, saved).differences == {}
