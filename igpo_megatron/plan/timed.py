@@ -84,7 +84,7 @@ def corrected(machine: Machine, passes: Sequence[Timed]) -> Machine:
     Raises ValueError for times that cannot be this machine's.
     """
     plain = replace(machine, score_factor=1.0, train_factor=1.0)
-    factors: dict[str, float] = {}
+    factors: dict[str, float] = dict.fromkeys(get_args(Direction), 1.0)
     said = []
     for direction in get_args(Direction):
         of_direction = [one for one in passes if one.direction == direction]
@@ -101,6 +101,7 @@ def corrected(machine: Machine, passes: Sequence[Timed]) -> Machine:
         factor = median(ratios)
         if not 1 / MOST_WRONG < factor < MOST_WRONG:
             raise ValueError(f"passes ({direction}) take {factor:.3g} times as long as modelled; is it the same machine?")
-        factors[f"{direction}_factor"] = factor
+        factors[direction] = factor
         said.append(f"{direction} x{factor:.2f} ({min(ratios):.2f} to {max(ratios):.2f}, {len(ratios)} passes)")
-    return replace(plain, **factors, source=f"{machine.source}; modelled times corrected by timed passes: {', '.join(said)}")
+    source = f"{machine.source}; modelled times corrected by timed passes: {', '.join(said)}"
+    return replace(plain, score_factor=factors["score"], train_factor=factors["train"], source=source)

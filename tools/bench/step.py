@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -94,18 +95,18 @@ def main(
     machine = calibrate(links=not small)
     models: dict[str, dict[str, Any]] = {}
     cases: list[Case] = []
-    left = len(shapes) * len(get_args(Recompute))
     ranks = parallel.init(config_of("unused", device, "none", max(lengths)))
-    for name in shapes:
+    for number, name in enumerate(shapes):
+        # Each shape has its share of the time, so that none goes without: the first call of every length compiles.
+        over = time.monotonic() + (deadline - time.monotonic()) / (len(shapes) - number)
         depth = layers or LAYERS.get(name)
         model = f"{name} x {depth} layers" if depth else name
         models[model] = hf_config(name, depth)
         with random_policy(name, depth) as folder:
-            for recompute in get_args(Recompute):
-                until = time.monotonic() + (deadline - time.monotonic()) / left
-                left -= 1
+            for place, recompute in enumerate(settings := get_args(Recompute)):
+                until = time.monotonic() + (over - time.monotonic()) / (len(settings) - place)
                 here = [Case(model, recompute, length) for length in lengths]
-                measure(config_of(folder, device, recompute, max(lengths)), ranks, here, repeats, until, deadline)
+                measure(config_of(folder, device, recompute, max(lengths)), ranks, here, repeats, until, over)
                 cases += here
     parallel.shutdown()
     passes = [one for case in cases for one in passes_of(case, 2 if device == "cuda" else 4)]
@@ -116,6 +117,8 @@ def main(
     floors = {"mfu": 1.0, "ceiling_tflops": round(machine.ceiling / 1e12, 4), "sheet_tflops": sheet and sheet / 1e12}
     finish("step", figures, floors, ("torch", "megatron-core", "triton"), out)
     print(headline(table, machine))
+    if not passes:
+        sys.exit(1)
 
 
 def config_of(path: Path | str, device: str, recompute: str, row_tokens: int) -> Any:
@@ -140,12 +143,12 @@ def measure(config: Any, ranks: parallel.Ranks, cases: Sequence[Case], repeats: 
     calls: dict[str, Callable[[], Any]] = {}
     for case in cases if policy else ():
         rows, counts = packed(case.row_tokens, max(one.row_tokens for one in cases), policy.shape.vocab_size)
-        case.rows = [Row(*row_shape(row)) for row in rows]
+        case.rows = [shape_row(row) for row in rows]
         passes: dict[str, Callable[[], Any]] = {"train": partial(train, policy, rows, counts), "update": partial(update, policy)}
         if case.recompute == "none":  # which changes nothing without gradients
             passes["score"] = partial(policy.log_probs, rows)
         # The first call compiles, and makes the optimizer's state.
-        if attempt([case], deadline, lambda passes=passes: [call() for call in passes.values()]):
+        if attempt([case], deadline, partial(each, list(passes.values()))):
             case.peak = peak_of(passes["train"], before)
             calls |= {f"{case.row_tokens} {name}": call for name, call in passes.items()}
     if calls:
@@ -180,6 +183,13 @@ def attempt(cases: Sequence[Case], deadline: float, call: Callable[[], Any]) -> 
     return None
 
 
+def each(calls: Sequence[Callable[[], Any]]) -> bool:
+    """One call of each."""
+    for call in calls:
+        call()
+    return True
+
+
 def free() -> None:
     """Give back what nothing refers to any more."""
     gc.collect()
@@ -197,7 +207,13 @@ def packed(row_tokens: int, step_tokens: int, vocab: int) -> tuple[list[PackedRo
     return rows, step_counts(groups)
 
 
-def train(policy: Policy, rows: Sequence[PackedRow], counts: StepCounts) -> bool:
+def shape_row(row: PackedRow) -> Row:
+    """What the planner reckons with of a packed row."""
+    tokens, pairs, targets, gathered, masked = (int(number) for number in row_shape(row))
+    return Row(tokens, pairs, targets, gathered, masked)
+
+
+def train(policy: Any, rows: Sequence[PackedRow], counts: StepCounts) -> None:
     """An optimizer step."""
 
     def loss(row: PackedRow, logprobs: torch.Tensor, entropy: torch.Tensor) -> Any:
@@ -209,15 +225,13 @@ def train(policy: Policy, rows: Sequence[PackedRow], counts: StepCounts) -> bool
         )
 
     policy.train_step(rows, loss)
-    return True
 
 
-def update(policy: Policy) -> bool:
+def update(policy: Policy) -> None:
     """The end of an optimizer step, with the gradients that are there."""
     policy.optimizer.prepare_grads()
     policy.optimizer.get_grad_norm()
     policy.optimizer.step_with_ready_grads()
-    return True
 
 
 def peak_of(call: Callable[[], Any], before: int) -> float:
