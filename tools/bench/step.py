@@ -217,9 +217,8 @@ def train(policy: Any, rows: Sequence[PackedRow], counts: StepCounts) -> None:
     """An optimizer step."""
 
     def loss(row: PackedRow, logprobs: torch.Tensor, entropy: torch.Tensor) -> Any:
-        old = row.old_logprobs.to(logprobs.device)
         return ppo(
-            Tokens(logprobs=logprobs, entropy=entropy, old_logprobs=old, advantages=row.advantages, weight=row.weight),
+            Tokens(logprobs=logprobs, entropy=entropy, old_logprobs=row.old_logprobs, advantages=row.advantages, weight=row.weight),
             counts,
             policy.config.loss,
         )
