@@ -82,9 +82,12 @@ def measured(policy: Policy, trees: list[RolloutGroup]) -> Numbers:
     policy.zero_gradients()
     schedule.forward_backward(policy.wrapped, rows, loss, temperature=1.0, device=policy.ranks.device)
     found = {name: tensor.float().cpu() for name, tensor in gradients(policy).items()}
+    start = optimized(policy)
     result = policy.train_step(rows, loss)
     leave_and_come_back(policy)
-    return Numbers(logprobs, again, found, result.loss, result.grad_norm, optimized(policy))
+    weights = optimized(policy)
+    assert not any(torch.equal(start[name], tensor) for name, tensor in weights.items()), "a tensor did not learn"
+    return Numbers(logprobs, again, found, result.loss, result.grad_norm, weights)
 
 
 def optimized(policy: Policy) -> dict[str, torch.Tensor]:
