@@ -91,11 +91,11 @@ def measured(policy: Policy, trees: list[RolloutGroup]) -> Numbers:
 
 
 def optimized(policy: Policy) -> dict[str, torch.Tensor]:
-    """What one rank's optimizer steps on: in bf16 its own fp32 copies of the weights. On the host, under HF names."""
+    """What one rank's optimizer steps on: in bf16 its own fp32 copies of the weights. Copied to the host, under HF names."""
     rules = rules_for(policy.shape, policy.config.model.vocab_multiple)
     found: dict[str, torch.Tensor] = {}
     for name, parameter in global_names(policy.chunks):
-        main = getattr(parameter, "main_param", parameter).detach().view_as(parameter).float().cpu()
+        main = getattr(parameter, "main_param", parameter).detach().view_as(parameter).float().cpu().clone()
         found |= dict(zip(rules[name].exports, rules[name].to_hf(main), strict=bool(rules[name].exports)))
     return found
 
