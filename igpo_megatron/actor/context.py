@@ -45,15 +45,18 @@ class RowPart:
     owner: torch.Tensor | None
     """[N] int64, rank in the group that predicts each target of the row; None where one rank does them all."""
 
+    numbers: torch.Tensor | None
+    """[n] int64, which of the row's targets these are; None for all."""
+
 
 def part_of(row: PackedRow, rank: int, size: int) -> RowPart:
     """What `rank` of the `size` ranks that share a row runs."""
     if size == 1:
-        return RowPart(row.token_ids, row.position_ids, row.experts, row.predictor, row.targets, row.probed, None)
+        return RowPart(row.token_ids, row.position_ids, row.experts, row.predictor, row.targets, row.probed, None, None)
     tokens = torch.cat([torch.arange(start, stop, device=row.token_ids.device) for start, stop in zigzag(row.num_tokens, rank, size)])
     chunk = row.predictor // (row.num_tokens // (2 * size))
     owner = torch.minimum(chunk, 2 * size - 1 - chunk)
-    mine = owner == rank
+    mine = torch.nonzero(owner == rank)[:, 0]
     return RowPart(
         token_ids=row.token_ids[tokens],
         position_ids=row.position_ids[tokens],
@@ -62,6 +65,7 @@ def part_of(row: PackedRow, rank: int, size: int) -> RowPart:
         targets=row.targets[mine],
         probed=None if row.probed is None else row.probed[mine],
         owner=owner,
+        numbers=mine,
     )
 
 
