@@ -10,7 +10,6 @@ idle until the next row's kernels are launched.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
@@ -19,9 +18,10 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_attr_wrapped_model
 
-from igpo_megatron.actor.context import part_of
-from igpo_megatron.actor.model import HeadInputs
+from igpo_megatron.actor.context import RowPart, merge_of, part_of
+from igpo_megatron.actor.model import HeadInputs, split_of
 from igpo_megatron.actor.routing import replay
+from igpo_megatron.actor.upload import upload
 from igpo_megatron.packing.tree import PackedRow
 
 RowLoss = Callable[[PackedRow, torch.Tensor, torch.Tensor], tuple[torch.Tensor, dict[str, torch.Tensor]]]
@@ -126,12 +126,12 @@ def _run(
 
     def step(iterator: Iterator[PackedRow], stage: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
         on_host = next(iterator)
-        row = to_device(on_host, device)
-        part = part_of(row, parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size())
-        sampled, probes, vocab = settings
-        head = HeadInputs(part.predictor, part.targets, sampled, need_entropy, vocab, part.probed, probes, part.owner)
+        model = get_attr_wrapped_model(stage, "decoder", return_model_obj=True)
+        part = part_of(on_host, parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size())
+        head = _head_inputs(part, settings, need_entropy, model.config.sequence_parallel)
+        row, part, head = upload((on_host, part, head), device)
         head.upstream = partial(upstream_of, row, part.numbers) if upstream_of else None
-        replay(get_attr_wrapped_model(stage, "decoder", return_model_obj=True), part.experts)
+        replay(model, part.experts)
         output = stage(
             input_ids=part.token_ids[None], position_ids=part.position_ids[None], attention_mask=on_host.subtree_end, labels=head
         )
@@ -148,9 +148,14 @@ def _run(
     )
 
 
-def to_device(row: PackedRow, device: torch.device) -> PackedRow:
-    """The row with its tensors on `device`."""
-    if device.type == "cpu":
-        return row
-    tensors = {field.name: value for field in fields(row) if isinstance(value := getattr(row, field.name), torch.Tensor)}
-    return replace(row, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+def _head_inputs(part: RowPart, settings: tuple[float, float, int | None], need_entropy: bool, sequence_parallel: bool) -> HeadInputs:
+    """What the last stage computes of this rank's part of a row, on the host."""
+    sampled, probes, vocab = settings
+    predictor, of_tensor = part.predictor, None
+    if sequence_parallel:
+        size, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
+        held = len(part.token_ids) // size
+        owner = predictor // held
+        predictor, of_tensor = predictor[owner == rank] - rank * held, merge_of(owner, size)
+    split = None if part.probed is None else split_of(part.probed)
+    return HeadInputs(predictor, part.targets, sampled, need_entropy, vocab, split, probes, of_tensor, part.merge)

@@ -63,6 +63,9 @@ class PackedRow:
     sequence: torch.Tensor
     """[N] int64, number within the row of the trajectory the token belongs to (the last one through it where several share it)."""
 
+    sequences: int
+    """Number of trajectories in the row."""
+
     old_entropies: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     """[N] fp32, nats, by the actor before the step; zeros where the loss uses none."""
 
@@ -319,6 +322,7 @@ class _RowBuilder:
             ref_logprobs=torch.tensor(self.ref_logprobs, dtype=torch.float32),
             behavior_logprobs=torch.tensor(self.behavior_logprobs, dtype=torch.float32),
             sequence=torch.tensor(self.sequence, dtype=torch.int64),
+            sequences=self.trajectories,
             old_entropies=torch.tensor(self.old_entropies, dtype=torch.float32),
             experts=None if experts is None else expert_rows(self.experts, total, experts),
             probed=torch.tensor(self.probed) if any(self.probed) else None,
