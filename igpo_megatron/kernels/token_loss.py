@@ -57,11 +57,13 @@ def linear_logprob_with_gradients(
         hidden: [N, H], a row for each target.
         targets: as in `linear_logprob`; ignored ones get zeros, and their g and h do not count.
         upstream: called once per block, in order, on every rank of `tp_group` with the same numbers.
-        workspace: bytes of fp32 logits at a time; at least one row's.
+        workspace: bytes of fp32 logits at a time; at least one row's, on CPU no more than torch_chunked.CHUNK_BYTES, which caches hold.
 
     The others as in `linear_logprob`, but shards have the same number of rows on every rank: they decide how many all-gathers there are.
     """
     check_inputs(hidden, weight, targets, temperature)
+    if not hidden.is_cuda:
+        workspace = min(workspace, torch_chunked.CHUNK_BYTES)
     call = _Call(
         upstream=upstream,
         shard=_shard(resolve(implementation, hidden.device)),

@@ -13,10 +13,12 @@ import torch
 from linear_logprob_checks import CASES, Setup
 from token_loss_checks import BF16_CHECKS, every_check, run, upstream_of
 
+from igpo_megatron.kernels import torch_chunked
 from igpo_megatron.kernels.token_loss import linear_logprob_with_gradients
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-SETUPS = [Setup(name, dtype=dtype) for name in ("torch", *["triton"] * INTERPRETED) for dtype in (torch.float32, torch.bfloat16)]
+SETUPS = [Setup("torch"), Setup("torch", dtype=torch.bfloat16), *[Setup("triton")] * INTERPRETED]
+"""On CPU the kernels are given bf16 widened, so that it is fp32 to them."""
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +35,21 @@ def test_of(check: Callable[[Setup], None], setup: Setup) -> None:
     if setup.dtype == torch.bfloat16 and check not in BF16_CHECKS:
         pytest.skip("the dtype does not matter")
     check(setup)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter's own process")
+def test_triton_stores_dz_in_the_bits_of_the_inputs() -> None:
+    from igpo_megatron.kernels import triton_head
+
+    generator = torch.Generator().manual_seed(1)
+    logits, targets = torch.randn(37, 300, generator=generator), torch.randint(-1, 300, (37,), generator=generator)
+    coefficients = torch.randn(37, 4, generator=generator) + torch.tensor([6.0, 0.0, 0.0, 0.0])
+    wanted = torch_chunked.block_dz(logits.clone(), targets, 0.7, coefficients, torch.float32)
+    found = triton_head.block_dz(logits, targets, 0.7, coefficients, torch.bfloat16)
+    # The interpreter cuts off where a GPU rounds.
+    assert found.dtype == torch.bfloat16 and float(((found - wanted).abs() / wanted.abs().clamp(min=1e-3)).max()) < 2**-7
+    in_place = triton_head.block_dz(logits, targets, 0.7, coefficients, torch.float32)
+    assert in_place.data_ptr() == logits.data_ptr() and torch.allclose(in_place, wanted, atol=1e-6)
 
 
 def test_blocks_are_as_few_as_the_workspace_allows_and_of_about_the_same_size() -> None:

@@ -78,10 +78,10 @@ def each_case_equals_autograd_in_fp64(setup: Setup) -> None:
     for case in CASES:
         wanted = oracle(case, setup)
         for rows in (ROWS, 1000):
-            assert differences(_at_its_own_lse(run(case, setup, rows=rows), wanted), wanted, setup) == [], (case.name, rows)
+            assert differences(at_its_own_lse(run(case, setup, rows=rows), wanted), wanted, setup) == [], (case.name, rows)
 
 
-def _at_its_own_lse(found: Answer, wanted: Answer) -> Answer:
+def at_its_own_lse(found: Answer, wanted: Answer) -> Answer:
     """lse is not returned."""
     return replace(found, lse=wanted.lse.to(found.logp.dtype))
 
@@ -140,7 +140,7 @@ def wrong_gradients_are_outside_the_tolerances(setup: Setup) -> None:
         "linear": {"wrap": _as_if_ignored},
     }.items():
         found = run(case, setup, **mistake)
-        assert set(differences(_at_its_own_lse(found, wanted), wanted, setup)) == {"grad_hidden", "grad_weight"}, name
+        assert set(differences(at_its_own_lse(found, wanted), wanted, setup)) == {"grad_hidden", "grad_weight"}, name
 
 
 def padding_columns_get_no_gradient(setup: Setup) -> None:
