@@ -228,6 +228,8 @@ def compiled_flex_attention(backend: str | Callable[..., Any] = "inductor") -> F
 class TreeRotaryEmbedding(RotaryEmbedding):
     """Rotary angles for explicit positions; keeps whatever frequency scaling Megatron applied to `inv_freq`."""
 
+    inv_freq: torch.Tensor
+
     def at(self, position_ids: torch.Tensor) -> torch.Tensor:
         """position_ids [1, T] -> angles [T, 1, 1, d]."""
         # Megatron makes it on the host and keeps it out of the module's buffers: moved here, once, not for every row.

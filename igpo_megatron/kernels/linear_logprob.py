@@ -109,7 +109,8 @@ def resolve(implementation: str, device: torch.device) -> str:
 
 def gather_rows(hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """hidden[rows], [M, H], [N] -> [N, H], whose gradient is the same bits every time however often a row repeats."""
-    return _GatherRows.apply(hidden, rows)
+    # On CUDA indexing's own backward sorts the rows before it adds; index_put_ would do so too, but first waits to check their range.
+    return hidden[rows] if hidden.is_cuda else _GatherRows.apply(hidden, rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +157,7 @@ class _LinearLogprob(torch.autograd.Function):
 
 
 class _GatherRows(torch.autograd.Function):
-    """index_select whose backward does not add with CUDA atomics."""
+    """index_select whose backward adds the rows one after the other; that of indexing adds in parallel on CPU, in any order."""
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -168,9 +169,7 @@ class _GatherRows(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
         (rows,) = ctx.saved_tensors
         (grad,) = grads
-        total = grad.new_zeros(ctx.shape)
-        # On CUDA index_put_ sorts the indices before it adds, index_add_ uses atomics; on CPU index_add_ is the sequential one.
-        return (total.index_put_((rows,), grad, accumulate=True) if grad.is_cuda else total.index_add_(0, rows, grad)), None
+        return grad.new_zeros(ctx.shape).index_add_(0, rows, grad), None
 
 
 def _functions(implementation: str, form: str, hidden: torch.Tensor, weight: torch.Tensor) -> tuple[Callable[..., Any], Callable[..., Any]]:

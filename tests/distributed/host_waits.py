@@ -44,8 +44,10 @@ class Operations(TorchDispatchMode):
 
 
 def place() -> str:
-    """`file.function` of the nearest caller that is not in torch or in this file."""
+    """`file.function` that asked for the operation which is being seen: its nearest caller outside torch."""
     frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code is not Operations.__torch_dispatch__.__code__:
+        frame = frame.f_back
     while frame.f_back is not None and frame.f_code.co_filename.startswith((TORCH, __file__)):
         frame = frame.f_back
     return f"{Path(frame.f_code.co_filename).stem}.{frame.f_code.co_name}"
