@@ -56,8 +56,13 @@ class Model(Section):
     head: Literal["auto", "torch", "triton"] = "auto"
     """What turns hidden states into log-probs; `auto` takes the Triton kernels on CUDA where triton is importable."""
 
-    head_form: Literal["auto", "fused", "chunks"] = "auto"
-    """How the Triton forward runs: one fused kernel, or cuBLAS chunks; `auto` looks the sizes up in kernels/head_forms.json."""
+    head_form: Literal["auto", "fused", "tma", "chunks"] = "auto"
+    """How the Triton forward runs: one fused kernel with plain loads or with Hopper's TMA, or cuBLAS chunks; `auto` looks the sizes up in
+    kernels/head_forms.json."""
+
+    head_workspace_mib: PositiveInt = 128
+    """Logits (fp32) that the head holds at a time, at most; wider chunks rewrite the hidden states' gradient less often. On CPU never more
+    than 16, which caches hold."""
 
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation: core attention only (selective) or every layer (full)."""
