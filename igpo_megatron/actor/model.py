@@ -81,7 +81,7 @@ class PolicyModel(GPTModel):
         spec: Any,
         shape: ModelShape,
         padded_vocab: int,
-        head: tuple[Implementation, Form],
+        head: tuple[Implementation, Form, int],
         **stage: Any,
     ) -> None:
         super().__init__(
@@ -98,7 +98,7 @@ class PolicyModel(GPTModel):
             **stage,
         )
         self.real_vocab = shape.vocab_size
-        self.head, self.head_form = head
+        self.head, self.head_form, self.head_workspace = head
         self.rotary_pos_emb.__class__ = TreeRotaryEmbedding
 
     def _preprocess(self, input_ids: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
@@ -125,6 +125,7 @@ class PolicyModel(GPTModel):
                 need_entropy=labels.need_entropy,
                 implementation=self.head,
                 form=self.head_form,
+                workspace=self.head_workspace,
             )
             return torch.stack((logp, entropy), dim=-1)
 
@@ -293,7 +294,7 @@ def _build_chunk(shape: ModelShape, config: Config, megatron: TransformerConfig,
         layer_spec(megatron, backend, chunk),
         shape,
         padded_vocab(shape, config),
-        (config.model.head, config.model.head_form),
+        (config.model.head, config.model.head_form, config.model.head_workspace_mib * 2**20),
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=chunk),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=chunk),
         vp_stage=chunk,

@@ -42,7 +42,7 @@ def load_heads(cuda: bool) -> tuple[dict[str, Head], dict[str, str]]:
                 missing[name] = f"{type(error).__name__}: {error}"[:200]
     else:
         heads["ours_torch"] = Head(partial(_ours, "torch", "auto"))
-        missing = dict.fromkeys(("ours_fused", "ours_chunks", "fixed_split", "cce", "liger", "liger_cute"), "needs a GPU")
+        missing = dict.fromkeys((*(f"ours_{form}" for form in forms.FORMS), "fixed_split", "cce", "liger", "liger_cute"), "needs a GPU")
     return heads, missing
 
 
