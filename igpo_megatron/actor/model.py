@@ -161,15 +161,13 @@ class PolicyModel(GPTModel):
                 "tp_group": parallel_state.get_tensor_model_parallel_group(),
                 "need_entropy": labels.need_entropy,
                 "implementation": self.settings.head,
+                "workspace": self.settings.head_workspace_mib * 2**20,
             }
             if labels.upstream is None:
                 logp, entropy, _ = linear_logprob(rows, weight, labels.targets[which], form=self.settings.head_form, **settings)
             else:
                 upstream = labels.upstream if isinstance(which, slice) else partial(_of_part, labels.upstream, which)
-                workspace = self.settings.head_workspace_mib * 2**20
-                logp, entropy, carrier = linear_logprob_with_gradients(
-                    rows, weight, labels.targets[which], upstream, workspace=workspace, **settings
-                )
+                logp, entropy, carrier = linear_logprob_with_gradients(rows, weight, labels.targets[which], upstream, **settings)
                 carriers.append(carrier)
             return torch.stack((logp, entropy), dim=-1)
 

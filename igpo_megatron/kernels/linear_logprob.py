@@ -23,7 +23,9 @@ from igpo_megatron.types import UserError
 logger = logging.getLogger(__name__)
 
 Implementation = Literal["auto", "torch", "triton"]
-Form = Literal["auto", "fused", "chunks"]
+Form = Literal["auto", "fused", "tma", "chunks", "specialised"]
+WORKSPACE = 128 * 2**20
+"""Bytes of logits at a time."""
 
 
 def linear_logprob(
@@ -39,6 +41,7 @@ def linear_logprob(
     need_entropy: bool = True,
     implementation: Implementation = "auto",
     form: Form = "auto",
+    workspace: int = WORKSPACE,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Log-prob of each target, entropy of its distribution and log-sum-exp of its logits.
 
@@ -54,8 +57,9 @@ def linear_logprob(
         tp_group: ranks that share the vocabulary; None for one rank.
         need_entropy: without it the entropy is not computed: zeros that carry no gradient.
         implementation: `auto` is triton on CUDA where it is importable, else torch.
-        form: how triton runs forward: `fused` streams the weight through one kernel, `chunks` lets cuBLAS write chunks of logits.
-            `auto` asks head_forms.json. Without meaning for torch.
+        form: how triton runs forward: `fused`, `tma` and `specialised` stream the weight through one kernel (triton_stream.py), `chunks`
+            lets cuBLAS write chunks of logits. `auto` asks head_forms.json. Without meaning for torch.
+        workspace: bytes of fp32 logits at a time, at most.
 
     Returns:
         (logp, entropy, lse), each [N] fp32, in nats.
@@ -68,7 +72,7 @@ def linear_logprob(
     check_inputs(hidden, weight, targets, temperature)
     valid = valid_columns(weight, vocab_start, vocab_size)
     partials, gradients = _functions(implementation, form, hidden, weight)
-    call = _Call(partials, gradients, vocab_start, valid, float(temperature), need_entropy, tp_group)
+    call = _Call(partials, gradients, vocab_start, valid, float(temperature), need_entropy, tp_group, workspace)
     return _LinearLogprob.apply(hidden, weight, targets, call)
 
 
@@ -124,6 +128,7 @@ class _Call:
     temperature: float
     need_entropy: bool
     tp_group: dist.ProcessGroup | None
+    workspace: int
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -134,7 +139,7 @@ class _LinearLogprob(torch.autograd.Function):
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, call: _Call
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         local = local_targets(targets, call.vocab_start, call.valid)
-        record = call.partials(hidden, weight, local, call.valid, call.temperature, call.need_entropy)
+        record = call.partials(hidden, weight, local, call.valid, call.temperature, call.need_entropy, call.workspace)
         logp, entropy, lse = merge(record, call.need_entropy, call.tp_group)
         ignored = targets < 0
         ctx.save_for_backward(hidden, weight, local, ignored, lse, entropy)
@@ -152,7 +157,7 @@ class _LinearLogprob(torch.autograd.Function):
         coefficients = torch.stack((lse, g, e - g - h * entropy, h), -1)
         call = ctx.call
         need_hidden, need_weight = ctx.needs_input_grad[:2]
-        found = call.gradients(hidden, weight, local, call.valid, call.temperature, coefficients, need_hidden, need_weight)
+        found = call.gradients(hidden, weight, local, call.valid, call.temperature, coefficients, need_hidden, need_weight, call.workspace)
         return *found, None, None
 
 
@@ -206,9 +211,9 @@ def _why_no_triton(device_type: str) -> str | None:
     """None where the kernels can run."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not importable"
-    from igpo_megatron.kernels import triton_head
+    from igpo_megatron.kernels import triton_stream
 
-    if device_type != "cuda" and not triton_head.INTERPRETED:
+    if device_type != "cuda" and not triton_stream.INTERPRETED:
         return "the kernels are compiled for CUDA; set TRITON_INTERPRET=1 before Python starts to run them on CPU"
     return None
 

@@ -24,14 +24,19 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from igpo_megatron.kernels import torch_chunked
-from igpo_megatron.kernels.linear_logprob import Implementation, check_inputs, local_targets, merge, resolve, valid_columns
+from igpo_megatron.kernels.linear_logprob import (
+    WORKSPACE,
+    Implementation,
+    check_inputs,
+    local_targets,
+    merge,
+    resolve,
+    valid_columns,
+)
 from igpo_megatron.kernels.torch_chunked import accumulate, accumulator, empty_records, matmul, widened
 
 Upstream = Callable[[slice, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """(which of the N targets, their logp [b], their entropy [b]) -> the loss's derivatives by these, (g [b], h [b])."""
-
-WORKSPACE = 128 * 2**20
-"""Bytes of logits at a time."""
 
 
 def linear_logprob_with_gradients(

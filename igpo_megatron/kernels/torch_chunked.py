@@ -18,11 +18,17 @@ from __future__ import annotations
 import torch
 
 CHUNK_BYTES = 16 * 2**20
-"""Size of one chunk of logits; two are alive at a time."""
+"""Most of one chunk of logits on CPU, where larger ones leave the caches; two are alive at a time."""
 
 
 def partials(
-    hidden: torch.Tensor, weight: torch.Tensor, local_targets: torch.Tensor, valid: int, temperature: float, need_entropy: bool
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    local_targets: torch.Tensor,
+    valid: int,
+    temperature: float,
+    need_entropy: bool,
+    workspace: int,
 ) -> torch.Tensor:
     """Record (m, s, u, t) of this shard for every row.
 
@@ -33,6 +39,7 @@ def partials(
         valid: number of leading rows of `weight` that are tokens; the others count as -inf.
         temperature: logits are divided by it.
         need_entropy: u is 0 without it.
+        workspace: bytes of one chunk of logits at most (on CPU also CHUNK_BYTES), at least one row's; two are alive at a time.
 
     Returns:
         [N, 4] in `accumulator(hidden.dtype)`, nats.
@@ -41,7 +48,7 @@ def partials(
     if not valid:
         return record
     used = widened(weight[:valid])
-    for part in _row_chunks(len(hidden), valid):
+    for part in _row_chunks(hidden, valid, workspace):
         z = matmul(widened(hidden[part]), used.t()).div_(temperature)
         record[part] = _records(z, local_targets[part], need_entropy)
     return record
@@ -56,6 +63,7 @@ def gradients(
     coefficients: torch.Tensor,
     need_hidden: bool,
     need_weight: bool,
+    workspace: int,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """This shard's part of the gradient of `hidden` [N, H], and the gradient of `weight` [v, H]; None where not needed.
 
@@ -68,7 +76,7 @@ def gradients(
     grad_weight = torch.zeros_like(weight, dtype=accumulator(weight.dtype)) if need_weight else None
     if valid and len(hidden):
         used = widened(weight[:valid])
-        for part in _row_chunks(len(hidden), valid):
+        for part in _row_chunks(hidden, valid, workspace):
             rows = widened(hidden[part])
             z = matmul(rows, used.t()).div_(temperature)
             dz = _slopes(z, local_targets[part], coefficients[part]).div_(temperature).to(rows.dtype)
@@ -155,6 +163,6 @@ def widened(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.is_cuda else tensor.to(accumulator(tensor.dtype))
 
 
-def _row_chunks(rows: int, columns: int) -> list[slice]:
-    size = max(1, CHUNK_BYTES // (4 * columns))
-    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+def _row_chunks(hidden: torch.Tensor, columns: int, workspace: int) -> list[slice]:
+    size = max(1, (workspace if hidden.is_cuda else min(workspace, CHUNK_BYTES)) // (4 * columns))
+    return [slice(start, min(start + size, len(hidden))) for start in range(0, len(hidden), size)]

@@ -118,6 +118,10 @@ def test_rules_of_the_form_table_follow_the_measured_winners():
         (8, 128, 1000): {"fused": 3.0, "chunks": 2.0},
         (8, 256, 1000): {"fused": 1.0, "chunks": 2.0},
         (128, 256, 1000): {"fused": 1.0, "chunks": 2.0},
+        (8, 512, 1000): {"fused": 1.0, "tma": 1.1, "chunks": 2.0},
+        (64, 512, 1000): {"fused": 2.0, "tma": 1.1, "chunks": 2.0},
+        (64, 512, 2000): {"fused": 2.0, "tma": 2.2, "chunks": 2.0},  # nearest to the best at both
+        (512, 512, 1000): {"fused": 2.0, "chunks": 1.9},  # tma failed
     }
     table = {"default": {"rules": rules(measured)}}
     assert table["default"]["rules"][-1].keys() == {"form"}
@@ -129,6 +133,10 @@ def test_rules_of_the_form_table_follow_the_measured_winners():
         (8, 128, 1000): "chunks",
         (8, 256, 1000): "fused",
         (128, 256, 1000): "fused",
+        (8, 512, 1000): "fused",
+        (64, 512, 1000): "tma",
+        (64, 512, 2000): "tma",
+        (512, 512, 1000): "chunks",
     }
 
 

@@ -5,13 +5,13 @@
 Forward, and forward + backward with an own weight for every token. Heads take turns within one run; a head is timed only after its
 log-probs agreed with fp64. Floors: 2NHV operations forward, and in all 8NHV with the recomputing backward or 6NHV with gradients formed
 in the forward pass, at the matmul speed measured here, or reading the weight once at the copy speed measured here, whichever takes longer.
-`--write-table` makes kernels/head_forms.json choose between our two forms on this device by what was measured.
+`--write-table` makes kernels/head_forms.json choose between our forms on this device by what was measured.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -133,25 +133,30 @@ def _in_forward_vs_recompute(seconds: Mapping[str, list[float]], heads: Mapping[
 
 
 def rules(measured: Mapping[tuple[int, int, int], Mapping[str, float]]) -> list[dict[str, Any]]:
-    """Rules of head_forms.json from {(N, H, V): {form: seconds}}: per H, `fused` up to the last N before it first loses."""
+    """Rules of head_forms.json from {(N, H, V): {form: seconds}}: per H the fastest form at each N, up to the N before it first loses.
+
+    A form that has lost does not come back at a larger N: such a win is noise. Where one (N, H) was measured at several V, the fastest is the form whose times, each over the best at that V, have the least sum.
+    """
     found: list[dict[str, Any]] = []
     sizes = sorted({hidden for _, hidden, _ in measured})
     for hidden in sizes:
         bound = {} if hidden == sizes[-1] else {"max_hidden": hidden}
         counts = sorted({count for count, size, _ in measured if size == hidden})
-        wins = 0
-        for count in counts:
-            seconds = [times for (rows, size, _), times in measured.items() if (rows, size) == (count, hidden)]
-            if any(times["fused"] > times["chunks"] for times in seconds):
-                break
-            wins = count
-        if wins == counts[-1]:
-            found.append({**bound, "form": "fused"})
-            continue
-        if wins:
-            found.append({"max_rows": wins, **bound, "form": "fused"})
-        found.append({**bound, "form": "chunks"})
+        best = [_fastest([times for (rows, size, _), times in measured.items() if (rows, size) == (count, hidden)]) for count in counts]
+        current, beaten = best[0], set[str]()
+        for before, form in zip(counts, best[1:], strict=False):
+            if form not in (current, *beaten):
+                found.append({"max_rows": before, **bound, "form": current})
+                beaten.add(current)
+                current = form
+        found.append({**bound, "form": current})
     return found
+
+
+def _fastest(times: Sequence[Mapping[str, float]]) -> str:
+    """Form that is nearest to the best of each measurement; a form that failed in one of them is out."""
+    forms_of_all = [form for form in times[0] if all(form in each for each in times)]
+    return min(forms_of_all, key=lambda form: sum(each[form] / min(each.values()) for each in times))
 
 
 def _exact(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from igpo_megatron.kernels import forms
-from igpo_megatron.kernels.linear_logprob import Form, Implementation, linear_logprob
-from igpo_megatron.kernels.token_loss import WORKSPACE, linear_logprob_with_gradients
+from igpo_megatron.kernels.linear_logprob import WORKSPACE, Form, Implementation, linear_logprob
+from igpo_megatron.kernels.token_loss import linear_logprob_with_gradients
 
 LogProbs = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 Carrier = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -63,7 +63,7 @@ def load_heads(cuda: bool) -> tuple[dict[str, Head], dict[str, str]]:
     else:
         heads["ours_torch"] = Head(partial(_ours, "torch", "auto"))
         heads["ours_in_forward"] = _in_forward("torch", None)
-        missing = dict.fromkeys(("ours_fused", "ours_chunks", "fixed_split", "cce", "liger", "liger_cute"), "needs a GPU")
+        missing = dict.fromkeys((*(f"ours_{form}" for form in forms.FORMS), "fixed_split", "cce", "liger", "liger_cute"), "needs a GPU")
     return heads, missing
 
 

@@ -56,9 +56,9 @@ class Model(Section):
     head: Literal["auto", "torch", "triton"] = "auto"
     """What turns hidden states into log-probs; `auto` takes the Triton kernels on CUDA where triton is importable."""
 
-    head_form: Literal["auto", "fused", "tma", "chunks"] = "auto"
-    """How the Triton forward runs: one fused kernel with plain loads or with Hopper's TMA, or cuBLAS chunks; `auto` looks the sizes up in
-    kernels/head_forms.json."""
+    head_form: Literal["auto", "fused", "tma", "chunks", "specialised"] = "auto"
+    """How the Triton forward runs: one kernel with plain loads (fused), with Hopper's TMA (tma), or also with warps specialised in loading;
+    or cuBLAS chunks. `auto` looks the sizes up in kernels/head_forms.json."""
 
     head_workspace_mib: PositiveInt = 128
     """Logits (fp32) that the head holds at a time, at most; wider chunks rewrite the hidden states' gradient less often. On CPU never more
