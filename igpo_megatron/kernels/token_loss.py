@@ -5,10 +5,11 @@ What such a loss sends back to a token depends on its own log-prob and entropy a
     block of hidden [b, H] ──> logits [b, v] ──> record [b, 4] ──one all-gather──> logp, entropy ──the loss──> g, h [b]
                                logits, g, h ──> dz [b, v] ──> grad_hidden[block] = dz . weight,   grad_weight += dz^T . hidden[block]
 
-Backward has only to hand on what is there. Formulas are in torch_chunked.
+chunk by chunk of columns, so that a GPU folds logits and multiplies dz while they are in L2. Backward has only to hand on what is there.
+Formulas are in torch_chunked.
 
-Memory beyond the gradients that any head returns: a block's logits (`workspace`) and dz (half of that again in 16 bits; on CPU twice),
-and grad_weight in fp32, 4vH bytes. It and grad_hidden live from the forward pass to the backward pass, which is next on a last stage.
+Memory beyond the gradients that any head returns: a block's logits (`workspace`), dz of one chunk, and grad_weight in fp32, 4vH bytes. That
+and grad_hidden live from the forward pass to the backward pass, which is next on a last stage.
 Every block reads and writes grad_weight, 8vH bytes against 6bHv operations, so that a GPU wants blocks of about 1,000 rows.
 """
 
@@ -33,10 +34,13 @@ from igpo_megatron.kernels.linear_logprob import (
     resolve,
     valid_columns,
 )
-from igpo_megatron.kernels.torch_chunked import accumulate, accumulator, empty_records, matmul, widened
+from igpo_megatron.kernels.torch_chunked import accumulate, accumulator, empty_records, fold, matmul, widened
 
 Upstream = Callable[[slice, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """(which of the N targets, their logp [b], their entropy [b]) -> the loss's derivatives by these, (g [b], h [b])."""
+
+COLUMNS = 8192
+"""Of a chunk: fp32 logits of 1,024 rows are 32 MiB."""
 
 
 def linear_logprob_with_gradients(
@@ -111,24 +115,29 @@ class _WithGradients(torch.autograd.Function):
         found = hidden.new_zeros((2, len(hidden)), dtype=exact)
         local, ignored = local_targets(targets, call.vocab_start, call.valid), targets < 0
         used = widened(weight[: call.valid])
+        columns = [slice(start, min(start + COLUMNS, call.valid)) for start in range(0, call.valid, COLUMNS)]
         for block in _blocks(len(hidden), call.rows):
             rows = widened(hidden[block])
-            logits = matmul(rows, used.t())
-            record = empty_records(rows)
-            if call.valid:
-                record = call.shard.block_records(logits, local[block], call.temperature, call.need_entropy)
-            logp, entropy, lse = merge(record, call.need_entropy, call.tp_group)
+            picks = [local_targets(local[block], part.start, part.stop - part.start) for part in columns]
+            logits, records = [], [empty_records(rows)]
+            for part, picked in zip(columns, picks, strict=True):
+                logits.append(matmul(rows, used[part].t()))
+                records.append(call.shard.block_records(logits[-1], picked, call.temperature, call.need_entropy))
+            logp, entropy, lse = merge(fold(torch.stack(records)), call.need_entropy, call.tp_group)
             found[:, block] = torch.stack((logp, entropy)).masked_fill(ignored[block], 0.0)
-            if call.valid and (need_hidden or need_weight):
-                g, h = (part.masked_fill(ignored[block], 0.0) for part in call.upstream(block, *found[:, block]))
-                coefficients = torch.stack((lse, g, -g - h * entropy, h), -1)
-                dz = call.shard.block_dz(logits, local[block], call.temperature, coefficients, rows.dtype)
+            if not (need_hidden or need_weight):
+                continue
+            g, h = (slope.masked_fill(ignored[block], 0.0) for slope in call.upstream(block, *found[:, block]))
+            coefficients = torch.stack((lse, g, -g - h * entropy, h), -1)
+            grad_rows = torch.zeros_like(rows, dtype=exact)
+            for part, picked, chunk in zip(columns, picks, logits, strict=True):
+                dz = call.shard.block_dz(chunk, picked, call.temperature, coefficients, rows.dtype)
                 if grad_hidden is not None:
-                    grad_hidden[block] = matmul(dz, used)
+                    accumulate(grad_rows, dz, used[part])
                 if grad_weight is not None:
-                    accumulate(grad_weight[: call.valid], dz.t(), rows)
-                del dz
-            del logits  # or two blocks of them would be alive
+                    accumulate(grad_weight[part], dz.t(), rows)
+            if grad_hidden is not None:
+                grad_hidden[block] = grad_rows
         ctx.gradients = grad_hidden, grad_weight, weight.dtype
         logp, entropy = found.unbind()
         ctx.mark_non_differentiable(logp, entropy)

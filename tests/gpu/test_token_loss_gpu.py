@@ -43,6 +43,6 @@ def test_a_step_of_a_policy_is_that_of_recompute(tmp_path: Path, dtype: str) -> 
     folder = make_hf_folder(tmp_path / "qwen2_tied", "qwen2_tied")
     config = make_config(folder, model__backend="local", model__dtype=dtype, run__device="cuda", parallel__distributed_optimizer=False)
     try:
-        same(both(Policy(config, parallel.init(config)), trees(), [LOSS], 2.5), tolerance={"fp32": 1e-4, "bf16": 2e-2}[dtype])
+        same(both(Policy(config, parallel.init(config)), trees(), [LOSS], 2.5), tolerance={"fp32": 1e-4, "bf16": 5e-2}[dtype])
     finally:
         parallel.shutdown()

@@ -13,7 +13,7 @@ import torch
 from linear_logprob_checks import CASES, Setup
 from token_loss_checks import BF16_CHECKS, every_check, run, upstream_of
 
-from igpo_megatron.kernels import torch_chunked
+from igpo_megatron.kernels import token_loss, torch_chunked
 from igpo_megatron.kernels.token_loss import linear_logprob_with_gradients
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -23,6 +23,8 @@ SETUPS = [Setup("torch"), Setup("torch", dtype=torch.bfloat16), *[Setup("triton"
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several chunks of columns, the last one ragged."""
+    monkeypatch.setattr(token_loss, "COLUMNS", 100)
     if INTERPRETED:
         from igpo_megatron.kernels import triton_head
 
