@@ -120,7 +120,8 @@ def measure(
 def rules(measured: Mapping[tuple[int, int, int], Mapping[str, float]]) -> list[dict[str, Any]]:
     """Rules of head_forms.json from {(N, H, V): {form: seconds}}: per H the fastest form at each N, up to the N before it first loses.
 
-    A form that has lost does not come back at a larger N: such a win is noise. Where one (N, H) was measured at several V, the fastest is the form whose times, each over the best at that V, have the least sum.
+    A form that has lost does not come back at a larger N: such a win is noise. Where one (N, H) was measured at several V, the fastest is
+    the form whose times, each over the best at that V, have the least sum.
     """
     found: list[dict[str, Any]] = []
     sizes = sorted({hidden for _, hidden, _ in measured})
