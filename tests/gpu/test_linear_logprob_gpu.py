@@ -60,3 +60,13 @@ def test_workspace_does_not_grow_with_the_vocabulary(form: str) -> None:
     before = torch.cuda.memory_allocated()
     linear_logprob(hidden, weight, targets, form=form)
     assert torch.cuda.max_memory_allocated() - before < 64 * 2**20
+
+
+@pytest.mark.parametrize("form", ["tma", "specialised"])
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 9, reason="TMA came with compute capability 9.0")
+def test_tma_is_what_runs(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from igpo_megatron.kernels import triton_stream
+
+    monkeypatch.setattr(triton_stream, "_stream", None)
+    case, setup = Case("aligned", 200, 256, 3000), Setup("triton", form, "cuda", torch.bfloat16)
+    assert differences(run(case, setup), oracle(case, setup), setup) == []
