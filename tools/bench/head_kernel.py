@@ -39,11 +39,14 @@ def main(
     rows: Annotated[str | None, typer.Option(help="Comma-separated numbers of targets.")] = None,
     repeats: Annotated[int, typer.Option(help="Timed calls of every head.")] = 15,
     seconds: Annotated[float, typer.Option(help="Start no further case after so many seconds.")] = float("inf"),
+    uncompiled: Annotated[bool, typer.Option(help="Run the compiled peer as it is written; compiling takes a CPU half a minute.")] = False,
     write_table: Annotated[bool, typer.Option(help="Write this device's entry of head_forms.json.")] = False,
     out: Annotated[Path | None, typer.Option(help="Result file; default: results/DEVICE/head_kernel.json.")] = None,
 ) -> None:
     """Time every head on every shape, the first rows on all shapes before the next."""
     started = time.monotonic()
+    if uncompiled:
+        torch.compiler.set_stance("force_eager")
     cuda = torch.cuda.is_available()
     heads, missing = load_heads(cuda)
     ceilings = {"matmul_tflops": matmul_tflops(cuda), "copy_gb_per_s": copy_gb_per_s(cuda)}

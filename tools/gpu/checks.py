@@ -73,7 +73,7 @@ PARTS = (
         "head_speed",
         100,
         "tools/bench/head_kernel.py --rows 128,4096,16384 --repeats 5 --seconds 75 --write-table",
-        "tools/bench/head_kernel.py --rows 8,64 --repeats 2",
+        "tools/bench/head_kernel.py --rows 8,64 --repeats 2 --uncompiled",
         needs=("torch", "triton"),
         keeps=("igpo_megatron/kernels/head_forms.json",),
     ),
