@@ -218,7 +218,7 @@ def environment(device: str, scratch: Path) -> dict[str, str]:
     fixed = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "TMPDIR": str(scratch)}
     if device == "cpu":
         fixed |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    return os.environ | fixed
+    return {"OMP_NUM_THREADS": "4"} | os.environ | fixed
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
@@ -233,7 +233,9 @@ def main() -> int:
     device = machine.device_name() if given.device == "cuda" else "cpu"
     out = (given.out or ROOT / "runs/checks" / re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")).absolute()
     out.mkdir(parents=True, exist_ok=True)
+    (out / "summary.json").unlink(missing_ok=True)  # of an earlier call
     results: list[Result] = []
+    started = time.monotonic()
     signal.signal(signal.SIGTERM, interrupt)
     with tempfile.TemporaryDirectory(prefix="igpo-checks-") as folder:
         scratch = Path(folder)
@@ -257,7 +259,7 @@ def main() -> int:
                 for name in next(part.keeps for part in PARTS if part.name == result.name):
                     shutil.copy(ROOT / name, out)
             results.append(result)
-            summary = {**about, "seconds": round(sum(result.seconds for result in results), 1), "parts": list(map(asdict, results))}
+            summary = {**about, "seconds": round(time.monotonic() - started, 1), "parts": list(map(asdict, results))}
             (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
 
         chosen = [part for part in PARTS if part.name in given.parts]
