@@ -256,8 +256,8 @@ def test_the_torch_engine_is_one_in_the_main_ranks_process(sound, tmp_path):
         "sync.transport=object_store": "sync.transport=object_store with rollout.engine.backend=torch, which takes weights where they are",
     }
     for override, expected in wrong.items():
-        for world_size in (1, None):
-            (problem,) = problems(sound, torch, override, world_size=world_size)
+        for world in (1, None):
+            (problem,) = problems(sound, torch, override, world_size=world)
             assert expected in problem
     assert any("gpu_ids=[4] with rollout.engine.backend=torch" in found for found in problems(sound, torch, "rollout.engine.gpu_ids=[4]"))
     assert any("routing_replay=True with" in found for found in problems(sound, torch, "rollout.routing_replay=true"))
