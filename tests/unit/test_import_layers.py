@@ -93,6 +93,9 @@ ENGINE_FILES = tuple(
         "weight_transfer",
     )
 )
+TORCH_ENGINE_FILES = tuple(
+    f"igpo_megatron/rollout/{name}.py" for name in ("sampling", "slot_cache", "torch_engine", "torch_model", "torch_weights")
+)
 DOORS = {
     "megatron": ("igpo_megatron/actor/", "tools/bench/"),
     "vllm": (*ENGINE_FILES, "tools/bench/"),
@@ -104,6 +107,7 @@ DOORS = {
         "igpo_megatron/packing/",
         "igpo_megatron/algorithms/losses.py",
         *ENGINE_FILES,
+        *TORCH_ENGINE_FILES,
         *(f"igpo_megatron/{module}.py" for module in sorted(TOP)),
         "igpo_megatron/plan/calibrate.py",
         "igpo_megatron/launch/",
