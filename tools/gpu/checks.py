@@ -79,8 +79,8 @@ PARTS = (
     ),
     Part(
         "fold",
-        60,
-        "tools/bench/probe_cost.py --shape 7B --turns 10 --repeats 3 --no-engine",
+        65,
+        "tools/bench/probe_cost.py --shape 7B --layers 8 --turns 10 --published batched --repeats 3 --no-engine",
         "tools/bench/probe_cost.py --shape demo --turns 2 --repeats 2 --no-engine",
         needs=("torch", "megatron"),
     ),

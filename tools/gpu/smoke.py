@@ -24,7 +24,7 @@ BOUND = 1e-3
 """Relative error of fp32 sums of bf16 products. Sums in bf16 are off by 2e-3 and more."""
 
 
-def main(out: Annotated[Path | None, typer.Option(help="Result file; default: results/DEVICE/smoke.json.")] = None) -> None:
+def main(out: Annotated[Path, typer.Option(help="Result file.")]) -> None:
     """Measure the ceilings, then the two matmuls of a chunk, whose fp32 results lie in memory that is already there."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     floors = {"matmul_tflops": matmul_tflops(device == "cuda"), "copy_gb_per_s": copy_gb_per_s(device == "cuda")}
