@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -102,6 +103,11 @@ def test_all_limits_together_leave_room_in_a_call_of_ten_minutes() -> None:
     assert [path for path in sorted(named) if not (ROOT / path).is_file()] == []
 
 
+def test_the_documented_parts_are_those_that_run() -> None:
+    documented = re.findall(r"^\| `(\w+)` \|.*\| (\d+) s \|$", (ROOT / "docs/performance.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert documented == [(part.name, str(part.limit_s)) for part in checks.PARTS]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -154,15 +160,16 @@ def test_deadly():
 """
 
 
-def suite(folder: Path, *words: str) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
+def suite(folder: Path, *words: str | Path) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
     (folder / "test_some.py").write_text(TESTS, encoding="utf-8")
     command = [sys.executable, GPU / "suite.py", "--out", folder / "some.json", folder / "test_some.py", *words]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=folder)
+    environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # a second each
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=folder, env=environment)
     return result, json.loads((folder / "some.json").read_text(encoding="utf-8"))
 
 
 def test_what_tests_recorded_becomes_json_with_the_largest_of_each_name(tmp_path: Path) -> None:
-    result, found = suite(tmp_path, "-k", "good or absent")
+    result, found = suite(tmp_path, "-k", "good or absent", "-p", "xdist.plugin", "-n", "2")
     assert result.returncode == 0 and result.stdout.splitlines()[-1] == "2 passed, 1 skipped; gap 0.5"
     assert found.keys() == {"name", "device", "figures", "floors", "versions"} and found["name"] == "some"
     figures = found["figures"]
@@ -175,10 +182,10 @@ def test_failures_and_a_run_without_any_passing_test_fail_and_say_why(tmp_path: 
     result, found = suite(tmp_path, "-k", "good or bad")
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1].startswith("2 passed, 1 failed; test_some.py::test_bad: assert (1 + 1) == 3")
-    result, found = suite(tmp_path, "-k", "absent")
+    result, _ = suite(tmp_path, "-k", "absent")
     assert result.returncode == 1 and result.stderr.splitlines()[-1] == "1 skipped"
     (tmp_path / "test_unimportable.py").write_text("import nothing_by_this_name\n", encoding="utf-8")
-    result, found = suite(tmp_path, str(tmp_path / "test_unimportable.py"), "-k", "good")
+    result, found = suite(tmp_path, tmp_path / "test_unimportable.py", "-k", "good")
     assert result.returncode == 1 and "nothing_by_this_name" in found["figures"]["failures"]["test_unimportable.py"]
 
 
