@@ -115,7 +115,7 @@ def test_the_documented_parts_are_those_that_run() -> None:
         (["--device", "cpu"], "--device cpu and --small go together"),
         (["--small"], "--device cpu and --small go together"),
         (["--device", "cpu", "--small", "--wheels", "EMPTY"], "no wheels there; fetch them with tools/gpu/wheels.sh"),
-        ([], "nvidia-smi finds no GPU here; --device cpu --small runs the same parts on a CPU"),
+        ([], "neither nvidia-smi nor torch sees a GPU here; --device cpu --small runs the same parts on a CPU"),
     ],
 )
 def test_a_wrong_call_is_refused_before_anything_runs(
@@ -123,6 +123,7 @@ def test_a_wrong_call_is_refused_before_anything_runs(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["checks.py", *(str(tmp_path) if word == "EMPTY" else word for word in words)])
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(SystemExit) as ended:
         checks.main()
     assert ended.value.code == 2 and message in capsys.readouterr().err
@@ -137,7 +138,13 @@ def test_the_gpu_is_the_first_that_the_process_may_use(tmp_path: Path, monkeypat
     assert machine.gpu() == dict(zip(machine.GPU_FIELDS, ("Card 3", "580.65", "81559 MiB", "345 MHz", "1980 MHz", "700.00 W"), strict=True))
     assert machine.device_name() == "Card 3"
     fake.write_text("#!/bin/sh\necho No devices were found; exit 6\n", encoding="utf-8")
-    assert machine.gpu() is None and machine.device_name() == "cpu"
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\ncase "$2" in *torch.cuda*) echo Card of torch;; esac\n', encoding="utf-8")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    assert machine.gpu() is None and machine.device_name() == "Card of torch"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert machine.device_name() == "cpu"
 
 
 TESTS = """
@@ -163,7 +170,7 @@ def test_deadly():
 def suite(folder: Path, *words: str | Path) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
     (folder / "test_some.py").write_text(TESTS, encoding="utf-8")
     command = [sys.executable, GPU / "suite.py", "--out", folder / "some.json", folder / "test_some.py", *words]
-    environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # a second each
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # both take a second
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=folder, env=environment)
     return result, json.loads((folder / "some.json").read_text(encoding="utf-8"))
 

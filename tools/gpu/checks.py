@@ -192,7 +192,7 @@ def install(wheels: Path, site: Path) -> None:
 
 
 def options() -> argparse.Namespace:
-    """The command line, checked."""
+    """The command line, checked; `device` is the GPU's name, or `cpu`."""
     parser = argparse.ArgumentParser(prog="checks.sh", description="All checks and benchmarks for one GPU.")
     parser.add_argument("--wheels", type=Path, help="folder of the wheels that this machine lacks (tools/gpu/wheels.sh)")
     parser.add_argument("--out", type=Path, help="folder for results; default: runs/checks/DEVICE")
@@ -207,16 +207,17 @@ def options() -> argparse.Namespace:
         parser.error("--device cpu and --small go together: the parts in full are for a GPU, the small ones for a CPU")
     if given.wheels and not list(given.wheels.glob("*.whl")):
         parser.error(f"--wheels {given.wheels}: no wheels there; fetch them with tools/gpu/wheels.sh")
-    if given.device == "cuda" and machine.gpu() is None:
-        parser.error("nvidia-smi finds no GPU here; --device cpu --small runs the same parts on a CPU")
+    given.device = "cpu" if given.small else machine.device_name()
+    if given.device == "cpu" and not given.small:
+        parser.error("neither nvidia-smi nor torch sees a GPU here; --device cpu --small runs the same parts on a CPU")
     return given
 
 
-def environment(device: str, scratch: Path) -> dict[str, str]:
+def environment(small: bool, scratch: Path) -> dict[str, str]:
     """For every part: the repository and the wheels importable, no network, temporary files where they are cleaned up."""
     paths = [*(str(ROOT / folder) for folder in ON_PATH), str(scratch / "site"), os.environ.get("PYTHONPATH", "")]
     fixed = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "TMPDIR": str(scratch)}
-    if device == "cpu":
+    if small:
         fixed |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     return {"OMP_NUM_THREADS": "4"} | os.environ | fixed
 
@@ -230,8 +231,7 @@ def interrupt(number: int, frame: FrameType | None) -> None:
 def main() -> int:
     """Exit code 0: every part is ok or skipped; 1: one failed or the call was interrupted; 2: the call was wrong."""
     given = options()
-    device = machine.device_name() if given.device == "cuda" else "cpu"
-    out = (given.out or ROOT / "runs/checks" / re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")).absolute()
+    out = (given.out or ROOT / "runs/checks" / re.sub(r"[^a-z0-9]+", "-", given.device.lower()).strip("-")).absolute()
     out.mkdir(parents=True, exist_ok=True)
     (out / "summary.json").unlink(missing_ok=True)  # of an earlier call
     results: list[Result] = []
@@ -242,8 +242,8 @@ def main() -> int:
         if given.wheels:
             install(given.wheels, scratch / "site")
         about: dict[str, Any] = {
-            "device": device,
-            "gpu": machine.gpu() if given.device == "cuda" else None,
+            "device": given.device,
+            "gpu": None if given.small else machine.gpu(),
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "commit": machine.commit(),
             "versions": machine.versions(),
@@ -251,7 +251,7 @@ def main() -> int:
 
         def start(part: Part) -> Running:
             command = [sys.executable, *shlex.split(part.small if given.small else part.on_gpu), "--out", str(out / f"{part.name}.json")]
-            return Running(part, command, out, environment(given.device, scratch))
+            return Running(part, command, out, environment(given.small, scratch))
 
         def report(result: Result) -> None:
             print(result.line(), flush=True)
@@ -268,7 +268,7 @@ def main() -> int:
             run_parts(chosen, start, jobs=2 if given.small else 1, report=report)
         except KeyboardInterrupt:
             interrupted = True
-    print(f"\n{device}, {', '.join(f'{name} {version}' for name, version in about['versions'].items())}; results in {out}")
+    print(f"\n{given.device}, {', '.join(f'{name} {version}' for name, version in about['versions'].items())}; results in {out}")
     for result in results:
         print(result.line())
     return int(interrupted or any(result.state == "FAILED" for result in results))

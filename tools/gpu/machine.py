@@ -1,10 +1,11 @@
-"""What this machine is, as far as it can be told without importing torch."""
+"""What this machine is, told without importing torch: a result names its device even where torch does not start."""
 
 from __future__ import annotations
 
 import os
 import platform
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -25,9 +26,13 @@ def gpu() -> dict[str, str] | None:
 
 
 def device_name() -> str:
-    """The GPU's name, or `cpu`."""
-    found = gpu()
-    return found["name"] if found else "cpu"
+    """The GPU's name, or `cpu`; torch is asked, in a process of its own, where nvidia-smi does not know."""
+    if found := gpu():
+        return found["name"]
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return "cpu"
+    asked = subprocess.run([sys.executable, "-c", "import torch; print(torch.cuda.get_device_name())"], capture_output=True, text=True)
+    return asked.stdout.strip() or "cpu"
 
 
 def versions() -> dict[str, str]:
