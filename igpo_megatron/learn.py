@@ -177,7 +177,7 @@ def trained_advantages(row: PackedRow, config: Loss) -> Any:
 
     if not isinstance(config, PolicyLoss) or config.mismatch == "none":
         return row.advantages
-    return row.advantages * mismatch_factor(row.old_logprobs, row.behavior_logprobs, row.sequence, config)[:, None]
+    return row.advantages * mismatch_factor(row.old_logprobs, row.behavior_logprobs, row.sequence, row.sequences, config)[:, None]
 
 
 def row_loss(loss: Callable[..., Any], config: Loss, with_reference: bool, row: PackedRow, logprobs: Any, entropy: Any) -> Any:
@@ -193,5 +193,6 @@ def row_loss(loss: Callable[..., Any], config: Loss, with_reference: bool, row: 
         entropy=entropy,
         old_entropies=row.old_entropies if looks_back else None,
         sequence=row.sequence,
+        sequences=row.sequences,
     )
     return loss(tokens)

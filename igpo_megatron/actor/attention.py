@@ -20,6 +20,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from igpo_megatron.actor.context import gather_tokens, zigzag
 from igpo_megatron.actor.tree_plan import PLANS, Range, plan_of
+from igpo_megatron.actor.upload import upload
 
 BLOCK = 128
 """Tokens per side of a block of the block mask."""
@@ -198,13 +199,13 @@ def _listed(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _block_mask(subtree_end: bytes, held: tuple[Range, ...] | None, device: torch.device) -> BlockMask:
     """By content, like the plans: once per row, not once per layer."""
     row = torch.frombuffer(bytearray(subtree_end), dtype=torch.int64)
-    ends = padded_row(row).to(device)
+    ends = padded_row(row)
     if held is None:
-        return block_mask(ends)
+        return block_mask(upload(ends, device))
     tokens = torch.cat([torch.arange(start, stop) for start, stop in held])
     # Queries of the padding see what the first token sees, which is least, and are dropped.
     padding = tokens[:1].expand(bucket(len(tokens)) - len(tokens))
-    return block_mask(ends, torch.cat((tokens, padding)).to(device))
+    return block_mask(*upload((ends, torch.cat((tokens, padding))), device))
 
 
 @cache
@@ -227,9 +228,13 @@ def compiled_flex_attention(backend: str | Callable[..., Any] = "inductor") -> F
 class TreeRotaryEmbedding(RotaryEmbedding):
     """Rotary angles for explicit positions; keeps whatever frequency scaling Megatron applied to `inv_freq`."""
 
+    inv_freq: torch.Tensor
+
     def at(self, position_ids: torch.Tensor) -> torch.Tensor:
         """position_ids [1, T] -> angles [T, 1, 1, d]."""
-        angles = position_ids.t().float()[..., None] * self.inv_freq.to(position_ids.device)
+        # Megatron makes it on the host and keeps it out of the module's buffers: moved here, once, not for every row.
+        self.inv_freq = self.inv_freq.to(position_ids.device)
+        angles = position_ids.t().float()[..., None] * self.inv_freq
         return torch.cat((angles, angles), dim=-1)[:, :, None, :]
 
     def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group: Any = None) -> torch.Tensor:

@@ -21,6 +21,15 @@ from igpo_megatron.packing.tree import PackedRow
 
 
 @dataclass(frozen=True, slots=True)
+class Merge:
+    """How rows that the ranks of a group hold come into one order: each rank's padded to `most`, gathered, and picked by `slot`."""
+
+    most: int
+    slot: torch.Tensor
+    """[N] int64, where each row stands among the [ranks * most] gathered."""
+
+
+@dataclass(frozen=True, slots=True)
 class RowPart:
     """What one rank of a context-parallel group puts into the model: t = T / n of a row's tokens, and the targets they predict."""
 
@@ -42,18 +51,21 @@ class RowPart:
     probed: torch.Tensor | None
     """[n] bool, as in PackedRow."""
 
-    owner: torch.Tensor | None
-    """[N] int64, rank in the group that predicts each target of the row; None where one rank does them all."""
+    merge: Merge | None
+    """Of the targets that the ranks predict, into the order of the row's; None where one rank predicts them all."""
+
+    numbers: torch.Tensor | None
+    """[n] int64, which of the row's targets these are; None for all."""
 
 
 def part_of(row: PackedRow, rank: int, size: int) -> RowPart:
-    """What `rank` of the `size` ranks that share a row runs."""
+    """What `rank` of the `size` ranks that share a row runs; to be called on the host, where counting keeps no device waiting."""
     if size == 1:
-        return RowPart(row.token_ids, row.position_ids, row.experts, row.predictor, row.targets, row.probed, None)
-    tokens = torch.cat([torch.arange(start, stop, device=row.token_ids.device) for start, stop in zigzag(row.num_tokens, rank, size)])
+        return RowPart(row.token_ids, row.position_ids, row.experts, row.predictor, row.targets, row.probed, None, None)
+    tokens = torch.cat([torch.arange(start, stop) for start, stop in zigzag(row.num_tokens, rank, size)])
     chunk = row.predictor // (row.num_tokens // (2 * size))
     owner = torch.minimum(chunk, 2 * size - 1 - chunk)
-    mine = owner == rank
+    mine = torch.nonzero(owner == rank)[:, 0]
     return RowPart(
         token_ids=row.token_ids[tokens],
         position_ids=row.position_ids[tokens],
@@ -61,8 +73,21 @@ def part_of(row: PackedRow, rank: int, size: int) -> RowPart:
         predictor=torch.searchsorted(tokens, row.predictor[mine]),
         targets=row.targets[mine],
         probed=None if row.probed is None else row.probed[mine],
-        owner=owner,
+        merge=merge_of(owner, size),
+        numbers=mine,
     )
+
+
+def merge_of(owner: torch.Tensor, size: int) -> Merge:
+    """Of rows in whose order rank `owner` [N] holds each, every rank its own in this order."""
+    counts = torch.bincount(owner, minlength=size)
+    most = max(int(counts.max()), 1)
+    # Row n is the k-th of its owner's: find k by counting earlier rows of the same owner.
+    order = torch.argsort(owner, stable=True)
+    offsets = torch.cumsum(counts, 0) - counts
+    slot = torch.empty_like(owner)
+    slot[order] = torch.arange(len(owner)) - offsets[owner[order]]
+    return Merge(most, owner * most + slot)
 
 
 def zigzag(length: int, rank: int, size: int) -> tuple[Range, Range]:

@@ -11,6 +11,7 @@ import importlib.util
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,11 @@ from checkpoint_conversion.architectures import ModelShape, check_sizes, check_t
 from checkpoint_conversion.hf_folder import HfReader
 from checkpoint_conversion.rules import Rule
 from igpo_megatron.actor.attention import TreeAttention, TreeRotaryEmbedding
+from igpo_megatron.actor.context import Merge
 from igpo_megatron.actor.parallel import wants_cuda
-from igpo_megatron.config.schema import Config
-from igpo_megatron.kernels.linear_logprob import Form, Implementation, gather_rows, linear_logprob, resolve
+from igpo_megatron.config.schema import Config, Model
+from igpo_megatron.kernels.linear_logprob import gather_rows, linear_logprob, resolve
+from igpo_megatron.kernels.token_loss import linear_logprob_with_gradients
 from igpo_megatron.types import UserError
 
 logger = logging.getLogger(__name__)
@@ -44,12 +47,35 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Targets by how they are scored."""
+
+    sampled: torch.Tensor
+    """[s] int64, places among the targets."""
+
+    probed: torch.Tensor
+    """[n - s] int64"""
+
+    order: torch.Tensor
+    """[n] int64, where each target stands in (sampled, probed)."""
+
+
+def split_of(probed: torch.Tensor) -> Split:
+    """probed [n] bool, on the host."""
+    sampled, others = torch.nonzero(~probed)[:, 0], torch.nonzero(probed)[:, 0]
+    return Split(sampled, others, torch.argsort(torch.cat((sampled, others))))
+
+
 @dataclass(slots=True)
 class HeadInputs:
-    """What the last stage computes: log-probs of `targets`, each predicted by hidden row `predictor`."""
+    """What the last stage computes: log-probs of `targets`, each predicted by hidden row `predictor`.
+
+    All that depends on what tensors hold, such as how many of them a rank has, was worked out on the host.
+    """
 
     predictor: torch.Tensor
-    """[n] int64, index into the tokens given to the model."""
+    """[n] int64, index into the tokens given to the model; under sequence parallelism [m], into those that this rank holds."""
 
     targets: torch.Tensor
     """[n] int64"""
@@ -63,17 +89,27 @@ class HeadInputs:
     sampled_vocab: int | None = None
     """Rows of the embedding that a sampled token can be; None for all."""
 
-    probed: torch.Tensor | None = None
-    """[n] bool, the targets whose logits are those of all rows, divided by `probe_temperature`; None for none."""
+    split: Split | None = None
+    """Probed targets have the logits of all rows, divided by `probe_temperature`; None where there are none."""
 
     probe_temperature: float = 1.0
 
-    owner: torch.Tensor | None = None
-    """[N] int64, context-parallel rank that computes each target of the row; None where this one computes all."""
+    of_tensor: Merge | None = None
+    """Of the rows that the tensor-parallel ranks hold under sequence parallelism, into the order of `targets`."""
+
+    of_context: Merge | None = None
+    """Of the targets that the context-parallel ranks compute, into the order of the row's; None where this one computes all."""
+
+    upstream: Callable[[slice | torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
+    """(which of the n targets, their log-probs, their entropies) -> the loss's derivatives by these. With it the head forms gradients in
+    the forward pass (kernels/token_loss.py)."""
 
 
 class PolicyModel(GPTModel):
-    """GPTModel with tree positions; `labels` takes `HeadInputs` and the output is [N, 2]: log-prob and entropy, fp32."""
+    """GPTModel with tree positions; `labels` takes `HeadInputs` and the output is [N, 2]: log-prob and entropy, fp32.
+
+    With `HeadInputs.upstream` the output is a pair: the [N, 2] without a gradient, and the `carrier` of token_loss.
+    """
 
     def __init__(
         self,
@@ -81,7 +117,7 @@ class PolicyModel(GPTModel):
         spec: Any,
         shape: ModelShape,
         padded_vocab: int,
-        head: tuple[Implementation, Form],
+        settings: Model,
         **stage: Any,
     ) -> None:
         super().__init__(
@@ -98,7 +134,7 @@ class PolicyModel(GPTModel):
             **stage,
         )
         self.real_vocab = shape.vocab_size
-        self.head, self.head_form = head
+        self.settings = settings
         self.rotary_pos_emb.__class__ = TreeRotaryEmbedding
 
     def _preprocess(self, input_ids: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
@@ -107,73 +143,79 @@ class PolicyModel(GPTModel):
         output[1] = self.rotary_pos_emb.at(position_ids)
         return tuple(output)
 
-    def _postprocess(self, hidden_states: torch.Tensor, *args: Any, labels: HeadInputs | None = None, **kwargs: Any) -> torch.Tensor:
+    def _postprocess(
+        self, hidden_states: torch.Tensor, *args: Any, labels: HeadInputs | None = None, **kwargs: Any
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         if not self.post_process or labels is None:
             return hidden_states
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
-        hidden = select_rows(hidden_states[:, 0], labels.predictor, self.config.sequence_parallel)
+        hidden = select_rows(hidden_states[:, 0], labels.predictor, labels.of_tensor)
 
-        def head(rows: torch.Tensor, targets: torch.Tensor, temperature: float, vocab: int) -> torch.Tensor:
-            logp, entropy, _ = linear_logprob(
-                rows,
-                weight,
-                targets,
-                vocab_start=parallel_state.get_tensor_model_parallel_rank() * weight.shape[0],
-                vocab_size=vocab,
-                temperature=temperature,
-                tp_group=parallel_state.get_tensor_model_parallel_group(),
-                need_entropy=labels.need_entropy,
-                implementation=self.head,
-                form=self.head_form,
-            )
+        carriers: list[torch.Tensor] = []
+
+        def head(rows: torch.Tensor, which: slice | torch.Tensor, temperature: float, vocab: int) -> torch.Tensor:
+            settings: dict[str, Any] = {
+                "vocab_start": parallel_state.get_tensor_model_parallel_rank() * weight.shape[0],
+                "vocab_size": vocab,
+                "temperature": temperature,
+                "tp_group": parallel_state.get_tensor_model_parallel_group(),
+                "need_entropy": labels.need_entropy,
+                "implementation": self.settings.head,
+            }
+            if labels.upstream is None:
+                logp, entropy, _ = linear_logprob(rows, weight, labels.targets[which], form=self.settings.head_form, **settings)
+            else:
+                upstream = labels.upstream if isinstance(which, slice) else partial(_of_part, labels.upstream, which)
+                workspace = self.settings.head_workspace_mib * 2**20
+                logp, entropy, carrier = linear_logprob_with_gradients(
+                    rows, weight, labels.targets[which], upstream, workspace=workspace, **settings
+                )
+                carriers.append(carrier)
             return torch.stack((logp, entropy), dim=-1)
 
         of_sampled = (labels.temperature, labels.sampled_vocab or self.real_vocab)
         of_probes = (labels.probe_temperature, self.real_vocab)
-        if labels.probed is None or of_probes == of_sampled:
-            output = head(hidden, labels.targets, *of_sampled)
+        if labels.split is None or of_probes == of_sampled:
+            output = head(hidden, slice(None), *of_sampled)
         else:
-            parts = [(torch.nonzero(~labels.probed)[:, 0], of_sampled), (torch.nonzero(labels.probed)[:, 0], of_probes)]
-            found = torch.cat([head(gather_rows(hidden, at), labels.targets[at], *how) for at, how in parts])
-            output = gather_rows(found, torch.argsort(torch.cat([at for at, _ in parts])))
-        if labels.owner is None:
-            return output
-        # Every rank computes the loss of the whole row, so each keeps the gradient of its own targets.
-        return gather_owned(output, labels.owner, parallel_state.get_context_parallel_group(), sum_gradients=False)
+            parts = ((labels.split.sampled, of_sampled), (labels.split.probed, of_probes))
+            found = torch.cat([head(gather_rows(hidden, at), at, *how) for at, how in parts])
+            output = gather_rows(found, labels.split.order)
+        if labels.of_context is not None:
+            # Every rank computes the loss of the whole row, so each keeps the gradient of its own targets.
+            output = gather_merged(output, labels.of_context, parallel_state.get_context_parallel_group(), sum_gradients=False)
+        return (output, torch.stack(carriers).sum()) if carriers else output
 
 
-def select_rows(hidden: torch.Tensor, rows: torch.Tensor, sequence_parallel: bool) -> torch.Tensor:
+def _of_part(
+    upstream: Callable[..., tuple[torch.Tensor, torch.Tensor]], which: torch.Tensor, block: slice, *values: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`upstream` of targets `which[block]`."""
+    return upstream(which[block], *values)
+
+
+def select_rows(hidden: torch.Tensor, rows: torch.Tensor, merge: Merge | None) -> torch.Tensor:
     """Rows of the hidden states as every tensor-parallel rank needs them for its vocabulary shard: [M, H], [N] -> [N, H].
 
-    Under sequence parallelism each rank holds T / tp rows; only the selected ones are gathered. The gradient is summed over
-    the group either way, because every rank's head sees the same rows.
+    Under sequence parallelism each rank holds T / tp rows, selects [n] of them, and these are gathered as `merge` says. The gradient is
+    summed over the group either way, because every rank's head sees the same rows.
     """
     size = parallel_state.get_tensor_model_parallel_world_size()
     if size == 1:
         return gather_rows(hidden, rows)
-    if not sequence_parallel:
+    if merge is None:
         return tensor_parallel.copy_to_tensor_model_parallel_region(gather_rows(hidden, rows))
-    owner = rows // len(hidden)
-    rank = parallel_state.get_tensor_model_parallel_rank()
-    mine = gather_rows(hidden, rows[owner == rank] - rank * len(hidden))
-    return gather_owned(mine, owner, parallel_state.get_tensor_model_parallel_group(), sum_gradients=True)
+    return gather_merged(gather_rows(hidden, rows), merge, parallel_state.get_tensor_model_parallel_group(), sum_gradients=True)
 
 
-def gather_owned(mine: torch.Tensor, owner: torch.Tensor, group: dist.ProcessGroup, *, sum_gradients: bool) -> torch.Tensor:
-    """Rows that the ranks of a group hold, in one order on all of them: [n, H] of this rank, owner [N] of each row -> [N, H].
+def gather_merged(mine: torch.Tensor, merge: Merge, group: dist.ProcessGroup, *, sum_gradients: bool) -> torch.Tensor:
+    """Rows that the ranks of a group hold, in one order on all of them: [n, H] of this rank -> [N, H].
 
     The gradient of a row is the sum over the group where its ranks use the rows differently, and the owner's where all do the same.
     """
-    counts = torch.bincount(owner, minlength=group.size())
-    most = max(int(counts.max()), 1)
-    padded = F.pad(mine, (0, 0, 0, most - len(mine)))
+    padded = F.pad(mine, (0, 0, 0, merge.most - len(mine)))
     gathered = tensor_parallel.gather_from_sequence_parallel_region(padded, tensor_parallel_output_grad=sum_gradients, group=group)
-    # Row n is the k-th of its owner's: find k by counting earlier rows of the same owner.
-    order = torch.argsort(owner, stable=True)
-    offsets = torch.cumsum(counts, 0) - counts
-    slot = torch.empty_like(owner)
-    slot[order] = torch.arange(len(owner), device=owner.device) - offsets[owner[order]]
-    return gather_rows(gathered, owner * most + slot)
+    return gather_rows(gathered, merge.slot)
 
 
 def transformer_config(shape: ModelShape, config: Config) -> TransformerConfig:
@@ -293,7 +335,7 @@ def _build_chunk(shape: ModelShape, config: Config, megatron: TransformerConfig,
         layer_spec(megatron, backend, chunk),
         shape,
         padded_vocab(shape, config),
-        (config.model.head, config.model.head_form),
+        config.model,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=chunk),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=chunk),
         vp_stage=chunk,

@@ -58,6 +58,9 @@ class Tokens:
     sequence: Tensor | None = None
     """[N] int64, the trajectory of every token, for losses on whole trajectories."""
 
+    sequences: int = 0
+    """Number of trajectories, more than the greatest of `sequence`; a number, so that no device has to be asked for it."""
+
     @property
     def log_ratio(self) -> Tensor:
         """[N] log of the probability now over that before the step."""
@@ -157,9 +160,11 @@ def _entropy_scores(tokens: Tokens, counts: StepCounts, config: Aepo) -> Tensor:
         return (tokens.old_entropies - counts.entropy.mean) / counts.entropy.std
     assert tokens.entropy is not None, "loss.entropy_advantage needs the entropy of every token"
     current = tokens.entropy.detach()
-    trained = current[tokens.weight > 0]
-    std = trained.std() if len(trained) > 1 else current.new_ones(())
-    return (current - trained.mean()) / torch.where(std > 0, std, 1.0) if len(trained) else torch.zeros_like(current)
+    trained = tokens.weight > 0
+    count = trained.sum()
+    mean = torch.where(trained, current, 0.0).sum() / count.clamp(min=1)
+    std = (torch.where(trained, current - mean, 0.0).square().sum() / (count - 1).clamp(min=1)).sqrt()
+    return (current - mean) / torch.where(std > 0, std, 1.0)
 
 
 def hapo(tokens: Tokens, counts: StepCounts, config: Hapo) -> LossResult:
@@ -208,7 +213,7 @@ def gspo(tokens: Tokens, counts: StepCounts, config: Gspo) -> LossResult:
     """
     assert tokens.sequence is not None, "gspo needs the trajectory of every token"
     log_ratio = tokens.log_ratio
-    ratio = _bounded_exp(sequence_mean(log_ratio.detach(), tokens.sequence)) * _unit(tokens.logprobs)
+    ratio = _bounded_exp(sequence_mean(log_ratio.detach(), tokens.sequence, tokens.sequences)) * _unit(tokens.logprobs)
     surrogate, clipped = _clipped_surrogate(ratio, tokens.signed, config.clip_low, config.clip_high, None)
     per_token = {**clipped, "approx_kl": k3(log_ratio.detach())}
     return _with_regularisers(surrogate, per_token, tokens, counts, config)
@@ -267,8 +272,10 @@ def balanced_clip(log_ratios: Sequence[Tensor], advantages: Sequence[Tensor], co
     return Ppo(**shared, clip_low=1.0 - bound["lower"], clip_high=bound["upper"] - 1.0, dual_clip=config.dual_clip)
 
 
-def mismatch_factor(old_logprobs: Tensor, behavior_logprobs: Tensor, sequence: Tensor, config: PolicyLoss) -> Tensor:
+def mismatch_factor(old_logprobs: Tensor, behavior_logprobs: Tensor, sequence: Tensor, sequences: int, config: PolicyLoss) -> Tensor:
     """What each token's advantages are multiplied by because the engine that sampled it is not quite the trainer. [N] -> [N]
+
+    `sequence` and `sequences` as in `Tokens`.
 
     With w = exp(old_logprob - behavior_logprob), both from before the step, and bounds [low, high]:
 
@@ -289,15 +296,14 @@ def mismatch_factor(old_logprobs: Tensor, behavior_logprobs: Tensor, sequence: T
             ratio = _bounded_exp(log_ratio)
             return torch.where((ratio >= low) & (ratio <= high), ratio, 0.0)
         case "mask_sequence":
-            mean = _bounded_exp(sequence_mean(log_ratio, sequence))
+            mean = _bounded_exp(sequence_mean(log_ratio, sequence, sequences))
             return ((mean >= low) & (mean <= high)).to(log_ratio.dtype)
     return torch.ones_like(log_ratio)
 
 
-def sequence_mean(values: Tensor, sequence: Tensor) -> Tensor:
-    """Every token's mean over the tokens of its own trajectory. [N], [N] -> [N]"""
-    slots = int(sequence.max()) + 1 if len(sequence) else 0
-    sums, tokens = values.new_zeros(slots), values.new_zeros(slots)
+def sequence_mean(values: Tensor, sequence: Tensor, sequences: int) -> Tensor:
+    """Every token's mean over the tokens of its own trajectory, of `sequences`. [N], [N] -> [N]"""
+    sums, tokens = values.new_zeros(sequences), values.new_zeros(sequences)
     sums.index_add_(0, sequence, values)
     tokens.index_add_(0, sequence, torch.ones_like(values))
     return (sums / tokens)[sequence]
@@ -359,5 +365,7 @@ def k3(log_ratio: Tensor) -> Tensor:
 
 
 def _sums_over_trained(per_token: dict[str, Tensor], weight: Tensor) -> dict[str, Tensor]:
+    # Not values[trained]: a GPU would have to tell the host how many there are.
     trained = weight > 0
-    return {"tokens": trained.sum().to(weight.dtype), **{name: values[trained].sum() for name, values in per_token.items()}}
+    sums = {name: torch.where(trained, values, 0.0).sum() for name, values in per_token.items()}
+    return {"tokens": trained.sum().to(weight.dtype), **sums}

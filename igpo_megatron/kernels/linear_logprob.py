@@ -63,20 +63,43 @@ def linear_logprob(
     The gradient of `hidden` holds this rank's vocabulary shard only: the caller sums it over `tp_group`, as every
     column-parallel layer's caller does.
     """
+    if rows is not None:
+        hidden = gather_rows(hidden, rows)
+    check_inputs(hidden, weight, targets, temperature)
+    valid = valid_columns(weight, vocab_start, vocab_size)
+    partials, gradients = _functions(implementation, form, hidden, weight)
+    call = _Call(partials, gradients, vocab_start, valid, float(temperature), need_entropy, tp_group)
+    return _LinearLogprob.apply(hidden, weight, targets, call)
+
+
+def check_inputs(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float) -> None:
+    """Raise ValueError where a hidden row [N, H] for each target [N], one dtype or a positive temperature is missing."""
     if temperature <= 0:
         raise ValueError(f"temperature={temperature}: expected a positive number")
     if hidden.dtype != weight.dtype:
         raise ValueError(f"hidden is {hidden.dtype} and weight is {weight.dtype}: expected one dtype")
-    if rows is not None:
-        hidden = gather_rows(hidden, rows)
     if len(hidden) != len(targets):
         raise ValueError(f"{len(hidden)} rows of hidden states for {len(targets)} targets")
-    valid = len(weight)
-    if vocab_size is not None:
-        valid = max(0, min(valid, vocab_size - vocab_start))
-    partials, gradients = _functions(implementation, form, hidden, weight)
-    call = _Call(partials, gradients, vocab_start, valid, float(temperature), need_entropy, tp_group)
-    return _LinearLogprob.apply(hidden, weight, targets, call)
+
+
+def valid_columns(weight: torch.Tensor, vocab_start: int, vocab_size: int | None) -> int:
+    """How many of this shard's columns are tokens: the first so many."""
+    return len(weight) if vocab_size is None else max(0, min(len(weight), vocab_size - vocab_start))
+
+
+def local_targets(targets: torch.Tensor, vocab_start: int, valid: int) -> torch.Tensor:
+    """Global ids [N] as columns of this shard, -1 where they are not among them."""
+    local = targets - vocab_start
+    return torch.where((local >= 0) & (local < valid), local, -1)
+
+
+def merge(record: torch.Tensor, need_entropy: bool, tp_group: dist.ProcessGroup | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(logp, entropy, lse) [N] from the records [N, 4] of this shard and, after one all-gather, of the others."""
+    top, total, product, picked = torch_chunked.fold(_all_gather(record, tp_group)).unbind(-1)
+    log_total = total.log()
+    lse = top + log_total
+    entropy = log_total - product / total if need_entropy else torch.zeros_like(lse)
+    return picked - lse, entropy, lse
 
 
 def resolve(implementation: str, device: torch.device) -> str:
@@ -86,7 +109,8 @@ def resolve(implementation: str, device: torch.device) -> str:
 
 def gather_rows(hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """hidden[rows], [M, H], [N] -> [N, H], whose gradient is the same bits every time however often a row repeats."""
-    return _GatherRows.apply(hidden, rows)
+    # On CUDA indexing's own backward sorts the rows before it adds; index_put_ would do so too, but first waits to check their range.
+    return hidden[rows] if hidden.is_cuda else _GatherRows.apply(hidden, rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,18 +133,14 @@ class _LinearLogprob(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, call: _Call
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        local = targets - call.vocab_start
-        local = torch.where((local >= 0) & (local < call.valid), local, -1)
+        local = local_targets(targets, call.vocab_start, call.valid)
         record = call.partials(hidden, weight, local, call.valid, call.temperature, call.need_entropy)
-        top, total, product, picked = torch_chunked.fold(_all_gather(record, call.tp_group)).unbind(-1)
-        log_total = total.log()
-        lse = top + log_total
-        entropy = log_total - product / total if call.need_entropy else torch.zeros_like(lse)
+        logp, entropy, lse = merge(record, call.need_entropy, call.tp_group)
         ignored = targets < 0
         ctx.save_for_backward(hidden, weight, local, ignored, lse, entropy)
         ctx.call = call
         ctx.set_materialize_grads(False)
-        outputs = ((picked - lse).masked_fill(ignored, 0.0), entropy.masked_fill(ignored, 0.0), lse.masked_fill(ignored, 0.0))
+        outputs = (logp.masked_fill(ignored, 0.0), entropy.masked_fill(ignored, 0.0), lse.masked_fill(ignored, 0.0))
         if not call.need_entropy:
             ctx.mark_non_differentiable(outputs[1])
         return outputs
@@ -137,7 +157,7 @@ class _LinearLogprob(torch.autograd.Function):
 
 
 class _GatherRows(torch.autograd.Function):
-    """index_select whose backward does not add with CUDA atomics."""
+    """index_select whose backward adds the rows one after the other; that of indexing adds in parallel on CPU, in any order."""
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -149,9 +169,7 @@ class _GatherRows(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
         (rows,) = ctx.saved_tensors
         (grad,) = grads
-        total = grad.new_zeros(ctx.shape)
-        # On CUDA index_put_ sorts the indices before it adds, index_add_ uses atomics; on CPU index_add_ is the sequential one.
-        return (total.index_put_((rows,), grad, accumulate=True) if grad.is_cuda else total.index_add_(0, rows, grad)), None
+        return grad.new_zeros(ctx.shape).index_add_(0, rows, grad), None
 
 
 def _functions(implementation: str, form: str, hidden: torch.Tensor, weight: torch.Tensor) -> tuple[Callable[..., Any], Callable[..., Any]]:

@@ -290,6 +290,26 @@ def gradients(
     return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight
 
 
+def block_records(logits: torch.Tensor, local_targets: torch.Tensor, temperature: float, need_entropy: bool) -> torch.Tensor:
+    """`torch_chunked.block_records`."""
+    count, width = logits.shape
+    record = empty_records(logits)
+    grid = (triton.cdiv(count, BLOCK["BLOCK_R"]),)
+    _fold_chunk[grid](logits, local_targets, record, count, width, 0, 1.0 / temperature, ENTROPY=need_entropy, **BLOCK)
+    return record
+
+
+def block_dz(
+    logits: torch.Tensor, local_targets: torch.Tensor, temperature: float, coefficients: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """`torch_chunked.block_dz`; in place where `dtype` is that of the logits."""
+    count, width = logits.shape
+    dz = logits if dtype == logits.dtype else torch.empty_like(logits, dtype=dtype)
+    grid = (triton.cdiv(count, BLOCK["BLOCK_R"]), triton.cdiv(width, BLOCK["BLOCK"]))
+    _logits_to_dz[grid](logits, dz, local_targets, coefficients, count, width, 0, 1.0 / temperature, **BLOCK)
+    return dz
+
+
 def _stream_blocks(rows: int, dtype: torch.dtype) -> dict[str, Any]:
     """Tile of the streaming kernel. Few rows: small, deep pipeline for bandwidth; many: as large as registers allow."""
     if dtype == torch.float32:

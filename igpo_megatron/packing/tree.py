@@ -13,7 +13,7 @@ the hidden state that predicts a token is its predecessor on its own path (`pred
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -63,6 +63,9 @@ class PackedRow:
     sequence: torch.Tensor
     """[N] int64, number within the row of the trajectory the token belongs to (the last one through it where several share it)."""
 
+    sequences: int
+    """Number of trajectories in the row."""
+
     old_entropies: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     """[N] fp32, nats, by the actor before the step; zeros where the loss uses none."""
 
@@ -79,6 +82,14 @@ class PackedRow:
     def num_tokens(self) -> int:
         """T, padding included."""
         return len(self.token_ids)
+
+    def with_targets(self, which: slice | torch.Tensor) -> PackedRow:
+        """The row with some of its targets only, as a loss on tokens may be given it; `origin` stays behind."""
+        per_target = ("predictor", "targets", "weight", "advantages", "old_logprobs", "ref_logprobs", "behavior_logprobs", "sequence")
+        parts = {name: getattr(self, name)[which] for name in per_target}
+        entropies = self.old_entropies[which] if len(self.old_entropies) else self.old_entropies
+        probed = None if self.probed is None else self.probed[which]
+        return replace(self, **parts, old_entropies=entropies, probed=probed, origin=[])
 
 
 @dataclass(slots=True)
@@ -311,6 +322,7 @@ class _RowBuilder:
             ref_logprobs=torch.tensor(self.ref_logprobs, dtype=torch.float32),
             behavior_logprobs=torch.tensor(self.behavior_logprobs, dtype=torch.float32),
             sequence=torch.tensor(self.sequence, dtype=torch.int64),
+            sequences=self.trajectories,
             old_entropies=torch.tensor(self.old_entropies, dtype=torch.float32),
             experts=None if experts is None else expert_rows(self.experts, total, experts),
             probed=torch.tensor(self.probed) if any(self.probed) else None,

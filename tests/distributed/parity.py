@@ -10,13 +10,21 @@ from functools import partial
 import pytest
 import torch
 from groups import random_groups
-from test_layouts import gradients, relative_error, row_loss, with_off_policy_logprobs
+from test_layouts import gradients, relative_error, with_off_policy_logprobs
 
+from checkpoint_conversion.architectures import rules_for
 from igpo_megatron.actor import attention, schedule
-from igpo_megatron.actor.offload import Offload
+from igpo_megatron.actor.model import global_names
+from igpo_megatron.actor.offload import Offload, _bytes_of, _kept
 from igpo_megatron.actor.policy import Policy
+from igpo_megatron.algorithms.losses import ppo
+from igpo_megatron.config.schema import Ppo
+from igpo_megatron.learn import row_loss
 from igpo_megatron.packing.tree import pack_for_scoring, pack_for_training, step_counts
 from igpo_megatron.types import RolloutGroup
+
+LOSS = Ppo(kl_coef=0.01, entropy_coef=0.003, aggregation="sequence_mean", clip_low=2.0, clip_high=1e6, dual_clip=None)
+"""Clips nothing: of two right answers in bf16 one would clip a token that the other leaves, and their gradients would part."""
 
 ROW_TOKENS = 320
 """Three blocks of the mask, so that some are skipped, some whole and some mixed. All rows have it: each length takes time to compile."""
@@ -39,6 +47,23 @@ class Numbers:
     grad_norm: float
     """Of one optimizer step."""
 
+    weights: dict[str, torch.Tensor]
+    """What the optimizer holds after the step, fp32, under HF names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gaps:
+    """Largest differences between two `Numbers`."""
+
+    logprob: float
+    """Nats."""
+
+    gradient: float
+    """Of the largest entry of its tensor."""
+
+    weight: float
+    """Of a step of the optimizer, where the gradient is clear of rounding."""
+
 
 def groups() -> list[RolloutGroup]:
     """Trees of prompts, turns, results and probes."""
@@ -46,21 +71,45 @@ def groups() -> list[RolloutGroup]:
 
 
 def measured(policy: Policy, trees: list[RolloutGroup]) -> Numbers:
-    """Score, leave and come back, score again, accumulate gradients, step."""
+    """Score, leave and come back, score again, accumulate gradients, step, leave and come back."""
     scoring = pack_for_scoring(trees, row_tokens=ROW_TOKENS, multiple=ROW_TOKENS)
     logprobs = torch.cat(policy.log_probs(scoring))
-    offload = Offload(policy)
-    offload.leave()
-    offload.come_back()
+    leave_and_come_back(policy)
     again = torch.cat(policy.log_probs(scoring))
     rows = pack_for_training(trees, row_tokens=ROW_TOKENS, multiple=ROW_TOKENS, token_weight=lambda tokens: 1.0)
     assert {row.num_tokens for row in [*rows, *scoring]} == {ROW_TOKENS} and ROW_TOKENS > 2 * attention.BLOCK
-    loss = partial(row_loss, step_counts(trees))
+    loss = partial(row_loss, partial(ppo, counts=step_counts(trees), config=LOSS), LOSS, True)
     policy.zero_gradients()
     schedule.forward_backward(policy.wrapped, rows, loss, temperature=1.0, device=policy.ranks.device)
     found = {name: tensor.float().cpu() for name, tensor in gradients(policy).items()}
     result = policy.train_step(rows, loss)
-    return Numbers(logprobs, again, found, result.loss, result.grad_norm)
+    leave_and_come_back(policy)
+    return Numbers(logprobs, again, found, result.loss, result.grad_norm, optimized(policy))
+
+
+def optimized(policy: Policy) -> dict[str, torch.Tensor]:
+    """What one rank's optimizer steps on: in bf16 its own fp32 copies of the weights. On the host, under HF names."""
+    rules = rules_for(policy.shape, policy.config.model.vocab_multiple)
+    found: dict[str, torch.Tensor] = {}
+    for name, parameter in global_names(policy.chunks):
+        main = getattr(parameter, "main_param", parameter).detach().view_as(parameter).float().cpu()
+        found |= dict(zip(rules[name].exports, rules[name].to_hf(main), strict=bool(rules[name].exports)))
+    return found
+
+
+def leave_and_come_back(policy: Policy) -> None:
+    """Weights, main parameters and moments are emptied, and are the same bits afterwards."""
+    kept = list({storage.data_ptr(): storage for storage in _kept(policy)}.values())
+    before = [_bytes_of(storage).cpu().clone() for storage in kept]
+    on_gpu = policy.ranks.device.type == "cuda"
+    allocated = torch.cuda.memory_allocated() if on_gpu else 0
+    offload = Offload(policy)
+    given_back = offload.leave()
+    assert all(storage.nbytes() == 0 for storage in kept)
+    assert given_back >= sum(len(held) for held in before)
+    assert not on_gpu or allocated - torch.cuda.memory_allocated() >= given_back
+    offload.come_back()
+    assert all(torch.equal(_bytes_of(storage).cpu(), held) for storage, held in zip(kept, before, strict=True))
 
 
 @contextmanager
@@ -78,13 +127,27 @@ def by_flex_attention(policy: Policy, trees: list[RolloutGroup]) -> Numbers:
         return measured(policy, trees)
 
 
-def compare(found: Numbers, expected: Numbers, logprob: float, gradient: float) -> None:
-    """Differ by no more than `logprob` (nats) and `gradient` (of the largest entry of each tensor)."""
+def compare(found: Numbers, expected: Numbers, rate: float, logprob: float, gradient: float) -> Gaps:
+    """Differ by no more than `logprob` (nats) and `gradient` (of the largest entry of each tensor); weights by a tenth of a step.
+
+    Adam's first step is the learning rate `rate` in the direction of the gradient's sign, so weights say nothing where the sign is open.
+    """
     # Not bit for bit: on CUDA the outputs of a token's experts are added up in any order.
     assert float((found.again - found.logprobs).abs().max()) < logprob / 10
-    assert float((found.logprobs - expected.logprobs).abs().max()) < logprob
-    assert set(found.gradients) == set(expected.gradients)
-    for name, tensor in found.gradients.items():
-        assert relative_error(tensor, expected.gradients[name]) < gradient, name
+    assert set(found.gradients) == set(expected.gradients) and set(found.weights) == set(expected.weights)
+    gaps = Gaps(
+        logprob=float((found.logprobs - expected.logprobs).abs().max()),
+        gradient=max(relative_error(tensor, expected.gradients[name]) for name, tensor in found.gradients.items()),
+        weight=max(weight_gap(found, expected, name, gradient) / rate for name in found.gradients),
+    )
+    assert gaps.logprob < logprob and gaps.gradient < gradient and gaps.weight < 0.1, gaps
     assert found.loss == pytest.approx(expected.loss, rel=gradient, abs=gradient)
     assert found.grad_norm == pytest.approx(expected.grad_norm, rel=gradient)
+    return gaps
+
+
+def weight_gap(found: Numbers, expected: Numbers, name: str, gradient: float) -> float:
+    """Largest difference of updated weights whose gradient is larger than two right ones may differ."""
+    slope = expected.gradients[name].abs()
+    settled = slope > gradient * slope.max()
+    return float((found.weights[name] - expected.weights[name])[settled].abs().max()) if settled.any() else 0.0

@@ -1,71 +1,205 @@
-"""What a policy on a GPU does beside its matmuls, tried with a device that is made up: when it waits for the host, how it attends."""
+"""What a policy on a GPU does beside its matmuls, tried without one: when the host waits for the device, what is copied there.
+
+A policy on the meta device has weights, activations and gradients of the right sizes, and none of them has a value. So whatever would
+wait for a GPU's answer raises, wherever it stands, in Megatron and in torch's backward pass as well.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import fields, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import make_config, run_ranks
 from groups import random_groups
-from test_layouts import row_loss, with_off_policy_logprobs
+from host_waits import Operations, host_waits, place
+from test_layouts import ROW_TOKENS, with_off_policy_logprobs
 
-from igpo_megatron.actor import schedule
+from igpo_megatron.actor import attention, cpu, schedule, upload
 from igpo_megatron.actor.policy import Policy
-from igpo_megatron.packing.tree import PackedRow, pack_for_training, step_counts
-from igpo_megatron.types import RolloutGroup
+from igpo_megatron.algorithms.losses import LOSSES
+from igpo_megatron.config.schema import Aepo, Bapo, Cispo, Gspo, Hapo, Loss, PolicyLoss, Ppo, Sft
+from igpo_megatron.learn import row_loss as configured_loss
+from igpo_megatron.packing.experts import ExpertShape
+from igpo_megatron.packing.tree import PackedRow, pack_for_scoring, pack_for_training, step_counts
+from igpo_megatron.types import EntropyStats, RolloutGroup
 
-WAITS = {"cpu", "item", "tolist", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__"}
-"""Methods of a tensor that wait for its device."""
-
-FOUND: Counter[str] = Counter()
-
-
-class OnDevice(torch.Tensor):
-    """A tensor on a device that is made up: whatever is computed from it is one too, and what waits for it is counted."""
-
-    @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function.__name__ in WAITS:
-            FOUND[function.__name__] += 1
-            args = [value.as_subclass(torch.Tensor) if isinstance(value, OnDevice) else value for value in args]
-        return super().__torch_function__(function, types, args, kwargs or {})
-
-
-def to_made_up_device(row: PackedRow, device: torch.device) -> PackedRow:
-    tensors = {field.name: getattr(row, field.name) for field in fields(row)}
-    return replace(row, **{name: value.as_subclass(OnDevice) for name, value in tensors.items() if isinstance(value, torch.Tensor)})
+META = torch.device("meta")
+ALL: dict[str, Any] = {"kl_coef": 0.01, "entropy_coef": 0.003}
+CASES: dict[str, Loss] = {
+    "ppo": Ppo(**ALL),
+    "ppo, truncated": Ppo(**ALL, mismatch="truncate"),
+    "ppo, masked": Ppo(**ALL, mismatch="mask"),
+    "ppo, whole sequences masked": Ppo(**ALL, mismatch="mask_sequence"),
+    "bapo": Bapo(**ALL),
+    "aepo": Aepo(**ALL, balanced_tokens="high_entropy"),
+    "aepo, as published": Aepo(**ALL, entropy_advantage="published"),
+    "hapo": Hapo(**ALL),
+    "gspo": Gspo(**ALL),
+    "cispo": Cispo(**ALL),
+    "sft": Sft(),
+}
 
 
-def waits(policy: Policy, groups: list[RolloutGroup]) -> list[tuple[int, dict[str, int], dict[str, int]]]:
-    """(rows, what was waited for in scoring, in training), of few and of many rows."""
-    found = []
+def loss_of(config: Loss, groups: list[RolloutGroup]) -> Callable[..., Any]:
+    """As `learn.update` makes it. BAPO's bounds are found on the host, of log-probs that are there, before the step."""
+    counts = replace(step_counts(groups), entropy=EntropyStats(mean=1.0, std=0.5, threshold=1.5, lowest=0.1, highest=3.0))
+    settings = Ppo(**ALL) if isinstance(config, Bapo) else config
+    return partial(configured_loss, partial(LOSSES[config.name], counts=counts, config=settings), config, isinstance(config, PolicyLoss))
+
+
+def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block_mask: Any, scale: float, enable_gqa: bool) -> torch.Tensor:
+    """In place of FlexAttention, which has no form for meta tensors."""
+    assert block_mask.kv_indices.device == q.device
+    return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=enable_gqa)
+
+
+class Copies:
+    """What goes to the meta device."""
+
+    def __init__(self) -> None:
+        self.locked: list[torch.Tensor] = []
+        """Page-locked buffers that were asked for."""
+
+        self.others: list[str] = []
+        """Where a copy was made from other memory, or one that is waited for."""
+
+    def lock(self, size: int) -> torch.Tensor:
+        self.locked.append(torch.empty(size, dtype=torch.uint8))
+        return self.locked[-1]
+
+    def see(self, operation: Any, args: Any, kwargs: Any) -> None:
+        name = operation.overloadpacket.__name__
+        target, source = {"_to_copy": (kwargs.get("device"), args[0]), "copy_": args[:2]}.get(name, (None, None))
+        if source is not None and source.device != META and getattr(target, "device", target) == META:
+            asynchronous = kwargs.get("non_blocking") and any(source.data_ptr() == buffer.data_ptr() for buffer in self.locked)
+            self.others += [] if asynchronous else [place()]
+
+
+@contextmanager
+def valueless(policy: Policy) -> Iterator[tuple[Policy, Copies]]:
+    """The policy again, on the meta device."""
+    copies = Copies()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(schedule, "to_device", to_made_up_device)
-        for row_tokens in (400, 60):
-            rows = pack_for_training(groups, row_tokens=row_tokens, token_weight=lambda tokens: 1.0)
-            FOUND.clear()
-            scores = schedule.forward_only(policy.wrapped, rows, temperature=1.0, device=policy.ranks.device)
-            assert [len(score) for score in scores] == [len(row.targets) for row in rows]
-            scoring = dict(FOUND)
-            FOUND.clear()
-            loss = partial(row_loss, step_counts(groups))
-            sums = schedule.forward_backward(policy.wrapped, rows, loss, temperature=1.0, device=policy.ranks.device)
-            assert sums["loss"] != 0
-            found.append((len(rows), scoring, dict(FOUND)))
-    return found
+        patch.setattr(cpu, "_CPU", META)
+        patch.setattr(upload, "_page_locked", copies.lock)
+        patch.setattr(attention, "chain_attention", partial(attention.flex_tree_attention, attend=sdpa))
+        found = Policy(policy.config, replace(policy.ranks, device=META))
+        # Over the ranks, once the last row is done; gloo does not know the meta device.
+        found.chunks[0].config.finalize_model_grads_func = lambda *args, **kwargs: None
+        with Operations(copies.see):
+            yield found, copies
 
 
-def test_the_host_waits_for_the_device_once_however_many_rows_there_are(hf_folders: dict[str, Path]) -> None:
+def stopped_in(work: Callable[[], Any]) -> str:
+    """`file.function` of ours that asked for a value which is not there."""
+    with pytest.raises((NotImplementedError, RuntimeError), match=r"meta|nonzero|data.dependent") as error:
+        work()
+    ours = [entry for entry in error.traceback if "igpo_megatron" in str(entry.path)]
+    return f"{Path(ours[-1].path).stem}.{ours[-1].name}"
+
+
+def waits(policy: Policy, groups: list[RolloutGroup], names: list[str]) -> tuple[dict[str, str], int, int, list[str]]:
+    """(where scoring and each loss first wait; rows run, buffers copied and other copies after the first rows)."""
+    with valueless(policy) as (meta, copies):
+        scoring = pack_for_scoring(groups, row_tokens=ROW_TOKENS)
+        rows = pack_for_training(groups, row_tokens=ROW_TOKENS, token_weight=lambda tokens: 1.0)
+        assert len(rows) > 2 and any(row.probed is not None for row in scoring)
+
+        def score() -> Any:
+            return schedule.forward_only(meta.wrapped, scoring, temperature=1.0, probe_temperature=0.5, device=META, with_entropy=True)
+
+        def learn(loss: Callable[..., Any]) -> Any:
+            return schedule.forward_backward(meta.wrapped, rows, loss, temperature=1.0, device=META)
+
+        places = {"scoring": stopped_in(score)}
+        copies.locked.clear(), copies.others.clear()  # what the first row moves there stays there
+        places |= {name: stopped_in(partial(learn, loss_of(CASES[name], groups))) for name in names}
+        return places, len(rows), len(copies.locked), copies.others
+
+
+@pytest.mark.parametrize(("recompute", "names"), [("none", list(CASES)), ("full", ["ppo"])])
+def test_no_loss_keeps_the_host_waiting_before_the_last_row(hf_folders: dict[str, Path], recompute: str, names: list[str]) -> None:
+    assert {config.name for config in CASES.values()} == set(LOSSES)
+    config = make_config(hf_folders["qwen2_tied"], parallel__distributed_optimizer=False, model__recompute=recompute)
+    ((places, rows, copied, others),) = run_ranks(waits, config, with_off_policy_logprobs(random_groups(seed=2)), names)
+    assert places == {"scoring": "schedule.forward_only", **dict.fromkeys(names, "schedule.summed")}
+    # A buffer for each row, and one for the mask of each, which is kept.
+    assert copied == rows * len(names) + rows
+    assert others == []
+
+
+def mistakes(policy: Policy, groups: list[RolloutGroup]) -> tuple[list[str], list[str]]:
+    """(where losses that wait do so, copies from ordinary memory)."""
+    with valueless(policy) as (meta, copies):
+        rows = pack_for_training(groups, row_tokens=ROW_TOKENS, token_weight=lambda tokens: 1.0)
+
+        def by_mask(row: PackedRow, logprobs: torch.Tensor, entropy: torch.Tensor) -> Any:
+            return logprobs[row.weight > 0].sum(), {}
+
+        def by_number(row: PackedRow, logprobs: torch.Tensor, entropy: torch.Tensor) -> Any:
+            return logprobs.sum() / float(row.weight.sum()), {}
+
+        def by_copy(row: PackedRow, logprobs: torch.Tensor, entropy: torch.Tensor) -> Any:
+            return (logprobs * torch.ones(len(logprobs)).to(logprobs.device)).sum(), {}
+
+        run = partial(schedule.forward_backward, meta.wrapped, rows, temperature=1.0, device=META)
+        places = [stopped_in(partial(run, loss)) for loss in (by_mask, by_number)]
+        copies.others.clear()
+        places.append(stopped_in(partial(run, by_copy)))
+        return places, copies.others
+
+
+def test_what_waits_in_a_loss_is_found(hf_folders: dict[str, Path]) -> None:
     groups = with_off_policy_logprobs(random_groups(seed=2, probes=False))
-    ((few, many),) = run_ranks(waits, make_config(hf_folders["qwen2_tied"]), groups)
-    assert many[0] >= 2 * few[0]
-    for rows, scoring, training in (few, many):
-        assert (scoring, training) == ({"cpu": 1}, {"tolist": 1}), f"{rows} rows"
+    ((places, others),) = run_ranks(mistakes, make_config(hf_folders["qwen2_tied"], parallel__distributed_optimizer=False), groups)
+    assert places == ["schedule.loss_of", "schedule.loss_of", "schedule.summed"]
+    assert set(others) == {"test_device.by_copy"}
+
+
+COUNTED_ON_HOST = {"context.merge_of", "context.part_of", "model.split_of", "schedule._head_inputs"}
+"""What a row holds, before it is uploaded."""
+
+HELD_BY_HOST = {"tree_plan._plan", "tree_plan._slice_or", "random.fork"}
+"""The plan of a row, which CUDA does without, and the state of Megatron's generators."""
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "sequence": {"parallel__tensor": 2, "parallel__sequence": True},
+    "context": {"parallel__context": 2},
+    "experts": {},
+    "experts, replayed": {"rollout__routing_replay": True},
+}
+
+
+def waits_by_place(policy: Policy, groups: list[RolloutGroup]) -> list[dict[str, int]]:
+    """Of scoring and of learning, where `host_waits` sees them."""
+    experts = ExpertShape(2, 2) if policy.config.rollout.routing_replay else None
+    many = {"row_tokens": ROW_TOKENS, "multiple": policy.row_multiple, "experts": experts}
+    scoring, rows = pack_for_scoring(groups, **many), pack_for_training(groups, **many, token_weight=lambda tokens: 1.0)
+    settings = {"temperature": 1.0, "device": policy.ranks.device}
+    with host_waits(policy.ranks.device) as scored:
+        schedule.forward_only(policy.wrapped, scoring, probe_temperature=0.5, **settings)
+    with host_waits(policy.ranks.device) as learnt:
+        schedule.forward_backward(policy.wrapped, rows, loss_of(CASES["gspo"], groups), **settings)
+    return [dict(scored), dict(learnt)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_at_other_layouts_only_megatrons_experts_wait(hf_folders: dict[str, Path], layout: str) -> None:
+    """Where a rank holds part of a row its share is counted on the host; what Megatron's experts wait for is each layer's own routing."""
+    architecture = "qwen3_moe" if "experts" in layout else "qwen3"
+    ranks = run_ranks(
+        waits_by_place, make_config(hf_folders[architecture], **LAYOUTS[layout]), with_off_policy_logprobs(random_groups(seed=2))
+    )
+    for found in ranks:
+        others = {name for counts in found for name in counts} - COUNTED_ON_HOST - HELD_BY_HOST
+        assert others == ({"moe_utils.permute"} if "experts" in layout else set())
 
 
 def test_metrics_are_summed_by_name() -> None:

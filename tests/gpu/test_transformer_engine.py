@@ -1,6 +1,6 @@
 """TransformerEngine's layers with our attention: log-probs and gradients are those of the local layers.
 
-pytest tests/gpu/test_transformer_engine.py
+pytest tests/gpu/test_transformer_engine.py        without a GPU the comparison itself runs on CPU, of local layers with themselves
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_config, make_hf_folder
+from conftest import make_config, make_hf_folder, run_ranks
 from groups import random_groups
 from test_layouts import gradients, relative_error, row_loss, with_off_policy_logprobs
 
@@ -21,38 +21,58 @@ from igpo_megatron.actor.policy import Policy
 from igpo_megatron.packing.tree import pack_for_scoring, pack_for_training, step_counts
 from igpo_megatron.types import RolloutGroup
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() or importlib.util.find_spec("transformer_engine") is None, reason="needs a GPU and TransformerEngine"
-)
+MISSING = [
+    what
+    for what, there in (
+        ("a GPU", torch.cuda.is_available()),
+        ("the package transformer_engine", importlib.util.find_spec("transformer_engine") is not None),
+    )
+    if not there
+]
 BOUNDS = {"fp32": 2e-3, "bf16": 0.15}
 """Largest difference of log-probs: TransformerEngine's fp32 matmuls may run in TF32."""
 
+Found = tuple[torch.Tensor, dict[str, torch.Tensor]]
+"""(log-probs of all targets, gradients under HF names), on the host."""
 
-def scores_and_gradients(
-    folder: Path, backend: str, dtype: str, groups: list[RolloutGroup], device: str = "cuda"
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """(log-probs of all targets, gradients under HF names) by one rank in this process."""
-    config = make_config(folder, model__backend=backend, model__dtype=dtype, run__device=device, parallel__distributed_optimizer=False)
-    policy = Policy(config, parallel.init(config))
+
+def scores_and_gradients(policy: Policy, groups: list[RolloutGroup]) -> Found:
     assert all(type(layer.self_attention.core_attention) is TreeAttention for layer in policy.chunks[0].decoder.layers)
     logprobs = torch.cat(policy.log_probs(pack_for_scoring(groups, row_tokens=60)))
     rows = pack_for_training(groups, row_tokens=60, token_weight=lambda tokens: 1.0)
     policy.zero_gradients()
     loss = partial(row_loss, step_counts(groups))
     schedule.forward_backward(policy.wrapped, rows, loss, temperature=1.0, device=policy.ranks.device)
-    found = {name: tensor.float().cpu() for name, tensor in gradients(policy).items()}
-    parallel.shutdown()
-    return logprobs, found
+    return logprobs, {name: tensor.float().cpu() for name, tensor in gradients(policy).items()}
 
 
-@pytest.mark.parametrize("dtype", BOUNDS)
-@pytest.mark.parametrize("architecture", ["qwen2_tied", "qwen3", "llama3", "qwen3_moe", "mixtral"])
-def test_transformer_engines_layers_score_and_learn_as_the_local_ones(tmp_path: Path, architecture: str, dtype: str) -> None:
-    folder = make_hf_folder(tmp_path / architecture, architecture)
+def by_one_rank(folder: Path, backend: str, dtype: str, groups: list[RolloutGroup], device: str) -> Found:
+    config = make_config(folder, model__backend=backend, model__dtype=dtype, run__device=device, parallel__distributed_optimizer=False)
+    if device == "cpu":
+        found: Found = run_ranks(scores_and_gradients, config, groups)[0]
+        return found
+    try:
+        return scores_and_gradients(Policy(config, parallel.init(config)), groups)
+    finally:
+        parallel.shutdown()
+
+
+def check(folder: Path, backend: str, dtype: str, device: str) -> None:
     groups = with_off_policy_logprobs(random_groups(seed=2, probes=False))
-    expected, gradients_expected = scores_and_gradients(folder, "local", dtype, groups)
-    found, gradients_found = scores_and_gradients(folder, "te", dtype, groups)
+    expected, gradients_expected = by_one_rank(folder, "local", dtype, groups, device)
+    found, gradients_found = by_one_rank(folder, backend, dtype, groups, device)
     assert float((found - expected).abs().max()) < BOUNDS[dtype]
     assert set(gradients_found) == set(gradients_expected)
     for name, tensor in gradients_found.items():
         assert relative_error(tensor, gradients_expected[name]) < (0.02 if dtype == "fp32" else 0.3), name
+
+
+@pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISSING)}")
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("architecture", ["qwen2_tied", "qwen3", "llama3", "qwen3_moe", "mixtral"])
+def test_transformer_engines_layers_score_and_learn_as_the_local_ones(tmp_path: Path, architecture: str, dtype: str) -> None:
+    check(make_hf_folder(tmp_path / architecture, architecture), "te", dtype, "cuda")
+
+
+def test_local_layers_score_and_learn_as_themselves(tmp_path: Path) -> None:
+    check(make_hf_folder(tmp_path / "qwen3", "qwen3"), "local", "fp32", "cpu")

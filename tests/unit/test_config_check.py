@@ -353,6 +353,17 @@ def test_settings_of_the_wider_family_are_checked(sound):
     assert "expected [start, end] in tokens" in problem
 
 
+def test_gradients_are_formed_forward_only_where_a_token_has_a_loss_of_its_own(sound):
+    forward = "model.head_backward=in_forward"
+    for loss in ("ppo", "bapo", "aepo", "hapo", "cispo"):
+        assert problems(sound, forward, f"loss.name={loss}", "loss.mismatch=mask") == []
+    for setting in ("loss.name=gspo", "loss.mismatch=mask_sequence", "loss.entropy_advantage=published"):
+        more = ["loss.name=aepo"] if setting.startswith("loss.entropy") else []
+        (found,) = problems(sound, forward, *more, setting)
+        assert found.startswith(f"{setting} makes a token's loss depend on other tokens") and "use model.head_backward=recompute" in found
+        assert problems(sound, *more, setting) == []
+
+
 def test_branching_must_fit_the_group_the_turn_and_the_loss(sound, monkeypatch):
     arpo = ["rollout.branching.name=arpo", "rollout.samples_per_prompt=8", "rollout.branching.initial_rollouts=4"]
     assert problems(sound, *arpo) == []

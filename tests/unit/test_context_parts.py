@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from igpo_megatron.actor.context import in_row_order, part_of, zigzag
 from igpo_megatron.packing.tree import PackedRow
@@ -25,6 +26,7 @@ def row(length: int) -> PackedRow:
         ref_logprobs=numbers,
         behavior_logprobs=numbers,
         sequence=places[:-1],
+        sequences=length - 1,
         experts=places[:, None, None].expand(-1, 2, 3),
     )
 
@@ -35,12 +37,13 @@ def test_every_token_and_every_target_is_one_ranks_own(size: int) -> None:
     parts = [part_of(whole, rank, size) for rank in range(size)]
     assert sorted(torch.cat([part.token_ids for part in parts]).tolist()) == whole.token_ids.tolist()
     assert sorted(torch.cat([part.targets for part in parts]).tolist()) == whole.targets.tolist()
-    for rank, part in enumerate(parts):
-        assert part.owner is not None and part.experts is not None
+    for part in parts:
+        assert part.experts is not None and part.merge is not None
         assert torch.equal(part.position_ids, part.token_ids - 100)
         assert torch.equal(part.experts[:, 0, 0], part.position_ids)
         assert torch.equal(part.token_ids[part.predictor] + 1, part.targets)
-        assert torch.equal(whole.targets[part.owner == rank], part.targets)
+        gathered = torch.cat([F.pad(other.targets, (0, part.merge.most - len(other.targets)), value=-1) for other in parts])
+        assert torch.equal(gathered[part.merge.slot], whole.targets)
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
@@ -61,7 +64,7 @@ def test_every_rank_sees_as_many_keys_of_a_long_chain(size: int) -> None:
 def test_one_rank_takes_the_row_as_it_is() -> None:
     whole = row(7)
     part = part_of(whole, 0, 1)
-    assert part.token_ids is whole.token_ids and part.predictor is whole.predictor and part.owner is None
+    assert part.token_ids is whole.token_ids and part.predictor is whole.predictor and part.merge is None
 
 
 def test_a_row_that_does_not_divide_into_chunks_is_refused() -> None:

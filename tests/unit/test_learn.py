@@ -238,7 +238,8 @@ def test_bapo_balances_the_advantages_that_the_loss_trains(mismatch, disputed, e
     sequence = torch.arange(n) // 50
     now = old + 0.3 * torch.randn(n, generator=generator)
     config = Bapo(mismatch=mismatch)
-    row = SimpleNamespace(old_logprobs=old, behavior_logprobs=old - gap, advantages=advantages, sequence=sequence, weight=torch.ones(n))
+    known = {"old_logprobs": old, "behavior_logprobs": old - gap, "advantages": advantages, "weight": torch.ones(n)}
+    row = SimpleNamespace(**known, sequence=sequence, sequences=n // 50)
     found = balance_bounds(SimpleNamespace(log_probs=lambda rows: [now]), [row], config)
 
     weight = gap.exp()

@@ -188,7 +188,7 @@ def loss_over(config, tokens):
     logprobs = (old + torch.tensor([0.4, -0.7, -0.1, 1.3, 0.0], dtype=torch.float64)[tokens]).requires_grad_()
     signed = torch.tensor([2.0, -1.0, 1.0, -3.0, 0.5], dtype=torch.float64)[tokens]
     entropies = torch.tensor([0.1, 1.0, 2.0, 0.4, 1.5], dtype=torch.float64)[tokens]
-    extra = {"sequence": torch.tensor([0, 0, 0, 1, 1])[tokens]} if getattr(config, "sequence_level", False) else {}
+    extra = {"sequence": torch.tensor([0, 0, 0, 1, 1])[tokens], "sequences": 2} if getattr(config, "sequence_level", False) else {}
     if getattr(config, "uses_old_entropies", False):
         extra["old_entropies"] = entropies
     loss, metrics = LOSSES[config.name](
@@ -290,7 +290,7 @@ def test_gspo_clips_the_geometric_mean_of_a_trajectory_but_keeps_every_turn_its_
     The second is above: its token of A = 1 is clipped to -1.5, that of A = -1 is not, and counts 2."""
     config = Gspo(clip_low=0.5, clip_high=0.5, kl_coef=0.0, aggregation="token_mean")
     loss, gradient, metrics = ppo_on(
-        [2.0, 0.5, 4.0, 1.0], [1.0, 3.0, 1.0, -1.0], config, loss_function=gspo, sequence=torch.tensor([0, 0, 1, 1])
+        [2.0, 0.5, 4.0, 1.0], [1.0, 3.0, 1.0, -1.0], config, loss_function=gspo, sequence=torch.tensor([0, 0, 1, 1]), sequences=2
     )
     assert loss == pytest.approx((-1 - 3 - 1.5 + 2) / 4)
     assert gradient.tolist() == pytest.approx([-0.25, -0.75, 0.0, 0.5])
@@ -312,6 +312,7 @@ def test_gspo_of_one_advantage_has_the_gradient_of_the_papers_sequence_objective
             advantages=torch.stack([share * torch.tensor([2.0, 2.0, 2.0, 0.0]), share * torch.tensor([0.0, 0.0, 0.0, 1.0])], dim=-1),
             weight=share,
             sequence=torch.tensor([0, 0, 0, 1]),
+            sequences=2,
         ),
         StepCounts(trained_tokens=4, trajectories=2, groups=1),
         Gspo(clip_low=0.9, clip_high=9.0, kl_coef=0.0),
@@ -338,7 +339,7 @@ def test_engine_mismatch_is_truncated_or_masked():
 
     def factor(mode, high=3.0):
         config = Ppo(mismatch=mode, mismatch_bounds=(0.5, high))
-        return mismatch_factor(ratio.log(), torch.zeros(5), sequence, config).tolist()
+        return mismatch_factor(ratio.log(), torch.zeros(5), sequence, 2, config).tolist()
 
     assert factor("none") == [1.0] * 5
     assert factor("truncate") == pytest.approx([3.0, 1.0, 0.125, 2.0, 2.0])
@@ -348,8 +349,8 @@ def test_engine_mismatch_is_truncated_or_masked():
 
 
 def test_the_mean_of_a_trajectory_needs_no_order_of_its_tokens():
-    assert sequence_mean(torch.tensor([1.0, 10.0, 3.0]), torch.tensor([2, 0, 2])).tolist() == [2.0, 10.0, 2.0]
-    assert sequence_mean(torch.zeros(0), torch.zeros(0, dtype=torch.int64)).tolist() == []
+    assert sequence_mean(torch.tensor([1.0, 10.0, 3.0]), torch.tensor([2, 0, 2]), 3).tolist() == [2.0, 10.0, 2.0]
+    assert sequence_mean(torch.zeros(0), torch.zeros(0, dtype=torch.int64), 0).tolist() == []
 
 
 def bapo_bounds(share, **settings):

@@ -3,9 +3,9 @@
     python tools/bench/head_kernel.py [--rows 10,128,4096] [--write-table]     under 3 minutes on two cores
 
 Forward, and forward + backward with an own weight for every token. Heads take turns within one run; a head is timed only after its
-log-probs agreed with fp64. Floors: 2NHV operations forward and 8NHV with the recomputing backward at the matmul speed measured here,
-or reading the weight once at the copy speed measured here, whichever takes longer. `--write-table` makes kernels/head_forms.json choose
-between our two forms on this device by what was measured.
+log-probs agreed with fp64. Floors: 2NHV operations forward, and in all 8NHV with the recomputing backward or 6NHV with gradients formed
+in the forward pass, at the matmul speed measured here, or reading the weight once at the copy speed measured here, whichever takes longer.
+`--write-table` makes kernels/head_forms.json choose between our two forms on this device by what was measured.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def measure(
 
     def both(head: Head) -> None:
         hidden.grad = weight.grad = None
-        (head.logprobs(hidden, weight, targets) * upstream).sum().backward()
+        head.train(hidden, weight, targets, upstream)
 
     good: dict[str, Head] = {}
     for name, head in heads.items():
@@ -113,11 +113,13 @@ def measure(
     operations = 2.0 * count * hidden_size * vocab
     read = weight.nbytes / (ceilings["copy_gb_per_s"] * 1e9)
     result = {}
-    for mode, call, share in (("forward", forward, 1), ("forward_backward", both, 4)):
-        timed = {name: partial(call, head) for name, head in good.items() if mode == "forward" or head.differentiable}
+    for mode, call in (("forward", forward), ("forward_backward", both)):
+        chosen = {name: head for name, head in good.items() if (head.carrier is None if mode == "forward" else head.differentiable)}
+        timed = {name: partial(call, head) for name, head in chosen.items()}
         seconds = interleaved(timed, repeats, warmup=2)
         medians = {name: median(values) for name, values in seconds.items()}
         ours = min((name for name in medians if name.startswith("ours")), key=medians.__getitem__)
+        share = 1 if mode == "forward" else chosen[ours].matmuls
         floor = max(share * operations / (ceilings["matmul_tflops"] * 1e12), read)
         result[mode] = {
             "seconds": {name: round(value, 6) for name, value in medians.items()},
@@ -126,7 +128,20 @@ def measure(
             "floor_s": round(floor, 6),
             "fraction_of_floor": round(floor / medians[ours], 3),
         }
+        if mode == "forward_backward":
+            result[mode]["in_forward_vs_recompute"] = _in_forward_vs_recompute(seconds, chosen)
     return result
+
+
+def _in_forward_vs_recompute(seconds: Mapping[str, list[float]], heads: Mapping[str, Head]) -> dict[str, float] | None:
+    """Our fastest head that forms gradients forward over our fastest that recomputes; 3/4 where matmuls are all there is to it."""
+
+    def fastest(matmuls: int) -> list[float] | None:
+        ours = [values for name, values in seconds.items() if name.startswith("ours") and heads[name].matmuls == matmuls]
+        return min(ours, key=median, default=None)
+
+    new, old = fastest(3), fastest(4)
+    return None if new is None or old is None else ratio(new, old)
 
 
 def rules(measured: Mapping[tuple[int, int, int], Mapping[str, float]]) -> list[dict[str, Any]]:
