@@ -68,8 +68,9 @@ def main(
         table[device_name()] = {"source": f"measured: {json.dumps(versions('torch', 'triton'))}", "rules": rules(forms_measured)}
         forms.TABLE.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     floors = {**ceilings, "note": "the fraction of the floor is floor time / measured time; peers that only form logits in 16 bits do less"}
-    fractions = [f"{case} {found['forward']['fraction_of_floor']:.2f}" for case, found in by_shape.items()]
-    headline = f"forward, floor / time: {', '.join(fractions)}; not timed: {', '.join(missing) or 'nothing'}"
+    fractions = {case: " and ".join(f"{mode['fraction_of_floor']:.2f}" for mode in modes.values()) for case, modes in by_shape.items()}
+    shares = ", ".join(f"{case} {share}" for case, share in fractions.items())
+    headline = f"floor / time, forward and with backward: {shares}; not timed: {', '.join(missing) or 'nothing'}"
     finish("head_kernel", figures, floors, ("torch", "triton", "liger-kernel", "cut-cross-entropy"), out, headline)
 
 

@@ -57,7 +57,7 @@ class Part:
     """Files of the repository that the part may rewrite; copied to OUT."""
 
 
-HEAD_TESTS = "tests/gpu/test_linear_logprob_gpu.py"
+HEAD_TESTS = "tests/gpu/test_linear_logprob_gpu.py tests/gpu/test_token_loss_gpu.py"
 POLICY_TESTS = "tests/gpu/test_policy_gpu.py tests/gpu/test_transformer_engine.py"
 PARTS = (
     Part("smoke", 30, "tools/gpu/smoke.py", "tools/gpu/smoke.py"),
