@@ -207,9 +207,10 @@ def options() -> argparse.Namespace:
         parser.error("--device cpu and --small go together: the parts in full are for a GPU, the small ones for a CPU")
     if given.wheels and not list(given.wheels.glob("*.whl")):
         parser.error(f"--wheels {given.wheels}: no wheels there; fetch them with tools/gpu/wheels.sh")
-    given.device = "cpu" if given.small else machine.device_name()
-    if given.device == "cpu" and not given.small:
-        parser.error("neither nvidia-smi nor torch sees a GPU here; --device cpu --small runs the same parts on a CPU")
+    # torch is asked, not nvidia-smi: a torch built for CPUs would run the full sizes on them.
+    given.device = "cpu" if given.small else machine.torch_gpu()
+    if given.device is None:
+        parser.error(f"torch of {sys.executable} sees no GPU; --device cpu --small runs the same parts on a CPU")
     return given
 
 

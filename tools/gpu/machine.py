@@ -25,14 +25,18 @@ def gpu() -> dict[str, str] | None:
     return dict(zip(GPU_FIELDS, found.stdout.strip().split(", "), strict=True)) if found.returncode == 0 else None
 
 
-def device_name() -> str:
-    """The GPU's name, or `cpu`; torch is asked, in a process of its own, where nvidia-smi does not know."""
-    if found := gpu():
-        return found["name"]
+def torch_gpu() -> str | None:
+    """The GPU's name as torch says it, in a process of its own; None where torch sees none."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
-        return "cpu"
+        return None
     asked = subprocess.run([sys.executable, "-c", "import torch; print(torch.cuda.get_device_name())"], capture_output=True, text=True)
-    return asked.stdout.strip() or "cpu"
+    return asked.stdout.strip() or None
+
+
+def device_name() -> str:
+    """The GPU's name, from nvidia-smi if it knows because that is fast; or `cpu`."""
+    found = gpu()
+    return (found["name"] if found else torch_gpu()) or "cpu"
 
 
 def versions() -> dict[str, str]:
