@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType
+from threading import Event
 from typing import Any, Literal
 
 import machine
@@ -159,27 +159,25 @@ def is_json(path: Path) -> bool:
     return True
 
 
-def run_parts(parts: Sequence[Part], start: Callable[[Part], Running], jobs: int, report: Callable[[Result], None]) -> None:
-    """At most `jobs` at a time; none changes another's fate. When interrupted, what has not ended is reported as such."""
+def run_parts(parts: Sequence[Part], start: Callable[[Part], Running], jobs: int, report: Callable[[Result], None], stop: Event) -> None:
+    """At most `jobs` at a time; none changes another's fate. Once `stop` is set, what has not ended is reported as such."""
     waiting, running = deque(parts), list[Running]()
-    try:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                part = waiting.popleft()
-                missing = [package for package in part.needs if find_spec(package) is None]
-                if missing:
-                    report(Result(part.name, "skipped", 0.0, f"not importable: {', '.join(missing)}"))
-                else:
-                    running.append(start(part))
-            for child in [child for child in running if child.is_over()]:
-                running.remove(child)
-                report(child.end())
-            time.sleep(0.05)
-    finally:
-        for child in running:
-            report(child.end(interrupted=True))
-        for part in waiting:
-            report(Result(part.name, "skipped", 0.0, "interrupted before it began"))
+    while (waiting or running) and not stop.is_set():
+        while waiting and len(running) < jobs:
+            part = waiting.popleft()
+            missing = [package for package in part.needs if find_spec(package) is None]
+            if missing:
+                report(Result(part.name, "skipped", 0.0, f"not importable: {', '.join(missing)}"))
+            else:
+                running.append(start(part))
+        for child in [child for child in running if child.is_over()]:
+            running.remove(child)
+            report(child.end())
+        stop.wait(0.05)
+    for child in running:
+        report(child.end(interrupted=True))
+    for part in waiting:
+        report(Result(part.name, "skipped", 0.0, "interrupted before it began"))
 
 
 def install(wheels: Path, site: Path) -> None:
@@ -223,12 +221,6 @@ def environment(small: bool, scratch: Path) -> dict[str, str]:
     return {"OMP_NUM_THREADS": "4"} | os.environ | fixed
 
 
-def interrupt(number: int, frame: FrameType | None) -> None:
-    """SIGTERM ends a call as Ctrl-C does, once."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise KeyboardInterrupt
-
-
 def main() -> int:
     """Exit code 0: every part is ok or skipped; 1: one failed or the call was interrupted; 2: the call was wrong."""
     given = options()
@@ -237,7 +229,9 @@ def main() -> int:
     (out / "summary.json").unlink(missing_ok=True)  # of an earlier call
     results: list[Result] = []
     started = time.monotonic()
-    signal.signal(signal.SIGTERM, interrupt)
+    stop = Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
     with tempfile.TemporaryDirectory(prefix="igpo-checks-") as folder:
         scratch = Path(folder)
         if given.wheels:
@@ -264,15 +258,11 @@ def main() -> int:
             (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
 
         chosen = [part for part in PARTS if part.name in given.parts]
-        interrupted = False
-        try:
-            run_parts(chosen, start, jobs=2 if given.small else 1, report=report)
-        except KeyboardInterrupt:
-            interrupted = True
+        run_parts(chosen, start, 2 if given.small else 1, report, stop)
     print(f"\n{given.device}, {', '.join(f'{name} {version}' for name, version in about['versions'].items())}; results in {out}")
     for result in results:
         print(result.line())
-    return int(interrupted or any(result.state == "FAILED" for result in results))
+    return int(stop.is_set() or any(result.state == "FAILED" for result in results))
 
 
 if __name__ == "__main__":
