@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,10 +21,17 @@ FIGURES = {
     "trees": {"passed", "failed", "skipped", "largest", "properties"},
     "head_speed": {"by_shape", "not_loaded"},
     "fold": {"shape", "by_turns"},
-    "step": set[str](),
-    "learn": set[str](),
+    "step": {"machine", "passes", "planner"},
+    "learn": {"igpo", "grpo"},
 }
 """Part -> figures that its JSON has, among others."""
+
+CURVES = {"step", "seconds", "f1", "gain"}
+"""What learn.py has of every step of either algorithm, among others."""
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 @pytest.mark.timeout(400)
@@ -31,13 +39,14 @@ def test_every_part_runs_small_on_a_cpu_and_leaves_its_figures(tmp_path: Path) -
     command = [ROOT / "tools/gpu/checks.sh", "--device", "cpu", "--small", "--out", tmp_path]
     result = subprocess.run(command, env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True, timeout=360)
     assert result.returncode == 0, result.stdout + result.stderr
-    summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
+    summary = read(tmp_path / "summary.json")
     assert {part["name"]: part["state"] for part in summary["parts"]} == dict.fromkeys(FIGURES, "ok")
     assert all(part["headline"] and part["seconds"] > 0 for part in summary["parts"])
-    for name, expected in FIGURES.items():
-        found = json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8"))
-        assert {"device", "figures", "versions"} <= found.keys() and found["device"] == "cpu", name
-        assert expected <= found["figures"].keys(), name
+    results = {name: read(tmp_path / f"{name}.json") for name in FIGURES}
+    assert {name: result["device"] for name, result in results.items()} == dict.fromkeys(FIGURES, "cpu")
+    learnt = results.pop("learn")
+    assert learnt["result"].keys() >= FIGURES["learn"] and all(row.keys() >= CURVES for curve in learnt["curves"].values() for row in curve)
+    assert [name for name, result in results.items() if not result["figures"].keys() >= FIGURES[name]] == []
     for name in ("head_parity", "trees"):
-        figures = json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8"))["figures"]
+        figures = results[name]["figures"]
         assert figures["passed"] > 3 and figures["failed"] == 0 and figures["largest"], name
