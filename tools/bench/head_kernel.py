@@ -63,7 +63,7 @@ def main(
             forward = measured["forward"]["seconds"]
             forms_measured[count, hidden, vocab] = {form: forward[f"ours_{form}"] for form in forms.FORMS if f"ours_{form}" in forward}
     figures: dict[str, Any] = {"by_shape": by_shape, "not_loaded": missing}
-    if write_table and cuda:
+    if write_table and forms_measured and cuda:
         table = json.loads(forms.TABLE.read_text(encoding="utf-8"))
         table[device_name()] = {"source": f"measured: {json.dumps(versions('torch', 'triton'))}", "rules": rules(forms_measured)}
         forms.TABLE.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")

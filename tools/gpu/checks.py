@@ -64,7 +64,7 @@ PARTS = (
     Part(
         "head_parity",
         90,
-        f"tools/gpu/suite.py {HEAD_TESTS} -n 4",
+        f"tools/gpu/suite.py {HEAD_TESTS} -n 8",
         f"tools/gpu/suite.py --interpret {HEAD_TESTS}",
         needs=("torch", "triton", "pytest"),
     ),
