@@ -277,6 +277,8 @@ def plan_command(
     )
     files = tuple(rollouts or ())
     if run is not None:
+        if gpus is not None or out is not None or placement is not None:
+            raise UserError("--run predicts a configuration as it stands; leave --gpus, --out and --placement out, or plan without --run")
         from rich.console import Console
 
         raise typer.Exit(predict_run(run, model, gpu, calibration, workload, files, Console()))

@@ -7,7 +7,8 @@ One rank, random weights, the policy as `igpo train` builds it, and rows as it p
 prompt counts once. MFU counts what the model asks for (plan/flops.py): recomputation does not raise it, nor do logits that nobody trains
 on. It is given against the fastest matmul measured in the same run, and against the data sheet where the device has one. Of a shape with
 fewer layers than its own it is that of these layers and the whole head, no more. Peak memory: torch's allocator, weights and optimizer
-included; on a CPU the rise of anonymous memory since before the policy was built.
+included; on a CPU the rise of anonymous memory since before the policy was built. Seconds are medians: a GPU's own, a CPU's as this
+process used it.
 
 The result is also a calibration: `igpo plan --calibration RESULT.json`.
 """
@@ -82,7 +83,7 @@ def main(
     layers: Annotated[int | None, typer.Option(min=1, help="Layers of each shape; default: all, of 7B 4.")] = None,
     small: Annotated[bool, typer.Option(help="Short rows, and what ranks exchange is not measured: shows that everything runs.")] = False,
     repeats: Annotated[int, typer.Option(min=1, help="Timed calls of each pass at most.")] = 5,
-    seconds: Annotated[float, typer.Option(min=1, help="Time for all of it: fewer repetitions, then fewer settings.")] = 65,
+    seconds: Annotated[float, typer.Option(min=1, help="Time for all of it: fewer repetitions, then fewer settings.")] = 50,
     out: Annotated[Path | None, typer.Option(help="Result file; default: results/DEVICE/step.json.")] = None,
 ) -> None:
     """Measure the machine, then every shape and setting."""
@@ -152,13 +153,12 @@ def measure(config: Any, ranks: parallel.Ranks, cases: Sequence[Case], repeats: 
             case.peak = peak_of(passes["train"], before)
             calls |= {f"{case.row_tokens} {name}": call for name, call in passes.items()}
     if calls:
+        time_calls = partial(interleaved, calls, warmup=0, clock=time.process_time)  # as calibrate() does
         started = time.monotonic()
-        taken = interleaved(calls, 1, warmup=0)
+        taken = time_calls(repeats=1)
         more = min(repeats - 1, int((until - time.monotonic()) / (time.monotonic() - started)))
-        if more > 0:
-            taken = {
-                name: first + others for (name, first), others in zip(taken.items(), interleaved(calls, more, 0).values(), strict=True)
-            }
+        for name, times in time_calls(repeats=max(0, more)).items():
+            taken[name] += times
         for case in cases:
             found = {
                 name.removeprefix(f"{case.row_tokens} "): times for name, times in taken.items() if name.startswith(f"{case.row_tokens} ")
@@ -217,9 +217,8 @@ def train(policy: Any, rows: Sequence[PackedRow], counts: StepCounts) -> None:
     """An optimizer step."""
 
     def loss(row: PackedRow, logprobs: torch.Tensor, entropy: torch.Tensor) -> Any:
-        old = row.old_logprobs.to(logprobs.device)
         return ppo(
-            Tokens(logprobs=logprobs, entropy=entropy, old_logprobs=old, advantages=row.advantages, weight=row.weight),
+            Tokens(logprobs=logprobs, entropy=entropy, old_logprobs=row.old_logprobs, advantages=row.advantages, weight=row.weight),
             counts,
             policy.config.loss,
         )
