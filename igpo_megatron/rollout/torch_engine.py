@@ -100,6 +100,9 @@ class TorchEngine:
         self._asleep = False
         # What follows belongs to the thread while it steps, and to whoever holds the condition while it does not.
         self._state = threading.Condition()
+        self._open: set[_Turn | _Probe] = set()
+        """Whoever waits for an answer."""
+
         self._waiting: deque[_Turn] = deque()
         self._probes: deque[_Probe] = deque()
         self._running: list[_Turn] = []
@@ -141,8 +144,7 @@ class TorchEngine:
         """The run cannot go on: tell everybody who waits, and everybody who will ask."""
         with self._state:
             self._problem = self._problem or problem
-            left: list[_Turn | _Probe] = [*self._running, *self._waiting, *self._probes]
-            self._running, self._waiting, self._probes = [], deque(), deque()
+            left = list(self._open)
             self._state.notify_all()
         for request in left:
             if request.done.set_running_or_notify_cancel():
@@ -166,23 +168,24 @@ class TorchEngine:
         room = self._config.rollout.max_context - len(token_ids)
         self._require("a turn", token_ids, room)
         turn = _Turn(list(token_ids), min(max_tokens, room), temperature, random.Random(seed), top_logprobs)
-        return await self._ask("a turn", lambda: self._waiting.append(turn), turn.done)
+        return await self._ask("a turn", turn, self._waiting, turn.done)
 
     async def score_probe(self, token_ids: list[int], first: int, *, key: str) -> ProbeScore:
         """Raw log-probs of `token_ids[first:]`. Raises EngineError where they are no log-probs, or take too long."""
         assert 1 <= first < len(token_ids), f"tokens from {first} on of {len(token_ids)} cannot be scored"
         self._require("a probe", token_ids, self._config.rollout.max_context + 1 - len(token_ids))
         probe = _Probe(list(token_ids), first)
-        score = await self._ask("a probe", lambda: self._probes.append(probe), probe.done)
+        score = await self._ask("a probe", probe, self._probes, probe.done)
         if not all(-math.inf < logprob <= 0.0 for logprob in score.logprobs):
             raise EngineError(f"{_NAME} scored a probe with {score.logprobs}, which are no log-probs")
         return score
 
-    async def _ask(self, what: str, enqueue: Callable[[], None], done: Future[Answer]) -> Answer:
+    async def _ask(self, what: str, request: Any, queue: deque[Any], done: Future[Answer]) -> Answer:
         with self._state:
             if self._problem is not None:
                 raise self._problem
-            enqueue()
+            queue.append(request)
+            self._open.add(request)
             self._state.notify_all()
         limit = self._engine.request_timeout_s
         try:
@@ -191,6 +194,9 @@ class TorchEngine:
                     return await asyncio.wrap_future(done)
         except TimeoutError:
             raise EngineError(f"{_NAME} did not answer {what} within rollout.engine.request_timeout_s={limit:g}") from None
+        finally:
+            with self._state:
+                self._open.discard(request)
 
     def _require(self, what: str, token_ids: Sequence[int], room: int) -> None:
         """What would fail inside a batch is refused alone."""
@@ -218,8 +224,8 @@ class TorchEngine:
     def _may_step(self) -> bool:
         """Wait until there is something to do, and begin it; False at the end."""
         with self._state:
-            self._state.wait_for(lambda: self._closing or (not self._frozen and self._has_work))
-            self._stepping = not self._closing
+            self._state.wait_for(lambda: self._closing or self._problem or (not self._frozen and self._has_work))
+            self._stepping = not self._closing and self._problem is None
             return self._stepping
 
     @property

@@ -405,18 +405,18 @@ def test_an_engine_that_sleeps_holds_no_memory_and_wakes_with_the_next_weights(e
 # ---- trouble
 
 
-def test_what_the_engine_cannot_compute_ends_the_run_in_one_sentence_for_everybody() -> None:
+@pytest.mark.parametrize("method", ["prefill", "decode", "score"])
+def test_what_the_engine_cannot_compute_ends_the_run_in_one_sentence_for_everybody(method: str) -> None:
     with open_engines(settings()) as engine:
-        engine._served.decode = lambda *arguments: 1 / 0  # type: ignore[method-assign, assignment]
+        setattr(engine._served, method, lambda *arguments: 1 / 0)
 
         async def ask() -> list[Any]:
-            return await asyncio.gather(
-                *(engine.generate(PROMPT, max_tokens=4, temperature=0.0, seed=0, key="q") for _ in range(3)), return_exceptions=True
-            )
+            turns = [engine.generate(PROMPT, max_tokens=200, temperature=3.0, seed=0, key="q") for _ in range(3)]
+            return await asyncio.gather(*turns, engine.score_probe(PROMPT, 3, key="q"), return_exceptions=True)
 
         for _ in range(2):  # those in flight, and those that come later
             found = asyncio.run(ask())
-            assert [type(error) for error in found] == [EnginesEnded] * 3
+            assert [type(error) for error in found] == [EnginesEnded] * 4
             assert str(found[0]) == "engine 0 failed: ZeroDivisionError: division by zero"
 
 
