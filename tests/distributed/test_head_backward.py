@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import VOCAB, make_config, run_ranks, run_ranks_for_each
 from groups import branched_groups, random_groups
+from host_waits import host_waits
 from test_layouts import LOSS, gradients, relative_error, with_off_policy_logprobs
 
 from igpo_megatron.actor import model, schedule
@@ -174,6 +175,22 @@ def test_the_setting_reaches_the_head_and_the_update_is_the_same(hf_folders: dic
     for name, tensor in weights.items():
         # Adam divides by the gradient's own size, so where a gradient is almost zero its rounding decides the sign.
         assert float(((new_weights[name] - tensor).abs() < 2e-4).float().mean()) > 0.99, name
+
+
+def places(policy: Policy, groups: list[RolloutGroup]) -> list[set[str]]:
+    """Where the host would wait for a GPU: by recompute, in forward."""
+    found = []
+    for in_forward in (False, True):
+        step(policy, groups, LOSS, in_forward, probes=True)  # plans of attention are kept
+        with host_waits(policy.ranks.device) as waits:
+            step(policy, groups, LOSS, in_forward, probes=True)
+        found.append(set(waits))
+    return found
+
+
+def test_the_host_waits_nowhere_that_it_does_not_by_recompute(hf_folders: dict[str, Path]) -> None:
+    for recompute, in_forward in run_ranks(places, make_config(hf_folders["qwen3"], parallel__context=2, **PLAIN), trees()):
+        assert in_forward == recompute and "context.part_of" in recompute
 
 
 def in_blocks(loss: LossConfig, row: PackedRow, groups: list[RolloutGroup], blocks: Callable[[int], Iterator[slice]]) -> torch.Tensor:
