@@ -225,16 +225,23 @@ def plan_command(
     model: Annotated[str | None, typer.Option(help="Folder with config.json, or a known name such as Qwen2.5-72B.")] = None,
     gpus: Annotated[int | None, typer.Option(help="Devices for training and rollouts together.")] = None,
     gpu: Annotated[str, typer.Option(help="h100, h200, h800, h20, b200, a100, a100-40gb or l40s.")] = "h100",
-    calibration: Annotated[Path | None, typer.Option(help="A measured machine instead of --gpu; `--calibrate` writes one.")] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="A measured machine instead of --gpu: a file of `--calibrate`, or the result of tools/bench/step.py."),
+    ] = None,
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="Measure this machine (a minute at most) and write --calibration.")
     ] = False,
     out: Annotated[Path | None, typer.Option(help="Write the fastest plan as a configuration to this YAML file.")] = None,
+    run: Annotated[Path | None, typer.Option(help="Predict this configuration as it stands instead of looking for layouts.")] = None,
     rollouts: Annotated[list[Path] | None, typer.Option(help="Rollout file of a run: its lengths instead of the assumed ones.")] = None,
     prompts: Annotated[int, typer.Option(min=1, help="Questions per step.")] = 32,
     samples: Annotated[int, typer.Option(min=1, help="Trajectories per question.")] = 16,
     max_context: Annotated[int, typer.Option(min=256, help="Tokens of the longest trajectory that must fit.")] = 32768,
     turns: Annotated[float, typer.Option(min=1.0, help="Mean turns of a trajectory.")] = 4.0,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a question's prompt.")] = 600,
+    turn_tokens: Annotated[float, typer.Option(min=1, help="Mean sampled tokens of a turn.")] = 300.0,
+    observation_tokens: Annotated[float, typer.Option(min=1, help="Mean tokens of a tool result.")] = 800.0,
     tool_latency: Annotated[float, typer.Option(min=0.001, help="Median seconds of a tool call.")] = 0.5,
     staleness: Annotated[int, typer.Option(min=0, help="Rollouts this many updates old may overlap with training.")] = 0,
     placement: Annotated[
@@ -252,20 +259,30 @@ def plan_command(
         machines.write(measure(), path)
         typer.echo(f"wrote {path}; plan with --calibration {path}")
         return
-    if model is None or gpus is None:
-        raise UserError("igpo plan needs --model and --gpus (or --calibrate)")
-    from igpo_megatron.plan.command import plan_run
+    if run is None and (model is None or gpus is None):
+        raise UserError("igpo plan needs --model and --gpus (or --run, or --calibrate)")
+    from igpo_megatron.plan.command import plan_run, predict_run
     from igpo_megatron.plan.types import Workload
 
     workload = Workload(
         prompts=prompts,
         samples=samples,
+        prompt_tokens=prompt_tokens,
         turns=turns,
+        turn_tokens=turn_tokens,
+        observation_tokens=observation_tokens,
         tool_median=tool_latency,
         max_context=max_context,
         max_turns=max(10, round(turns)),
     )
     files = tuple(rollouts or ())
+    if run is not None:
+        if gpus is not None or out is not None or placement is not None:
+            raise UserError("--run predicts a configuration as it stands; leave --gpus, --out and --placement out, or plan without --run")
+        from rich.console import Console
+
+        raise typer.Exit(predict_run(run, model, gpu, calibration, workload, files, Console()))
+    assert model is not None and gpus is not None
     raise typer.Exit(plan_run(model, gpus, gpu, calibration, out, workload, files, staleness, placement, reference, rows))
 
 

@@ -213,7 +213,9 @@ def compiled_flex_attention(backend: str | Callable[..., Any] = "inductor") -> F
     """FlexAttention, compiled anew for every bucket; raises torch's FailOnRecompileLimitHit beyond GRAPHS of them.
 
     Left to itself dynamo stops at 8 and runs the rest uncompiled with only a line in the log: [heads, S, S] in fp32, 30 GB at 16k x 28.
-    `fullgraph` makes it raise. The limit holds around our calls alone, so that Megatron's own compiled functions keep theirs.
+    `fullgraph` makes it raise. `dynamic=True` would need one graph, but inductor takes a length that it does not know for no multiple of
+    128, and its kernels then check the edges of every block (IS_DIVISIBLE). The limit holds around our calls alone, so that Megatron's own
+    compiled functions keep theirs.
     """
     compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True, backend=backend)
 

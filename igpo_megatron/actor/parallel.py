@@ -186,6 +186,8 @@ def barrier() -> None:
 
 def gather(value: Any) -> list[Any]:
     """Every rank's value, in rank order, on every rank."""
+    if dist.get_world_size() == 1:
+        return [value]
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values

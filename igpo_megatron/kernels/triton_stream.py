@@ -83,16 +83,13 @@ class Tile:
 
 TILES: dict[str, tuple[tuple[float, Tile], ...]] = {
     "fused": (
-        (16, Tile(16, 128, 64, warps=4, stages=4, resident=2)),
+        (16, Tile(16, 128, 64, warps=4, stages=3, resident=2)),  # with 4 stages Triton 3.6.0 spills
         (32, Tile(32, 128, 64, warps=4, stages=4, resident=2)),
         (64, Tile(64, 128, 64, warps=4, stages=4, resident=2)),
         (128, Tile(128, 128, 64, warps=8, stages=4)),
         (math.inf, Tile(128, 256, 64, warps=8, stages=3)),
     ),
-    "fused, fp32": (
-        (16, Tile(16, 64, 32, warps=4, stages=2, resident=2)),
-        (math.inf, Tile(32, 64, 32, warps=4, stages=2, resident=2)),
-    ),
+    "fused, fp32": ((math.inf, Tile(32, 64, 32, warps=4, stages=2, resident=2)),),
     "tma": (
         (64, Tile(64, 128, 64, warps=4, stages=4, resident=2)),
         (math.inf, Tile(128, 256, 64, warps=8, stages=4)),
@@ -136,7 +133,7 @@ def _write(records, split, row, rows, top, total, product, picked):
     tl.store(at + 3, picked * LN2, mask=row < rows)
 
 
-# Numbers that change from call to call do not make variants: a kernel is compiled once per tile.
+# Numbers that change from call to call do not make variants: a kernel is compiled once per tile, and H counts by what divides it.
 _UNSPECIALISED = ["rows", "valid", "tiles_per_split", "row_tiles", "splits", "group"]
 
 
@@ -155,12 +152,13 @@ def _stream(
     row_tiles,
     splits,
     group,
-    H: tl.constexpr,
+    hidden_size,  # H
     BLOCK_M: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ENTROPY: tl.constexpr,
     PRECISION: tl.constexpr,
+    EVEN: tl.constexpr,  # BLOCK_K divides H
 ):
     row_tile, split = _place(tl.program_id(0), row_tiles, splits, group)
     row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -183,13 +181,13 @@ def _stream(
         b_at = b_start
         b_offset = (tl.minimum(column, valid - 1) - tile * BLOCK_V)[None, :] * weight_stride + inner[:, None]
         logits = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
-        for start in range(0, H, BLOCK_K):
-            if H % BLOCK_K == 0:
+        for start in range(0, hidden_size, BLOCK_K):
+            if EVEN:
                 a = tl.load(a_at + a_offset)
                 b = tl.load(b_at + b_offset)
             else:
-                a = tl.load(a_at + a_offset, mask=inner[None, :] < H - start, other=0.0)
-                b = tl.load(b_at + b_offset, mask=inner[:, None] < H - start, other=0.0)
+                a = tl.load(a_at + a_offset, mask=inner[None, :] < hidden_size - start, other=0.0)
+                b = tl.load(b_at + b_offset, mask=inner[:, None] < hidden_size - start, other=0.0)
             logits = tl.dot(a, b, logits, input_precision=PRECISION)
             a_at += BLOCK_K
             b_at += BLOCK_K
@@ -213,7 +211,7 @@ def _stream_tma(
     row_tiles,
     splits,
     group,
-    H: tl.constexpr,
+    hidden_size,  # H
     BLOCK_M: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -222,8 +220,8 @@ def _stream_tma(
     SPECIALISE: tl.constexpr,
 ):
     # What lies past the end of a descriptor reads as zero.
-    hidden_tiles = tl.make_tensor_descriptor(hidden, [rows, H], [hidden_stride, 1], [BLOCK_M, BLOCK_K])
-    weight_tiles = tl.make_tensor_descriptor(weight, [valid, H], [weight_stride, 1], [BLOCK_V, BLOCK_K])
+    hidden_tiles = tl.make_tensor_descriptor(hidden, [rows, hidden_size], [hidden_stride, 1], [BLOCK_M, BLOCK_K])
+    weight_tiles = tl.make_tensor_descriptor(weight, [valid, hidden_size], [weight_stride, 1], [BLOCK_V, BLOCK_K])
     scale = inverse_temperature * LOG2E
     for work in tl.range(tl.program_id(0), row_tiles * splits, tl.num_programs(0)):
         row_tile, split = _place(work, row_tiles, splits, group)
@@ -237,7 +235,7 @@ def _stream_tma(
         last = tl.minimum(first + tiles_per_split, tl.cdiv(valid, BLOCK_V))
         for tile in tl.range(first, last, warp_specialize=SPECIALISE):
             logits = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
-            for start in range(0, H, BLOCK_K):
+            for start in range(0, hidden_size, BLOCK_K):
                 a = hidden_tiles.load([row_tile * BLOCK_M, start])
                 b = weight_tiles.load([tile * BLOCK_V, start])
                 logits = tl.dot(a, b.T, logits, input_precision=PRECISION)
@@ -297,10 +295,10 @@ def partials(
     tiles_per_split, splits = split_vocabulary(row_tiles, tiles, programs)
     records = hidden.new_empty((splits, rows, 4), dtype=torch.float32)
     numbers = (rows, valid, hidden.stride(0), weight.stride(0), 1.0 / temperature, tiles_per_split, row_tiles, splits)
-    arguments = (hidden, weight, local_targets, records, *numbers, _group(hidden, tile))
-    constants = {"H": hidden.shape[1], "ENTROPY": need_entropy, "PRECISION": "ieee" if hidden.dtype == torch.float32 else "tf32"}
+    arguments = (hidden, weight, local_targets, records, *numbers, _group(hidden, tile), hidden.shape[1])
+    constants = {"ENTROPY": need_entropy, "PRECISION": "ieee" if hidden.dtype == torch.float32 else "tf32"}
     if form == "fused":
-        _stream[(row_tiles * splits,)](*arguments, **constants, **tile.launch)
+        _stream[(row_tiles * splits,)](*arguments, **constants, EVEN=hidden.shape[1] % tile.k == 0, **tile.launch)
     else:
         triton.set_allocator(_scratch)
         grid = (min(row_tiles * splits, programs),)

@@ -33,17 +33,23 @@ STREAM_ELEMENTS = 2**20
 """Of an elementwise call: an activation's size, written to fresh memory as activations are."""
 
 
-def calibrate(threads: int = 1) -> Machine:
-    """This machine as the planner sees it: CUDA where there is a GPU, else the CPU with `threads` threads per rank."""
+def calibrate(threads: int = 1, *, links: bool = True) -> Machine:
+    """This machine as the planner sees it: CUDA where there is a GPU, else the CPU with `threads` threads per rank.
+
+    `links` False, or a single GPU: what ranks exchange is not measured but taken from the data sheet of an H100.
+    """
     torch.set_num_threads(threads)
     cuda = torch.cuda.is_available()
     device, dtype = torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if cuda else torch.float32
     single = cuda and torch.cuda.device_count() < 2
     known = gpu("h100")
-    link, latency, crowd = (known.link, known.link_latency, 1.0) if single else _pair(cuda)
+    pair = links and not single
+    link, latency, crowd = _pair(cuda) if pair else (known.link, known.link_latency, 1.0)
+    assumed = ["decode_call", *["host_link", "network"] * cuda, *["link"] * (not pair)]
     cores = len(os.sched_getaffinity(0))
+    name = torch.cuda.get_device_name() if cuda else f"cpu ({platform.machine()}, {cores} cores)"
     return Machine(
-        name=torch.cuda.get_device_name() if cuda else f"cpu ({platform.machine()}, {cores} cores)",
+        name=name,
         device="cuda" if cuda else "cpu",
         memory=float(torch.cuda.get_device_properties(0).total_memory if cuda else _host_memory() / cores),
         matmul=tuple(sorted(_matmul(shape, device, dtype) for shape in (CUDA_MATMULS if cuda else MATMULS))),
@@ -59,7 +65,7 @@ def calibrate(threads: int = 1) -> Machine:
         ranks_per_node=8 if single else torch.cuda.device_count() if cuda else 64,
         crowd=crowd,
         cores=None if cuda else max(1, cores // threads),
-        source=f"measured {time.strftime('%Y-%m-%d')}; assumed: decode_call{', network, host_link' * cuda}{', link' * single}",
+        source=f"measured on {name}, {time.strftime('%Y-%m-%d')}; not measured but an H100's: {', '.join(assumed)}",
     )
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from igpo_megatron.config.load import ConfigError, build
+from igpo_megatron.config.load import ConfigError, build, load
 from igpo_megatron.plan import machines
 from igpo_megatron.plan.launch import launch_yaml
 from igpo_megatron.plan.model_shape import find_shape
-from igpo_megatron.plan.search import search
-from igpo_megatron.plan.show import show
+from igpo_megatron.plan.search import plan_config, search
+from igpo_megatron.plan.show import show, show_run
 from igpo_megatron.plan.types import Placement, Settings, Workload
 from igpo_megatron.plan.workload import from_rollouts
 
@@ -61,6 +61,22 @@ def plan_run(
         machines.write_asked(out, text, "--out")
         (console or Console()).print(f"wrote {out}")
     return 0
+
+
+def predict_run(
+    path: Path, model: str | None, gpu: str, calibration: Path | None, workload: Workload, rollouts: tuple[Path, ...], console: Console
+) -> int:
+    """What a configuration of one's own will take, layout as it stands; the exit code: 0 where it fits. Raises UserError."""
+    config = load(path)
+    name, shape = find_shape(model or str(config.model.path))
+    if rollouts:
+        workload = from_rollouts(rollouts, workload)
+    machine = machines.read(calibration) if calibration else machines.gpu(gpu)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plan = plan_config(config, name, shape, machine, workload)
+    show_run(plan, console)
+    return 0 if plan.fits else 1
 
 
 def _loads(text: str) -> None:

@@ -1,19 +1,26 @@
-"""Machines: a table of GPUs from their data sheets, scaled by what programs reach, or a measured file of `igpo plan --calibrate`."""
+"""Machines: a table of GPUs from their data sheets, scaled by what programs reach, or a measured file (`igpo plan --calibrate`, or
+tools/bench/step.py, which also times the trainer)."""
 
 from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
+from igpo_megatron.plan.timed import corrected, timed_from
 from igpo_megatron.plan.types import Machine
 from igpo_megatron.types import UserError
 
 GIB = 2**30
 MATMUL_SHARE, ATTENTION_SHARE, STREAM_SHARE, LINK_SHARE = 0.6, 0.45, 0.8, 0.7
 """Share of the data sheet's figure that is reckoned with: assumed, until `--calibrate` has measured the machine."""
+
+MEASURED = ("memory", "attention", "stream", "link", "network", "host_link", "call", "score_factor", "train_factor")
+"""Fields of a measured machine that must be positive."""
 
 _SHEETS = {
     "h100": (79.1, 989, 3350, 450, 50, 64),
@@ -58,16 +65,42 @@ def gpu(name: str) -> Machine:
     )
 
 
+def sheet_flops(device_name: str) -> float | None:
+    """Dense bf16 FLOP/s in the data sheet of what CUDA calls by this name; None for boards that are not in the table."""
+    words = device_name.lower().replace("-", " ").split()
+    if "pcie" in words or "nvl" in words:  # slower clocks than the SXM boards of the same name
+        return None
+    return next((sheet[1] * 1e12 for name, sheet in _SHEETS.items() if name in words), None)
+
+
 def read(path: Path) -> Machine:
-    """A calibration file. Raises UserError for one that is missing or not of this kind."""
+    """A measured machine: a file of `igpo plan --calibrate`, or the result of tools/bench/step.py, whose timed passes correct it.
+
+    Raises UserError for a file that is missing or neither of them.
+    """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        known = {field.name for field in fields(Machine)}
-        if not isinstance(values, dict) or set(values) != known:
-            raise KeyError(f"expected the keys {', '.join(sorted(known))}")
-        return Machine(**{**values, "matmul": tuple((float(size), float(rate)) for size, rate in values["matmul"])})
+        if isinstance(values, dict) and values.get("name") == "step":
+            figures = values["figures"]
+            return corrected(_machine(figures["machine"]), timed_from(figures))
+        return _machine(values)
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise UserError(f"--calibration {path}: not a file written by `igpo plan --calibrate`: {error}") from None
+        raise UserError(
+            f"--calibration {path}: not a file written by `igpo plan --calibrate`, and no result of tools/bench/step.py: {error}"
+        ) from None
+
+
+def _machine(values: Any) -> Machine:
+    """Raises KeyError, TypeError or ValueError for anything else than a machine as `write` writes it; factors may be missing."""
+    known = {field.name for field in fields(Machine)}
+    needed = known - {"score_factor", "train_factor"}
+    if not isinstance(values, dict) or not needed <= set(values) <= known:
+        raise KeyError(f"expected the keys {', '.join(sorted(needed))}")
+    machine = Machine(**{**values, "matmul": tuple((float(size), float(rate)) for size, rate in values["matmul"])})
+    numbers = [getattr(machine, name) for name in MEASURED]
+    if not machine.matmul or not all(math.isfinite(number) and number > 0 for number in [*numbers, *sum(machine.matmul, ())]):
+        raise ValueError(f"expected positive numbers for matmul, {', '.join(MEASURED)}")
+    return machine
 
 
 def write(machine: Machine, path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from checkpoint_conversion.architectures import ModelShape
+from igpo_megatron.config.check.layout import stage_layers
+from igpo_megatron.config.schema import Config, PolicyLoss
 from igpo_megatron.plan.layouts import splits, train_layouts
 from igpo_megatron.plan.memory import export_bytes, fullest_stage
 from igpo_megatron.plan.parts import count_parts, total_parameters
@@ -79,6 +81,56 @@ def search(
     return plan
 
 
+def plan_config(config: Config, model: str, shape: ModelShape, machine: Machine, workload: Workload) -> Plan:
+    """A plan of the one layout that a configuration has: in `fits`, or in `misfits` with the reason.
+
+    `workload`: lengths; how many trajectories there are and how long they may get is the configuration's. Raises UserError for stages
+    that cannot be.
+    """
+    parallel, engine = config.parallel, config.rollout.engine
+    workload = replace(
+        workload,
+        prompts=config.rollout.prompts_per_step,
+        samples=config.rollout.samples_per_prompt,
+        max_turns=config.rollout.max_turns,
+        max_context=config.rollout.max_context,
+    )
+    stages = stage_layers(shape.num_layers, parallel.pipeline, parallel.first_stage_layers, parallel.last_stage_layers)
+    if stages is None:
+        raise UserError(f"parallel.pipeline={parallel.pipeline}: cannot share {shape.num_layers} layers; `igpo train` says what can")
+    layout = Layout(
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        virtual=parallel.virtual_pipeline,
+        context=parallel.context,
+        expert=parallel.expert,
+        data=parallel.data or 1,
+        recompute=config.model.recompute,
+        row_tokens=config.packing.row_tokens,
+        stages=tuple(stages),
+        sequence=parallel.sequence,
+    )
+    settings = Settings(
+        dtype_bytes=2 if config.model.dtype == "bf16" else 4,
+        reference=isinstance(config.loss, PolicyLoss) and config.loss.kl_coef > 0,
+        distributed_optimizer=parallel.distributed_optimizer,
+        minibatches=config.optim.minibatches,
+        head_workspace=config.model.head_workspace_mib * 2**20,
+    )
+    shared, served = config.placement.mode == "colocated", engine.count * engine.tensor
+    plan = Plan(model, shape, machine, workload, settings, layout.ranks + (0 if shared else served), config.rollout.max_staleness, tried=1)
+    engines = serve(shape, machine, workload, engine.count, engine.tensor, engine.gpu_memory_utilization, settings.dtype_bytes)
+    if isinstance(engines, str):
+        plan.misfits.append(Misfit(layout, engines))
+        return plan
+    found = estimate(plan, layout, engines if shared else None)
+    if isinstance(found, Misfit):
+        plan.misfits.append(found)
+    else:
+        plan.fits.append(_with_engines(found, engines, plan.staleness))
+    return plan
+
+
 def estimate(plan: Plan, layout: Layout, colocated: Engines | None = None) -> Estimate | Misfit:
     """Memory and time of scoring and training under one layout; `colocated`: the engines that share its devices."""
     parts = count_parts(plan.shape, layout.tensor, layout.expert)
@@ -104,11 +156,12 @@ def estimate(plan: Plan, layout: Layout, colocated: Engines | None = None) -> Es
     peak = sum(memory.values())
     if peak > limit:
         return Misfit(layout, _why(memory, limit, layout), peak)
+    updates = plan.settings.minibatches
     forward = pass_time(plan.shape, layout, plan.settings, plan.machine, shares, backward=False)
     times = {
         "score": forward * (2 if plan.settings.reference else 1),
         "train": pass_time(plan.shape, layout, plan.settings, plan.machine, shares, backward=True),
-        "update": update_time(parts, layout, plan.settings, plan.machine, rows),
+        "update": updates * update_time(parts, layout, plan.settings, plan.machine, -(-rows // updates)),
         "sync": total_parameters(plan.shape) * plan.settings.dtype_bytes / layout.pipeline / plan.machine.network,
     }
     if colocated is not None:

@@ -8,24 +8,49 @@ from rich.table import Table
 
 from igpo_megatron.plan.machines import GIB
 from igpo_megatron.plan.parts import active_parameters, total_parameters
+from igpo_megatron.plan.rollout_time import mean_tokens
 from igpo_megatron.plan.search import HEADROOM, Plan
 from igpo_megatron.plan.types import Estimate
 
 
 def show(plan: Plan, console: Console, rows: int = 10) -> None:
     """Print all of it."""
-    total, active = total_parameters(plan.shape), active_parameters(plan.shape)
-    active_text = "" if active == total else f", {active / 1e9:.1f}B active"
-    console.print(
-        f"[bold]{plan.model}[/]: {total / 1e9:.2f}B parameters{active_text}, on {plan.gpus} x {plan.machine.name} "
-        f"({plan.machine.memory * HEADROOM / GIB:.1f} GiB used at most; machine {plan.machine.source}; workload {plan.workload.source})"
-    )
+    console.print(heading(plan))
     console.print(f"{plan.tried} layouts tried, {len(plan.fits)} fit")
     if plan.fits:
         console.print(ranked_table(plan, rows))
         console.print(details(plan.fits[0], plan))
     if plan.misfits:
         console.print(misfit_table(plan, rows))
+
+
+def show_run(plan: Plan, console: Console) -> None:
+    """Print the one layout of a configuration."""
+    console.print(heading(plan))
+    for one in plan.fits:
+        workload, layout = plan.workload, one.layout
+        console.print(
+            f"{layout.ranks} ranks train ({layout.describe()}, recompute {layout.recompute}, rows of {layout.row_tokens}), "
+            f"{workload.trajectories} trajectories of {mean_tokens(workload):.0f} tokens"
+        )
+        console.print(details(one, plan))
+        passes = "old and reference log-probs" if plan.settings.reference else "old log-probs"
+        console.print(
+            f"forward ({passes}) {one.train['score']:.1f} s, policy training {one.train['train'] + one.train['update']:.1f} s: "
+            "a prediction until it has been run"
+        )
+    for miss in plan.misfits:
+        console.print(f"does not fit: {miss.reason}")
+
+
+def heading(plan: Plan) -> str:
+    """The model, the machine and the workload, and where their figures come from."""
+    total, active = total_parameters(plan.shape), active_parameters(plan.shape)
+    active_text = "" if active == total else f", {active / 1e9:.1f}B active"
+    return (
+        f"[bold]{plan.model}[/]: {total / 1e9:.2f}B parameters{active_text}, on {plan.gpus} x {plan.machine.name} "
+        f"({plan.machine.memory * HEADROOM / GIB:.1f} GiB used at most; machine {plan.machine.source}; workload {plan.workload.source})"
+    )
 
 
 def ranked_table(plan: Plan, rows: int) -> Table:

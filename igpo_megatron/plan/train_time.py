@@ -1,8 +1,9 @@
 """Seconds of scoring and training a step's rows, from FLOPs, bytes moved and the pipeline's shape.
 
 A stage's time per row is the sum of its matmuls, attention, elementwise traffic, collectives inside the tensor-parallel group and the
-fixed cost of each operation. A pipeline of p stages in v chunks each takes (rows + (p - 1) / v) times its slowest stage. Where ranks
-share cores, the step takes no less than all ranks' work over the cores.
+fixed cost of each operation; what a rank computes itself is multiplied by the machine's factor, where passes were timed (plan/timed.py).
+A pipeline of p stages in v chunks each takes (rows + (p - 1) / v) times its slowest stage. Where ranks share cores, the step takes no
+less than all ranks' work over the cores.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from checkpoint_conversion.architectures import ModelShape
+from igpo_megatron.plan.flops import head_flops, layer_flops, linear_widths
 from igpo_megatron.plan.memory import layer_activations
 from igpo_megatron.plan.types import Layout, Machine, PartSizes, Row, Settings
 
@@ -50,18 +52,14 @@ def row_time(shape: ModelShape, layout: Layout, settings: Settings, machine: Mac
     """Forward pass (and backward, with its recomputation) of one row on one stage."""
     layers = layout.stages[stage]
     tokens, tensor = row.tokens / layout.context, layout.tensor
-    query, key = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    widths = [(shape.hidden_size, query + 2 * key), (query, shape.hidden_size)]
-    routed = shape.mixture.top_k if shape.mixture else 1
-    ffn = shape.mixture.ffn_size if shape.mixture else shape.ffn_size
-    widths += [(shape.hidden_size, 2 * ffn), (ffn, shape.hidden_size)]
+    # Experts share a row's tokens, so each call is smaller than their sum.
+    visits, calls = (shape.mixture.top_k, max(1, shape.mixture.num_experts // layout.expert)) if shape.mixture else (1, 1)
+    in_attention, in_mlp = linear_widths(shape)
     matmul = 0.0
-    for number, (inner, outer) in enumerate(widths):
-        flops = 2.0 * tokens * inner * outer / tensor * (routed if number > 1 else 1)
-        # Experts share a row's tokens, so each call is smaller than their sum.
-        calls = max(1, shape.mixture.num_experts // layout.expert) if shape.mixture and number > 1 else 1
-        matmul += flops / machine.matmul_rate(flops / calls)
-    attention = 4.0 * query / tensor / layout.context * row.pairs / machine.attention
+    for inner, outer, copies, parts in [*((*widths, 1, 1) for widths in in_attention), *((*widths, visits, calls) for widths in in_mlp)]:
+        flops = 2.0 * tokens * inner * outer / tensor * copies
+        matmul += flops / machine.matmul_rate(flops / parts)
+    attention = 4.0 * shape.num_heads * shape.head_dim / tensor / layout.context * row.pairs / machine.attention
     saved = layer_activations(shape, layout, row.tokens, settings, fused_norm=machine.device == "cuda")
     forward = matmul + attention + FORWARD_TRAFFIC * saved / machine.stream + FORWARD_OPS * machine.call
     own = layers * forward
@@ -79,6 +77,12 @@ def row_time(shape: ModelShape, layout: Layout, settings: Settings, machine: Mac
         )
     own += ROW_OPS * machine.call * (2.5 if backward else 1) * layout.virtual
     crowd = machine.crowd if layout.ranks > 1 else 1.0
+    # A factor that was fitted to other shapes must not promise more than the fastest matmul.
+    least = layers * layer_flops(shape, row, backward=backward)
+    if stage == layout.pipeline - 1:
+        least += head_flops(shape, row, backward=backward)
+    factor = machine.train_factor if backward else machine.score_factor
+    own = max(own * factor, least / tensor / layout.context / machine.ceiling)
     return RowTime(own * crowd, layers * _collectives(shape, layout, settings, machine, tokens, backward=backward))
 
 
@@ -160,5 +164,5 @@ def update_time(parts: PartSizes, layout: Layout, settings: Settings, machine: M
             rate, latency = _reach(machine, layout.ranks)
             volume = (copies - 1) / copies * held * (4 + settings.dtype_bytes)
             exchange = volume / rate + 2 * latency
-        seconds = max(seconds, local * crowd + exchange)
+        seconds = max(seconds, local * machine.train_factor * crowd + exchange)
     return seconds

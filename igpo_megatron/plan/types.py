@@ -15,6 +15,8 @@ from typing import Literal
 
 Recompute = Literal["none", "selective", "full"]
 Placement = Literal["disaggregated", "colocated"]
+Direction = Literal["score", "train"]
+"""A forward pass for log-probs, or a training step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +63,19 @@ class Machine:
     crowd: float = 1.0
     """CPU: how much longer a rank computes while the other cores are busy, too."""
 
+    score_factor: float = 1.0
+    """Measured over modelled seconds of what one rank computes in a forward pass; 1 where no pass was timed."""
+
+    train_factor: float = 1.0
+    """The same of a training step: forward, backward and update."""
+
     source: str = "modelled"
     """Where the figures come from."""
+
+    @property
+    def ceiling(self) -> float:
+        """FLOP/s of the fastest matmul."""
+        return max(rate for _, rate in self.matmul)
 
     def matmul_rate(self, flops: float) -> float:
         """FLOP/s of calls of this size."""
@@ -198,6 +211,9 @@ class Settings:
     """A copy of the first weights is kept on the host for a KL term."""
 
     distributed_optimizer: bool = True
+    minibatches: int = 1
+    """Optimizer steps over a step's trajectories."""
+
     fused_optimizer: bool = False
     """Adam updates in place; without it the update keeps temporary copies."""
 

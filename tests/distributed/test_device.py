@@ -192,14 +192,17 @@ def waits_by_place(policy: Policy, groups: list[RolloutGroup]) -> list[dict[str,
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_at_other_layouts_only_megatrons_experts_wait(hf_folders: dict[str, Path], layout: str) -> None:
-    """Where a rank holds part of a row its share is counted on the host; what Megatron's experts wait for is each layer's own routing."""
+    """Where a rank holds part of a row its share is counted on the host.
+
+    Megatron's permutation of tokens to experts, 0.16's without TransformerEngine, asks each layer how many there are.
+    """
     architecture = "qwen3_moe" if "experts" in layout else "qwen3"
     ranks = run_ranks(
         waits_by_place, make_config(hf_folders[architecture], **LAYOUTS[layout]), with_off_policy_logprobs(random_groups(seed=2))
     )
     for found in ranks:
         others = {name for counts in found for name in counts} - COUNTED_ON_HOST - HELD_BY_HOST
-        assert others == ({"moe_utils.permute"} if "experts" in layout else set())
+        assert others <= ({"moe_utils.permute"} if "experts" in layout else set())
 
 
 def test_metrics_are_summed_by_name() -> None:

@@ -3,8 +3,8 @@
 pytest tests/gpu/test_policy_gpu.py        without a GPU the same bodies run on CPU, on FlexAttention, so that none is new to one
 
 Prepared, not measured. On CUDA the time goes into compiling: a graph of FlexAttention is taken to cost 6 s with its gradient and 2.5 s
-without, so the lengths share buckets, the models share a shape of heads, and the tests share graphs: 9 + 2 graphs with and 2 without.
-The largest gaps are recorded as properties of the tests.
+without. So the lengths share buckets, the models share a shape of heads, and the tests share graphs, 11 with a gradient and 2 without:
+about 70 s, and 90 s in all. The largest gaps are recorded as properties of the tests.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from igpo_megatron.types import RolloutGroup
 Record = Callable[[str, object], None]
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="runs on the GPU")
+DEVICES = [pytest.param("cpu", marks=without_gpu), pytest.param("cuda", marks=needs_gpu)]
 HIDDEN = 128
 """So that the heads of every model are 32 wide, and one compiled attention does for all of a dtype."""
 
@@ -44,7 +45,7 @@ MORE_MODELS = [("qwen2_tied", "fp32"), ("llama3", "fp32")]
 """On CUDA alone: on CPU nothing of them is new."""
 
 BOUNDS = {"fp32": (1e-3, 1e-3), "bf16": (0.1, 0.1)}
-"""Log-probs in nats, gradients by the largest entry of each tensor. On CPU fp32 agrees within 1e-5, bf16 within 0.03 and 0.02."""
+"""Log-probs in nats, gradients by the largest entry of each tensor. On CPU fp32 agrees within 1e-5, bf16 within 0.04 and 0.05."""
 
 
 def configured(folder: Path, device: str, **settings: Any) -> Config:
@@ -64,7 +65,8 @@ def by_one_rank(function: Callable[..., Any], folder: Path, device: str, *argume
 
 @pytest.mark.parametrize(
     ("architecture", "dtype", "device"),
-    [(*model, "cpu") for model in MODELS] + [pytest.param(*model, "cuda", marks=needs_gpu) for model in MODELS + MORE_MODELS],
+    [pytest.param(*model, "cpu", marks=without_gpu) for model in MODELS]
+    + [pytest.param(*model, "cuda", marks=needs_gpu) for model in MODELS + MORE_MODELS],
 )
 def test_flex_attention_scores_and_learns_as_chains_of_sdpa_do(
     tmp_path: Path, architecture: str, dtype: str, device: str, record_property: Record
@@ -85,9 +87,8 @@ def test_flex_attention_scores_and_learns_as_chains_of_sdpa_do(
 def test_a_wrong_number_fails_the_comparison(wrong: str) -> None:
     """One number beyond its bound; a weight by the step that a wrong sign takes it the other way."""
     rate, names = 0.01, ("a", "b")
-    right = Numbers(
-        torch.zeros(3), torch.zeros(3), {name: torch.ones(2) for name in names}, 1.0, 1.0, {name: torch.ones(2) for name in names}
-    )
+    ones = {name: torch.ones(2) for name in names}
+    right = Numbers(torch.zeros(3), torch.zeros(3), gradients=ones, loss=1.0, grad_norm=1.0, weights=ones)
     off = {
         "logprobs": torch.tensor([0.0, 0.2, 0.0]),
         "again": torch.tensor([0.0, 0.02, 0.0]),
@@ -131,7 +132,8 @@ def test_the_host_waits_as_often_for_two_rows_as_for_four(tmp_path: Path, device
     folder = make_hf_folder(tmp_path / "model", "qwen2_tied", hidden=HIDDEN)
     names = list(CASES) if device == "cuda" else ["ppo", "aepo, as published", "gspo"]
     # Probes are scored at 1, so rows are split by what is a probe.
-    found = by_one_rank(waits_of_rows, folder, device, groups(), names, True, rollout__temperature=0.7)
+    # Small steps, as one without a finite gradient would be skipped.
+    found = by_one_rank(waits_of_rows, folder, device, groups(), names, True, rollout__temperature=0.7, optim__lr=1e-6)
     record_property("syncs_per_row", max((many.total() - few.total()) / 2 for few, many in found.values()))
     record_property("syncs_per_step", max(few.total() for few, _ in found.values()))
     assert found["ppo"][0].total() > 0  # the gradient's norm
@@ -140,12 +142,40 @@ def test_the_host_waits_as_often_for_two_rows_as_for_four(tmp_path: Path, device
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_row_of_a_mixture_waits_for_megatrons_experts_alone(tmp_path: Path, device: str, record_property: Record) -> None:
-    """Without TransformerEngine's fused permutation each layer asks how many tokens each expert has."""
+    """Each layer asks how many tokens each expert has, and Megatron 0.16 without TransformerEngine also as it permutes them."""
     folder = make_hf_folder(tmp_path / "model", "qwen3_moe", hidden=HIDDEN)
     few, many = by_one_rank(waits_of_rows, folder, device, groups(), ["ppo"], False)["ppo"]
     record_property("syncs_per_row_and_layer", (many.total() - few.total()) / 2 / 2)
-    files = {place.split(".")[0] for place in many - few}
-    assert files and files <= {"moe_utils", "token_dispatcher", "experts"}
+    assert {place.split(".")[0] for place in many - few} <= {"moe_utils", "token_dispatcher", "experts"}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_uploads_hold_what_was_there_when_they_were_asked_for(
+    device: str, monkeypatch: pytest.MonkeyPatch, record_property: Record
+) -> None:
+    """The host goes on at once: it overwrites its tensors and drops the buffers while the device is still busy with something else."""
+    rounds, numbers = (64, 2**20) if device == "cuda" else (4, 2**10)
+    if device == "cpu":
+        monkeypatch.setattr(upload, "_page_locked", lambda size: torch.empty(size, dtype=torch.uint8))
+    place = torch.device(device)
+    source = torch.empty(numbers, dtype=torch.int64)
+    if device == "cuda":
+        torch.cuda._sleep(200_000_000)
+    copies = []
+    for number in range(rounds):
+        copies.append(upload._copied([source.fill_(number), source[:3] + number], place))
+    source.fill_(-1)
+    for number, (whole, part) in enumerate(copies):
+        assert whole.device.type == device and bool((whole == number).all()) and part.tolist() == [2 * number] * 3
+
+    large = torch.zeros(2**28 if device == "cuda" else 2**16, dtype=torch.uint8)
+    upload._copied([large], place)  # page-locked once
+    started = time.perf_counter()
+    for _ in range(4):
+        upload._copied([large], place)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    record_property("upload_gb_s", 4 * large.nbytes / (time.perf_counter() - started) / 1e9)
 
 
 HEADS = [(28, 4, 128), (14, 2, 64), (9, 3, 64)]
@@ -194,6 +224,8 @@ def check_attention(
         attend = partial(flex_tree_attention, attend=compiled_flex_attention("eager"))
         lengths = [length // 8 for length in lengths]
     wanted = {(heads, dtype, device, attention.bucket(length)) for length in lengths}
+    fresh = wanted - COMPILED
+    COMPILED.update(wanted)
     before, started = graphs_of_this_process(), time.perf_counter()
     count, kv_count, width = heads
     generator = torch.Generator().manual_seed(0)
@@ -213,8 +245,7 @@ def check_attention(
     record("attention_seconds", round(time.perf_counter() - started, 1))
     bound = 1e-4 if dtype == torch.float32 else 3e-2
     assert worst < bound < 5 * bound < wrong
-    assert graphs == len(wanted - COMPILED)
-    COMPILED.update(wanted)
+    assert graphs == len(fresh)
     if device == "cpu":
         attention._block_mask.cache_clear()
 
@@ -235,32 +266,3 @@ def test_attention_over_trees_of_twelve_lengths_compiles_a_graph_for_each_bucket
 ) -> None:
     assert len({attention.bucket(length) for length in LENGTHS}) == 4 and len(LENGTHS) == 12
     check_attention((14, 2, 64), torch.bfloat16, LENGTHS, device, monkeypatch, record_property)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_uploads_hold_what_was_there_when_they_were_asked_for(
-    device: str, monkeypatch: pytest.MonkeyPatch, record_property: Record
-) -> None:
-    """The host goes on at once: it overwrites its tensors and drops the buffers while the device is still busy with something else."""
-    rounds, numbers = (64, 2**20) if device == "cuda" else (4, 2**10)
-    if device == "cpu":
-        monkeypatch.setattr(upload, "_page_locked", lambda size: torch.empty(size, dtype=torch.uint8))
-    place = torch.device(device)
-    source = torch.empty(numbers, dtype=torch.int64)
-    if device == "cuda":
-        torch.cuda._sleep(200_000_000)
-    copies = []
-    for number in range(rounds):
-        copies.append(upload._copied([source.fill_(number), source[:3] + number], place))
-    source.fill_(-1)
-    for number, (whole, part) in enumerate(copies):
-        assert whole.device.type == device and bool((whole == number).all()) and part.tolist() == [2 * number] * 3
-
-    large = torch.zeros(2**28 if device == "cuda" else 2**16, dtype=torch.uint8)
-    upload._copied([large], place)  # page-locked once
-    started = time.perf_counter()
-    for _ in range(4):
-        upload._copied([large], place)
-    if device == "cuda":
-        torch.cuda.synchronize()
-    record_property("upload_gb_s", 4 * large.nbytes / (time.perf_counter() - started) / 1e9)

@@ -94,6 +94,18 @@ def test_the_published_layout_fits_its_model_and_lacks_only_files_of_the_user(tm
     assert any("overlaps" in problem for problem in check(config, world_size=8))
 
 
+def test_search_r1_as_skyrl_timed_it_has_their_numbers_and_fits_its_model(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(QWEN_7B), encoding="utf-8")
+    for name in ("model.safetensors", "tokenizer.json"):
+        (tmp_path / name).touch()
+    config = load(EXAMPLES / "bench" / "search_r1_7b_8xh100.yaml", [f"model.path={tmp_path}"])
+    rollout, engine = config.rollout, config.rollout.engine
+    assert (rollout.prompts_per_step, rollout.samples_per_prompt, rollout.max_turns, rollout.max_context) == (512, 5, 4, 4096)
+    assert (config.parallel.data, config.parallel.tensor, engine.count * engine.tensor, config.placement.mode) == (8, 1, 8, "colocated")
+    assert (config.optim.minibatches, config.optim.warmup_steps, config.optim.clip_grad, config.loss.kl_coef) == (2, 94 / 2, 0.5, 0.001)
+    assert all("no such file" in problem for problem in check(config, world_size=8, local_world_size=8))
+
+
 def test_there_are_scripts_and_bash_can_read_them():
     assert {path.name for path in SCRIPTS} >= {"launch.sh", "launch.sbatch", "train_1node.sh", "train_multinode.sh", "start_ray.sh"}
     for path in SCRIPTS:

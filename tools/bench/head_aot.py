@@ -108,7 +108,7 @@ def launches(*, quick: bool) -> Iterator[dict[str, Any]]:
 
 
 def launch(form: str | None, rows: int, dtype: torch.dtype, hidden: int, *, entropy: bool) -> None:
-    """Forward in one form, or backward, on tensors without storage."""
+    """Forward in one form, or with `form=None` all that backward and token_loss launch, on tensors without storage."""
     from igpo_megatron.kernels import triton_head
 
     states = torch.empty(rows, hidden, device="meta", dtype=dtype)
@@ -118,6 +118,9 @@ def launch(form: str | None, rows: int, dtype: torch.dtype, hidden: int, *, entr
     if form is None:
         coefficients = torch.empty(rows, 4, device="meta")
         triton_head.gradients(states, weight, targets, VOCAB, 1.0, coefficients, True, True, workspace)
+        logits = torch.empty(rows, VOCAB, device="meta")
+        triton_head.block_records(logits, targets, 1.0, entropy)
+        triton_head.block_dz(logits, targets, 1.0, coefficients, dtype)
     else:
         triton_head.FORWARDS[form](states, weight, targets, VOCAB, 1.0, entropy, workspace)
 
@@ -181,7 +184,7 @@ def problems(rows: Sequence[dict[str, Any]]) -> list[str]:
         block = options.get("BLOCK_M", 0)
         multiplies = row["kernel"].startswith("_stream") and row["dtype"] != "float32"
         for broken, what in (
-            (row["spilled"] > 0 and options.get("H", 0) % options.get("BLOCK_K", 1) == 0, f"spills {row['spilled']} bytes"),
+            (row["spilled"] > 0 and options.get("EVEN", True), f"spills {row['spilled']} bytes"),
             (row["shared"] > SHARED_LIMIT, f"takes {row['shared']} bytes of shared memory, {SHARED_LIMIT} are there"),
             (multiplies and block >= 64 and not row["wgmma"], "multiplies 64 rows or more without wgmma"),
             (row["kernel"] == "_stream_tma" and not row["TMA"], "loads without TMA"),
@@ -190,6 +193,9 @@ def problems(rows: Sequence[dict[str, Any]]) -> list[str]:
             if broken:
                 found.append(f"triton {row['triton']}: {row['kernel']} {row['dtype']} {options} {what}")
     return found
+
+
+YES_NO = {True: "yes", False: "no", None: ""}
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
@@ -220,8 +226,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
             row["kernel"] + (" specialised" if options.get("SPECIALISE") else ""),
             row["dtype"],
             "x".join(map(str, tile)),
-            options.get("H", ""),
-            {True: "yes", False: "no", None: ""}[options.get("ENTROPY")],
+            *(YES_NO[options.get(name)] for name in ("EVEN", "ENTROPY")),
             row["warps"],
             options.get("num_stages", ""),
             *(row[name] for name in ("registers", "shared", "spilled", *COUNTED)),

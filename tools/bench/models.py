@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
@@ -35,13 +36,20 @@ SHAPES = {
 """Qwen2.5's, and the demo's."""
 
 
+def hf_config(shape: str, layers: int | None = None) -> dict[str, Any]:
+    """config.json of a shape, as far as it decides size and time; `layers`: instead of the shape's own."""
+    more = {} if layers is None else {"num_hidden_layers": layers}
+    return {"model_type": "qwen2", **SHAPES[shape], **more, "max_position_embeddings": CONTEXT, "rms_norm_eps": 1e-6, "rope_theta": 1e6}
+
+
 @contextmanager
-def random_policy(shape: str) -> Iterator[Path]:
+def random_policy(shape: str, layers: int | None = None) -> Iterator[Path]:
     """A Hugging Face folder of that shape (with the demo's tokenizer), gone when the block ends."""
     dtype = torch.float32 if shape == "demo" else torch.bfloat16
     with TemporaryDirectory(prefix="igpo-bench-") as folder:
         torch.manual_seed(0)
-        config = Qwen2Config(**SHAPES[shape], max_position_embeddings=CONTEXT, eos_token_id=2, dtype=dtype)
+        values = {key: value for key, value in hf_config(shape, layers).items() if key != "model_type"}
+        config = Qwen2Config(**values, eos_token_id=2, dtype=dtype)
         with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
             model = Qwen2ForCausalLM(config).to(dtype)
         model.save_pretrained(folder)
