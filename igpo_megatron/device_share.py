@@ -15,7 +15,7 @@ from igpo_megatron.config.schema import Config
 
 if TYPE_CHECKING:
     from igpo_megatron.actor.policy import Policy
-    from igpo_megatron.rollout.engines import EnginePool
+    from igpo_megatron.rollout.service import EngineService
 
 
 class DeviceShare:
@@ -35,7 +35,7 @@ class DeviceShare:
             self._offload.leave()
             parallel.barrier()
 
-    def policy_returns(self, engines: EnginePool | None) -> None:
+    def policy_returns(self, engines: EngineService | None) -> None:
         """The engines go to sleep, then the policy comes back. Only the main rank has `engines`."""
         from igpo_megatron.actor import parallel
 

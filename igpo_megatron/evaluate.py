@@ -210,8 +210,8 @@ def evaluate_checkpoint(config: Config, model: Path | None, out: Path) -> dict[s
     from igpo_megatron.actor.parallel import on_this_machine
     from igpo_megatron.config.check import require
     from igpo_megatron.rollout.chat import ChatFormat
-    from igpo_megatron.rollout.engines import EnginePool
     from igpo_megatron.rollout.rollouter import Rollouter
+    from igpo_megatron.rollout.service import open_engines
     from igpo_megatron.rollout.tokenizer import load_tokenizer
     from igpo_megatron.search.client import make_client
     from igpo_megatron.search.tools import make_tools
@@ -236,7 +236,7 @@ def evaluate_checkpoint(config: Config, model: Path | None, out: Path) -> dict[s
         progress = stack.enter_context(Progress(transient=True))
         task = progress.add_task("starting engines", total=1.0)
         search, tools = make_client(config.search), make_tools(config, chat.count_tokens)
-        engines = stack.enter_context(EnginePool(config))
+        engines = stack.enter_context(open_engines(config))
         rollouter = stack.enter_context(
             Rollouter(engines, search, chat, config.rollout, seed=config.run.seed, tools=tools, crashes=out / FAILURES / "trajectories.txt")
         )

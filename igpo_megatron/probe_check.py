@@ -1,6 +1,6 @@
 """`igpo doctor probes`: score the same ground-truth probes by every scorer and show that they agree.
 
-synthetic trajectories ──> fold, batched, sequential (this process, no launcher) and engine (vLLM) ──> largest difference, tokens, time
+synthetic trajectories ──> fold, batched, sequential (this process, no launcher) and engine ──> largest difference, tokens, time
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, Trajectory
 if TYPE_CHECKING:
     from igpo_megatron.actor.policy import Policy
     from igpo_megatron.packing.tree import ProbeScorer
-    from igpo_megatron.rollout.engines import EnginePool
+    from igpo_megatron.rollout.service import EngineService
 
 TRAINER_BOUND = {"fp32": 1e-5, "bf16": 5e-2}
 """Largest relative difference of a log-prob between schemes of the same model in the trainer; in bf16 a rounding of a logit of 8."""
@@ -91,9 +91,9 @@ def compare(config: Config, *, say: Callable[[str], None] = lambda message: None
     """
     from igpo_megatron.actor import parallel
     from igpo_megatron.actor.policy import Policy
-    from igpo_megatron.rollout.engines import EnginePool
+    from igpo_megatron.rollout.service import open_engines
 
-    reward = config.reward.model_copy(update={"probe_temperature": 1})
+    reward = config.reward.model_copy(update={"probe_temperature": 1, "scorer": "engine"})
     config = config.model_copy(update={"parallel": Parallel(), "reward": reward})
     say("loading the model")
     policy = Policy(config, parallel.init(config))
@@ -111,9 +111,8 @@ def compare(config: Config, *, say: Callable[[str], None] = lambda message: None
         expected = expected or probe_logprobs(groups)
         results.append(Result(scorer, tokens, seconds, relative_gap(probe_logprobs(groups), expected), TRAINER_BOUND[config.model.dtype]))
     say("starting the engine")
-    with EnginePool(config) as engines:
+    with open_engines(config) as engines:
         say("scoring: engine")
-        engines.self_test_scoring()
         started = time.perf_counter()
         tokens = asyncio.run(_score_in_engine(engines, groups))
         seconds = time.perf_counter() - started
@@ -138,7 +137,7 @@ def relative_gap(found: Sequence[float], expected: Sequence[float]) -> float:
     return gap([value / size for value, size in zip(found, scale, strict=True)], [v / s for v, s in zip(expected, scale, strict=True)])
 
 
-async def _score_in_engine(engines: EnginePool, groups: Sequence[RolloutGroup]) -> int:
+async def _score_in_engine(engines: EngineService, groups: Sequence[RolloutGroup]) -> int:
     """As a run does it: turn by turn, every context in the cache of the one before."""
     tokens = 0
     for group in groups:

@@ -47,8 +47,8 @@ from igpo_megatron.waits import ROLLOUTS, recording, waiting
 if TYPE_CHECKING:
     from igpo_megatron.actor.policy import Policy
     from igpo_megatron.rollout.chat import ChatFormat
-    from igpo_megatron.rollout.engines import EnginePool
     from igpo_megatron.rollout.rollouter import Rollouter
+    from igpo_megatron.rollout.service import EngineService
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class Side:
 
     folder: RunFolder
     chat: ChatFormat | None = None
-    engines: EnginePool | None = None
+    engines: EngineService | None = None
     rollouter: Rollouter | None = None
     queue: RolloutQueue | None = None
     replay: Iterator[list[RolloutGroup]] | None = None
@@ -208,9 +208,9 @@ def open_side(config: Config, folder: RunFolder, stack: ExitStack, tracker: Trac
     if config.run.replay is not None:
         side.replay = replayed(config.run.replay, config, first_step, side.chat.vocab_size if side.chat else None)
         return side
-    from igpo_megatron.rollout.engines import EnginePool
     from igpo_megatron.rollout.rollouter import Rollouter
     from igpo_megatron.rollout.room import too_long
+    from igpo_megatron.rollout.service import open_engines
     from igpo_megatron.search.client import make_client
     from igpo_megatron.search.tools import make_tools
 
@@ -230,8 +230,8 @@ def open_side(config: Config, folder: RunFolder, stack: ExitStack, tracker: Trac
     search = make_client(config.search)
     tools = make_tools(config, side.chat.count_tokens)
     tracker.progress("starting rollout engines")
-    with waiting("the engines to start", on="Ray and vLLM"):
-        side.engines = stack.enter_context(EnginePool(config))
+    with waiting("the engines to start", on=config.rollout.engine.backend):
+        side.engines = stack.enter_context(open_engines(config))
     probes_of = partial(rendered_probes, render_probe=side.chat.render_probe, config=config.reward) if engine_scores(config) else None
     side.rollouter = stack.enter_context(
         Rollouter(

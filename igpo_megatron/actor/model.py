@@ -11,6 +11,7 @@ import importlib.util
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,9 @@ from checkpoint_conversion.rules import Rule
 from igpo_megatron.actor.attention import TreeAttention, TreeRotaryEmbedding
 from igpo_megatron.actor.context import Merge
 from igpo_megatron.actor.parallel import wants_cuda
-from igpo_megatron.config.schema import Config
-from igpo_megatron.kernels.linear_logprob import Form, Implementation, gather_rows, linear_logprob, resolve
+from igpo_megatron.config.schema import Config, Model
+from igpo_megatron.kernels.linear_logprob import gather_rows, linear_logprob, resolve
+from igpo_megatron.kernels.token_loss import linear_logprob_with_gradients
 from igpo_megatron.types import UserError
 
 logger = logging.getLogger(__name__)
@@ -98,9 +100,16 @@ class HeadInputs:
     of_context: Merge | None = None
     """Of the targets that the context-parallel ranks compute, into the order of the row's; None where this one computes all."""
 
+    upstream: Callable[[slice | torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
+    """(which of the n targets, their log-probs, their entropies) -> the loss's derivatives by these. With it the head forms gradients in
+    the forward pass (kernels/token_loss.py)."""
+
 
 class PolicyModel(GPTModel):
-    """GPTModel with tree positions; `labels` takes `HeadInputs` and the output is [N, 2]: log-prob and entropy, fp32."""
+    """GPTModel with tree positions; `labels` takes `HeadInputs` and the output is [N, 2]: log-prob and entropy, fp32.
+
+    With `HeadInputs.upstream` the output is a pair: the [N, 2] without a gradient, and the `carrier` of token_loss.
+    """
 
     def __init__(
         self,
@@ -108,7 +117,7 @@ class PolicyModel(GPTModel):
         spec: Any,
         shape: ModelShape,
         padded_vocab: int,
-        head: tuple[Implementation, Form],
+        settings: Model,
         **stage: Any,
     ) -> None:
         super().__init__(
@@ -125,7 +134,7 @@ class PolicyModel(GPTModel):
             **stage,
         )
         self.real_vocab = shape.vocab_size
-        self.head, self.head_form = head
+        self.settings = settings
         self.rotary_pos_emb.__class__ = TreeRotaryEmbedding
 
     def _preprocess(self, input_ids: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
@@ -134,39 +143,53 @@ class PolicyModel(GPTModel):
         output[1] = self.rotary_pos_emb.at(position_ids)
         return tuple(output)
 
-    def _postprocess(self, hidden_states: torch.Tensor, *args: Any, labels: HeadInputs | None = None, **kwargs: Any) -> torch.Tensor:
+    def _postprocess(
+        self, hidden_states: torch.Tensor, *args: Any, labels: HeadInputs | None = None, **kwargs: Any
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         if not self.post_process or labels is None:
             return hidden_states
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
         hidden = select_rows(hidden_states[:, 0], labels.predictor, labels.of_tensor)
 
-        def head(rows: torch.Tensor, targets: torch.Tensor, temperature: float, vocab: int) -> torch.Tensor:
-            logp, entropy, _ = linear_logprob(
-                rows,
-                weight,
-                targets,
-                vocab_start=parallel_state.get_tensor_model_parallel_rank() * weight.shape[0],
-                vocab_size=vocab,
-                temperature=temperature,
-                tp_group=parallel_state.get_tensor_model_parallel_group(),
-                need_entropy=labels.need_entropy,
-                implementation=self.head,
-                form=self.head_form,
-            )
+        carriers: list[torch.Tensor] = []
+
+        def head(rows: torch.Tensor, which: slice | torch.Tensor, temperature: float, vocab: int) -> torch.Tensor:
+            settings: dict[str, Any] = {
+                "vocab_start": parallel_state.get_tensor_model_parallel_rank() * weight.shape[0],
+                "vocab_size": vocab,
+                "temperature": temperature,
+                "tp_group": parallel_state.get_tensor_model_parallel_group(),
+                "need_entropy": labels.need_entropy,
+                "implementation": self.settings.head,
+                "workspace": self.settings.head_workspace_mib * 2**20,
+            }
+            if labels.upstream is None:
+                logp, entropy, _ = linear_logprob(rows, weight, labels.targets[which], form=self.settings.head_form, **settings)
+            else:
+                upstream = labels.upstream if isinstance(which, slice) else partial(_of_part, labels.upstream, which)
+                logp, entropy, carrier = linear_logprob_with_gradients(rows, weight, labels.targets[which], upstream, **settings)
+                carriers.append(carrier)
             return torch.stack((logp, entropy), dim=-1)
 
         of_sampled = (labels.temperature, labels.sampled_vocab or self.real_vocab)
         of_probes = (labels.probe_temperature, self.real_vocab)
         if labels.split is None or of_probes == of_sampled:
-            output = head(hidden, labels.targets, *of_sampled)
+            output = head(hidden, slice(None), *of_sampled)
         else:
             parts = ((labels.split.sampled, of_sampled), (labels.split.probed, of_probes))
-            found = torch.cat([head(gather_rows(hidden, at), labels.targets[at], *how) for at, how in parts])
+            found = torch.cat([head(gather_rows(hidden, at), at, *how) for at, how in parts])
             output = gather_rows(found, labels.split.order)
-        if labels.of_context is None:
-            return output
-        # Every rank computes the loss of the whole row, so each keeps the gradient of its own targets.
-        return gather_merged(output, labels.of_context, parallel_state.get_context_parallel_group(), sum_gradients=False)
+        if labels.of_context is not None:
+            # Every rank computes the loss of the whole row, so each keeps the gradient of its own targets.
+            output = gather_merged(output, labels.of_context, parallel_state.get_context_parallel_group(), sum_gradients=False)
+        return (output, torch.stack(carriers).sum()) if carriers else output
+
+
+def _of_part(
+    upstream: Callable[..., tuple[torch.Tensor, torch.Tensor]], which: torch.Tensor, block: slice, *values: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`upstream` of targets `which[block]`."""
+    return upstream(which[block], *values)
 
 
 def select_rows(hidden: torch.Tensor, rows: torch.Tensor, merge: Merge | None) -> torch.Tensor:
@@ -310,7 +333,7 @@ def _build_chunk(shape: ModelShape, config: Config, megatron: TransformerConfig,
         layer_spec(megatron, backend, chunk),
         shape,
         padded_vocab(shape, config),
-        (config.model.head, config.model.head_form),
+        config.model,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=chunk),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=chunk),
         vp_stage=chunk,

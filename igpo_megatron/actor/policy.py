@@ -142,7 +142,13 @@ class Policy:
         mine, _ = self._share(rows)
         temperature = self.config.rollout.temperature or 1.0
         sums = schedule.forward_backward(
-            self.wrapped, mine, loss, temperature=temperature, sampled_vocab=self.sampled_vocab, device=self.ranks.device
+            self.wrapped,
+            mine,
+            loss,
+            temperature=temperature,
+            sampled_vocab=self.sampled_vocab,
+            device=self.ranks.device,
+            in_forward=self.config.model.head_backward == "in_forward",
         )
         metrics = self._sum_metrics(sums)
         value = metrics.pop("loss")

@@ -50,7 +50,7 @@ def forward_only(
     for chunk in chunks:
         chunk.eval()
     with torch.no_grad():
-        options = {"forward_only": True, "collect_non_loss_data": True}
+        options: dict[str, Any] = {"forward_only": True, "collect_non_loss_data": True}
         results = _run(chunks, rows, lambda row: keep, settings, device, with_entropy, **options)
     return list(torch.cat(results).cpu().split([len(result) for result in results])) if results else []
 
@@ -63,11 +63,20 @@ def forward_backward(
     temperature: float,
     sampled_vocab: int | None = None,
     device: torch.device,
+    in_forward: bool = False,
 ) -> dict[str, float]:
-    """Accumulate gradients over all rows; metric sums over them (with `loss`) on the last stage, nothing on the others."""
+    """Accumulate gradients over all rows; metric sums over them (with `loss`) on the last stage, nothing on the others.
 
-    def loss_of(row: PackedRow, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    `in_forward`: the head forms its gradients in the forward pass (kernels/token_loss.py). Only for a loss that is a sum over tokens, of
+    which each depends on its own log-prob and entropy alone.
+    """
+
+    def loss_of(
+        row: PackedRow, output: torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        output, carrier = output if isinstance(output, tuple) else (output, 0.0)
         value, metrics = loss(row, output[:, 0], output[:, 1])
+        value = value + carrier
         sums = {name: metric.detach() for name, metric in metrics.items()}
         # The second item is Megatron's token count, which is not used: losses are already divided by global counts.
         return value, torch.zeros((), dtype=torch.int, device=output.device), {**sums, "loss": value.detach()}
@@ -75,7 +84,20 @@ def forward_backward(
     for chunk in chunks:
         chunk.train()
     settings = (temperature, temperature, sampled_vocab)
-    return summed(_run(chunks, rows, lambda row: partial(loss_of, row), settings, device, True, forward_only=False))
+    upstream_of = partial(derivatives, loss) if in_forward else None
+    return summed(_run(chunks, rows, lambda row: partial(loss_of, row), settings, device, True, upstream_of, forward_only=False))
+
+
+def derivatives(
+    loss: RowLoss, row: PackedRow, numbers: torch.Tensor | None, which: slice | torch.Tensor, logprobs: torch.Tensor, entropy: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of a loss on tokens by the log-probs [n] and by the entropies [n] of some targets of the row: `which`, counted among `numbers`."""
+    part = row.with_targets(which if numbers is None else numbers[which])
+    with torch.enable_grad():
+        leaves = (logprobs.detach().requires_grad_(), entropy.detach().requires_grad_())
+        value, _ = loss(part, *leaves)
+        g, h = torch.autograd.grad(value, leaves, allow_unused=True)
+    return torch.zeros_like(logprobs) if g is None else g, torch.zeros_like(entropy) if h is None else h
 
 
 def summed(per_row: Sequence[dict[str, torch.Tensor]]) -> dict[str, float]:
@@ -94,9 +116,13 @@ def _run(
     settings: tuple[float, float, int | None],
     device: torch.device,
     need_entropy: bool,
+    upstream_of: Callable[..., Any] | None = None,
     **options: Any,
 ) -> list[Any]:
-    """`settings`: the temperatures of sampled tokens and of probes, and the rows of the embedding that a sampled token can be."""
+    """`settings`: the temperatures of sampled tokens and of probes, and the rows of the embedding that a sampled token can be.
+
+    `upstream_of`: (row, numbers of this rank's targets) -> `HeadInputs.upstream`.
+    """
 
     def step(iterator: Iterator[PackedRow], stage: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
         on_host = next(iterator)
@@ -104,6 +130,7 @@ def _run(
         part = part_of(on_host, parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size())
         head = _head_inputs(part, settings, need_entropy, model.config.sequence_parallel)
         row, part, head = upload((on_host, part, head), device)
+        head.upstream = partial(upstream_of, row, part.numbers) if upstream_of else None
         replay(model, part.experts)
         output = stage(
             input_ids=part.token_ids[None], position_ids=part.position_ids[None], attention_mask=on_host.subtree_end, labels=head

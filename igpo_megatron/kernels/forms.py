@@ -2,8 +2,9 @@
 
     {"NVIDIA H100 80GB HBM3": {"source": "measured: ...", "rules": [{"max_rows": 256, "form": "fused"}, ...]}, "default": ...}
 
-The first rule whose bounds hold decides; a bound that is left out always holds. `tools/bench/head_kernel.py --write-table` writes
-a device's entry from measured medians. Never a race at run time: that would change the order of summation between runs.
+What the forms are is in triton_stream and triton_head. The first rule whose bounds hold decides; a bound that is left out always holds.
+`tools/bench/head_kernel.py --write-table` writes a device's entry from measured medians. Never a race at run time: that would change the
+order of summation between runs.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-FORMS: tuple[Literal["fused", "chunks"], ...] = ("fused", "chunks")
+FORMS: tuple[Literal["fused", "tma", "chunks", "specialised"], ...] = ("fused", "tma", "chunks", "specialised")
+"""The boldest last, so that what goes through them has seen the others first."""
+
 TABLE = Path(__file__).with_name("head_forms.json")
 
 

@@ -23,7 +23,9 @@ from igpo_megatron.types import UserError
 logger = logging.getLogger(__name__)
 
 Implementation = Literal["auto", "torch", "triton"]
-Form = Literal["auto", "fused", "chunks"]
+Form = Literal["auto", "fused", "tma", "chunks", "specialised"]
+WORKSPACE = 128 * 2**20
+"""Bytes of logits at a time."""
 
 
 def linear_logprob(
@@ -39,6 +41,7 @@ def linear_logprob(
     need_entropy: bool = True,
     implementation: Implementation = "auto",
     form: Form = "auto",
+    workspace: int = WORKSPACE,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Log-prob of each target, entropy of its distribution and log-sum-exp of its logits.
 
@@ -54,8 +57,9 @@ def linear_logprob(
         tp_group: ranks that share the vocabulary; None for one rank.
         need_entropy: without it the entropy is not computed: zeros that carry no gradient.
         implementation: `auto` is triton on CUDA where it is importable, else torch.
-        form: how triton runs forward: `fused` streams the weight through one kernel, `chunks` lets cuBLAS write chunks of logits.
-            `auto` asks head_forms.json. Without meaning for torch.
+        form: how triton runs forward: `fused`, `tma` and `specialised` stream the weight through one kernel (triton_stream.py), `chunks`
+            lets cuBLAS write chunks of logits. `auto` asks head_forms.json. Without meaning for torch.
+        workspace: bytes of fp32 logits at a time, at most.
 
     Returns:
         (logp, entropy, lse), each [N] fp32, in nats.
@@ -63,20 +67,43 @@ def linear_logprob(
     The gradient of `hidden` holds this rank's vocabulary shard only: the caller sums it over `tp_group`, as every
     column-parallel layer's caller does.
     """
+    if rows is not None:
+        hidden = gather_rows(hidden, rows)
+    check_inputs(hidden, weight, targets, temperature)
+    valid = valid_columns(weight, vocab_start, vocab_size)
+    partials, gradients = _functions(implementation, form, hidden, weight)
+    call = _Call(partials, gradients, vocab_start, valid, float(temperature), need_entropy, tp_group, workspace)
+    return _LinearLogprob.apply(hidden, weight, targets, call)
+
+
+def check_inputs(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float) -> None:
+    """Raise ValueError where a hidden row [N, H] for each target [N], one dtype or a positive temperature is missing."""
     if temperature <= 0:
         raise ValueError(f"temperature={temperature}: expected a positive number")
     if hidden.dtype != weight.dtype:
         raise ValueError(f"hidden is {hidden.dtype} and weight is {weight.dtype}: expected one dtype")
-    if rows is not None:
-        hidden = gather_rows(hidden, rows)
     if len(hidden) != len(targets):
         raise ValueError(f"{len(hidden)} rows of hidden states for {len(targets)} targets")
-    valid = len(weight)
-    if vocab_size is not None:
-        valid = max(0, min(valid, vocab_size - vocab_start))
-    partials, gradients = _functions(implementation, form, hidden, weight)
-    call = _Call(partials, gradients, vocab_start, valid, float(temperature), need_entropy, tp_group)
-    return _LinearLogprob.apply(hidden, weight, targets, call)
+
+
+def valid_columns(weight: torch.Tensor, vocab_start: int, vocab_size: int | None) -> int:
+    """How many of this shard's columns are tokens: the first so many."""
+    return len(weight) if vocab_size is None else max(0, min(len(weight), vocab_size - vocab_start))
+
+
+def local_targets(targets: torch.Tensor, vocab_start: int, valid: int) -> torch.Tensor:
+    """Global ids [N] as columns of this shard, -1 where they are not among them."""
+    local = targets - vocab_start
+    return torch.where((local >= 0) & (local < valid), local, -1)
+
+
+def merge(record: torch.Tensor, need_entropy: bool, tp_group: dist.ProcessGroup | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(logp, entropy, lse) [N] from the records [N, 4] of this shard and, after one all-gather, of the others."""
+    top, total, product, picked = torch_chunked.fold(_all_gather(record, tp_group)).unbind(-1)
+    log_total = total.log()
+    lse = top + log_total
+    entropy = log_total - product / total if need_entropy else torch.zeros_like(lse)
+    return picked - lse, entropy, lse
 
 
 def resolve(implementation: str, device: torch.device) -> str:
@@ -101,6 +128,7 @@ class _Call:
     temperature: float
     need_entropy: bool
     tp_group: dist.ProcessGroup | None
+    workspace: int
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -110,18 +138,14 @@ class _LinearLogprob(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, call: _Call
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        local = targets - call.vocab_start
-        local = torch.where((local >= 0) & (local < call.valid), local, -1)
-        record = call.partials(hidden, weight, local, call.valid, call.temperature, call.need_entropy)
-        top, total, product, picked = torch_chunked.fold(_all_gather(record, call.tp_group)).unbind(-1)
-        log_total = total.log()
-        lse = top + log_total
-        entropy = log_total - product / total if call.need_entropy else torch.zeros_like(lse)
+        local = local_targets(targets, call.vocab_start, call.valid)
+        record = call.partials(hidden, weight, local, call.valid, call.temperature, call.need_entropy, call.workspace)
+        logp, entropy, lse = merge(record, call.need_entropy, call.tp_group)
         ignored = targets < 0
         ctx.save_for_backward(hidden, weight, local, ignored, lse, entropy)
         ctx.call = call
         ctx.set_materialize_grads(False)
-        outputs = ((picked - lse).masked_fill(ignored, 0.0), entropy.masked_fill(ignored, 0.0), lse.masked_fill(ignored, 0.0))
+        outputs = (logp.masked_fill(ignored, 0.0), entropy.masked_fill(ignored, 0.0), lse.masked_fill(ignored, 0.0))
         if not call.need_entropy:
             ctx.mark_non_differentiable(outputs[1])
         return outputs
@@ -133,7 +157,7 @@ class _LinearLogprob(torch.autograd.Function):
         coefficients = torch.stack((lse, g, e - g - h * entropy, h), -1)
         call = ctx.call
         need_hidden, need_weight = ctx.needs_input_grad[:2]
-        found = call.gradients(hidden, weight, local, call.valid, call.temperature, coefficients, need_hidden, need_weight)
+        found = call.gradients(hidden, weight, local, call.valid, call.temperature, coefficients, need_hidden, need_weight, call.workspace)
         return *found, None, None
 
 
@@ -187,9 +211,9 @@ def _why_no_triton(device_type: str) -> str | None:
     """None where the kernels can run."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not importable"
-    from igpo_megatron.kernels import triton_head
+    from igpo_megatron.kernels import triton_stream
 
-    if device_type != "cuda" and not triton_head.INTERPRETED:
+    if device_type != "cuda" and not triton_stream.INTERPRETED:
         return "the kernels are compiled for CUDA; set TRITON_INTERPRET=1 before Python starts to run them on CPU"
     return None
 

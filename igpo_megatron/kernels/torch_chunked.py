@@ -18,11 +18,17 @@ from __future__ import annotations
 import torch
 
 CHUNK_BYTES = 16 * 2**20
-"""Size of one chunk of logits; two are alive at a time."""
+"""Most of one chunk of logits on CPU, where larger ones leave the caches; two are alive at a time."""
 
 
 def partials(
-    hidden: torch.Tensor, weight: torch.Tensor, local_targets: torch.Tensor, valid: int, temperature: float, need_entropy: bool
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    local_targets: torch.Tensor,
+    valid: int,
+    temperature: float,
+    need_entropy: bool,
+    workspace: int,
 ) -> torch.Tensor:
     """Record (m, s, u, t) of this shard for every row.
 
@@ -33,6 +39,7 @@ def partials(
         valid: number of leading rows of `weight` that are tokens; the others count as -inf.
         temperature: logits are divided by it.
         need_entropy: u is 0 without it.
+        workspace: bytes of one chunk of logits at most (on CPU also CHUNK_BYTES), at least one row's; two are alive at a time.
 
     Returns:
         [N, 4] in `accumulator(hidden.dtype)`, nats.
@@ -40,18 +47,10 @@ def partials(
     record = empty_records(hidden)
     if not valid:
         return record
-    used = _widened(weight[:valid])
-    for part in _row_chunks(len(hidden), valid):
-        z = matmul(_widened(hidden[part]), used.t()).div_(temperature)
-        target = local_targets[part]
-        picked = z.gather(-1, target.clamp(min=0)[:, None])[:, 0]
-        record[part, 3] = torch.where(target >= 0, picked, -torch.inf)
-        top = z.amax(-1)
-        exp = z.sub_(top[:, None]).exp()
-        record[part, 0] = top
-        record[part, 1] = exp.sum(-1)
-        if need_entropy:
-            record[part, 2] = exp.mul_(z).sum(-1)
+    used = widened(weight[:valid])
+    for part in _row_chunks(hidden, valid, workspace):
+        z = matmul(widened(hidden[part]), used.t()).div_(temperature)
+        record[part] = _records(z, local_targets[part], need_entropy)
     return record
 
 
@@ -64,6 +63,7 @@ def gradients(
     coefficients: torch.Tensor,
     need_hidden: bool,
     need_weight: bool,
+    workspace: int,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """This shard's part of the gradient of `hidden` [N, H], and the gradient of `weight` [v, H]; None where not needed.
 
@@ -75,22 +75,28 @@ def gradients(
     grad_hidden = torch.zeros_like(hidden) if need_hidden else None
     grad_weight = torch.zeros_like(weight, dtype=accumulator(weight.dtype)) if need_weight else None
     if valid and len(hidden):
-        used = _widened(weight[:valid])
-        for part in _row_chunks(len(hidden), valid):
-            rows = _widened(hidden[part])
-            lse, g, a, h = coefficients[part].unbind(-1)
-            log_p = matmul(rows, used.t()).div_(temperature).sub_(lse[:, None])
-            p = log_p.exp()
-            dz = p.mul_(log_p.mul_(-h[:, None]).add_(a[:, None]))
-            target = local_targets[part]
-            here = target >= 0
-            dz.scatter_add_(-1, target.clamp(min=0)[:, None], torch.where(here, g, 0.0)[:, None])
-            dz = dz.div_(temperature).to(rows.dtype)
+        used = widened(weight[:valid])
+        for part in _row_chunks(hidden, valid, workspace):
+            rows = widened(hidden[part])
+            z = matmul(rows, used.t()).div_(temperature)
+            dz = _slopes(z, local_targets[part], coefficients[part]).div_(temperature).to(rows.dtype)
             if grad_hidden is not None:
                 grad_hidden[part] = matmul(dz, used)
             if grad_weight is not None:
                 accumulate(grad_weight[:valid], dz.t(), rows)
     return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
+
+
+def block_records(logits: torch.Tensor, local_targets: torch.Tensor, temperature: float, need_entropy: bool) -> torch.Tensor:
+    """`partials` of rows whose logits are at hand: hidden . weight^T [n, valid], left as they are -> [n, 4]."""
+    return _records(logits / temperature, local_targets, need_entropy)
+
+
+def block_dz(
+    logits: torch.Tensor, local_targets: torch.Tensor, temperature: float, coefficients: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """dz / temperature of the same logits, which are used up: [n, valid] in `dtype`; `coefficients` as in `gradients`."""
+    return _slopes(logits.div_(temperature), local_targets, coefficients).div_(temperature).to(dtype)
 
 
 def fold(records: torch.Tensor) -> torch.Tensor:
@@ -133,11 +139,30 @@ def accumulate(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
-def _widened(tensor: torch.Tensor) -> torch.Tensor:
+def _records(z: torch.Tensor, local_targets: torch.Tensor, need_entropy: bool) -> torch.Tensor:
+    """(m, s, u, t) of rows with logits z [n, valid], which are overwritten."""
+    picked = z.gather(-1, local_targets.clamp(min=0)[:, None])[:, 0]
+    top = z.amax(-1)
+    exp = z.sub_(top[:, None]).exp()
+    total = exp.sum(-1)
+    product = exp.mul_(z).sum(-1) if need_entropy else torch.zeros_like(total)
+    return torch.stack((top, total, product, torch.where(local_targets >= 0, picked, -torch.inf)), -1)
+
+
+def _slopes(z: torch.Tensor, local_targets: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
+    """dL / dz [n, valid] of rows with logits z, which are overwritten."""
+    lse, g, a, h = coefficients.unbind(-1)
+    log_p = z.sub_(lse[:, None])
+    p = log_p.exp()
+    slopes = p.mul_(log_p.mul_(-h[:, None]).add_(a[:, None]))
+    return slopes.scatter_add_(-1, local_targets.clamp(min=0)[:, None], torch.where(local_targets >= 0, g, 0.0)[:, None])
+
+
+def widened(tensor: torch.Tensor) -> torch.Tensor:
     """On CPU low precision is widened once, not chunk by chunk; CUDA multiplies it as it is and accumulates in fp32."""
     return tensor if tensor.is_cuda else tensor.to(accumulator(tensor.dtype))
 
 
-def _row_chunks(rows: int, columns: int) -> list[slice]:
-    size = max(1, CHUNK_BYTES // (4 * columns))
-    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+def _row_chunks(hidden: torch.Tensor, columns: int, workspace: int) -> list[slice]:
+    size = max(1, (workspace if hidden.is_cuda else min(workspace, CHUNK_BYTES)) // (4 * columns))
+    return [slice(start, min(start + size, len(hidden))) for start in range(0, len(hidden), size)]

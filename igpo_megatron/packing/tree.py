@@ -13,7 +13,7 @@ the hidden state that predicts a token is its predecessor on its own path (`pred
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -82,6 +82,14 @@ class PackedRow:
     def num_tokens(self) -> int:
         """T, padding included."""
         return len(self.token_ids)
+
+    def with_targets(self, which: slice | torch.Tensor) -> PackedRow:
+        """The row with some of its targets only, as a loss on tokens may be given it; `origin` stays behind."""
+        per_target = ("predictor", "targets", "weight", "advantages", "old_logprobs", "ref_logprobs", "behavior_logprobs", "sequence")
+        parts = {name: getattr(self, name)[which] for name in per_target}
+        entropies = self.old_entropies[which] if len(self.old_entropies) else self.old_entropies
+        probed = None if self.probed is None else self.probed[which]
+        return replace(self, **parts, old_entropies=entropies, probed=probed, origin=[])
 
 
 @dataclass(slots=True)

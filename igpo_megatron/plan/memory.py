@@ -14,7 +14,8 @@ from checkpoint_conversion.architectures import ModelShape
 from igpo_megatron.plan.types import Layout, Memory, PartSizes, Row, Settings
 
 CHUNK = 16 * 2**20
-"""Bytes of one chunk of logits in the head (kernels/torch_chunked.py); two are alive at a time."""
+"""Bytes of one chunk of logits in the head on a CPU (kernels/torch_chunked.py); two are alive at a time. A GPU has its workspace, and in
+16 bits half of that again (kernels/triton_head.py)."""
 
 LIBRARIES = 10 * 2**20
 """Bytes that a rank's libraries take in its first step on a CPU, whatever the model: gloo's buffers, primitives, threads, modules; measured
@@ -149,8 +150,9 @@ def _backward(
         targets = row.targets / layout.context
         held += outer * shape.hidden_size * (e if cuda else 8) + targets * shape.hidden_size * e  # the last norm, and the chosen rows
         gradient = parts.head * (4.0 + (e if e == 2 else 0))
-        logits = min(CHUNK, 4.0 * targets * parts.head / shape.hidden_size)
-        head = 2 * logits + 2 * targets * shape.hidden_size * e + hidden + gradient
+        most, copies = (settings.head_workspace, 1.5 if e == 2 else 1.0) if cuda else (min(CHUNK, settings.head_workspace), 2.0)
+        logits = copies * min(most, 4.0 * targets * parts.head / shape.hidden_size)
+        head = logits + 2 * targets * shape.hidden_size * e + hidden + gradient
         if parts.tied and first:
             always_head = gradient  # waits for the embedding's, to which it is added
     return {"activations": held, "working set": max(head, work + always_head)}

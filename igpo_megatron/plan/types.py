@@ -217,6 +217,9 @@ class Settings:
     fused_optimizer: bool = False
     """Adam updates in place; without it the update keeps temporary copies."""
 
+    head_workspace: int = 128 * 2**20
+    """Bytes of logits that the head holds at a time on a GPU (`model.head_workspace_mib`)."""
+
 
 Memory = dict[str, float]
 """Term -> bytes of one rank."""

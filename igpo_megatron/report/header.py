@@ -48,7 +48,7 @@ def facts_of(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], summa
             "Ranks",
             at["parallel.tensor"] and _layout(at),
         ),
-        ("Engines", at["rollout.engine.count"] and f"{at['rollout.engine.count']} vLLM, TP {at['rollout.engine.tensor']}"),
+        ("Engines", at["rollout.engine.count"] and _engines(at)),
         ("Precision", at["model.dtype"] and f"{at['model.dtype']} on {at['run.device']}"),
         ("Learning rate", at["optim.lr"]),
         ("Seed", at["run.seed"]),
@@ -59,6 +59,12 @@ def facts_of(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], summa
     return [(label, str(value)) for label, value in facts if value is not None and value is not False]
 
 
+def _engines(at: Mapping[str, Any]) -> str:
+    if at["rollout.engine.backend"] == "torch":
+        return "transformers on the main rank"
+    return f"{at['rollout.engine.count']} vLLM, TP {at['rollout.engine.tensor']}"
+
+
 def _layout(at: Mapping[str, Any]) -> str:
     context = f" · CP {at['parallel.context']}" if (at["parallel.context"] or 1) > 1 else ""
     data = f" · DP {at['parallel.data']}" if at["parallel.data"] else ""
@@ -67,7 +73,7 @@ def _layout(at: Mapping[str, Any]) -> str:
 
 FACT_KEYS = (
     *("model.path", "model.dtype", "advantage.name", "loss.name", "reward.gain", "run.steps", "run.device", "run.seed", "optim.lr"),
-    *("rollout.prompts_per_step", "rollout.samples_per_prompt", "rollout.engine.count", "rollout.engine.tensor"),
+    *("rollout.prompts_per_step", "rollout.samples_per_prompt", "rollout.engine.backend", "rollout.engine.count", "rollout.engine.tensor"),
     *("parallel.tensor", "parallel.context", "parallel.pipeline", "parallel.data"),
 )
 

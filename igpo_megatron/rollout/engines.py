@@ -16,7 +16,6 @@ import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -28,13 +27,12 @@ from igpo_megatron.rollout.engine_actor import EngineLost
 from igpo_megatron.rollout.fleet import EngineState, Fleet, Member, is_lost
 from igpo_megatron.rollout.ray_cluster import RayCluster, cause
 from igpo_megatron.rollout.self_test import self_test_scoring
-from igpo_megatron.rollout.template import Template
-from igpo_megatron.rollout.tokenizer import load_tokenizer
+from igpo_megatron.rollout.tokenizer import embedding_rows, load_tokenizer
 from igpo_megatron.rollout.transports import EngineReceiver, ObjectStore, SharedMemory
-from igpo_megatron.rollout.turn_ends import sampling_limits, turn_ends
+from igpo_megatron.rollout.turn_ends import sampling_limits, stop_tokens
 from igpo_megatron.rollout.weight_send import Transfer, Transport, export, fingerprints
 from igpo_megatron.rollout.weight_store import Bucket, SharedWeights
-from igpo_megatron.types import Canary, Completion, ProbeScore, SyncError, UserError
+from igpo_megatron.types import Canary, Completion, ProbeScore, SyncError
 from igpo_megatron.waits import ENGINES, waiting
 
 _OPERATION_TIMEOUT_S = 600
@@ -58,11 +56,8 @@ class EnginePool:
         self._cuda = _uses_cuda(config)
         tokenizer = load_tokenizer(config.model.path)
         self._vocab_size = len(tokenizer)
-        embedding = _embedding_rows(config.model.path)
-        ends = turn_ends(tokenizer, Template(tokenizer) if tokenizer.chat_template else None)
-        if ends[0] >= embedding:
-            raise UserError(f"the end-of-turn token {ends[0]} is beyond the {embedding} rows of the model's embedding: no turn could end")
-        self._stop_tokens = tuple(token for token in ends if token < embedding)
+        embedding = embedding_rows(config.model.path)
+        self._stop_tokens = stop_tokens(tokenizer, embedding)
         self._limits = sampling_limits(tokenizer, embedding)
         self._stop_strings = PROTOCOLS[config.rollout.protocol].stop
         self._cluster: RayCluster | None = None
@@ -405,10 +400,3 @@ def _uses_cuda(config: Config) -> bool:
     import torch
 
     return torch.cuda.is_available()
-
-
-def _embedding_rows(model: Path) -> int:
-    """Rows of the model's embedding; there may be more of them than tokens."""
-    from transformers import AutoConfig
-
-    return int(AutoConfig.from_pretrained(model).get_text_config().vocab_size)

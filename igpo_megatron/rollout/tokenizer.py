@@ -1,4 +1,4 @@
-"""The one place where a model folder's tokenizer is read for training and evaluation."""
+"""The one place where a model folder's tokenizer, and the rows of its embedding, are read for training and evaluation."""
 
 from __future__ import annotations
 
@@ -21,3 +21,10 @@ def load_tokenizer(folder: Path) -> Any:
     except Exception as error:  # (a damaged tokenizer.json is a bare Exception of the Rust side)
         said = " ".join(str(error).split())[:200]
         raise UserError(f"{folder}: its tokenizer cannot be read ({said}); fetch tokenizer.json and tokenizer_config.json again") from error
+
+
+def embedding_rows(folder: Path) -> int:
+    """Rows of the model's embedding; there may be more of them than tokens."""
+    from transformers import AutoConfig
+
+    return int(AutoConfig.from_pretrained(folder).get_text_config().vocab_size)

@@ -35,13 +35,26 @@ def turn_ends(tokenizer: Any, template: Template | None) -> tuple[int, ...]:
     return ends
 
 
+def stop_tokens(tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
+    """The ends of a turn that a model with `vocab_size` rows of embedding can sample. Raises UserError where it cannot sample the first."""
+    ends = turn_ends(tokenizer, Template(tokenizer) if tokenizer.chat_template else None)
+    if ends[0] >= vocab_size:
+        raise UserError(f"the end-of-turn token {ends[0]} is beyond the {vocab_size} rows of the model's embedding: no turn could end")
+    return tuple(token for token in ends if token < vocab_size)
+
+
+def barred_rows(tokenizer: Any, vocab_size: int) -> list[int]:
+    """Rows of the embedding, [0, vocab_size), for which the tokenizer has no token: they pad it, and are never to be sampled."""
+    return sorted(set(range(vocab_size)).difference(tokenizer.get_vocab().values()))
+
+
 def sampling_limits(tokenizer: Any, vocab_size: int) -> dict[str, Any]:
-    """vLLM's SamplingParams that bar the rows of the embedding, [0, vocab_size), for which the tokenizer has no token: they pad it.
+    """vLLM's SamplingParams that bar the `barred_rows`.
 
     Empty where there are none. Raises UserError where they are more than vLLM can bar.
     """
     real = sorted(token for token in set(tokenizer.get_vocab().values()) if token < vocab_size)
-    barred = sorted(set(range(vocab_size)).difference(real))
+    barred = barred_rows(tokenizer, vocab_size)
     if not barred:
         return {}
     if len(barred) <= min(len(real), MOST_BARRED):

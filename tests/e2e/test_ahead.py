@@ -1,4 +1,7 @@
-"""Rollouts that run ahead of training, with the whole stack: requests under way while weights change, a kill, and a resume."""
+"""Rollouts that run ahead of training: requests under way while weights change, a kill, and a resume.
+
+With the torch engine, whose thread decodes beside the training rank. vLLM's requests across new weights are those of test_engines.py.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,7 @@ SETTINGS = (
     "rollout.samples_per_prompt=4",
     f"rollout.max_staleness={AHEAD}",
     "loss.mismatch=truncate",
+    "rollout.engine.backend=torch",
     # Slow searches: rollouts are under way when weights change.
     "search.mode=chaos",
     "search.chaos.failed_fraction=0",

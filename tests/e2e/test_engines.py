@@ -5,21 +5,33 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
+import pyarrow.parquet as pq
 import pytest
 import torch
+from demo_runs import DemoRuns
 
 from checkpoint_conversion.hf_folder import HfReader
-from igpo_megatron.config.load import build
+from igpo_megatron import evaluate
+from igpo_megatron.algorithms.info_gain import rendered_probes
+from igpo_megatron.config.load import build, load
+from igpo_megatron.observability.rollout_dump import write_rollouts
 from igpo_megatron.rollout import fleet
 from igpo_megatron.rollout.agent import EnginesEnded
 from igpo_megatron.rollout.canary import check_canary
+from igpo_megatron.rollout.chat import ChatFormat
 from igpo_megatron.rollout.engine_actor import engine_environment, engine_options
 from igpo_megatron.rollout.engines import EnginePool
 from igpo_megatron.rollout.fleet import EngineState
+from igpo_megatron.rollout.rollouter import Rollouter
+from igpo_megatron.rollout.service import EngineService, open_engines
+from igpo_megatron.rollout.tokenizer import load_tokenizer
+from igpo_megatron.search.client import make_client
 from igpo_megatron.types import Canary, Completion, SyncError
 
 POLICY = Path(__file__).parents[2] / "examples/quickstart/policy"
@@ -93,7 +105,7 @@ def generate(pool: EnginePool, count: int, temperature: float, max_tokens: int =
     return asyncio.run(all_at_once())
 
 
-def send(pool: EnginePool, version: int, scale: float, canary: Canary | None = None) -> dict[str, float]:
+def send(pool: EngineService, version: int, scale: float, canary: Canary | None = None) -> Mapping[str, float]:
     reader = HfReader(POLICY)
     weights = ((name, reader.get(name) * (scale if "embed_tokens" in name else 1.0)) for name in reader.names())
     return pool.update_weights(weights, version, canary)
@@ -274,6 +286,50 @@ def test_requests_in_flight_outlive_a_sync_and_carry_the_weights_they_began_with
     assert bool(by(0.9, len(during) - 1, during[-1]).all())
     again = asyncio.run(ask(len(during) - 1, 8))
     assert (again.weight_version, again.token_ids) == (21, during[-1].token_ids)
+
+
+def test_both_backends_write_the_same_greedy_rollouts_and_score_alike(pool: EnginePool, tmp_path: Path) -> None:
+    """vLLM and transformers on the demo's questions: every column of the rollout file but log-probs is equal, and those nearly are."""
+    demo = DemoRuns(tmp_path, tmp_path)
+    settings = ["rollout.max_context=512", "parallel.tensor=1", "rollout.engine.backend=torch", "rollout.engine.kv_cache_mib=64"]
+    config = load(demo.arguments("both")[0], [*demo.arguments("both")[1:], *settings])
+    prompts = evaluate.questions(config)[:8]
+    tables, scores = {}, {}
+    with open_engines(config) as other:
+        for name, engine in {"vllm": pool, "torch": other}.items():
+            send(engine, 25, 1.0)
+            chat = ChatFormat(load_tokenizer(POLICY), config.rollout, config.reward)
+            probes_of = partial(rendered_probes, render_probe=chat.render_probe, config=config.reward)
+            with Rollouter(engine, make_client(config.search), chat, config.rollout, seed=1, probes_of=probes_of) as rollouter:
+                groups = rollouter.run_sync(prompts, samples=1, step=1, temperature=0.0, probe=True)
+            write_rollouts(tmp_path / f"{name}.parquet", 1, groups)
+            tables[name] = pq.read_table(tmp_path / f"{name}.parquet").to_pylist()
+            scores[name] = [group.probe_scores for group in groups]
+    taken = [[logprobs_apart(row) for row in tables[name]] for name in ("vllm", "torch")]
+    assert [rest for rest, _ in taken[0]] == [rest for rest, _ in taken[1]]
+    left, right = ([value for _, found in part for value in found] for part in taken)
+    assert len(left) > 200 and left == pytest.approx(right, abs=1e-3)
+    assert sum(len(found) for found in scores["vllm"]) > 16
+    for one, two in zip(scores["vllm"], scores["torch"], strict=True):
+        assert one.keys() == two.keys()
+        for key, score in one.items():
+            assert score.weight_version == two[key].weight_version == 25
+            assert score.logprobs == pytest.approx(two[key].logprobs, abs=1e-3)
+
+
+def logprobs_apart(value: Any) -> tuple[Any, list[float]]:
+    """A row of a rollout file without its floats, and the floats."""
+    found: list[float] = []
+
+    def walk(part: Any) -> Any:
+        if isinstance(part, float):
+            found.append(part)
+            return "a float"
+        if isinstance(part, dict):
+            return {key: walk(inner) for key, inner in part.items()}
+        return [walk(inner) for inner in part] if isinstance(part, list) else part
+
+    return walk(value), found
 
 
 FAULTS = {

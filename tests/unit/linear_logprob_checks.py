@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from igpo_megatron.kernels import linear_logprob as module
-from igpo_megatron.kernels.linear_logprob import linear_logprob
+from igpo_megatron.kernels.linear_logprob import WORKSPACE, linear_logprob
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Setup:
     form: str = "auto"
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
+    workspace: int = WORKSPACE
 
     def __str__(self) -> str:
         return "-".join((self.implementation, self.form, self.device, str(self.dtype).removeprefix("torch.")))
@@ -110,7 +111,7 @@ def run(case: Case, setup: Setup, given: Inputs | None = None, **options: object
     """Ours."""
     given = given or case.inputs(setup)
     hidden, weight = given.hidden.clone().requires_grad_(), given.weight.clone().requires_grad_()
-    settings = {"vocab_size": case.vocab, "temperature": case.temperature, **options}
+    settings = {"vocab_size": case.vocab, "temperature": case.temperature, "workspace": setup.workspace, **options}
     values = linear_logprob(hidden, weight, given.targets, given.rows, implementation=setup.implementation, form=setup.form, **settings)
     sum((upstream * value).sum() for upstream, value in zip(given.upstream, values, strict=True)).backward()
     return Answer(*(value.detach() for value in values), hidden.grad, weight.grad)

@@ -8,13 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCH = Path(__file__).resolve().parents[2] / "tools" / "bench"
 sys.path.insert(0, str(BENCH))
 
 import algorithms  # noqa: E402
 from common import finish, interleaved, ratio  # noqa: E402
-from head_kernel import rules  # noqa: E402
+from head_kernel import _in_forward_vs_recompute, rules  # noqa: E402
+from heads import load_heads  # noqa: E402
 from search import IN_FLIGHT, Barrier, refilled  # noqa: E402
 
 from igpo_megatron.kernels import forms  # noqa: E402
@@ -40,6 +42,30 @@ def test_the_last_line_is_the_result_that_is_written(tmp_path, capsys):
     assert printed == json.loads((tmp_path / "some.json").read_text())
     assert printed.keys() == {"name", "device", "figures", "floors", "versions"}
     assert printed["versions"].keys() == {"python", "numpy"}
+
+
+def test_heads_that_are_timed_against_each_other_form_the_same_gradients():
+    heads, _ = load_heads(cuda=False)
+    generator = torch.Generator().manual_seed(1)
+    hidden, weight = (torch.randn(size, 16, generator=generator).requires_grad_() for size in (37, 90))
+    targets, upstream = torch.randint(0, 90, (37,), generator=generator), torch.randn(37, generator=generator)
+    found = {}
+    for name in ("eager", "ours_torch", "ours_in_forward"):
+        hidden.grad = weight.grad = None
+        heads[name].train(hidden, weight, targets, upstream)
+        found[name] = (hidden.grad, weight.grad)
+        for got, wanted in zip(found[name], found["eager"], strict=True):
+            assert torch.allclose(got, wanted, atol=1e-5), name
+    assert [heads[name].matmuls for name in found] == [4, 4, 3]
+
+
+def test_forming_gradients_forward_is_compared_with_our_fastest_head_that_does_not():
+    heads, _ = load_heads(cuda=False)
+    heads["ours_slow"] = heads["ours_torch"]
+    seconds = {"eager": [0.1], "ours_torch": [4.0], "ours_slow": [5.0], "ours_in_forward": [3.0]}
+    assert _in_forward_vs_recompute(seconds, heads) == {"median": 0.75, "low": 0.75, "high": 0.75}
+    del seconds["ours_in_forward"]
+    assert _in_forward_vs_recompute(seconds, heads) is None
 
 
 def test_a_refilled_loop_keeps_as_many_in_flight_until_the_last_end_that_counts():
@@ -92,6 +118,10 @@ def test_rules_of_the_form_table_follow_the_measured_winners():
         (8, 128, 1000): {"fused": 3.0, "chunks": 2.0},
         (8, 256, 1000): {"fused": 1.0, "chunks": 2.0},
         (128, 256, 1000): {"fused": 1.0, "chunks": 2.0},
+        (8, 512, 1000): {"fused": 1.0, "tma": 1.1, "chunks": 2.0},
+        (64, 512, 1000): {"fused": 2.0, "tma": 1.1, "chunks": 2.0},
+        (64, 512, 2000): {"fused": 2.0, "tma": 2.2, "chunks": 2.0},  # nearest to the best at both
+        (512, 512, 1000): {"fused": 2.0, "chunks": 1.9},  # tma failed
     }
     table = {"default": {"rules": rules(measured)}}
     assert table["default"]["rules"][-1].keys() == {"form"}
@@ -103,6 +133,10 @@ def test_rules_of_the_form_table_follow_the_measured_winners():
         (8, 128, 1000): "chunks",
         (8, 256, 1000): "fused",
         (128, 256, 1000): "fused",
+        (8, 512, 1000): "fused",
+        (64, 512, 1000): "tma",
+        (64, 512, 2000): "tma",
+        (512, 512, 1000): "chunks",
     }
 
 

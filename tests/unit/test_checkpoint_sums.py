@@ -52,7 +52,9 @@ def empty(path: Path) -> None:
     path.write_bytes(b"")
 
 
-@pytest.mark.parametrize("part", ["model/__0_1.distcp", "model/.metadata", "hf/config.json", "state.json", "checksums.json"])
+@pytest.mark.parametrize(
+    "part", ["model/__0_1.distcp", "model/.metadata", "model/common.pt", "hf/config.json", "state.json", "checksums.json"]
+)
 @pytest.mark.parametrize("harm", [cut, flip, empty, Path.unlink])
 def test_a_file_that_is_not_what_was_written_is_named(weights: Path, tmp_path: Path, part: str, harm: Callable[[Path], None]) -> None:
     folder = make(weights, tmp_path, 1)
@@ -62,6 +64,15 @@ def test_a_file_that_is_not_what_was_written_is_named(weights: Path, tmp_path: P
     # A bit of checksums.json lies in the sum or the name of some other file.
     assert problems and (part in problems[0] or (part, harm) == ("checksums.json", flip))
     assert all("\n" not in problem for problem in problems)
+
+
+def test_a_checkpoint_of_a_megatron_that_writes_no_common_file_is_whole(weights: Path, tmp_path: Path) -> None:
+    folder = make(weights, tmp_path, 1, sums=False)
+    (folder / "model/common.pt").unlink()
+    assert damage(folder) == ["model/common.pt is missing"], "before there were sums, every Megatron wrote it"
+    (folder / "state.json").write_text(json.dumps({**STATE, "step": 1, "checksums": True}))
+    checkpoint_sums.write(folder, checkpoint_sums.of_rank(folder, 0))
+    assert damage(folder) == []
 
 
 @pytest.mark.parametrize(

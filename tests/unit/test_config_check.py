@@ -8,6 +8,7 @@ from igpo_megatron.cli import world_size
 from igpo_megatron.config.check import check, require
 from igpo_megatron.config.check.common import divisors
 from igpo_megatron.config.check.layout import stage_layers
+from igpo_megatron.config.check.torch_engine import cache_slots
 from igpo_megatron.config.load import ConfigError, build
 from igpo_megatron.config.schema import Config, Ppo
 
@@ -242,6 +243,42 @@ def test_a_joined_ray_cluster_brings_its_own_gpus(sound):
     assert problems(sound, "run.device=cuda", "rollout.engine.ray_address=10.0.0.1:6379", "rollout.engine.count=8") == []
 
 
+def test_the_torch_engine_is_one_in_the_main_ranks_process(sound, tmp_path):
+    torch = "rollout.engine.backend=torch"
+    for device in ("cpu", "cuda"):  # no GPU of its own is asked for
+        for mode in ("colocated", "disaggregated"):
+            assert problems(sound, torch, f"run.device={device}", f"placement.mode={mode}") == []
+    assert problems(sound, torch, "rollout.engine.count=2", f"run.replay={tmp_path}/replay.parquet") == []
+    wrong = {
+        "rollout.engine.count=2": "rollout.engine.count=2 with rollout.engine.backend=torch, which is one engine",
+        "rollout.engine.tensor=2": "rollout.engine.tensor=2 with rollout.engine.backend=torch",
+        "rollout.engine.ray_address=10.0.0.1:6379": "ray_address=10.0.0.1:6379 with rollout.engine.backend=torch",
+        "sync.transport=object_store": "sync.transport=object_store with rollout.engine.backend=torch, which takes weights where they are",
+    }
+    for override, expected in wrong.items():
+        for world in (1, None):
+            (problem,) = problems(sound, torch, override, world_size=world)
+            assert expected in problem
+    assert any("gpu_ids=[4] with rollout.engine.backend=torch" in found for found in problems(sound, torch, "rollout.engine.gpu_ids=[4]"))
+    assert any("routing_replay=True with" in found for found in problems(sound, torch, "rollout.routing_replay=true"))
+    stale = ["placement.mode=colocated", "rollout.max_staleness=1", "loss.mismatch=truncate"]
+    assert any("take turns" in found for found in problems(sound, torch, *stale))
+
+
+def test_the_torch_engines_cache_holds_whole_sequences(sound, tmp_path):
+    """2 x 6 layers x 4 key heads x 32 x 768 tokens x 2 bytes = 2.25 MiB, and twice that in fp32."""
+    shape = {**SHAPE, "hidden_size": 256}
+    (tmp_path / "policy" / "config.json").write_text(json.dumps(shape), encoding="utf-8")
+    torch = ["rollout.engine.backend=torch", "rollout.engine.kv_cache_mib=4"]
+    assert problems(sound, *torch, "model.dtype=bf16") == []
+    (problem,) = problems(sound, *torch, "model.dtype=fp32")
+    assert "kv_cache_mib=4 is less than one sequence of rollout.max_context=768 takes of backend=torch (5 MiB)" in problem
+    config = build({}, [*sound, *torch, "rollout.engine.kv_cache_mib=100", "model.dtype=bf16"])
+    assert cache_slots(config, shape) == 44
+    assert cache_slots(build({}, [*sound, "rollout.engine.max_num_seqs=7"]), shape) == 7
+    assert cache_slots(config, {**shape, "head_dim": 64}) == 22
+
+
 def test_a_replay_needs_no_questions_no_corpus_and_no_engines(sound, tmp_path):
     replay = [
         f"run.replay={tmp_path}/replay.parquet",
@@ -314,6 +351,17 @@ def test_settings_of_the_wider_family_are_checked(sound):
     assert "which loss.old_logprobs=engine leaves out" in problem
     (problem,) = problems(sound, "reward.overlong=[20, 10]")
     assert "expected [start, end] in tokens" in problem
+
+
+def test_gradients_are_formed_forward_only_where_a_token_has_a_loss_of_its_own(sound):
+    forward = "model.head_backward=in_forward"
+    for loss in ("ppo", "bapo", "aepo", "hapo", "cispo"):
+        assert problems(sound, forward, f"loss.name={loss}", "loss.mismatch=mask") == []
+    for setting in ("loss.name=gspo", "loss.mismatch=mask_sequence", "loss.entropy_advantage=published"):
+        more = ["loss.name=aepo"] if setting.startswith("loss.entropy") else []
+        (found,) = problems(sound, forward, *more, setting)
+        assert found.startswith(f"{setting} makes a token's loss depend on other tokens") and "use model.head_backward=recompute" in found
+        assert problems(sound, *more, setting) == []
 
 
 def test_branching_must_fit_the_group_the_turn_and_the_loss(sound, monkeypatch):

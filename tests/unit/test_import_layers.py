@@ -76,8 +76,8 @@ MAY_IMPORT = {
 """Part of igpo_megatron -> parts it may import, `checkpoint_conversion` among them."""
 
 TOOLS_MAY_IMPORT = {"types", "untrusted", "config", "data", "search", "rollout", "observability", "plan", "leftovers", "endings"}
-"""tools/bench may import anything. rollout and observability are there for the demonstrations that warm-start the demo policy, plan for
-the scaling study and the examples by size, leftovers for the soak trials."""
+"""tools/bench and tools/gpu may import anything. rollout and observability are there for the demonstrations that warm-start the demo
+policy, plan for the scaling study and the examples by size, leftovers for the soak trials."""
 
 ENGINE_FILES = tuple(
     f"igpo_megatron/rollout/{name}.py"
@@ -93,17 +93,21 @@ ENGINE_FILES = tuple(
         "weight_transfer",
     )
 )
+TORCH_ENGINE_FILES = tuple(
+    f"igpo_megatron/rollout/{name}.py" for name in ("sampling", "slot_cache", "torch_engine", "torch_model", "torch_weights")
+)
 DOORS = {
     "megatron": ("igpo_megatron/actor/", "tools/bench/"),
     "vllm": (*ENGINE_FILES, "tools/bench/"),
     "ray": (*ENGINE_FILES, "tools/bench/"),
-    "triton": ("igpo_megatron/kernels/", "tools/bench/"),
+    "triton": ("igpo_megatron/kernels/", "tools/bench/", "tools/gpu/"),
     "torch": (
         "igpo_megatron/actor/",
         "igpo_megatron/kernels/",
         "igpo_megatron/packing/",
         "igpo_megatron/algorithms/losses.py",
         *ENGINE_FILES,
+        *TORCH_ENGINE_FILES,
         *(f"igpo_megatron/{module}.py" for module in sorted(TOP)),
         "igpo_megatron/plan/calibrate.py",
         "igpo_megatron/launch/",
@@ -151,7 +155,7 @@ def _problem(name: str, module: str, tool_names: set[str]) -> str | None:
     top = name.split("/")[0]
     if top == "tools":
         allowed = TOOLS_MAY_IMPORT
-        if package == "igpo_megatron" and rest and rest[0] not in allowed and not name.startswith("tools/bench/"):
+        if package == "igpo_megatron" and rest and rest[0] not in allowed and not name.startswith(("tools/bench/", "tools/gpu/")):
             return f"imports igpo_megatron.{rest[0]}; tools may import {', '.join(sorted(allowed))}"
         return None
     if package in tool_names:

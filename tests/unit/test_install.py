@@ -161,6 +161,26 @@ def test_a_complete_environment_is_left_as_it_is(tmp_path):
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["bin", "igpo", install.STAMP]
 
 
+@pytest.mark.parametrize("found", [True, False])
+def test_the_second_triton_has_a_folder_of_its_own_and_may_be_missing(tmp_path, found, capsys):
+    class Index:
+        asked: tuple[str, ...] = ()
+
+        def pip(self, *words: str, capture: bool) -> subprocess.CompletedProcess[str]:
+            self.asked = words
+            (tmp_path / f"triton-{install.SECOND_TRITON}").mkdir()  # uv leaves one behind even where it fails
+            return subprocess.CompletedProcess(words, 0 if found else 1)
+
+    (tmp_path / "triton-1.2.3").mkdir()
+    (index, again) = (Index(), Index())
+    install.add_triton(index, tmp_path)
+    assert f"triton=={install.SECOND_TRITON}" in index.asked and "--no-deps" in index.asked
+    assert [path.name for path in tmp_path.iterdir()] == ([f"triton-{install.SECOND_TRITON}"] if found else [])
+    assert capsys.readouterr().out.count("could not be installed") == (not found)
+    install.add_triton(again, tmp_path)
+    assert bool(again.asked) != found
+
+
 def test_an_environment_whose_interpreter_is_gone_is_made_anew(tmp_path):
     folder = tmp_path / "venv"
     venv.create(folder, symlinks=True)

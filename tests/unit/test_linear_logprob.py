@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import math
 import multiprocessing
 import os
 import subprocess
@@ -31,20 +32,25 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 DTYPES = (torch.float32, torch.bfloat16)
 TORCH = [Setup("torch", dtype=dtype) for dtype in DTYPES]
-TRITON = [Setup("triton", form, dtype=dtype) for form in forms.FORMS for dtype in DTYPES] if INTERPRETED else []
+TRITON = [Setup("triton", form, dtype=dtype, workspace=4 * 32 * 256) for form in forms.FORMS for dtype in DTYPES] if INTERPRETED else []
+"""With a workspace of several chunks in every case of more than a few rows, the last one ragged."""
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter's own process")
 compiled = pytest.mark.skipif(INTERPRETED or not HAS_TRITON, reason="needs triton without its interpreter")
 
 
 @pytest.fixture(autouse=True)
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several chunks in every case of more than a few rows, the last one ragged."""
+def small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several chunks, row tiles, groups, splits and rounds of programs in every case of more than a few rows, the last ones ragged."""
     monkeypatch.setattr(torch_chunked, "CHUNK_BYTES", 4 * 123 * 7)
     if INTERPRETED:
-        from igpo_megatron.kernels import triton_head
+        from igpo_megatron.kernels import triton_head, triton_stream
 
-        monkeypatch.setattr(triton_head, "CHUNK_BYTES", 4 * 32 * 256)
+        tiles = {"fused": (16, 64), "fused, fp32": (16, 64), "tma": (16, 64), "specialised": (32, 128)}
+        small = {form: ((math.inf, triton_stream.Tile(m, v, 32, warps=4, stages=2)),) for form, (m, v) in tiles.items()}
+        monkeypatch.setattr(triton_stream, "TILES", small)
+        monkeypatch.setattr(triton_stream, "GROUP_BYTES", 2 * 16 * 40 * 4)
         monkeypatch.setattr(triton_head, "ROW_BLOCK", 32)
+        monkeypatch.setattr(triton_head, "FORWARD_ROWS", 24)
         monkeypatch.setattr(triton_head, "BLOCK", {"BLOCK_R": 32, "BLOCK": 128})
 
 
@@ -53,12 +59,14 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_of(check: Callable[[Setup], None], setup: Setup) -> None:
     if setup.dtype == torch.bfloat16 and check not in BF16_CHECKS:
         pytest.skip("the dtype does not matter")
+    if setup.form == "specialised" and check not in BF16_CHECKS:
+        pytest.skip("the interpreter runs what tma runs, with other tiles")
     check(setup)
 
 
 @pytest.mark.skipif(INTERPRETED or not HAS_TRITON, reason="is this test" if INTERPRETED else "triton is not installed")
 def test_the_kernels_pass_the_same_checks_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", __file__, "-k", "triton", "-x"]
+    command = [sys.executable, "-m", "pytest", __file__, str(Path(__file__).with_name("test_token_loss.py")), "-k", "triton", "-x"]
     root = Path(__file__).parents[2]
     result = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=250, cwd=root)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-1000:]
@@ -125,17 +133,41 @@ def test_gather_rows_adds_the_gradients_of_repeated_rows() -> None:
     assert hidden.grad.tolist() == [[3.0, 30.0], [0.0, 0.0], [7.0, 70.0]]
 
 
-@pytest.mark.parametrize("programs", [1, 9])
+@pytest.mark.parametrize("form", ["fused", "tma"])
 @interpreted
-def test_triton_gives_the_same_with_any_number_of_splits(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from igpo_megatron.kernels import triton_head
+def test_triton_gives_the_same_with_any_number_of_programs(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One program that does everything, or more programs than places."""
+    from igpo_megatron.kernels import triton_stream
 
-    case, setup = CASES[2], Setup("triton", "fused")
+    case, setup = CASES[2], Setup("triton", form)
     usual = run(case, setup)
-    monkeypatch.setattr(triton_head, "_programs", lambda device, block: 5 * programs)
-    other = run(case, setup)
-    assert differences(other, usual, setup) == []
-    assert float((other.logp - usual.logp).abs().max()) < 3e-6
+    for programs in (1, 45):
+        monkeypatch.setattr(triton_stream, "_multiprocessors", lambda device, programs=programs: programs)
+        other = run(case, setup)
+        assert differences(other, usual, setup) == []
+        assert float((other.logp - usual.logp).abs().max()) < 3e-6
+
+
+@interpreted
+def test_triton_places_go_rows_first_then_splits_then_the_next_group() -> None:
+    from linear_logprob_kernels import places
+
+    for row_tiles, splits, group in ((1, 7, 1), (5, 3, 2), (6, 4, 3), (4, 1, 9), (7, 5, 1)):
+        groups = [range(start, min(start + group, row_tiles)) for start in range(0, row_tiles, group)]
+        wanted = [[row, split] for rows in groups for split in range(splits) for row in rows]
+        assert places(row_tiles, splits, group).tolist() == wanted
+
+
+@interpreted
+def test_triton_says_why_a_form_cannot_serve_and_runs_fused(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    from igpo_megatron.kernels import triton_stream
+
+    triton_stream._log_once.cache_clear()
+    monkeypatch.setattr(triton_stream, "_stream_tma", None)
+    with caplog.at_level(logging.WARNING, logger=triton_stream.__name__):
+        run(Case("odd rows", 5, 9, 20), Setup("triton", "tma"))
+    (record,) = caplog.records
+    assert record.message.startswith("model.head_form=tma: TMA needs rows at multiples of 16 bytes, those of hidden are 36 bytes apart")
 
 
 @interpreted
@@ -168,38 +200,28 @@ def test_the_fixed_split_peer_of_the_benchmarks_is_right(monkeypatch: pytest.Mon
     assert differences(found, wanted, setup) == []
 
 
+@compiled
+def test_tma_needs_aligned_rows_and_16_bits() -> None:
+    from igpo_megatron.kernels.triton_stream import why_no_tma
+
+    rows = torch.zeros(8, 64, dtype=torch.bfloat16)
+    assert why_no_tma(rows, rows) is None
+    assert "fp32" in (why_no_tma(rows.float(), rows.float()) or "")
+    assert "weight are 120 bytes apart" in (why_no_tma(rows, torch.zeros(8, 60, dtype=torch.bfloat16)) or "")
+    assert "hidden are 128 bytes apart from 2 on" in (why_no_tma(torch.zeros(513, dtype=torch.bfloat16)[1:].view(8, 64), rows) or "")
+
+
 def test_no_split_is_empty_and_together_they_cover_every_tile() -> None:
     pytest.importorskip("triton")
-    from igpo_megatron.kernels.triton_head import _splits
+    from igpo_megatron.kernels.triton_stream import MOST_SPLITS, split_vocabulary
 
     for row_tiles in (1, 3, 32, 500):
         for tiles in (1, 5, 131, 594, 1188):
-            per_split, splits = _splits(row_tiles, tiles, 132)
-            assert (splits - 1) * per_split < tiles <= splits * per_split
-    assert _splits(1, 1188, 132) == (9, 132)
-
-
-@compiled
-@pytest.mark.parametrize(("rows", "dtype"), [(10, "bf16"), (64, "bf16"), (128, "bf16"), (4096, "bf16"), (4096, "fp32")])
-def test_the_streaming_kernel_compiles_for_an_h100_without_one(rows: int, dtype: str) -> None:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from igpo_megatron.kernels import triton_head
-
-    if "nvidia" not in triton.backends.backends:
-        pytest.skip("triton has no nvidia backend")
-    constants = triton_head._stream_blocks(rows, torch.bfloat16 if dtype == "bf16" else torch.float32)
-    options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
-    constants |= {"H": 900, "ENTROPY": True, "PRECISION": "ieee" if dtype == "fp32" else "tf32"}
-    types = {"hidden": f"*{dtype}", "weight": f"*{dtype}", "targets": "*i64", "records": "*fp32", "inverse_temperature": "fp32"}
-    names = triton_head._stream.arg_names
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-    positions = {(names.index(name),): value for name, value in constants.items()}
-    kernel = triton.compile(ASTSource(triton_head._stream, signature, positions), target=GPUTarget("cuda", 90, 32), options=options)
-    assert kernel.metadata.shared < 227 * 1024
-    assert ("wgmma" in kernel.asm["ptx"]) == (dtype == "bf16" and rows >= 64)
+            per_split, splits = split_vocabulary(row_tiles, tiles, 132)
+            assert (splits - 1) * per_split < tiles <= splits * per_split and splits <= MOST_SPLITS
+    assert split_vocabulary(1, 1188, 132) == (9, 132)
+    assert split_vocabulary(32, 594, 132) == (18, 33)  # 8 full rounds, where 4 splits would leave four programs idle
+    assert split_vocabulary(500, 594, 132)[1] > 1
 
 
 def test_the_table_is_read_rule_by_rule() -> None:
@@ -250,7 +272,7 @@ def test_asking_for_kernels_that_cannot_run_is_an_error(monkeypatch: pytest.Monk
         ({"temperature": 0.0}, "temperature=0.0: expected a positive number"),
         ({"rows": torch.tensor([0, 1])}, "2 rows of hidden states for 4 targets"),
         ({"implementation": "cuda"}, "model.head=cuda: expected auto, torch or triton"),
-        ({"form": "fast"}, "model.head_form=fast: expected auto or one of fused, chunks"),
+        ({"form": "fast"}, "model.head_form=fast: expected auto or one of fused, tma, chunks, specialised"),
     ],
 )
 def test_bad_arguments_are_named(options: dict[str, object], message: str) -> None:

@@ -136,6 +136,19 @@ def test_the_terms_of_a_stage_are_the_ones_worked_by_hand():
     assert whole["optimizer"] == (28 * 100 + 1000 + 10 + 2000) * 12
 
 
+def test_a_larger_workspace_of_the_head_is_counted_with_its_dz_and_only_on_a_gpu():
+    parts = replace(PARTS, head=20000 * 3584)
+
+    def working_set(*, cuda: bool, mib: int, targets: int = 4096) -> float:
+        settings = Settings(reference=False, head_workspace=mib * 2**20)
+        row = Row(512, 0, targets)
+        return stage_memory(SHAPE, parts, Layout(stages=(1,)), settings, row, 1, 0, cuda=cuda)["working set"]
+
+    assert working_set(cuda=True, mib=256) - working_set(cuda=True, mib=128) == 1.5 * 128 * 2**20
+    assert working_set(cuda=False, mib=256) == working_set(cuda=False, mib=128)
+    assert working_set(cuda=True, mib=256, targets=10) == working_set(cuda=True, mib=128, targets=10)  # few logits fill neither
+
+
 @pytest.mark.parametrize(
     ("pipeline", "virtual", "stage", "rows", "expected"),
     [(1, 1, 0, 8, 1), (4, 1, 0, 8, 4), (4, 1, 3, 8, 1), (4, 1, 0, 2, 2), (4, 2, 0, 8, 11 / 2), (4, 2, 3, 8, 5 / 2), (2, 2, 0, 1, 1)],

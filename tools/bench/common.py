@@ -1,4 +1,4 @@
-"""What every benchmark here shares: interleaved timing, ratios with their spread, and one JSON object as the last line."""
+"""What every benchmark here shares: timing by turns, ratios with their spread, the ceilings of the device, and the result as JSON."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
@@ -84,13 +85,37 @@ def versions(*packages: str) -> dict[str, str]:
     return found
 
 
+def matmul_tflops(cuda: bool) -> float:
+    """Speed of a large square matmul on this device, in the heads' dtype."""
+    size = 8192 if cuda else 1024
+    a = torch.randn(size, size, device="cuda" if cuda else "cpu", dtype=torch.bfloat16 if cuda else torch.float32)
+    out = torch.empty_like(a)
+    best = min(interleaved({"matmul": partial(torch.mm, a, a, out=out)}, 20, warmup=5)["matmul"])
+    return round(2 * size**3 / best / 1e12, 4)
+
+
+def copy_gb_per_s(cuda: bool) -> float:
+    """Bytes read and written per second while copying a tensor much larger than any cache."""
+    data = torch.ones((2**30 if cuda else 2**26), device="cuda" if cuda else "cpu", dtype=torch.bfloat16 if cuda else torch.float32)
+    target = torch.empty_like(data)
+    best = min(interleaved({"copy": partial(target.copy_, data)}, 10, warmup=2)["copy"])
+    return round(2 * data.nbytes / best / 1e9, 2)
+
+
 def finish(
-    name: str, figures: dict[str, Any], floors: dict[str, Any], packages: Sequence[str] = ("torch",), out: Path | None = None
+    name: str,
+    figures: dict[str, Any],
+    floors: dict[str, Any],
+    packages: Sequence[str] = ("torch",),
+    out: Path | None = None,
+    headline: str | None = None,
 ) -> None:
-    """Write results/DEVICE/NAME.json (or `out`) and print the same object as the last line."""
+    """Write results/DEVICE/NAME.json (or `out`), print the same object, and then the headline as the last line."""
     device = device_name()
     result = {"name": name, "device": device, "figures": figures, "floors": floors, "versions": versions(*packages)}
     path = out or RESULTS / re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result))
+    if headline:
+        print(headline)

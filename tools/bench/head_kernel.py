@@ -3,15 +3,16 @@
     python tools/bench/head_kernel.py [--rows 10,128,4096] [--write-table]     under 3 minutes on two cores
 
 Forward, and forward + backward with an own weight for every token. Heads take turns within one run; a head is timed only after its
-log-probs agreed with fp64. Floors: 2NHV operations forward and 8NHV with the recomputing backward at the matmul speed measured here,
-or reading the weight once at the copy speed measured here, whichever takes longer. `--write-table` makes kernels/head_forms.json choose
-between our two forms on this device by what was measured.
+log-probs agreed with fp64. Floors: 2NHV operations forward, and in all 8NHV with the recomputing backward or 6NHV with gradients formed
+in the forward pass, at the matmul speed measured here, or reading the weight once at the copy speed measured here, whichever takes longer.
+`--write-table` makes kernels/head_forms.json choose between our forms on this device by what was measured.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -19,7 +20,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from common import device_name, finish, interleaved, ratio, versions
+from common import copy_gb_per_s, device_name, finish, interleaved, matmul_tflops, ratio, versions
 from heads import Head, load_heads
 
 from igpo_megatron.kernels import forms
@@ -37,28 +38,40 @@ AGREES = 0.3
 def main(
     rows: Annotated[str | None, typer.Option(help="Comma-separated numbers of targets.")] = None,
     repeats: Annotated[int, typer.Option(help="Timed calls of every head.")] = 15,
+    seconds: Annotated[float, typer.Option(help="Start no further case after so many seconds.")] = float("inf"),
+    uncompiled: Annotated[bool, typer.Option(help="Run the compiled peer as it is written; compiling takes a CPU half a minute.")] = False,
     write_table: Annotated[bool, typer.Option(help="Write this device's entry of head_forms.json.")] = False,
     out: Annotated[Path | None, typer.Option(help="Result file; default: results/DEVICE/head_kernel.json.")] = None,
 ) -> None:
-    """Time every head on every shape."""
+    """Time every head on every shape, the first rows on all shapes before the next."""
+    started = time.monotonic()
+    if uncompiled:
+        torch.compiler.set_stance("force_eager")
     cuda = torch.cuda.is_available()
     heads, missing = load_heads(cuda)
     ceilings = {"matmul_tflops": matmul_tflops(cuda), "copy_gb_per_s": copy_gb_per_s(cuda)}
     by_shape: dict[str, Any] = {}
     forms_measured: dict[tuple[int, int, int], dict[str, float]] = {}
-    for shape, (hidden, vocab) in (SHAPES if cuda else CPU_SHAPES).items():
-        for count in map(int, (rows or (ROWS if cuda else CPU_ROWS)).split(",")):
+    for count in map(int, (rows or (ROWS if cuda else CPU_ROWS)).split(",")):
+        for shape, (hidden, vocab) in (SHAPES if cuda else CPU_SHAPES).items():
+            case = f"{shape}, N={count}"
+            if time.monotonic() - started > seconds:
+                missing[case] = f"not begun after {seconds:g} s"
+                continue
             measured = measure(heads, count, hidden, vocab, repeats, ceilings, missing)
-            by_shape[f"{shape}, N={count}"] = measured
+            by_shape[case] = measured
             forward = measured["forward"]["seconds"]
             forms_measured[count, hidden, vocab] = {form: forward[f"ours_{form}"] for form in forms.FORMS if f"ours_{form}" in forward}
     figures: dict[str, Any] = {"by_shape": by_shape, "not_loaded": missing}
-    if write_table and cuda:
+    if write_table and forms_measured and cuda:
         table = json.loads(forms.TABLE.read_text(encoding="utf-8"))
         table[device_name()] = {"source": f"measured: {json.dumps(versions('torch', 'triton'))}", "rules": rules(forms_measured)}
         forms.TABLE.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     floors = {**ceilings, "note": "the fraction of the floor is floor time / measured time; peers that only form logits in 16 bits do less"}
-    finish("head_kernel", figures, floors, ("torch", "triton", "liger-kernel", "cut-cross-entropy"), out)
+    fractions = {case: " and ".join(f"{mode['fraction_of_floor']:.2f}" for mode in modes.values()) for case, modes in by_shape.items()}
+    shares = ", ".join(f"{case} {share}" for case, share in fractions.items())
+    headline = f"floor / time, forward and with backward: {shares}; not timed: {', '.join(missing) or 'nothing'}"
+    finish("head_kernel", figures, floors, ("torch", "triton", "liger-kernel", "cut-cross-entropy"), out, headline)
 
 
 def measure(
@@ -85,7 +98,7 @@ def measure(
 
     def both(head: Head) -> None:
         hidden.grad = weight.grad = None
-        (head.logprobs(hidden, weight, targets) * upstream).sum().backward()
+        head.train(hidden, weight, targets, upstream)
 
     good: dict[str, Head] = {}
     for name, head in heads.items():
@@ -101,11 +114,13 @@ def measure(
     operations = 2.0 * count * hidden_size * vocab
     read = weight.nbytes / (ceilings["copy_gb_per_s"] * 1e9)
     result = {}
-    for mode, call, share in (("forward", forward, 1), ("forward_backward", both, 4)):
-        timed = {name: partial(call, head) for name, head in good.items() if mode == "forward" or head.differentiable}
+    for mode, call in (("forward", forward), ("forward_backward", both)):
+        chosen = {name: head for name, head in good.items() if (head.carrier is None if mode == "forward" else head.differentiable)}
+        timed = {name: partial(call, head) for name, head in chosen.items()}
         seconds = interleaved(timed, repeats, warmup=2)
         medians = {name: median(values) for name, values in seconds.items()}
         ours = min((name for name in medians if name.startswith("ours")), key=medians.__getitem__)
+        share = 1 if mode == "forward" else chosen[ours].matmuls
         floor = max(share * operations / (ceilings["matmul_tflops"] * 1e12), read)
         result[mode] = {
             "seconds": {name: round(value, 6) for name, value in medians.items()},
@@ -114,50 +129,52 @@ def measure(
             "floor_s": round(floor, 6),
             "fraction_of_floor": round(floor / medians[ours], 3),
         }
+        if mode == "forward_backward":
+            result[mode]["in_forward_vs_recompute"] = _in_forward_vs_recompute(seconds, chosen)
     return result
 
 
+def _in_forward_vs_recompute(seconds: Mapping[str, list[float]], heads: Mapping[str, Head]) -> dict[str, float] | None:
+    """Our fastest head that forms gradients forward over our fastest that recomputes; 3/4 where matmuls are all there is to it."""
+
+    def fastest(matmuls: int) -> list[float] | None:
+        ours = [values for name, values in seconds.items() if name.startswith("ours") and heads[name].matmuls == matmuls]
+        return min(ours, key=median, default=None)
+
+    new, old = fastest(3), fastest(4)
+    return None if new is None or old is None else ratio(new, old)
+
+
 def rules(measured: Mapping[tuple[int, int, int], Mapping[str, float]]) -> list[dict[str, Any]]:
-    """Rules of head_forms.json from {(N, H, V): {form: seconds}}: per H, `fused` up to the last N before it first loses."""
+    """Rules of head_forms.json from {(N, H, V): {form: seconds}}: per H the fastest form at each N, up to the N before it first loses.
+
+    A form that has lost does not come back at a larger N: such a win is noise. Where one (N, H) was measured at several V, the fastest is
+    the form whose times, each over the best at that V, have the least sum.
+    """
     found: list[dict[str, Any]] = []
     sizes = sorted({hidden for _, hidden, _ in measured})
     for hidden in sizes:
         bound = {} if hidden == sizes[-1] else {"max_hidden": hidden}
         counts = sorted({count for count, size, _ in measured if size == hidden})
-        wins = 0
-        for count in counts:
-            seconds = [times for (rows, size, _), times in measured.items() if (rows, size) == (count, hidden)]
-            if any(times["fused"] > times["chunks"] for times in seconds):
-                break
-            wins = count
-        if wins == counts[-1]:
-            found.append({**bound, "form": "fused"})
-            continue
-        if wins:
-            found.append({"max_rows": wins, **bound, "form": "fused"})
-        found.append({**bound, "form": "chunks"})
+        best = [_fastest([times for (rows, size, _), times in measured.items() if (rows, size) == (count, hidden)]) for count in counts]
+        current, beaten = best[0], set[str]()
+        for before, form in zip(counts, best[1:], strict=False):
+            if form not in (current, *beaten):
+                found.append({"max_rows": before, **bound, "form": current})
+                beaten.add(current)
+                current = form
+        found.append({**bound, "form": current})
     return found
+
+
+def _fastest(times: Sequence[Mapping[str, float]]) -> str:
+    """Form that is nearest to the best of each measurement; a form that failed in one of them is out."""
+    forms_of_all = [form for form in times[0] if all(form in each for each in times)]
+    return min(forms_of_all, key=lambda form: sum(each[form] / min(each.values()) for each in times))
 
 
 def _exact(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return torch.log_softmax(hidden.double() @ weight.double().t(), -1).gather(-1, targets[:, None])[:, 0]
-
-
-def matmul_tflops(cuda: bool) -> float:
-    """Speed of a large square matmul on this device, in the heads' dtype."""
-    size = 8192 if cuda else 1024
-    a = torch.randn(size, size, device="cuda" if cuda else "cpu", dtype=torch.bfloat16 if cuda else torch.float32)
-    out = torch.empty_like(a)
-    best = min(interleaved({"matmul": partial(torch.mm, a, a, out=out)}, 20, warmup=5)["matmul"])
-    return round(2 * size**3 / best / 1e12, 4)
-
-
-def copy_gb_per_s(cuda: bool) -> float:
-    """Bytes read per second while summing a tensor much larger than any cache."""
-    data = torch.ones((2**30 if cuda else 2**26), device="cuda" if cuda else "cpu", dtype=torch.bfloat16 if cuda else torch.float32)
-    target = torch.empty_like(data)
-    best = min(interleaved({"copy": partial(target.copy_, data)}, 10, warmup=2)["copy"])
-    return round(2 * data.nbytes / best / 1e9, 2)
 
 
 if __name__ == "__main__":

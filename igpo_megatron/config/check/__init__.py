@@ -20,6 +20,7 @@ from igpo_megatron.config.check.devices import check_context, check_devices, che
 from igpo_megatron.config.check.files import check_model_files, check_question_files, check_training_files
 from igpo_megatron.config.check.layout import check_experts, check_heads, check_layout, check_routing
 from igpo_megatron.config.check.tools import check_search, check_tools
+from igpo_megatron.config.check.torch_engine import check_torch_engine
 from igpo_megatron.config.load import ConfigError
 from igpo_megatron.config.schema import Config
 
@@ -46,6 +47,7 @@ def check(config: Config, *, world_size: int | None, local_world_size: int | Non
             *check_engine_heads(config, shape),
             *check_routing(config, shape),
             *check_context(config, shape),
+            *check_torch_engine(config, shape),
             *check_devices(config, 0),
             *check_search(config),
             *check_tools(config),
@@ -59,6 +61,7 @@ def check(config: Config, *, world_size: int | None, local_world_size: int | Non
         *check_engine_heads(config, shape),
         *check_routing(config, shape),
         *check_context(config, shape),
+        *check_torch_engine(config, shape),
         *check_devices(config, local_world_size or world_size),
         *check_search(config),
         *check_tools(config),

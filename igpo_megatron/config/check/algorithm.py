@@ -13,6 +13,7 @@ from igpo_megatron.config.schema import (
     GainBranching,
     Igpo,
     IgpoLoo,
+    Loss,
     NoBranching,
     PolicyLoss,
     ReinforcePp,
@@ -37,6 +38,11 @@ def check_algorithm(config: Config) -> Iterator[str]:
         yield f"reward.gain=none leaves advantage.name={advantage.name} without gains; measure them, or set advantage.name=grpo"
     if isinstance(config.loss, PolicyLoss):
         yield from _policy_loss(config.loss)
+    if config.model.head_backward == "in_forward" and (setting := _looks_beyond_a_token(config.loss)):
+        yield (
+            f"{setting} makes a token's loss depend on other tokens, which model.head_backward=in_forward has not seen when it forms the "
+            "token's gradient; use model.head_backward=recompute"
+        )
     if reward.overlong is not None and reward.overlong[0] >= reward.overlong[1]:
         yield f"reward.overlong={list(reward.overlong)}: expected [start, end] in tokens with start < end"
     if reward.gain == "none" and reward.scorer != "fold":
@@ -79,6 +85,15 @@ def _policy_loss(loss: PolicyLoss) -> Iterator[str]:
             f"loss.mismatch={loss.mismatch} compares the engine with a pass before the step, which loss.old_logprobs=engine leaves out; "
             "use loss.old_logprobs=recompute, or loss.mismatch=none"
         )
+
+
+def _looks_beyond_a_token(loss: Loss) -> str | None:
+    """The setting with which a token's part of the loss is not a function of its own log-prob and entropy; None where it is one."""
+    if isinstance(loss, PolicyLoss) and loss.sequence_level:
+        return f"loss.name={loss.name}"
+    if isinstance(loss, PolicyLoss) and loss.mismatch == "mask_sequence":
+        return "loss.mismatch=mask_sequence"
+    return "loss.entropy_advantage=published" if isinstance(loss, Aepo) and loss.entropy_advantage == "published" else None
 
 
 def check_branching(config: Config) -> Iterator[str]:

@@ -79,8 +79,8 @@ def check_devices(config: Config, local_ranks: int) -> Iterator[str]:
             f"rollout.engine.gpu_ids={list(engine.gpu_ids)} overlaps the GPUs of the {local_ranks} ranks on this machine, "
             f"which take 0 to {local_ranks - 1}; give the engines GPUs from {local_ranks} on"
         )
-    # A Ray cluster that is joined brings its own GPUs, and its launch script restricted them.
-    if engine.ray_address is not None or not needs_engines(config):
+    # A Ray cluster that is joined brings its own GPUs, and its launch script restricted them; backend=torch has the main rank's.
+    if engine.ray_address is not None or engine.backend == "torch" or not needs_engines(config):
         return
     wanted = engine.count * engine.tensor
     if (engine.gpu_ids or config.run.device == "cuda") and len(set(engine.gpu_ids)) < wanted:

