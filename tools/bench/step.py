@@ -1,7 +1,7 @@
 """Claim: scoring and training reach a stated share of the matmul rate (MFU), by model shape, recomputation and row length.
 
     python tools/bench/step.py --shape 0.5B,1.5B,7B     on a GPU, within --seconds; 7B with 4 layers, as all of it does not fit with Adam
-    python tools/bench/step.py [--small]                the demo on a CPU core, under two minutes (15 seconds)
+    python tools/bench/step.py [--small]                the demo on a CPU core, a minute (20 seconds)
 
 One rank, random weights, the policy as `igpo train` builds it, and rows as it packs them: a tree of four trajectories each, whose
 prompt counts once. MFU counts what the model asks for (plan/flops.py): recomputation does not raise it, nor do logits that nobody trains
