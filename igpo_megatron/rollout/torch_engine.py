@@ -95,6 +95,7 @@ class TorchEngine:
         self._barred_rows = barred_rows(self._tokenizer, rows)
         self._barred: torch.Tensor | None = None
         self._slots = cache_slots(config, model_shape(config.model.path))
+        self._device = torch.device("cpu")
         self._model: TorchModel | None = None
         self._version = 0
         self._asleep = False
@@ -113,7 +114,7 @@ class TorchEngine:
     # ---- life
 
     def __enter__(self) -> Self:
-        device = _device(self._config)
+        device = self._device = _device(self._config)
         dtype = self._config.model.dtype if self._engine.dtype == "auto" else self._engine.dtype
         self._model = TorchModel(
             self._config.model.path,
@@ -210,7 +211,8 @@ class TorchEngine:
 
     def _work(self) -> None:
         try:
-            with torch.cuda.device(device) if (device := _device(self._config)).type == "cuda" else nullcontext():
+            # A thread begins on the first GPU, wherever the one that started it is.
+            with torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext():
                 while self._may_step():
                     try:
                         self._step()

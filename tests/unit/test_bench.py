@@ -161,6 +161,8 @@ def test_the_stated_bounds_hold_in_the_committed_results_of_the_cpu():
     conversion = figures("convert")
     assert conversion["checkpoint_gb"] >= 4 and conversion["copy_ratio"]["median"] >= 0.6 and conversion["tensors_that_differ"] == 0
     assert conversion["peak_rss_mb"] <= conversion["rss_bound_mb"]
+    engines = figures("engines")
+    assert engines["start_s"]["vllm"] >= 10 * engines["start_s"]["torch"] and engines["torch_over_vllm"]["median"] >= 0.8
     plan = figures("plan")
     assert plan["largest_memory_error"] <= 0.10 and plan["median_time_error"] <= 0.25 and plan["ranked_right"] == plan["ranked_pairs"]
     soak = figures("soak")
