@@ -82,17 +82,20 @@ def measured(policy: Policy, trees: list[RolloutGroup]) -> Numbers:
     policy.zero_gradients()
     schedule.forward_backward(policy.wrapped, rows, loss, temperature=1.0, device=policy.ranks.device)
     found = {name: tensor.float().cpu() for name, tensor in gradients(policy).items()}
+    start = optimized(policy)
     result = policy.train_step(rows, loss)
     leave_and_come_back(policy)
-    return Numbers(logprobs, again, found, result.loss, result.grad_norm, optimized(policy))
+    weights = optimized(policy)
+    assert not any(torch.equal(start[name], tensor) for name, tensor in weights.items()), "a tensor did not learn"
+    return Numbers(logprobs, again, found, result.loss, result.grad_norm, weights)
 
 
 def optimized(policy: Policy) -> dict[str, torch.Tensor]:
-    """What one rank's optimizer steps on: in bf16 its own fp32 copies of the weights. On the host, under HF names."""
+    """What one rank's optimizer steps on: in bf16 its own fp32 copies of the weights. Copied to the host, under HF names."""
     rules = rules_for(policy.shape, policy.config.model.vocab_multiple)
     found: dict[str, torch.Tensor] = {}
     for name, parameter in global_names(policy.chunks):
-        main = getattr(parameter, "main_param", parameter).detach().view_as(parameter).float().cpu()
+        main = getattr(parameter, "main_param", parameter).detach().view_as(parameter).float().cpu().clone()
         found |= dict(zip(rules[name].exports, rules[name].to_hf(main), strict=bool(rules[name].exports)))
     return found
 
