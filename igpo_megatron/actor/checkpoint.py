@@ -144,7 +144,8 @@ def _failures_named(final: Path) -> Iterator[None]:
             raise PeerStopped(f"{final.name} could not be written; rank 0 says why") from None
         rank, (problem, _) = min(error.failures.items())
         why = str(problem).removeprefix("Worker failure: ")
-        if "inline_container" in why or "PytorchStreamWriter" in why:  # all that torch says of a file system that takes no more
+        # All that torch, and Megatron-Core 0.19, say of a file system that takes no more.
+        if any(sign in why for sign in ("inline_container", "PytorchStreamWriter", "<class 'OSError'>")):
             free = shutil.disk_usage(final.parent).free
             why = f"a file was cut short; {final.parent} has {free:,} bytes free (otherwise a quota, or `ulimit -f`)"
         raise RunStopped(f"{final.name} could not be written by rank {rank}: {why}") from error

@@ -60,10 +60,22 @@ def run_ranks(function: Callable[..., Any], config: Config, *arguments: Any) -> 
     return results
 
 
-def run_ranks_for_each(function: Callable[..., Any], configs: Sequence[Config], *arguments: Any) -> list[list[Any]]:
+def run_ranks_beside_autograd(function: Callable[..., Any], config: Config, *arguments: Any) -> list[Any]:
+    """`run_ranks` for a process that computes gradients itself, for a function that can be pickled by its name.
+
+    Once a torch built for CUDA has done so no fork can: autograd has threads then. Ranks fork from a server that never does.
+    """
+    if torch.version.cuda is None:
+        return run_ranks(function, config, *arguments)
+    multiprocessing.set_forkserver_preload(["conftest"])  # found by PYTHONPATH; elsewhere every rank imports it, in seconds
+    (results,) = run_ranks_for_each(function, [config], *arguments, method="forkserver")
+    return results
+
+
+def run_ranks_for_each(function: Callable[..., Any], configs: Sequence[Config], *arguments: Any, method: str = "fork") -> list[list[Any]]:
     """The same for several configurations of as many ranks each, one after the other in one process group."""
     (world,) = {world_size(config) for config in configs}
-    context = multiprocessing.get_context("fork")
+    context: Any = multiprocessing.get_context(method)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]

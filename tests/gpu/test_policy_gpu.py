@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_config, make_hf_folder, run_ranks
+from conftest import make_config, make_hf_folder, run_ranks_beside_autograd
 from host_waits import host_waits
 from parity import ROW_TOKENS, Numbers, by_flex_attention, compare, groups, measured
 from test_device import CASES, COUNTED_ON_HOST, HELD_BY_HOST, loss_of
@@ -56,7 +56,7 @@ def by_one_rank(function: Callable[..., Any], folder: Path, device: str, *argume
     """On CUDA in this process; CPU ranks are forked later, so nothing of it may stay."""
     config = configured(folder, device, **settings)
     if device == "cpu":
-        return run_ranks(function, config, *arguments)[0]
+        return run_ranks_beside_autograd(function, config, *arguments)[0]
     try:
         return function(Policy(config, parallel.init(config)), *arguments)
     finally:

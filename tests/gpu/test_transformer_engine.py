@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_config, make_hf_folder, run_ranks
+from conftest import make_config, make_hf_folder, run_ranks_beside_autograd
 from groups import random_groups
 from test_layouts import gradients, relative_error, row_loss, with_off_policy_logprobs
 
@@ -49,7 +49,7 @@ def scores_and_gradients(policy: Policy, groups: list[RolloutGroup]) -> Found:
 def by_one_rank(folder: Path, backend: str, dtype: str, groups: list[RolloutGroup], device: str) -> Found:
     config = make_config(folder, model__backend=backend, model__dtype=dtype, run__device=device, parallel__distributed_optimizer=False)
     if device == "cpu":
-        found: Found = run_ranks(scores_and_gradients, config, groups)[0]
+        found: Found = run_ranks_beside_autograd(scores_and_gradients, config, groups)[0]
         return found
     try:
         return scores_and_gradients(Policy(config, parallel.init(config)), groups)
