@@ -22,7 +22,19 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from linear_logprob_checks import BF16_CHECKS, CASES, Answer, Case, Mistake, Setup, differences, every_check, oracle, run
+from linear_logprob_checks import (
+    BF16_CHECKS,
+    CASES,
+    Answer,
+    Case,
+    Mistake,
+    Setup,
+    differences,
+    each_case_equals_log_softmax_in_fp64,
+    every_check,
+    oracle,
+    run,
+)
 
 from igpo_megatron.kernels import forms, torch_chunked
 from igpo_megatron.kernels import linear_logprob as module
@@ -59,7 +71,7 @@ def small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_of(check: Callable[[Setup], None], setup: Setup) -> None:
     if setup.dtype == torch.bfloat16 and check not in BF16_CHECKS:
         pytest.skip("the dtype does not matter")
-    if setup.form == "specialised" and check not in BF16_CHECKS:
+    if setup.form == "specialised" and (setup.dtype, check) != (torch.float32, each_case_equals_log_softmax_in_fp64):
         pytest.skip("the interpreter runs what tma runs, with other tiles")
     check(setup)
 
@@ -139,9 +151,9 @@ def test_triton_gives_the_same_with_any_number_of_programs(form: str, monkeypatc
     """One program that does everything, or more programs than places."""
     from igpo_megatron.kernels import triton_stream
 
-    case, setup = CASES[2], Setup("triton", form)
+    case, setup = Case("programs", 40, 16, 200), Setup("triton", form)
     usual = run(case, setup)
-    for programs in (1, 45):
+    for programs in (1, 20):
         monkeypatch.setattr(triton_stream, "_multiprocessors", lambda device, programs=programs: programs)
         other = run(case, setup)
         assert differences(other, usual, setup) == []
