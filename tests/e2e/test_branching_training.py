@@ -1,6 +1,6 @@
 """Two steps each of ARPO, AEPO and gain-guided rollouts on the demo, with one real engine: what grew as a tree is trained as one.
 
-A fourth run replays successes: it shares the engine.
+Three more runs share the engine: one replays successes, and two take the same step with probes scored by the trainer and in the engine.
 """
 
 from __future__ import annotations
@@ -58,6 +58,13 @@ REPLAYING = (
     "loss.mismatch=truncate",
 )
 
+SCORED = ("igpo", "run.steps=1", "rollout.samples_per_prompt=4")
+MORE_RUNS = {
+    "replay": REPLAYING,
+    "folded": SCORED,
+    "in-engine": (*SCORED, "reward.scorer=engine", "loss.old_logprobs=engine"),
+}
+
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DemoRuns]:
@@ -66,8 +73,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DemoRuns]:
         few = demo.folder / "few.parquet"
         pq.write_table(pq.read_table(demo.folder / "train.parquet").slice(0, FEW), few)
         arguments: list[str] = []
-        for name, (recipe, *overrides) in {**RUNS, "replay": (*REPLAYING, f"data.train=[{few}]")}.items():
-            _, *common = demo.arguments(name, *SMALL, *overrides)
+        for name, (recipe, *overrides) in (RUNS | MORE_RUNS).items():
+            _, *common = demo.arguments(name, *SMALL, *overrides, *([f"data.train=[{few}]"] if name == "replay" else []))
             arguments += [*(["--"] if arguments else []), str(ROOT / f"examples/quickstart/{recipe}.yaml"), *common]
         process = demo.start([str(ROOT / "tests/e2e/branching_runs.py"), *arguments])
         try:
@@ -156,6 +163,13 @@ def test_a_group_that_fails_is_trained_with_its_questions_earlier_success(demo: 
     rows = demo.rows("replay")
     assert replayed > 0 and sum(row.get("replayed", 0.0) for row in rows) > 0
     assert all(math.isfinite(row["loss"]) and row["grad_norm"] >= 0 for row in rows)
+
+
+def test_probes_scored_in_the_engine_give_the_same_step_without_a_pass_for_old_log_probs(demo: DemoRuns) -> None:
+    (row,), (folded,) = demo.rows("in-engine"), demo.rows("folded")
+    assert [row["gain"], row["value_0"]] == pytest.approx([folded["gain"], folded["value_0"]], abs=1e-4)
+    assert row["loss"] == pytest.approx(folded["loss"], rel=1e-2, abs=1e-4)
+    assert row["phases_s"]["score"] < folded["phases_s"]["score"] / 2
 
 
 def test_the_reports_draw_the_trees(demo: DemoRuns) -> None:

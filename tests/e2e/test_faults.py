@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -110,22 +109,6 @@ def test_a_run_killed_while_saving_resumes_from_the_last_good_checkpoint_and_rep
     assert [row["loss"] for row in rows] == pytest.approx(uninterrupted, rel=1e-5)
     assert len({round(loss, 4) for loss in uninterrupted}) == STEPS
     assert not list(checkpoints.glob("*.partial"))
-
-
-def test_two_torchrun_agents_train_as_one_node_does(folder: Path, uninterrupted: list[float]) -> None:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    agents = []
-    for node in (0, 1):
-        launch = ["-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(node), "--nproc-per-node", "1"]
-        meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "t", "--local-addr", "127.0.0.1"]
-        is_host = ["--rdzv-conf", f"is_host={'true' if node == 0 else 'false'}"]
-        agents.append(start([*launch, *meeting, *is_host, "-m", "igpo_megatron.train", *settings(folder, "two-nodes")]))
-    for agent in agents:
-        finish(agent)
-    losses = [row["loss"] for row in read_metrics(folder / "two-nodes" / "metrics.jsonl")]
-    assert losses == pytest.approx(uninterrupted, rel=1e-5)
 
 
 def test_a_second_trainer_is_refused_and_an_interruption_is_one_sentence_and_leaves_no_process(folder: Path) -> None:

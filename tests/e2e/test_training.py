@@ -156,16 +156,6 @@ def test_recorded_steps_train_on_one_rank_without_engines_to_the_same_losses(fin
     assert all(row["gain_evidence"] + row["gain_reasoning"] == pytest.approx(row["gain"], abs=1e-6) for row in rows)
 
 
-def test_probes_scored_in_the_engine_give_the_same_step_without_a_pass_for_old_log_probs(finished: Finished) -> None:
-    settings = [*SMALL, "run.steps=1", "reward.scorer=engine", "loss.old_logprobs=engine", "eval.at_ends=false"]
-    code, output = finished.demo.train("in-engine", *settings)
-    assert code == 0, output
-    (row,), folded = finished.demo.rows("in-engine"), finished.demo.rows("whole")[0]
-    assert [row["gain"], row["value_0"]] == pytest.approx([folded["gain"], folded["value_0"]], abs=1e-4)
-    assert row["loss"] == pytest.approx(folded["loss"], rel=1e-2, abs=1e-4)
-    assert row["phases_s"]["score"] < folded["phases_s"]["score"] / 2
-
-
 def test_two_torchrun_agents_train_together_to_the_same_losses(finished: Finished) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
