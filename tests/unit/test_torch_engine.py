@@ -420,6 +420,24 @@ def test_what_the_engine_cannot_compute_ends_the_run_in_one_sentence_for_everybo
             assert str(found[0]) == "engine 0 failed: ZeroDivisionError: division by zero"
 
 
+def test_whoever_was_just_answered_does_not_keep_the_others_from_being_told() -> None:
+    """The loop hears of nothing before the thread has ended: answered turns still look as if somebody waited for them."""
+    with open_engines(settings("rollout.engine.request_timeout_s=5")) as engine:
+        engine._served.decode = lambda *arguments: 1 / 0  # type: ignore[method-assign,assignment,return-value]
+        engine._freeze()
+
+        async def ask() -> list[Any]:
+            lengths = [1, 2] * 4
+            asked = [asyncio.ensure_future(engine.generate(PROMPT, max_tokens=most, temperature=0.0, seed=0, key="q")) for most in lengths]
+            await asyncio.sleep(0)
+            engine._resume()
+            engine._thread.join(20)
+            engine.close()
+            return await asyncio.gather(*asked, return_exceptions=True)
+
+        assert [type(found) for found in asyncio.run(ask())] == [Completion, EnginesEnded] * 4
+
+
 def test_a_bad_request_is_refused_alone(engine: TorchEngine) -> None:
     async def ask() -> list[Any]:
         bad = ([], [656], [-1])
