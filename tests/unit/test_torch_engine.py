@@ -602,6 +602,15 @@ def test_a_model_with_a_sliding_window_is_refused(tmp_path: Path) -> None:
         TorchModel(tmp_path, dtype=torch.float32, device=torch.device("cpu"), slots=1, capacity=8)
 
 
+def test_a_model_that_scales_its_logits_is_refused(tmp_path: Path) -> None:
+    from transformers import GraniteConfig
+
+    sizes = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    AutoModelForCausalLM.from_config(GraniteConfig(**sizes, num_key_value_heads=2, logits_scaling=8.0)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"their head times the last hidden states; those of GraniteForCausalLM are not; use backend=vllm"):
+        TorchModel(tmp_path, dtype=torch.float32, device=torch.device("cpu"), slots=1, capacity=8)
+
+
 def test_slots_that_were_never_filled_are_zeros() -> None:
     """What a mask hides has weight 0, and 0 times what memory happens to hold may be NaN."""
     served = TorchModel(POLICY, dtype=torch.float32, device=torch.device("cpu"), slots=2, capacity=16)
