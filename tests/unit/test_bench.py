@@ -14,9 +14,10 @@ BENCH = Path(__file__).resolve().parents[2] / "tools" / "bench"
 sys.path.insert(0, str(BENCH))
 
 import algorithms  # noqa: E402
+import head_kernel  # noqa: E402
 from common import finish, interleaved, ratio  # noqa: E402
 from head_kernel import _in_forward_vs_recompute, rules  # noqa: E402
-from heads import load_heads  # noqa: E402
+from heads import Head, load_heads  # noqa: E402
 from search import IN_FLIGHT, Barrier, refilled  # noqa: E402
 
 from igpo_megatron.kernels import forms  # noqa: E402
@@ -122,10 +123,13 @@ def test_rules_of_the_form_table_follow_the_measured_winners():
         (64, 512, 1000): {"fused": 2.0, "tma": 1.1, "chunks": 2.0},
         (64, 512, 2000): {"fused": 2.0, "tma": 2.2, "chunks": 2.0},  # nearest to the best at both
         (512, 512, 1000): {"fused": 2.0, "chunks": 1.9},  # tma failed
+        (16, 512, 1000): {},  # all failed: nothing is known, here and of the largest H
+        (8, 1024, 1000): {},
     }
     table = {"default": {"rules": rules(measured)}}
     assert table["default"]["rules"][-1].keys() == {"form"}
-    chosen = {size: forms.choose("any", *size, table) for size in measured}
+    assert rules({(8, 64, 1000): {}}) == []
+    chosen = {size: forms.choose("any", *size, table) for size, times in measured.items() if times}
     assert chosen == {
         (8, 64, 1000): "fused",
         (128, 64, 1000): "chunks",
@@ -138,6 +142,30 @@ def test_rules_of_the_form_table_follow_the_measured_winners():
         (64, 512, 2000): "tma",
         (512, 512, 1000): "chunks",
     }
+
+
+def test_a_head_that_fails_costs_only_its_own_times_and_a_case_is_written_when_it_ends(tmp_path, monkeypatch):
+    def full(*inputs):
+        raise torch.OutOfMemoryError("no room")
+
+    right, result, seen = load_heads(cuda=False)[0]["ours_torch"], tmp_path / "head_kernel.json", []
+
+    def wrong_at_last(hidden, weight, targets):
+        seen.append(result.is_file() and len(json.loads(result.read_text())["figures"]["by_shape"]))
+        return right.logprobs(hidden, weight, targets) + (len(targets) > 8)
+
+    heads = {"ours_a": Head(wrong_at_last), "ours_b": Head(full), "peer": Head(right.logprobs, carrier=full), "eager": right}
+    monkeypatch.setattr(head_kernel, "load_heads", lambda cuda: (heads, {}))
+    monkeypatch.setattr(head_kernel, "CPU_SHAPES", {"tiny": (16, 90)})
+    for name in ("matmul_tflops", "copy_gb_per_s"):
+        monkeypatch.setattr(head_kernel, name, lambda cuda: 1.0)
+    head_kernel.main(rows="8,64", repeats=1, seconds=60, uncompiled=False, write_table=True, out=result)
+    figures = json.loads(result.read_text())["figures"]
+    timed, untimed = figures["by_shape"]["tiny, N=8"], figures["by_shape"]["tiny, N=64"]
+    assert (timed["forward"]["seconds"].keys(), timed["forward_backward"]["seconds"].keys()) == ({"ours_a", "eager"}, {"ours_a", "eager"})
+    assert untimed == {} and "off by 1 nats" in figures["not_loaded"]["ours_a at N=64, H=16"]
+    assert {name.split()[0] for name, why in figures["not_loaded"].items() if why == "OutOfMemoryError: no room"} == {"ours_b", "peer"}
+    assert seen[0] is False and seen[-1] == 1
 
 
 @pytest.mark.parametrize("path", sorted((BENCH / "results").glob("*/*.json")), ids=lambda path: f"{path.parent.name}-{path.stem}")

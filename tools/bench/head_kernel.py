@@ -5,14 +5,15 @@
 Forward, and forward + backward with an own weight for every token. Heads take turns within one run; a head is timed only after its
 log-probs agreed with fp64. Floors: 2NHV operations forward, and in all 8NHV with the recomputing backward or 6NHV with gradients formed
 in the forward pass, at the matmul speed measured here, or reading the weight once at the copy speed measured here, whichever takes longer.
-`--write-table` makes kernels/head_forms.json choose between our forms on this device by what was measured.
+`--write-table` makes kernels/head_forms.json choose between our forms on this device by what was measured. The result is written anew
+after every case, so an interruption loses one.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -58,20 +59,26 @@ def main(
             if time.monotonic() - started > seconds:
                 missing[case] = f"not begun after {seconds:g} s"
                 continue
-            measured = measure(heads, count, hidden, vocab, repeats, ceilings, missing)
-            by_shape[case] = measured
-            forward = measured["forward"]["seconds"]
-            forms_measured[count, hidden, vocab] = {form: forward[f"ours_{form}"] for form in forms.FORMS if f"ours_{form}" in forward}
-    figures: dict[str, Any] = {"by_shape": by_shape, "not_loaded": missing}
-    if write_table and forms_measured and cuda:
+            by_shape[case] = measure(heads, count, hidden, vocab, repeats, ceilings, missing)
+            if "forward" in by_shape[case]:
+                forward = by_shape[case]["forward"]["seconds"]
+                forms_measured[count, hidden, vocab] = {form: forward[f"ours_{form}"] for form in forms.FORMS if f"ours_{form}" in forward}
+            report(by_shape, missing, ceilings, out)
+    if write_table and cuda and (found := rules(forms_measured)):
         table = json.loads(forms.TABLE.read_text(encoding="utf-8"))
-        table[device_name()] = {"source": f"measured: {json.dumps(versions('torch', 'triton'))}", "rules": rules(forms_measured)}
+        table[device_name()] = {"source": f"measured: {json.dumps(versions('torch', 'triton'))}", "rules": found}
         forms.TABLE.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    report(by_shape, missing, ceilings, out)
+
+
+def report(by_shape: Mapping[str, Any], missing: Mapping[str, str], ceilings: Mapping[str, float], out: Path | None) -> None:
+    """Write what has been measured so far."""
     floors = {**ceilings, "note": "the fraction of the floor is floor time / measured time; peers that only form logits in 16 bits do less"}
     fractions = {case: " and ".join(f"{mode['fraction_of_floor']:.2f}" for mode in modes.values()) for case, modes in by_shape.items()}
-    shares = ", ".join(f"{case} {share}" for case, share in fractions.items())
+    shares = ", ".join(f"{case} {share or 'none'}" for case, share in fractions.items())
     headline = f"floor / time, forward and with backward: {shares}; not timed: {', '.join(missing) or 'nothing'}"
-    finish("head_kernel", figures, floors, ("torch", "triton", "liger-kernel", "cut-cross-entropy"), out, headline)
+    packages = ("torch", "triton", "liger-kernel", "cut-cross-entropy")
+    finish("head_kernel", {"by_shape": by_shape, "not_loaded": missing}, floors, packages, out, headline)
 
 
 def measure(
@@ -83,7 +90,10 @@ def measure(
     ceilings: Mapping[str, float],
     missing: dict[str, str],
 ) -> dict[str, Any]:
-    """Seconds, ratios to ours and fractions of the floor, forward and forward + backward."""
+    """Seconds, ratios to ours and fractions of the floor, "forward" and "forward_backward"; without a mode in which no head of ours works.
+
+    `missing` gets a reason for each head that fails.
+    """
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     generator = torch.Generator(device).manual_seed(count)
     hidden = torch.randn(count, hidden_size, device=device, dtype=dtype, generator=generator).requires_grad_()
@@ -100,24 +110,26 @@ def measure(
         hidden.grad = weight.grad = None
         head.train(hidden, weight, targets, upstream)
 
-    good: dict[str, Head] = {}
-    for name, head in heads.items():
-        try:
-            wrong = float((forward(head)[:64].double() - exact).abs().max())
-        except Exception as error:  # noqa: BLE001  out of memory, or a peer that does not take these sizes
-            missing[f"{name} at N={count}, H={hidden_size}"] = f"{type(error).__name__}: {error}"[:200]
-            continue
-        if wrong <= AGREES:
-            good[name] = head
-        else:
-            missing[f"{name} at N={count}, H={hidden_size}"] = f"log-probs are off by {wrong:.2g} nats"
+    def agree(head: Head) -> None:
+        wrong = float((forward(head)[:64].double() - exact).abs().max())
+        if not wrong <= AGREES:
+            raise ArithmeticError(f"log-probs are off by {wrong:.2g} nats")
+
+    def working(chosen: Mapping[str, Head], call: Callable[[Head], object]) -> dict[str, Head]:
+        problems = {name: problem for name, head in chosen.items() if (problem := failure(partial(call, head)))}
+        missing.update({f"{name} at N={count}, H={hidden_size}": problem for name, problem in problems.items()})
+        return {name: head for name, head in chosen.items() if name not in problems}
+
+    good = working(heads, agree)
     operations = 2.0 * count * hidden_size * vocab
     read = weight.nbytes / (ceilings["copy_gb_per_s"] * 1e9)
     result = {}
     for mode, call in (("forward", forward), ("forward_backward", both)):
-        chosen = {name: head for name, head in good.items() if (head.carrier is None if mode == "forward" else head.differentiable)}
-        timed = {name: partial(call, head) for name, head in chosen.items()}
-        seconds = interleaved(timed, repeats, warmup=2)
+        fitting = {name: head for name, head in good.items() if (head.carrier is None if mode == "forward" else head.differentiable)}
+        chosen = working(fitting, call)
+        if not any(name.startswith("ours") for name in chosen):
+            continue
+        seconds = interleaved({name: partial(call, head) for name, head in chosen.items()}, repeats, warmup=1)
         medians = {name: median(values) for name, values in seconds.items()}
         ours = min((name for name in medians if name.startswith("ours")), key=medians.__getitem__)
         share = 1 if mode == "forward" else chosen[ours].matmuls
@@ -132,6 +144,15 @@ def measure(
         if mode == "forward_backward":
             result[mode]["in_forward_vs_recompute"] = _in_forward_vs_recompute(seconds, chosen)
     return result
+
+
+def failure(call: Callable[[], object]) -> str | None:
+    """Why a call fails: out of memory, a wrong result, or a head that does not take these sizes; None where it does not fail."""
+    try:
+        call()
+    except Exception as error:  # noqa: BLE001
+        return f"{type(error).__name__}: {error}"[:200]
+    return None
 
 
 def _in_forward_vs_recompute(seconds: Mapping[str, list[float]], heads: Mapping[str, Head]) -> dict[str, float] | None:
@@ -149,16 +170,19 @@ def rules(measured: Mapping[tuple[int, int, int], Mapping[str, float]]) -> list[
     """Rules of head_forms.json from {(N, H, V): {form: seconds}}: per H the fastest form at each N, up to the N before it first loses.
 
     A form that has lost does not come back at a larger N: such a win is noise. Where one (N, H) was measured at several V, the fastest is
-    the form whose times, each over the best at that V, have the least sum.
+    the form whose times, each over the best at that V, have the least sum. Sizes at which every form failed count for nothing.
     """
+    best: dict[int, dict[int, str]] = {}
+    for hidden, count in sorted({(hidden, count) for count, hidden, _ in measured}):
+        form = _fastest([times for (rows, size, _), times in measured.items() if (rows, size) == (count, hidden)])
+        if form is not None:
+            best.setdefault(hidden, {})[count] = form
     found: list[dict[str, Any]] = []
-    sizes = sorted({hidden for _, hidden, _ in measured})
-    for hidden in sizes:
-        bound = {} if hidden == sizes[-1] else {"max_hidden": hidden}
-        counts = sorted({count for count, size, _ in measured if size == hidden})
-        best = [_fastest([times for (rows, size, _), times in measured.items() if (rows, size) == (count, hidden)]) for count in counts]
-        current, beaten = best[0], set[str]()
-        for before, form in zip(counts, best[1:], strict=False):
+    for hidden, by_count in best.items():
+        bound = {} if hidden == max(best) else {"max_hidden": hidden}
+        (_, current), *others = by_count.items()
+        beaten = set[str]()
+        for before, (_, form) in zip(by_count, others, strict=False):
             if form not in (current, *beaten):
                 found.append({"max_rows": before, **bound, "form": current})
                 beaten.add(current)
@@ -167,10 +191,10 @@ def rules(measured: Mapping[tuple[int, int, int], Mapping[str, float]]) -> list[
     return found
 
 
-def _fastest(times: Sequence[Mapping[str, float]]) -> str:
-    """Form that is nearest to the best of each measurement; a form that failed in one of them is out."""
+def _fastest(times: Sequence[Mapping[str, float]]) -> str | None:
+    """Form that is nearest to the best of each measurement; a form that failed in one of them is out. None where all are."""
     forms_of_all = [form for form in times[0] if all(form in each for each in times)]
-    return min(forms_of_all, key=lambda form: sum(each[form] / min(each.values()) for each in times))
+    return min(forms_of_all, key=lambda form: sum(each[form] / min(each.values()) for each in times), default=None)
 
 
 def _exact(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
