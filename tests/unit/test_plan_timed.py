@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -256,6 +257,33 @@ def test_what_finds_no_memory_or_no_time_is_a_row_that_says_so():
     assert table[2]["train_mfu"] == round(flops / 0.5 / (0.6 * H100_PEAK), 4) and table[2]["peak_gib"] == 2
     said = step.headline(table, MEASURED)
     assert said.startswith("m trains 8,192 tokens/s, MFU ") and "; n out of memory; ceiling 593 TFLOP/s" in said
+
+
+def test_settings_measured_before_a_kill_are_in_the_result_which_calibrates(tmp_path, monkeypatch):
+    one = timed(factor=1.5)
+
+    def measure(config, ranks, cases, *limits):
+        if config.model.recompute == "full":
+            raise KeyboardInterrupt
+        for case in cases:
+            case.rows, case.seconds = list(one.rows), {"train": one.seconds, "update": 0.1}
+
+    monkeypatch.setattr(step, "measure", measure)
+    monkeypatch.setattr(step, "calibrate", lambda links: MEASURED)
+    monkeypatch.setattr(step, "random_policy", lambda name, depth: nullcontext("folder"))
+    monkeypatch.setattr(step, "hf_config", lambda name, depth: KNOWN["Qwen2.5-1.5B"])
+    monkeypatch.setattr(step.parallel, "init", lambda config: None)
+    with pytest.raises(KeyboardInterrupt):
+        step.main("demo", None, False, 1, 60, tmp_path / "step.json")
+    figures = json.loads((tmp_path / "step.json").read_text())["figures"]
+    assert [row["recompute"] for row in figures["table"]] == ["none", "none", "selective", "selective"]
+    assert len(figures["passes"]) == 4 and machines.read(tmp_path / "step.json").train_factor > 1
+
+
+def test_passes_that_no_factor_corrects_are_a_result_all_the_same():
+    figures = result_of([timed(factor=50.0)])["figures"]
+    found = step.planner_errors(MEASURED, figures)
+    assert found == {"refused": "passes (train) take 50 times as long as modelled; is it the same machine?"}
 
 
 def test_a_steps_rows_are_trees_that_fill_their_length():
