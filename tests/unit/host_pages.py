@@ -15,11 +15,11 @@ class Driver:
 
         self._error = error
 
-    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:  # noqa: N802
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
         self.calls.append(("lock", size))
         self.held[address] = size
         return self._error
 
-    def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
+    def cudaHostUnregister(self, address: int) -> int:
         self.calls.append(("unlock", self.held.pop(address)))
         return 0
