@@ -220,8 +220,13 @@ def report_command(run: Annotated[Path, typer.Argument(help="Folder of a run.")]
         typer.echo(write_report(run))
 
 
+_NOT_WITH_RUN = ("gpus", "out", "prompts", "samples", "max-context", "staleness", "placement", "reference", "rows")
+"""Options of `igpo plan` that look for a layout, or say what a configuration says itself."""
+
+
 @app.command("plan")
 def plan_command(
+    context: typer.Context,
     model: Annotated[str | None, typer.Option(help="Folder with config.json, or a known name such as Qwen2.5-72B.")] = None,
     gpus: Annotated[int | None, typer.Option(help="Devices for training and rollouts together.")] = None,
     gpu: Annotated[str, typer.Option(help="h100, h200, h800, h20, b200, a100, a100-40gb or l40s.")] = "h100",
@@ -277,8 +282,9 @@ def plan_command(
     )
     files = tuple(rollouts or ())
     if run is not None:
-        if gpus is not None or out is not None or placement is not None:
-            raise UserError("--run predicts a configuration as it stands; leave --gpus, --out and --placement out, or plan without --run")
+        if given := [name for name in _NOT_WITH_RUN if context.get_parameter_source(name.replace("-", "_")).name != "DEFAULT"]:
+            options = ", ".join(f"--{name}" for name in given)
+            raise UserError(f"--run predicts a configuration as it stands; leave {options} out, or plan without --run")
         from rich.console import Console
 
         raise typer.Exit(predict_run(run, model, gpu, calibration, workload, files, Console()))
