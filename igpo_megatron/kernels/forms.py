@@ -12,9 +12,10 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-FORMS: tuple[Literal["fused", "tma", "chunks", "specialised"], ...] = ("fused", "tma", "chunks", "specialised")
+Form = Literal["fused", "tma", "chunks", "specialised"]
+FORMS: tuple[Form, ...] = get_args(Form)
 """The boldest last, so that what goes through them has seen the others first."""
 
 TABLE = Path(__file__).with_name("head_forms.json")

@@ -1,6 +1,7 @@
 """Cross-field checks: each mistake has its sentence, a sound configuration has none, and all come at once."""
 
 import json
+from typing import get_args
 
 import pytest
 
@@ -10,7 +11,10 @@ from igpo_megatron.config.check.common import divisors
 from igpo_megatron.config.check.layout import stage_layers
 from igpo_megatron.config.check.torch_engine import cache_slots
 from igpo_megatron.config.load import ConfigError, build
-from igpo_megatron.config.schema import Config, Ppo
+from igpo_megatron.config.schema import Config, Model, Ppo
+from igpo_megatron.kernels import forms
+from igpo_megatron.kernels.linear_logprob import WORKSPACE
+from igpo_megatron.plan.types import Settings
 
 SHAPE = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 6, "max_position_embeddings": 1024}
 
@@ -432,3 +436,8 @@ def test_entropies_before_the_step_need_a_pass_and_the_tool_bonus_needs_python(s
     assert problems(sound, *grpo, "loss.old_logprobs=engine", "loss.entropy_advantage=none") == []
     (found,) = problems(sound, *grpo, "reward.tool_bonus=0.1")
     assert "offers no python" in found
+
+
+def test_the_head_has_the_forms_and_the_workspace_that_its_settings_and_the_planner_name():
+    assert get_args(Model.model_fields["head_form"].annotation) == ("auto", *forms.FORMS)
+    assert Model.model_fields["head_workspace_mib"].default * 2**20 == WORKSPACE == Settings().head_workspace

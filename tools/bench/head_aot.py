@@ -110,19 +110,19 @@ def launches(*, quick: bool) -> Iterator[dict[str, Any]]:
 def launch(form: str | None, rows: int, dtype: torch.dtype, hidden: int, *, entropy: bool) -> None:
     """Forward in one form, or with `form=None` all that backward and token_loss launch, on tensors without storage."""
     from igpo_megatron.kernels import triton_head
+    from igpo_megatron.kernels.linear_logprob import WORKSPACE
 
     states = torch.empty(rows, hidden, device="meta", dtype=dtype)
     weight = torch.empty(VOCAB, hidden, device="meta", dtype=dtype)
     targets = torch.empty(rows, device="meta", dtype=torch.int64)
-    workspace = 128 * 2**20
     if form is None:
         coefficients = torch.empty(rows, 4, device="meta")
-        triton_head.gradients(states, weight, targets, VOCAB, 1.0, coefficients, True, True, workspace)
+        triton_head.gradients(states, weight, targets, VOCAB, 1.0, coefficients, True, True, WORKSPACE)
         logits = torch.empty(rows, VOCAB, device="meta")
         triton_head.block_records(logits, targets, 1.0, entropy)
         triton_head.block_dz(logits, targets, 1.0, coefficients, dtype)
     else:
-        triton_head.FORWARDS[form](states, weight, targets, VOCAB, 1.0, entropy, workspace)
+        triton_head.FORWARDS[form](states, weight, targets, VOCAB, 1.0, entropy, WORKSPACE)
 
 
 @contextlib.contextmanager
