@@ -224,6 +224,12 @@ _NOT_WITH_RUN = ("gpus", "out", "prompts", "samples", "max-context", "staleness"
 """Options of `igpo plan` that look for a layout, or say what a configuration says itself."""
 
 
+def _is_given(context: typer.Context, option: str) -> bool:
+    """On the command line, be it with its default."""
+    source = context.get_parameter_source(option.replace("-", "_"))
+    return source is not None and source.name == "COMMANDLINE"
+
+
 @app.command("plan")
 def plan_command(
     context: typer.Context,
@@ -282,9 +288,8 @@ def plan_command(
     )
     files = tuple(rollouts or ())
     if run is not None:
-        if given := [name for name in _NOT_WITH_RUN if context.get_parameter_source(name.replace("-", "_")).name != "DEFAULT"]:
-            options = ", ".join(f"--{name}" for name in given)
-            raise UserError(f"--run predicts a configuration as it stands; leave {options} out, or plan without --run")
+        if said := [f"--{name}" for name in _NOT_WITH_RUN if _is_given(context, name)]:
+            raise UserError(f"--run predicts a configuration as it stands; leave {', '.join(said)} out, or plan without --run")
         from rich.console import Console
 
         raise typer.Exit(predict_run(run, model, gpu, calibration, workload, files, Console()))

@@ -316,9 +316,10 @@ def skyrl_row(name: str) -> list[float]:
 
 def floor_and_at_their_share(seconds: float, passes: int, *, backward: bool) -> list[float]:
     """Of Search-R1's step on 8 H100s at their peak; theirs is 6 N or 2 N per token of 2,560 trajectories of 999 tokens."""
-    shape = find_shape("Qwen2.5-7B")[1]
-    lengths = Workload(prompts=512, samples=5, prompt_tokens=180, turns=2.65, turn_tokens=130, observation_tokens=430)
-    rows = [row for share in shares_of(lengths, 8192, 8, 1) for row in share]
+    name, shape = find_shape("Qwen2.5-7B")
+    lengths = Workload(prompt_tokens=180, turns=2.65, turn_tokens=130, observation_tokens=430)
+    plan = plan_config(load(ROOT / "examples/bench/search_r1_7b_8xh100.yaml"), name, shape, gpu("h100"), lengths)
+    rows = [row for share in shares_of(plan.workload, 8192, 8, 1) for row in share]
     floor = passes * sum(model_flops(shape, row, backward=backward) for row in rows) / 8 / H100_PEAK
     theirs = passes * (6 if backward else 2) * active_parameters(shape) * 2560 * 999 / 8 / H100_PEAK
     return [round(floor, 1), round(floor / (theirs / seconds))]
