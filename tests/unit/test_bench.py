@@ -123,13 +123,10 @@ def test_rules_of_the_form_table_follow_the_measured_winners():
         (64, 512, 1000): {"fused": 2.0, "tma": 1.1, "chunks": 2.0},
         (64, 512, 2000): {"fused": 2.0, "tma": 2.2, "chunks": 2.0},  # nearest to the best at both
         (512, 512, 1000): {"fused": 2.0, "chunks": 1.9},  # tma failed
-        (16, 512, 1000): {},  # all failed: nothing is known, here and of the largest H
-        (8, 1024, 1000): {},
     }
     table = {"default": {"rules": rules(measured)}}
     assert table["default"]["rules"][-1].keys() == {"form"}
-    assert rules({(8, 64, 1000): {}}) == []
-    chosen = {size: forms.choose("any", *size, table) for size, times in measured.items() if times}
+    chosen = {size: forms.choose("any", *size, table) for size in measured}
     assert chosen == {
         (8, 64, 1000): "fused",
         (128, 64, 1000): "chunks",
@@ -144,6 +141,33 @@ def test_rules_of_the_form_table_follow_the_measured_winners():
     }
 
 
+def tiny_head_kernel(monkeypatch, heads: dict[str, Head]) -> None:
+    """The benchmark with these heads, on one tiny shape."""
+    monkeypatch.setattr(head_kernel, "load_heads", lambda cuda: (heads, {}))
+    monkeypatch.setattr(head_kernel, "CPU_SHAPES", {"tiny": (16, 90)})
+    for name in ("matmul_tflops", "copy_gb_per_s"):
+        monkeypatch.setattr(head_kernel, name, lambda cuda: 1.0)
+
+
+@pytest.mark.parametrize(("seconds", "fails_from", "written"), [(60, 100, True), (0, 100, False), (60, 64, False)])
+def test_the_form_table_is_written_once_our_forms_were_timed_in_every_case(tmp_path, monkeypatch, capsys, seconds, fails_from, written):
+    """A table from a few sizes would decide about all."""
+    right, table = load_heads(cuda=False)[0]["ours_torch"], tmp_path / "head_forms.json"
+
+    def fails(hidden, weight, targets):
+        if len(targets) >= fails_from:
+            raise torch.OutOfMemoryError
+        return right.logprobs(hidden, weight, targets)
+
+    tiny_head_kernel(monkeypatch, {"ours_chunks": Head(fails), "eager": right})
+    monkeypatch.setattr(forms, "TABLE", table)
+    table.write_text('{"default": {}}')
+    head_kernel.main(rows="8,64", repeats=1, seconds=seconds, uncompiled=False, write_table=True, out=tmp_path / "result.json")
+    rules_of = {name: entry.get("rules") for name, entry in json.loads(table.read_text()).items()}
+    assert rules_of == {"default": None, **({"cpu": [{"form": "chunks"}]} if written else {})}
+    assert written or "of 2 cases" in capsys.readouterr().err
+
+
 def test_a_head_that_fails_costs_only_its_own_times_and_a_case_is_written_when_it_ends(tmp_path, monkeypatch):
     def full(*inputs):
         raise torch.OutOfMemoryError("no room")
@@ -155,11 +179,8 @@ def test_a_head_that_fails_costs_only_its_own_times_and_a_case_is_written_when_i
         return right.logprobs(hidden, weight, targets) + (len(targets) > 8)
 
     heads = {"ours_a": Head(wrong_at_last), "ours_b": Head(full), "peer": Head(right.logprobs, carrier=full), "eager": right}
-    monkeypatch.setattr(head_kernel, "load_heads", lambda cuda: (heads, {}))
-    monkeypatch.setattr(head_kernel, "CPU_SHAPES", {"tiny": (16, 90)})
-    for name in ("matmul_tflops", "copy_gb_per_s"):
-        monkeypatch.setattr(head_kernel, name, lambda cuda: 1.0)
-    head_kernel.main(rows="8,64", repeats=1, seconds=60, uncompiled=False, write_table=True, out=result)
+    tiny_head_kernel(monkeypatch, heads)
+    head_kernel.main(rows="8,64", repeats=1, seconds=60, uncompiled=False, write_table=False, out=result)
     figures = json.loads(result.read_text())["figures"]
     timed, untimed = figures["by_shape"]["tiny, N=8"], figures["by_shape"]["tiny, N=64"]
     assert (timed["forward"]["seconds"].keys(), timed["forward_backward"]["seconds"].keys()) == ({"ours_a", "eager"}, {"ours_a", "eager"})

@@ -5,13 +5,14 @@
 Forward, and forward + backward with an own weight for every token. Heads take turns within one run; a head is timed only after its
 log-probs agreed with fp64. Floors: 2NHV operations forward, and in all 8NHV with the recomputing backward or 6NHV with gradients formed
 in the forward pass, at the matmul speed measured here, or reading the weight once at the copy speed measured here, whichever takes longer.
-`--write-table` makes kernels/head_forms.json choose between our forms on this device by what was measured. The result is written anew
-after every case, so an interruption loses one.
+`--write-table` makes kernels/head_forms.json choose between our forms on this device by what was measured, once every case was. The
+result is written after every case, so an interruption loses one.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -41,7 +42,7 @@ def main(
     repeats: Annotated[int, typer.Option(help="Timed calls of every head.")] = 15,
     seconds: Annotated[float, typer.Option(help="Start no further case after so many seconds.")] = float("inf"),
     uncompiled: Annotated[bool, typer.Option(help="Run the compiled peer as it is written; compiling takes a CPU half a minute.")] = False,
-    write_table: Annotated[bool, typer.Option(help="Write this device's entry of head_forms.json.")] = False,
+    write_table: Annotated[bool, typer.Option(help="Write this device's entry of head_forms.json, if every case was timed.")] = False,
     out: Annotated[Path | None, typer.Option(help="Result file; default: results/DEVICE/head_kernel.json.")] = None,
 ) -> None:
     """Time every head on every shape, the first rows on all shapes before the next."""
@@ -53,21 +54,26 @@ def main(
     ceilings = {"matmul_tflops": matmul_tflops(cuda), "copy_gb_per_s": copy_gb_per_s(cuda)}
     by_shape: dict[str, Any] = {}
     forms_measured: dict[tuple[int, int, int], dict[str, float]] = {}
-    for count in map(int, (rows or (ROWS if cuda else CPU_ROWS)).split(",")):
-        for shape, (hidden, vocab) in (SHAPES if cuda else CPU_SHAPES).items():
+    counts, shapes = [int(count) for count in (rows or (ROWS if cuda else CPU_ROWS)).split(",")], SHAPES if cuda else CPU_SHAPES
+    for count in counts:
+        for shape, (hidden, vocab) in shapes.items():
             case = f"{shape}, N={count}"
             if time.monotonic() - started > seconds:
                 missing[case] = f"not begun after {seconds:g} s"
                 continue
             by_shape[case] = measure(heads, count, hidden, vocab, repeats, ceilings, missing)
-            if "forward" in by_shape[case]:
-                forward = by_shape[case]["forward"]["seconds"]
-                forms_measured[count, hidden, vocab] = {form: forward[f"ours_{form}"] for form in forms.FORMS if f"ours_{form}" in forward}
             report(by_shape, missing, ceilings, out)
-    if write_table and cuda and (found := rules(forms_measured)):
+            forward = by_shape[case]["forward"]["seconds"] if "forward" in by_shape[case] else {}
+            of_forms: dict[str, float] = {form: forward[f"ours_{form}"] for form in forms.FORMS if f"ours_{form}" in forward}
+            if of_forms:
+                forms_measured[count, hidden, vocab] = of_forms
+    if write_table and (wanted := len(counts) * len(shapes)) == len(forms_measured):
         table = json.loads(forms.TABLE.read_text(encoding="utf-8"))
-        table[device_name()] = {"source": f"measured: {json.dumps(versions('torch', 'triton'))}", "rules": found}
+        table[device_name()] = {"source": f"measured: {json.dumps(versions('torch', 'triton'))}", "rules": rules(forms_measured)}
         forms.TABLE.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    elif write_table:
+        # Rules are for all sizes: from a few of them they would promise too much.
+        print(f"{forms.TABLE.name} is as it was: our forms were timed in {len(forms_measured)} of {wanted} cases", file=sys.stderr)
     report(by_shape, missing, ceilings, out)
 
 
@@ -170,19 +176,16 @@ def rules(measured: Mapping[tuple[int, int, int], Mapping[str, float]]) -> list[
     """Rules of head_forms.json from {(N, H, V): {form: seconds}}: per H the fastest form at each N, up to the N before it first loses.
 
     A form that has lost does not come back at a larger N: such a win is noise. Where one (N, H) was measured at several V, the fastest is
-    the form whose times, each over the best at that V, have the least sum. Sizes at which every form failed count for nothing.
+    the form whose times, each over the best at that V, have the least sum.
     """
-    best: dict[int, dict[int, str]] = {}
-    for hidden, count in sorted({(hidden, count) for count, hidden, _ in measured}):
-        form = _fastest([times for (rows, size, _), times in measured.items() if (rows, size) == (count, hidden)])
-        if form is not None:
-            best.setdefault(hidden, {})[count] = form
     found: list[dict[str, Any]] = []
-    for hidden, by_count in best.items():
-        bound = {} if hidden == max(best) else {"max_hidden": hidden}
-        (_, current), *others = by_count.items()
-        beaten = set[str]()
-        for before, (_, form) in zip(by_count, others, strict=False):
+    sizes = sorted({hidden for _, hidden, _ in measured})
+    for hidden in sizes:
+        bound = {} if hidden == sizes[-1] else {"max_hidden": hidden}
+        counts = sorted({count for count, size, _ in measured if size == hidden})
+        best = [_fastest([times for (rows, size, _), times in measured.items() if (rows, size) == (count, hidden)]) for count in counts]
+        current, beaten = best[0], set[str]()
+        for before, form in zip(counts, best[1:], strict=False):
             if form not in (current, *beaten):
                 found.append({"max_rows": before, **bound, "form": current})
                 beaten.add(current)
@@ -191,10 +194,10 @@ def rules(measured: Mapping[tuple[int, int, int], Mapping[str, float]]) -> list[
     return found
 
 
-def _fastest(times: Sequence[Mapping[str, float]]) -> str | None:
-    """Form that is nearest to the best of each measurement; a form that failed in one of them is out. None where all are."""
+def _fastest(times: Sequence[Mapping[str, float]]) -> str:
+    """Form that is nearest to the best of each measurement; a form that failed in one of them is out."""
     forms_of_all = [form for form in times[0] if all(form in each for each in times)]
-    return min(forms_of_all, key=lambda form: sum(each[form] / min(each.values()) for each in times), default=None)
+    return min(forms_of_all, key=lambda form: sum(each[form] / min(each.values()) for each in times))
 
 
 def _exact(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
