@@ -224,10 +224,12 @@ _NOT_WITH_RUN = ("gpus", "out", "prompts", "samples", "max-context", "staleness"
 """Options of `igpo plan` that look for a layout, or say what a configuration says itself."""
 
 
-def _is_given(context: typer.Context, option: str) -> bool:
-    """On the command line, be it with its default."""
-    source = context.get_parameter_source(option.replace("-", "_"))
-    return source is not None and source.name == "COMMANDLINE"
+def _require_none_of(options: tuple[str, ...], context: typer.Context) -> None:
+    """Raises UserError where some are on the command line beside --run, be it with their defaults."""
+    sources = {option: context.get_parameter_source(option.replace("-", "_")) for option in options}
+    given = [f"--{option}" for option, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    if given:
+        raise UserError(f"--run predicts a configuration as it stands; leave {', '.join(given)} out, or plan without --run")
 
 
 @app.command("plan")
@@ -288,8 +290,7 @@ def plan_command(
     )
     files = tuple(rollouts or ())
     if run is not None:
-        if said := [f"--{name}" for name in _NOT_WITH_RUN if _is_given(context, name)]:
-            raise UserError(f"--run predicts a configuration as it stands; leave {', '.join(said)} out, or plan without --run")
+        _require_none_of(_NOT_WITH_RUN, context)
         from rich.console import Console
 
         raise typer.Exit(predict_run(run, model, gpu, calibration, workload, files, Console()))

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 
 Form = Literal["fused", "tma", "chunks", "specialised"]
 FORMS: tuple[Form, ...] = get_args(Form)
-"""The boldest last, so that what goes through them has seen the others first."""
+"""The riskiest last: whoever tries all of them in this order has the results of the others by then."""
 
 TABLE = Path(__file__).with_name("head_forms.json")
 

@@ -41,7 +41,7 @@ def check_torch_engine(config: Config, shape: dict[str, Any]) -> Iterator[str]:
         need = -(-_sequence_bytes(config, shape) // 2**20)
         yield (
             f"rollout.engine.kv_cache_mib={engine.kv_cache_mib} is less than one sequence of rollout.max_context="
-            f"{config.rollout.max_context} takes of backend=torch ({need} MiB); raise it to some such sequences, or shorten the context"
+            f"{config.rollout.max_context} takes of backend=torch ({need} MiB); raise it to hold several of them, or shorten the context"
         )
 
 
