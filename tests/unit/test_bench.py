@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 
 BENCH = Path(__file__).resolve().parents[2] / "tools" / "bench"
 sys.path.insert(0, str(BENCH))
@@ -109,6 +110,12 @@ def test_the_barrier_opens_when_all_that_still_run_have_come():
 
     asyncio.run(asyncio.wait_for(call(), 10))
     assert [turn for turn, _ in order] == [0, 0, 0, 1, 1, 2] and order[-1] == (2, "a")
+
+
+@pytest.mark.parametrize("rows", ["8,abc", "0", "8,,64", "-5"])
+def test_rows_that_are_no_numbers_are_refused_before_anything_is_timed(rows, tmp_path):
+    with pytest.raises(typer.BadParameter, match="is not a number above 0, nor several with commas"):
+        head_kernel.main(rows=rows, out=tmp_path / "out.json")
 
 
 def test_rules_of_the_form_table_follow_the_measured_winners():

@@ -256,6 +256,8 @@ def test_the_torch_engine_is_one_in_the_main_ranks_process(sound, tmp_path):
     wrong = {
         "rollout.engine.count=2": "rollout.engine.count=2 with rollout.engine.backend=torch, which is one engine",
         "rollout.engine.tensor=2": "rollout.engine.tensor=2 with rollout.engine.backend=torch",
+        # What is to be set is written as YAML writes it: ray_address=None would be an address.
+        "rollout.engine.ray_address=None": "device, and returns no experts; set it to null, or use backend=vllm",
         "rollout.engine.ray_address=10.0.0.1:6379": "ray_address=10.0.0.1:6379 with rollout.engine.backend=torch",
         "sync.transport=object_store": "sync.transport=object_store with rollout.engine.backend=torch, which takes weights where they are",
     }
@@ -264,7 +266,7 @@ def test_the_torch_engine_is_one_in_the_main_ranks_process(sound, tmp_path):
             (problem,) = problems(sound, torch, override, world_size=world)
             assert expected in problem
     assert any("gpu_ids=[4] with rollout.engine.backend=torch" in found for found in problems(sound, torch, "rollout.engine.gpu_ids=[4]"))
-    assert any("routing_replay=True with" in found for found in problems(sound, torch, "rollout.routing_replay=true"))
+    assert any("routing_replay=true with" in found for found in problems(sound, torch, "rollout.routing_replay=true"))
     stale = ["placement.mode=colocated", "rollout.max_staleness=1", "loss.mismatch=truncate"]
     assert any("take turns" in found for found in problems(sound, torch, *stale))
 
@@ -276,7 +278,7 @@ def test_the_torch_engines_cache_holds_whole_sequences(sound, tmp_path):
     torch = ["rollout.engine.backend=torch", "rollout.engine.kv_cache_mib=4"]
     assert problems(sound, *torch, "model.dtype=bf16") == []
     (problem,) = problems(sound, *torch, "model.dtype=fp32")
-    assert "kv_cache_mib=4 is less than one sequence of rollout.max_context=768 takes of backend=torch (5 MiB)" in problem
+    assert "kv_cache_mib=4 is too small for backend=torch: one sequence of rollout.max_context=768 takes 5 MiB" in problem
     config = build({}, [*sound, *torch, "rollout.engine.kv_cache_mib=100", "model.dtype=bf16"])
     assert cache_slots(config, shape) == 44
     assert cache_slots(build({}, [*sound, "rollout.engine.max_num_seqs=7"]), shape) == 7

@@ -151,6 +151,8 @@ def test_what_ranks_exchange_is_not_corrected():
         ({"seconds": 1e6}, "times as long as modelled; is it the same machine?"),
         ({"direction": "sideways"}, "unknown direction 'sideways'"),
         ({"rows": []}, "expected rows"),
+        ({"rows": [{"tokens": 4096, "pairs": 1e6, "targets": 9, "gathered": float("nan")}]}, "expected rows"),
+        ({"dtype_bytes": 0}, "expected dtype_bytes 2 or 4, found 0"),
         ({"rows": [{"tokens": 5}]}, "missing 2 required positional arguments"),
         ({"model": "other"}, "'other'"),
     ],
@@ -164,7 +166,18 @@ def test_a_result_with_an_impossible_pass_is_refused(change, problem, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "problem"), [({"stream": 0.0}, "expected positive numbers"), ({"matmul": []}, "expected positive"), ({"wheels": 4}, "keys")]
+    ("change", "problem"),
+    [
+        ({"stream": 0.0}, "expected positive numbers for stream"),
+        ({"matmul": []}, "expected positive numbers for matmul"),
+        ({"crowd": float("nan")}, "expected positive numbers for crowd"),
+        ({"decode_call": -3e-3}, "expected positive numbers for decode_call"),
+        ({"ranks_per_node": 0}, "expected positive numbers for ranks_per_node"),
+        ({"cores": 0}, "expected positive numbers for cores"),
+        ({"memory": 10**400}, "too large"),
+        ({"device": "rocm"}, "expected device cuda or cpu, found 'rocm'"),
+        ({"wheels": 4}, "keys"),
+    ],
 )
 def test_a_result_without_a_usable_machine_is_refused(change, problem, tmp_path):
     result = result_of([timed()])

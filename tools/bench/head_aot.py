@@ -56,6 +56,7 @@ def main(
         tables = list(pool.map(lambda folder: _with_triton(folder, quick=quick), tritons()))
     rows = [row for table in tables for row in table]
     if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     show(rows)
     wrong = problems(rows)

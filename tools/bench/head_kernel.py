@@ -39,7 +39,7 @@ AGREES = 0.3
 
 def main(
     rows: Annotated[str | None, typer.Option(help="Comma-separated numbers of targets.")] = None,
-    repeats: Annotated[int, typer.Option(help="Timed calls of every head.")] = 15,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed calls of every head.")] = 15,
     seconds: Annotated[float, typer.Option(help="Start no further case after so many seconds.")] = float("inf"),
     uncompiled: Annotated[bool, typer.Option(help="Run the compiled peer as it is written; compiling takes a CPU half a minute.")] = False,
     write_table: Annotated[bool, typer.Option(help="Write this device's entry of head_forms.json, if every case was timed.")] = False,
@@ -47,15 +47,18 @@ def main(
 ) -> None:
     """Time every head on every shape, the first rows on all shapes before the next."""
     started = time.monotonic()
+    cuda = torch.cuda.is_available()
+    counts = (rows or (ROWS if cuda else CPU_ROWS)).split(",")
+    if wrong := [count for count in counts if not count.strip().isdecimal() or int(count) < 1]:
+        raise typer.BadParameter(f"{wrong[0]!r} is not a number above 0, nor several with commas", param_hint="--rows")
     if uncompiled:
         torch.compiler.set_stance("force_eager")
-    cuda = torch.cuda.is_available()
     heads, missing = load_heads(cuda)
     ceilings = {"matmul_tflops": matmul_tflops(cuda), "copy_gb_per_s": copy_gb_per_s(cuda)}
     by_shape: dict[str, Any] = {}
     forms_measured: dict[tuple[int, int, int], dict[str, float]] = {}
-    counts, shapes = [int(count) for count in (rows or (ROWS if cuda else CPU_ROWS)).split(",")], SHAPES if cuda else CPU_SHAPES
-    for count in counts:
+    shapes = SHAPES if cuda else CPU_SHAPES
+    for count in map(int, counts):
         for shape, (hidden, vocab) in shapes.items():
             case = f"{shape}, N={count}"
             if time.monotonic() - started > seconds:
