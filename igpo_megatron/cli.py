@@ -251,11 +251,11 @@ def plan_command(
     prompts: Annotated[int, typer.Option(min=1, help="Questions per step.")] = 32,
     samples: Annotated[int, typer.Option(min=1, help="Trajectories per question.")] = 16,
     max_context: Annotated[int, typer.Option(min=256, help="Tokens of the longest trajectory that must fit.")] = 32768,
-    turns: Annotated[float, typer.Option(min=1.0, help="Mean turns of a trajectory.")] = 4.0,
+    turns: Annotated[float, typer.Option(min=1.0, max=1e4, help="Mean turns of a trajectory.")] = 4.0,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a question's prompt.")] = 600,
-    turn_tokens: Annotated[float, typer.Option(min=1, help="Mean sampled tokens of a turn.")] = 300.0,
-    observation_tokens: Annotated[float, typer.Option(min=1, help="Mean tokens of a tool result.")] = 800.0,
-    tool_latency: Annotated[float, typer.Option(min=0.001, help="Median seconds of a tool call.")] = 0.5,
+    turn_tokens: Annotated[float, typer.Option(min=1, max=1e7, help="Mean sampled tokens of a turn.")] = 300.0,
+    observation_tokens: Annotated[float, typer.Option(min=1, max=1e7, help="Mean tokens of a tool result.")] = 800.0,
+    tool_latency: Annotated[float, typer.Option(min=0.001, max=1e5, help="Median seconds of a tool call.")] = 0.5,
     staleness: Annotated[int, typer.Option(min=0, help="Rollouts this many updates old may overlap with training.")] = 0,
     placement: Annotated[
         Literal["disaggregated", "colocated"] | None, typer.Option(help="Engines' devices: their own, or the ranks'; default: try both.")

@@ -65,13 +65,13 @@ def main(
 
 
 def tritons() -> list[Path | None]:
-    """Folders to import Triton from; None for the installed one."""
-    return [None, *sorted((ROOT / ".venv").glob("triton-*/"))]
+    """Folders to import Triton from, all of this interpreter's environment; None for the installed one."""
+    return [None, *sorted(Path(sys.prefix).glob("triton-*/"))]
 
 
 def _with_triton(folder: Path | None, *, quick: bool) -> list[dict[str, Any]]:
     """`compiled` in a process of its own, whose cache is empty: the compiler reports only what it compiles."""
-    path = [str(place) for place in (folder, ROOT) if place is not None]
+    path = [str(place) for place in (folder, ROOT, os.environ.get("PYTHONPATH")) if place]
     with tempfile.TemporaryDirectory() as cache:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "TRITON_CACHE_DIR": cache}
         environment.pop("TRITON_INTERPRET", None)
