@@ -220,8 +220,21 @@ def report_command(run: Annotated[Path, typer.Argument(help="Folder of a run.")]
         typer.echo(write_report(run))
 
 
+_NOT_WITH_RUN = ("gpus", "out", "prompts", "samples", "max-context", "staleness", "placement", "reference", "rows")
+"""Options of `igpo plan` that look for a layout, or say what a configuration says itself."""
+
+
+def _require_none_of(options: tuple[str, ...], context: typer.Context) -> None:
+    """Raises UserError where some are on the command line beside --run, be it with their defaults."""
+    sources = {option: context.get_parameter_source(option.replace("-", "_")) for option in options}
+    given = [f"--{option}" for option, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    if given:
+        raise UserError(f"--run predicts a configuration as it stands; leave {', '.join(given)} out, or plan without --run")
+
+
 @app.command("plan")
 def plan_command(
+    context: typer.Context,
     model: Annotated[str | None, typer.Option(help="Folder with config.json, or a known name such as Qwen2.5-72B.")] = None,
     gpus: Annotated[int | None, typer.Option(help="Devices for training and rollouts together.")] = None,
     gpu: Annotated[str, typer.Option(help="h100, h200, h800, h20, b200, a100, a100-40gb or l40s.")] = "h100",
@@ -238,11 +251,11 @@ def plan_command(
     prompts: Annotated[int, typer.Option(min=1, help="Questions per step.")] = 32,
     samples: Annotated[int, typer.Option(min=1, help="Trajectories per question.")] = 16,
     max_context: Annotated[int, typer.Option(min=256, help="Tokens of the longest trajectory that must fit.")] = 32768,
-    turns: Annotated[float, typer.Option(min=1.0, help="Mean turns of a trajectory.")] = 4.0,
+    turns: Annotated[float, typer.Option(min=1.0, max=1e4, help="Mean turns of a trajectory.")] = 4.0,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a question's prompt.")] = 600,
-    turn_tokens: Annotated[float, typer.Option(min=1, help="Mean sampled tokens of a turn.")] = 300.0,
-    observation_tokens: Annotated[float, typer.Option(min=1, help="Mean tokens of a tool result.")] = 800.0,
-    tool_latency: Annotated[float, typer.Option(min=0.001, help="Median seconds of a tool call.")] = 0.5,
+    turn_tokens: Annotated[float, typer.Option(min=1, max=1e7, help="Mean sampled tokens of a turn.")] = 300.0,
+    observation_tokens: Annotated[float, typer.Option(min=1, max=1e7, help="Mean tokens of a tool result.")] = 800.0,
+    tool_latency: Annotated[float, typer.Option(min=0.001, max=1e5, help="Median seconds of a tool call.")] = 0.5,
     staleness: Annotated[int, typer.Option(min=0, help="Rollouts this many updates old may overlap with training.")] = 0,
     placement: Annotated[
         Literal["disaggregated", "colocated"] | None, typer.Option(help="Engines' devices: their own, or the ranks'; default: try both.")
@@ -277,8 +290,7 @@ def plan_command(
     )
     files = tuple(rollouts or ())
     if run is not None:
-        if gpus is not None or out is not None or placement is not None:
-            raise UserError("--run predicts a configuration as it stands; leave --gpus, --out and --placement out, or plan without --run")
+        _require_none_of(_NOT_WITH_RUN, context)
         from rich.console import Console
 
         raise typer.Exit(predict_run(run, model, gpu, calibration, workload, files, Console()))

@@ -3,8 +3,7 @@
 Tensors stay where they are and keep their shapes and views; only the storage behind them is emptied. Megatron's main parameters may be
 views of the model's own, its gradients are views of one buffer: moving such tensors one by one would part them, without an error.
 
-On the host they lie side by side in one buffer of just their size, page-locked once and used again. Torch's own pinned memory would be
-rounded up to a power of two, tensor by tensor, and never given back: up to twice as much.
+On the host they lie side by side in one buffer of just their size, page-locked once and used again (host_memory.py).
 """
 
 from __future__ import annotations
@@ -13,10 +12,8 @@ from collections.abc import Iterator
 
 import torch
 
+from igpo_megatron.actor.host_memory import page_locked, rounded
 from igpo_megatron.actor.policy import Policy
-
-_ALIGNMENT = 512
-"""Bytes to a multiple of which each storage's place in the buffer is rounded up."""
 
 
 class Offload:
@@ -39,12 +36,12 @@ class Offload:
         assert not self._away, "the policy has left the device already"
         gradients = {storage.data_ptr() for storage in _gradients(self._policy)}
         leaving = _distinct(_gradients(self._policy), _kept(self._policy))
-        room = self._room(sum(_rounded(storage.nbytes()) for storage in leaving if storage.data_ptr() not in gradients))
+        room = self._room(sum(rounded(storage.nbytes()) for storage in leaving if storage.data_ptr() not in gradients))
         for storage in leaving:
             size = storage.nbytes()
             host: torch.Tensor | int = size
             if storage.data_ptr() not in gradients:
-                host, room = room[:size].copy_(_bytes_of(storage)), room[_rounded(size) :]
+                host, room = room[:size].copy_(_bytes_of(storage)), room[rounded(size) :]
             storage.resize_(0)
             self._away.append((storage, host))
         if self._policy.ranks.device.type == "cuda":
@@ -71,12 +68,8 @@ class Offload:
         """At least `size` bytes of host memory: those of last time where they suffice, since locking pages takes long."""
         if self._host is not None and len(self._host) >= size:
             return self._host
-        if self._host is not None:
-            _unlock_pages(self._host)
         self._host = None  # before the next is there
-        self._host = torch.empty(size, dtype=torch.uint8)
-        if self._page_locks:
-            _lock_pages(self._host)
+        self._host = page_locked(size) if self._page_locks else torch.empty(size, dtype=torch.uint8)
         return self._host
 
 
@@ -102,21 +95,6 @@ def _distinct(*sources: Iterator[torch.UntypedStorage]) -> list[torch.UntypedSto
     """Every storage once, however many tensors look at it; empty ones hold nothing to move."""
     found = {storage.data_ptr(): storage for source in sources for storage in source if storage.nbytes()}
     return list(found.values())
-
-
-def _rounded(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
-
-
-def _lock_pages(host: torch.Tensor) -> None:
-    """Let the device copy to and from this memory by itself; as torch.distributed.checkpoint does."""
-    error = int(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.nbytes, 0))
-    if error:
-        raise RuntimeError(f"{host.nbytes / 2**30:.1f} GiB of host memory could not be page-locked (cudaError {error})")
-
-
-def _unlock_pages(host: torch.Tensor) -> None:
-    torch.cuda.cudart().cudaHostUnregister(host.data_ptr())
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:

@@ -19,6 +19,7 @@ from megatron.core.transformer.module import Float16Module
 
 from checkpoint_conversion.architectures import ModelShape, read_shape
 from igpo_megatron.actor import parallel, schedule
+from igpo_megatron.actor.host_memory import kept_on_host
 from igpo_megatron.actor.model import PolicyModel, build_model, load_weights
 from igpo_megatron.actor.parallel import Ranks
 from igpo_megatron.actor.schedule import RowLoss
@@ -86,7 +87,8 @@ class Policy:
         self.total_steps = config.run.steps * config.optim.minibatches
         self._skipped_in_a_row = 0
         needs_reference = isinstance(config.loss, PolicyLoss) and config.loss.kl_coef > 0
-        self._reference = [p.detach().to("cpu", copy=True) for p in _parameters(self.chunks)] if needs_reference else None
+        locked = ranks.device.type == "cuda"  # they are copied to the device in every step
+        self._reference = kept_on_host([p.detach() for p in _parameters(self.chunks)], locked=locked) if needs_reference else None
 
     @property
     def has_reference(self) -> bool:
@@ -257,4 +259,4 @@ def _parameters(chunks: Sequence[PolicyModel]) -> list[torch.nn.Parameter]:
 @torch.no_grad()
 def _copy_weights(chunks: Sequence[PolicyModel], source: Sequence[torch.Tensor]) -> None:
     for parameter, tensor in zip(_parameters(chunks), source, strict=True):
-        parameter.copy_(tensor)
+        parameter.copy_(tensor, non_blocking=True)

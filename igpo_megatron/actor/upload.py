@@ -14,10 +14,9 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-Record = TypeVar("Record")
+from igpo_megatron.actor.host_memory import rounded
 
-_ALIGNMENT = 256
-"""Bytes to a multiple of which each tensor's place is rounded up, as torch's own allocations are."""
+Record = TypeVar("Record")
 
 
 def upload(record: Record, device: torch.device) -> Record:
@@ -48,7 +47,7 @@ def _copied(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch
     sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
     starts = [0]
     for size in sizes:
-        starts.append(starts[-1] + -(-size // _ALIGNMENT) * _ALIGNMENT)
+        starts.append(starts[-1] + rounded(size))
     staged = _page_locked(starts[-1])
 
     def place(buffer: torch.Tensor, number: int) -> torch.Tensor:

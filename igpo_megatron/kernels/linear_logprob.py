@@ -23,7 +23,7 @@ from igpo_megatron.types import UserError
 logger = logging.getLogger(__name__)
 
 Implementation = Literal["auto", "torch", "triton"]
-Form = Literal["auto", "fused", "tma", "chunks", "specialised"]
+Form = Literal["auto", forms.Form]
 WORKSPACE = 128 * 2**20
 """Bytes of logits at a time."""
 

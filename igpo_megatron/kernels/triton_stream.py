@@ -331,7 +331,10 @@ def why_no_tma(hidden: torch.Tensor, weight: torch.Tensor) -> str | None:
 
 @functools.cache
 def split_vocabulary(row_tiles: int, tiles: int, programs: int) -> tuple[int, int]:
-    """(vocabulary tiles per split, splits) for which `programs` at once are done first with row_tiles x splits; no split is empty."""
+    """(vocabulary tiles per split, number of splits) that end first where `programs` run at a time, one per row tile and split.
+
+    No split is empty.
+    """
 
     def time(per_split: int) -> float:
         rounds = triton.cdiv(row_tiles * triton.cdiv(tiles, per_split), programs)

@@ -19,8 +19,8 @@ GIB = 2**30
 MATMUL_SHARE, ATTENTION_SHARE, STREAM_SHARE, LINK_SHARE = 0.6, 0.45, 0.8, 0.7
 """Share of the data sheet's figure that is reckoned with: assumed, until `--calibrate` has measured the machine."""
 
-MEASURED = ("memory", "attention", "stream", "link", "network", "host_link", "call", "score_factor", "train_factor")
-"""Fields of a measured machine that must be positive."""
+POSITIVE = tuple(field.name for field in fields(Machine) if field.name not in ("name", "device", "matmul", "cores", "source"))
+"""Fields of a measured machine that must be positive numbers."""
 
 _SHEETS = {
     "h100": (79.1, 989, 3350, 450, 50, 64),
@@ -84,22 +84,28 @@ def read(path: Path) -> Machine:
             figures = values["figures"]
             return corrected(_machine(figures["machine"]), timed_from(figures))
         return _machine(values)
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, KeyError, ArithmeticError, RecursionError) as error:
+        why = f"no entry {error}" if isinstance(error, KeyError) else os.strerror(error.errno or 0) if isinstance(error, OSError) else error
         raise UserError(
-            f"--calibration {path}: not a file written by `igpo plan --calibrate`, and no result of tools/bench/step.py: {error}"
+            f"--calibration {path}: not a file written by `igpo plan --calibrate`, and no result of tools/bench/step.py ({why}); "
+            "measure the machine again with either"
         ) from None
 
 
 def _machine(values: Any) -> Machine:
-    """Raises KeyError, TypeError or ValueError for anything else than a machine as `write` writes it; factors may be missing."""
+    """Raises OverflowError, TypeError or ValueError for anything else than a machine as `write` writes it; factors may be missing."""
     known = {field.name for field in fields(Machine)}
     needed = known - {"score_factor", "train_factor"}
     if not isinstance(values, dict) or not needed <= set(values) <= known:
-        raise KeyError(f"expected the keys {', '.join(sorted(needed))}")
-    machine = Machine(**{**values, "matmul": tuple((float(size), float(rate)) for size, rate in values["matmul"])})
-    numbers = [getattr(machine, name) for name in MEASURED]
-    if not machine.matmul or not all(math.isfinite(number) and number > 0 for number in [*numbers, *sum(machine.matmul, ())]):
-        raise ValueError(f"expected positive numbers for matmul, {', '.join(MEASURED)}")
+        raise ValueError(f"expected the keys {', '.join(sorted(needed))}")
+    machine = Machine(**{**values, "matmul": tuple(sorted((float(size), float(rate)) for size, rate in values["matmul"]))})
+    if machine.device not in ("cuda", "cpu"):
+        raise ValueError(f"expected device cuda or cpu, found {machine.device!r}")
+    numbers = {name: [getattr(machine, name)] for name in POSITIVE}
+    numbers |= {"matmul": [*sum(machine.matmul, ())], "cores": [1 if machine.cores is None else machine.cores]}
+    wrong = [name for name, found in numbers.items() if not found or not all(math.isfinite(number) and number > 0 for number in found)]
+    if wrong:
+        raise ValueError(f"expected positive numbers for {', '.join(wrong)}")
     return machine
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from statistics import median
 from typing import Any, get_args
 
@@ -59,8 +59,10 @@ def timed_from(figures: Mapping[str, Any]) -> list[Timed]:
         )
         if one.direction not in get_args(Direction) or one.recompute not in get_args(Recompute):
             raise ValueError(f"passes[{number}]: unknown direction {one.direction!r} or recompute {one.recompute!r}")
-        if not one.rows or not all(row.tokens > 0 and row.pairs >= 0 and row.targets >= 0 for row in one.rows):
+        if not one.rows or not all(row.tokens > 0 and all(number >= 0 for number in astuple(row)) for row in one.rows):
             raise ValueError(f"passes[{number}]: expected rows with tokens, pairs and targets")
+        if one.dtype_bytes not in (2, 4):
+            raise ValueError(f"passes[{number}]: expected dtype_bytes 2 or 4, found {one.dtype_bytes!r}")
         if not (math.isfinite(one.seconds) and one.seconds > 0):
             raise ValueError(f"passes[{number}]: expected positive seconds, found {entry['seconds']}")
         found.append(one)

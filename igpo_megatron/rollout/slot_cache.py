@@ -63,6 +63,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         return query_length, 0
 
     def get_max_length(self) -> int:
+        """Positions of a slot."""
         return int(self.keys.shape[2])
 
 

@@ -72,6 +72,16 @@ def run_ranks_beside_autograd(function: Callable[..., Any], config: Config, *arg
     return results
 
 
+def run_one_rank(function: Callable[..., Any], config: Config, *arguments: Any) -> Any:
+    """`run_ranks_beside_autograd` of one rank; with run.device=cuda in this process, which no rank can be forked from afterwards."""
+    if config.run.device == "cpu":
+        return run_ranks_beside_autograd(function, config, *arguments)[0]
+    try:
+        return function(policy.Policy(config, parallel.init(config)), *arguments)
+    finally:
+        parallel.shutdown()
+
+
 def run_ranks_for_each(function: Callable[..., Any], configs: Sequence[Config], *arguments: Any, method: str = "fork") -> list[list[Any]]:
     """The same for several configurations of as many ranks each, one after the other in one process group."""
     (world,) = {world_size(config) for config in configs}

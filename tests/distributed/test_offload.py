@@ -10,13 +10,15 @@ import pytest
 import torch
 from conftest import make_config, run_ranks
 from groups import random_groups
-from test_layouts import with_off_policy_logprobs
+from host_pages import Driver
+from test_layouts import ROW_TOKENS, with_off_policy_logprobs
 
-from igpo_megatron.actor import offload
+from igpo_megatron.actor.host_memory import ALIGNMENT
 from igpo_megatron.actor.offload import Offload
 from igpo_megatron.actor.policy import Policy
 from igpo_megatron.actor.weight_sync import named_weights
 from igpo_megatron.learn import update
+from igpo_megatron.packing.tree import pack_for_scoring
 from igpo_megatron.rollout.weight_store import SharedWeights
 from igpo_megatron.types import RolloutGroup
 
@@ -65,9 +67,9 @@ def locked(policy: Policy, groups: list[RolloutGroup]) -> list[tuple[list[tuple[
     """(pages locked and unlocked, bytes that must be kept), of leaving before the first step and twice after it."""
     found = []
     with pytest.MonkeyPatch.context() as patch:
-        calls: list[tuple[str, int]] = []
-        patch.setattr(offload, "_lock_pages", lambda host: calls.append(("lock", host.nbytes)))
-        patch.setattr(offload, "_unlock_pages", lambda host: calls.append(("unlock", host.nbytes)))
+        driver = Driver()
+        calls = driver.calls
+        patch.setattr(torch.cuda, "cudart", lambda: driver)
         away = Offload(policy)
         away._page_locks = True  # as on CUDA
         for _ in range(3):
@@ -85,7 +87,28 @@ def test_host_memory_is_locked_once_and_is_no_more_than_what_leaves(hf_folders: 
     groups = with_off_policy_logprobs(random_groups(seed=2, probes=False))
     ((before, first, again),) = run_ranks(locked, make_config(hf_folders["qwen2"], parallel__distributed_optimizer=False), groups)
     ((_, small),), kept = before
-    assert kept <= small < kept + 100 * offload._ALIGNMENT
+    assert kept <= small < kept + 100 * ALIGNMENT
     (unlocked, (_, large)), kept = first
-    assert unlocked == ("unlock", small) and kept <= large < kept + 200 * offload._ALIGNMENT and large > 2 * small
+    assert unlocked == ("unlock", small) and kept <= large < kept + 200 * ALIGNMENT and large > 2 * small
     assert again == ([], kept)
+
+
+def as_at_the_start(policy: Policy, groups: list[RolloutGroup]) -> tuple[bool, bool, bool]:
+    """After a step: does it score otherwise than before, inside `as_reference` as before, and then as after the step?"""
+    rows = pack_for_scoring(groups, row_tokens=ROW_TOKENS)
+
+    def score() -> torch.Tensor:
+        return torch.cat(policy.log_probs(rows))
+
+    start = score()
+    update(policy, groups)
+    learnt = score()
+    with policy.as_reference():
+        reference = score()
+    return not torch.equal(learnt, start), torch.equal(reference, start), torch.equal(score(), learnt)
+
+
+def test_the_reference_scores_as_the_policy_did_at_the_start(hf_folders: dict[str, Path]) -> None:
+    groups = with_off_policy_logprobs(random_groups(seed=2, probes=False))
+    for config in (make_config(hf_folders["qwen2_tied"], loss__kl_coef=0.01, model__dtype=dtype) for dtype in ("fp32", "bf16")):
+        assert run_ranks(as_at_the_start, config, groups) == [(True, True, True)]

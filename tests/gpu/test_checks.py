@@ -1,6 +1,6 @@
 """tools/gpu/checks.sh on a CPU: every part that a GPU will run has run here first, small, and left the figures that it is run for.
 
-`make test` leaves the files that the parts themselves test, tests/gpu/test_policy_gpu.py above all, to this test.
+`make test` leaves tests/gpu/test_policy_gpu.py, the longest of what the parts test, to this one.
 """
 
 from __future__ import annotations

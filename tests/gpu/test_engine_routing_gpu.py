@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import run_ranks
+from conftest import run_ranks_beside_autograd
 from test_engine_experts import POLICY, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -115,7 +115,7 @@ def test_the_trainer_sees_the_experts_that_the_engine_saw(tmp_path: Path, monkey
     ((_, read),) = read_rollouts(tmp_path / "step.parquet")
     assert read == groups
     on_cpu = config.model_copy(update={"run": config.run.model_copy(update={"device": "cpu"})})
-    (measured,) = run_ranks(gaps, on_cpu, read)
+    (measured,) = run_ranks_beside_autograd(gaps, on_cpu, read)
     assert measured["routed_tokens"] > 0.9
     assert measured["logprob_gap_mean"] < 0.5 * measured["logprob_gap_mean_free"]
     assert measured["logprob_gap_max"] < 0.5 * measured["logprob_gap_max_free"]

@@ -19,13 +19,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_config, make_hf_folder, run_ranks_beside_autograd
+from conftest import make_config, make_hf_folder, run_one_rank
 from host_waits import host_waits
 from parity import ROW_TOKENS, Numbers, by_flex_attention, compare, groups, measured
 from test_device import CASES, COUNTED_ON_HOST, HELD_BY_HOST, loss_of
 from test_tree_attention import dense_attention, random_row
 
-from igpo_megatron.actor import attention, parallel, upload
+from igpo_megatron.actor import attention, upload
 from igpo_megatron.actor.attention import compiled_flex_attention, flex_tree_attention
 from igpo_megatron.actor.policy import Policy
 from igpo_megatron.config.schema import Config
@@ -53,14 +53,7 @@ def configured(folder: Path, device: str, **settings: Any) -> Config:
 
 
 def by_one_rank(function: Callable[..., Any], folder: Path, device: str, *arguments: Any, **settings: Any) -> Any:
-    """On CUDA in this process; CPU ranks are forked later, so nothing of it may stay."""
-    config = configured(folder, device, **settings)
-    if device == "cpu":
-        return run_ranks_beside_autograd(function, config, *arguments)[0]
-    try:
-        return function(Policy(config, parallel.init(config)), *arguments)
-    finally:
-        parallel.shutdown()
+    return run_one_rank(function, configured(folder, device, **settings), *arguments)
 
 
 @pytest.mark.parametrize(

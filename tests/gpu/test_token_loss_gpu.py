@@ -12,13 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_config, make_hf_folder
+from conftest import make_config, make_hf_folder, run_one_rank
 from linear_logprob_checks import Case, Setup, differences
 from test_head_backward import LOSS, both, same, small_blocks, trees  # noqa: F401  (small_blocks is a fixture of every test here)
 from token_loss_checks import at_its_own_lse, every_check, oracle, run
-
-from igpo_megatron.actor import parallel
-from igpo_megatron.actor.policy import Policy
 
 CUDA = torch.cuda.is_available()
 needs_gpu = pytest.mark.skipif(not CUDA, reason="needs a GPU")
@@ -50,7 +47,4 @@ def test_blocks_of_full_size_equal_fp64(rows: int) -> None:
 def test_a_step_of_a_policy_is_that_of_recompute(tmp_path: Path, dtype: str) -> None:
     folder = make_hf_folder(tmp_path / "qwen2_tied", "qwen2_tied")
     config = make_config(folder, model__backend="local", model__dtype=dtype, run__device="cuda", parallel__distributed_optimizer=False)
-    try:
-        same(both(Policy(config, parallel.init(config)), trees(), [LOSS], 2.5), tolerance={"fp32": 1e-4, "bf16": 5e-2}[dtype])
-    finally:
-        parallel.shutdown()
+    same(run_one_rank(both, config, trees(), [LOSS], 2.5), tolerance={"fp32": 1e-4, "bf16": 5e-2}[dtype])

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_config, make_hf_folder, run_ranks_beside_autograd
+from conftest import make_config, make_hf_folder, run_one_rank
 from groups import random_groups
 from test_layouts import gradients, relative_error, row_loss, with_off_policy_logprobs
 
-from igpo_megatron.actor import parallel, schedule
+from igpo_megatron.actor import schedule
 from igpo_megatron.actor.attention import TreeAttention
 from igpo_megatron.actor.policy import Policy
 from igpo_megatron.packing.tree import pack_for_scoring, pack_for_training, step_counts
@@ -48,13 +48,8 @@ def scores_and_gradients(policy: Policy, groups: list[RolloutGroup]) -> Found:
 
 def by_one_rank(folder: Path, backend: str, dtype: str, groups: list[RolloutGroup], device: str) -> Found:
     config = make_config(folder, model__backend=backend, model__dtype=dtype, run__device=device, parallel__distributed_optimizer=False)
-    if device == "cpu":
-        found: Found = run_ranks_beside_autograd(scores_and_gradients, config, groups)[0]
-        return found
-    try:
-        return scores_and_gradients(Policy(config, parallel.init(config)), groups)
-    finally:
-        parallel.shutdown()
+    found: Found = run_one_rank(scores_and_gradients, config, groups)
+    return found
 
 
 def check(folder: Path, backend: str, dtype: str, device: str) -> None:

@@ -9,14 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 
 BENCH = Path(__file__).resolve().parents[2] / "tools" / "bench"
 sys.path.insert(0, str(BENCH))
 
 import algorithms  # noqa: E402
+import head_kernel  # noqa: E402
 from common import finish, interleaved, ratio  # noqa: E402
 from head_kernel import _in_forward_vs_recompute, rules  # noqa: E402
-from heads import load_heads  # noqa: E402
+from heads import Head, load_heads  # noqa: E402
 from search import IN_FLIGHT, Barrier, refilled  # noqa: E402
 
 from igpo_megatron.kernels import forms  # noqa: E402
@@ -110,6 +112,12 @@ def test_the_barrier_opens_when_all_that_still_run_have_come():
     assert [turn for turn, _ in order] == [0, 0, 0, 1, 1, 2] and order[-1] == (2, "a")
 
 
+@pytest.mark.parametrize("rows", ["8,abc", "0", "8,,64", "-5"])
+def test_rows_that_are_no_numbers_are_refused_before_anything_is_timed(rows, tmp_path):
+    with pytest.raises(typer.BadParameter, match="is not a number above 0, nor several with commas"):
+        head_kernel.main(rows=rows, out=tmp_path / "out.json")
+
+
 def test_rules_of_the_form_table_follow_the_measured_winners():
     measured = {
         (8, 64, 1000): {"fused": 1.0, "chunks": 2.0},
@@ -138,6 +146,54 @@ def test_rules_of_the_form_table_follow_the_measured_winners():
         (64, 512, 2000): "tma",
         (512, 512, 1000): "chunks",
     }
+
+
+def tiny_head_kernel(monkeypatch, heads: dict[str, Head]) -> None:
+    """The benchmark with these heads, on one tiny shape."""
+    monkeypatch.setattr(head_kernel, "load_heads", lambda cuda: (heads, {}))
+    monkeypatch.setattr(head_kernel, "CPU_SHAPES", {"tiny": (16, 90)})
+    for name in ("matmul_tflops", "copy_gb_per_s"):
+        monkeypatch.setattr(head_kernel, name, lambda cuda: 1.0)
+
+
+@pytest.mark.parametrize(("seconds", "fails_from", "written"), [(60, 100, True), (0, 100, False), (60, 64, False)])
+def test_the_form_table_is_written_once_our_forms_were_timed_in_every_case(tmp_path, monkeypatch, capsys, seconds, fails_from, written):
+    """A table from a few sizes would decide about all."""
+    right, table = load_heads(cuda=False)[0]["ours_torch"], tmp_path / "head_forms.json"
+
+    def fails(hidden, weight, targets):
+        if len(targets) >= fails_from:
+            raise torch.OutOfMemoryError
+        return right.logprobs(hidden, weight, targets)
+
+    tiny_head_kernel(monkeypatch, {"ours_chunks": Head(fails), "eager": right})
+    monkeypatch.setattr(forms, "TABLE", table)
+    table.write_text('{"default": {}}')
+    head_kernel.main(rows="8,64", repeats=1, seconds=seconds, uncompiled=False, write_table=True, out=tmp_path / "result.json")
+    rules_of = {name: entry.get("rules") for name, entry in json.loads(table.read_text()).items()}
+    assert rules_of == {"default": None, **({"cpu": [{"form": "chunks"}]} if written else {})}
+    assert written or "of 2 cases" in capsys.readouterr().err
+
+
+def test_a_head_that_fails_costs_only_its_own_times_and_a_case_is_written_when_it_ends(tmp_path, monkeypatch):
+    def full(*inputs):
+        raise torch.OutOfMemoryError("no room")
+
+    right, result, seen = load_heads(cuda=False)[0]["ours_torch"], tmp_path / "head_kernel.json", []
+
+    def wrong_at_last(hidden, weight, targets):
+        seen.append(result.is_file() and len(json.loads(result.read_text())["figures"]["by_shape"]))
+        return right.logprobs(hidden, weight, targets) + (len(targets) > 8)
+
+    heads = {"ours_a": Head(wrong_at_last), "ours_b": Head(full), "peer": Head(right.logprobs, carrier=full), "eager": right}
+    tiny_head_kernel(monkeypatch, heads)
+    head_kernel.main(rows="8,64", repeats=1, seconds=60, uncompiled=False, write_table=False, out=result)
+    figures = json.loads(result.read_text())["figures"]
+    timed, untimed = figures["by_shape"]["tiny, N=8"], figures["by_shape"]["tiny, N=64"]
+    assert (timed["forward"]["seconds"].keys(), timed["forward_backward"]["seconds"].keys()) == ({"ours_a", "eager"}, {"ours_a", "eager"})
+    assert untimed == {} and "off by 1 nats" in figures["not_loaded"]["ours_a at N=64, H=16"]
+    assert {name.split()[0] for name, why in figures["not_loaded"].items() if why == "OutOfMemoryError: no room"} == {"ours_b", "peer"}
+    assert seen[0] is False and seen[-1] == 1
 
 
 @pytest.mark.parametrize("path", sorted((BENCH / "results").glob("*/*.json")), ids=lambda path: f"{path.parent.name}-{path.stem}")

@@ -1,6 +1,7 @@
 """Cross-field checks: each mistake has its sentence, a sound configuration has none, and all come at once."""
 
 import json
+from typing import get_args
 
 import pytest
 
@@ -10,7 +11,10 @@ from igpo_megatron.config.check.common import divisors
 from igpo_megatron.config.check.layout import stage_layers
 from igpo_megatron.config.check.torch_engine import cache_slots
 from igpo_megatron.config.load import ConfigError, build
-from igpo_megatron.config.schema import Config, Ppo
+from igpo_megatron.config.schema import Config, Model, Ppo
+from igpo_megatron.kernels import forms
+from igpo_megatron.kernels.linear_logprob import WORKSPACE
+from igpo_megatron.plan.types import Settings
 
 SHAPE = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 6, "max_position_embeddings": 1024}
 
@@ -252,6 +256,8 @@ def test_the_torch_engine_is_one_in_the_main_ranks_process(sound, tmp_path):
     wrong = {
         "rollout.engine.count=2": "rollout.engine.count=2 with rollout.engine.backend=torch, which is one engine",
         "rollout.engine.tensor=2": "rollout.engine.tensor=2 with rollout.engine.backend=torch",
+        # What is to be set is written as YAML writes it: ray_address=None would be an address.
+        "rollout.engine.ray_address=None": "device, and returns no experts; set it to null, or use backend=vllm",
         "rollout.engine.ray_address=10.0.0.1:6379": "ray_address=10.0.0.1:6379 with rollout.engine.backend=torch",
         "sync.transport=object_store": "sync.transport=object_store with rollout.engine.backend=torch, which takes weights where they are",
     }
@@ -260,7 +266,7 @@ def test_the_torch_engine_is_one_in_the_main_ranks_process(sound, tmp_path):
             (problem,) = problems(sound, torch, override, world_size=world)
             assert expected in problem
     assert any("gpu_ids=[4] with rollout.engine.backend=torch" in found for found in problems(sound, torch, "rollout.engine.gpu_ids=[4]"))
-    assert any("routing_replay=True with" in found for found in problems(sound, torch, "rollout.routing_replay=true"))
+    assert any("routing_replay=true with" in found for found in problems(sound, torch, "rollout.routing_replay=true"))
     stale = ["placement.mode=colocated", "rollout.max_staleness=1", "loss.mismatch=truncate"]
     assert any("take turns" in found for found in problems(sound, torch, *stale))
 
@@ -272,7 +278,7 @@ def test_the_torch_engines_cache_holds_whole_sequences(sound, tmp_path):
     torch = ["rollout.engine.backend=torch", "rollout.engine.kv_cache_mib=4"]
     assert problems(sound, *torch, "model.dtype=bf16") == []
     (problem,) = problems(sound, *torch, "model.dtype=fp32")
-    assert "kv_cache_mib=4 is less than one sequence of rollout.max_context=768 takes of backend=torch (5 MiB)" in problem
+    assert "kv_cache_mib=4 is too small for backend=torch: one sequence of rollout.max_context=768 takes 5 MiB" in problem
     config = build({}, [*sound, *torch, "rollout.engine.kv_cache_mib=100", "model.dtype=bf16"])
     assert cache_slots(config, shape) == 44
     assert cache_slots(build({}, [*sound, "rollout.engine.max_num_seqs=7"]), shape) == 7
@@ -432,3 +438,8 @@ def test_entropies_before_the_step_need_a_pass_and_the_tool_bonus_needs_python(s
     assert problems(sound, *grpo, "loss.old_logprobs=engine", "loss.entropy_advantage=none") == []
     (found,) = problems(sound, *grpo, "reward.tool_bonus=0.1")
     assert "offers no python" in found
+
+
+def test_the_head_has_the_forms_and_the_workspace_that_its_settings_and_the_planner_name():
+    assert get_args(Model.model_fields["head_form"].annotation) == ("auto", *forms.FORMS)
+    assert Model.model_fields["head_workspace_mib"].default * 2**20 == WORKSPACE == Settings().head_workspace

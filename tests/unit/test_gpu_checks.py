@@ -111,7 +111,10 @@ def test_the_documented_parts_are_those_that_run() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--parts", "smoke,smog"], "--parts: unknown smog; known: smoke, head_parity, "),
+        (["--parts", "smoke, smog"], "--parts: unknown smog; known: smoke, head_parity, "),
+        (["--parts", ""], "--parts: unknown (nothing); known: smoke, head_parity, "),
+        (["--device", "cpu", "--small", "--out", "FILE"], "cannot be written (File exists); name another folder"),
+        (["--device", "cpu", "--small", "--out", "FILE/in"], "cannot be written (Not a directory); name another folder"),
         (["--device", "cpu"], "--device cpu and --small go together"),
         (["--small"], "--device cpu and --small go together"),
         (["--device", "cpu", "--small", "--wheels", "EMPTY"], "no wheels there; fetch them with tools/gpu/wheels.sh"),
@@ -121,12 +124,24 @@ def test_the_documented_parts_are_those_that_run() -> None:
 def test_a_wrong_call_is_refused_before_anything_runs(
     words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["checks.py", *(str(tmp_path) if word == "EMPTY" else word for word in words)])
+    (tmp_path / "file").touch()
+    places = {"EMPTY": str(tmp_path), "FILE": str(tmp_path / "file"), "FILE/in": str(tmp_path / "file/in")}
+    monkeypatch.setattr(sys, "argv", ["checks.py", *(places.get(word, word) for word in words)])
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(SystemExit) as ended:
         checks.main()
     assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_an_interpreter_without_torch_is_refused_and_runs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["checks.py", "--device", "cpu", "--small", "--out", str(tmp_path)])
+    monkeypatch.setattr(checks, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        checks.main()
+    assert f"{sys.executable} has no torch; name an interpreter that has by PYTHON=" in capsys.readouterr().err
 
 
 def test_the_gpu_is_the_first_that_the_process_may_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

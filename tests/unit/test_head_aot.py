@@ -83,3 +83,9 @@ def test_a_variant_that_breaks_a_rule_is_named(rows, change, message):
     assert head_aot.problems([row]) == []
     (problem,) = head_aot.problems([{**row, **change}])
     assert message in problem and row["triton"] in problem
+
+
+def test_tritons_are_those_of_the_interpreters_own_environment(tmp_path, monkeypatch):
+    (tmp_path / "triton-9.9.9").mkdir()
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    assert head_aot.tritons() == [None, tmp_path / "triton-9.9.9"]

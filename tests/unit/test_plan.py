@@ -233,7 +233,10 @@ def test_an_engine_needs_room_for_one_whole_trajectory():
         (["--model", "Qwen2.5-7B", "--gpus", "8", "--max-context", "99999999"], None),
         (["--model", "Qwen2.5-7B", "--gpus", "8", "--calibration", "missing.json"], "not a file written by"),
         (["--gpus", "8"], "needs --model and --gpus"),
-        (["--run", str(SIZES / "qwen2.5_7b.yaml"), "--gpus", "8"], "leave --gpus, --out and --placement out"),
+        (["--run", str(SIZES / "qwen2.5_7b.yaml"), "--no-reference"], "leave --reference out"),
+        (["--run", str(SIZES / "qwen2.5_7b.yaml"), "--gpus", "8"], "leave --gpus out, or plan without --run"),
+        (["--run", str(SIZES / "qwen2.5_7b.yaml"), "--staleness", "0", "--max-context", "999"], "leave --max-context, --staleness out"),
+        (["--run", str(SIZES / "qwen2.5_7b.yaml"), "--turn-tokens", "inf"], "Invalid value for '--turn-tokens'"),
         (["--run", "missing.yaml"], "no such configuration file"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -150,6 +151,8 @@ def test_what_ranks_exchange_is_not_corrected():
         ({"seconds": 1e6}, "times as long as modelled; is it the same machine?"),
         ({"direction": "sideways"}, "unknown direction 'sideways'"),
         ({"rows": []}, "expected rows"),
+        ({"rows": [{"tokens": 4096, "pairs": 1e6, "targets": 9, "gathered": float("nan")}]}, "expected rows"),
+        ({"dtype_bytes": 0}, "expected dtype_bytes 2 or 4, found 0"),
         ({"rows": [{"tokens": 5}]}, "missing 2 required positional arguments"),
         ({"model": "other"}, "'other'"),
     ],
@@ -163,7 +166,18 @@ def test_a_result_with_an_impossible_pass_is_refused(change, problem, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "problem"), [({"stream": 0.0}, "expected positive numbers"), ({"matmul": []}, "expected positive"), ({"wheels": 4}, "keys")]
+    ("change", "problem"),
+    [
+        ({"stream": 0.0}, "expected positive numbers for stream"),
+        ({"matmul": []}, "expected positive numbers for matmul"),
+        ({"crowd": float("nan")}, "expected positive numbers for crowd"),
+        ({"decode_call": -3e-3}, "expected positive numbers for decode_call"),
+        ({"ranks_per_node": 0}, "expected positive numbers for ranks_per_node"),
+        ({"cores": 0}, "expected positive numbers for cores"),
+        ({"memory": 10**400}, "too large"),
+        ({"device": "rocm"}, "expected device cuda or cpu, found 'rocm'"),
+        ({"wheels": 4}, "keys"),
+    ],
 )
 def test_a_result_without_a_usable_machine_is_refused(change, problem, tmp_path):
     result = result_of([timed()])
@@ -258,6 +272,33 @@ def test_what_finds_no_memory_or_no_time_is_a_row_that_says_so():
     assert said.startswith("m trains 8,192 tokens/s, MFU ") and "; n out of memory; ceiling 593 TFLOP/s" in said
 
 
+def test_settings_measured_before_a_kill_are_in_the_result_which_calibrates(tmp_path, monkeypatch):
+    one = timed(factor=1.5)
+
+    def measure(config, ranks, cases, *limits):
+        if config.model.recompute == "full":
+            raise KeyboardInterrupt
+        for case in cases:
+            case.rows, case.seconds = list(one.rows), {"train": one.seconds, "update": 0.1}
+
+    monkeypatch.setattr(step, "measure", measure)
+    monkeypatch.setattr(step, "calibrate", lambda links: MEASURED)
+    monkeypatch.setattr(step, "random_policy", lambda name, depth: nullcontext("folder"))
+    monkeypatch.setattr(step, "hf_config", lambda name, depth: KNOWN["Qwen2.5-1.5B"])
+    monkeypatch.setattr(step.parallel, "init", lambda config: None)
+    with pytest.raises(KeyboardInterrupt):
+        step.main("demo", None, False, 1, 60, tmp_path / "step.json")
+    figures = json.loads((tmp_path / "step.json").read_text())["figures"]
+    assert [row["recompute"] for row in figures["table"]] == ["none", "none", "selective", "selective"]
+    assert len(figures["passes"]) == 4 and machines.read(tmp_path / "step.json").train_factor > 1
+
+
+def test_passes_that_no_factor_corrects_are_a_result_all_the_same():
+    figures = result_of([timed(factor=50.0)])["figures"]
+    found = step.planner_errors(MEASURED, figures)
+    assert found == {"refused": "passes (train) take 50 times as long as modelled; is it the same machine?"}
+
+
 def test_a_steps_rows_are_trees_that_fill_their_length():
     rows, counts = step.packed(512, 2048, 656)
     assert [row.num_tokens for row in rows] == [512] * 4
@@ -275,11 +316,26 @@ def test_search_r1_as_skyrl_timed_it_is_predicted_as_its_file_says():
     assert result.exit_code == 0 and "8 ranks train (DP8, recompute full, rows of 8192), 2560 trajectories of 999 tokens" in output
     predicted = output[output.index("forward (old and reference") :].split(":")[0]
     assert predicted in " ".join(text.replace("#", "").split())
-    forward, training = (f"{words.split()[-2]} s" for words in predicted.split(","))
-    (row,) = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith("| policy training")]
-    assert f"| {training} |" in row
-    (row,) = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith("| forward")]
-    assert f"| {forward} |" in row
+    forward, training = (float(words.split()[-2]) for words in predicted.split(","))
+    assert skyrl_row("policy training") == [93, training, *floor_and_at_their_share(93, 1, backward=True)]
+    assert skyrl_row("forward") == [46, forward, *floor_and_at_their_share(46, 2, backward=False)]
+
+
+def skyrl_row(name: str) -> list[float]:
+    """Numbers of a row of the README's table: SkyRL's seconds, ours as predicted, the floor, ours at SkyRL's share of the peak."""
+    (row,) = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith(f"| {name}")]
+    return [float(cell.split()[0]) for cell in row.strip("|").split("|")[1:]]
+
+
+def floor_and_at_their_share(seconds: float, passes: int, *, backward: bool) -> list[float]:
+    """Of Search-R1's step on 8 H100s at their peak; theirs is 6 N or 2 N per token of 2,560 trajectories of 999 tokens."""
+    name, shape = find_shape("Qwen2.5-7B")
+    lengths = Workload(prompt_tokens=180, turns=2.65, turn_tokens=130, observation_tokens=430)
+    plan = plan_config(load(ROOT / "examples/bench/search_r1_7b_8xh100.yaml"), name, shape, gpu("h100"), lengths)
+    rows = [row for share in shares_of(plan.workload, 8192, 8, 1) for row in share]
+    floor = passes * sum(model_flops(shape, row, backward=backward) for row in rows) / 8 / H100_PEAK
+    theirs = passes * (6 if backward else 2) * active_parameters(shape) * 2560 * 999 / 8 / H100_PEAK
+    return [round(floor, 1), round(floor / (theirs / seconds))]
 
 
 def test_a_configuration_pays_for_each_of_its_optimizer_steps():

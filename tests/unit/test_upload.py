@@ -10,6 +10,7 @@ import torch
 
 from igpo_megatron.actor import upload as module
 from igpo_megatron.actor.context import part_of
+from igpo_megatron.actor.host_memory import ALIGNMENT, rounded
 from igpo_megatron.actor.model import HeadInputs, split_of
 from igpo_megatron.actor.upload import upload
 from igpo_megatron.packing.experts import ExpertShape
@@ -56,7 +57,7 @@ def test_every_tensor_arrives_as_it_was(locked: list[torch.Tensor]) -> None:
         assert there.data_ptr() % here.element_size() == 0
     (buffer,) = locked
     places = sorted((there.data_ptr() - buffer.data_ptr(), there.nbytes) for there in found if there.nbytes)
-    assert all(start % module._ALIGNMENT == 0 for start, _ in places)
+    assert all(start % ALIGNMENT == 0 for start, _ in places)
     assert all(start + size <= later for (start, size), (later, _) in pairwise(places))
 
 
@@ -69,7 +70,7 @@ def test_a_row_its_part_and_its_head_take_one_buffer_and_each_tensor_once(locked
     there, part_there, head_there = upload((whole, part, head), torch.device("meta"))
     (buffer,) = locked
     once = [*tensors(whole).values(), split.sampled, split.probed, split.order]
-    assert len(buffer) == sum(-(-tensor.nbytes // module._ALIGNMENT) * module._ALIGNMENT for tensor in once)
+    assert len(buffer) == sum(rounded(tensor.nbytes) for tensor in once)
     assert part_there.token_ids is there.token_ids and head_there.targets is there.targets
     for found, expected in ((there, whole), (part_there, part), (head_there, head)):
         shapes, wanted = ({name: tensor.shape for name, tensor in tensors(record).items()} for record in (found, expected))

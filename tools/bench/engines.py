@@ -32,7 +32,7 @@ QUESTIONS, SAMPLES = 8, 8
 
 
 def main(
-    repeats: Annotated[int, typer.Option(help="Timed rollouts of each engine.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed rollouts of each engine.")] = 5,
     out: Annotated[Path | None, typer.Option(help="Result file; default: results/DEVICE/engines.json.")] = None,
 ) -> None:
     """Start both, and roll out by turns."""

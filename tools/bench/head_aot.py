@@ -56,6 +56,7 @@ def main(
         tables = list(pool.map(lambda folder: _with_triton(folder, quick=quick), tritons()))
     rows = [row for table in tables for row in table]
     if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     show(rows)
     wrong = problems(rows)
@@ -64,13 +65,13 @@ def main(
 
 
 def tritons() -> list[Path | None]:
-    """Folders to import Triton from; None for the installed one."""
-    return [None, *sorted((ROOT / ".venv").glob("triton-*/"))]
+    """Folders to import Triton from, all of this interpreter's environment; None for the installed one."""
+    return [None, *sorted(Path(sys.prefix).glob("triton-*/"))]
 
 
 def _with_triton(folder: Path | None, *, quick: bool) -> list[dict[str, Any]]:
     """`compiled` in a process of its own, whose cache is empty: the compiler reports only what it compiles."""
-    path = [str(place) for place in (folder, ROOT) if place is not None]
+    path = [str(place) for place in (folder, ROOT, os.environ.get("PYTHONPATH")) if place]
     with tempfile.TemporaryDirectory() as cache:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "TRITON_CACHE_DIR": cache}
         environment.pop("TRITON_INTERPRET", None)
@@ -110,19 +111,19 @@ def launches(*, quick: bool) -> Iterator[dict[str, Any]]:
 def launch(form: str | None, rows: int, dtype: torch.dtype, hidden: int, *, entropy: bool) -> None:
     """Forward in one form, or with `form=None` all that backward and token_loss launch, on tensors without storage."""
     from igpo_megatron.kernels import triton_head
+    from igpo_megatron.kernels.linear_logprob import WORKSPACE
 
     states = torch.empty(rows, hidden, device="meta", dtype=dtype)
     weight = torch.empty(VOCAB, hidden, device="meta", dtype=dtype)
     targets = torch.empty(rows, device="meta", dtype=torch.int64)
-    workspace = 128 * 2**20
     if form is None:
         coefficients = torch.empty(rows, 4, device="meta")
-        triton_head.gradients(states, weight, targets, VOCAB, 1.0, coefficients, True, True, workspace)
+        triton_head.gradients(states, weight, targets, VOCAB, 1.0, coefficients, True, True, WORKSPACE)
         logits = torch.empty(rows, VOCAB, device="meta")
         triton_head.block_records(logits, targets, 1.0, entropy)
         triton_head.block_dz(logits, targets, 1.0, coefficients, dtype)
     else:
-        triton_head.FORWARDS[form](states, weight, targets, VOCAB, 1.0, entropy, workspace)
+        triton_head.FORWARDS[form](states, weight, targets, VOCAB, 1.0, entropy, WORKSPACE)
 
 
 @contextlib.contextmanager

@@ -5,14 +5,16 @@
 Forward, and forward + backward with an own weight for every token. Heads take turns within one run; a head is timed only after its
 log-probs agreed with fp64. Floors: 2NHV operations forward, and in all 8NHV with the recomputing backward or 6NHV with gradients formed
 in the forward pass, at the matmul speed measured here, or reading the weight once at the copy speed measured here, whichever takes longer.
-`--write-table` makes kernels/head_forms.json choose between our forms on this device by what was measured.
+`--write-table` makes kernels/head_forms.json choose between our forms on this device by what was measured, once every case was. The
+result is written after every case, so an interruption loses one.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -37,41 +39,55 @@ AGREES = 0.3
 
 def main(
     rows: Annotated[str | None, typer.Option(help="Comma-separated numbers of targets.")] = None,
-    repeats: Annotated[int, typer.Option(help="Timed calls of every head.")] = 15,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed calls of every head.")] = 15,
     seconds: Annotated[float, typer.Option(help="Start no further case after so many seconds.")] = float("inf"),
     uncompiled: Annotated[bool, typer.Option(help="Run the compiled peer as it is written; compiling takes a CPU half a minute.")] = False,
-    write_table: Annotated[bool, typer.Option(help="Write this device's entry of head_forms.json.")] = False,
+    write_table: Annotated[bool, typer.Option(help="Write this device's entry of head_forms.json, if every case was timed.")] = False,
     out: Annotated[Path | None, typer.Option(help="Result file; default: results/DEVICE/head_kernel.json.")] = None,
 ) -> None:
     """Time every head on every shape, the first rows on all shapes before the next."""
     started = time.monotonic()
+    cuda = torch.cuda.is_available()
+    counts = (rows or (ROWS if cuda else CPU_ROWS)).split(",")
+    if wrong := [count for count in counts if not count.strip().isdecimal() or int(count) < 1]:
+        raise typer.BadParameter(f"{wrong[0]!r} is not a number above 0, nor several with commas", param_hint="--rows")
     if uncompiled:
         torch.compiler.set_stance("force_eager")
-    cuda = torch.cuda.is_available()
     heads, missing = load_heads(cuda)
     ceilings = {"matmul_tflops": matmul_tflops(cuda), "copy_gb_per_s": copy_gb_per_s(cuda)}
     by_shape: dict[str, Any] = {}
     forms_measured: dict[tuple[int, int, int], dict[str, float]] = {}
-    for count in map(int, (rows or (ROWS if cuda else CPU_ROWS)).split(",")):
-        for shape, (hidden, vocab) in (SHAPES if cuda else CPU_SHAPES).items():
+    shapes = SHAPES if cuda else CPU_SHAPES
+    for count in map(int, counts):
+        for shape, (hidden, vocab) in shapes.items():
             case = f"{shape}, N={count}"
             if time.monotonic() - started > seconds:
                 missing[case] = f"not begun after {seconds:g} s"
                 continue
-            measured = measure(heads, count, hidden, vocab, repeats, ceilings, missing)
-            by_shape[case] = measured
-            forward = measured["forward"]["seconds"]
-            forms_measured[count, hidden, vocab] = {form: forward[f"ours_{form}"] for form in forms.FORMS if f"ours_{form}" in forward}
-    figures: dict[str, Any] = {"by_shape": by_shape, "not_loaded": missing}
-    if write_table and forms_measured and cuda:
+            by_shape[case] = measure(heads, count, hidden, vocab, repeats, ceilings, missing)
+            report(by_shape, missing, ceilings, out)
+            forward = by_shape[case]["forward"]["seconds"] if "forward" in by_shape[case] else {}
+            of_forms: dict[str, float] = {form: forward[f"ours_{form}"] for form in forms.FORMS if f"ours_{form}" in forward}
+            if of_forms:
+                forms_measured[count, hidden, vocab] = of_forms
+    if write_table and (wanted := len(counts) * len(shapes)) == len(forms_measured):
         table = json.loads(forms.TABLE.read_text(encoding="utf-8"))
         table[device_name()] = {"source": f"measured: {json.dumps(versions('torch', 'triton'))}", "rules": rules(forms_measured)}
         forms.TABLE.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    elif write_table:
+        # Rules are for all sizes: from a few of them they would promise too much.
+        print(f"{forms.TABLE.name} is as it was: our forms were timed in {len(forms_measured)} of {wanted} cases", file=sys.stderr)
+    report(by_shape, missing, ceilings, out)
+
+
+def report(by_shape: Mapping[str, Any], missing: Mapping[str, str], ceilings: Mapping[str, float], out: Path | None) -> None:
+    """Write what has been measured so far."""
     floors = {**ceilings, "note": "the fraction of the floor is floor time / measured time; peers that only form logits in 16 bits do less"}
     fractions = {case: " and ".join(f"{mode['fraction_of_floor']:.2f}" for mode in modes.values()) for case, modes in by_shape.items()}
-    shares = ", ".join(f"{case} {share}" for case, share in fractions.items())
+    shares = ", ".join(f"{case} {share or 'none'}" for case, share in fractions.items())
     headline = f"floor / time, forward and with backward: {shares}; not timed: {', '.join(missing) or 'nothing'}"
-    finish("head_kernel", figures, floors, ("torch", "triton", "liger-kernel", "cut-cross-entropy"), out, headline)
+    packages = ("torch", "triton", "liger-kernel", "cut-cross-entropy")
+    finish("head_kernel", {"by_shape": by_shape, "not_loaded": missing}, floors, packages, out, headline)
 
 
 def measure(
@@ -83,7 +99,10 @@ def measure(
     ceilings: Mapping[str, float],
     missing: dict[str, str],
 ) -> dict[str, Any]:
-    """Seconds, ratios to ours and fractions of the floor, forward and forward + backward."""
+    """Seconds, ratios to ours and fractions of the floor, "forward" and "forward_backward"; without a mode in which no head of ours works.
+
+    `missing` gets a reason for each head that fails.
+    """
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     generator = torch.Generator(device).manual_seed(count)
     hidden = torch.randn(count, hidden_size, device=device, dtype=dtype, generator=generator).requires_grad_()
@@ -100,24 +119,26 @@ def measure(
         hidden.grad = weight.grad = None
         head.train(hidden, weight, targets, upstream)
 
-    good: dict[str, Head] = {}
-    for name, head in heads.items():
-        try:
-            wrong = float((forward(head)[:64].double() - exact).abs().max())
-        except Exception as error:  # noqa: BLE001  out of memory, or a peer that does not take these sizes
-            missing[f"{name} at N={count}, H={hidden_size}"] = f"{type(error).__name__}: {error}"[:200]
-            continue
-        if wrong <= AGREES:
-            good[name] = head
-        else:
-            missing[f"{name} at N={count}, H={hidden_size}"] = f"log-probs are off by {wrong:.2g} nats"
+    def agree(head: Head) -> None:
+        wrong = float((forward(head)[:64].double() - exact).abs().max())
+        if not wrong <= AGREES:
+            raise ArithmeticError(f"log-probs are off by {wrong:.2g} nats")
+
+    def working(chosen: Mapping[str, Head], call: Callable[[Head], object]) -> dict[str, Head]:
+        problems = {name: problem for name, head in chosen.items() if (problem := failure(partial(call, head)))}
+        missing.update({f"{name} at N={count}, H={hidden_size}": problem for name, problem in problems.items()})
+        return {name: head for name, head in chosen.items() if name not in problems}
+
+    good = working(heads, agree)
     operations = 2.0 * count * hidden_size * vocab
     read = weight.nbytes / (ceilings["copy_gb_per_s"] * 1e9)
     result = {}
     for mode, call in (("forward", forward), ("forward_backward", both)):
-        chosen = {name: head for name, head in good.items() if (head.carrier is None if mode == "forward" else head.differentiable)}
-        timed = {name: partial(call, head) for name, head in chosen.items()}
-        seconds = interleaved(timed, repeats, warmup=2)
+        fitting = {name: head for name, head in good.items() if (head.carrier is None if mode == "forward" else head.differentiable)}
+        chosen = working(fitting, call)
+        if not any(name.startswith("ours") for name in chosen):
+            continue
+        seconds = interleaved({name: partial(call, head) for name, head in chosen.items()}, repeats, warmup=1)
         medians = {name: median(values) for name, values in seconds.items()}
         ours = min((name for name in medians if name.startswith("ours")), key=medians.__getitem__)
         share = 1 if mode == "forward" else chosen[ours].matmuls
@@ -132,6 +153,15 @@ def measure(
         if mode == "forward_backward":
             result[mode]["in_forward_vs_recompute"] = _in_forward_vs_recompute(seconds, chosen)
     return result
+
+
+def failure(call: Callable[[], object]) -> str | None:
+    """Why a call fails: out of memory, a wrong result, or a head that does not take these sizes; None where it does not fail."""
+    try:
+        call()
+    except Exception as error:  # noqa: BLE001
+        return f"{type(error).__name__}: {error}"[:200]
+    return None
 
 
 def _in_forward_vs_recompute(seconds: Mapping[str, list[float]], heads: Mapping[str, Head]) -> dict[str, float] | None:

@@ -10,7 +10,7 @@ fewer layers than its own it is that of these layers and the whole head, no more
 included; on a CPU the rise of anonymous memory since before the policy was built. Seconds are medians: a GPU's own, a CPU's as this
 process used it.
 
-The result is also a calibration: `igpo plan --calibration RESULT.json`.
+The result is also a calibration: `igpo plan --calibration RESULT.json`. It is written after every setting, so an interruption loses one.
 """
 
 from __future__ import annotations
@@ -109,17 +109,28 @@ def main(
                 here = [Case(model, recompute, length) for length in lengths]
                 measure(config_of(folder, device, recompute, max(lengths)), ranks, here, repeats, until, over)
                 cases += here
+                write(figures_of(cases, models, machine), machine, out)
     parallel.shutdown()
-    passes = [one for case in cases for one in passes_of(case, 2 if device == "cuda" else 4)]
+    # Only now: the planner counts parameters in ranks of its own, which a process that is a rank cannot have.
+    figures = figures_of(cases, models, machine)
+    write({**figures, "planner": planner_errors(machine, figures)}, machine, out)
+    if not any(case.seconds for case in cases):
+        sys.exit(1)
+
+
+def figures_of(cases: Sequence[Case], models: Mapping[str, Mapping[str, Any]], machine: Machine) -> dict[str, Any]:
+    """What has been measured so far."""
+    passes = [one for case in cases for one in passes_of(case, 2 if machine.device == "cuda" else 4)]
     sheet = machines.sheet_flops(machine.name)
     table = [table_row(case, models[case.model], machine, sheet) for case in cases]
-    figures = {"machine": asdict(machine), "models": models, "passes": passes, "table": table}
-    figures["planner"] = planner_errors(machine, figures)
+    return {"machine": asdict(machine), "models": models, "passes": passes, "table": table}
+
+
+def write(figures: dict[str, Any], machine: Machine, out: Path | None) -> None:
+    """The result with these figures."""
+    sheet = machines.sheet_flops(machine.name)
     floors = {"mfu": 1.0, "ceiling_tflops": round(machine.ceiling / 1e12, 4), "sheet_tflops": sheet and sheet / 1e12}
-    finish("step", figures, floors, ("torch", "megatron-core", "triton"), out)
-    print(headline(table, machine))
-    if not passes:
-        sys.exit(1)
+    finish("step", figures, floors, ("torch", "megatron-core", "triton"), out, headline(figures["table"], machine))
 
 
 def config_of(path: Path | str, device: str, recompute: str, row_tokens: int) -> Any:
@@ -273,9 +284,15 @@ def table_row(case: Case, hf: Mapping[str, Any], machine: Machine, sheet: float 
 
 
 def planner_errors(machine: Machine, figures: Mapping[str, Any]) -> dict[str, Any]:
-    """By direction: the factor that corrects the planner, and its median error before and after on the passes it was fitted to."""
+    """By direction: the factor that corrects the planner, and its median error before and after on the passes it was fitted to.
+
+    Where no factor does, only the reason, under "refused": `igpo plan` will not take this result as a calibration.
+    """
     passes = timed_from(figures)
-    fitted = corrected(machine, passes)
+    try:
+        fitted = corrected(machine, passes)
+    except ValueError as error:
+        return {"refused": str(error)}
     found = {}
     for name, factor in (("score", fitted.score_factor), ("train", fitted.train_factor)):
         errors = [[abs(modelled(one, on) / one.seconds - 1) for one in passes if one.direction == name] for on in (machine, fitted)]

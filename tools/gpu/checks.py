@@ -190,7 +190,7 @@ def install(wheels: Path, site: Path) -> None:
 
 
 def options() -> argparse.Namespace:
-    """The command line, checked; `device` is the GPU's name, or `cpu`."""
+    """The command line, checked; `device` is the GPU's name, or `cpu`, and `out` can be written."""
     parser = argparse.ArgumentParser(prog="checks.sh", description="All checks and benchmarks for one GPU.")
     parser.add_argument("--wheels", type=Path, help="folder of the wheels that this machine lacks (tools/gpu/wheels.sh)")
     parser.add_argument("--out", type=Path, help="folder for results; default: runs/checks/DEVICE")
@@ -198,17 +198,27 @@ def options() -> argparse.Namespace:
     parser.add_argument("--small", action="store_true", help="with --device cpu: every part as small as it can be")
     parser.add_argument("--parts", default=",".join(part.name for part in PARTS), help="comma-separated; default: %(default)s")
     given = parser.parse_args()
-    given.parts = given.parts.split(",")
+    given.parts = [name.strip() for name in given.parts.split(",")]
     if unknown := set(given.parts) - {part.name for part in PARTS}:
-        parser.error(f"--parts: unknown {', '.join(sorted(unknown))}; known: {', '.join(part.name for part in PARTS)}")
+        parser.error(f"--parts: unknown {', '.join(sorted(unknown)) or '(nothing)'}; known: {', '.join(part.name for part in PARTS)}")
     if (given.device == "cpu") != given.small:
         parser.error("--device cpu and --small go together: the parts in full are for a GPU, the small ones for a CPU")
     if given.wheels and not list(given.wheels.glob("*.whl")):
         parser.error(f"--wheels {given.wheels}: no wheels there; fetch them with tools/gpu/wheels.sh")
+    if find_spec("torch") is None:
+        parser.error(f"{sys.executable} has no torch; name an interpreter that has by PYTHON=...")
     # torch is asked, not nvidia-smi: a torch built for CPUs would run the full sizes on them.
     given.device = "cpu" if given.small else machine.torch_gpu()
     if given.device is None:
         parser.error(f"torch of {sys.executable} sees no GPU; --device cpu --small runs the same parts on a CPU")
+    folder = re.sub(r"[^a-z0-9]+", "-", given.device.lower()).strip("-")
+    given.out = (given.out or ROOT / "runs/checks" / folder).absolute()
+    try:
+        given.out.mkdir(parents=True, exist_ok=True)
+        (given.out / "summary.json").touch()
+        (given.out / "summary.json").unlink()  # of an earlier call
+    except OSError as error:
+        parser.error(f"--out {given.out}: cannot be written ({error.strerror}); name another folder")
     return given
 
 
@@ -224,9 +234,7 @@ def environment(small: bool, scratch: Path) -> dict[str, str]:
 def main() -> int:
     """Exit code 0: every part is ok or skipped; 1: one failed or the call was interrupted; 2: the call was wrong."""
     given = options()
-    out = (given.out or ROOT / "runs/checks" / re.sub(r"[^a-z0-9]+", "-", given.device.lower()).strip("-")).absolute()
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "summary.json").unlink(missing_ok=True)  # of an earlier call
+    out = given.out
     results: list[Result] = []
     started = time.monotonic()
     stop = Event()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,17 +32,18 @@ def check_torch_engine(config: Config, shape: dict[str, Any]) -> Iterator[str]:
     }
     for name, (found, expected) in wanted.items():
         if found != expected:
+            shown = found if isinstance(found, str) else json.dumps(found)
             yield (
-                f"{name}={found} with rollout.engine.backend=torch, which is one engine in the main rank's process, on its device, and "
-                f"returns no experts; set it to {expected}, or use backend=vllm"
+                f"{name}={shown} with rollout.engine.backend=torch, which is one engine in the main rank's process, on its "
+                f"device, and returns no experts; set it to {json.dumps(expected)}, or use backend=vllm"
             )
     if config.sync.transport not in ("auto", "shared_memory"):
         yield f"sync.transport={config.sync.transport} with rollout.engine.backend=torch, which takes weights where they are; use auto"
     if _is_known(shape) and not cache_slots(config, shape):
         need = -(-_sequence_bytes(config, shape) // 2**20)
         yield (
-            f"rollout.engine.kv_cache_mib={engine.kv_cache_mib} is less than one sequence of rollout.max_context="
-            f"{config.rollout.max_context} takes of backend=torch ({need} MiB); raise it to some such sequences, or shorten the context"
+            f"rollout.engine.kv_cache_mib={engine.kv_cache_mib} is too small for backend=torch: one sequence of rollout.max_context="
+            f"{config.rollout.max_context} takes {need} MiB; set it to a multiple of that, or lower rollout.max_context"
         )
 
 
