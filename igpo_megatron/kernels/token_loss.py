@@ -128,6 +128,8 @@ class _WithGradients(torch.autograd.Function):
             if not (need_hidden or need_weight):
                 continue
             g, h = (slope.masked_fill(ignored[block], 0.0) for slope in call.upstream(block, *found[:, block]))
+            if not call.need_entropy:
+                h = torch.zeros_like(h)
             coefficients = torch.stack((lse, g, -g - h * entropy, h), -1)
             grad_rows = torch.zeros_like(rows, dtype=exact)
             for part, picked, chunk in zip(columns, picks, logits, strict=True):

@@ -199,7 +199,7 @@ def block_dz(
 
 def _chunk_shape(rows: int, valid: int, row_block: int, size: int) -> tuple[int, int]:
     """(rows, columns) of a chunk: at most `size` bytes of fp32, columns a multiple of 128 unless they are all."""
-    block = min(rows, row_block)
+    block = min(rows, row_block, max(1, size // (4 * 128)))
     columns = max(128, size // (4 * max(block, 1)) // 128 * 128)
     return block, min(columns, valid)
 

@@ -27,6 +27,8 @@ def choose(logprobs: torch.Tensor, temperatures: torch.Tensor, uniforms: torch.T
     summed = logprobs.exp().cumsum(-1, dtype=torch.float64)
     # The first sum above the target: a token without probability adds nothing, so it is never the first.
     drawn = torch.searchsorted(summed, (uniforms * summed[:, -1])[:, None], right=True)[:, 0]
+    # Behind the last one only where the sums are NaN. The caller sees that; a GPU would end the process at an index that is none.
+    drawn = drawn.clamp(max=logprobs.shape[-1] - 1)
     return torch.where(temperatures > 0, drawn, logprobs.argmax(-1))
 
 

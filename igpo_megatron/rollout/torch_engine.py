@@ -102,7 +102,7 @@ class TorchEngine:
         # What follows belongs to the thread while it steps, and to whoever holds the condition while it does not.
         self._state = threading.Condition()
         self._open: set[_Turn | _Probe] = set()
-        """Whoever waits for an answer."""
+        """Whoever waits for an answer that nobody has given."""
 
         self._waiting: deque[_Turn] = deque()
         self._probes: deque[_Probe] = deque()
@@ -148,8 +148,21 @@ class TorchEngine:
             left = list(self._open)
             self._state.notify_all()
         for request in left:
-            if request.done.set_running_or_notify_cancel():
+            if self._is_awaited(request):
                 request.done.set_exception(self._problem)
+
+    def _answer(self, request: Any, answer: Any) -> None:
+        """Tell who asked, if anybody still waits."""
+        if self._is_awaited(request):
+            request.done.set_result(answer)
+
+    def _is_awaited(self, request: Any) -> bool:
+        """Whether somebody waits for it whom nobody has told: the caller does then, and nobody after it."""
+        with self._state:
+            if request not in self._open:
+                return False
+            self._open.remove(request)
+        return bool(request.done.set_running_or_notify_cancel())
 
     # ---- requests
 
@@ -248,7 +261,7 @@ class TorchEngine:
         if probes := self._take(self._probes, len(self._probes)):
             scores = self._served.score([probe.token_ids for probe in probes], [probe.first for probe in probes])
             for probe, logprobs in zip(probes, scores, strict=True):
-                _answer(probe.done, ProbeScore(tuple(logprobs), self._version))
+                self._answer(probe, ProbeScore(tuple(logprobs), self._version))
 
     def _take(self, queue: deque[Any], most: int) -> list[Any]:
         """The first requests of a queue, as many as may go into one batch; those that nobody waits for any more are left out."""
@@ -295,7 +308,7 @@ class TorchEngine:
                 self._running[slot] = last
                 self._served.move(len(self._running), slot, last.length - 1)
             if turn.finish is not None:
-                _answer(turn.done, Completion(turn.token_ids, turn.logprobs, turn.finish, turn.version, turn.entropies))
+                self._answer(turn, Completion(turn.token_ids, turn.logprobs, turn.finish, turn.version, turn.entropies))
 
     def _finish(self, turn: _Turn) -> Literal["stop", "length"] | None:
         """Why a turn ends here; None where it goes on."""
@@ -382,12 +395,6 @@ class TorchEngine:
 
 def _tokens(request: _Turn | _Probe) -> int:
     return request.length if isinstance(request, _Turn) else len(request.token_ids)
-
-
-def _answer(done: Future[Answer], answer: Answer) -> None:
-    """Tell who asked, if anybody still waits."""
-    if done.set_running_or_notify_cancel():
-        done.set_result(answer)
 
 
 def _device(config: Config) -> torch.device:

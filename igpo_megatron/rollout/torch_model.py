@@ -32,7 +32,7 @@ class TorchModel:
     """One model with `slots` sequences of up to `capacity` tokens. Not to be called by two threads at once."""
 
     def __init__(self, folder: Path, *, dtype: torch.dtype, device: torch.device, slots: int, capacity: int) -> None:
-        """Raises UserError for a model whose layers do not all attend to all earlier tokens."""
+        """Raises UserError for a model whose layers do not all attend to all earlier tokens, or that scales or caps its head's logits."""
         bar = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()
         try:
@@ -48,6 +48,7 @@ class TorchModel:
             )
         self._model = model.to(device).eval().requires_grad_(False)
         self._device = device
+        self._require_plain_logits(folder)
         self._places = torch_weights.places(self._model)
         shape = self._model.config.get_text_config()
         head_size = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
@@ -138,6 +139,17 @@ class TorchModel:
         """[rows, tokens, hidden]"""
         hidden: torch.Tensor = self._model.base_model(input_ids=rows, **options).last_hidden_state
         return hidden
+
+    @torch.inference_mode()
+    def _require_plain_logits(self, folder: Path) -> None:
+        """`_logits` must be what the whole model says; some families, such as Granite, divide them once more."""
+        ids = torch.tensor([[0, 1]], device=self._device)
+        whole, ours = self._model(input_ids=ids, use_cache=False).logits, self._logits(self._hidden(ids, use_cache=False))
+        if float((whole - ours).abs().max()) > 0.02 * float(whole.abs().max()):
+            raise UserError(
+                f"{folder}: rollout.engine.backend=torch serves models whose logits are their head times the last hidden states; those of "
+                f"{type(self._model).__name__} are not; use backend=vllm"
+            )
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self._model.get_output_embeddings()(hidden)

@@ -236,6 +236,17 @@ def test_no_split_is_empty_and_together_they_cover_every_tile() -> None:
     assert split_vocabulary(500, 594, 132)[1] > 1
 
 
+def test_a_chunk_is_no_larger_than_the_workspace() -> None:
+    pytest.importorskip("triton")
+    from igpo_megatron.kernels.triton_head import _chunk_shape
+
+    for size in (512, 2**20, 2**21, 128 * 2**20):
+        for rows, valid in ((0, 50), (3, 50), (4096, 151936), (20000, 151936), (20000, 50)):
+            block, columns = _chunk_shape(rows, valid, 4096, size)
+            assert 4 * block * columns <= size and (columns % 128 == 0 or columns == valid) and (block >= 1) == (rows >= 1)
+    assert _chunk_shape(20000, 151936, 4096, 128 * 2**20) == (4096, 8192)
+
+
 def test_the_table_is_read_rule_by_rule() -> None:
     table = {
         "default": {"rules": [{"max_rows": 256, "form": "fused"}, {"form": "chunks"}]},

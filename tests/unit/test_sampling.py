@@ -44,6 +44,10 @@ def test_the_ends_of_the_interval_draw_tokens_with_probability() -> None:
     assert choose(logprobs, torch.ones(2), torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)).tolist() == [1, 2]
 
 
+def test_what_is_drawn_from_no_numbers_is_still_a_row() -> None:
+    assert choose(torch.full((2, 4), torch.nan), torch.ones(2), torch.tensor([0.0, 0.9], dtype=torch.float64)).max() < 4
+
+
 def test_temperature_zero_takes_the_likeliest_whatever_was_drawn() -> None:
     assert choose(rows(LOGITS, 0.0, 1.0), torch.tensor([0.0, 1.0]), torch.tensor([0.99, 0.99], dtype=torch.float64)).tolist() == [0, 3]
 

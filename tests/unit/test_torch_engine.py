@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
@@ -17,10 +18,11 @@ from transformers import AutoModelForCausalLM
 
 from checkpoint_conversion.hf_folder import HfReader
 from igpo_megatron.config.load import build
+from igpo_megatron.rollout import torch_engine
 from igpo_megatron.rollout.agent import EngineError, EnginesEnded
 from igpo_megatron.rollout.service import open_engines
 from igpo_megatron.rollout.slot_cache import SlotLayer
-from igpo_megatron.rollout.torch_engine import TorchEngine
+from igpo_megatron.rollout.torch_engine import TorchEngine, _Turn
 from igpo_megatron.rollout.torch_model import TorchModel
 from igpo_megatron.types import Canary, Completion, SyncError, UserError
 
@@ -203,11 +205,13 @@ def test_equal_seeds_sample_equal_tokens_and_others_do_not(engine: TorchEngine) 
 
 def test_entropies_are_those_of_transformers(engine: TorchEngine) -> None:
     for top in (-1, 10):
-        done, _ = generate(engine, [3, 4], 0.7, top_logprobs=top)
-        rows = torch.log_softmax(logits_of(policy(), [*context(3), *done.token_ids])[len(context(3)) - 1 : -1, :TOKENS] / 0.7, -1)
-        kept = rows if top == -1 else rows.topk(top).values
-        among = torch.tensor([top == -1 or token in row.topk(top).indices for token, row in zip(done.token_ids, rows, strict=True)])
-        assert torch.allclose(torch.tensor(done.entropies)[among], -(kept.exp() * kept).sum(-1)[among], atol=CLOSE) and among.sum() > 3
+        for number, done in zip((3, 4), generate(engine, [3, 4], 0.7, top_logprobs=top), strict=True):
+            start = len(context(number)) - 1
+            rows = torch.log_softmax(logits_of(policy(), [*context(number), *done.token_ids])[start:-1, :TOKENS] / 0.7, -1)
+            kept = rows if top == -1 else rows.topk(top).values
+            among = torch.tensor([top == -1 or token in row.topk(top).indices for token, row in zip(done.token_ids, rows, strict=True)])
+            assert torch.allclose(torch.tensor(done.entropies)[among], -(kept.exp() * kept).sum(-1)[among], atol=CLOSE)
+            assert among.sum() > 3
     assert not generate(engine, [3])[0].entropies
 
 
@@ -240,6 +244,14 @@ def test_a_stop_string_ends_a_turn_with_the_token_that_completes_it(engine: Torc
     monkeypatch.setattr(engine, "_stop_window", len(stop.encode()))
     (done,) = generate(engine, [0], 2.0, max_tokens=40)
     assert (done.token_ids, done.finish) == (whole.token_ids[:7], "stop")
+
+
+def test_a_stop_string_in_tokens_of_one_letter_is_seen_whole() -> None:
+    engine = TorchEngine(settings("rollout.protocol=search_r1"))
+    letters = engine._tokenizer.convert_tokens_to_ids(list("so </search>"))
+    for count in range(1, len(letters) + 1):
+        turn = _Turn([1], 100, 1.0, random.Random(0), 0, token_ids=letters[:count])
+        assert engine._finish(turn) == ("stop" if count == len(letters) else None)
 
 
 def test_the_stop_strings_are_the_protocols() -> None:
@@ -402,6 +414,29 @@ def test_an_engine_that_sleeps_holds_no_memory_and_wakes_with_the_next_weights(e
     assert [again.token_ids for again in generate(engine, range(4), 0.0)] == [before.token_ids for before in expected]
 
 
+def test_an_engine_sleeps_when_the_last_request_has_ended(engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    may_go_on, prefill = threading.Event(), TorchModel.prefill
+
+    def slowly(self: TorchModel, *arguments: Any) -> torch.Tensor:
+        assert may_go_on.wait(20)
+        return prefill(self, *arguments)
+
+    monkeypatch.setattr(TorchModel, "prefill", slowly)
+
+    async def ask() -> Completion:
+        asked = asyncio.ensure_future(engine.generate(PROMPT, max_tokens=9, temperature=0.0, seed=0, key="q"))
+        await asyncio.sleep(0)
+        sleeping = asyncio.ensure_future(asyncio.to_thread(engine.sleep))
+        await asyncio.sleep(0.05)
+        assert not sleeping.done() and engine._served._cache is not None
+        may_go_on.set()
+        await sleeping
+        return await asked
+
+    assert asyncio.run(ask()).token_ids and engine._served._cache is None
+    send(engine, 31)
+
+
 # ---- trouble
 
 
@@ -420,15 +455,79 @@ def test_what_the_engine_cannot_compute_ends_the_run_in_one_sentence_for_everybo
             assert str(found[0]) == "engine 0 failed: ZeroDivisionError: division by zero"
 
 
+def test_whoever_was_just_answered_does_not_keep_the_others_from_being_told() -> None:
+    """The loop hears of nothing before the thread has ended: answered turns still look as if somebody waited for them."""
+    with open_engines(settings("rollout.engine.request_timeout_s=5")) as engine:
+        engine._served.decode = lambda *arguments: 1 / 0  # type: ignore[method-assign,assignment,return-value]
+        engine._freeze()
+
+        async def ask() -> list[Any]:
+            lengths = [1, 2] * 4
+            asked = [asyncio.ensure_future(engine.generate(PROMPT, max_tokens=most, temperature=0.0, seed=0, key="q")) for most in lengths]
+            await asyncio.sleep(0)
+            engine._resume()
+            engine._thread.join(20)
+            engine.close()
+            return await asyncio.gather(*asked, return_exceptions=True)
+
+        assert [type(found) for found in asyncio.run(ask())] == [Completion, EnginesEnded] * 4
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_end_the_run_by_name(temperature: float) -> None:
+    with open_engines(settings()) as engine:
+        engine._served.prefill = lambda *arguments: torch.full((1, 656), torch.nan)  # type: ignore[method-assign]
+        with pytest.raises(EnginesEnded, match="engine 0 failed: ArithmeticError: it computed logits that are not finite numbers"):
+            generate(engine, [0], temperature)
+
+
+def test_scores_that_are_no_log_probs_are_refused(engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    for wrong in (math.nan, -math.inf, 0.5):
+        monkeypatch.setattr(engine._served, "score", lambda *arguments, wrong=wrong: [[-1.0, wrong]])
+        with pytest.raises(EngineError, match=r"engine 0 scored a probe with .*, which are no log-probs"):
+            asyncio.run(engine.score_probe(LONG[:5], 3, key="q"))
+
+
 def test_a_bad_request_is_refused_alone(engine: TorchEngine) -> None:
     async def ask() -> list[Any]:
         bad = ([], [656], [-1])
         asked = [engine.generate(ids, max_tokens=4, temperature=0.0, seed=0, key="q") for ids in (*bad, PROMPT)]
-        return await asyncio.gather(*asked, return_exceptions=True)
+        too_long = engine.score_probe([5] * 257, 250, key="q")
+        return await asyncio.gather(too_long, *asked, return_exceptions=True)
 
-    *refused, good = asyncio.run(ask())
+    longest, *refused, good = asyncio.run(ask())
+    assert str(longest) == "engine 0 refused a probe: 257 tokens leave no room in rollout.max_context"
     assert all(isinstance(error, EngineError) and "beyond the 656 rows" in str(error) for error in refused)
     assert isinstance(good, Completion)
+
+
+def test_contexts_are_prefilled_together_up_to_a_number_of_padded_tokens_and_not_where_nobody_waits(
+    engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch_engine, "_BATCH_TOKENS", 70)
+    seen: list[list[int]] = []
+    prefill = TorchModel.prefill
+
+    def counted(self: TorchModel, contexts: Sequence[Sequence[int]], first_slot: int) -> torch.Tensor:
+        seen.append([len(ids) for ids in contexts])
+        return prefill(self, contexts, first_slot)
+
+    monkeypatch.setattr(TorchModel, "prefill", counted)
+
+    async def ask() -> None:
+        engine._freeze()
+        asked = [
+            asyncio.ensure_future(engine.generate(LONG[:length], max_tokens=1, temperature=0.0, seed=0, key="q"))
+            for length in (30, 35, 36, 5, 100, 9)
+        ]
+        await asyncio.sleep(0)
+        asked[3].cancel()
+        await asyncio.sleep(0)
+        engine._resume()
+        await asyncio.gather(*asked, return_exceptions=True)
+
+    asyncio.run(ask())
+    assert seen == [[30, 35], [36], [100], [9]]
 
 
 def test_a_turn_that_is_given_up_leaves_its_slot(engine: TorchEngine) -> None:
@@ -500,6 +599,15 @@ def test_a_model_with_a_sliding_window_is_refused(tmp_path: Path) -> None:
     sizes = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     AutoModelForCausalLM.from_config(MistralConfig(**sizes, num_key_value_heads=2, sliding_window=16)).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"layers attend to all earlier tokens; this one's caches are .*Sliding.*use backend=vllm"):
+        TorchModel(tmp_path, dtype=torch.float32, device=torch.device("cpu"), slots=1, capacity=8)
+
+
+def test_a_model_that_scales_its_logits_is_refused(tmp_path: Path) -> None:
+    from transformers import GraniteConfig
+
+    sizes = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    AutoModelForCausalLM.from_config(GraniteConfig(**sizes, num_key_value_heads=2, logits_scaling=8.0)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"their head times the last hidden states; those of GraniteForCausalLM are not; use backend=vllm"):
         TorchModel(tmp_path, dtype=torch.float32, device=torch.device("cpu"), slots=1, capacity=8)
 
 

@@ -177,6 +177,12 @@ def a_frozen_side_gets_no_gradient_and_leaves_the_other_alone(setup: Setup) -> N
         assert torch.equal(grad, wanted)
 
 
+def an_entropy_that_is_not_computed_has_no_gradient(setup: Setup) -> None:
+    found, wanted = run(CASES[1], setup, need_entropy=False), run(CASES[1], setup, wrap=_without_entropy)
+    assert not found.entropy.any() and torch.equal(found.logp, wanted.logp)
+    assert torch.equal(found.grad_hidden, wanted.grad_hidden) and torch.equal(found.grad_weight, wanted.grad_weight)
+
+
 def two_runs_give_the_same_bits(setup: Setup) -> None:
     case = Case("repeats", 60, 24, 280, repeated=4)
     first, second = run(case, setup), run(case, setup)
@@ -191,6 +197,7 @@ CHECKS: list[Callable[[Setup], None]] = [
     no_rows_give_empty_results_and_zero_gradients,
     a_shard_of_padding_alone_has_no_gradient,
     a_frozen_side_gets_no_gradient_and_leaves_the_other_alone,
+    an_entropy_that_is_not_computed_has_no_gradient,
     two_runs_give_the_same_bits,
 ]
 
