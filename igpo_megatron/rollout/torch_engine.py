@@ -378,7 +378,11 @@ class TorchEngine:
             if self._problem is not None:
                 raise self._problem
             self._frozen = True
-            self._state.wait_for(lambda: not self._stepping)
+            limit = self._config.sync.base_s
+            if not self._state.wait_for(lambda: not self._stepping, timeout=limit):
+                self._stop(EnginesEnded(f"{_NAME} did not stop for new weights within sync.base_s={limit:g}: a forward pass of it hangs"))
+            if self._problem is not None:
+                raise self._problem
             self._waiting.extendleft(reversed(self._running))
             self._running = []
 

@@ -616,3 +616,27 @@ def test_slots_that_were_never_filled_are_zeros() -> None:
     served = TorchModel(POLICY, dtype=torch.float32, device=torch.device("cpu"), slots=2, capacity=16)
     layer = served._slots.layers[0]
     assert isinstance(layer, SlotLayer) and not layer.values.any() and not layer.keys.any()
+
+
+def test_a_forward_pass_that_hangs_ends_a_sync_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    prefill = TorchModel.prefill
+
+    def hangs(model: TorchModel, contexts: Sequence[Sequence[int]], first_slot: int) -> torch.Tensor:
+        begun.set()
+        go_on.wait(20)
+        return prefill(model, contexts, first_slot)
+
+    monkeypatch.setattr(TorchModel, "prefill", hangs)
+
+    async def ask(engine: Any) -> None:
+        waits = asyncio.ensure_future(engine.generate(PROMPT, max_tokens=4, temperature=0.0, seed=0, key="q"))
+        await asyncio.to_thread(begun.wait, 20)
+        with pytest.raises(EnginesEnded, match=r"engine 0 did not stop for new weights within sync.base_s=0.1"):
+            engine.update_weights([], 1)
+        with pytest.raises(EnginesEnded, match="did not stop for new weights"):
+            await waits  # whoever waits is told
+        go_on.set()
+
+    with open_engines(settings("sync.base_s=0.1")) as started:
+        asyncio.run(ask(started))
