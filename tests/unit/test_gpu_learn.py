@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 import time
@@ -96,6 +97,13 @@ def test_a_run_that_fails_is_named_with_its_last_line_and_no_other_goes_on(learn
     with pytest.raises(RunStopped, match="igpo ended with exit code 1: stopped: no canary"):
         learn.finish([bad, good], time.time() + 1)
     assert good._process.poll() is not None
+
+
+def test_a_run_is_in_the_group_that_ends_with_the_part(learn: Any, started: Any) -> None:
+    run = started("igpo", "import time; time.sleep(60)")
+    assert os.getpgid(run._process.pid) == os.getpgid(0)
+    run.kill()
+    assert run._process.returncode == -9
 
 
 def test_a_run_whose_time_is_over_is_interrupted_and_one_without_a_step_says_so(

@@ -33,7 +33,7 @@ QUESTIONS, SAMPLES = 8, 8
 
 def main(
     repeats: Annotated[int, typer.Option(min=1, help="Timed rollouts of each engine.")] = 5,
-    out: Annotated[Path | None, typer.Option(help="Result file; default: results/DEVICE/engines.json.")] = None,
+    out: Annotated[Path | None, typer.Option(dir_okay=False, help="Result file; default: results/DEVICE/engines.json.")] = None,
 ) -> None:
     """Start both, and roll out by turns."""
     assert AutoModelForCausalLM is not None  # imported before the clock starts

@@ -45,7 +45,7 @@ COUNTED = {"wgmma": "wgmma.mma_async", "mma.sync": "mma.sync", "cp.async": "cp.a
 
 def main(
     quick: Annotated[bool, typer.Option(help="With entropy and one H only.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Write the table as JSON.")] = None,
+    out: Annotated[Path | None, typer.Option(dir_okay=False, help="Write the table as JSON.")] = None,
     here: Annotated[bool, typer.Option(help="Compile in this process and print JSON alone; the command starts itself so.")] = False,
 ) -> None:
     """Compile everything with every Triton."""

@@ -120,10 +120,9 @@ class Run:
     def __init__(self, name: str, config: Path, overrides: Sequence[str], work: Path) -> None:
         self.name, self.folder, self._log = name, work / name, work / f"{name}.log"
         command = [sys.executable, "-m", "igpo_megatron.train", str(config), f"run.name={name}", *overrides]
+        # In this process's group: checks.py ends a part by its group, and whatever had left it would train on.
         with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                command, cwd=ROOT, env=_environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-            )
+            self._process = subprocess.Popen(command, cwd=ROOT, env=_environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         self.began = time.time()
 
     def lasts_until(self, deadline: float) -> bool:
@@ -147,7 +146,7 @@ class Run:
     def kill(self) -> None:
         """Nothing of it is left."""
         if self._process.poll() is None:
-            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.kill()
             self._process.wait()
 
     def rows(self) -> list[dict[str, Any]]:
@@ -320,7 +319,7 @@ def cold_start(setting: Setting, deadline: float) -> tuple[Path, list[dict[str, 
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Result file (JSON).")] = Path("learn.json"),
+    out: Annotated[Path, typer.Option(dir_okay=False, help="Result file (JSON).")] = Path("learn.json"),
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
     small: Annotated[bool, typer.Option(help="2 steps of 8 trajectories.")] = False,
     seconds: Annotated[float, typer.Option(min=20, help="Time for everything; as many steps as fit.")] = 70,
@@ -330,6 +329,7 @@ def main(
 ) -> None:
     """Train by igpo and grpo from the same start with the same seeds, and write their curves."""
     began = time.time()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that `finish` ends the runs
     if device not in ("cuda", "cpu"):
         raise UserError(f"found --device {device}, expected cuda or cpu")
     data = data.resolve()
