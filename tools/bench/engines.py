@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from igpo_megatron import evaluate
 from igpo_megatron.config.load import load
+from igpo_megatron.endings import one_sentence
 from igpo_megatron.rollout.chat import ChatFormat
 from igpo_megatron.rollout.rollouter import Rollouter
 from igpo_megatron.rollout.service import open_engines
@@ -70,4 +71,5 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with one_sentence():
+        typer.run(main)
