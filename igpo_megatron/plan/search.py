@@ -85,9 +85,14 @@ def plan_config(config: Config, model: str, shape: ModelShape, machine: Machine,
     """A plan of the one layout that a configuration has: in `fits`, or in `misfits` with the reason.
 
     `workload`: lengths; how many trajectories there are and how long they may get is the configuration's. Raises UserError for stages
-    that cannot be.
+    that cannot be, and for engines that are not modelled.
     """
     parallel, engine = config.parallel, config.rollout.engine
+    if engine.backend == "torch":
+        raise UserError(
+            "rollout.engine.backend=torch: its speed, and its memory beside the main rank, are not modelled; set backend=vllm to predict "
+            "all else"
+        )
     workload = replace(
         workload,
         prompts=config.rollout.prompts_per_step,

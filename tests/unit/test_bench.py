@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from typer.testing import CliRunner
 
 BENCH = Path(__file__).resolve().parents[2] / "tools" / "bench"
 sys.path.insert(0, str(BENCH))
@@ -116,6 +117,14 @@ def test_the_barrier_opens_when_all_that_still_run_have_come():
 def test_rows_that_are_no_numbers_are_refused_before_anything_is_timed(rows, tmp_path):
     with pytest.raises(typer.BadParameter, match="is not a number above 0, nor several with commas"):
         head_kernel.main(rows=rows, out=tmp_path / "out.json")
+
+
+@pytest.mark.parametrize("words", [["--out", "."], ["--repeats", "0"]])
+def test_options_that_would_fail_at_the_end_are_refused_at_the_beginning(words):
+    app = typer.Typer()
+    app.command()(head_kernel.main)
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2 and f"Invalid value for '{words[0]}'" in result.output
 
 
 def test_rules_of_the_form_table_follow_the_measured_winners():

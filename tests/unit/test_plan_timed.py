@@ -352,6 +352,12 @@ def test_a_configuration_pays_for_each_of_its_optimizer_steps():
     assert two.train["update"] > one.train["update"] and two.train["train"] == one.train["train"]
 
 
+def test_an_engine_that_is_not_modelled_is_not_predicted_as_another():
+    config = load(ROOT / "examples/bench/search_r1_7b_8xh100.yaml", ["rollout.engine.backend=torch"])
+    with pytest.raises(machines.UserError, match="backend=torch: its speed, and its memory beside the main rank, are not modelled"):
+        plan_config(config, *find_shape("Qwen2.5-7B"), gpu("h100"), SMALL)
+
+
 def test_a_configuration_that_does_not_fit_says_why():
     path = ROOT / "examples/bench/search_r1_7b_8xh100.yaml"
     result = CliRunner().invoke(app, ["plan", "--run", str(path), "--gpu", "a100-40gb"])

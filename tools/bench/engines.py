@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from igpo_megatron import evaluate
 from igpo_megatron.config.load import load
+from igpo_megatron.endings import one_sentence
 from igpo_megatron.rollout.chat import ChatFormat
 from igpo_megatron.rollout.rollouter import Rollouter
 from igpo_megatron.rollout.service import open_engines
@@ -33,7 +34,7 @@ QUESTIONS, SAMPLES = 8, 8
 
 def main(
     repeats: Annotated[int, typer.Option(min=1, help="Timed rollouts of each engine.")] = 5,
-    out: Annotated[Path | None, typer.Option(help="Result file; default: results/DEVICE/engines.json.")] = None,
+    out: Annotated[Path | None, typer.Option(dir_okay=False, help="Result file; default: results/DEVICE/engines.json.")] = None,
 ) -> None:
     """Start both, and roll out by turns."""
     assert AutoModelForCausalLM is not None  # imported before the clock starts
@@ -70,4 +71,5 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with one_sentence():
+        typer.run(main)

@@ -1,6 +1,6 @@
 """Claim: every kernel of the log-prob head compiles for Hopper, multiplies on its tensor cores, and spills no register.
 
-    python tools/bench/head_aot.py [--quick]     no GPU needed; two minutes on two cores, --quick half a minute
+    python tools/bench/head_aot.py     no GPU needed; a minute on two cores
 
 Nothing is listed by hand: the head's own launch code runs on tensors without storage, for every form and tile, and each launch is
 compiled for sm_90a instead of being run. The table names, for the installed Triton and those that `make venv` puts beside it, the tile,
@@ -44,16 +44,15 @@ COUNTED = {"wgmma": "wgmma.mma_async", "mma.sync": "mma.sync", "cp.async": "cp.a
 
 
 def main(
-    quick: Annotated[bool, typer.Option(help="With entropy and one H only.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Write the table as JSON.")] = None,
+    out: Annotated[Path | None, typer.Option(dir_okay=False, help="Write the table as JSON.")] = None,
     here: Annotated[bool, typer.Option(help="Compile in this process and print JSON alone; the command starts itself so.")] = False,
 ) -> None:
     """Compile everything with every Triton."""
     if here:
-        print(json.dumps(compiled(quick=quick)))
+        print(json.dumps(compiled()))
         return
     with ThreadPoolExecutor() as pool:
-        tables = list(pool.map(lambda folder: _with_triton(folder, quick=quick), tritons()))
+        tables = list(pool.map(_with_triton, tritons()))
     rows = [row for table in tables for row in table]
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -69,28 +68,28 @@ def tritons() -> list[Path | None]:
     return [None, *sorted(Path(sys.prefix).glob("triton-*/"))]
 
 
-def _with_triton(folder: Path | None, *, quick: bool) -> list[dict[str, Any]]:
+def _with_triton(folder: Path | None) -> list[dict[str, Any]]:
     """`compiled` in a process of its own, whose cache is empty: the compiler reports only what it compiles."""
     path = [str(place) for place in (folder, ROOT, os.environ.get("PYTHONPATH")) if place]
     with tempfile.TemporaryDirectory() as cache:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "TRITON_CACHE_DIR": cache}
         environment.pop("TRITON_INTERPRET", None)
-        command = [sys.executable, __file__, "--here", *(["--quick"] if quick else [])]
+        command = [sys.executable, __file__, "--here"]
         result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if result.returncode:
         sys.exit(f"{folder or 'the installed triton'}: {result.stderr[-3000:]}")
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def compiled(*, quick: bool) -> list[dict[str, Any]]:
+def compiled() -> list[dict[str, Any]]:
     """A row of the table for every variant."""
     with recorded() as rows:
-        for arguments in launches(quick=quick):
+        for arguments in launches():
             launch(**arguments)
     return rows
 
 
-def launches(*, quick: bool) -> Iterator[dict[str, Any]]:
+def launches() -> Iterator[dict[str, Any]]:
     """Arguments of `launch` that reach every tile of every form."""
     from igpo_megatron.kernels import triton_head, triton_stream
 
@@ -102,9 +101,8 @@ def launches(*, quick: bool) -> Iterator[dict[str, Any]]:
             for most, _ in triton_stream.TILES.get(key, ((ROWS, None),)):
                 usual = {"form": form, "rows": int(min(most, ROWS)), "dtype": dtype, "hidden": HIDDEN, "entropy": True}
                 yield usual
-                if not quick:
-                    yield {**usual, "entropy": False}
-                    yield {**usual, "hidden": RAGGED_HIDDEN}
+                yield {**usual, "entropy": False}
+                yield {**usual, "hidden": RAGGED_HIDDEN}
         yield {"form": None, "rows": ROWS, "dtype": dtype, "hidden": HIDDEN, "entropy": True}
 
 

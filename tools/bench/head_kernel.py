@@ -43,7 +43,7 @@ def main(
     seconds: Annotated[float, typer.Option(help="Start no further case after so many seconds.")] = float("inf"),
     uncompiled: Annotated[bool, typer.Option(help="Run the compiled peer as it is written; compiling takes a CPU half a minute.")] = False,
     write_table: Annotated[bool, typer.Option(help="Write this device's entry of head_forms.json, if every case was timed.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Result file; default: results/DEVICE/head_kernel.json.")] = None,
+    out: Annotated[Path | None, typer.Option(dir_okay=False, help="Result file; default: results/DEVICE/head_kernel.json.")] = None,
 ) -> None:
     """Time every head on every shape, the first rows on all shapes before the next."""
     started = time.monotonic()

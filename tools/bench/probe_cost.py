@@ -39,7 +39,7 @@ def main(
     published: Annotated[str, typer.Option(help="Published schemes to compare with.")] = "batched,sequential",
     repeats: Annotated[int, typer.Option(help="Timed calls of each scheme.")] = 7,
     engine: Annotated[bool, typer.Option(help="Time vLLM as well.")] = True,
-    out: Annotated[Path | None, typer.Option(help="Result file; default: results/DEVICE/probe_cost.json.")] = None,
+    out: Annotated[Path | None, typer.Option(dir_okay=False, help="Result file; default: results/DEVICE/probe_cost.json.")] = None,
 ) -> None:
     """Time every scheme on the same probes."""
     from igpo_megatron.actor.policy import Policy

@@ -29,7 +29,7 @@ PHASES = ("rollout", "score", "advantage", "train", "sync")
 def main(
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ... of examples/quickstart/igpo.yaml.")] = None,
     steps: Annotated[int, typer.Option(min=2, help="Steps of each run; the first is not counted.")] = 5,
-    out: Annotated[Path | None, typer.Option(help="Result file; default: results/DEVICE/scoring_share.json.")] = None,
+    out: Annotated[Path | None, typer.Option(dir_okay=False, help="Result file; default: results/DEVICE/scoring_share.json.")] = None,
 ) -> None:
     """Run and compare."""
     console = Console(stderr=True)

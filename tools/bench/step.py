@@ -84,7 +84,7 @@ def main(
     small: Annotated[bool, typer.Option(help="Short rows, and what ranks exchange is not measured: shows that everything runs.")] = False,
     repeats: Annotated[int, typer.Option(min=1, help="Timed calls of each pass at most.")] = 5,
     seconds: Annotated[float, typer.Option(min=1, help="Time for all of it: fewer repetitions, then fewer settings.")] = 50,
-    out: Annotated[Path | None, typer.Option(help="Result file; default: results/DEVICE/step.json.")] = None,
+    out: Annotated[Path | None, typer.Option(dir_okay=False, help="Result file; default: results/DEVICE/step.json.")] = None,
 ) -> None:
     """Measure the machine, then every shape and setting."""
     deadline = time.monotonic() + seconds

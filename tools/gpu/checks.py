@@ -132,9 +132,9 @@ class Running:
         said, complained = last_line(self.stdout), last_line(self.stderr)
         state: State = "FAILED"
         if interrupted:
-            headline = f"interrupted after: {said or complained}"
+            headline = f"interrupted after: {said or complained or 'no output'}"
         elif code is None:
-            headline = f"stopped at its limit of {self.part.limit_s} s after: {said or complained}"
+            headline = f"stopped at its limit of {self.part.limit_s} s after: {said or complained or 'no output'}"
         elif code:
             headline = f"exit code {code}: {complained or said}"
         elif not is_json(self.json):

@@ -15,6 +15,7 @@ their tokens per second are those of a machine that does two things.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 import random
@@ -120,10 +121,9 @@ class Run:
     def __init__(self, name: str, config: Path, overrides: Sequence[str], work: Path) -> None:
         self.name, self.folder, self._log = name, work / name, work / f"{name}.log"
         command = [sys.executable, "-m", "igpo_megatron.train", str(config), f"run.name={name}", *overrides]
+        # In this process's group: checks.py ends a part by its group, and whatever had left it would train on.
         with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                command, cwd=ROOT, env=_environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-            )
+            self._process = subprocess.Popen(command, cwd=ROOT, env=_environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         self.began = time.time()
 
     def lasts_until(self, deadline: float) -> bool:
@@ -147,7 +147,7 @@ class Run:
     def kill(self) -> None:
         """Nothing of it is left."""
         if self._process.poll() is None:
-            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.kill()
             self._process.wait()
 
     def rows(self) -> list[dict[str, Any]]:
@@ -247,8 +247,9 @@ def make_questions(data: Path) -> None:
 
 
 def demonstrations_of(data: Path, model: Path) -> Path:
-    """Where a model's demonstrations are kept: they are tokens of its own tokenizer."""
-    return data / f"demonstrations_{model.resolve().name}.parquet"
+    """Where a model's demonstrations are kept: they are tokens of its own tokenizer, whose files the name stands for, not their place."""
+    files = [path.read_bytes() for path in sorted(model.glob("*token*")) if path.is_file()]
+    return data / f"demonstrations_{hashlib.sha256(b''.join(files)).hexdigest()[:12]}.parquet"
 
 
 def make_demonstrations(data: Path, model: Path) -> None:
@@ -320,7 +321,7 @@ def cold_start(setting: Setting, deadline: float) -> tuple[Path, list[dict[str, 
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Result file (JSON).")] = Path("learn.json"),
+    out: Annotated[Path, typer.Option(dir_okay=False, help="Result file (JSON).")] = Path("learn.json"),
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
     small: Annotated[bool, typer.Option(help="2 steps of 8 trajectories.")] = False,
     seconds: Annotated[float, typer.Option(min=20, help="Time for everything; as many steps as fit.")] = 70,
@@ -330,6 +331,7 @@ def main(
 ) -> None:
     """Train by igpo and grpo from the same start with the same seeds, and write their curves."""
     began = time.time()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that `finish` ends the runs
     if device not in ("cuda", "cpu"):
         raise UserError(f"found --device {device}, expected cuda or cpu")
     data = data.resolve()
