@@ -23,6 +23,7 @@ FIGURES = {
     "fold": {"shape", "by_turns"},
     "step": {"machine", "passes", "planner"},
     "learn": {"igpo", "grpo"},
+    "learn_model": {"igpo", "grpo"},
 }
 """Part -> figures that its JSON has, among others."""
 
@@ -36,7 +37,16 @@ def read(path: Path) -> dict[str, Any]:
 
 @pytest.mark.timeout(400)
 def test_every_part_runs_small_on_a_cpu_and_leaves_its_figures(tmp_path: Path) -> None:
-    command = [ROOT / "tools/gpu/checks.sh", "--device", "cpu", "--small", "--out", tmp_path]
+    command = [
+        ROOT / "tools/gpu/checks.sh",
+        "--device",
+        "cpu",
+        "--small",
+        "--model",
+        ROOT / "examples/quickstart/policy",
+        "--out",
+        tmp_path,
+    ]
     result = subprocess.run(command, env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True, timeout=360)
     assert result.returncode == 0, result.stdout + result.stderr
     summary = read(tmp_path / "summary.json")
@@ -44,8 +54,10 @@ def test_every_part_runs_small_on_a_cpu_and_leaves_its_figures(tmp_path: Path) -
     assert all(part["headline"] and part["seconds"] > 0 for part in summary["parts"])
     results = {name: read(tmp_path / f"{name}.json") for name in FIGURES}
     assert {name: result["device"] for name, result in results.items()} == dict.fromkeys(FIGURES, "cpu")
-    learnt = results.pop("learn")
-    assert learnt["result"].keys() >= FIGURES["learn"] and all(row.keys() >= CURVES for curve in learnt["curves"].values() for row in curve)
+    for name in ("learn", "learn_model"):
+        learnt = results.pop(name)
+        assert learnt["result"].keys() >= FIGURES[name], name
+        assert all(row.keys() >= CURVES for curve in learnt["curves"].values() for row in curve), name
     assert [name for name, result in results.items() if not result["figures"].keys() >= FIGURES[name]] == []
     for name in ("head_parity", "trees"):
         figures = results[name]["figures"]

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,12 @@ def test_a_part_whose_needs_are_missing_is_skipped_with_a_reason_and_is_no_failu
     assert (result["state"], result["headline"]) == ("skipped", "not importable: nothing_by_this_name")
 
 
+def test_a_part_that_trains_a_model_is_skipped_without_one() -> None:
+    (part,) = (part for part in checks.PARTS if part.name == "learn_model")
+    part = replace(part, needs=())
+    assert checks.why_not(part, None) == "no --model FOLDER was given" and checks.why_not(part, Path("model")) is None
+
+
 def test_what_was_found_before_an_interruption_is_kept(tmp_path: Path) -> None:
     process = call(tmp_path, {"good": 60, "slow": 60, "silent": 60, "litters": 60})
     assert process.stdout is not None
@@ -96,8 +103,9 @@ def test_what_was_found_before_an_interruption_is_kept(tmp_path: Path) -> None:
     assert len(results) == 4 and not is_running(int(log.read_text(encoding="utf-8")))
 
 
-def test_all_limits_together_leave_room_in_a_call_of_ten_minutes() -> None:
-    assert sum(part.limit_s for part in checks.PARTS) <= 560
+def test_all_limits_together_are_twelve_minutes_at_most_and_leave_room_in_a_call_of_ten_without_a_model() -> None:
+    assert sum(part.limit_s for part in checks.PARTS) <= 12 * 60
+    assert sum(part.limit_s for part in checks.PARTS if checks.MODEL not in part.on_gpu) <= 560
     assert len({part.name for part in checks.PARTS}) == len(checks.PARTS)
     named = {word for part in checks.PARTS for word in f"{part.on_gpu} {part.small}".split() if word.endswith(".py")}
     assert [path for path in sorted(named) if not (ROOT / path).is_file()] == []
@@ -118,6 +126,7 @@ def test_the_documented_parts_are_those_that_run() -> None:
         (["--device", "cpu"], "--device cpu and --small go together"),
         (["--small"], "--device cpu and --small go together"),
         (["--device", "cpu", "--small", "--wheels", "EMPTY"], "no wheels there; fetch them with tools/gpu/wheels.sh"),
+        (["--device", "cpu", "--small", "--model", "EMPTY"], "no config.json there; name the folder of a Hugging Face model"),
         ([], " sees no GPU; --device cpu --small runs the same parts on a CPU"),
     ],
 )

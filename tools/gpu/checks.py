@@ -26,6 +26,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Event
@@ -56,6 +57,9 @@ class Part:
     keeps: tuple[str, ...] = ()
     """Files of the repository that the part may rewrite; copied to OUT."""
 
+
+MODEL = "MODEL"
+"""Stands for the folder of `--model`; a part that names it is skipped without one."""
 
 HEAD_TESTS = "tests/gpu/test_linear_logprob_gpu.py tests/gpu/test_token_loss_gpu.py"
 POLICY_TESTS = "tests/gpu/test_policy_gpu.py tests/gpu/test_transformer_engine.py"
@@ -88,8 +92,15 @@ PARTS = (
     Part(
         "learn", 80, "tools/gpu/learn.py --device cuda --seconds 70", "tools/gpu/learn.py --device cpu --small", needs=("torch", "megatron")
     ),
+    Part(
+        "learn_model",
+        120,
+        f"tools/gpu/learn.py --device cuda --seconds 110 --model {MODEL}",
+        f"tools/gpu/learn.py --device cpu --small --model {MODEL}",
+        needs=("torch", "megatron"),
+    ),
 )
-"""In order of what they tell, should time run out. Their limits leave room for the wheels in a call of ten minutes."""
+"""In order of what they tell, should time run out. Without `learn_model` they leave room for the wheels in a call of ten minutes."""
 
 State = Literal["ok", "FAILED", "skipped"]
 
@@ -159,15 +170,29 @@ def is_json(path: Path) -> bool:
     return True
 
 
-def run_parts(parts: Sequence[Part], start: Callable[[Part], Running], jobs: int, report: Callable[[Result], None], stop: Event) -> None:
+def why_not(part: Part, model: Path | None) -> str | None:
+    """None where the part can run."""
+    missing = [package for package in part.needs if find_spec(package) is None]
+    if missing:
+        return f"not importable: {', '.join(missing)}"
+    return "no --model FOLDER was given" if MODEL in part.on_gpu and model is None else None
+
+
+def run_parts(
+    parts: Sequence[Part],
+    refused: Callable[[Part], str | None],
+    start: Callable[[Part], Running],
+    jobs: int,
+    report: Callable[[Result], None],
+    stop: Event,
+) -> None:
     """At most `jobs` at a time; none changes another's fate. Once `stop` is set, what has not ended is reported as such."""
     waiting, running = deque(parts), list[Running]()
     while (waiting or running) and not stop.is_set():
         while waiting and len(running) < jobs:
             part = waiting.popleft()
-            missing = [package for package in part.needs if find_spec(package) is None]
-            if missing:
-                report(Result(part.name, "skipped", 0.0, f"not importable: {', '.join(missing)}"))
+            if reason := refused(part):
+                report(Result(part.name, "skipped", 0.0, reason))
             else:
                 running.append(start(part))
         for child in [child for child in running if child.is_over()]:
@@ -196,6 +221,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder for results; default: runs/checks/DEVICE")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--small", action="store_true", help="with --device cpu: every part as small as it can be")
+    parser.add_argument("--model", type=Path, help="folder of a language model that learn_model trains, such as SmolLM2's")
     parser.add_argument("--parts", default=",".join(part.name for part in PARTS), help="comma-separated; default: %(default)s")
     given = parser.parse_args()
     given.parts = [name.strip() for name in given.parts.split(",")]
@@ -205,6 +231,8 @@ def options() -> argparse.Namespace:
         parser.error("--device cpu and --small go together: the parts in full are for a GPU, the small ones for a CPU")
     if given.wheels and not list(given.wheels.glob("*.whl")):
         parser.error(f"--wheels {given.wheels}: no wheels there; fetch them with tools/gpu/wheels.sh")
+    if given.model and not (given.model / "config.json").is_file():
+        parser.error(f"--model {given.model}: no config.json there; name the folder of a Hugging Face model")
     if find_spec("torch") is None:
         parser.error(f"{sys.executable} has no torch; name an interpreter that has by PYTHON=...")
     # torch is asked, not nvidia-smi: a torch built for CPUs would run the full sizes on them.
@@ -253,7 +281,9 @@ def main() -> int:
         }
 
         def start(part: Part) -> Running:
-            command = [sys.executable, *shlex.split(part.small if given.small else part.on_gpu), "--out", str(out / f"{part.name}.json")]
+            words = shlex.split(part.small if given.small else part.on_gpu)
+            words = [str(given.model.absolute()) if word == MODEL else word for word in words]
+            command = [sys.executable, *words, "--out", str(out / f"{part.name}.json")]
             return Running(part, command, out, environment(given.small, scratch))
 
         def report(result: Result) -> None:
@@ -266,7 +296,7 @@ def main() -> int:
             (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
 
         chosen = [part for part in PARTS if part.name in given.parts]
-        run_parts(chosen, start, 2 if given.small else 1, report, stop)
+        run_parts(chosen, partial(why_not, model=given.model), start, 2 if given.small else 1, report, stop)
     print(f"\n{given.device}, {', '.join(f'{name} {version}' for name, version in about['versions'].items())}; results in {out}")
     for result in results:
         print(result.line())
