@@ -32,13 +32,25 @@ def page_locked(size: int) -> torch.Tensor:
 
 def kept_on_host(tensors: Sequence[torch.Tensor], *, locked: bool) -> list[torch.Tensor]:
     """Copies of the tensors side by side in one buffer on the host, page-locked or not."""
-    size = sum(rounded(tensor.nbytes) for tensor in tensors)
-    room = page_locked(size) if locked else torch.empty(size, dtype=torch.uint8)
-    copies = []
-    for tensor in tensors:
-        copies.append(room[: tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor))
-        room = room[rounded(tensor.nbytes) :]
+    size = room_for(tensors)
+    copies = side_by_side(page_locked(size) if locked else torch.empty(size, dtype=torch.uint8), tensors)
+    for copy, tensor in zip(copies, tensors, strict=True):
+        copy.copy_(tensor)
     return copies
+
+
+def room_for(tensors: Sequence[torch.Tensor]) -> int:
+    """Bytes of a buffer that holds them side by side."""
+    return sum(rounded(tensor.nbytes) for tensor in tensors)
+
+
+def side_by_side(buffer: torch.Tensor, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Each tensor's place in a buffer of bytes: views of its dtype and shape, whose contents are the buffer's."""
+    places = []
+    for tensor in tensors:
+        places.append(buffer[: tensor.nbytes].view(tensor.dtype).view(tensor.shape))
+        buffer = buffer[rounded(tensor.nbytes) :]
+    return places
 
 
 def rounded(size: int) -> int:

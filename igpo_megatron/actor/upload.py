@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from igpo_megatron.actor.host_memory import rounded
+from igpo_megatron.actor.host_memory import room_for, side_by_side
 
 Record = TypeVar("Record")
 
@@ -44,20 +44,10 @@ def _map(record: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
 
 
 def _copied(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
-    sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
-    starts = [0]
-    for size in sizes:
-        starts.append(starts[-1] + rounded(size))
-    staged = _page_locked(starts[-1])
-
-    def place(buffer: torch.Tensor, number: int) -> torch.Tensor:
-        tensor = tensors[number]
-        return buffer[starts[number] : starts[number] + sizes[number]].view(tensor.dtype).view(tensor.shape)
-
-    for number, tensor in enumerate(tensors):
-        place(staged, number).copy_(tensor)
-    there = staged.to(device, non_blocking=True)
-    return [place(there, number) for number in range(len(tensors))]
+    staged = _page_locked(room_for(tensors))
+    for place, tensor in zip(side_by_side(staged, tensors), tensors, strict=True):
+        place.copy_(tensor)
+    return side_by_side(staged.to(device, non_blocking=True), tensors)
 
 
 def _page_locked(size: int) -> torch.Tensor:
