@@ -54,12 +54,14 @@ def by_one_rank(folder: Path, backend: str, dtype: str, groups: list[RolloutGrou
 
 def check(folder: Path, backend: str, dtype: str, device: str) -> None:
     groups = with_off_policy_logprobs(random_groups(seed=2, probes=False))
-    expected, gradients_expected = by_one_rank(folder, "local", dtype, groups, device)
-    found, gradients_found = by_one_rank(folder, backend, dtype, groups, device)
-    assert float((found - expected).abs().max()) < BOUNDS[dtype]
-    assert set(gradients_found) == set(gradients_expected)
-    for name, tensor in gradients_found.items():
-        assert relative_error(tensor, gradients_expected[name]) < (0.02 if dtype == "fp32" else 0.3), name
+    compare(by_one_rank(folder, backend, dtype, groups, device), by_one_rank(folder, "local", dtype, groups, device), dtype)
+
+
+def compare(found: Found, expected: Found, dtype: str) -> None:
+    assert float((found[0] - expected[0]).abs().max()) < BOUNDS[dtype]
+    assert set(found[1]) == set(expected[1])
+    for name, tensor in found[1].items():
+        assert relative_error(tensor, expected[1][name]) < (0.02 if dtype == "fp32" else 0.3), name
 
 
 @pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISSING)}")
@@ -71,3 +73,16 @@ def test_transformer_engines_layers_score_and_learn_as_the_local_ones(tmp_path: 
 
 def test_local_layers_score_and_learn_as_themselves(tmp_path: Path) -> None:
     check(make_hf_folder(tmp_path / "qwen3", "qwen3"), "local", "fp32", "cpu")
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_wrong_numbers_fail_the_comparison(dtype: str) -> None:
+    """A token that is off by a fifth of a nat; a gradient of another tensor, or one that lost a third."""
+    logprobs = torch.linspace(-3, -1, 5)
+    gradients = {"a": torch.linspace(-1, 1, 6), "b": torch.linspace(2, 1, 6)}
+    right = (logprobs, gradients)
+    compare(right, right, dtype)
+    off = logprobs + 0.2 * torch.eye(5)[2]
+    for wrong in ((off, gradients), (logprobs, {**gradients, "b": gradients["a"]}), (logprobs, {**gradients, "a": 2 / 3 * gradients["a"]})):
+        with pytest.raises(AssertionError):
+            compare(wrong, right, dtype)
