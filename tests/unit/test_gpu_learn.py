@@ -61,6 +61,12 @@ def test_algorithms_are_compared_at_the_steps_that_both_reached(learn: Any) -> N
     assert learn.headline(found) == line
 
 
+def test_a_headline_says_what_no_step_had(learn: Any) -> None:
+    curves = {name: learn.curve([row(1, f1=None), row(2, f1=None)], 1000.0) for name in learn.ALGORITHMS}
+    line = learn.headline(learn.result(curves))
+    assert line.startswith("igpo F1 none -> none, format 1.00; grpo") and line.endswith("log-prob gap none")
+
+
 @pytest.mark.parametrize("small", [True, False])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_settings_may_start(learn: Any, tmp_path: Path, device: str, small: bool) -> None:

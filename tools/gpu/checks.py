@@ -96,7 +96,7 @@ PARTS = (
         "learn_model",
         120,
         f"tools/gpu/learn.py --device cuda --seconds 110 --model {MODEL}",
-        f"tools/gpu/learn.py --device cpu --small --model {MODEL}",
+        f"tools/gpu/learn.py --device cpu --small --seconds 110 --model {MODEL}",
         needs=("torch", "megatron"),
     ),
 )

@@ -218,14 +218,19 @@ def result(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
 
 
 def headline(found: Mapping[str, Any]) -> str:
-    """One line for people."""
+    """One line for people; `none` for what no step had."""
+
+    def shown(value: float | None, form: str) -> str:
+        return "none" if value is None else format(value, form)
 
     def one(algorithm: str) -> str:
-        run = found[algorithm]
-        return f"{algorithm} F1 {run['f1']['first']:.3f} -> {run['f1']['last']:.3f}, format {run['format_ok']['last']:.2f}"
+        f1, last = found[algorithm]["f1"], found[algorithm]["format_ok"]["last"]
+        return f"{algorithm} F1 {shown(f1['first'], '.3f')} -> {shown(f1['last'], '.3f')}, format {shown(last, '.2f')}"
 
-    speed, gap = (max(found[algorithm][name] for algorithm in ALGORITHMS) for name in ("tokens_per_s", "logprob_gap_max"))
-    return f"{'; '.join(map(one, ALGORITHMS))} in {found['steps_compared']} steps; {speed:,.0f} tokens/s each, log-prob gap {gap:.1e}"
+    speed = max(found[algorithm]["tokens_per_s"] for algorithm in ALGORITHMS)
+    gap = max((found[name]["logprob_gap_max"] for name in ALGORITHMS if found[name]["logprob_gap_max"] is not None), default=None)
+    steps = f"in {found['steps_compared']} steps; {speed:,.0f} tokens/s each, log-prob gap {shown(gap, '.1e')}"
+    return f"{'; '.join(map(one, ALGORITHMS))} {steps}"
 
 
 # ---- files
@@ -348,7 +353,8 @@ def main(
         report: dict[str, Any] = {"device": device, "policy": model.name if model else "demo", "seconds": seconds, "small": small}
         overrides = setting.overrides()
         if model is not None:
-            taught, report["cold_start"] = cold_start(setting, began + seconds / 2 - _CLOSING_S)
+            # A small one ends by its steps, however slow the machine is.
+            taught, report["cold_start"] = cold_start(setting, end if small else began + seconds / 2 - _CLOSING_S)
             overrides.append(f"model.path={taught}")
         runs = {name: Run(name, DEMO, [*overrides, f"advantage.name={name}"], setting.work) for name in ALGORITHMS}
         finish(list(runs.values()), end)
