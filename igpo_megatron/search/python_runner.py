@@ -33,6 +33,9 @@ from igpo_megatron.search.python_cgroup import PidsGroup
 POLL_S = 0.02
 """Between two looks at the number of processes; without a control group a fork bomb lives this long past its limit."""
 
+NICENESS = 10
+"""How far the code's priority lies below the keeper's. At the same one, a loop of forks kept the keeper waiting for seconds."""
+
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x20000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 0x1000, 0x4000, 0x40000
 MOUNT_SETATTR, AT_RECURSIVE, AT_FDCWD = 442, 0x8000, -100
@@ -343,6 +346,7 @@ def _inside(job: dict[str, Any], isolated: bool, output: int, said: int, ready: 
         for pipe in (1, 2, said):
             os.close(pipe)
         os._exit(_wait_as_init(worker))
+    os.nice(NICENESS)
     value, problem = _execute(job["code"])
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()

@@ -9,6 +9,7 @@ What is isolated, on Linux 5.12 or newer where users may make namespaces (python
 - environment: nothing of the caller's, so no keys
 - limits: wall and CPU time, address space of each process, bytes in the scratch folder, processes and threads, bytes of output; the
   kernel itself refuses a process too many where a pids control group can be made (python_cgroup.py), or the user is not root
+- priority: lower than that of the run's own processes
 - system calls: ptrace, io_uring, kernel keys and their like are refused, where libseccomp is installed (python_syscalls.py)
 
 What is not isolated: files that the user of the run may read can be read (the code has no way to send them anywhere but into its own

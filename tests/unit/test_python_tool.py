@@ -286,7 +286,7 @@ def test_allow_network_runs_there_with_limits_only_and_still_leaves_nothing() ->
 
 BOMB = """
 import mmap, os, struct, time
-shared, end = mmap.mmap(-1, 8), time.time() + 3
+shared, end = mmap.mmap(-1, 8), time.time() + 6
 while (count := struct.unpack("q", shared[:8])[0]) < 150 and time.time() < end:
     shared[:8] = struct.pack("q", count + 1)
     try:
@@ -326,10 +326,10 @@ needs_filter = pytest.mark.skipif("not filtered" in OPEN, reason="libseccomp is 
 def test_a_loop_of_forks_is_ended_at_once_and_leaves_no_process_and_no_group(group: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not group:
         without(monkeypatch, "PidsGroup.enter")
-    result = run(BOMB, SMALL.model_copy(update={"timeout_s": 20.0}))
+    result = run(BOMB, SMALL.model_copy(update={"timeout_s": 30.0}))
     if group or os.getuid() == 0:  # elsewhere the kernel's limit per user lets the bomb fizzle out
         assert result.status is PythonStatus.LIMIT and result.error == "the code had more than 8 processes and threads; 8 are allowed"
-    assert result.latency_s < 2.9, "it was ended, and did not end by itself"
+    assert result.latency_s < 5, "it was ended, and did not end by itself"
     assert processes_with("struct.unpack") == [] and abandoned_groups() == []
 
 
