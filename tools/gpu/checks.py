@@ -256,7 +256,9 @@ def environment(small: bool, scratch: Path) -> dict[str, str]:
     fixed = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "TMPDIR": str(scratch)}
     if small:
         fixed |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    return {"OMP_NUM_THREADS": "4"} | os.environ | fixed
+    # Found otherwise by the machine's name, for which one without network may ask a name server in vain, for seconds and at every group.
+    loopback = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
+    return {"OMP_NUM_THREADS": "4"} | loopback | os.environ | fixed
 
 
 def main() -> int:
