@@ -88,7 +88,13 @@ PARTS = (
         "tools/bench/probe_cost.py --shape demo --turns 2 --repeats 2 --no-engine",
         needs=("torch", "megatron"),
     ),
-    Part("step", 80, "tools/bench/step.py --shape 0.5B,1.5B,7B", "tools/bench/step.py --shape demo --small", needs=("torch", "megatron")),
+    Part(
+        "step",
+        85,
+        "tools/bench/step.py --shape 7B,0.5B,1.5B --seconds 60",
+        "tools/bench/step.py --shape demo --small",
+        needs=("torch", "megatron"),
+    ),
     Part(
         "learn", 80, "tools/gpu/learn.py --device cuda --seconds 70", "tools/gpu/learn.py --device cpu --small", needs=("torch", "megatron")
     ),
