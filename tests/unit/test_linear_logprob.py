@@ -18,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -221,6 +222,20 @@ def test_tma_needs_aligned_rows_and_16_bits() -> None:
     assert "fp32" in (why_no_tma(rows.float(), rows.float()) or "")
     assert "weight are 120 bytes apart" in (why_no_tma(rows, torch.zeros(8, 60, dtype=torch.bfloat16)) or "")
     assert "hidden are 128 bytes apart from 2 on" in (why_no_tma(torch.zeros(513, dtype=torch.bfloat16)[1:].view(8, 64), rows) or "")
+
+
+@compiled
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0), (12, 0)])
+def test_tiles_for_tma_are_used_on_hopper_alone(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    """On other cards `specialised` does not compile with Triton 3.6.0, or a tile is larger than their shared memory."""
+    from igpo_megatron.kernels.triton_stream import why_no_tma
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    rows = torch.zeros(8, 64, dtype=torch.bfloat16)
+    there = mock.Mock(wraps=rows, is_cuda=True, dtype=rows.dtype, device=torch.device("cuda", 0))
+    wanted = None if capability == (9, 0) else f"its tiles are for Hopper, compute capability 9.0, and a card has {capability[0]}.0"
+    assert why_no_tma(there, there) == wanted
 
 
 def test_no_split_is_empty_and_together_they_cover_every_tile() -> None:
