@@ -23,7 +23,7 @@ import triton.language as tl
 
 from igpo_megatron.kernels import triton_stream
 from igpo_megatron.kernels.torch_chunked import accumulate, empty_records, matmul
-from igpo_megatron.kernels.triton_stream import MASKED
+from igpo_megatron.kernels.triton_stream import INTERPRETED, MASKED
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -33,8 +33,12 @@ ROW_BLOCK = 4096
 FORWARD_ROWS, FORWARD_BYTES = 1024, 32 * 2**20
 """Most of a forward chunk: with 8,192 columns it is full, its GEMM is about two waves of an H100, and its logits are folded from L2."""
 
+FOLD = {"BLOCK_R": 4, "BLOCK": 256} if INTERPRETED else {"BLOCK_R": 1, "BLOCK": 2048, "num_warps": 1}
+"""Tile of the kernel that folds a chunk: a row has one warp, which waits for no other and has 8 KB on their way to it at a time.
+The interpreter, to which programs are what costs, takes several rows, and few columns so that tests have more than one step."""
+
 BLOCK = {"BLOCK_R": 4, "BLOCK": 512}
-"""Tile of the kernels that read a chunk: a row for each of the four warps."""
+"""Tile of the kernel that turns logits into dz."""
 
 
 @triton.jit(do_not_specialize=["rows", "first"])
@@ -124,8 +128,8 @@ def chunked_partials(
     for rows, columns in _chunks(len(hidden), valid, shape):
         logits = _matmul_into(buffer, hidden[rows], weight[columns].t())
         count, width = logits.shape
-        _fold_chunk[(triton.cdiv(count, BLOCK["BLOCK_R"]),)](
-            logits, local_targets[rows], record[rows], count, width, columns.start, 1.0 / temperature, ENTROPY=need_entropy, **BLOCK
+        _fold_chunk[(triton.cdiv(count, FOLD["BLOCK_R"]),)](
+            logits, local_targets[rows], record[rows], count, width, columns.start, 1.0 / temperature, ENTROPY=need_entropy, **FOLD
         )
     return record
 
@@ -181,8 +185,8 @@ def block_records(logits: torch.Tensor, local_targets: torch.Tensor, temperature
     """`torch_chunked.block_records`."""
     count, width = logits.shape
     record = empty_records(logits)
-    grid = (triton.cdiv(count, BLOCK["BLOCK_R"]),)
-    _fold_chunk[grid](logits, local_targets, record, count, width, 0, 1.0 / temperature, ENTROPY=need_entropy, **BLOCK)
+    grid = (triton.cdiv(count, FOLD["BLOCK_R"]),)
+    _fold_chunk[grid](logits, local_targets, record, count, width, 0, 1.0 / temperature, ENTROPY=need_entropy, **FOLD)
     return record
 
 
