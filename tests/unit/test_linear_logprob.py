@@ -213,6 +213,13 @@ def test_the_fixed_split_peer_of_the_benchmarks_is_right(monkeypatch: pytest.Mon
     assert differences(found, wanted, setup) == []
 
 
+def test_a_single_record_is_what_it_folds_into() -> None:
+    record = torch.tensor([[[1.5, 2.0, -0.7, 0.5], [-80.0, 1.0, 0.0, -math.inf], [-math.inf, 0.0, 0.0, -math.inf]]])
+    assert torch_chunked.fold(record).data_ptr() == record.data_ptr()
+    empty = torch_chunked.empty_records(torch.zeros(3, 8))
+    assert torch.equal(torch_chunked.fold(torch.stack((record[0], empty))), record[0])
+
+
 @compiled
 def test_tma_needs_aligned_rows_and_16_bits() -> None:
     from igpo_megatron.kernels.triton_stream import why_no_tma
