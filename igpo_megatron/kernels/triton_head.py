@@ -23,7 +23,7 @@ import triton.language as tl
 
 from igpo_megatron.kernels import triton_stream
 from igpo_megatron.kernels.torch_chunked import accumulate, empty_records, matmul
-from igpo_megatron.kernels.triton_stream import INTERPRETED, MASKED
+from igpo_megatron.kernels.triton_stream import MASKED
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -33,9 +33,8 @@ ROW_BLOCK = 4096
 FORWARD_ROWS, FORWARD_BYTES = 1024, 32 * 2**20
 """Most of a forward chunk: with 8,192 columns it is full, its GEMM is about two waves of an H100, and its logits are folded from L2."""
 
-FOLD = {"BLOCK_R": 4, "BLOCK": 256} if INTERPRETED else {"BLOCK_R": 1, "BLOCK": 2048, "num_warps": 1}
-"""Tile of the kernel that folds a chunk: a row has one warp, which waits for no other and has 8 KB on their way to it at a time.
-The interpreter, to which programs are what costs, takes several rows, and few columns so that tests have more than one step."""
+FOLD = {"BLOCK_R": 1, "BLOCK": 2048, "num_warps": 1}
+"""Tile of the kernel that folds a chunk: a row has one warp, which waits for no other and has 8 KB on their way to it at a time."""
 
 BLOCK = {"BLOCK_R": 4, "BLOCK": 512}
 """Tile of the kernel that turns logits into dz."""
@@ -154,10 +153,13 @@ def gradients(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """`torch_chunked.gradients`, chunk by chunk of columns, so that a chunk of the weight's gradient is written once.
 
-    Beside the `workspace` bytes of logits there are dz (in 16 bits half of that) and this chunk of the weight's gradient in fp32.
+    Beside the `workspace` bytes of logits there are dz (in 16 bits half of that) and, where there are several blocks of rows, this chunk of
+    the weight's gradient in fp32. One block is written as it is summed: of few rows a chunk has so many columns that it may be the whole.
     """
     grad_hidden = hidden.new_zeros(hidden.shape, dtype=torch.float32) if need_hidden else None
-    grad_weight = torch.zeros_like(weight) if need_weight else None
+    grad_weight = torch.empty_like(weight) if need_weight else None
+    if grad_weight is not None:
+        grad_weight[valid if len(hidden) else 0 :] = 0.0
     shape = _chunk_shape(len(hidden), valid, ROW_BLOCK, workspace)
     buffer = _workspace(hidden, shape, torch.float32)
     narrow = None if hidden.dtype == torch.float32 else _workspace(hidden, shape, hidden.dtype)
@@ -170,7 +172,9 @@ def gradients(
         _logits_to_dz[grid](logits, dz, local_targets[rows], coefficients[rows], count, width, columns.start, 1.0 / temperature, **BLOCK)
         if grad_hidden is not None:
             accumulate(grad_hidden[rows], dz, weight[columns])
-        if grad_weight is not None:
+        if grad_weight is not None and count == len(hidden):
+            torch.mm(dz.t(), hidden, out=grad_weight[columns])
+        elif grad_weight is not None:
             if rows.start == 0:
                 chunk = matmul(dz.t(), hidden[rows])
             else:

@@ -39,7 +39,7 @@ from linear_logprob_checks import (
 
 from igpo_megatron.kernels import forms, torch_chunked
 from igpo_megatron.kernels import linear_logprob as module
-from igpo_megatron.kernels.linear_logprob import gather_rows, linear_logprob, resolve
+from igpo_megatron.kernels.linear_logprob import WORKSPACE, gather_rows, linear_logprob, resolve
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -65,6 +65,7 @@ def small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(triton_head, "ROW_BLOCK", 32)
         monkeypatch.setattr(triton_head, "FORWARD_ROWS", 24)
         monkeypatch.setattr(triton_head, "BLOCK", {"BLOCK_R": 32, "BLOCK": 128})
+        monkeypatch.setattr(triton_head, "FOLD", {"BLOCK_R": 32, "BLOCK": 128})
 
 
 @every_check
@@ -211,6 +212,20 @@ def test_the_fixed_split_peer_of_the_benchmarks_is_right(monkeypatch: pytest.Mon
     wanted = oracle(case, setup, Mistake(dropped=(2,)))
     found = Answer(logp.detach(), entropy.detach(), wanted.lse, hidden.grad, weight.grad)
     assert differences(found, wanted, setup) == []
+
+
+@interpreted
+@pytest.mark.parametrize(("workspace", "copies"), [(WORKSPACE, 0), (4 * 128 * 7, 3)])
+def test_the_weights_gradient_is_in_fp32_only_where_blocks_of_rows_are_added(workspace: int, copies: int) -> None:
+    """19 rows at once; in three blocks for each of three chunks of columns."""
+    from igpo_megatron.kernels import triton_head
+
+    case = Case("padded", 19, 32, 260, padding=40)
+    setup = Setup("triton", dtype=torch.bfloat16, workspace=workspace)
+    with mock.patch.object(triton_head, "matmul", wraps=triton_head.matmul) as matmul:
+        found = run(case, setup)
+    assert differences(found, oracle(case, setup), setup) == []
+    assert sum("out" not in call.kwargs for call in matmul.call_args_list) == copies
 
 
 def test_a_single_record_is_what_it_folds_into() -> None:
