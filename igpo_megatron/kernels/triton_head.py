@@ -33,8 +33,11 @@ ROW_BLOCK = 4096
 FORWARD_ROWS, FORWARD_BYTES = 1024, 32 * 2**20
 """Most of a forward chunk: with 8,192 columns it is full, its GEMM is about two waves of an H100, and its logits are folded from L2."""
 
+FOLD = {"BLOCK_R": 1, "BLOCK": 2048, "num_warps": 1}
+"""Tile of the kernel that folds a chunk: a row has one warp, which waits for no other and has 8 KB on their way to it at a time."""
+
 BLOCK = {"BLOCK_R": 4, "BLOCK": 512}
-"""Tile of the kernels that read a chunk: a row for each of the four warps."""
+"""Tile of the kernel that turns logits into dz."""
 
 
 @triton.jit(do_not_specialize=["rows", "first"])
@@ -124,8 +127,8 @@ def chunked_partials(
     for rows, columns in _chunks(len(hidden), valid, shape):
         logits = _matmul_into(buffer, hidden[rows], weight[columns].t())
         count, width = logits.shape
-        _fold_chunk[(triton.cdiv(count, BLOCK["BLOCK_R"]),)](
-            logits, local_targets[rows], record[rows], count, width, columns.start, 1.0 / temperature, ENTROPY=need_entropy, **BLOCK
+        _fold_chunk[(triton.cdiv(count, FOLD["BLOCK_R"]),)](
+            logits, local_targets[rows], record[rows], count, width, columns.start, 1.0 / temperature, ENTROPY=need_entropy, **FOLD
         )
     return record
 
@@ -150,10 +153,13 @@ def gradients(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """`torch_chunked.gradients`, chunk by chunk of columns, so that a chunk of the weight's gradient is written once.
 
-    Beside the `workspace` bytes of logits there are dz (in 16 bits half of that) and this chunk of the weight's gradient in fp32.
+    Beside the `workspace` bytes of logits there are dz (in 16 bits half of that) and, where there are several blocks of rows, this chunk of
+    the weight's gradient in fp32. One block is written as it is summed: of few rows a chunk has so many columns that it may be the whole.
     """
     grad_hidden = hidden.new_zeros(hidden.shape, dtype=torch.float32) if need_hidden else None
-    grad_weight = torch.zeros_like(weight) if need_weight else None
+    grad_weight = torch.empty_like(weight) if need_weight else None
+    if grad_weight is not None:
+        grad_weight[valid if len(hidden) else 0 :] = 0.0
     shape = _chunk_shape(len(hidden), valid, ROW_BLOCK, workspace)
     buffer = _workspace(hidden, shape, torch.float32)
     narrow = None if hidden.dtype == torch.float32 else _workspace(hidden, shape, hidden.dtype)
@@ -166,7 +172,9 @@ def gradients(
         _logits_to_dz[grid](logits, dz, local_targets[rows], coefficients[rows], count, width, columns.start, 1.0 / temperature, **BLOCK)
         if grad_hidden is not None:
             accumulate(grad_hidden[rows], dz, weight[columns])
-        if grad_weight is not None:
+        if grad_weight is not None and count == len(hidden):
+            torch.mm(dz.t(), hidden, out=grad_weight[columns])
+        elif grad_weight is not None:
             if rows.start == 0:
                 chunk = matmul(dz.t(), hidden[rows])
             else:
@@ -181,8 +189,8 @@ def block_records(logits: torch.Tensor, local_targets: torch.Tensor, temperature
     """`torch_chunked.block_records`."""
     count, width = logits.shape
     record = empty_records(logits)
-    grid = (triton.cdiv(count, BLOCK["BLOCK_R"]),)
-    _fold_chunk[grid](logits, local_targets, record, count, width, 0, 1.0 / temperature, ENTROPY=need_entropy, **BLOCK)
+    grid = (triton.cdiv(count, FOLD["BLOCK_R"]),)
+    _fold_chunk[grid](logits, local_targets, record, count, width, 0, 1.0 / temperature, ENTROPY=need_entropy, **FOLD)
     return record
 
 

@@ -318,8 +318,10 @@ def tile_of(form: str, rows: int, dtype: torch.dtype) -> Tile:
 
 def why_no_tma(hidden: torch.Tensor, weight: torch.Tensor) -> str | None:
     """None where TMA can read both tensors [., H], whose rows are contiguous, and is of use."""
-    if hidden.is_cuda and torch.cuda.get_device_capability(hidden.device)[0] < 9:
-        return f"{torch.cuda.get_device_name(hidden.device)} has no TMA, which came with compute capability 9.0"
+    if hidden.is_cuda and (capability := torch.cuda.get_device_capability(hidden.device))[0] != 9:
+        # Before it there is no TMA; after it Triton 3.6.0 does not compile `specialised`, and RTX cards lack the shared memory.
+        name = torch.cuda.get_device_name(hidden.device)
+        return f"its tiles are for Hopper, compute capability 9.0, and {name} has {'.'.join(map(str, capability))}"
     if hidden.dtype == torch.float32 and not INTERPRETED:
         return "fp32 is multiplied without tensor cores, whose feeding is all that TMA is for"
     for name, tensor in (("hidden", hidden), ("weight", weight)):

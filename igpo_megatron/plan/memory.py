@@ -150,12 +150,17 @@ def _backward(
         targets = row.targets / layout.context
         held += outer * shape.hidden_size * (e if cuda else 8) + targets * shape.hidden_size * e  # the last norm, and the chosen rows
         gradient = parts.head * (4.0 + (e if e == 2 else 0))
-        most, copies = (settings.head_workspace, 1.5 if e == 2 else 1.0) if cuda else (min(CHUNK, settings.head_workspace), 2.0)
-        logits = copies * min(most, 4.0 * targets * parts.head / shape.hidden_size)
+        copies = (1.5 if e == 2 else 1.0) if cuda else 2.0
+        logits = copies * min(head_workspace(settings, cuda=cuda), 4.0 * targets * parts.head / shape.hidden_size)
         head = logits + 2 * targets * shape.hidden_size * e + hidden + gradient
         if parts.tied and first:
             always_head = gradient  # waits for the embedding's, to which it is added
     return {"activations": held, "working set": max(head, work + always_head)}
+
+
+def head_workspace(settings: Settings, *, cuda: bool) -> int:
+    """Bytes of logits that the head holds at a time, at most."""
+    return settings.head_workspace if cuda else min(CHUNK, settings.head_workspace)
 
 
 def export_bytes(parts: PartSizes, layout: Layout, settings: Settings) -> float:

@@ -121,6 +121,7 @@ def plan_config(config: Config, model: str, shape: ModelShape, machine: Machine,
         distributed_optimizer=parallel.distributed_optimizer,
         minibatches=config.optim.minibatches,
         head_workspace=config.model.head_workspace_mib * 2**20,
+        head_in_forward=config.model.head_backward == "in_forward",
     )
     shared, served = config.placement.mode == "colocated", engine.count * engine.tensor
     plan = Plan(model, shape, machine, workload, settings, layout.ranks + (0 if shared else served), config.rollout.max_staleness, tried=1)

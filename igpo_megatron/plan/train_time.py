@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 
 from checkpoint_conversion.architectures import ModelShape
 from igpo_megatron.plan.flops import head_flops, layer_flops, linear_widths
-from igpo_megatron.plan.memory import layer_activations
+from igpo_megatron.plan.memory import head_workspace, layer_activations
 from igpo_megatron.plan.types import Layout, Machine, PartSizes, Row, Settings
 
 FORWARD_OPS, BACKWARD_OPS = 110, 190
@@ -68,13 +69,7 @@ def row_time(shape: ModelShape, layout: Layout, settings: Settings, machine: Mac
         per_layer = 2 * matmul + 2.5 * attention + BACKWARD_TRAFFIC * saved / machine.stream + BACKWARD_OPS * machine.call
         own += layers * (per_layer + again)
     if stage == layout.pipeline - 1:
-        flops = 2.0 * row.targets / layout.context * shape.hidden_size * shape.vocab_size / tensor
-        chunks = 4.0 * row.targets * shape.vocab_size / tensor  # bytes of all logits, which pass through memory in chunks
-        # Forward; backward computes the logits again, then both gradients.
-        own += (
-            flops * (4 if backward else 1) / machine.matmul_rate(flops)
-            + chunks * (HEAD_FORWARD + backward * HEAD_BACKWARD) / machine.stream
-        )
+        own += _head_time(shape, layout, settings, machine, row, backward=backward)
     own += ROW_OPS * machine.call * (2.5 if backward else 1) * layout.virtual
     crowd = machine.crowd if layout.ranks > 1 else 1.0
     # A factor that was fitted to other shapes must not promise more than the fastest matmul.
@@ -84,6 +79,23 @@ def row_time(shape: ModelShape, layout: Layout, settings: Settings, machine: Mac
     factor = machine.train_factor if backward else machine.score_factor
     own = max(own * factor, least / tensor / layout.context / machine.ceiling)
     return RowTime(own * crowd, layers * _collectives(shape, layout, settings, machine, tokens, backward=backward))
+
+
+def _head_time(shape: ModelShape, layout: Layout, settings: Settings, machine: Machine, row: Row, *, backward: bool) -> float:
+    """Seconds of the log-probs of a row's targets, and of their gradients."""
+    vocabulary, targets = shape.vocab_size / layout.tensor, row.targets / layout.context
+    flops = 2.0 * targets * shape.hidden_size * vocabulary
+    logits = 4.0 * row.targets * vocabulary  # bytes of all, which pass through memory in chunks
+    if not backward:
+        return flops / machine.matmul_rate(flops) + HEAD_FORWARD * logits / machine.stream
+    moved = (HEAD_FORWARD + HEAD_BACKWARD) * logits
+    matmuls = 4  # the logits twice, and both gradients
+    if settings.head_in_forward:
+        matmuls = 3
+        # Each block of rows reads and writes the weight's whole gradient in fp32 (kernels/token_loss.py).
+        blocks = ceil(logits / layout.context / head_workspace(settings, cuda=machine.device == "cuda"))
+        moved += 8.0 * blocks * vocabulary * shape.hidden_size
+    return matmuls * flops / machine.matmul_rate(flops) + moved / machine.stream
 
 
 def _collectives(shape: ModelShape, layout: Layout, settings: Settings, machine: Machine, tokens: float, *, backward: bool) -> float:

@@ -220,6 +220,9 @@ class Settings:
     head_workspace: int = 128 * 2**20
     """Bytes of logits that the head holds at a time on a GPU (`model.head_workspace_mib`)."""
 
+    head_in_forward: bool = False
+    """The head forms its gradients in the forward pass (`model.head_backward`)."""
+
 
 Memory = dict[str, float]
 """Term -> bytes of one rank."""

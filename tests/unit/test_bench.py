@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ BENCH = Path(__file__).resolve().parents[2] / "tools" / "bench"
 sys.path.insert(0, str(BENCH))
 
 import algorithms  # noqa: E402
+import attempts  # noqa: E402
 import head_kernel  # noqa: E402
 from common import finish, interleaved, ratio  # noqa: E402
 from head_kernel import _in_forward_vs_recompute, rules  # noqa: E402
@@ -218,6 +220,44 @@ def test_a_head_that_fails_costs_only_its_own_times_and_a_case_is_written_when_i
     assert untimed == {} and "off by 1 nats" in figures["not_loaded"]["ours_a at N=64, H=16"]
     assert {name.split()[0] for name, why in figures["not_loaded"].items() if why == "OutOfMemoryError: no room"} == {"ours_b", "peer"}
     assert seen[0] is False and seen[-1] == 1
+
+
+def test_a_form_that_fails_hangs_or_ends_its_process_is_found_out_in_a_process_of_its_own(monkeypatch):
+    monkeypatch.setattr(head_kernel, "ANSWER_S", 1.0)
+    names = ["good", "fails", "crashes", "as good", "hangs", "best"]
+    assert head_kernel.unfit(names, attempts.as_named) == {
+        "fails": "it failed",
+        "crashes": "ended the process that tried it, exit code 3",
+        "hangs": "hung for 1 s in a process of its own",
+    }
+    assert head_kernel.unfit(names, attempts.not_at_all) == {}  # nothing was learnt
+
+
+def test_every_form_is_tried_at_every_size(monkeypatch):
+    seen, connection = [], Mock()
+
+    def head(hidden, weight, targets, **options):
+        seen.append((options["form"], *hidden.shape))
+        if options["form"] == "tma":
+            raise RuntimeError("no")
+
+    for name in ("init", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(head_kernel, "linear_logprob", head)
+    monkeypatch.setattr(head_kernel, "SHAPES", {"a": (16, 90), "b": (8, 80)})
+    head_kernel.try_forms(connection, forms.FORMS, counts=(8, 64), device="cpu")
+    assert seen == [("fused", 8, 16), ("fused", 64, 16), ("fused", 8, 8), ("fused", 64, 8), ("tma", 8, 16)]
+    assert [call.args for call in connection.send.call_args_list] == [(None,), (None,), ("RuntimeError: no",)]
+
+
+def test_an_unfit_form_is_not_timed_and_the_result_says_why(tmp_path, monkeypatch):
+    right, result = load_heads(cuda=False)[0]["ours_torch"], tmp_path / "head_kernel.json"
+    tiny_head_kernel(monkeypatch, {"ours_chunks": right, "ours_tma": right})
+    monkeypatch.setattr(head_kernel, "unfit", lambda names, attempt: {"tma": "hung"})
+    head_kernel.main(rows="8", repeats=1, seconds=60, uncompiled=False, write_table=False, out=result)
+    figures = json.loads(result.read_text())["figures"]
+    assert figures["by_shape"]["tiny, N=8"]["forward"]["seconds"].keys() == {"ours_chunks"}
+    assert figures["not_loaded"] == {"ours_tma": "hung"}
 
 
 @pytest.mark.parametrize("path", sorted((BENCH / "results").glob("*/*.json")), ids=lambda path: f"{path.parent.name}-{path.stem}")

@@ -227,6 +227,34 @@ def test_failures_and_a_run_without_any_passing_test_fail_and_say_why(tmp_path: 
     assert result.returncode == 1 and "nothing_by_this_name" in found["figures"]["failures"]["test_unimportable.py"]
 
 
+HANGING = """
+import signal
+import time
+
+def test_before():
+    pass
+
+def test_hangs():
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+    time.sleep(60)
+
+def test_after():
+    pass
+"""
+
+
+def test_a_test_that_hangs_and_hears_no_signal_costs_the_head_s_others_nothing(tmp_path: Path) -> None:
+    (tmp_path / "test_hanging.py").write_text(HANGING, encoding="utf-8")
+    words = next(part.on_gpu for part in checks.PARTS if part.name == "head_parity").split()
+    for option in ("-n", "--timeout"):
+        words[words.index(option) + 1] = "1"
+    plugins = ("-p", "xdist.plugin", "-p", "pytest_timeout")
+    result, found = suite(tmp_path, tmp_path / "test_hanging.py", "-k", "before or hangs or after", *plugins, *words[words.index("-n") :])
+    figures = found["figures"]
+    assert result.returncode == 1 and (figures["passed"], figures["failed"]) == (2, 1)
+    assert "crashed" in figures["failures"]["test_hanging.py::test_hangs"]
+
+
 def test_tests_that_are_cut_off_keep_what_they_found(tmp_path: Path) -> None:
     result, found = suite(tmp_path)
     assert result.returncode == 5

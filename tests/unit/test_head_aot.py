@@ -85,6 +85,12 @@ def test_a_variant_that_breaks_a_rule_is_named(rows, change, message):
     assert message in problem and row["triton"] in problem
 
 
+def test_a_chunk_that_is_folded_across_warps_is_named(rows):
+    row = next(row for row in rows if row["kernel"] == "_fold_chunk")
+    (problem,) = head_aot.problems([{**row, "shared": 64}])
+    assert "folds a row by several warps" in problem
+
+
 def test_tritons_are_those_of_the_interpreters_own_environment(tmp_path, monkeypatch):
     (tmp_path / "triton-9.9.9").mkdir()
     monkeypatch.setattr(sys, "prefix", str(tmp_path))

@@ -18,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ from linear_logprob_checks import (
 
 from igpo_megatron.kernels import forms, torch_chunked
 from igpo_megatron.kernels import linear_logprob as module
-from igpo_megatron.kernels.linear_logprob import gather_rows, linear_logprob, resolve
+from igpo_megatron.kernels.linear_logprob import WORKSPACE, gather_rows, linear_logprob, resolve
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -64,6 +65,7 @@ def small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(triton_head, "ROW_BLOCK", 32)
         monkeypatch.setattr(triton_head, "FORWARD_ROWS", 24)
         monkeypatch.setattr(triton_head, "BLOCK", {"BLOCK_R": 32, "BLOCK": 128})
+        monkeypatch.setattr(triton_head, "FOLD", {"BLOCK_R": 32, "BLOCK": 128})
 
 
 @every_check
@@ -212,6 +214,27 @@ def test_the_fixed_split_peer_of_the_benchmarks_is_right(monkeypatch: pytest.Mon
     assert differences(found, wanted, setup) == []
 
 
+@interpreted
+@pytest.mark.parametrize(("workspace", "copies"), [(WORKSPACE, 0), (4 * 128 * 7, 3)])
+def test_the_weights_gradient_is_in_fp32_only_where_blocks_of_rows_are_added(workspace: int, copies: int) -> None:
+    """19 rows at once; in three blocks for each of three chunks of columns."""
+    from igpo_megatron.kernels import triton_head
+
+    case = Case("padded", 19, 32, 260, padding=40)
+    setup = Setup("triton", dtype=torch.bfloat16, workspace=workspace)
+    with mock.patch.object(triton_head, "matmul", wraps=triton_head.matmul) as matmul:
+        found = run(case, setup)
+    assert differences(found, oracle(case, setup), setup) == []
+    assert sum("out" not in call.kwargs for call in matmul.call_args_list) == copies
+
+
+def test_a_single_record_is_what_it_folds_into() -> None:
+    record = torch.tensor([[[1.5, 2.0, -0.7, 0.5], [-80.0, 1.0, 0.0, -math.inf], [-math.inf, 0.0, 0.0, -math.inf]]])
+    assert torch_chunked.fold(record).data_ptr() == record.data_ptr()
+    empty = torch_chunked.empty_records(torch.zeros(3, 8))
+    assert torch.equal(torch_chunked.fold(torch.stack((record[0], empty))), record[0])
+
+
 @compiled
 def test_tma_needs_aligned_rows_and_16_bits() -> None:
     from igpo_megatron.kernels.triton_stream import why_no_tma
@@ -221,6 +244,20 @@ def test_tma_needs_aligned_rows_and_16_bits() -> None:
     assert "fp32" in (why_no_tma(rows.float(), rows.float()) or "")
     assert "weight are 120 bytes apart" in (why_no_tma(rows, torch.zeros(8, 60, dtype=torch.bfloat16)) or "")
     assert "hidden are 128 bytes apart from 2 on" in (why_no_tma(torch.zeros(513, dtype=torch.bfloat16)[1:].view(8, 64), rows) or "")
+
+
+@compiled
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0), (12, 0)])
+def test_tiles_for_tma_are_used_on_hopper_alone(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    """On other cards `specialised` does not compile with Triton 3.6.0, or a tile is larger than their shared memory."""
+    from igpo_megatron.kernels.triton_stream import why_no_tma
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    rows = torch.zeros(8, 64, dtype=torch.bfloat16)
+    there = mock.Mock(wraps=rows, is_cuda=True, dtype=rows.dtype, device=torch.device("cuda", 0))
+    wanted = None if capability == (9, 0) else f"its tiles are for Hopper, compute capability 9.0, and a card has {capability[0]}.0"
+    assert why_no_tma(there, there) == wanted
 
 
 def test_no_split_is_empty_and_together_they_cover_every_tile() -> None:

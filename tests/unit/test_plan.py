@@ -102,6 +102,24 @@ def test_a_pipelines_bubble_is_its_depth_less_one_over_the_chunks(rows, pipeline
     assert whole == pytest.approx(one * (rows + (pipeline - 1) / virtual))
 
 
+def test_gradients_of_the_head_in_forward_save_a_matmul_and_cost_the_weights_gradient_once_per_block():
+    shape, layout = find_shape("Qwen2.5-7B")[1], Layout(tensor=2, sequence=True, stages=(28,))
+    row = Row(8192, 8192**2 / 2, 2000)
+
+    def seconds(*, backward: bool = True, matmul: float = 1e15, stream: float = 1e30, **settings: object) -> float:
+        machine = replace(gpu("h100"), matmul=((1.0, matmul),), stream=stream)
+        return row_time(shape, layout, replace(Settings(), **settings), machine, row, 0, backward=backward).total
+
+    one = 2 * 2000 * shape.hidden_size * shape.vocab_size / 2 / 1e15
+    assert seconds() - seconds(head_in_forward=True) == pytest.approx(one)
+    assert seconds(backward=False) == seconds(backward=False, head_in_forward=True)
+    moved = 8 * shape.hidden_size * shape.vocab_size / 2 / 1e12
+    blocks = {512: 2, 128: 5, 4096: 1}  # of 1,765, 441 and all rows
+    for mib, count in blocks.items():
+        settings = {"head_workspace": mib * 2**20, "stream": 1e12, "matmul": 1e30}
+        assert seconds(head_in_forward=True, **settings) - seconds(**settings) == pytest.approx(count * moved), mib
+
+
 def test_ranks_that_share_cores_wait_for_one_another():
     shape = find_shape("Qwen2.5-1.5B")[1]
     machine = replace(gpu("h100"), device="cpu", cores=2, call=0.0)

@@ -393,6 +393,22 @@ def test_a_configuration_pays_for_each_of_its_optimizer_steps():
     assert two.train["update"] > one.train["update"] and two.train["train"] == one.train["train"]
 
 
+def test_a_configuration_whose_head_forms_gradients_in_forward_is_timed_so():
+    name, shape = find_shape("Qwen2.5-7B")
+    found = {
+        how: plan_config(
+            load(ROOT / "examples/bench/search_r1_7b_8xh100.yaml", [f"model.head_backward={how}", "model.head_workspace_mib=1024"]),
+            name,
+            shape,
+            gpu("h100"),
+            SMALL,
+        )
+        for how in ("recompute", "in_forward")
+    }
+    (recomputed,), (in_forward,) = (plan.fits for plan in found.values())
+    assert in_forward.train["train"] < recomputed.train["train"] and in_forward.train["score"] == recomputed.train["score"]
+
+
 def test_an_engine_that_is_not_modelled_is_not_predicted_as_another():
     config = load(ROOT / "examples/bench/search_r1_7b_8xh100.yaml", ["rollout.engine.backend=torch"])
     with pytest.raises(machines.UserError, match="backend=torch: its speed, and its memory beside the main rank, are not modelled"):

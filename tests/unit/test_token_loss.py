@@ -29,6 +29,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         from igpo_megatron.kernels import triton_head
 
         monkeypatch.setattr(triton_head, "BLOCK", {"BLOCK_R": 32, "BLOCK": 128})
+        monkeypatch.setattr(triton_head, "FOLD", {"BLOCK_R": 32, "BLOCK": 128})
 
 
 @every_check

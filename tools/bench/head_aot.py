@@ -188,6 +188,7 @@ def problems(rows: Sequence[dict[str, Any]]) -> list[str]:
             (multiplies and block >= 64 and not row["wgmma"], "multiplies 64 rows or more without wgmma"),
             (row["kernel"] == "_stream_tma" and not row["TMA"], "loads without TMA"),
             (options.get("SPECIALISE", False) and not row["setmaxnreg"], "has no warps of their own for loads"),
+            (row["kernel"] == "_fold_chunk" and row["shared"] > 0, "folds a row by several warps, which wait for each other at every step"),
         ):
             if broken:
                 found.append(f"triton {row['triton']}: {row['kernel']} {row['dtype']} {options} {what}")

@@ -5,6 +5,7 @@
 Forward, and forward + backward with an own weight for every token. Heads take turns within one run; a head is timed only after its
 log-probs agreed with fp64. Floors: 2NHV operations forward, and in all 8NHV with the recomputing backward or 6NHV with gradients formed
 in the forward pass, at the matmul speed measured here, or reading the weight once at the copy speed measured here, whichever takes longer.
+On a GPU our forms first run once in a process of their own: a kernel that hangs, or breaks the process's GPU, would cost all other times.
 `--write-table` makes kernels/head_forms.json choose between our forms on this device by what was measured, once every case was. The
 result is written after every case, so an interruption loses one.
 """
@@ -12,10 +13,13 @@ result is written after every case, so an interruption loses one.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -26,6 +30,7 @@ from common import copy_gb_per_s, device_name, finish, interleaved, matmul_tflop
 from heads import Head, load_heads
 
 from igpo_megatron.kernels import forms
+from igpo_megatron.kernels.linear_logprob import linear_logprob
 
 SHAPES = {"7B": (3584, 152064), "0.5B": (896, 151936), "4096x131072": (4096, 131072)}
 CPU_SHAPES = {"128x16384": (128, 16384)}
@@ -35,6 +40,9 @@ ROWS = "10,32,128,512,2048,4096,16384"
 CPU_ROWS = "8,64,512"
 AGREES = 0.3
 """Heads that round logits to bf16 are off by about 0.1; a wrong one by nats."""
+
+START_S, ANSWER_S = 45.0, 25.0
+"""A trial's process may take as long to start, and then as long for a form, compiling included."""
 
 
 def main(
@@ -53,7 +61,12 @@ def main(
         raise typer.BadParameter(f"{wrong[0]!r} is not a number above 0, nor several with commas", param_hint="--rows")
     if uncompiled:
         torch.compiler.set_stance("force_eager")
-    heads, missing = load_heads(cuda)
+    with ThreadPoolExecutor(1) as pool:
+        trial = pool.submit(unfit, forms.FORMS if cuda else (), partial(try_forms, counts=tuple(map(int, counts))))
+        heads, missing = load_heads(cuda)
+    for form, problem in trial.result().items():
+        missing[f"ours_{form}"] = problem
+        heads.pop(f"ours_{form}", None)
     ceilings = {"matmul_tflops": matmul_tflops(cuda), "copy_gb_per_s": copy_gb_per_s(cuda)}
     by_shape: dict[str, Any] = {}
     forms_measured: dict[tuple[int, int, int], dict[str, float]] = {}
@@ -153,6 +166,66 @@ def measure(
         if mode == "forward_backward":
             result[mode]["in_forward_vs_recompute"] = _in_forward_vs_recompute(seconds, chosen)
     return result
+
+
+def unfit(names: Sequence[str], attempt: Callable[[Connection, Sequence[str]], None]) -> dict[str, str]:
+    """Which of `names` fail, hang or end the process that tries them, and how; whatever comes after one is tried in the next process.
+
+    `attempt` sends None once it is ready, then for each name None or what went wrong, after which it returns.
+    """
+    found: dict[str, str] = {}
+    waiting = list(names)
+    while waiting:
+        passed, problem = _trial(waiting, attempt)
+        waiting = waiting[passed:]
+        if problem:
+            found[waiting.pop(0)] = problem
+    return found
+
+
+def _trial(names: Sequence[str], attempt: Callable[[Connection, Sequence[str]], None]) -> tuple[int, str | None]:
+    """How many of `names` passed, and what is wrong with the one after them; all pass where the process does not even start."""
+    here, there = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("spawn").Process(target=attempt, args=(there, names), daemon=True)
+    process.start()
+    there.close()
+    passed = -1  # ready comes first
+    try:
+        while passed < len(names):
+            if not here.poll(ANSWER_S if passed >= 0 else START_S):
+                problem = f"hung for {ANSWER_S:g} s in a process of its own"
+                break
+            problem = here.recv()
+            if problem:
+                break
+            passed += 1
+    except EOFError:
+        process.join(10)
+        problem = f"ended the process that tried it, exit code {process.exitcode}"
+    finally:
+        process.kill()
+        process.join(10)
+    return (passed, problem) if passed >= 0 else (len(names), None)
+
+
+def try_forms(connection: Connection, names: Sequence[str], *, counts: Sequence[int], device: str = "cuda") -> None:
+    """Every form's forward pass at every size, for `unfit`."""
+
+    def run(form: Any) -> None:
+        for hidden_size, vocab in SHAPES.values():
+            weight = torch.zeros(vocab, hidden_size, device=device, dtype=torch.bfloat16)
+            for count in counts:
+                targets = torch.zeros(count, device=device, dtype=torch.int64)
+                linear_logprob(weight[:count], weight, targets, need_entropy=False, form=form)
+        torch.cuda.synchronize()
+
+    torch.cuda.init()
+    connection.send(None)
+    for name in names:
+        problem = failure(partial(run, name))
+        connection.send(problem)
+        if problem:
+            return
 
 
 def failure(call: Callable[[], object]) -> str | None:
