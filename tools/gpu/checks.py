@@ -91,8 +91,8 @@ PARTS = (
     ),
     Part(
         "step",
-        85,
-        "tools/bench/step.py --shape 7B,0.5B,1.5B --seconds 60",
+        80,
+        "tools/bench/step.py --shape 7B,0.5B,1.5B --seconds 55",
         "tools/bench/step.py --shape demo --small",
         needs=("torch", "megatron"),
     ),
