@@ -46,6 +46,9 @@ class TorchModel:
                 f"{folder}: rollout.engine.backend=torch serves models whose layers attend to all earlier tokens; this one's caches are "
                 f"{sorted(kind.__name__ for kind in kinds)}; use backend=vllm"
             )
+        # For bf16 on Hopper torch prefers cuDNN's attention, which takes tenths of a second to plan each shape that it has not seen: here
+        # every length that turns reach. Its other kernels have one form for all.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         self._model = model.to(device).eval().requires_grad_(False)
         self._device = device
         self._require_plain_logits(folder)

@@ -9,9 +9,11 @@ import multiprocessing
 import os
 import pickle
 import socket
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
 import pytest
@@ -68,7 +70,11 @@ def run_ranks_beside_autograd(function: Callable[..., Any], config: Config, *arg
     if torch.version.cuda is None:
         return run_ranks(function, config, *arguments)
     multiprocessing.set_forkserver_preload(["conftest"])  # found by PYTHONPATH; elsewhere every rank imports it, in seconds
-    (results,) = run_ranks_for_each(function, [config], *arguments, method="forkserver")
+    with pytest.MonkeyPatch.context() as patch:
+        # Megatron asks how many GPUs there are as it is imported. That readies CUDA in the server, and a process that is forked from
+        # one where CUDA is ready dies as soon as its autograd starts a thread for a GPU: so the server, which keeps this, sees none.
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        (results,) = run_ranks_for_each(function, [config], *arguments, method="forkserver")
     return results
 
 
@@ -97,7 +103,7 @@ def run_ranks_for_each(function: Callable[..., Any], configs: Sequence[Config], 
     results: dict[int, Any] = {}
     try:
         for _ in ranks:
-            rank, value, error = queue.get(timeout=120)
+            rank, value, error = _next(queue, ranks)
             if error:
                 raise AssertionError(f"rank {rank} failed:\n{error}")
             results[rank] = pickle.loads(value)
@@ -107,6 +113,18 @@ def run_ranks_for_each(function: Callable[..., Any], configs: Sequence[Config], 
             if process.is_alive():
                 process.kill()
     return [[results[rank][number] for rank in range(world)] for number in range(len(configs))]
+
+
+def _next(queue: Any, ranks: Sequence[Any], timeout: float = 120) -> Any:
+    """What the next rank has to say. Raises AssertionError at once where one died without a word, instead of waiting for it."""
+    deadline = time.monotonic() + timeout
+    while True:
+        died = [process.name for process in ranks if process.exitcode]
+        try:
+            return queue.get(timeout=1)
+        except Empty:
+            assert not died, f"{', '.join(died)} ended without a word"
+            assert time.monotonic() < deadline, f"no rank has said anything for {timeout:g} s"
 
 
 def _rank(

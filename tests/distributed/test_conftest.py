@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import ast
+import os
+import queue
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import conftest
 import pytest
 import torch
 from conftest import make_config
@@ -25,3 +31,29 @@ def test_a_process_whose_megatron_was_kept_off_cuda_does_not_pretend_to_use_it(m
     config = make_config(tmp_path, run__device="cuda")
     with pytest.raises(AssertionError, match="runs on CPU in this process"):
         parallel.init(config)
+
+
+def test_ranks_on_a_cpu_are_forked_where_no_gpu_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Else each of them would die in its backward pass, on a machine that has a GPU."""
+    seen: list[str | None] = []
+
+    def started(*arguments: Any, method: str) -> list[list[str]]:
+        assert method == "forkserver"
+        seen.append(os.environ.get("CUDA_VISIBLE_DEVICES"))
+        return [["result"]]
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(conftest, "run_ranks_for_each", started)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert conftest.run_one_rank(len, make_config(tmp_path)) == "result"
+    assert seen == [""] and os.environ["CUDA_VISIBLE_DEVICES"] == "0"
+
+
+def test_a_rank_that_dies_is_not_waited_for() -> None:
+    started = time.monotonic()
+    with pytest.raises(AssertionError, match="Rank-2 ended without a word"):
+        conftest._next(queue.Queue(), [SimpleNamespace(name="Rank-1", exitcode=None), SimpleNamespace(name="Rank-2", exitcode=-6)])
+    assert time.monotonic() - started < 30
+    said: queue.Queue[str] = queue.Queue()
+    said.put("its last words")
+    assert conftest._next(said, [SimpleNamespace(name="Rank-2", exitcode=-6)]) == "its last words"

@@ -1,6 +1,7 @@
 """What the benchmarks compute from their timings, and that their committed results are whole."""
 
 import asyncio
+import gc
 import itertools
 import json
 import re
@@ -11,6 +12,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 import typer
+from transformers import Qwen2ForCausalLM
 from typer.testing import CliRunner
 
 BENCH = Path(__file__).resolve().parents[2] / "tools" / "bench"
@@ -22,6 +24,7 @@ import head_kernel  # noqa: E402
 from common import finish, interleaved, ratio  # noqa: E402
 from head_kernel import _in_forward_vs_recompute, rules  # noqa: E402
 from heads import Head, load_heads  # noqa: E402
+from models import random_policy  # noqa: E402
 from search import IN_FLIGHT, Barrier, refilled  # noqa: E402
 
 from igpo_megatron.kernels import forms  # noqa: E402
@@ -39,6 +42,18 @@ def test_providers_take_turns_and_the_warm_up_is_not_counted():
     seconds = interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=3, warmup=2)
     assert calls == ["a", "b"] * 5
     assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3}
+
+
+def test_of_a_random_policy_only_its_folder_is_left():
+    """What stays on the device would count in every peak of memory."""
+
+    def models() -> int:
+        gc.collect()
+        return sum(type(found) is Qwen2ForCausalLM for found in gc.get_objects())
+
+    before = models()
+    with random_policy("demo", layers=1) as folder:
+        assert (folder / "config.json").is_file() and models() == before
 
 
 def test_the_last_line_is_the_result_that_is_written(tmp_path, capsys):

@@ -87,6 +87,13 @@ def test_a_part_that_trains_a_model_is_skipped_without_one() -> None:
     assert checks.why_not(part, None) == "no --model FOLDER was given" and checks.why_not(part, Path("model")) is None
 
 
+def test_parts_meet_on_the_loopback_interface_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth7")
+    found = checks.environment(False, tmp_path)
+    assert (found["GLOO_SOCKET_IFNAME"], found["NCCL_SOCKET_IFNAME"]) == ("lo", "eth7")
+
+
 def test_what_was_found_before_an_interruption_is_kept(tmp_path: Path) -> None:
     process = call(tmp_path, {"good": 60, "slow": 60, "silent": 60, "litters": 60})
     assert process.stdout is not None

@@ -15,11 +15,14 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from typer.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools" / "bench"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools" / "gpu"))
 
+import checks
 import step
 
 import scaling_study
 from checkpoint_conversion.architectures import shape_of
+from igpo_megatron.actor import policy
 from igpo_megatron.cli import app
 from igpo_megatron.config.load import load
 from igpo_megatron.plan import machines
@@ -291,6 +294,44 @@ def test_settings_measured_before_a_kill_are_in_the_result_which_calibrates(tmp_
     figures = json.loads((tmp_path / "step.json").read_text())["figures"]
     assert [row["recompute"] for row in figures["table"]] == ["none", "none", "selective", "selective"]
     assert len(figures["passes"]) == 4 and machines.read(tmp_path / "step.json").train_factor > 1
+
+
+def test_on_a_gpu_every_shape_is_timed_on_its_longest_rows_in_the_time_that_its_part_has(monkeypatch):
+    """If a length takes 8.5 s to compile, with a gradient and without, as is reckoned with elsewhere."""
+    (words,) = [part.on_gpu.split() for part in checks.PARTS if part.name == "step"]
+    shapes, seconds = words[words.index("--shape") + 1], float(words[words.index("--seconds") + 1])
+    now, compiled, found = [0.0], set(), []
+
+    def takes(seconds, result=None):
+        now[0] += seconds
+        return result
+
+    def run_both(passes):
+        key = (place["model"], place["row_tokens"])
+        return takes(1 if key in compiled else compiled.add(key) or 8.5, True)
+
+    place = {}
+    monkeypatch.setattr(step, "time", SimpleNamespace(monotonic=lambda: now[0], process_time=None))
+    monkeypatch.setattr(step, "calibrate", lambda links: takes(4, MEASURED))
+    monkeypatch.setattr(step, "random_policy", lambda name, depth: takes(4, nullcontext(place.setdefault("folder", name))))
+    monkeypatch.setattr(step, "hf_config", lambda name, depth: place.update(model=name) or KNOWN["Qwen2.5-1.5B"])
+    monkeypatch.setattr(step.parallel, "init", lambda config: None)
+    monkeypatch.setattr(step.parallel, "shutdown", lambda: None)
+    monkeypatch.setattr(policy, "Policy", lambda *_: takes(5, SimpleNamespace(shape=SimpleNamespace(vocab_size=9), log_probs=len)))
+    monkeypatch.setattr(step, "packed", lambda tokens, *_: place.update(row_tokens=tokens) or ((), None))
+    monkeypatch.setattr(step, "free", lambda: None)
+    monkeypatch.setattr(step, "each", run_both)
+    monkeypatch.setattr(step, "peak_of", lambda *_: takes(0.5, 1.0))
+    monkeypatch.setattr(step, "interleaved", lambda calls, repeats, **_: takes(repeats, {name: [1.0] * repeats for name in calls}))
+    monkeypatch.setattr(step, "figures_of", lambda cases, *_: found.append(list(cases)) or {})
+    monkeypatch.setattr(step, "write", lambda *_: None)
+    monkeypatch.setattr(step, "planner_errors", lambda *_: {})
+    monkeypatch.setitem(step.ROWS, "cpu", step.ROWS["cuda"])
+    step.main(shapes, None, False, 5, seconds, None)
+    assert {(case.model.split()[0], case.row_tokens) for case in found[-1] if case.seconds} >= {
+        (name, 16384) for name in ("0.5B", "1.5B", "7B")
+    }
+    assert now[0] < seconds + 15
 
 
 def test_passes_that_no_factor_corrects_are_a_result_all_the_same():

@@ -394,6 +394,13 @@ def test_damaged_weights_end_the_run_before_anything_is_sampled_from_them(kind: 
             send(engine, 2)
 
 
+def test_attention_on_a_gpu_makes_no_plan_for_every_new_length() -> None:
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    with open_engines(settings()):
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.mem_efficient_sdp_enabled()
+
+
 def test_an_engine_that_sleeps_holds_no_memory_and_wakes_with_the_next_weights(engine: TorchEngine) -> None:
     expected = generate(engine, range(4), 0.0)
     engine.sleep()

@@ -53,5 +53,6 @@ def random_policy(shape: str, layers: int | None = None) -> Iterator[Path]:
         with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
             model = Qwen2ForCausalLM(config).to(dtype)
         model.save_pretrained(folder)
+        del model  # else the device held it until the block ends, in every figure of memory
         AutoTokenizer.from_pretrained(POLICY).save_pretrained(folder)
         yield Path(folder)
