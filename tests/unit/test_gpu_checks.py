@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +42,7 @@ def call(folder: Path, limits_s: dict[str, float], needs: str = "sys") -> subpro
     parts = [f"checks.Part({n!r}, {limit}, '', {str(folder / n) + '.py'!r}, needs=({needs!r},))" for n, limit in limits_s.items()]
     code = f"import sys, checks; checks.PARTS = ({', '.join(parts)},); sys.exit(checks.main())"
     command = [sys.executable, "-c", code, "--device", "cpu", "--small", "--out", str(folder / "out")]
+    command += ["--archive", str(folder / "all.tar.gz")]
     return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(GPU)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -58,6 +60,10 @@ def test_parts_end_at_their_limits_with_their_children_and_fail_alone(tmp_path: 
     printed, complaints = process.communicate(timeout=60)
     assert process.returncode == 1, complaints
     results = {result["name"]: result for result in summary(tmp_path)["parts"]}
+    with tarfile.open(tmp_path / "all.tar.gz") as tar:
+        packed = {Path(name).name for name in tar.getnames()} - {"out"}
+        assert packed == {path.name for path in (tmp_path / "out").iterdir()}
+        assert json.load(tar.extractfile("out/summary.json") or pytest.fail("no file")) == summary(tmp_path)
     children = {name: int((tmp_path / f"out/{name}.log").read_text(encoding="utf-8")) for name in ("slow", "litters")}
     assert {name: (result["state"], result["headline"]) for name, result in results.items()} == {
         "good": ("ok", "42 apples"),
@@ -130,6 +136,8 @@ def test_the_documented_parts_are_those_that_run() -> None:
         (["--parts", ""], "--parts: unknown (nothing); known: smoke, head_parity, "),
         (["--device", "cpu", "--small", "--out", "FILE"], "cannot be written (File exists); name another folder"),
         (["--device", "cpu", "--small", "--out", "FILE/in"], "cannot be written (Not a directory); name another folder"),
+        (["--device", "cpu", "--small", "--archive", "FILE/in"], "name a file in a folder that exists, outside of --out"),
+        (["--device", "cpu", "--small", "--out", "EMPTY", "--archive", "FILE"], "name a file in a folder that exists, outside of --out"),
         (["--device", "cpu"], "--device cpu and --small go together"),
         (["--small"], "--device cpu and --small go together"),
         (["--device", "cpu", "--small", "--wheels", "EMPTY"], "no wheels there; fetch them with tools/gpu/wheels.sh"),

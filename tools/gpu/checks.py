@@ -20,6 +20,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections import deque
@@ -226,6 +227,7 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="checks.sh", description="All checks and benchmarks for one GPU.")
     parser.add_argument("--wheels", type=Path, help="folder of the wheels that this machine lacks (tools/gpu/wheels.sh)")
     parser.add_argument("--out", type=Path, help="folder for results; default: runs/checks/DEVICE")
+    parser.add_argument("--archive", type=Path, help="a .tar.gz of that folder, rewritten after every part: one file to carry away")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--small", action="store_true", help="with --device cpu: every part as small as it can be")
     parser.add_argument("--model", type=Path, help="folder of a language model that learn_model trains, such as SmolLM2's")
@@ -248,6 +250,8 @@ def options() -> argparse.Namespace:
         parser.error(f"torch of {sys.executable} sees no GPU; --device cpu --small runs the same parts on a CPU")
     folder = re.sub(r"[^a-z0-9]+", "-", given.device.lower()).strip("-")
     given.out = (given.out or ROOT / "runs/checks" / folder).absolute()
+    if given.archive and (not given.archive.parent.is_dir() or given.archive.resolve().is_relative_to(given.out.resolve())):
+        parser.error(f"--archive {given.archive}: name a file in a folder that exists, outside of --out {given.out}")
     try:
         given.out.mkdir(parents=True, exist_ok=True)
         (given.out / "summary.json").touch()
@@ -266,6 +270,14 @@ def environment(small: bool, scratch: Path) -> dict[str, str]:
     # Found otherwise by the machine's name, for which one without network may ask a name server in vain, for seconds and at every group.
     loopback = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
     return {"OMP_NUM_THREADS": "4"} | loopback | os.environ | fixed
+
+
+def archive(folder: Path, file: Path) -> None:
+    """The folder's files in one; what was there before is replaced only when the new one is complete."""
+    partial_file = file.with_name(f"{file.name}.partial")
+    with tarfile.open(partial_file, "w:gz") as tar:
+        tar.add(folder, folder.name)
+    partial_file.replace(file)
 
 
 def main() -> int:
@@ -303,6 +315,8 @@ def main() -> int:
             results.append(result)
             summary = {**about, "seconds": round(time.monotonic() - started, 1), "parts": list(map(asdict, results))}
             (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+            if given.archive:
+                archive(out, given.archive)
 
         chosen = [part for part in PARTS if part.name in given.parts]
         run_parts(chosen, partial(why_not, model=given.model), start, 2 if given.small else 1, report, stop)
