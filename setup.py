@@ -36,7 +36,7 @@ setup(
         "safetensors",
         "tokenizers",
         "tenacity",
-        "torch",
+        "torch>=2.10",  # addmm of 16-bit matrices into an fp32 sum, on CUDA
         "trafilatura",
         "transformers>=5.16.1",
         "typer",
