@@ -223,9 +223,7 @@ class Fleet:
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        member.state = EngineState.STARTING
-        member.process = None
-        member.actor = (
+        actor = (
             ray.remote(EngineActor)
             .options(
                 num_cpus=1,
@@ -236,7 +234,10 @@ class Fleet:
             )
             .remote(member.number)
         )
-        return member.actor
+        # At once: requests that hear of the old actor's end only now would take STARTING beside it for another death.
+        with self._lock:
+            member.actor, member.process, member.state = actor, None, EngineState.STARTING
+        return actor
 
     def _load(self, member: Member) -> Any:
         """Let its actor load the model; returns the reference to wait for."""

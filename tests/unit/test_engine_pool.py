@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 
 from igpo_megatron.config.load import build
 from igpo_megatron.config.schema import Config
@@ -148,6 +149,28 @@ def test_an_engine_without_restarts_left_stops_the_run_and_is_named_with_its_log
     with pytest.raises(EnginesEnded, match="engine 0 died"):
         pool._weights = object()  # type: ignore[assignment]
         pool.update_weights([], 1)
+
+
+def test_a_death_that_is_heard_of_late_is_not_counted_again_while_the_next_actor_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, wanted = pool_of(old := Actor(turn()), max_restarts=1)
+    fleet = pool._fleet
+    (member,) = fleet.members
+    fleet.lost(member, old, EngineLost("killed"))
+
+    class Late:
+        def options(self, **options: Any) -> Late:
+            return self
+
+        def remote(self, number: int) -> Actor:
+            fleet.lost(member, old, EngineLost("the old one is gone"))  # by a request that was still under way
+            return Actor(turn())
+
+    monkeypatch.setattr(ray, "remote", lambda kind: Late())
+    new = fleet._place(member)
+    fleet.lost(member, old, EngineLost("the old one is gone"))
+    assert (member.actor, member.state, member.restarts, fleet.problem) == (new, STARTING, 1, None) and len(wanted) == 1
+    fleet.lost(member, new, EngineLost("killed, too"))
+    assert isinstance(fleet.problem, EnginesEnded)
 
 
 def test_probes_are_asked_again_like_turns() -> None:
