@@ -37,7 +37,8 @@ check: venv
 # tests/gpu/test_checks.py runs tests/gpu/test_policy_gpu.py.
 test: check
 	@$(BIN)/python -m pytest tests/unit -n $(or $(WORKERS),2) --dist loadfile
-	@$(BIN)/python -m pytest tests/distributed tests/e2e tests/gpu --ignore=tests/gpu/test_policy_gpu.py
+	@$(BIN)/python -m pytest tests/distributed -n 2 --dist loadfile
+	@$(BIN)/python -m pytest tests/e2e tests/gpu --ignore=tests/gpu/test_policy_gpu.py
 
 quickstart: venv
 	@test -e runs/world-facts || $(BIN)/python tools/prepare_data.py world-facts --out runs/world-facts

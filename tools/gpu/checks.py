@@ -319,6 +319,8 @@ def main() -> int:
                 archive(out, given.archive)
 
         chosen = [part for part in PARTS if part.name in given.parts]
+        if given.small:
+            chosen.reverse()  # two at a time: the longest come last in PARTS, and would be waited for alone
         run_parts(chosen, partial(why_not, model=given.model), start, 2 if given.small else 1, report, stop)
     print(f"\n{given.device}, {', '.join(f'{name} {version}' for name, version in about['versions'].items())}; results in {out}")
     for result in results:
