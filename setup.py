@@ -15,7 +15,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["igpo_megatron*", "checkpoint_conversion*"]),
-    package_data={"igpo_megatron": ["py.typed", "report/*.html.j2", "kernels/*.json"]},
+    package_data={"igpo_megatron": ["py.typed", "observability/report/*.html.j2", "kernels/*.json"]},
     install_requires=[
         "aiohttp",
         "bm25s",

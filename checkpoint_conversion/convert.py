@@ -12,16 +12,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from torch import Tensor
@@ -241,113 +238,3 @@ def _progress(title: str, total_bytes: int) -> Iterator[tuple[Progress, TaskID]]
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
         yield bar, bar.add_task(title, total=total_bytes)
-
-
-# ---- command line
-
-app = typer.Typer(help="Convert checkpoints between Hugging Face and Megatron-Core.", no_args_is_help=True)
-HfOption = Annotated[Path, typer.Option("--hf", help="Hugging Face folder with config.json and safetensors.")]
-MegatronOption = Annotated[
-    Path, typer.Option("--megatron", help="Checkpoint folder with model/ and hf/ in it, or one that Megatron itself wrote.")
-]
-OutOption = Annotated[
-    Path, typer.Option("--out", help="Folder to create; must not exist. The same command resumes one that was interrupted.")
-]
-ShardOption = Annotated[float, typer.Option("--max-shard-gb", help="Largest file; a larger tensor has a file of its own.")]
-
-
-@contextmanager
-def _one_sentence_errors() -> Iterator[None]:
-    """The command line's boundary: the user's mistakes and the disk's refusals end as a sentence, ours as a traceback.
-
-    The exit code is 2 for the user's mistakes, 1 for the disk's refusals, and 128 + N for signal N, which a KeyboardInterrupt may name.
-    """
-    try:
-        yield
-    except BrokenPipeError:
-        raise  # who reads has enough
-    except (ConversionError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2 if isinstance(error, ConversionError) else 1) from error
-    except KeyboardInterrupt as error:
-        typer.echo("interrupted; what is finished is kept, and the same command resumes", err=True)
-        raise typer.Exit(128 + signal.Signals.__members__.get(str(error), signal.SIGINT)) from error
-
-
-@app.command("hf-to-megatron")
-def hf_to_megatron_command(
-    hf: HfOption,
-    out: OutOption,
-    layout: Annotated[str, typer.Option(help="torch_dist loads at any parallel layout; classic has one file per rank.")] = "torch_dist",
-    tensor: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks of the classic layout.")] = 1,
-    pipeline: Annotated[int, typer.Option(min=1, help="Pipeline stages of the classic layout.")] = 1,
-    expert: Annotated[int, typer.Option(min=1, help="Expert-parallel ranks of the classic layout.")] = 1,
-    local_layers: Annotated[bool, typer.Option("--local-layers", help="Names of Megatron's local layers in the classic layout.")] = False,
-    max_shard_gb: ShardOption = MAX_SHARD_BYTES / 1e9,
-) -> None:
-    """Convert a Hugging Face folder to a Megatron checkpoint."""
-    with _one_sentence_errors():
-        grid = Grid(tensor, pipeline, expert)
-        if layout not in ("torch_dist", "classic"):
-            raise ConversionError(f"--layout {layout} is not known; use torch_dist or classic")
-        if layout == "torch_dist" and (grid != Grid() or local_layers):
-            raise ConversionError("a torch_dist checkpoint loads at any parallel layout: leave the sizes out, or add --layout classic")
-        classic = grid if layout == "classic" else None
-        hf_to_megatron(hf, out, max_shard_bytes=int(max_shard_gb * 1e9), classic=classic, te_names=not local_layers)
-    typer.echo(f"wrote {out}")
-
-
-@app.command("megatron-to-hf")
-def megatron_to_hf_command(
-    megatron: MegatronOption,
-    out: OutOption,
-    dtype: Annotated[str | None, typer.Option(help=f"One of {', '.join(DTYPES)}; as stored if left out.")] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="Hugging Face folder with config.json and tokenizer, for a checkpoint that has none.")
-    ] = None,
-    max_shard_gb: ShardOption = MAX_SHARD_BYTES / 1e9,
-) -> None:
-    """Convert a Megatron checkpoint to a Hugging Face folder that transformers and vLLM load."""
-    with _one_sentence_errors():
-        if dtype is not None and dtype not in DTYPES:
-            raise ConversionError(f"--dtype {dtype} is not known; use one of {', '.join(DTYPES)}")
-        target = None if dtype is None else DTYPES[dtype]
-        megatron_to_hf(megatron, out, target, config=config, max_shard_bytes=int(max_shard_gb * 1e9))
-    typer.echo(f"wrote {out}")
-
-
-@app.command("verify")
-def verify_command(hf: HfOption, megatron: MegatronOption) -> None:
-    """Compare a Hugging Face folder with a Megatron checkpoint: names, shapes, dtypes, checksums; fails unless bit-equal."""
-    if not report_verification(hf, megatron):
-        raise typer.Exit(1)
-
-
-def report_verification(hf: Path, megatron: Path) -> bool:
-    """Print what `verify` finds; whether the two are bit-equal."""
-    with _one_sentence_errors():
-        result = verify(hf, megatron)
-    typer.echo(
-        f"{result.num_tensors} tensors, {len(result.differences)} differ; worst {result.worst} (difference {result.worst_difference:g})"
-    )
-    typer.echo(f"sha256 hf {result.hf_sha256}\nsha256 megatron {result.megatron_sha256}")
-    for name, difference in result.differences.items():
-        typer.echo(f"  {name}: {difference}")
-    return not result.differences
-
-
-@app.command("inspect")
-def inspect_command(
-    folder: Annotated[Path, typer.Argument(help="Any folder: Hugging Face, Megatron, or an unfinished conversion.")],
-    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
-) -> None:
-    """Say what a folder is and holds."""
-    from checkpoint_conversion.inspection import inspect
-
-    with _one_sentence_errors():
-        for line in inspect(folder, list_tensors=tensors):
-            typer.echo(line)
-
-
-if __name__ == "__main__":
-    app()

@@ -17,7 +17,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 command=(
     torchrun --nnodes 1 --nproc-per-node "${RANKS:-4}"
     --rdzv-backend c10d --rdzv-endpoint 127.0.0.1:0 --local-addr 127.0.0.1
-    -m igpo_megatron.train "$@"
+    -m igpo_megatron.training.main "$@"
 )
 if [[ -n "${DRY_RUN:-}" ]]; then
     printf '%s\n' "${command[*]}"

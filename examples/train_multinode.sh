@@ -39,7 +39,7 @@ command=(
 if [[ -n "${NODE_IP:-}" ]]; then
     command+=(--local-addr "$NODE_IP")
 fi
-command+=(-m igpo_megatron.train "$@")
+command+=(-m igpo_megatron.training.main "$@")
 if [[ -n "${DRY_RUN:-}" ]]; then
     printf '%s\n' "${command[*]}"
     exit 0

@@ -19,12 +19,12 @@ import typer
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
-from igpo_megatron.config.check import require
+from igpo_megatron.config.checks import require
 from igpo_megatron.config.load import explain, load
 from igpo_megatron.config.schema import Config
-from igpo_megatron.endings import one_sentence, sigterm_interrupts
-from igpo_megatron.leftovers import claim, remove_abandoned
-from igpo_megatron.run import folder_for, held, open_folder, read_summary
+from igpo_megatron.observability.run_folder import folder_for, held, open_folder, read_summary
+from igpo_megatron.supervision.endings import one_sentence, sigterm_interrupts
+from igpo_megatron.supervision.leftovers import claim, remove_abandoned
 from igpo_megatron.types import UserError
 
 _one_sentence = partial(one_sentence, passing=(typer.Exit, typer.Abort, TyperException))
@@ -66,7 +66,7 @@ otherwise."""
 
 @app.command()
 def train(config: Annotated[Path, typer.Argument(help="YAML file of the run.")], overrides: Overrides = None) -> None:
-    """Start or resume a run. Starts the ranks itself (torchrun on this machine); inside torchrun use -m igpo_megatron.train."""
+    """Start or resume a run. Starts the ranks itself (torchrun on this machine); inside torchrun use -m igpo_megatron.training.main."""
     settings = load(config, overrides or [])
     if not _is_finished(settings):
         _start_ranks(settings, world_size(settings), [str(config), *(overrides or [])])
@@ -78,7 +78,7 @@ def _is_finished(settings: Config) -> bool:
     summary = read_summary(folder)
     if summary is None:
         return False
-    from igpo_megatron.summary import show_finished
+    from igpo_megatron.observability.summary import show_finished
 
     show_finished(summary, folder.report)
     typer.echo(f"this run is finished; to train again choose another run.name, or remove {folder.root}")
@@ -122,7 +122,7 @@ def launch(
 
 def _on_this_machine(config: Config) -> Config:
     """What is checked: `run.device=auto` is decided."""
-    from igpo_megatron.actor.parallel import on_this_machine
+    from igpo_megatron.policy.parallel import on_this_machine
 
     return on_this_machine(config)
 
@@ -191,7 +191,7 @@ def eval_command(
     overrides: Overrides = None,
 ) -> None:
     """Score a checkpoint on benchmark files: EM, F1, format, turns, searches; greedy, sampled and pass@k; per source."""
-    from igpo_megatron.evaluate import evaluate_checkpoint
+    from igpo_megatron.training.evaluate import evaluate_checkpoint
 
     changes = [*(overrides or [])]
     if data:
@@ -214,7 +214,7 @@ def score_command(file: Annotated[Path, typer.Argument(help='JSON lines of {"sol
 @app.command("report")
 def report_command(run: Annotated[Path, typer.Argument(help="Folder of a run.")]) -> None:
     """Write a run's HTML report again."""
-    from igpo_megatron.report import write_report
+    from igpo_megatron.observability.report.page import write_report
 
     with _one_sentence(run):
         typer.echo(write_report(run))
@@ -312,7 +312,7 @@ app.add_typer(doctor_app, name="doctor")
 def doctor_command(context: typer.Context) -> None:
     """Say what this machine can run, and what is missing."""
     if context.invoked_subcommand is None:
-        from igpo_megatron import doctor
+        from igpo_megatron.doctor import machine as doctor
 
         raise typer.Exit(doctor.main())
 
@@ -322,7 +322,7 @@ def doctor_probes(
     config: Annotated[Path, typer.Argument(help="YAML file that names the model and the engine.")], overrides: Overrides = None
 ) -> None:
     """Score the same ground-truth probes by every scorer (fold, batched, sequential, engine) and show that they agree."""
-    from igpo_megatron import probe_check
+    from igpo_megatron.doctor import probes as probe_check
 
     _stay_offline()
     settings = load(config, overrides or [])
@@ -335,7 +335,7 @@ def doctor_chat(
     config: Annotated[Path, typer.Argument(help="YAML file that names the model and the protocol.")], overrides: Overrides = None
 ) -> None:
     """Show one conversation of two turns in the model's chat template: where each token comes from, and which are trained."""
-    from igpo_megatron import chat_check
+    from igpo_megatron.doctor import chat as chat_check
 
     _stay_offline()
     raise typer.Exit(chat_check.main(load(config, overrides or [])))
@@ -349,14 +349,14 @@ def doctor_tools(
     overrides: Overrides = None,
 ) -> None:
     """Send real queries to the configured search (and tools): latency, errors, how many at once; says what to set. Never the cache."""
-    from igpo_megatron import tool_check
+    from igpo_megatron.doctor import tools as tool_check
 
     raise typer.Exit(tool_check.main(load(config, overrides or []), queries, page or []))
 
 
 def _mount_convert() -> None:
-    from checkpoint_conversion.convert import app as convert_app
-    from igpo_megatron.verify import verify_command
+    from checkpoint_conversion.commands import app as convert_app
+    from igpo_megatron.doctor.verify import verify_command
 
     # In place of the converter's own, which knows no models.
     convert_app.registered_commands = [command for command in convert_app.registered_commands if command.name != "verify"]

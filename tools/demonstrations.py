@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from demo_policy import CALL_CLOSING, CALL_OPENING, FINAL_THINK
-from igpo_megatron.rollout.chat import ChatFormat
+from igpo_megatron.chat.format import ChatFormat
 from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, ToolCall, Trajectory
 from world_facts import Question, World
 

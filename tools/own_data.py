@@ -17,8 +17,8 @@ from igpo_megatron.data.corpus import Passage, read_corpus
 from igpo_megatron.data.problems import Problem
 from igpo_megatron.data.questions import FileCount, Refused, convert
 from igpo_megatron.data.whole import whole
-from igpo_megatron.search.bm25_build import build_index
-from igpo_megatron.search.index_place import Digest, bm25_settings, place
+from igpo_megatron.search.local.bm25_build import build_index
+from igpo_megatron.search.local.index_place import Digest, bm25_settings, place
 from igpo_megatron.types import UserError
 
 console = Console()

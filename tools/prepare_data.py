@@ -27,15 +27,15 @@ from rich.table import Column, Table
 
 import own_data
 import world_facts
+from igpo_megatron.chat.format import ChatFormat
+from igpo_megatron.chat.room import too_long
+from igpo_megatron.chat.tokenizer import load_tokenizer
 from igpo_megatron.config.load import load
 from igpo_megatron.config.schema import Config
 from igpo_megatron.data.check import Report, check_file
 from igpo_megatron.data.corpus import Passage
 from igpo_megatron.data.layouts import ALIAS_SEPARATOR, LAYOUTS
-from igpo_megatron.endings import one_sentence
-from igpo_megatron.rollout.chat import ChatFormat
-from igpo_megatron.rollout.room import too_long
-from igpo_megatron.rollout.tokenizer import load_tokenizer
+from igpo_megatron.supervision.endings import one_sentence
 from igpo_megatron.types import Prompt, UserError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Make and check data files.", pretty_exceptions_enable=False)

@@ -26,7 +26,6 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from igpo_megatron.endings import one_sentence
 from igpo_megatron.plan import machines
 from igpo_megatron.plan.asynchronous import Outcome, Setup, Simulation
 from igpo_megatron.plan.model_shape import find_shape
@@ -36,6 +35,7 @@ from igpo_megatron.plan.search import Plan, search
 from igpo_megatron.plan.train_time import update_time
 from igpo_megatron.plan.types import Settings, Workload
 from igpo_megatron.plan.workload import draw, from_rollouts, shares_of
+from igpo_megatron.supervision.endings import one_sentence
 from igpo_megatron.types import UserError
 
 COLOURS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2")

@@ -35,10 +35,10 @@ from rich.console import Console
 from rich.progress import track
 
 from igpo_megatron.data.corpus import Passage, read_corpus
-from igpo_megatron.endings import one_sentence
-from igpo_megatron.search.bm25 import Bm25Index, Hits
-from igpo_megatron.search.dense import DenseIndex, sentence_transformer
-from igpo_megatron.search.index_place import bm25_settings, digest, place
+from igpo_megatron.search.local.bm25 import Bm25Index, Hits
+from igpo_megatron.search.local.dense import DenseIndex, sentence_transformer
+from igpo_megatron.search.local.index_place import bm25_settings, digest, place
+from igpo_megatron.supervision.endings import one_sentence
 from igpo_megatron.types import UserError
 from serving import MOST_BYTES, Metrics, base_url, document, fail, listen, read_request, refusal, serve
 

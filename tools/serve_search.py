@@ -39,13 +39,13 @@ from yarl import URL
 
 from budgets import Ledger, Metered
 from igpo_megatron.config.load import build
-from igpo_megatron.config.schema import Search
-from igpo_megatron.endings import one_sentence
 from igpo_megatron.search.cache import CachedClient, Store
 from igpo_megatron.search.client import make_client, shelf
+from igpo_megatron.search.providers.web import WEB_APIS
 from igpo_megatron.search.results import SearchClient, SearchResult, SearchStatus, SearchStopped
-from igpo_megatron.search.tally import why_failed
-from igpo_megatron.search.web import WEB_APIS
+from igpo_megatron.search.settings import Search
+from igpo_megatron.supervision.endings import one_sentence
+from igpo_megatron.tools.tally import why_failed
 from igpo_megatron.types import UserError
 from serving import Handler, Metrics, base_url, document, fail, is_loopback, listen, read_request, refusal, serve
 

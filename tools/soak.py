@@ -39,8 +39,8 @@ import world_facts
 from igpo_megatron.config.load import load
 from igpo_megatron.config.schema import Config
 from igpo_megatron.data.prompts import PromptStream
-from igpo_megatron.leftovers import is_alive
 from igpo_megatron.observability.tracker import read_metrics
+from igpo_megatron.supervision.leftovers import is_alive
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "tools/bench/results/cpu/soak.json"

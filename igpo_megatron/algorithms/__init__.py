@@ -1,77 +1,9 @@
-"""What a run optimises: outcome rewards, information gains, advantages (plain lists here) and losses (torch, in `losses` only).
+"""What a run optimises: plain functions on plain lists; torch in the losses only.
 
-RolloutGroup ── score ── add_probes ──(actor scores probes)── turn_gains ── ADVANTAGES[name] ──> trajectory.turn_advantages
+rewards.py     the outcome of a trajectory
+info_gain.py   what each turn added to the probability of the ground truth
+advantages/    one number per turn, from outcomes and gains; begin with registry.py
+losses.py      from advantages and log-probs of tokens to the loss
+
+Imports data, and the protocols of chat.
 """
-
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
-
-from igpo_megatron.algorithms.anchor_advantages import gigpo, gigpo_turn_advantages
-from igpo_megatron.algorithms.outcome_advantages import (
-    grpo,
-    grpo_advantages,
-    rapo,
-    reinforce_pp,
-    reinforce_pp_baseline,
-    remax,
-    rloo,
-    rloo_advantages,
-    scale_by_informative,
-    whiten,
-)
-from igpo_megatron.algorithms.tree_advantages import arpo
-from igpo_megatron.algorithms.turn_advantages import (
-    eapo,
-    eapo_turn_advantages,
-    igpo,
-    igpo_loo,
-    igpo_loo_turn_advantages,
-    igpo_turn_advantages,
-)
-from igpo_megatron.types import RolloutGroup
-
-Advantage = Callable[[RolloutGroup, Any, float], None]
-"""(group, its own config section, progress in [0, 1] from the first step to the last): sets every `trajectory.turn_advantages`."""
-
-
-class AdvantageEntry(NamedTuple):
-    """One row of `ADVANTAGES`."""
-
-    function: Advantage
-    needs_probes: bool
-    """True where the function reads `trajectory.gains`."""
-
-    needs_greedy: bool = False
-    """True where the function reads the reward of a greedy trajectory (`GREEDY_REWARD` of the group's metrics)."""
-
-    over_batch: Callable[[Sequence[RolloutGroup]], None] | None = None
-    """What follows over all groups of the step, once each has its advantages."""
-
-
-ADVANTAGES: dict[str, AdvantageEntry] = {
-    "igpo": AdvantageEntry(igpo, needs_probes=True),
-    "igpo_loo": AdvantageEntry(igpo_loo, needs_probes=True),
-    "grpo": AdvantageEntry(grpo, needs_probes=False),
-    "rloo": AdvantageEntry(rloo, needs_probes=False),
-    "gigpo": AdvantageEntry(gigpo, needs_probes=False),
-    "reinforce_pp": AdvantageEntry(reinforce_pp, needs_probes=False, over_batch=whiten),
-    "reinforce_pp_baseline": AdvantageEntry(reinforce_pp_baseline, needs_probes=False, over_batch=whiten),
-    "remax": AdvantageEntry(remax, needs_probes=False, needs_greedy=True),
-    "arpo": AdvantageEntry(arpo, needs_probes=False),
-    "eapo": AdvantageEntry(eapo, needs_probes=False),
-    "rapo": AdvantageEntry(rapo, needs_probes=False, over_batch=scale_by_informative),
-}
-
-__all__ = [
-    "ADVANTAGES",
-    "Advantage",
-    "AdvantageEntry",
-    "eapo_turn_advantages",
-    "gigpo_turn_advantages",
-    "grpo_advantages",
-    "igpo_loo_turn_advantages",
-    "igpo_turn_advantages",
-    "rloo_advantages",
-]

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from statistics import fmean
 
-from igpo_megatron.config.schema import Reward
+from igpo_megatron.algorithms.settings import Reward
 from igpo_megatron.types import Node, Prompt, RolloutGroup, Trajectory
 
 RenderProbe = Callable[[str], tuple[list[int], tuple[int, int]]]

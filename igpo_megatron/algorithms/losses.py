@@ -20,8 +20,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from igpo_megatron.config.schema import Aepo, Bapo, Cispo, Gspo, Hapo, PolicyLoss, Ppo, Sft
-from igpo_megatron.config.schema import Loss as LossConfig
+from igpo_megatron.algorithms.settings import Aepo, Bapo, Cispo, Gspo, Hapo, PolicyLoss, Ppo, Sft
+from igpo_megatron.algorithms.settings import Loss as LossConfig
 from igpo_megatron.types import EntropyStats, StepCounts
 
 Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum"]

@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from igpo_megatron.config.schema import Reward
-from igpo_megatron.normalisation import normalise as normalise
-from igpo_megatron.normalisation import normalise_squad as normalise_squad
-from igpo_megatron.protocols import PROTOCOLS, ToolProtocol
-from igpo_megatron.protocols.igpo import tags_balanced as tags_balanced
-from igpo_megatron.protocols.igpo import well_formed_answer
+from igpo_megatron.algorithms.settings import Reward
+from igpo_megatron.chat.protocols.base import ToolProtocol
+from igpo_megatron.chat.protocols.igpo import well_formed_answer
+from igpo_megatron.chat.protocols.registry import PROTOCOLS
+from igpo_megatron.data.normalisation import normalise, normalise_squad
 from igpo_megatron.types import RolloutGroup, Status, Trajectory, UserError
 from igpo_megatron.untrusted import BadJson, json_loads_untrusted
 

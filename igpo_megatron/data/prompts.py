@@ -10,10 +10,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, TypedDict
 
-from igpo_megatron.data.layouts import ALIAS_SEPARATOR as ALIAS_SEPARATOR
 from igpo_megatron.data.layouts import LayoutName
-from igpo_megatron.data.problems import Problem as Problem
-from igpo_megatron.data.question_files import read_prompts as read_prompts
+from igpo_megatron.data.question_files import read_prompts
 from igpo_megatron.types import Prompt, UserError
 
 

@@ -30,9 +30,9 @@ from igpo_megatron.data.layouts import (
     own_question,
     recognise,
 )
+from igpo_megatron.data.normalisation import normal_form
 from igpo_megatron.data.parquet_rows import python_rows, repeated_fields
 from igpo_megatron.data.problems import Problem, shown
-from igpo_megatron.normalisation import normal_form
 from igpo_megatron.types import Prompt, UserError
 
 logger = logging.getLogger(__name__)

@@ -25,15 +25,7 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from igpo_megatron.kernels import torch_chunked
-from igpo_megatron.kernels.linear_logprob import (
-    WORKSPACE,
-    Implementation,
-    check_inputs,
-    local_targets,
-    merge,
-    resolve,
-    valid_columns,
-)
+from igpo_megatron.kernels.linear_logprob import WORKSPACE, Implementation, check_inputs, local_targets, merge, resolve, valid_columns
 from igpo_megatron.kernels.torch_chunked import accumulate, accumulator, empty_records, fold, matmul, widened
 
 Upstream = Callable[[slice, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]

@@ -1,7 +1,7 @@
 """The ranks of one node, by torchrun's own launcher; how they ended becomes one sentence.
 
-`python -m igpo_megatron.launch.agent SPEC`: SPEC is JSON with `launch` (arguments of LaunchConfig), `arguments` (of igpo_megatron.train),
-and `outcome`, the file that says how it ended.
+`python -m igpo_megatron.launch.agent SPEC`: SPEC is JSON with `launch` (arguments of LaunchConfig), `arguments` (of
+igpo_megatron.training.main), and `outcome`, the file that says how it ended.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from igpo_megatron.endings import LAUNCHED, Ending, read, signals_restored
-from igpo_megatron.leftovers import end_with_parent
+from igpo_megatron.supervision.endings import LAUNCHED, Ending, read, signals_restored
+from igpo_megatron.supervision.leftovers import end_with_parent
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure

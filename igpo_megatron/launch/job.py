@@ -16,9 +16,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from igpo_megatron.actor.parallel import on_this_machine, wants_cuda
-from igpo_megatron.config.check import check
+from igpo_megatron.config.checks import check
 from igpo_megatron.config.schema import Config
+from igpo_megatron.engines.ray_cluster import visible_devices
 from igpo_megatron.launch.agent import RANK_MODULE
 from igpo_megatron.launch.board import Board, PreflightFailed
 from igpo_megatron.launch.messages import Verdict
@@ -26,8 +26,8 @@ from igpo_megatron.launch.node import Node, interface_of, reachable
 from igpo_megatron.launch.preflight import Facts, busy_port, disagreements, facts_of, ray_token
 from igpo_megatron.launch.processes import Child
 from igpo_megatron.launch.rendezvous import open_store
-from igpo_megatron.leftovers import claim, remove_abandoned
-from igpo_megatron.rollout.ray_cluster import visible_devices
+from igpo_megatron.policy.parallel import on_this_machine, wants_cuda
+from igpo_megatron.supervision.leftovers import claim, remove_abandoned
 from igpo_megatron.types import UserError
 
 _TEMPORARY_PREFIX = "igpo-node-"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from igpo_megatron.leftovers import end_with_parent, is_alive
+from igpo_megatron.supervision.leftovers import end_with_parent, is_alive
 
 _LOG_LINES = 6
 

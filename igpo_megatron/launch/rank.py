@@ -8,7 +8,7 @@ import sys
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from igpo_megatron import train
-    from igpo_megatron.endings import end_process
+    from igpo_megatron.supervision.endings import end_process
+    from igpo_megatron.training import main as train
 
     end_process(train.main(sys.argv[1:]))

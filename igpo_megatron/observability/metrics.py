@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, pstdev
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from igpo_megatron.types import Node, RolloutGroup, Status, Trajectory
 
@@ -163,3 +163,29 @@ def _shared_tokens(groups: Sequence[RolloutGroup]) -> float:
 
 def _share(things: Sequence[Thing], test: Callable[[Thing], bool]) -> float:
     return fmean(float(test(thing)) for thing in things) if things else 0.0
+
+
+def headline(report: dict[str, Any]) -> dict[str, Any]:
+    """The few numbers that a run's summary quotes from an evaluation; None for what was not run."""
+    sampled, greedy = report.get("sampled", {}), report.get("greedy", {})
+    shown = sampled or greedy
+    macro = {"sampled": differing_macro(sampled), "greedy": differing_macro(greedy)}
+    return {
+        "f1_sampled": sampled.get("f1"),
+        "f1_greedy": greedy.get("f1"),
+        "em_greedy": greedy.get("em"),
+        "format_valid": shown.get("format_ok"),
+        "searches_per_question": shown.get("searches"),
+        "questions": shown.get("questions"),
+        "f1_sampled_se": sampled.get("f1_se"),
+        "f1_sampled_macro": macro["sampled"].get("f1"),
+        "f1_sampled_macro_se": macro["sampled"].get("f1_se"),
+        "f1_greedy_macro": macro["greedy"].get("f1"),
+        "em_greedy_macro": macro["greedy"].get("em"),
+    }
+
+
+def differing_macro(scores: Mapping[str, Any]) -> Mapping[str, float]:
+    """Means over sources; empty for one source and for sources of equal size, of which they are the means over questions again."""
+    sizes = {source["questions"] for source in scores.get("per_source", {}).values() if source["questions"]}
+    return scores.get("macro", {}) if len(sizes) > 1 else {}  # evaluations of earlier versions have none

@@ -30,8 +30,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from igpo_megatron.config.schema import Track
 from igpo_megatron.observability.memory import MemoryLedger
+from igpo_megatron.observability.settings import Track
 from igpo_megatron.types import UserError
 
 Phase = Literal["startup", "rollout", "score", "advantage", "train", "sync", "eval", "checkpoint"]

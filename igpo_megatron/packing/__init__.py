@@ -1,1 +1,1 @@
-"""Rollout trees to packed rows and back."""
+"""Trees of tokens laid out in rows for the policy. Begin with tree.py. Imports types only."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from igpo_megatron.plan.machines import GIB
 from igpo_megatron.plan.parts import total_parameters
 from igpo_megatron.plan.search import UTILISATION, Plan
-from igpo_megatron.plan.types import Estimate
+from igpo_megatron.plan.types import Estimate, Layout
 
 
 def launch_yaml(plan: Plan, one: Estimate, command: str, model_path: str) -> str:
@@ -14,13 +14,6 @@ def launch_yaml(plan: Plan, one: Estimate, command: str, model_path: str) -> str
     layout, engines, workload = one.layout, one.engines, plan.workload
     per_node = plan.machine.ranks_per_node
     nodes = -(-plan.gpus // per_node)
-    sizes = [f"  tensor: {layout.tensor}", *_if(layout.pipeline > 1, f"  pipeline: {layout.pipeline}")]
-    sizes += _if(layout.virtual > 1, f"  virtual_pipeline: {layout.virtual}")
-    if len(set(layout.stages)) > 1:
-        sizes += [f"  first_stage_layers: {layout.stages[0]}", f"  last_stage_layers: {layout.stages[-1]}"]
-    sizes += _if(layout.context > 1, f"  context: {layout.context}")
-    sizes += _if(layout.expert > 1, f"  expert: {layout.expert}")
-    sizes += [f"  data: {layout.data}", *_if(layout.sequence, "  sequence: true")]
     if plan.machine.device == "cpu":
         place = f"    kv_cache_mib: {max(64, round(engines.cache_bytes / 2**20))}"
         start = "igpo train THIS_FILE"
@@ -66,7 +59,7 @@ model:
   recompute: {layout.recompute}
 
 parallel:
-{chr(10).join(sizes)}
+{chr(10).join(_sizes(layout))}
 {placement}
 data:
   train: [data/train.parquet]
@@ -98,6 +91,18 @@ eval:
   every: 10
   questions: 512
 """
+
+
+def _sizes(layout: Layout) -> list[str]:
+    """Lines of the section `parallel`."""
+    sizes = [f"  tensor: {layout.tensor}", *_if(layout.pipeline > 1, f"  pipeline: {layout.pipeline}")]
+    sizes += _if(layout.virtual > 1, f"  virtual_pipeline: {layout.virtual}")
+    if len(set(layout.stages)) > 1:
+        sizes += [f"  first_stage_layers: {layout.stages[0]}", f"  last_stage_layers: {layout.stages[-1]}"]
+    sizes += _if(layout.context > 1, f"  context: {layout.context}")
+    sizes += _if(layout.expert > 1, f"  expert: {layout.expert}")
+    sizes += [f"  data: {layout.data}", *_if(layout.sequence, "  sequence: true")]
+    return sizes
 
 
 def _if(condition: bool, line: str) -> list[str]:

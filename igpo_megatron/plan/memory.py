@@ -3,7 +3,7 @@
     always:    weights, gradients (fp32), optimizer state, buffers for communication
     one of:    backward with all saved activations  |  optimizer step  |  scoring by the reference  |  export of the weights
 
-What autograd saves of a layer is counted tensor by tensor for Megatron's local layers as `actor/model.py` builds them; a test compares
+What autograd saves of a layer is counted tensor by tensor for Megatron's local layers as `policy/model.py` builds them; a test compares
 the count with what a real layer saves. All sizes are of one rank: widths are divided by the tensor-parallel size, tokens of the norms
 by it too under sequence parallelism.
 """

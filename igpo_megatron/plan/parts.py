@@ -9,8 +9,8 @@ from dataclasses import replace
 from functools import lru_cache
 
 from checkpoint_conversion.architectures import ModelShape
-from igpo_megatron.config.schema import Parallel
 from igpo_megatron.plan.types import PartSizes
+from igpo_megatron.policy.settings import Parallel
 
 
 def count_parts(shape: ModelShape, tensor: int, expert: int) -> PartSizes:
@@ -33,7 +33,7 @@ class _Key:
 
 @lru_cache(maxsize=256)
 def _count(key: _Key) -> PartSizes:
-    from igpo_megatron.actor.meta import rank_parameters
+    from igpo_megatron.policy.meta import rank_parameters
 
     shape, tensor, expert = key.parts
     one_layer = replace(shape, num_layers=1)

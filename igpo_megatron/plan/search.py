@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from checkpoint_conversion.architectures import ModelShape
+from igpo_megatron.algorithms.settings import PolicyLoss
 from igpo_megatron.config.check.layout import stage_layers
-from igpo_megatron.config.schema import Config, PolicyLoss
+from igpo_megatron.config.schema import Config
 from igpo_megatron.plan.layouts import splits, train_layouts
 from igpo_megatron.plan.memory import export_bytes, fullest_stage
 from igpo_megatron.plan.parts import count_parts, total_parameters

@@ -138,7 +138,7 @@ class Row:
     """Tokens with a log-prob."""
 
     gathered: int = 0
-    """CPU: keys copied so that branches see what they share (actor/tree_plan.py)."""
+    """CPU: keys copied so that branches see what they share (policy/tree_plan.py)."""
 
     masked: int = 0
     """CPU: elements of those branches' masks."""

@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-from igpo_megatron.config.schema import Chaos
 from igpo_megatron.search.results import SearchClient, SearchResult, SearchStatus
+from igpo_megatron.search.settings import Chaos
 
 FAULTS = (SearchStatus.ERROR, SearchStatus.TIMEOUT, SearchStatus.RATE_LIMITED)
 

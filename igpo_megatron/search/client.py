@@ -11,15 +11,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from igpo_megatron.config.schema import Search
-from igpo_megatron.search.bm25 import Bm25Client
 from igpo_megatron.search.cache import CachedClient, RecordingClient, ReplayClient, Shelf, Store
 from igpo_megatron.search.chaos import ChaosClient
-from igpo_megatron.search.dense import DenseClient
 from igpo_megatron.search.http import HttpClient
+from igpo_megatron.search.local.bm25 import Bm25Client
+from igpo_megatron.search.local.dense import DenseClient
+from igpo_megatron.search.providers.retriever import Retriever
+from igpo_megatron.search.providers.web import WEB_APIS, WebApi
 from igpo_megatron.search.results import SearchClient, SearchResult, SearchStatus, SearchStopped
-from igpo_megatron.search.retriever import Retriever
-from igpo_megatron.search.web import WEB_APIS, WebApi
+from igpo_megatron.search.settings import Search
 from igpo_megatron.types import UserError
 
 __all__ = ["CLIENTS", "SearchClient", "SearchResult", "SearchStatus", "SearchStopped", "make_client"]

@@ -20,11 +20,11 @@ from datetime import UTC, datetime
 import aiohttp
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, stop_before_delay, wait_exponential_jitter
 
-from igpo_megatron.config.schema import Search
-from igpo_megatron.search.backend import Backend, Meaning, Passages, Unreadable, blot
 from igpo_megatron.search.flights import SingleFlight
 from igpo_megatron.search.limits import AdaptiveLimit, Blocked, Gate
+from igpo_megatron.search.providers.base import Backend, Meaning, Passages, Unreadable, blot
 from igpo_megatron.search.results import SearchResult, SearchStatus, SearchStopped, normalise
+from igpo_megatron.search.settings import Search
 from igpo_megatron.untrusted import BadJson, clean_text, json_loads_untrusted
 
 _backoff = wait_exponential_jitter(initial=0.5, max=10, jitter=0.5)

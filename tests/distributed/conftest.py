@@ -21,10 +21,10 @@ import torch
 from megatron.core import parallel_state
 from tiny_models import ARCHITECTURES, MIXTURES, VOCAB, make_hf_folder  # noqa: F401  (tests import them from here)
 
-from igpo_megatron.actor import checkpoint, parallel, policy, weight_sync  # noqa: F401  (imported before forking)
 from igpo_megatron.cli import world_size
 from igpo_megatron.config.load import build
 from igpo_megatron.config.schema import Config
+from igpo_megatron.policy import checkpoint, parallel, policy, weight_sync  # noqa: F401  (imported before forking)
 
 
 @pytest.fixture(scope="session")

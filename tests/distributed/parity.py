@@ -13,14 +13,14 @@ from groups import random_groups
 from test_layouts import gradients, relative_error, with_off_policy_logprobs
 
 from checkpoint_conversion.architectures import rules_for
-from igpo_megatron.actor import attention, schedule
-from igpo_megatron.actor.model import global_names
-from igpo_megatron.actor.offload import Offload, _bytes_of, _kept
-from igpo_megatron.actor.policy import Policy
 from igpo_megatron.algorithms.losses import ppo
-from igpo_megatron.config.schema import Ppo
-from igpo_megatron.learn import row_loss
+from igpo_megatron.algorithms.settings import Ppo
 from igpo_megatron.packing.tree import pack_for_scoring, pack_for_training, step_counts
+from igpo_megatron.policy import attention, schedule
+from igpo_megatron.policy.model import global_names
+from igpo_megatron.policy.offload import Offload, _bytes_of, _kept
+from igpo_megatron.policy.policy import Policy
+from igpo_megatron.training.step import row_loss
 from igpo_megatron.types import RolloutGroup
 
 LOSS = Ppo(kl_coef=0.01, entropy_coef=0.003, aggregation="sequence_mean", clip_low=2.0, clip_high=1e6, dual_clip=None)

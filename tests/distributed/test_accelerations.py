@@ -9,9 +9,9 @@ import pytest
 from conftest import make_config
 
 from checkpoint_conversion.architectures import read_shape
-from igpo_megatron import doctor
-from igpo_megatron.actor import model
-from igpo_megatron.actor.model import fuses_gradients, transformer_config
+from igpo_megatron.doctor import machine as doctor
+from igpo_megatron.policy import model
+from igpo_megatron.policy.model import fuses_gradients, transformer_config
 
 KERNEL = "fused_weight_gradient_mlp_cuda"
 

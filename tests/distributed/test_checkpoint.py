@@ -18,10 +18,10 @@ from test_layouts import row_loss, with_off_policy_logprobs
 
 from checkpoint_conversion.convert import megatron_to_hf
 from checkpoint_conversion.hf_folder import HfReader
-from igpo_megatron.actor import checkpoint, checkpoint_sums, checkpoint_writer
-from igpo_megatron.actor.policy import Policy
-from igpo_megatron.actor.weight_sync import named_weights
 from igpo_megatron.packing.tree import pack_for_training, step_counts
+from igpo_megatron.policy import checkpoint, checkpoint_sums, checkpoint_writer
+from igpo_megatron.policy.policy import Policy
+from igpo_megatron.policy.weight_sync import named_weights
 from igpo_megatron.types import RolloutGroup, RunStopped, UserError
 
 SMALL = {"optim__lr": 1e-3}

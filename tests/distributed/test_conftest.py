@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import make_config
 
-from igpo_megatron.actor import cpu, parallel
+from igpo_megatron.policy import cpu, parallel
 
 
 def test_conftest_does_nothing_when_it_is_imported() -> None:

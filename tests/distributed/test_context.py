@@ -24,12 +24,12 @@ from test_layouts import (
     worst,
 )
 
-from igpo_megatron.actor import attention, context, schedule
-from igpo_megatron.actor.policy import Policy
 from igpo_megatron.algorithms.losses import LOSSES, token_weight
-from igpo_megatron.config.schema import Gspo
-from igpo_megatron.learn import row_loss as configured_loss
+from igpo_megatron.algorithms.settings import Gspo
 from igpo_megatron.packing.tree import pack_for_training, step_counts
+from igpo_megatron.policy import attention, context, schedule
+from igpo_megatron.policy.policy import Policy
+from igpo_megatron.training.step import row_loss as configured_loss
 from igpo_megatron.types import RolloutGroup
 
 TWO: dict[str, Any] = {"parallel__context": 2, "parallel__distributed_optimizer": False}

@@ -9,9 +9,9 @@ import torch
 from conftest import make_config, run_ranks_for_each
 from groups import load_hf, random_groups
 
-from igpo_megatron.actor import checkpoint
-from igpo_megatron.actor.policy import Policy
 from igpo_megatron.packing.tree import pack_for_scoring, pack_for_training, scatter
+from igpo_megatron.policy import checkpoint
+from igpo_megatron.policy.policy import Policy
 from igpo_megatron.types import RolloutGroup
 
 LR, DECAY = 0.1, 0.5

@@ -21,13 +21,13 @@ from groups import random_groups
 from host_waits import Operations, host_waits, place
 from test_layouts import ROW_TOKENS, with_off_policy_logprobs
 
-from igpo_megatron.actor import attention, cpu, schedule, upload
-from igpo_megatron.actor.policy import Policy
 from igpo_megatron.algorithms.losses import LOSSES
-from igpo_megatron.config.schema import Aepo, Bapo, Cispo, Gspo, Hapo, Loss, PolicyLoss, Ppo, Sft
-from igpo_megatron.learn import row_loss as configured_loss
+from igpo_megatron.algorithms.settings import Aepo, Bapo, Cispo, Gspo, Hapo, Loss, PolicyLoss, Ppo, Sft
 from igpo_megatron.packing.experts import ExpertShape
 from igpo_megatron.packing.tree import PackedRow, pack_for_scoring, pack_for_training, step_counts
+from igpo_megatron.policy import attention, cpu, schedule, upload
+from igpo_megatron.policy.policy import Policy
+from igpo_megatron.training.step import row_loss as configured_loss
 from igpo_megatron.types import EntropyStats, RolloutGroup
 
 META = torch.device("meta")

@@ -22,12 +22,12 @@ from conftest import make_config
 from groups import random_groups
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from igpo_megatron import train
-from igpo_megatron.actor import checkpoint, parallel, policy, weight_sync
+from igpo_megatron.chat.tokenizer import load_tokenizer
 from igpo_megatron.config.load import to_json
-from igpo_megatron.endings import LAUNCHED, Ending
 from igpo_megatron.launch.agent import ending_of_ranks
-from igpo_megatron.rollout.tokenizer import load_tokenizer
+from igpo_megatron.policy import checkpoint, parallel, policy, weight_sync
+from igpo_megatron.supervision.endings import LAUNCHED, Ending
+from igpo_megatron.training import main as train
 from igpo_megatron.types import UserError
 
 FORK = multiprocessing.get_context("fork")

@@ -19,7 +19,7 @@ from test_layouts import LAYOUTS, MIXTURE_LAYOUTS, exported, reference_logprobs,
 from checkpoint_conversion.architectures import ARCHITECTURES as TABLES
 from checkpoint_conversion.architectures import read_shape
 from checkpoint_conversion.hf_folder import HfReader
-from igpo_megatron.actor.policy import Policy
+from igpo_megatron.policy.policy import Policy
 from igpo_megatron.types import RolloutGroup
 
 TOLERANCE = 1e-4

@@ -16,16 +16,16 @@ from groups import branched_groups, random_groups
 from host_waits import host_waits
 from test_layouts import LOSS, gradients, relative_error, with_off_policy_logprobs
 
-from igpo_megatron.actor import model, schedule
-from igpo_megatron.actor.policy import Policy
-from igpo_megatron.actor.weight_sync import named_weights
+from igpo_megatron.algorithms.advantages.tree import entropy_stats
 from igpo_megatron.algorithms.losses import LOSSES, token_weight
-from igpo_megatron.algorithms.tree_advantages import entropy_stats
-from igpo_megatron.config.schema import Aepo, Cispo, Gspo, Hapo, PolicyLoss, Sft
-from igpo_megatron.config.schema import Loss as LossConfig
+from igpo_megatron.algorithms.settings import Aepo, Cispo, Gspo, Hapo, PolicyLoss, Sft
+from igpo_megatron.algorithms.settings import Loss as LossConfig
 from igpo_megatron.kernels import token_loss
-from igpo_megatron.learn import row_loss as configured_loss
 from igpo_megatron.packing.tree import PackedRow, pack_for_scoring, pack_for_training, step_counts
+from igpo_megatron.policy import model, schedule
+from igpo_megatron.policy.policy import Policy
+from igpo_megatron.policy.weight_sync import named_weights
+from igpo_megatron.training.step import row_loss as configured_loss
 from igpo_megatron.types import RolloutGroup
 
 PLAIN = {"parallel__distributed_optimizer": False}

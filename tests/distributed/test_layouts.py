@@ -16,15 +16,15 @@ from groups import branched_groups, flattened, hf_logprobs, load_hf, random_grou
 from megatron.core import parallel_state
 
 from checkpoint_conversion.architectures import rules_for
-from igpo_megatron.actor import schedule
-from igpo_megatron.actor.model import global_names, tensor_shards
-from igpo_megatron.actor.policy import Policy
-from igpo_megatron.actor.weight_sync import named_weights
+from igpo_megatron.algorithms.advantages.tree import entropy_stats
 from igpo_megatron.algorithms.losses import LOSSES, Tokens, ppo, token_weight
-from igpo_megatron.algorithms.tree_advantages import entropy_stats
-from igpo_megatron.config.schema import Aepo, Hapo, Ppo
-from igpo_megatron.learn import row_loss as configured_loss
+from igpo_megatron.algorithms.settings import Aepo, Hapo, Ppo
 from igpo_megatron.packing.tree import PackedRow, ProbeScorer, pack_for_scoring, pack_for_training, scatter, step_counts
+from igpo_megatron.policy import schedule
+from igpo_megatron.policy.model import global_names, tensor_shards
+from igpo_megatron.policy.policy import Policy
+from igpo_megatron.policy.weight_sync import named_weights
+from igpo_megatron.training.step import row_loss as configured_loss
 from igpo_megatron.types import Node, RolloutGroup
 
 LAYOUTS: dict[str, dict[str, Any]] = {

@@ -13,14 +13,14 @@ from groups import random_groups
 from host_pages import Driver
 from test_layouts import ROW_TOKENS, with_off_policy_logprobs
 
-from igpo_megatron.actor.host_memory import ALIGNMENT
-from igpo_megatron.actor.offload import Offload
-from igpo_megatron.actor.policy import Policy
-from igpo_megatron.actor.weight_sync import named_weights
-from igpo_megatron.learn import update
 from igpo_megatron.packing.tree import pack_for_scoring
-from igpo_megatron.rollout.weight_store import SharedWeights
+from igpo_megatron.policy.host_memory import ALIGNMENT
+from igpo_megatron.policy.offload import Offload
+from igpo_megatron.policy.policy import Policy
+from igpo_megatron.policy.weight_sync import named_weights
+from igpo_megatron.training.step import update
 from igpo_megatron.types import RolloutGroup
+from igpo_megatron.weights.store import SharedWeights
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "fp32": {"parallel__tensor": 2},

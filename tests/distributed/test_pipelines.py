@@ -12,7 +12,7 @@ from groups import random_groups
 from test_checkpoint import SMALL, load_and_train, train_and_save
 from test_layouts import one_step, reference_logprobs, relative_error, scored_nodes, with_off_policy_logprobs, worst
 
-from igpo_megatron.actor.policy import Policy
+from igpo_megatron.policy.policy import Policy
 from igpo_megatron.types import RolloutGroup
 
 PIPELINES: dict[str, dict[str, Any]] = {

@@ -12,10 +12,10 @@ from conftest import make_config, run_ranks
 from groups import load_hf, random_groups
 from test_layouts import MIXTURE_LAYOUTS, gradients, relative_error, row_loss, with_off_policy_logprobs
 
-from igpo_megatron.actor import schedule
-from igpo_megatron.actor.policy import Policy
-from igpo_megatron.learn import replayed_experts, routing_metrics, score_tokens
 from igpo_megatron.packing.tree import PackedRow, pack_for_scoring, pack_for_training, step_counts
+from igpo_megatron.policy import schedule
+from igpo_megatron.policy.policy import Policy
+from igpo_megatron.training.step import replayed_experts, routing_metrics, score_tokens
 from igpo_megatron.types import RolloutGroup
 
 LAYERS, EXPERTS, TOP_K = 2, 4, 2

@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 
 from checkpoint_conversion.classic_folder import Grid
 from checkpoint_conversion.convert import hf_to_megatron
-from igpo_megatron import cli, verify
-from igpo_megatron.verify import MAX_GAP, compare
+from igpo_megatron import cli
+from igpo_megatron.doctor import verify
+from igpo_megatron.doctor.verify import MAX_GAP, compare
 
 
 def run_verify(*folders: Path) -> tuple[int, str]:

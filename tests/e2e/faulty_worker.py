@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from igpo_megatron.rollout import weight_transfer
-from igpo_megatron.rollout.weight_store import read
+from igpo_megatron.weights import transfer as weight_transfer
+from igpo_megatron.weights.store import read
 
 SEEN: dict[str, torch.Tensor] = {}
 """Tensors as they came in the sync before: what a stale one is."""

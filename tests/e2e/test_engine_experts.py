@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig
 from checkpoint_conversion.convert import hf_to_megatron, megatron_to_hf
 from checkpoint_conversion.hf_folder import HfReader
 from igpo_megatron.config.load import build
-from igpo_megatron.rollout.engines import EnginePool
+from igpo_megatron.engines.pool import EnginePool
 
 POLICY = Path(__file__).parents[2] / "examples/quickstart/policy"
 TOKENS = torch.randint(0, 600, (49,), generator=torch.Generator().manual_seed(0)).tolist()

@@ -15,8 +15,8 @@ import torch
 
 from checkpoint_conversion.hf_folder import HfReader
 from igpo_megatron.config.load import build
-from igpo_megatron.rollout.engines import EnginePool
-from igpo_megatron.rollout.fleet import EngineState, Fleet
+from igpo_megatron.engines.fleet import EngineState, Fleet
+from igpo_megatron.engines.pool import EnginePool
 from igpo_megatron.types import Canary, Completion
 
 POLICY = Path(__file__).parents[2] / "examples/quickstart/policy"

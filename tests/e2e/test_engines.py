@@ -17,22 +17,22 @@ import torch
 from demo_runs import DemoRuns
 
 from checkpoint_conversion.hf_folder import HfReader
-from igpo_megatron import evaluate
+from igpo_megatron.agent.rollouter import Rollouter
 from igpo_megatron.algorithms.info_gain import rendered_probes
+from igpo_megatron.chat.format import ChatFormat
+from igpo_megatron.chat.tokenizer import load_tokenizer
 from igpo_megatron.config.load import build, load
+from igpo_megatron.engines import fleet
+from igpo_megatron.engines.actor import engine_environment, engine_options
+from igpo_megatron.engines.api import EnginesEnded, EngineService
+from igpo_megatron.engines.factory import open_engines
+from igpo_megatron.engines.fleet import EngineState
+from igpo_megatron.engines.pool import EnginePool
 from igpo_megatron.observability.rollout_dump import write_rollouts
-from igpo_megatron.rollout import fleet
-from igpo_megatron.rollout.agent import EnginesEnded
-from igpo_megatron.rollout.canary import check_canary
-from igpo_megatron.rollout.chat import ChatFormat
-from igpo_megatron.rollout.engine_actor import engine_environment, engine_options
-from igpo_megatron.rollout.engines import EnginePool
-from igpo_megatron.rollout.fleet import EngineState
-from igpo_megatron.rollout.rollouter import Rollouter
-from igpo_megatron.rollout.service import EngineService, open_engines
-from igpo_megatron.rollout.tokenizer import load_tokenizer
 from igpo_megatron.search.client import make_client
+from igpo_megatron.training import evaluate
 from igpo_megatron.types import Canary, Completion, SyncError
+from igpo_megatron.weights.canary import check_canary
 
 POLICY = Path(__file__).parents[2] / "examples/quickstart/policy"
 PROMPT = [1, 85, 96, 110, 64, 87, 2]

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 
 from igpo_megatron.config.load import build
-from igpo_megatron.rollout.ray_cluster import RayCluster
+from igpo_megatron.engines.ray_cluster import RayCluster
 
 POLICY = Path(__file__).parents[2] / "examples/quickstart/policy"
 

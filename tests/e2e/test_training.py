@@ -162,7 +162,7 @@ def test_two_torchrun_agents_train_together_to_the_same_losses(finished: Finishe
     replay = f"run.replay={finished.demo.recording('whole')}"
     launch = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "pair"]
     launch += ["--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1"]
-    script = ["-m", "igpo_megatron.train", *finished.demo.arguments("two-agents", *SMALL, replay)]
+    script = ["-m", "igpo_megatron.training.main", *finished.demo.arguments("two-agents", *SMALL, replay)]
     agents = [finished.demo.start([*launch, "--node-rank", str(rank), *script], GLOO_SOCKET_IFNAME="lo") for rank in (0, 1)]
     try:
         outputs = [agent.communicate(timeout=150)[0] for agent in agents]

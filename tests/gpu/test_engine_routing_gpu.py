@@ -16,17 +16,18 @@ from conftest import run_ranks_beside_autograd
 from test_engine_experts import POLICY, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from igpo_megatron.actor.policy import Policy
+from igpo_megatron.agent.rollouter import Rollouter
+from igpo_megatron.algorithms.settings import Reward
+from igpo_megatron.chat.format import ChatFormat
 from igpo_megatron.config.load import build
-from igpo_megatron.config.schema import Config, Reward
+from igpo_megatron.config.schema import Config
 from igpo_megatron.data.corpus import Passage
-from igpo_megatron.learn import routing_metrics, score_tokens
+from igpo_megatron.engines.pool import EnginePool
 from igpo_megatron.observability.metrics import logprob_gap
 from igpo_megatron.observability.rollout_dump import read_rollouts, write_rollouts
-from igpo_megatron.rollout.chat import ChatFormat
-from igpo_megatron.rollout.engines import EnginePool
-from igpo_megatron.rollout.rollouter import Rollouter
+from igpo_megatron.policy.policy import Policy
 from igpo_megatron.search.results import SearchResult, SearchStatus
+from igpo_megatron.training.step import routing_metrics, score_tokens
 from igpo_megatron.types import Completion, Prompt, RolloutGroup, ToolCall
 
 LAYERS, TOP_K = 2, 2

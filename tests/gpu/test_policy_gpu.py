@@ -25,11 +25,11 @@ from parity import ROW_TOKENS, Numbers, by_flex_attention, compare, groups, meas
 from test_device import CASES, COUNTED_ON_HOST, HELD_BY_HOST, loss_of
 from test_tree_attention import dense_attention, random_row
 
-from igpo_megatron.actor import attention, upload
-from igpo_megatron.actor.attention import compiled_flex_attention, flex_tree_attention
-from igpo_megatron.actor.policy import Policy
 from igpo_megatron.config.schema import Config
 from igpo_megatron.packing.tree import pack_for_scoring, pack_for_training
+from igpo_megatron.policy import attention, upload
+from igpo_megatron.policy.attention import compiled_flex_attention, flex_tree_attention
+from igpo_megatron.policy.policy import Policy
 from igpo_megatron.types import RolloutGroup
 
 Record = Callable[[str, object], None]

@@ -15,10 +15,10 @@ from conftest import make_config, make_hf_folder, run_one_rank
 from groups import random_groups
 from test_layouts import gradients, relative_error, row_loss, with_off_policy_logprobs
 
-from igpo_megatron.actor import schedule
-from igpo_megatron.actor.attention import TreeAttention
-from igpo_megatron.actor.policy import Policy
 from igpo_megatron.packing.tree import pack_for_scoring, pack_for_training, step_counts
+from igpo_megatron.policy import schedule
+from igpo_megatron.policy.attention import TreeAttention
+from igpo_megatron.policy.policy import Policy
 from igpo_megatron.types import RolloutGroup
 
 MISSING = [

@@ -20,8 +20,8 @@ from urllib.parse import parse_qs, urlsplit
 
 from aiohttp import web
 
-from igpo_megatron.config.schema import Search
 from igpo_megatron.data.corpus import Passage
+from igpo_megatron.search.settings import Search
 
 KEY = "s3cret/with+odd&signs=1"
 KEY_VARIABLE = "SEARCH_TEST_KEY"

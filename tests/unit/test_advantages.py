@@ -8,17 +8,23 @@ from pathlib import Path
 
 import pytest
 
-from igpo_megatron.algorithms import (
-    ADVANTAGES,
-    eapo_turn_advantages,
-    gigpo_turn_advantages,
-    grpo_advantages,
-    igpo_loo_turn_advantages,
-    igpo_turn_advantages,
-    rloo_advantages,
+from igpo_megatron.algorithms.advantages.anchor import gigpo_turn_advantages
+from igpo_megatron.algorithms.advantages.outcome import GREEDY_REWARD, grpo_advantages, rloo_advantages, token_weighted_advantages
+from igpo_megatron.algorithms.advantages.registry import ADVANTAGES
+from igpo_megatron.algorithms.advantages.turn import eapo_turn_advantages, igpo_loo_turn_advantages, igpo_turn_advantages
+from igpo_megatron.algorithms.settings import (
+    Advantage,
+    Eapo,
+    GiGpo,
+    Grpo,
+    Igpo,
+    IgpoLoo,
+    Rapo,
+    ReinforcePp,
+    ReinforcePpBaseline,
+    ReMax,
+    Rloo,
 )
-from igpo_megatron.algorithms.outcome_advantages import GREEDY_REWARD, token_weighted_advantages
-from igpo_megatron.config.schema import Advantage, Eapo, GiGpo, Grpo, Igpo, IgpoLoo, Rapo, ReinforcePp, ReinforcePpBaseline, ReMax, Rloo
 from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, Trajectory
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden" / "igpo_advantages.json"
@@ -216,7 +222,7 @@ def test_every_advantage_of_the_schema_is_in_both_tables():
 
 
 def test_advantages_are_importable_without_torch():
-    code = "import sys; from igpo_megatron.algorithms import igpo_turn_advantages; sys.exit('torch' in sys.modules)"
+    code = "import sys; from igpo_megatron.algorithms.advantages.turn import igpo_turn_advantages; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -10,16 +10,17 @@ from pathlib import Path
 import pytest
 from test_rollouts import ANSWER, SEARCH, SETTINGS, WORDS, ScriptedSearch, completion
 
-from igpo_megatron.config.schema import AepoBranching, ArpoBranching, Reward, Rollout
+from igpo_megatron.agent.rollouter import Rollouter
+from igpo_megatron.agent.settings import AepoBranching, ArpoBranching, Rollout
+from igpo_megatron.agent.trees.entropy import branch_probability, initial_rollouts, step_entropy
+from igpo_megatron.algorithms.settings import Reward
+from igpo_megatron.chat.format import ChatFormat
+from igpo_megatron.engines.actor import entropy
+from igpo_megatron.engines.api import EngineError
 from igpo_megatron.observability.metrics import rollout_metrics
+from igpo_megatron.observability.report.page import write_report
 from igpo_megatron.observability.rollout_dump import read_rollouts, write_rollouts
 from igpo_megatron.observability.tree_picture import tree_picture
-from igpo_megatron.report import write_report
-from igpo_megatron.rollout.agent import EngineError
-from igpo_megatron.rollout.branching import branch_probability, initial_rollouts, step_entropy
-from igpo_megatron.rollout.chat import ChatFormat
-from igpo_megatron.rollout.engine_actor import entropy
-from igpo_megatron.rollout.rollouter import Rollouter
 from igpo_megatron.types import Completion, Prompt, RolloutGroup, Status
 
 CALM, UNSURE = 0.1, 1.0

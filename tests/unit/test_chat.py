@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from igpo_megatron.config.schema import Reward, Rollout
-from igpo_megatron.rollout.chat import Answer, ChatFormat, Malformed, parse_action
+from igpo_megatron.agent.settings import Rollout
+from igpo_megatron.algorithms.settings import Reward
+from igpo_megatron.chat.format import Answer, ChatFormat, Malformed, parse_action
 from igpo_megatron.types import ToolCall
 
 POLICY = Path(__file__).parents[2] / "examples/quickstart/policy"

@@ -22,16 +22,19 @@ from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from igpo_megatron import chat_check, cli
+from igpo_megatron import cli
+from igpo_megatron.agent.settings import Rollout
+from igpo_megatron.agent.trajectory import run_trajectory
 from igpo_megatron.algorithms.rewards import own_turns, score
+from igpo_megatron.algorithms.settings import Reward
+from igpo_megatron.chat.format import ChatFormat
+from igpo_megatron.chat.protocols.base import Answer, Malformed, ToolSet
+from igpo_megatron.chat.protocols.json_calls import tool_schemas
+from igpo_megatron.chat.protocols.registry import PROTOCOLS
+from igpo_megatron.chat.turn_ends import sampling_limits
 from igpo_megatron.config.load import build
-from igpo_megatron.config.schema import Reward, Rollout
-from igpo_megatron.protocols import PROTOCOLS, Answer, Malformed, ToolSet
-from igpo_megatron.protocols.json_calls import tool_schemas
-from igpo_megatron.rollout.agent import run_trajectory
-from igpo_megatron.rollout.chat import ChatFormat
-from igpo_megatron.rollout.engines import EnginePool
-from igpo_megatron.rollout.turn_ends import sampling_limits
+from igpo_megatron.doctor import chat as chat_check
+from igpo_megatron.engines.pool import EnginePool
 from igpo_megatron.types import Completion, Node, Prompt, RolloutGroup, Status, ToolCall, Trajectory, UserError
 
 NOW = datetime(2026, 3, 4, 5, 6, 7, 89, UTC)

@@ -11,10 +11,10 @@ import pytest
 from test_conversion import hf_folder
 
 from checkpoint_conversion.convert import hf_to_megatron
-from igpo_megatron.actor import checkpoint_sums, parallel
-from igpo_megatron.actor.checkpoint_sums import Found, damage, newest_whole, set_aside
 from igpo_megatron.config.load import ConfigError, build
-from igpo_megatron.run import RunFolder, claim, folder_for, forget_after, open_folder, read_summary
+from igpo_megatron.observability.run_folder import RunFolder, claim, folder_for, forget_after, open_folder, read_summary
+from igpo_megatron.policy import checkpoint_sums, parallel
+from igpo_megatron.policy.checkpoint_sums import Found, damage, newest_whole, set_aside
 from igpo_megatron.types import UserError
 
 STATE = {"step": 1, "optimizer_steps": 2, "layout": [1, 1, 1], "run": {"prompts": None}}

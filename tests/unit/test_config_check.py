@@ -5,16 +5,18 @@ from typing import get_args
 
 import pytest
 
+from igpo_megatron.algorithms.settings import Ppo
 from igpo_megatron.cli import world_size
-from igpo_megatron.config.check import check, require
 from igpo_megatron.config.check.common import divisors
 from igpo_megatron.config.check.layout import stage_layers
 from igpo_megatron.config.check.torch_engine import cache_slots
+from igpo_megatron.config.checks import check, require
 from igpo_megatron.config.load import ConfigError, build
-from igpo_megatron.config.schema import Config, Model, Ppo
+from igpo_megatron.config.schema import Config
 from igpo_megatron.kernels import forms
 from igpo_megatron.kernels.linear_logprob import WORKSPACE
 from igpo_megatron.plan.types import Settings
+from igpo_megatron.policy.settings import Model
 
 SHAPE = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 6, "max_position_embeddings": 1024}
 

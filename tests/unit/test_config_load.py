@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from igpo_megatron.algorithms.settings import Grpo, Igpo, Ppo
 from igpo_megatron.config.load import ConfigError, build, differing_keys, explain, load, to_json
-from igpo_megatron.config.schema import Config, Grpo, Igpo, Ppo, Section
+from igpo_megatron.config.schema import Config
+from igpo_megatron.settings import Section
 
 MODEL = {"model": {"path": "somewhere"}}
 

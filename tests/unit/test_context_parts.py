@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from igpo_megatron.actor.context import in_row_order, part_of, zigzag
 from igpo_megatron.packing.tree import PackedRow
+from igpo_megatron.policy.context import in_row_order, part_of, zigzag
 
 
 def row(length: int) -> PackedRow:

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from checkpoint_conversion.architectures import ARCHITECTURES, WHY_NOT, check_total, local_name, read_shape, rules_for, shape_of
-from checkpoint_conversion.convert import app, hf_to_megatron, megatron_to_hf, verify
+from checkpoint_conversion.commands import app
+from checkpoint_conversion.convert import hf_to_megatron, megatron_to_hf, verify
 from checkpoint_conversion.hf_folder import HF_INDEX, HfReader
 from checkpoint_conversion.rules import ConversionError, Copy, GateUp, PadVocab, Qkv, Row, Tied
 from checkpoint_conversion.torch_dist_folder import MegatronReader, Place, place_of
@@ -473,7 +474,7 @@ def test_the_exit_code_says_what_kind_of_end_a_conversion_had(error, code, monke
     def end(*arguments, **options):
         raise error
 
-    monkeypatch.setattr("checkpoint_conversion.inspection.inspect", end)
+    monkeypatch.setattr("checkpoint_conversion.commands.inspect", end)
     shown = CliRunner().invoke(app, ["inspect", "."])
     assert shown.exit_code == code and len(shown.output.splitlines()) == 1
 
@@ -482,7 +483,7 @@ def test_who_reads_no_further_is_no_error_of_an_inspection(monkeypatch):
     def end(*arguments, **options):
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
-    monkeypatch.setattr("checkpoint_conversion.inspection.inspect", end)
+    monkeypatch.setattr("checkpoint_conversion.commands.inspect", end)
     assert "error" not in CliRunner().invoke(app, ["inspect", "."]).output
 
 

@@ -27,7 +27,8 @@ from checkpoint_conversion import folders, torch_dist_folder
 from checkpoint_conversion import hf_folder as hf_files
 from checkpoint_conversion.architectures import read_shape, rules_for, shape_of
 from checkpoint_conversion.classic_folder import FILE, ClassicReader, Grid
-from checkpoint_conversion.convert import app, hf_to_megatron, megatron_to_hf, verify
+from checkpoint_conversion.commands import app
+from checkpoint_conversion.convert import hf_to_megatron, megatron_to_hf, verify
 from checkpoint_conversion.folders import new_folder, partial_of
 from checkpoint_conversion.hf_folder import HfReader
 from checkpoint_conversion.inspection import inspect

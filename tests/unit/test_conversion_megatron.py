@@ -103,7 +103,7 @@ def gpt_model(shape):
         }
     spec = get_gpt_layer_local_spec(mixture.get("num_moe_experts"), qk_layernorm=shape.qk_norm, normalization="RMSNorm")
     if mixture:
-        del spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]  # as in layer_spec of igpo_megatron/actor/model.py
+        del spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]  # as in layer_spec of igpo_megatron/policy/model.py
     config = TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -204,7 +204,7 @@ def run_rank(rank: int, world: int, folder: Path, layout: tuple[int, int, int]) 
 
 
 def main(root: Path) -> None:
-    from igpo_megatron.actor import cpu, megatron_fixes
+    from igpo_megatron.policy import cpu, megatron_fixes
 
     cpu.install()
     megatron_fixes.install()

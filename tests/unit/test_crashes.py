@@ -14,17 +14,20 @@ from test_branching import CALM, THRESHOLD, UNSURE, UnsureEngine
 from test_gain_branching import REWARD, KnowingEngine
 from test_rollouts import ANSWER, SEARCH, SETTINGS, WORDS, ScriptedEngine, ScriptedSearch
 
+from igpo_megatron.agent.rollouter import Rollouter, RolloutFailure
+from igpo_megatron.agent.settings import ArpoBranching, GainBranching, Rollout
+from igpo_megatron.agent.trees import entropy as branching
+from igpo_megatron.agent.trees import gain as gain_branching
 from igpo_megatron.algorithms.info_gain import rendered_probes
-from igpo_megatron.config.schema import ArpoBranching, Config, GainBranching, Reward, Rollout
-from igpo_megatron.evaluate import evaluate
-from igpo_megatron.failures import MOST_BYTES, MOST_CHARS
+from igpo_megatron.algorithms.settings import Reward
+from igpo_megatron.chat.format import ChatFormat
+from igpo_megatron.config.schema import Config
 from igpo_megatron.observability.metrics import rollout_metrics
 from igpo_megatron.observability.tracker import SHOWN, _shown
-from igpo_megatron.rollout import branching, gain_branching
-from igpo_megatron.rollout.chat import ChatFormat
-from igpo_megatron.rollout.crashes import CrashLog
-from igpo_megatron.rollout.rollouter import Rollouter, RolloutFailure
 from igpo_megatron.search.results import SearchResult
+from igpo_megatron.supervision.crashes import CrashLog
+from igpo_megatron.supervision.failures import MOST_BYTES, MOST_CHARS
+from igpo_megatron.training.evaluate import evaluate
 from igpo_megatron.types import Completion, ProbeScore, Prompt, RolloutGroup, Status
 
 CRASHED, FINISHED = Status.CRASHED, Status.FINISHED

@@ -7,8 +7,8 @@ from collections import namedtuple
 import pytest
 from rich.console import Console
 
-from igpo_megatron import doctor
-from igpo_megatron.doctor import Row
+from igpo_megatron.doctor import machine as doctor
+from igpo_megatron.doctor.machine import Row
 
 Usage = namedtuple("Usage", "total used free")
 

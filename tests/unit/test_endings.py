@@ -17,11 +17,11 @@ from checkpoint_conversion import ConversionError
 from checkpoint_conversion.folders import new_folder
 from igpo_megatron import cli
 from igpo_megatron.config.load import build
-from igpo_megatron.endings import LAUNCHED, Ended, Ending, ending_of, interruptible, leave, reason_left, signals_restored
 from igpo_megatron.launch import agent
 from igpo_megatron.observability.rollout_dump import write_rollouts
+from igpo_megatron.observability.run_folder import RunFolder, held, read_summary, write_whole
 from igpo_megatron.plan import machines
-from igpo_megatron.run import RunFolder, held, read_summary, write_whole
+from igpo_megatron.supervision.endings import LAUNCHED, Ended, Ending, ending_of, interruptible, leave, reason_left, signals_restored
 from igpo_megatron.types import Node, PeerStopped, Prompt, RolloutGroup, RunStopped, Status, Trajectory, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -99,14 +99,14 @@ def test_a_second_signal_does_not_cut_closing_short() -> None:
 COMMANDS = {
     "train": (["train", CONFIG], "igpo_megatron.cli.load"),
     "launch": (["launch", CONFIG], "igpo_megatron.cli.load"),
-    "eval": (["eval", CONFIG], "igpo_megatron.evaluate.evaluate_checkpoint"),
+    "eval": (["eval", CONFIG], "igpo_megatron.training.evaluate.evaluate_checkpoint"),
     "score": (["score", "lines.jsonl"], "igpo_megatron.algorithms.rewards.score_lines"),
-    "report": (["report", "runs/a"], "igpo_megatron.report.write_report"),
+    "report": (["report", "runs/a"], "igpo_megatron.observability.report.page.write_report"),
     "plan": (["plan", "--model", "m", "--gpus", "8"], "igpo_megatron.plan.command.plan_run"),
     "config": (["config"], "igpo_megatron.cli.explain"),
-    "doctor": (["doctor"], "igpo_megatron.doctor.main"),
+    "doctor": (["doctor"], "igpo_megatron.doctor.machine.main"),
     "doctor probes": (["doctor", "probes", CONFIG], "igpo_megatron.cli.load"),
-    "doctor tools": (["doctor", "tools", CONFIG], "igpo_megatron.tool_check.main"),
+    "doctor tools": (["doctor", "tools", CONFIG], "igpo_megatron.doctor.tools.main"),
 }
 
 
@@ -171,7 +171,7 @@ def test_a_rank_that_a_signal_without_a_name_ended_is_told_too() -> None:
 RANK = """
 import os, sys, time
 from pathlib import Path
-from igpo_megatron.endings import Ended, Ending, leave, reason_left
+from igpo_megatron.supervision.endings import Ended, Ending, leave, reason_left
 if os.environ["RANK"] == "0":
     time.sleep(0.3)
     leave(Ending("peer", 1, "rank 0 lost its connection to another rank", time.time()))

@@ -14,10 +14,10 @@ import ray
 
 from igpo_megatron.config.load import build
 from igpo_megatron.config.schema import Config
-from igpo_megatron.rollout.agent import EngineError, EnginesEnded
-from igpo_megatron.rollout.engine_actor import KILLED, EngineLost
-from igpo_megatron.rollout.engines import EnginePool
-from igpo_megatron.rollout.fleet import EngineDied, EngineState, Fleet
+from igpo_megatron.engines.actor import KILLED, EngineLost
+from igpo_megatron.engines.api import EngineError, EnginesEnded
+from igpo_megatron.engines.fleet import EngineDied, EngineState, Fleet
+from igpo_megatron.engines.pool import EnginePool
 from igpo_megatron.types import SyncError
 
 POLICY = Path(__file__).parents[2] / "examples/quickstart/policy"

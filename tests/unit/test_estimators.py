@@ -16,16 +16,11 @@ from statistics import fmean, pstdev
 
 import pytest
 
-from igpo_megatron.algorithms import (
-    ADVANTAGES,
-    eapo_turn_advantages,
-    gigpo_turn_advantages,
-    igpo_loo_turn_advantages,
-    igpo_turn_advantages,
-    rloo_advantages,
-)
-from igpo_megatron.algorithms.outcome_advantages import GREEDY_REWARD, grpo_advantages, token_weighted_advantages
-from igpo_megatron.config.schema import (
+from igpo_megatron.algorithms.advantages.anchor import gigpo_turn_advantages
+from igpo_megatron.algorithms.advantages.outcome import GREEDY_REWARD, grpo_advantages, rloo_advantages, token_weighted_advantages
+from igpo_megatron.algorithms.advantages.registry import ADVANTAGES
+from igpo_megatron.algorithms.advantages.turn import eapo_turn_advantages, igpo_loo_turn_advantages, igpo_turn_advantages
+from igpo_megatron.algorithms.settings import (
     Advantage,
     Arpo,
     Eapo,

@@ -7,10 +7,11 @@ from statistics import fmean
 import pytest
 
 from igpo_megatron.config.load import build
-from igpo_megatron.evaluate import headline, metrics, pass_at_k, summarise
+from igpo_megatron.observability.metrics import headline
+from igpo_megatron.observability.report.header import outcomes_of
+from igpo_megatron.observability.run_folder import ROWS, summary_table
 from igpo_megatron.observability.tracker import Tracker
-from igpo_megatron.report.header import outcomes_of
-from igpo_megatron.run import ROWS, summary_table
+from igpo_megatron.training.evaluate import metrics, pass_at_k, summarise
 from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, Trajectory
 
 CONFIG = build({"model": {"path": "m"}})

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from igpo_megatron.config.check import check
+from igpo_megatron.algorithms.settings import Igpo, Ppo
+from igpo_megatron.config.checks import check
 from igpo_megatron.config.load import load
-from igpo_megatron.config.schema import Igpo, Ppo
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 CONFIGS = sorted(EXAMPLES.rglob("*.yaml"))
@@ -118,7 +118,7 @@ def test_one_node_starts_one_torchrun_on_loopback():
     result = dry_run("train_1node.sh", "a.yaml", "optim.lr=1e-5", RANKS="2")
     assert result.stdout.split() == [
         *["torchrun", "--nnodes", "1", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"],
-        *["--local-addr", "127.0.0.1", "-m", "igpo_megatron.train", "a.yaml", "optim.lr=1e-5"],
+        *["--local-addr", "127.0.0.1", "-m", "igpo_megatron.training.main", "a.yaml", "optim.lr=1e-5"],
     ]
 
 
@@ -127,7 +127,7 @@ def test_each_node_of_several_starts_torchrun_at_the_same_meeting_point():
     first, second = (dry_run("train_multinode.sh", "a.yaml", **place, NODE_RANK=rank, NODE_IP="10.0.0.9").stdout for rank in ("0", "1"))
     assert "--nnodes 3 --node-rank 0 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint 10.0.0.1:29400" in first
     assert "is_host=true" in first and "is_host=false" in second
-    assert second.rstrip().endswith("--local-addr 10.0.0.9 -m igpo_megatron.train a.yaml")
+    assert second.rstrip().endswith("--local-addr 10.0.0.9 -m igpo_megatron.training.main a.yaml")
 
 
 @pytest.mark.parametrize("missing", ["NNODES", "NODE_RANK", "RDZV_ENDPOINT"])

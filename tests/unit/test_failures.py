@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from igpo_megatron.failures import MOST_BYTES, MOST_CHARS, in_short, keep_failure
+from igpo_megatron.supervision.failures import MOST_BYTES, MOST_CHARS, in_short, keep_failure
 
 
 def raised(error: Exception) -> Exception:

@@ -11,18 +11,19 @@ from pathlib import Path
 import pytest
 from test_rollouts import ANSWER, SETTINGS, WORDS, ScriptedSearch, completion
 
+from igpo_megatron.agent.rollouter import Rollouter
+from igpo_megatron.agent.settings import GainBranching, Rollout
+from igpo_megatron.agent.trees.gain import disagreement, fork_probability, largest_change, stop_probability
 from igpo_megatron.algorithms.info_gain import add_probes, rendered_probes, turn_gains
 from igpo_megatron.algorithms.rewards import score
-from igpo_megatron.config.schema import GainBranching, Reward, Rollout
+from igpo_megatron.algorithms.settings import Reward
+from igpo_megatron.chat.format import ChatFormat
+from igpo_megatron.chat.protocols.registry import PROTOCOLS
+from igpo_megatron.engines.api import EngineError
 from igpo_megatron.observability.metrics import rollout_metrics
+from igpo_megatron.observability.report.page import write_report
 from igpo_megatron.observability.rollout_dump import read_rollouts, write_rollouts
 from igpo_megatron.observability.tree_picture import tree_picture
-from igpo_megatron.protocols import PROTOCOLS
-from igpo_megatron.report import write_report
-from igpo_megatron.rollout.agent import EngineError
-from igpo_megatron.rollout.chat import ChatFormat
-from igpo_megatron.rollout.gain_branching import disagreement, fork_probability, largest_change, stop_probability
-from igpo_megatron.rollout.rollouter import Rollouter
 from igpo_megatron.types import Completion, ProbeScore, Prompt, RolloutGroup, Status
 
 REWARD = Reward(probe_template="<think>I can answer now.</think>\n<answer>{answer}</answer>", scorer="engine")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from igpo_megatron.algorithms import igpo_turn_advantages
+from igpo_megatron.algorithms.advantages.turn import igpo_turn_advantages
 from igpo_megatron.algorithms.rewards import PUBLISHED_FORMAT_PENALTY, published_score
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"

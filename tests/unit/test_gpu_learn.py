@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from igpo_megatron.config.check import check
+from igpo_megatron.config.checks import check
 from igpo_megatron.config.load import load
 from igpo_megatron.types import RunStopped, UserError
 

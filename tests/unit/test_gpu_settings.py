@@ -15,16 +15,16 @@ import torch
 from typer.testing import CliRunner
 
 from igpo_megatron import cli
-from igpo_megatron.actor.parallel import on_this_machine
-from igpo_megatron.config.check import check
+from igpo_megatron.config.checks import check
 from igpo_megatron.config.load import build
 from igpo_megatron.config.schema import Config
+from igpo_megatron.engines.actor import EngineActor, engine_options
+from igpo_megatron.engines.ray_cluster import RayCluster, visible_devices
 from igpo_megatron.launch import job
 from igpo_megatron.launch.node import Node
-from igpo_megatron.rollout.engine_actor import EngineActor, engine_options
-from igpo_megatron.rollout.ray_cluster import RayCluster, visible_devices
-from igpo_megatron.rollout.weight_transfer import WorkerExtension
+from igpo_megatron.policy.parallel import on_this_machine
 from igpo_megatron.types import UserError
+from igpo_megatron.weights.transfer import WorkerExtension
 
 ROOT = Path(__file__).resolve().parents[2]
 POLICY = ROOT / "examples/quickstart/policy"

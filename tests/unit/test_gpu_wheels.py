@@ -81,8 +81,8 @@ def test_every_package_that_the_checks_and_training_lead_to_is_there_or_carried(
     words = " ".join(f"{part.on_gpu} {part.small}" for part in checks.PARTS).split()
     roots = [ROOT / word for word in words if word.endswith(".py")] + list(GPU.glob("*.py"))
     started = (
-        "igpo_megatron/train.py",
-        "igpo_megatron/evaluate.py",
+        "igpo_megatron/training/main.py",
+        "igpo_megatron/training/evaluate.py",
         "igpo_megatron/cli.py",
         "tools/prepare_data.py",
         "tools/demonstrations.py",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from host_pages import Driver
 
-from igpo_megatron.actor.host_memory import ALIGNMENT, kept_on_host, page_locked
+from igpo_megatron.policy.host_memory import ALIGNMENT, kept_on_host, page_locked
 
 
 def test_copies_lie_side_by_side_and_are_unlocked_with_the_last(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,116 +6,107 @@ The tables are the architecture in dictionary form; the last tests plant violati
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-BELOW = {
-    "types",
-    "untrusted",
-    "blotting",
-    "failures",
-    "normalisation",
-    "leftovers",
-    "waits",
-    "protocols",
-    "config",
-    "data",
-    "search",
-    "packing",
-    "kernels",
-    "algorithms",
-    "observability",
-    "rollout",
-    "actor",
-}
-TOP = {
-    "__main__",
-    "cli",
-    "endings",
-    "doctor",
-    "chat_check",
-    "probe_check",
-    "tool_check",
-    "train",
-    "launch",
-    "rollout_queue",
-    "device_share",
-    "learn",
-    "summary",
-    "evaluate",
-    "plan",
-    "report",
-    "run",
-    "verify",
-}
 MAY_IMPORT = {
-    "__init__": set(),
-    "untrusted": set(),
-    "blotting": set(),
-    "failures": {"blotting", "untrusted"},
-    "normalisation": set(),
     "types": set(),
-    "leftovers": set(),
-    "waits": {"types"},
-    "protocols": {"types", "untrusted"},
-    "config": {"types", "untrusted"},
-    "data": {"types", "untrusted", "normalisation", "config"},
-    "search": {"types", "untrusted", "blotting", "config", "data"},
-    "observability": {"types", "untrusted", "config"},
+    "untrusted": set(),
+    "settings": {"types"},
+    "supervision": {"types", "untrusted", "checkpoint_conversion"},
     "kernels": {"types"},
     "packing": {"types"},
-    "algorithms": {"types", "untrusted", "normalisation", "protocols", "config"},
-    "rollout": {"types", "untrusted", "failures", "leftovers", "waits", "protocols", "config", "search"},
-    "actor": {"types", "waits", "config", "packing", "kernels", "checkpoint_conversion"},
-    **{module: BELOW | TOP | {"checkpoint_conversion"} for module in TOP},
+    "chat": {"types", "untrusted"},
+    "config": {"types"},
+    "data": {"types", "untrusted"},
+    "search": {"types", "untrusted", "supervision", "data"},
+    "tools": {"types", "untrusted", "data", "search", "config"},
+    "weights": {"types", "supervision"},
+    "engines": {"types", "supervision", "config", "chat", "weights"},
+    "agent": {"types", "untrusted", "supervision", "chat", "search", "tools", "engines"},
+    "algorithms": {"types", "untrusted", "chat", "data"},
+    "observability": {"types", "untrusted", "supervision", "config", "data"},
+    "policy": {"types", "supervision", "config", "packing", "kernels", "checkpoint_conversion"},
+    "plan": {"types", "config", "checkpoint_conversion", "packing", "observability", "policy"},
+    "training": {
+        *("types", "untrusted", "supervision", "config", "data", "chat", "search", "tools", "engines", "agent", "algorithms"),
+        *("observability", "packing", "policy", "checkpoint_conversion"),
+    },
+    "doctor": {
+        *("types", "untrusted", "supervision", "config", "data", "chat", "search", "tools", "engines", "agent", "algorithms"),
+        *("packing", "policy", "checkpoint_conversion"),
+    },
+    "launch": {"types", "untrusted", "supervision", "config", "engines", "policy", "training"},
+    "cli": {
+        "types",
+        "supervision",
+        "config",
+        "algorithms",
+        "observability",
+        "plan",
+        "doctor",
+        "policy",
+        "training",
+        "launch",
+        "checkpoint_conversion",
+    },
+    "__main__": {"cli"},
+    "__init__": set(),
 }
-"""Part of igpo_megatron -> parts it may import, `checkpoint_conversion` among them."""
+"""Room of igpo_megatron (a folder, or a module at its top) -> rooms it may import, `checkpoint_conversion` among them.
 
-TOOLS_MAY_IMPORT = {"types", "untrusted", "config", "data", "search", "rollout", "observability", "plan", "leftovers", "endings"}
-"""tools/bench and tools/gpu may import anything. rollout and observability are there for the demonstrations that warm-start the demo
-policy, plan for the scaling study and the examples by size, leftovers for the soak trials."""
+The `settings.py` of all rooms are the ground floor, a room of their own: they import each other and `types`, and every room may import
+them. So `config` assembles them, and every room may take a `Config`, without a cycle.
+"""
 
-ENGINE_FILES = tuple(
-    f"igpo_megatron/rollout/{name}.py"
-    for name in (
+MOST_TOP_MODULES = 5
+
+TOOLS_MAY_IMPORT = {
+    *(
+        "types",
+        "untrusted",
+        "settings",
+        "config",
+        "data",
+        "search",
+        "tools",
+        "chat",
+        "agent",
         "engines",
-        "engine_actor",
-        "fleet",
-        "ray_cluster",
-        "transports",
-        "cuda_transports",
-        "weight_send",
-        "weight_store",
-        "weight_transfer",
-    )
-)
-TORCH_ENGINE_FILES = tuple(
-    f"igpo_megatron/rollout/{name}.py" for name in ("sampling", "slot_cache", "torch_engine", "torch_model", "torch_weights")
-)
+        "observability",
+        "plan",
+        "supervision",
+    ),
+}
+"""Scripts in tools/; those in tools/bench and tools/gpu may import anything. chat, agent, engines and observability are there for the
+demonstrations that warm-start the demo policy, plan for the scaling study and the examples by size, supervision for the soak trials."""
+
+ENGINES = ("igpo_megatron/engines/", "igpo_megatron/weights/")
 DOORS = {
-    "megatron": ("igpo_megatron/actor/", "tools/bench/"),
-    "vllm": (*ENGINE_FILES, "tools/bench/"),
-    "ray": (*ENGINE_FILES, "tools/bench/"),
+    "megatron": ("igpo_megatron/policy/", "tools/bench/"),
+    "vllm": (*ENGINES, "tools/bench/"),
+    "ray": (*ENGINES, "tools/bench/"),
     "triton": ("igpo_megatron/kernels/", "tools/bench/", "tools/gpu/"),
     "torch": (
-        "igpo_megatron/actor/",
+        *ENGINES,
+        "igpo_megatron/policy/",
         "igpo_megatron/kernels/",
         "igpo_megatron/packing/",
         "igpo_megatron/algorithms/losses.py",
-        *ENGINE_FILES,
-        *TORCH_ENGINE_FILES,
-        *(f"igpo_megatron/{module}.py" for module in sorted(TOP)),
-        "igpo_megatron/plan/calibrate.py",
+        "igpo_megatron/training/",
+        "igpo_megatron/doctor/",
+        "igpo_megatron/plan/",
         "igpo_megatron/launch/",
+        "igpo_megatron/cli.py",
         "checkpoint_conversion/",
         "tools/",
     ),
 }
-"""Heavy dependency -> the files (or folders, with a slash at the end) that may import it."""
+"""Heavy dependency -> the folders (or files) that may import it."""
 
 
 def imported_modules(path: Path) -> Iterator[tuple[int, str]]:
@@ -129,6 +120,43 @@ def imported_modules(path: Path) -> Iterator[tuple[int, str]]:
             called = ast.unparse(node.func)
             if called in ("__import__", "import_module", "importlib.import_module"):
                 yield node.lineno, node.args[0].value
+
+
+def room(module: str) -> str:
+    """Room of a dotted name such as igpo_megatron.search.http or igpo_megatron.search.http.HttpClient."""
+    _, first, *rest = module.split(".")
+    return "settings" if rest[:1] == ["settings"] or rest[1:2] == ["settings"] else first
+
+
+def circles(graph: Mapping[str, Iterable[str]]) -> list[list[str]]:
+    """Sets of nodes that reach each other, sorted."""
+
+    def reach(start: str) -> set[str]:
+        found: set[str] = set()
+        ahead = [start]
+        while ahead:
+            new = set(graph.get(ahead.pop(), ())) - found
+            found |= new
+            ahead += new
+        return found
+
+    reached = {node: reach(node) for node in graph}
+    together = {frozenset(other for other in reached[node] if node in reached.get(other, ())) for node in graph if node in reached[node]}
+    return sorted(sorted(circle) for circle in together)
+
+
+def file_graph(root: Path, top: str) -> dict[str, set[str]]:
+    """Module -> modules it imports, wherever in the file; packages are their `__init__`."""
+    paths = {
+        path.relative_to(root).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__"): path
+        for path in (root / top).rglob("*.py")
+    }
+    graph: dict[str, set[str]] = {}
+    for module, path in paths.items():
+        names = [name for _, name in imported_modules(path)]
+        targets = {name if name in paths else name.rpartition(".")[0] for name in names}
+        graph[module] = (targets & paths.keys()) - {module}
+    return graph
 
 
 def violations(root: Path) -> list[str]:
@@ -162,12 +190,12 @@ def _problem(name: str, module: str, tool_names: set[str]) -> str | None:
         return f"imports {package}; packages never import tools, tests or examples"
     if top == "checkpoint_conversion":
         return "imports igpo_megatron; checkpoint_conversion stands alone" if package == "igpo_megatron" else None
-    part = name.split("/")[1].removesuffix(".py")
+    part = room(name.removesuffix(".py").replace("/", "."))
     if part not in MAY_IMPORT:
         return f"belongs to igpo_megatron.{part}, which has no row in the table of layers"
-    target = rest[0] if package == "igpo_megatron" and rest else package
+    target = room(module) if package == "igpo_megatron" and rest else package
     known = package == "igpo_megatron" or package == "checkpoint_conversion"
-    if known and target not in MAY_IMPORT[part] | {part, "igpo_megatron"}:
+    if known and target not in MAY_IMPORT[part] | {part, "igpo_megatron", "settings"}:
         return f"imports {target}; {part} may import {', '.join(sorted(MAY_IMPORT[part])) or 'nothing of ours'}"
     return None
 
@@ -176,25 +204,77 @@ def test_every_import_goes_down_and_through_its_door():
     assert violations(ROOT) == []
 
 
+@pytest.mark.parametrize("top", ["igpo_megatron", "checkpoint_conversion"])
+def test_no_files_import_each_other_in_a_circle(top):
+    assert circles(file_graph(ROOT, top)) == []
+
+
+def test_no_rooms_import_each_other_in_a_circle():
+    graph: dict[str, set[str]] = {}
+    for module, targets in file_graph(ROOT, "igpo_megatron").items():
+        if module != "igpo_megatron":
+            graph.setdefault(room(module), set()).update(room(target) for target in targets if target != "igpo_megatron")
+    assert circles({name: targets - {name} for name, targets in graph.items()}) == []
+
+
+def test_circles_are_found(tmp_path):
+    for name, text in {
+        "p/a.py": "from p.b import x",
+        "p/b.py": "def f():\n    from p.c import y",
+        "p/c.py": "import p.a",
+        "p/d.py": "import p.a",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    assert circles(file_graph(tmp_path, "p")) == [["p.a", "p.b", "p.c"]]
+
+
+def test_the_top_of_the_package_stays_small():
+    top = {path.name for path in (ROOT / "igpo_megatron").glob("*.py")} - {"__init__.py"}
+    assert len(top) <= MOST_TOP_MODULES, sorted(top)
+
+
+def test_every_room_says_what_it_holds_in_ten_lines():
+    for init in sorted((ROOT / "igpo_megatron").rglob("__init__.py")):
+        tree = ast.parse(init.read_text(encoding="utf-8"))
+        said = ast.get_docstring(tree) or ""
+        assert said and len(said.splitlines()) <= 10, init
+        assert len(tree.body) == 1 or init.parent.name == "igpo_megatron", f"{init} holds more than a docstring"
+
+
+LONGEST, P90 = 90, 21
+
+
+def test_functions_stay_short():
+    lengths = {}
+    for path in (ROOT / "igpo_megatron").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lengths[f"{path.relative_to(ROOT)}:{node.name}"] = (node.end_lineno or node.lineno) - node.lineno + 1
+    longest = max(lengths, key=lengths.__getitem__)
+    assert lengths[longest] < LONGEST, f"{longest} has {lengths[longest]} lines"
+    assert sorted(lengths.values())[int(0.9 * len(lengths))] <= P90
+
+
 @pytest.mark.parametrize(
     ("path", "source", "expected"),
     [
-        ("igpo_megatron/rollout/agent.py", "from igpo_megatron.algorithms.rewards import f1", "imports algorithms"),
-        ("igpo_megatron/algorithms/losses.py", "def f():\n    from igpo_megatron import actor", "imports actor"),
-        ("igpo_megatron/actor/policy.py", "import igpo_megatron.rollout.engines", "imports rollout"),
+        ("igpo_megatron/agent/trajectory.py", "from igpo_megatron.algorithms.rewards import f1", "imports algorithms"),
+        ("igpo_megatron/algorithms/losses.py", "def f():\n    from igpo_megatron import policy", "imports policy"),
+        ("igpo_megatron/policy/policy.py", "import igpo_megatron.engines.pool", "imports engines"),
         ("igpo_megatron/config/load.py", "from ..types import Prompt", "relative import"),
-        ("igpo_megatron/rollout/chat.py", "import vllm", "imports vllm"),
-        ("igpo_megatron/rollout/chat.py", "import importlib\nimportlib.import_module('ray')", "imports ray"),
-        ("igpo_megatron/train.py", "from megatron.core import parallel_state", "imports megatron"),
-        ("igpo_megatron/actor/model.py", "import triton.language as tl", "imports triton"),
+        ("igpo_megatron/chat/format.py", "import vllm", "imports vllm"),
+        ("igpo_megatron/chat/format.py", "import importlib\nimportlib.import_module('ray')", "imports ray"),
+        ("igpo_megatron/training/main.py", "from megatron.core import parallel_state", "imports megatron"),
+        ("igpo_megatron/policy/model.py", "import triton.language as tl", "imports triton"),
         ("igpo_megatron/algorithms/rewards.py", "import torch", "imports torch"),
         ("igpo_megatron/search/client.py", "import torch.nn", "imports torch"),
-        ("igpo_megatron/rollout/chat.py", "from checkpoint_conversion import rules", "imports checkpoint_conversion"),
+        ("igpo_megatron/chat/format.py", "from checkpoint_conversion import rules", "imports checkpoint_conversion"),
         ("igpo_megatron/data/prompts.py", "import prepare_data", "never import tools"),
         ("igpo_megatron/helpers.py", "import json", "no row in the table"),
         ("checkpoint_conversion/rules.py", "from igpo_megatron.types import Prompt", "stands alone"),
         ("checkpoint_conversion/rules.py", "import megatron.core", "imports megatron"),
-        ("tools/serve_retriever.py", "from igpo_megatron.actor import policy", "tools may import"),
+        ("tools/serve_retriever.py", "from igpo_megatron.policy import policy", "tools may import"),
     ],
 )
 def test_a_planted_violation_is_found(tmp_path, path, source, expected):
@@ -207,18 +287,18 @@ def test_a_planted_violation_is_found(tmp_path, path, source, expected):
 
 def test_allowed_imports_pass(tmp_path):
     for name, text in {
-        "igpo_megatron/actor/model.py": "import torch\nfrom megatron.core import x\nfrom checkpoint_conversion.rules import Copy\n",
-        "igpo_megatron/rollout/engines.py": "import ray\nimport vllm\nimport torch\nfrom igpo_megatron.types import Completion\n",
-        "igpo_megatron/cli.py": "import igpo_megatron\nfrom igpo_megatron import train\n",
+        "igpo_megatron/policy/model.py": "import torch\nfrom megatron.core import x\nfrom checkpoint_conversion.rules import Copy\n",
+        "igpo_megatron/engines/pool.py": "import ray\nimport vllm\nimport torch\nfrom igpo_megatron.types import Completion\n",
+        "igpo_megatron/cli.py": "import igpo_megatron\nfrom igpo_megatron.training import main\n",
         "checkpoint_conversion/hf_folder.py": "import torch\nfrom checkpoint_conversion import rules\n",
-        "tools/bench/run.py": "import vllm\nfrom igpo_megatron.actor import policy\n",
+        "tools/bench/run.py": "import vllm\nfrom igpo_megatron.policy import policy\n",
     }.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text, encoding="utf-8")
     assert violations(tmp_path) == []
 
 
-@pytest.mark.parametrize("packages", ["types untrusted normalisation", "protocols", "config", "data", "search", "config doctor"])
+@pytest.mark.parametrize("packages", ["types untrusted settings", "chat.protocols", "config", "data", "search", "tools", "doctor.machine"])
 def test_light_packages_load_nothing_heavy(packages):
     script = """
 import importlib, pkgutil, sys

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from igpo_megatron.algorithms.info_gain import add_probes, turn_gains
-from igpo_megatron.config.schema import Reward
+from igpo_megatron.algorithms.settings import Reward
 from igpo_megatron.types import Node, ProbeScore, Prompt, RolloutGroup, Status, Trajectory
 
 

@@ -16,7 +16,6 @@ import pytest
 from typer.testing import CliRunner
 
 from igpo_megatron.cli import app
-from igpo_megatron.endings import Ending
 from igpo_megatron.launch.agent import ending_of_ranks
 from igpo_megatron.launch.board import Board, PreflightFailed
 from igpo_megatron.launch.head import culprit, decide
@@ -25,6 +24,7 @@ from igpo_megatron.launch.messages import Report, Verdict, read, write
 from igpo_megatron.launch.node import Node, busy_ports, place
 from igpo_megatron.launch.preflight import Facts, disagreements, facts_of, missing
 from igpo_megatron.launch.processes import Child
+from igpo_megatron.supervision.endings import Ending
 
 SECRET = "a secret of the job"
 FIRST = Facts(0, 2, "both", 1, "a", "10.0.0.1", {"torch": "2.13", "python": "3.11"}, {"optim": {"lr": 0.1}}, "m")

@@ -7,19 +7,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from igpo_megatron.actor.policy import StepResult, learning_rate
-from igpo_megatron.algorithms import ADVANTAGES
+from igpo_megatron.algorithms.advantages.outcome import scale_by_informative, whiten
+from igpo_megatron.algorithms.advantages.registry import ADVANTAGES
 from igpo_megatron.algorithms.info_gain import add_probes, turn_gains
 from igpo_megatron.algorithms.losses import denominator
-from igpo_megatron.algorithms.outcome_advantages import scale_by_informative, whiten
 from igpo_megatron.algorithms.replay import SuccessBuffer
+from igpo_megatron.algorithms.settings import Bapo, Reward
 from igpo_megatron.config.check.algorithm import check_schedule
 from igpo_megatron.config.load import build
-from igpo_megatron.config.schema import Bapo, Optim, Reward
-from igpo_megatron.learn import balance_bounds, minibatches, row_loss, update
 from igpo_megatron.observability.metrics import rollout_metrics
 from igpo_megatron.packing.tree import pack_for_scoring, pack_for_training, step_counts
-from igpo_megatron.rollout_queue import has_equal_rewards
+from igpo_megatron.policy.policy import StepResult, learning_rate
+from igpo_megatron.policy.settings import Optim
+from igpo_megatron.training.queue import has_equal_rewards
+from igpo_megatron.training.step import balance_bounds, minibatches, row_loss, update
 from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, Trajectory
 
 

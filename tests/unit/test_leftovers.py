@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from igpo_megatron import leftovers
-from igpo_megatron.rollout import ray_cluster
+from igpo_megatron.engines import ray_cluster
+from igpo_megatron.supervision import leftovers
 from igpo_megatron.types import RunStopped
 
 OLD = time.time() - 3600
@@ -41,7 +41,7 @@ def test_only_abandoned_paths_of_that_prefix_go(tmp_path: Path) -> None:
 
 def test_the_claim_of_a_killed_process_ends_with_it(tmp_path: Path) -> None:
     path = make(tmp_path, "igpo-weights-a")
-    code = f"from igpo_megatron import leftovers; leftovers.claim({str(path)!r}); print(flush=True); input()"
+    code = f"from igpo_megatron.supervision import leftovers; leftovers.claim({str(path)!r}); print(flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as owner:
         assert owner.stdout is not None
         owner.stdout.readline()

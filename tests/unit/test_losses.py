@@ -22,7 +22,7 @@ from igpo_megatron.algorithms.losses import (
     sft,
     token_weight,
 )
-from igpo_megatron.config.schema import Bapo, Cispo, Gspo, Hapo, Loss, PolicyLoss, Ppo, Sft
+from igpo_megatron.algorithms.settings import Bapo, Cispo, Gspo, Hapo, Loss, PolicyLoss, Ppo, Sft
 from igpo_megatron.types import EntropyStats, StepCounts
 
 PLAIN = Ppo(kl_coef=0.0, aggregation="token_mean")

@@ -19,14 +19,15 @@ import prepare_data
 from igpo_megatron.data import records
 from igpo_megatron.data.check import check_file
 from igpo_megatron.data.corpus import Passage, read_corpus
-from igpo_megatron.data.prompts import Problem, read_prompts
+from igpo_megatron.data.problems import Problem
+from igpo_megatron.data.prompts import read_prompts
 from igpo_megatron.data.qa_sets import source_of, split_of
 from igpo_megatron.data.questions import Refused, convert
 from igpo_megatron.data.records import read_records
 from igpo_megatron.data.whole import whole
-from igpo_megatron.search import bm25_build
-from igpo_megatron.search.bm25 import Bm25Index
-from igpo_megatron.search.bm25_build import build_index
+from igpo_megatron.search.local import bm25_build
+from igpo_megatron.search.local.bm25 import Bm25Index
+from igpo_megatron.search.local.bm25_build import build_index
 
 
 def lines(path: Path, *rows: Any) -> Path:

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from igpo_megatron.config.schema import Summary, Visit
-from igpo_megatron.search.addresses import NOT_PUBLIC, is_public
-from igpo_megatron.search.extract import ExtractionFailed, Extractor, kind_of
-from igpo_megatron.search.fetch import PageStatus
-from igpo_megatron.search.reader import GAP, Page, PageReader, cut, fit, render_page, split_passages
+from igpo_megatron.tools.settings import Summary, Visit
+from igpo_megatron.tools.visit.addresses import NOT_PUBLIC, is_public
+from igpo_megatron.tools.visit.extract import ExtractionFailed, Extractor, kind_of
+from igpo_megatron.tools.visit.fetch import PageStatus
+from igpo_megatron.tools.visit.reader import GAP, Page, PageReader, cut, fit, render_page, split_passages
 
 ARTICLE = """<!DOCTYPE html><html><head><title>Lake Tana</title></head><body>
 <nav><a href="/">Home</a> <a href="/login">Sign in to your account</a></nav>

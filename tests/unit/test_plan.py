@@ -10,7 +10,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from igpo_megatron.cli import app
-from igpo_megatron.config.check import check
+from igpo_megatron.config.checks import check
 from igpo_megatron.config.load import load
 from igpo_megatron.plan import machines
 from igpo_megatron.plan.command import plan_run

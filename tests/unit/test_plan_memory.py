@@ -7,14 +7,14 @@ import torch
 from conftest import make_config, make_hf_folder
 
 from checkpoint_conversion.architectures import read_shape
-from igpo_megatron.actor import parallel, policy
-from igpo_megatron.actor.meta import rank_parameters
-from igpo_megatron.config.schema import Parallel
 from igpo_megatron.packing.tree import pack_for_training
 from igpo_megatron.plan.memory import in_flight, layer_activations, layer_kept, stage_memory
 from igpo_megatron.plan.model_shape import find_shape
 from igpo_megatron.plan.parts import active_parameters, count_parts, total_parameters
 from igpo_megatron.plan.types import Layout, PartSizes, Row, Settings
+from igpo_megatron.policy import parallel, policy
+from igpo_megatron.policy.meta import rank_parameters
+from igpo_megatron.policy.settings import Parallel
 from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, Trajectory
 
 FP32 = Settings(dtype_bytes=4, reference=False)
@@ -90,7 +90,7 @@ def saved_by_a_layer(folder, recompute: str, dtype: str, tokens: int) -> float:
             return tensor
 
         actor.chunks[0].train()
-        from igpo_megatron.actor.model import HeadInputs
+        from igpo_megatron.policy.model import HeadInputs
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             actor.wrapped[0](

@@ -22,7 +22,6 @@ import step
 
 import scaling_study
 from checkpoint_conversion.architectures import shape_of
-from igpo_megatron.actor import policy
 from igpo_megatron.cli import app
 from igpo_megatron.config.load import load
 from igpo_megatron.plan import machines
@@ -36,6 +35,7 @@ from igpo_megatron.plan.timed import Timed, corrected, modelled
 from igpo_megatron.plan.train_time import pass_time, update_time
 from igpo_megatron.plan.types import Layout, Row, Settings, Workload
 from igpo_megatron.plan.workload import shares_of
+from igpo_megatron.policy import policy
 
 ROOT = Path(__file__).resolve().parents[2]
 MEASURED = replace(gpu("h100"), name="NVIDIA H100 80GB HBM3", source="measured on NVIDIA H100 80GB HBM3, 2026-12-01")

@@ -4,9 +4,9 @@ import math
 
 import pytest
 
-from igpo_megatron import probe_check
 from igpo_megatron.config.load import build
-from igpo_megatron.probe_check import TRAINER_BOUND, Result, gap, probe_logprobs, relative_gap, synthetic_group
+from igpo_megatron.doctor import probes as probe_check
+from igpo_megatron.doctor.probes import TRAINER_BOUND, Result, gap, probe_logprobs, relative_gap, synthetic_group
 
 
 def test_a_gap_is_the_largest_difference_and_missing_or_invalid_values_are_infinitely_far():

@@ -8,14 +8,16 @@ import pytest
 from test_chat import END, LLAMA_LIKE, QWEN_LIKE, tokenizer
 from test_rollouts import WORDS, ScriptedSearch, completion
 
+from igpo_megatron.agent.rollouter import Rollouter
+from igpo_megatron.agent.settings import Rollout
 from igpo_megatron.algorithms.rewards import score
-from igpo_megatron.config.schema import Reward, Rollout
-from igpo_megatron.protocols import PROTOCOLS, Action, Answer, Malformed, ToolSet
-from igpo_megatron.protocols.json_calls import tool_schemas
-from igpo_megatron.protocols.tagged import boxed
-from igpo_megatron.rollout.chat import ChatFormat
-from igpo_megatron.rollout.rollouter import Rollouter
-from igpo_megatron.search.results import Observed
+from igpo_megatron.algorithms.settings import Reward
+from igpo_megatron.chat.format import ChatFormat
+from igpo_megatron.chat.protocols.base import Action, Answer, Malformed, ToolSet
+from igpo_megatron.chat.protocols.json_calls import tool_schemas
+from igpo_megatron.chat.protocols.registry import PROTOCOLS
+from igpo_megatron.chat.protocols.tagged import boxed
+from igpo_megatron.tools.base import Observed
 from igpo_megatron.types import Completion, Node, Prompt, RolloutGroup, Status, ToolCall, Trajectory
 
 TOOLS = ToolSet("search", 3, ("visit", "python"))

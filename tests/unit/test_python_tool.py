@@ -14,9 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from igpo_megatron.config.schema import Python
-from igpo_megatron.search import python_cgroup, python_syscalls, python_tool
-from igpo_megatron.search.python_tool import PythonResult, PythonStatus, PythonTool, render_result
+from igpo_megatron.tools.python import cgroup, syscalls, tool
+from igpo_megatron.tools.python.tool import PythonResult, PythonStatus, PythonTool, render_result
+from igpo_megatron.tools.settings import Python
 
 SMALL = Python(timeout_s=20, max_memory_mib=512, max_file_mib=1, max_processes=8, max_output_kib=1)
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,7 +45,7 @@ for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid
 open("/proc/sys/user/max_user_namespaces", "w").write("0")
 import asyncio
 from igpo_megatron.config.schema import Python
-from igpo_megatron.search.python_tool import PythonTool
+from igpo_megatron.tools.python.tool import PythonTool
 settings = Python(timeout_s=5, max_processes=8, allow_network=sys.argv[1] == "allow")
 try:
     tool = PythonTool.from_config(settings)
@@ -89,7 +89,7 @@ def test_output_last_value_and_error_come_back() -> None:
     assert (silent.status, silent.stdout, silent.value, silent.error) == (PythonStatus.OK, "", None, None)
     broken = run("print('before')\n[1, 2][5]")
     assert broken.status is PythonStatus.ERROR and broken.stdout == "before\n"
-    assert broken.error is not None and "IndexError" in broken.error and "line 2" in broken.error and "python_runner" not in broken.error
+    assert broken.error is not None and "IndexError" in broken.error and "line 2" in broken.error and "runner.py" not in broken.error
     assert "SyntaxError" in str(run("x =").error)
     assert run("import sys; sys.exit(0)").status is PythonStatus.OK and "4" in str(run("exit(4)").error)
     assert "exit code 3" in str(run("import os; os._exit(3)").error)
@@ -301,14 +301,14 @@ while time.time() < end:
 def without(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     """The runner finds none of these functions of the system."""
     refuse = "def refuse(*_): raise OSError(95, 'not here')\n"
-    runner = f"{python_tool.START.removesuffix('; python_runner.main()')}\n{refuse}"
-    lines = [f"python_runner.{name} = refuse" for name in names]
-    monkeypatch.setattr(python_tool, "START", "\n".join([runner, *lines, "python_runner.main()"]))
+    runner = f"{tool.START.removesuffix('; runner.main()')}\n{refuse}"
+    lines = [f"runner.{name} = refuse" for name in names]
+    monkeypatch.setattr(tool, "START", "\n".join([runner, *lines, "runner.main()"]))
 
 
 def abandoned_groups() -> list[str]:
     """Control groups of sandboxes whose keeper has ended."""
-    names = [entry for parent, _ in python_cgroup._parents() for entry in os.listdir(parent) if entry.startswith("igpo-python-")]
+    names = [entry for parent, _ in cgroup._parents() for entry in os.listdir(parent) if entry.startswith("igpo-python-")]
     return [name for name in names if not Path(f"/proc/{name.split('-')[2]}").exists()]
 
 
@@ -362,7 +362,7 @@ def test_whoever_kills_the_keeper_kills_the_code_and_the_next_call_removes_its_g
         call = asyncio.create_task(PythonTool(SMALL).run(f"import subprocess; subprocess.run(['/bin/sh', '-c', 'sleep 30; : {mark}'])"))
         while not processes_with(f": {mark}"):
             await asyncio.sleep(0.02)
-        (keeper,) = [one for one in psutil.Process().children() if "python_runner" in " ".join(one.cmdline())]
+        (keeper,) = [one for one in psutil.Process().children() if "tools.python import runner" in " ".join(one.cmdline())]
         keeper.kill()
         return await call
 
@@ -400,12 +400,12 @@ said
 """
     # The last two are not on the list.
     assert run(code).value == "{'ptrace': 1, 'process_vm_readv': 1, 'io_uring_setup': 1, 'getpid': True, 'personality': True}"
-    assert {"ptrace", "io_uring_setup", "add_key", "request_key", "keyctl"} <= set(python_syscalls.DENIED)
+    assert {"ptrace", "io_uring_setup", "add_key", "request_key", "keyctl"} <= set(syscalls.DENIED)
 
 
 @isolated
 def test_what_this_system_does_not_enforce_is_said_and_the_tool_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    without(monkeypatch, "PidsGroup.enter", "python_syscalls.deny")
+    without(monkeypatch, "PidsGroup.enter", "syscalls.deny")
     count, calls = open_doors()
     assert count == "no control group bounds the processes (not here): they are counted every 0.02 s instead"
     assert calls.startswith("system calls are not filtered ([Errno 95] not here)")
@@ -428,5 +428,5 @@ def test_a_control_group_is_made_where_the_system_hands_limits_down(tmp_path: Pa
     def there(path: str, **how: str) -> object:
         return open(tmp_path / Path(path).name if path in files else path, **how)
 
-    monkeypatch.setattr(python_cgroup, "open", there, raising=False)
-    assert list(python_cgroup._parents()) == [(str(tmp_path / "user"), str(own))]
+    monkeypatch.setattr(cgroup, "open", there, raising=False)
+    assert list(cgroup._parents()) == [(str(tmp_path / "user"), str(own))]

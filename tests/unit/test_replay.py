@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from igpo_megatron.algorithms import ADVANTAGES
+from igpo_megatron.algorithms.advantages.registry import ADVANTAGES
 from igpo_megatron.algorithms.replay import REPLAYED, SuccessBuffer
-from igpo_megatron.config.schema import Grpo
+from igpo_megatron.algorithms.settings import Grpo
 from igpo_megatron.packing.tree import pack_for_training
 from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, ToolCall, Trajectory
 

@@ -22,10 +22,10 @@ from igpo_megatron.algorithms.rewards import (
     published_score,
     score,
     score_lines,
-    tags_balanced,
 )
-from igpo_megatron.config.schema import Reward
-from igpo_megatron.protocols import PROTOCOLS
+from igpo_megatron.algorithms.settings import Reward
+from igpo_megatron.chat.protocols.igpo import tags_balanced
+from igpo_megatron.chat.protocols.registry import PROTOCOLS
 from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, ToolCall, Trajectory
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden" / "outcome_scores.json"

@@ -10,15 +10,16 @@ from concurrent.futures import Future
 
 import pytest
 
-from igpo_megatron.algorithms.outcome_advantages import GREEDY_REWARD
+from igpo_megatron.agent.rollouter import Rollouter
+from igpo_megatron.agent.settings import Rollout
+from igpo_megatron.algorithms.advantages.outcome import GREEDY_REWARD
+from igpo_megatron.algorithms.settings import Reward
+from igpo_megatron.chat.format import ChatFormat
 from igpo_megatron.config.load import build
-from igpo_megatron.config.schema import Reward, Rollout
+from igpo_megatron.engines.api import EngineError
 from igpo_megatron.observability.metrics import logprob_gap, rollout_metrics
-from igpo_megatron.rollout.agent import EngineError
-from igpo_megatron.rollout.chat import ChatFormat
-from igpo_megatron.rollout.rollouter import Rollouter
-from igpo_megatron.rollout_queue import RolloutQueue, check_staleness, staleness_metrics
-from igpo_megatron.train import queue_state
+from igpo_megatron.training.main import queue_state
+from igpo_megatron.training.queue import RolloutQueue, check_staleness, staleness_metrics
 from igpo_megatron.types import Completion, Node, Prompt, RolloutGroup, RunStopped, Status, ToolCall, Trajectory
 from tests.unit.test_rollouts import SETTINGS, WORDS, ScriptedSearch
 from tests.unit.test_rollouts import completion as said

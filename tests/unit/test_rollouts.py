@@ -14,19 +14,21 @@ import pytest
 from search_server import KEY, KEY_VARIABLE, Asked, serving, settings
 from test_chat import tokenizer
 
+from igpo_megatron.agent.rollouter import Rollouter, RolloutFailure
+from igpo_megatron.agent.settings import Rollout
+from igpo_megatron.agent.trajectory import counter_seed, render_results
 from igpo_megatron.algorithms.info_gain import add_probes, rendered_probes
 from igpo_megatron.algorithms.rewards import score
+from igpo_megatron.algorithms.settings import Reward
+from igpo_megatron.chat.format import ChatFormat
 from igpo_megatron.config.load import build
-from igpo_megatron.config.schema import Reward, Rollout
 from igpo_megatron.data.corpus import Passage
-from igpo_megatron.evaluate import evaluate
+from igpo_megatron.engines.api import EngineError, EnginesEnded
 from igpo_megatron.observability.metrics import rollout_metrics
-from igpo_megatron.rollout.agent import EngineError, EnginesEnded, counter_seed, render_results
-from igpo_megatron.rollout.chat import ChatFormat
-from igpo_megatron.rollout.rollouter import Rollouter, RolloutFailure
 from igpo_megatron.search import http
 from igpo_megatron.search.client import make_client
 from igpo_megatron.search.results import SearchResult, SearchStatus, SearchStopped
+from igpo_megatron.training.evaluate import evaluate
 from igpo_megatron.types import Completion, ProbeScore, Prompt, RolloutGroup, Status
 
 WORDS = tokenizer()

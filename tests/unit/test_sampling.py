@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from igpo_megatron.rollout.sampling import choose, entropies, processed_logprobs
+from igpo_megatron.engines.torch_engine.sampling import choose, entropies, processed_logprobs
 
 LOGITS = torch.tensor([[math.log(4.0), math.log(1.0), math.log(2.0), math.log(1.0)]])
 BARRED = torch.tensor([False, False, False, True])

@@ -8,11 +8,11 @@ import sys
 
 import pytest
 
-from igpo_megatron.config.schema import Search
 from igpo_megatron.data.corpus import Passage
-from igpo_megatron.search import bm25
-from igpo_megatron.search.bm25 import Bm25Index
 from igpo_megatron.search.client import SearchStatus, make_client
+from igpo_megatron.search.local import bm25
+from igpo_megatron.search.local.bm25 import Bm25Index
+from igpo_megatron.search.settings import Search
 
 IRAN = Passage("1", "Iran", "The currency of Iran is the Iranian Rial.")
 PERU = Passage("2", "Peru", "The currency of Peru is the Sol.")

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
-from igpo_megatron.config.schema import Chaos, Search
 from igpo_megatron.data.corpus import Passage
 from igpo_megatron.search import cache
 from igpo_megatron.search.cache import CachedClient, RecordingClient, ReplayClient, Shelf, Store
 from igpo_megatron.search.chaos import ChaosClient, added_latency
 from igpo_megatron.search.client import make_client, shelf
 from igpo_megatron.search.results import SearchClient, SearchResult, SearchStatus, SearchStopped
+from igpo_megatron.search.settings import Chaos, Search
 
 OK, EMPTY, ERROR = SearchStatus.OK, SearchStatus.EMPTY, SearchStatus.ERROR
 SHELF = Shelf.of("serper", {"top_k": 3})

@@ -9,11 +9,11 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from igpo_megatron.config.schema import Search
 from igpo_megatron.data.corpus import Passage
 from igpo_megatron.search.client import make_client
-from igpo_megatron.search.dense import DenseClient, DenseIndex, unit_rows
+from igpo_megatron.search.local.dense import DenseClient, DenseIndex, unit_rows
 from igpo_megatron.search.results import SearchStatus
+from igpo_megatron.search.settings import Search
 
 PASSAGES = (Passage("a", "Cats", "cat cat"), Passage("b", "Dogs", "dog"), Passage("c", "Both", "cat dog"))
 WORDS = ("cat", "dog", "query:", "passage:")

@@ -15,9 +15,9 @@ import pytest
 from search_server import KEY, KEY_VARIABLE, PROVIDERS, Asked, in_turn, passages, serving, settings
 
 from igpo_megatron.search import http
-from igpo_megatron.search.backend import Secret
 from igpo_megatron.search.client import make_client
 from igpo_megatron.search.limits import AdaptiveLimit, Blocked, Gate
+from igpo_megatron.search.providers.base import Secret
 from igpo_megatron.search.results import SearchStatus, SearchStopped
 
 OK, EMPTY, ERROR, TIMEOUT, LIMITED = (

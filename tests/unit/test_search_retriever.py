@@ -10,11 +10,11 @@ from email.utils import format_datetime
 import pytest
 from aiohttp import web
 
-from igpo_megatron.config.schema import Search
 from igpo_megatron.data.corpus import Passage
 from igpo_megatron.search import http
 from igpo_megatron.search.client import SearchStatus, SearchStopped, make_client
 from igpo_megatron.search.http import parse_retry_after
+from igpo_megatron.search.settings import Search
 
 IRAN = Passage("1", "Iran", "In Asia.")
 DOCUMENT = {"id": "1", "contents": '"Iran"\nIn Asia.'}

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from search_server import FAULTS, KEY, KEY_VARIABLE, PROVIDERS, Asked, in_turn, passages, serving, settings
 
-from igpo_megatron.config.schema import KEY_VARIABLES, Search
 from igpo_megatron.data.corpus import Passage
 from igpo_megatron.search import http
-from igpo_megatron.search.backend import Secret, Unreadable
 from igpo_megatron.search.client import CLIENTS, DECIDES, make_client
+from igpo_megatron.search.providers.base import Secret, Unreadable
+from igpo_megatron.search.providers.web import WEB_APIS, BrightData, GoogleCse, SerpApi, Serper, WebApi
 from igpo_megatron.search.results import SearchResult, SearchStatus, SearchStopped
-from igpo_megatron.search.web import WEB_APIS, BrightData, GoogleCse, SerpApi, Serper, WebApi
+from igpo_megatron.search.settings import KEY_VARIABLES, Search
 
 ERROR, TIMEOUT, LIMITED = SearchStatus.ERROR, SearchStatus.TIMEOUT, SearchStatus.RATE_LIMITED
 MEANT = {"429": LIMITED, "500": ERROR, "broken": ERROR, "html": ERROR, "empty_list": ERROR, "reset": ERROR, "never": TIMEOUT}
@@ -162,7 +162,7 @@ def test_a_query_that_is_too_long_is_cut_at_a_word(provider, most):
 
 
 def test_both_answers_of_search_r1_are_read_whatever_return_scores_asked_for():
-    from igpo_megatron.search.retriever import Retriever
+    from igpo_megatron.search.providers.retriever import Retriever
 
     plain, scored = {"id": "1", "contents": '"T"\nx'}, {"document": {"id": "1", "contents": '"T"\nx'}, "score": 1.0}
     for return_scores in (True, False):

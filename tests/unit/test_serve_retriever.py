@@ -22,9 +22,9 @@ from aiohttp import web
 
 import serve_retriever
 import serving
-from igpo_megatron.config.schema import Search
 from igpo_megatron.data.corpus import Passage
 from igpo_megatron.search.client import SearchStatus, make_client
+from igpo_megatron.search.settings import Search
 
 COMMAND = [sys.executable, serve_retriever.__file__]
 LINES = [
@@ -193,7 +193,7 @@ def test_an_unchanged_corpus_is_not_indexed_again_and_a_changed_one_is(tmp_path,
     (kept,) = (tmp_path / "corpus.jsonl.index").iterdir()
     first = find(["sol", "currency"], 2)
     with monkeypatch.context() as patch:
-        patch.setattr("igpo_megatron.search.bm25._build", lambda *_: pytest.fail("indexed again"))
+        patch.setattr("igpo_megatron.search.local.bm25._build", lambda *_: pytest.fail("indexed again"))
         again, find_again = serve_retriever.open_index(corpus, None, progress=False)
     assert number == again == 2 and find_again(["sol", "currency"], 2) == first and len(first[1]) == 2
     corpus.write_text(LINES[0])

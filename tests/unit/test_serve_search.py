@@ -18,10 +18,10 @@ from search_server import KEY, KEY_VARIABLE, in_turn, passages
 
 import serve_search
 from budgets import BudgetSpent, Ledger
-from igpo_megatron.config.schema import Search
 from igpo_megatron.search import http
 from igpo_megatron.search.client import SearchStatus, make_client
 from igpo_megatron.search.results import SearchStopped
+from igpo_megatron.search.settings import Search
 
 TOKEN = "0123456789abcdef-token"
 TOKEN_VARIABLE = "PROXY_TEST_TOKEN"

@@ -15,12 +15,12 @@ from test_page_reader import FAST, Server, serve
 from test_python_tool import isolated, without
 from typer.testing import CliRunner
 
-from igpo_megatron import tool_check
 from igpo_megatron.cli import app
 from igpo_megatron.config.load import build
 from igpo_megatron.data.prompts import read_prompts
-from igpo_megatron.search.tally import Tally
-from igpo_megatron.tool_check import Level, Stage, climb, num_calls, plan, questions, search_advice
+from igpo_megatron.doctor import tools as tool_check
+from igpo_megatron.doctor.tools import Level, Stage, climb, num_calls, plan, questions, search_advice
+from igpo_megatron.tools.tally import Tally
 
 
 def configured(search: dict[str, Any], **sections: Any) -> Any:

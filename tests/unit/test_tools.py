@@ -12,19 +12,22 @@ from test_protocols import SETTINGS, WORDS, Lines
 from test_python_tool import isolated
 from test_rollouts import ScriptedSearch
 
+from igpo_megatron.agent.rollouter import Rollouter
 from igpo_megatron.algorithms.rewards import score
+from igpo_megatron.algorithms.settings import Reward
+from igpo_megatron.chat.format import ChatFormat
+from igpo_megatron.chat.protocols.base import Answer
+from igpo_megatron.chat.protocols.registry import PROTOCOLS
 from igpo_megatron.config.load import build
-from igpo_megatron.config.schema import Config, Reward
+from igpo_megatron.config.schema import Config
 from igpo_megatron.data.corpus import Passage
-from igpo_megatron.evaluate import summarise
 from igpo_megatron.observability.metrics import rollout_metrics
-from igpo_megatron.protocols import PROTOCOLS, Answer
-from igpo_megatron.rollout.chat import ChatFormat
-from igpo_megatron.rollout.rollouter import Rollouter
-from igpo_megatron.search.python_tool import PythonTool
-from igpo_megatron.search.results import Observed, SearchResult, SearchStatus, SearchStopped
-from igpo_megatron.search.tally import percentile, tally_metrics
-from igpo_megatron.search.tools import make_tools
+from igpo_megatron.search.results import SearchResult, SearchStatus, SearchStopped
+from igpo_megatron.tools.base import Observed
+from igpo_megatron.tools.factory import make_tools
+from igpo_megatron.tools.python.tool import PythonTool
+from igpo_megatron.tools.tally import percentile, tally_metrics
+from igpo_megatron.training.evaluate import summarise
 from igpo_megatron.types import Prompt, Status, ToolCall
 
 

@@ -18,12 +18,12 @@ from transformers import AutoModelForCausalLM
 
 from checkpoint_conversion.hf_folder import HfReader
 from igpo_megatron.config.load import build
-from igpo_megatron.rollout import torch_engine
-from igpo_megatron.rollout.agent import EngineError, EnginesEnded
-from igpo_megatron.rollout.service import open_engines
-from igpo_megatron.rollout.slot_cache import SlotLayer
-from igpo_megatron.rollout.torch_engine import TorchEngine, _Turn
-from igpo_megatron.rollout.torch_model import TorchModel
+from igpo_megatron.engines.api import EngineError, EnginesEnded
+from igpo_megatron.engines.factory import open_engines
+from igpo_megatron.engines.torch_engine import engine as torch_engine
+from igpo_megatron.engines.torch_engine.cache import SlotLayer
+from igpo_megatron.engines.torch_engine.engine import TorchEngine, _Turn
+from igpo_megatron.engines.torch_engine.model import TorchModel
 from igpo_megatron.types import Canary, Completion, SyncError, UserError
 
 POLICY = Path(__file__).parents[2] / "examples/quickstart/policy"

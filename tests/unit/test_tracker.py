@@ -8,8 +8,8 @@ import sys
 import pytest
 from rich.console import Console
 
-from igpo_megatron.config.schema import Track
 from igpo_megatron.observability import tracker as tracker_module
+from igpo_megatron.observability.settings import Track
 from igpo_megatron.observability.tracker import Tracker, public_config, read_metrics, sum_phases
 
 

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from igpo_megatron.algorithms.settings import Gspo, Ppo
 from igpo_megatron.config.load import build
-from igpo_megatron.config.schema import Gspo, Ppo
-from igpo_megatron.learn import refuse_shared_turns
-from igpo_megatron.run import RunFolder
-from igpo_megatron.train import Side, collect
+from igpo_megatron.observability.run_folder import RunFolder
+from igpo_megatron.training.main import Side, collect
+from igpo_megatron.training.step import refuse_shared_turns
 from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, ToolCall, Trajectory
 
 ANSWER = "<think>I know.</think>\n<answer>{}</answer>"

@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from igpo_megatron.algorithms import ADVANTAGES
+from igpo_megatron.algorithms.advantages.registry import ADVANTAGES
+from igpo_megatron.algorithms.advantages.tree import arpo_advantages, entropy_stats
 from igpo_megatron.algorithms.losses import Tokens, aepo, ppo
-from igpo_megatron.algorithms.tree_advantages import arpo_advantages, entropy_stats
-from igpo_megatron.config.schema import Aepo, Arpo, Ppo
+from igpo_megatron.algorithms.settings import Aepo, Arpo, Ppo
 from igpo_megatron.packing.tree import pack_for_training, step_counts
 from igpo_megatron.types import EntropyStats, Node, Prompt, RolloutGroup, StepCounts, Trajectory
 from igpo_megatron.types import Status as End

@@ -10,10 +10,10 @@ import torch
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.testing import CompileCounter
 
-from igpo_megatron.actor import attention, tree_plan
-from igpo_megatron.actor.attention import BLOCK, block_mask, chain_attention, flex_tree_attention
-from igpo_megatron.actor.context import zigzag
-from igpo_megatron.actor.tree_plan import NEXT_BONUS, Chain, chains, grouped, plan_of
+from igpo_megatron.policy import attention, tree_plan
+from igpo_megatron.policy.attention import BLOCK, block_mask, chain_attention, flex_tree_attention
+from igpo_megatron.policy.context import zigzag
+from igpo_megatron.policy.tree_plan import NEXT_BONUS, Chain, chains, grouped, plan_of
 
 
 def random_row(seed: int, trees: int = 3, tokens: int = 40) -> list[int]:

@@ -14,12 +14,13 @@ from search_server import KEY, KEY_VARIABLE
 from test_page_reader import FAST, words
 from test_untrusted_text import BODIES, CHARSETS, PAGES, assert_clean, inputs
 
-from igpo_megatron.config.schema import Search, Summary, Visit
 from igpo_megatron.search.client import make_client
-from igpo_megatron.search.fetch import PageStatus
-from igpo_megatron.search.reader import Page, PageReader
 from igpo_megatron.search.results import SearchStopped
-from igpo_megatron.search.summary import Summariser, SummaryFailed
+from igpo_megatron.search.settings import Search
+from igpo_megatron.tools.settings import Summary, Visit
+from igpo_megatron.tools.visit.fetch import PageStatus
+from igpo_megatron.tools.visit.reader import Page, PageReader
+from igpo_megatron.tools.visit.summary import Summariser, SummaryFailed
 
 DEEP_PAGE = b"<html><body>" + b"<div>" * 100_000 + b"text here" + b"</div>" * 100_000
 

@@ -18,18 +18,20 @@ from hypothesis import strategies as st
 from search_server import KEY, KEY_VARIABLE, PROVIDERS
 from test_page_reader import pdf
 
-from igpo_megatron.config.schema import Search, Summary
-from igpo_megatron.protocols import PROTOCOLS, Answer, Malformed, ToolSet
-from igpo_megatron.search import page_text
+from igpo_megatron.chat.protocols.base import Answer, Malformed, ToolSet
+from igpo_megatron.chat.protocols.registry import PROTOCOLS
 from igpo_megatron.search.cache import _read_row
 from igpo_megatron.search.client import CLIENTS
-from igpo_megatron.search.extract import KINDS
 from igpo_megatron.search.http import LONGEST_PAUSE_S, HttpClient, parse_retry_after
-from igpo_megatron.search.python_runner import _outcome
-from igpo_megatron.search.python_tool import _read_report
-from igpo_megatron.search.reader import fit
 from igpo_megatron.search.results import SearchStatus, SearchStopped
-from igpo_megatron.search.summary import Summariser, SummaryFailed
+from igpo_megatron.search.settings import Search
+from igpo_megatron.tools.python.runner import _outcome
+from igpo_megatron.tools.python.tool import _read_report
+from igpo_megatron.tools.settings import Summary
+from igpo_megatron.tools.visit import page_text
+from igpo_megatron.tools.visit.extract import KINDS
+from igpo_megatron.tools.visit.reader import fit
+from igpo_megatron.tools.visit.summary import Summariser, SummaryFailed
 from igpo_megatron.types import ToolCall
 from igpo_megatron.untrusted import BadJson, clean_text, json_loads_untrusted
 

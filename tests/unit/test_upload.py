@@ -8,13 +8,13 @@ from itertools import pairwise
 import pytest
 import torch
 
-from igpo_megatron.actor import upload as module
-from igpo_megatron.actor.context import part_of
-from igpo_megatron.actor.host_memory import ALIGNMENT, rounded
-from igpo_megatron.actor.model import HeadInputs, split_of
-from igpo_megatron.actor.upload import upload
 from igpo_megatron.packing.experts import ExpertShape
 from igpo_megatron.packing.tree import PackedRow, pack_for_scoring
+from igpo_megatron.policy import upload as module
+from igpo_megatron.policy.context import part_of
+from igpo_megatron.policy.host_memory import ALIGNMENT, rounded
+from igpo_megatron.policy.model import HeadInputs, split_of
+from igpo_megatron.policy.upload import upload
 from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, Trajectory
 
 HOST = torch.device("cpu")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from igpo_megatron.waits import Recorder, Wait, WaitExpired, culprit, oldest, recording, waiting
+from igpo_megatron.supervision.waits import Recorder, Wait, WaitExpired, culprit, oldest, recording, waiting
 
 FIRST = Wait("rank 1", "the groups of step 3", "rank 0", 100.0)
 SECOND = Wait("rank 0", "the rollouts of step 3", "engine 1", 101.0)
@@ -119,7 +119,7 @@ def expired(recorder: Recorder, last: Callable[[], object]) -> str:
 
 def test_a_process_that_ends_itself_because_a_wait_cannot_be_interrupted_says_why_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     ended, said = threading.Event(), []
-    monkeypatch.setattr("igpo_megatron.waits._UNINTERRUPTED_S", 0.1)
+    monkeypatch.setattr("igpo_megatron.supervision.waits._UNINTERRUPTED_S", 0.1)
     monkeypatch.setattr("os._exit", lambda code: ended.set())
     recorder = Recorder("rank 1", tmp_path, look_s=0.02, last_words=lambda why: said.append(str(why)))
     sentence = expired(recorder, lambda: ended.wait(20))

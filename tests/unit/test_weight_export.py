@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from checkpoint_conversion.rules import Rule
-from igpo_megatron.actor.weight_sync import batches, checked
+from igpo_megatron.policy.weight_sync import batches, checked
 from igpo_megatron.types import SyncError
 
 EXPECTED = {"embed": (9, 8), "layers.0.q": (8, 8), "layers.0.bias": (8,)}

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from igpo_megatron.config.schema import Sync
-from igpo_megatron.rollout.engine_actor import EngineLost
-from igpo_megatron.rollout.weight_send import Rows, Transfer, deadline_s, export, fingerprints
-from igpo_megatron.rollout.weight_store import Bucket, SharedWeights, fingerprint, in_buckets, read, received
+from igpo_megatron.engines.actor import EngineLost
 from igpo_megatron.types import SyncError
+from igpo_megatron.weights.send import Rows, Transfer, deadline_s, export, fingerprints
+from igpo_megatron.weights.settings import Sync
+from igpo_megatron.weights.store import Bucket, SharedWeights, fingerprint, in_buckets, read, received
 
 Tensors = list[tuple[str, torch.Tensor]]
 Fault = Callable[[Tensors, int, Tensors], Tensors]

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 import world_facts
-from igpo_megatron.search.bm25 import Bm25Index
+from igpo_megatron.search.local.bm25 import Bm25Index
 from world_facts import Hop
 
 

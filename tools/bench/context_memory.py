@@ -22,17 +22,17 @@ import typer
 from common import finish
 from models import CONTEXT, SHAPES
 
-from igpo_megatron.actor import cpu
+from igpo_megatron.policy import cpu
 
 cpu.install()
 
 from megatron.core import parallel_state  # noqa: E402
 
-from igpo_megatron.actor import parallel, schedule  # noqa: E402
-from igpo_megatron.actor.policy import Policy  # noqa: E402
-from igpo_megatron.actor.weight_sync import canary_group  # noqa: E402
 from igpo_megatron.config.load import build  # noqa: E402
 from igpo_megatron.packing.tree import PackedRow, pack_for_training  # noqa: E402
+from igpo_megatron.policy import parallel, schedule  # noqa: E402
+from igpo_megatron.policy.policy import Policy  # noqa: E402
+from igpo_megatron.policy.weight_sync import canary_group  # noqa: E402
 
 DEGREES = (1, 2, 4)
 RECOMPUTE = ("none", "selective")

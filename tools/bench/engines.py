@@ -19,14 +19,14 @@ import typer
 from common import finish, interleaved, ratio
 from transformers import AutoModelForCausalLM
 
-from igpo_megatron import evaluate
+from igpo_megatron.agent.rollouter import Rollouter
+from igpo_megatron.chat.format import ChatFormat
+from igpo_megatron.chat.tokenizer import load_tokenizer
 from igpo_megatron.config.load import load
-from igpo_megatron.endings import one_sentence
-from igpo_megatron.rollout.chat import ChatFormat
-from igpo_megatron.rollout.rollouter import Rollouter
-from igpo_megatron.rollout.service import open_engines
-from igpo_megatron.rollout.tokenizer import load_tokenizer
+from igpo_megatron.engines.factory import open_engines
 from igpo_megatron.search.client import make_client
+from igpo_megatron.supervision.endings import one_sentence
+from igpo_megatron.training import evaluate
 
 DEMO = Path("examples/quickstart/igpo.yaml")
 QUESTIONS, SAMPLES = 8, 8

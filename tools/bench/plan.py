@@ -93,9 +93,9 @@ def main(
     """Measure every case, predict it, compare."""
     from common import finish
 
-    from igpo_megatron.actor import cpu
     from igpo_megatron.plan import machines
     from igpo_megatron.plan.calibrate import calibrate
+    from igpo_megatron.policy import cpu
 
     state = ROOT / "runs" / "bench-plan.json"
     if fresh:
@@ -104,7 +104,7 @@ def main(
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     machine = machines.read(calibration) if calibration else calibrate()
     cpu.install()
-    from igpo_megatron.actor import policy  # noqa: F401  imported before ranks are forked
+    from igpo_megatron.policy import policy  # noqa: F401  imported before ranks are forked
 
     rows = []
     with TemporaryDirectory(prefix="igpo-bench-") as folder:
@@ -278,7 +278,7 @@ def rank_main(case: Case, model: Path, steps: int) -> dict[str, Any]:
     """One rank: build the policy, take the steps, say what they took."""
     import torch
 
-    from igpo_megatron.actor import parallel
+    from igpo_megatron.policy import parallel
 
     parallel_config = {"tensor": case.tensor, "pipeline": case.pipeline, "data": case.data, "sequence": case.tensor > 1}
     from igpo_megatron.config.load import build
@@ -295,8 +295,8 @@ def rank_main(case: Case, model: Path, steps: int) -> dict[str, Any]:
     ranks = parallel.init(config)
     from memory import anonymous_peak
 
-    from igpo_megatron.actor.policy import Policy
     from igpo_megatron.packing.tree import pack_for_training, step_counts
+    from igpo_megatron.policy.policy import Policy
 
     torch.ones(64, 64) @ torch.ones(64, 64)  # the matmul library's own buffers
     # What the parent had freed would be filled first, without a trace.
@@ -332,7 +332,7 @@ def row_shape(row: Any) -> list[float]:
     """The fields of `Row` of a packed row, with what its attention plan copies."""
     import torch
 
-    from igpo_megatron.actor.tree_plan import plan_of
+    from igpo_megatron.policy.tree_plan import plan_of
 
     calls = plan_of(row.subtree_end).calls
     gathered = sum(len(call.keys) for call in calls if isinstance(call.keys, torch.Tensor))

@@ -21,9 +21,9 @@ import typer
 from common import finish, interleaved, ratio
 from models import SHAPES, random_policy
 
-from igpo_megatron.actor import parallel
 from igpo_megatron.config.load import build
-from igpo_megatron.probe_check import gap, probe_logprobs, score_in_trainer, synthetic_group
+from igpo_megatron.doctor.probes import gap, probe_logprobs, score_in_trainer, synthetic_group
+from igpo_megatron.policy import parallel
 from igpo_megatron.types import RolloutGroup
 
 PROMPT, TURN, PROBE = 500, 1500, 24
@@ -42,7 +42,7 @@ def main(
     out: Annotated[Path | None, typer.Option(dir_okay=False, help="Result file; default: results/DEVICE/probe_cost.json.")] = None,
 ) -> None:
     """Time every scheme on the same probes."""
-    from igpo_megatron.actor.policy import Policy
+    from igpo_megatron.policy.policy import Policy
 
     cuda = torch.cuda.is_available()
     scale = 1 if cuda else 10
@@ -141,7 +141,7 @@ def schemes(policy: Any, group: RolloutGroup, published: list[str], repeats: int
 
 def in_engine(config: Any, cases: dict[int, RolloutGroup]) -> dict[int, tuple[float, float]]:
     """Seconds that the probes of each trajectory take in vLLM, turn by turn, and the largest difference to the trainer's values."""
-    from igpo_megatron.rollout.engines import EnginePool
+    from igpo_megatron.engines.pool import EnginePool
 
     results = {}
     with EnginePool(config) as engines:

@@ -35,14 +35,14 @@ from common import finish, ratio
 from rich.console import Console
 from rich.progress import track
 
+from igpo_megatron.agent.rollouter import Rollouter
+from igpo_megatron.chat.format import ChatFormat
 from igpo_megatron.config.load import load
 from igpo_megatron.config.schema import Config
 from igpo_megatron.data.question_files import read_prompts
-from igpo_megatron.rollout.agent import Engine
-from igpo_megatron.rollout.chat import ChatFormat
-from igpo_megatron.rollout.engines import EnginePool
-from igpo_megatron.rollout.rollouter import Rollouter
-from igpo_megatron.search.bm25 import Bm25Client
+from igpo_megatron.engines.api import Engine
+from igpo_megatron.engines.pool import EnginePool
+from igpo_megatron.search.local.bm25 import Bm25Client
 from igpo_megatron.search.results import SearchClient, SearchResult
 from igpo_megatron.types import Completion, ProbeScore, Prompt
 

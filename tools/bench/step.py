@@ -35,7 +35,6 @@ from plan import row_shape
 from tree_training import branched
 
 from checkpoint_conversion.architectures import shape_of
-from igpo_megatron.actor import parallel
 from igpo_megatron.algorithms.losses import Tokens, ppo, token_weight
 from igpo_megatron.config.load import build
 from igpo_megatron.packing.tree import PackedRow, pack_for_training, step_counts
@@ -44,10 +43,11 @@ from igpo_megatron.plan.calibrate import calibrate
 from igpo_megatron.plan.flops import model_flops
 from igpo_megatron.plan.timed import corrected, modelled, timed_from
 from igpo_megatron.plan.types import Machine, Recompute, Row
+from igpo_megatron.policy import parallel
 from igpo_megatron.types import StepCounts
 
 if TYPE_CHECKING:
-    from igpo_megatron.actor.policy import Policy
+    from igpo_megatron.policy.policy import Policy
 
 LAYERS = {"7B": 4}
 """Of shapes whose weights, gradients and Adam state do not fit 80 GB."""
@@ -148,7 +148,7 @@ def config_of(path: Path | str, device: str, recompute: str, row_tokens: int) ->
 
 def measure(config: Any, ranks: parallel.Ranks, cases: Sequence[Case], repeats: int, until: float, deadline: float) -> None:
     """Fill in cases of one setting. Repetitions end about `until`; after `deadline` (both of time.monotonic) nothing is begun."""
-    from igpo_megatron.actor.policy import Policy
+    from igpo_megatron.policy.policy import Policy
 
     free()
     before = anonymous_bytes()

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 import typer
 from common import finish, interleaved, ratio
 
-from igpo_megatron.actor import attention, tree_plan
+from igpo_megatron.doctor.probes import synthetic_group
 from igpo_megatron.packing.tree import pack_for_scoring
-from igpo_megatron.probe_check import synthetic_group
+from igpo_megatron.policy import attention, tree_plan
 
 PROMPT, TURN, PROBE = 500, 1500, 24
 HEADS, KV_HEADS, DIM = 28, 4, 128

@@ -20,10 +20,10 @@ import typer
 from common import finish, interleaved, ratio
 from models import random_policy
 
-from igpo_megatron.actor import parallel
 from igpo_megatron.algorithms.losses import Tokens, ppo, token_weight
 from igpo_megatron.config.load import build
 from igpo_megatron.packing.tree import PackedRow, pack_for_training, step_counts
+from igpo_megatron.policy import parallel
 from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, Trajectory
 
 PROMPT, TURN, TURNS = 1000, 800, 10
@@ -40,7 +40,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Result file; default: results/DEVICE/tree_training.json.")] = None,
 ) -> None:
     """Time both layouts and compare their gradients."""
-    from igpo_megatron.actor.policy import Policy
+    from igpo_megatron.policy.policy import Policy
 
     cuda = torch.cuda.is_available()
     scale = 1 if cuda else 20

@@ -25,7 +25,7 @@ from common import finish, interleaved, ratio
 from models import random_policy
 
 from igpo_megatron.config.load import build
-from igpo_megatron.rollout.engines import EnginePool
+from igpo_megatron.engines.pool import EnginePool
 
 PREFIXES, BATCHES = (800, 1600), (1, 16)
 PROBE, WORDING = 24, 12

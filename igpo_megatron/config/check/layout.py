@@ -8,7 +8,8 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from igpo_megatron.config.check.common import divisors, needs_engines, num_experts
-from igpo_megatron.config.schema import Config, Parallel
+from igpo_megatron.config.schema import Config
+from igpo_megatron.policy.settings import Parallel
 
 
 def check_layout(config: Config, world_size: int) -> Iterator[str]:

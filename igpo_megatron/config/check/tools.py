@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 
 from igpo_megatron.config.check.common import needs_engines
-from igpo_megatron.config.schema import Config, Search
+from igpo_megatron.config.schema import Config
+from igpo_megatron.search.settings import Search
 
 MOST_RESULTS = {"azure_bing": 50, "google_cse": 10, "tavily": 20, "brave": 20}
 """Results that a web API gives per query at most."""

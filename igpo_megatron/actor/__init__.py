@@ -1,1 +1,0 @@
-"""The policy on Megatron-Core: the only package that knows Megatron."""

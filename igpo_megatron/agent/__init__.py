@@ -1,0 +1,9 @@
+"""The agent loop: one question becomes one tree of turns.
+
+trajectory.py  one path: think, call a tool, read, think again, answer. Begin here.
+rollouter.py   many questions at once, with deadlines and a failure budget
+trees/         which paths fork, and where
+prober.py      probes of the ground truth, scored by engines during the rollout
+
+Imports chat, tools, search and the interfaces of engines; knows neither torch nor Ray.
+"""

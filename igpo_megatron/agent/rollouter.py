@@ -1,0 +1,294 @@
+"""Many trajectories at once: one asyncio task each, no barrier between turns.
+
+prompts ──> groups ──gather(run_trajectory, ...)──> groups with trajectories in order of their sample number
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import Future
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from igpo_megatron.agent.prober import Prober, RenderedProbe
+from igpo_megatron.agent.settings import GainBranching, NoBranching, Rollout
+from igpo_megatron.agent.trajectory import TurnWatch, counter_seed, run_trajectory
+from igpo_megatron.agent.trees.entropy import EntropyGrower
+from igpo_megatron.agent.trees.gain import GainGrower
+from igpo_megatron.chat.format import ChatFormat
+from igpo_megatron.chat.room import probe_tokens, too_long
+from igpo_megatron.engines.api import Engine, EngineError
+from igpo_megatron.search.results import SearchClient
+from igpo_megatron.supervision.crashes import CrashLog
+from igpo_megatron.tools.base import Tool
+from igpo_megatron.tools.tally import Tally, TallyClient, TallyTool, search_tally
+from igpo_megatron.types import Node, Prompt, RolloutGroup, RunStopped, Status, Trajectory
+from igpo_megatron.untrusted import clean_text
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+
+class RolloutFailure(RunStopped):
+    """Too many trajectories or searches of a step failed for reasons outside the policy."""
+
+
+class Rollouter:
+    """Runs rollouts on an event loop of its own, so that callers need not be asynchronous."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        search: SearchClient,
+        chat: ChatFormat,
+        config: Rollout,
+        *,
+        seed: int,
+        probes_of: Callable[[Prompt], Sequence[RenderedProbe]] | None = None,
+        tools: Mapping[str, Tool] | None = None,
+        crashes: Path | None = None,
+    ) -> None:
+        """`probes_of`: the probes of a question, where the engine is to score them during training rollouts.
+
+        `tools`: those beside search, by name; closed, as `search` is, when the rollouter is.
+
+        `crashes`: file for the tracebacks of trajectories that raise what nobody expected.
+        """
+        self._engine, self._search, self._chat, self._config, self._seed = engine, search, chat, config, seed
+        self._probes_of = probes_of
+        self._tools = tools or {}
+        self._crashes = CrashLog(crashes)
+        self._told_too_long = False
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="rollouts", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.start(self._close()).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def run_sync(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        samples: int,
+        step: int,
+        temperature: float | None,
+        probe: bool = False,
+        branch: bool = False,
+        on_progress: Callable[[float], None] | None = None,
+    ) -> list[RolloutGroup]:
+        """`run`, waited for."""
+        work = self.run(prompts, samples=samples, step=step, temperature=temperature, probe=probe, branch=branch, on_progress=on_progress)
+        return self.start(work).result()
+
+    def start(self, work: Coroutine[Any, Any, Result]) -> Future[Result]:
+        """Let `work`, such as a `run`, go on beside whatever the caller does next. Cancelling the future ends it."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def tallies(self) -> dict[str, Tally]:
+        """Tool -> a new tally, for `run` to fill; search is called `search`, whatever the policy calls it."""
+        return {"search": search_tally(), **{name: Tally() for name in self._tools}}
+
+    async def run(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        samples: int,
+        step: int,
+        temperature: float | None,
+        probe: bool = False,
+        branch: bool = False,
+        close_at: int | None = None,
+        tallies: Mapping[str, Tally] | None = None,
+        asked: Counter[str] | None = None,
+        on_progress: Callable[[float], None] | None = None,
+    ) -> list[RolloutGroup]:
+        """One group of `samples` trajectories per prompt that fits the context; `temperature` None takes the configured one.
+
+        With `probe` the engine scores the probes of every state, if this rollouter was given any; with `branch` groups grow as
+        `rollout.branching` says; `close_at` trajectories of a group end it. What tools did is added to `tallies`.
+
+        A question that comes again in a step is another group, sampled with seeds of its own. `asked` counts how often each was asked in
+        `step` before, and is counted on; None where this is the step's only call.
+
+        Raises RolloutFailure when more than `rollout.max_failed_fraction` of the trajectories or of the searches failed.
+        """
+        groups = [self._open(prompt) for prompt in prompts if self._has_room(prompt)]
+        seeds = self._seeds(groups, Counter() if asked is None else asked)
+        probers = [Prober(self._engine, group, self._probes_of(group.prompt)) if probe and self._probes_of else None for group in groups]
+        tallies = self.tallies() if tallies is None else tallies
+        search = TallyClient(self._search, tallies["search"])
+        tools = {name: TallyTool(tool, tallies[name]) for name, tool in self._tools.items()}
+        done = 0
+
+        async def one(
+            group: RolloutGroup, prober: Prober | None, seed: int, start: Sequence[int], sample: int | str, watch: TurnWatch | None = None
+        ) -> Trajectory:
+            nonlocal done
+            chosen = self._config.temperature if temperature is None else temperature
+            trajectory = await self._bounded(group, prober, search, tools, start, seed, sample, watch, step, chosen)
+            done += 1
+            if on_progress:
+                on_progress(done / (len(groups) * samples))
+            return trajectory
+
+        def whole(group: RolloutGroup, prober: Prober | None, seed: int) -> Coroutine[Any, Any, list[Trajectory]]:
+            branching = self._config.branching
+            if not branch or isinstance(branching, NoBranching):
+                return _first([one(group, prober, seed, [0], sample) for sample in range(samples)], close_at or samples)
+
+            def uniform(*parts: object) -> float:
+                return counter_seed(seed, step, group.prompt.id, "branch", *parts) / 2**31
+
+            run_path = partial(one, group, prober, seed)
+            if isinstance(branching, GainBranching):
+                assert prober is not None, "rollout.branching.name=gain needs probes that the engine scores"
+                return GainGrower(group, branching, samples, run_path=run_path, uniform=uniform, prober=prober).grow()
+            vocab = self._chat.vocab_size
+            return EntropyGrower(group, branching, samples, run_path=run_path, uniform=uniform, vocab_size=vocab).grow()
+
+        try:
+            parts = zip(groups, probers, seeds, strict=True)
+            ends = await _all([self._alone(whole(group, prober, own), group, samples) for group, prober, own in parts])
+        finally:
+            await asyncio.gather(*(prober.close() for prober in probers if prober is not None))
+        for group, trajectories in zip(groups, ends, strict=True):
+            group.trajectories = trajectories
+        _check_failures([end for trajectories in ends for end in trajectories], tallies["search"], self._config.max_failed_fraction)
+        return groups
+
+    async def _close(self) -> None:
+        unfinished = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in unfinished:
+            task.cancel()
+        await asyncio.gather(*unfinished, return_exceptions=True)
+        await asyncio.gather(self._search.close(), *(tool.close() for tool in self._tools.values()))
+
+    def _seeds(self, groups: Sequence[RolloutGroup], asked: Counter[str]) -> list[int]:
+        """What the sampling seeds of each group are derived from: the run's seed where its question is asked the first time in a step."""
+        seeds = []
+        for group in groups:
+            times = asked[group.prompt.id]
+            seeds.append(counter_seed(self._seed, "asked again", times) if times else self._seed)
+            asked[group.prompt.id] += 1
+        return seeds
+
+    def _has_room(self, prompt: Prompt) -> bool:
+        """Whether a question leaves room for a turn; the first that does not is logged."""
+        reason = too_long(prompt, self._chat, self._config)
+        if reason is not None and not self._told_too_long:
+            self._told_too_long = True
+            logger.warning("question %s: %s. It is left out, as others like it will be", prompt.id, reason)
+        return reason is None
+
+    def _open(self, prompt: Prompt) -> RolloutGroup:
+        ids, text = self._chat.open(prompt.question)
+        return RolloutGroup(prompt, [Node(None, "prompt", ids, text=text)])
+
+    async def _bounded(
+        self,
+        group: RolloutGroup,
+        prober: Prober | None,
+        search: SearchClient,
+        tools: Mapping[str, Tool],
+        start: Sequence[int],
+        seed: int,
+        sample: int | str,
+        watch: TurnWatch | None,
+        step: int,
+        temperature: float,
+    ) -> Trajectory:
+        """A trajectory within its deadline; trouble of the engine, and whatever nobody expected, ends this one and no other."""
+        try:
+            async with asyncio.timeout(self._config.deadline_s) as deadline:
+                trajectory = await run_trajectory(
+                    group,
+                    engine=self._engine,
+                    search=search,
+                    tools=tools,
+                    chat=self._chat,
+                    config=self._config,
+                    prober=prober,
+                    temperature=temperature,
+                    probe_tokens=probe_tokens(group.prompt, self._chat),
+                    seed=seed,
+                    step=step,
+                    sample=sample,
+                    start=start,
+                    watch=watch,
+                )
+                if prober is not None:
+                    await prober.collect(trajectory.path)
+                return trajectory
+        except EngineError as error:
+            return Trajectory([0], Status.ENGINE_FAILED, reason=clean_text(str(error)))
+        except RunStopped:
+            raise
+        except Exception as error:  # noqa: BLE001  (one answer of a policy, a page or a peer must not take the whole step with it)
+            if isinstance(error, TimeoutError) and deadline.expired():
+                return Trajectory([0], Status.ENGINE_FAILED, reason=f"not done within rollout.deadline_s={self._config.deadline_s:g}")
+            return Trajectory([0], Status.CRASHED, reason=self._crashes.record(f"sample {sample} of question {group.prompt.id}", error))
+
+    async def _alone(self, growing: Coroutine[Any, Any, list[Trajectory]], group: RolloutGroup, samples: int) -> list[Trajectory]:
+        """A group's trajectories; where what decides on its forks raises what nobody expected, all of this group's have crashed."""
+        try:
+            return await growing
+        except RunStopped:
+            raise
+        except Exception as error:  # noqa: BLE001  (as for a trajectory)
+            reason = self._crashes.record(f"question {group.prompt.id}", error)
+            return [Trajectory([0], Status.CRASHED, reason=reason) for _ in range(samples)]
+
+
+async def _all(work: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
+    """Every outcome, in order; where one raises, the others are ended before it is raised on."""
+    tasks = [asyncio.ensure_future(part) for part in work]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
+
+
+async def _first(work: Sequence[Coroutine[Any, Any, Trajectory]], count: int) -> list[Trajectory]:
+    """How trajectories ended, in order; when `count` of them have said something of the policy, the others are given up."""
+    tasks = [asyncio.ensure_future(part) for part in work]
+    try:
+        ended = 0
+        for ending in asyncio.as_completed(tasks):
+            ended += (await ending).status.is_trainable
+            if ended >= count:
+                break
+    finally:
+        late = [task for task in tasks if not task.done()]
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    return [Trajectory([0], Status.LATE, reason=f"{count} others had ended") if task in late else task.result() for task in tasks]
+
+
+def _check_failures(ends: Sequence[Trajectory], search: Tally, allowed: float) -> None:
+    """RolloutFailure where the failed share of trajectories or of searches is more than `allowed`."""
+    reasons = Counter(end.reason for end in ends if end.status.is_failure)
+    for what, failures, total in (("trajectories", reasons, len(ends)), ("searches", search.failures, search.calls)):
+        failed = failures.total()
+        if failed > allowed * total:
+            reason, count = failures.most_common(1)[0]
+            raise RolloutFailure(
+                f"{failed} of {total} {what} failed, more than rollout.max_failed_fraction={allowed:g}; most often ({count}): {reason}"
+            )

@@ -1,0 +1,1 @@
+"""Which trajectories fork, and where: base.py grows a tree, entropy.py (ARPO, AEPO) and gain.py decide."""

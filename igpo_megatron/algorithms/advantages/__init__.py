@@ -1,0 +1,1 @@
+"""Advantages: one number per turn, from outcomes, gains or branches. registry.py lists them."""

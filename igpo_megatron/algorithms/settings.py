@@ -1,0 +1,330 @@
+"""Settings of the algorithms: reward and information gain, one section per advantage, one section per loss."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from igpo_megatron.settings import Section
+
+PUBLISHED_PROBE = "\nNow there's enough information to answer\n</think>\n<answer>\n{answer}\n</answer><|im_end|>"
+"""Probe text of the published IGPO code; it continues a forced `<think>`."""
+
+
+class Reward(Section):
+    """Outcome reward and information gain."""
+
+    outcome: Literal["f1", "em", "em_squad", "f1_multiset"] = "f1"
+    """Score of a well-formed answer, best over all aliases: F1 of sets of words or exact match (IGPO: articles count), exact match after
+    SQuAD's normalisation (Search-R1: they do not), or F1 after it (ARPO), in which repeated words count."""
+
+    format_penalty: float = -2.0
+    """Reward of a malformed trajectory (IGPO -2, ARPO -1)."""
+
+    tool_bonus: NonNegativeFloat = 0.0
+    """Added to a reward above zero where both search and python were used and returned something (ARPO 0.1)."""
+
+    overlong: tuple[NonNegativeInt, PositiveInt] | None = None
+    """Overlong shaping (DAPO, arXiv 2503.14476): sampled tokens of a trajectory from which the reward falls, and where it has fallen by 1
+    and stays; null leaves length alone."""
+
+    gain: Literal["log_prob_diff", "prob_diff", "none"] = "log_prob_diff"
+    """Value whose rise over a turn is the turn's gain: mean log-prob of the answer, its exponential, or no gains at all."""
+
+    probe_template: str = PUBLISHED_PROBE
+    """Text appended to the context to ask for the answer; `{answer}` is the ground truth and only its tokens are scored."""
+
+    probe_alias: Literal["first", "shortest", "max"] = "first"
+    """Which alias is probed: the first, the one with fewest tokens, or every alias with the best value taken."""
+
+    probe_max_tokens: PositiveInt = 64
+    """Ground-truth tokens probed at most; longer answers are cut (whole-page aliases exist in NQ)."""
+
+    probe_temperature: Literal[1, "sampling"] = 1
+    """What the logits of probes are divided by: 1, so that gains are differences of the policy's own log-probs (paper), or
+    `rollout.temperature`, as those of sampled tokens are (published code). Both are the same where that is 1."""
+
+    scorer: Literal["fold", "engine", "batched", "sequential"] = "fold"
+    """`fold`: probes are leaves of the packed tree in the old-log-prob pass; `engine`: vLLM scores them beside the next turn's
+    generation; `batched`, `sequential`: the published schemes, every probe with its whole context (references)."""
+
+    evidence: bool = False
+    """A second probe per turn, with the newest tool result hidden, splits each gain into evidence and own reasoning."""
+
+
+class Igpo(Section):
+    """IGPO (arXiv 2510.14967): turn gains and outcome, normalised over the group, summed over the remaining turns."""
+
+    name: Literal["igpo"] = "igpo"
+    normalise: Literal["separate", "joint"] = "separate"
+    """z-score gains and outcomes each among themselves (paper) or in one population (code default)."""
+
+    divide_by_std: bool = True
+    """False subtracts the mean only."""
+
+    gamma: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Discount per turn."""
+
+    gain_weight: tuple[float, float] = (1.0, 1.0)
+    """Weight of gains at the first and last step, linear between; applied after normalisation."""
+
+    outcome_weight: tuple[float, float] = (1.0, 1.0)
+    """Weight of the outcome at the first and last step."""
+
+
+class IgpoLoo(Section):
+    """IGPO with a leave-one-out baseline per turn index instead of mean subtraction before summing."""
+
+    name: Literal["igpo_loo"] = "igpo_loo"
+    gamma: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Discount per turn."""
+
+    gain_weight: tuple[float, float] = (1.0, 1.0)
+    """Weight of gains at the first and last step, linear between."""
+
+    outcome_weight: tuple[float, float] = (1.0, 1.0)
+    """Weight of the outcome at the first and last step."""
+
+
+class Grpo(Section):
+    """GRPO (arXiv 2402.03300): group z-score of the outcome, the same for every turn."""
+
+    name: Literal["grpo"] = "grpo"
+    divide_by_std: bool = True
+    """False subtracts the mean only (Dr. GRPO, arXiv 2503.20783)."""
+
+    statistics: Literal["trajectories", "tokens"] = "trajectories"
+    """What mean and std are taken over; `tokens` counts every trajectory by its length (HAPO's token-level group average, 2509.16591)."""
+
+
+class Rloo(Section):
+    """RLOO (arXiv 2402.14740): outcome minus the mean outcome of the other samples."""
+
+    name: Literal["rloo"] = "rloo"
+
+
+class GiGpo(Section):
+    """GiGPO (arXiv 2505.10978): group z-score of the outcome plus that of the discounted outcome among visits of the same state."""
+
+    name: Literal["gigpo"] = "gigpo"
+    gamma: Annotated[float, Field(ge=0, le=1)] = 0.95
+    """Discount of the outcome per remaining turn, for the comparison within a state."""
+
+    step_weight: NonNegativeFloat = 1.0
+    """Weight of the comparison within a state."""
+
+    divide_by_std: bool = True
+    """False subtracts means only, in both parts."""
+
+
+class Eapo(Section):
+    """EAPO (IterResearch, arXiv 2511.07327, eq. 5): the outcome discounted per remaining turn, z-scored over all turns of the group.
+
+    Its downsampling to a multiple of the data-parallel size is not needed here: ranks with fewer rows get blank ones.
+    """
+
+    name: Literal["eapo"] = "eapo"
+    gamma: Annotated[float, Field(ge=0, le=1)] = 0.95
+    """Discount of the outcome per remaining turn. The paper asks for less than 1 and does not state its value."""
+
+
+class Rapo(Section):
+    """RAPO's advantage scaling (Fathom-DeepResearch, arXiv 2509.24107, eq. 6): GRPO's advantages, times groups per group that differs."""
+
+    name: Literal["rapo"] = "rapo"
+
+
+class Arpo(Section):
+    """ARPO (arXiv 2507.19849, section 3.2): group z-score of the outcome, on trees."""
+
+    name: Literal["arpo"] = "arpo"
+    attribution: Literal["soft", "hard"] = "soft"
+    """A turn that several trajectories share is trained with the advantage of each (soft, published) or with their mean (hard)."""
+
+
+class ReinforcePp(Section):
+    """REINFORCE++ (arXiv 2501.03262): the outcome, whitened over the whole batch."""
+
+    name: Literal["reinforce_pp"] = "reinforce_pp"
+
+
+class ReinforcePpBaseline(Section):
+    """REINFORCE++-baseline (arXiv 2501.03262): outcome minus the mean of its group, whitened over the whole batch."""
+
+    name: Literal["reinforce_pp_baseline"] = "reinforce_pp_baseline"
+
+
+class ReMax(Section):
+    """ReMax (arXiv 2310.10505): outcome minus that of a greedy trajectory, which is sampled beside the group and not trained."""
+
+    name: Literal["remax"] = "remax"
+
+
+Advantage = Annotated[
+    Igpo | IgpoLoo | Grpo | Rloo | Arpo | GiGpo | Eapo | Rapo | ReinforcePp | ReinforcePpBaseline | ReMax,
+    Field(discriminator="name"),
+]
+
+
+class PolicyLoss(Section):
+    """What the losses of reinforcement learning share."""
+
+    sequence_level: ClassVar[bool] = False
+    """True for losses whose ratios are of whole sequences: they do not add up over branches and refuse them."""
+
+    kl_coef: NonNegativeFloat = 0.001
+    """Weight of the k3 KL estimate to the reference policy; 0 keeps no reference."""
+
+    entropy_coef: NonNegativeFloat = 0.0
+    """Weight of the entropy bonus."""
+
+    old_logprobs: Literal["recompute", "engine"] = "recompute"
+    """Log-probs that ratios are taken against: a forward pass of the policy before the step, or those the engine sampled with (no pass)."""
+
+    aggregation: Literal["token_mean", "sequence_mean", "sequence_sum"] = "sequence_mean"
+    """Mean over all trained tokens (DAPO); mean over trajectories of the token mean (GRPO's and IGPO's papers) or of the token sum
+    (Dr. GRPO; published IGPO code)."""
+
+    mismatch: Literal["none", "truncate", "mask", "mask_sequence"] = "none"
+    """What w, the probability of a token by the trainer over that by the engine that sampled it, does to its policy gradient. `truncate`:
+    times min(w, high) (TIS). `mask`: times w within [low, high], 0 outside (IcePop, arXiv 2510.18855). `mask_sequence`: 0 for all tokens
+    of a trajectory where the geometric mean of w is outside, 1 for the others."""
+
+    mismatch_bounds: tuple[PositiveFloat, PositiveFloat] = (0.5, 2.0)
+    """[low, high] of `mismatch`; TIS takes high = 2, IcePop 0.5 and 5."""
+
+    @property
+    def uses_old_entropies(self) -> bool:
+        """The pass before the step also takes the entropy of every token."""
+        return False
+
+
+class Ppo(PolicyLoss):
+    """Clipped policy gradient (PPO, arXiv 1707.06347) with dual clip (arXiv 1912.09729) and asymmetric bounds."""
+
+    name: Literal["ppo"] = "ppo"
+    clip_low: NonNegativeFloat = 0.2
+    """Ratios below 1 - clip_low get no gradient when the advantage is negative."""
+
+    clip_high: NonNegativeFloat = 0.2
+    """Ratios above 1 + clip_high get no gradient when the advantage is positive."""
+
+    dual_clip: Annotated[float, Field(gt=1)] | None = 3.0
+    """With a negative advantage the ratio counts at most this much; null turns it off."""
+
+
+class Bapo(PolicyLoss):
+    """BAPO (arXiv 2510.18927): PPO whose bounds move, before every optimizer step, until positive advantages have their share.
+
+    Defaults are the paper's; its code has `first=lower`, `lower_step=0.05`, `positive_share=0.5`, and `lower=[0.6, 0.8]`,
+    `upper=[1.2, 2.0]` in its settings file.
+    """
+
+    name: Literal["bapo"] = "bapo"
+    lower: tuple[PositiveFloat, PositiveFloat] = (0.6, 0.9)
+    """First and last value of the lower bound on ratios."""
+
+    upper: tuple[PositiveFloat, PositiveFloat] = (1.2, 3.0)
+    """First and last value of the upper bound on ratios."""
+
+    first: Literal["upper", "lower"] = "upper"
+    """The bound that moves first; the other one moves when it has come to its end."""
+
+    lower_step: PositiveFloat = 0.02
+    """How far the lower bound moves at a time."""
+
+    upper_step: PositiveFloat = 0.05
+    """How far the upper bound moves at a time."""
+
+    positive_share: Annotated[float, Field(ge=0, le=1)] = 0.4
+    """Share of the clipped surrogate that positive advantages shall have; the bounds move until it is reached."""
+
+    dual_clip: Annotated[float, Field(gt=1)] | None = 3.0
+    """With a negative advantage the ratio counts at most this much; null turns it off."""
+
+
+class Gspo(PolicyLoss):
+    """GSPO (arXiv 2507.18071): PPO's clip on the geometric mean of a trajectory's ratios; turns keep their own advantages."""
+
+    sequence_level: ClassVar[bool] = True
+
+    name: Literal["gspo"] = "gspo"
+    clip_low: NonNegativeFloat = 3e-4
+    """Trajectories below 1 - clip_low get no gradient when the advantage is negative."""
+
+    clip_high: NonNegativeFloat = 4e-4
+    """Trajectories above 1 + clip_high get no gradient when the advantage is positive."""
+
+
+class Cispo(PolicyLoss):
+    """CISPO (arXiv 2506.13585): REINFORCE weighted by a clipped ratio without gradient, so that no token loses its gradient."""
+
+    name: Literal["cispo"] = "cispo"
+    clip_low: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Ratios count at least 1 - clip_low; 1 sets no bound, as in the paper."""
+
+    clip_high: NonNegativeFloat = 0.28
+    """Ratios count at most 1 + clip_high. The paper tunes it and does not state its value; this is DAPO's."""
+
+    aggregation: Literal["token_mean", "sequence_mean", "sequence_sum"] = "token_mean"
+    """As for ppo; the paper takes token_mean."""
+
+
+class Aepo(Ppo):
+    """AEPO's entropy-balanced policy optimisation (arXiv 2510.14545, section 3.3): PPO whose upper clip keeps its gradient."""
+
+    name: Literal["aepo"] = "aepo"  # type: ignore[assignment]
+    balanced_tokens: Literal["all", "high_entropy"] = "all"
+    """Tokens whose gradient survives the upper clip: all (code), or the `high_entropy_share` least sure of a step (paper)."""
+
+    high_entropy_share: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """Share of a step's tokens that count as high-entropy ones."""
+
+    entropy_advantage: Literal["corrected", "published", "none"] = "corrected"
+    """Advantages times 1 + a z, z the z-score of a token's entropy. `corrected`: entropies before the step, over all its tokens;
+    `published`: current ones, over the tokens of a micro-batch, so that packing changes the gradient; `none`: what the published scripts
+    really run, as they leave the code without entropies."""
+
+    entropy_advantage_weight: NonNegativeFloat = 0.2
+    """a."""
+
+    @property
+    def uses_old_entropies(self) -> bool:
+        return self.entropy_advantage == "corrected" or self.balanced_tokens == "high_entropy"
+
+
+class Hapo(Ppo):
+    """HAPO's clip and advantages (arXiv 2509.16591, sections 4.4 and 4.5): both follow the entropy of each token.
+
+    Its group average is `advantage.statistics=tokens` of grpo. Its temperature per sampled token is not built.
+    """
+
+    name: Literal["hapo"] = "hapo"  # type: ignore[assignment]
+    clip_high: NonNegativeFloat = 0.28
+    """Ratios above 1 + clip_high, where entropy is high 1 + clip_high (1 + h), get no gradient when the advantage is positive."""
+
+    high_entropy_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Share of a step's tokens that count as high-entropy ones (h > 0)."""
+
+    clip_weight: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """How far h moves the bounds."""
+
+    advantage_weight: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """How far h moves the advantages."""
+
+    aggregation: Literal["token_mean", "sequence_mean", "sequence_sum"] = "token_mean"
+    """As for ppo; the paper takes token_mean."""
+
+    @property
+    def uses_old_entropies(self) -> bool:
+        return True
+
+
+class Sft(Section):
+    """Cross-entropy on the action tokens of demonstrations."""
+
+    name: Literal["sft"] = "sft"
+
+
+Loss = Annotated[Ppo | Aepo | Hapo | Bapo | Gspo | Cispo | Sft, Field(discriminator="name")]

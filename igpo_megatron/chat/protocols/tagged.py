@@ -1,0 +1,137 @@
+"""Protocols of tags in one long message of the assistant: Search-R1 (arXiv 2503.09516) and ARPO (arXiv 2507.19849).
+
+    Search-R1   <think>...</think> <search>query</search> <information>passages</information> <think>...</think> <answer>...</answer>
+    ARPO        <think>...</think> <python>code</python> <result>output</result> ... <answer>... \\boxed{...}</answer>
+
+A closing tag of a call ends the turn (`stop`); the result is put behind it and the policy goes on. Unlike the published code: a malformed
+turn ends the trajectory with its own status (Search-R1 adds a hint, ARPO ends silently), nothing is tokenised twice, and no token is
+trained that was not sampled. Both also know `<visit>address goal</visit>`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from igpo_megatron.chat.protocols.base import Action, Answer, Malformed, ToolProtocol, ToolSet, balanced
+from igpo_megatron.chat.protocols.igpo import refuse_tags
+from igpo_megatron.types import ToolCall
+from igpo_megatron.untrusted import clean_text
+
+CALL_TAGS = ("search", "visit", "python")
+BOX = "\\boxed{"
+
+
+def parse(text: str, tools: ToolSet) -> Action:
+    """The first tag that closes decides; what counts is the text since its last opening, so a tag named in a thought is harmless."""
+    text = clean_text(text)
+    ends = [(position, tag) for tag in (*CALL_TAGS, "answer") if (position := text.find(f"</{tag}>")) >= 0]
+    if not ends:
+        return Malformed(f"no closed tag of {', '.join(CALL_TAGS)} or answer")
+    end, tag = min(ends)
+    start = text.rfind(f"<{tag}>", 0, end)
+    if start < 0:
+        return Malformed(f"</{tag}> was never opened")
+    content = text[start + len(tag) + 2 : end]
+    if tag == "answer":
+        return Answer(boxed(content) or content.strip())
+    if not content.strip():
+        return Malformed(f"<{tag}> is empty")
+    if tag == "search":
+        return ToolCall(tools.search, (content.strip(),))
+    return ToolCall(tag, (content.strip("\n"),) if tag == "python" else tuple(content.split(None, 1)))
+
+
+def write(thought: str, action: ToolCall | Answer, box: bool) -> str:
+    """One turn."""
+    refuse_tags(thought, "think", *CALL_TAGS, "answer")
+    if isinstance(action, Answer):
+        refuse_tags(action.text, *CALL_TAGS, "answer", "think")
+        inner = f"{BOX}{action.text}}}" if box else action.text
+        return f"<think>{thought}</think>\n<answer>{inner}</answer>"
+    tag = action.name if action.name in ("visit", "python") else "search"
+    if tag == "search" and len(action.queries) != 1:
+        raise ValueError(f"{len(action.queries)} queries in one call; this protocol writes one")
+    content = " ".join(action.queries)
+    refuse_tags(content, *CALL_TAGS, "answer")
+    return f"<think>{thought}</think>\n<{tag}>{content}</{tag}>"
+
+
+def boxed(text: str) -> str | None:
+    """Content of the last \\boxed{...}, braces matched; None where there is none or it is not closed."""
+    start = text.rfind(BOX)
+    depth = 1
+    for position in range(start + len(BOX), len(text)) if start >= 0 else ():
+        depth += {"{": 1, "}": -1}.get(text[position], 0)
+        if depth == 0:
+            return text[start + len(BOX) : position].strip()
+    return None
+
+
+def search_r1_answer(turns: Sequence[str]) -> str | None:
+    """The answer, if there is one, all tags are balanced and the policy wrote no result itself."""
+    text = "".join(turns)
+    return _answer(text) if balanced(text, ("think", "answer", *CALL_TAGS)) and "information>" not in text else None
+
+
+def arpo_answer(turns: Sequence[str]) -> str | None:
+    """The boxed text, if there is exactly one answer with a box in it, at least one thought, all tags are balanced, no result is forged."""
+    text = "".join(turns)
+    good = "<think>" in text and balanced(text, ("think", "answer", *CALL_TAGS)) and "result>" not in text
+    answer = _answer(text) if good else None
+    return boxed(answer) if answer is not None else None
+
+
+def _answer(text: str) -> str | None:
+    if text.count("<answer>") != 1:
+        return None
+    return text.partition("<answer>")[2].partition("</answer>")[0].strip()
+
+
+TOOL_LINES = {
+    "search": "- <search>a query</search> searches for passages",
+    "visit": "- <visit>an address, then what to look for</visit> reads a web page",
+    "python": "- <python>code</python> runs Python code once; print what you want to see",
+}
+
+
+def instructions(tools: ToolSet, result: str, ending: str) -> str:
+    """What the policy is told of tags; `result` names the tag of results."""
+    lines = "\n".join(TOOL_LINES[name] for name in ("search", *tools.extra))
+    return (
+        "Answer the question. Reason first, between <think> and </think>, and again whenever you have learnt something. "
+        f"Where knowledge is missing, use a tool, as often as you need:\n{lines}\n"
+        f"Its result will stand between <{result}> and </{result}>; never write one yourself. {ending}"
+    )
+
+
+SEARCH_R1 = ToolProtocol(
+    parse=parse,
+    write=partial(write, box=False),
+    final_answer=search_r1_answer,
+    tool_messages=False,
+    instructions=partial(
+        instructions,
+        result="information",
+        ending="When you know the answer, write it between <answer> and </answer>, as short as it can be.",
+    ),
+    instructions_in="user",
+    stop=("</search>", "</visit>", "</python>", "</answer>"),
+    result=("\n\n<information>", "</information>\n\n"),
+    hit="Doc {rank}(Title: {title}) {text}",
+)
+
+ARPO = ToolProtocol(
+    parse=parse,
+    write=partial(write, box=True),
+    final_answer=arpo_answer,
+    tool_messages=False,
+    instructions=partial(
+        instructions,
+        result="result",
+        ending=f"When you know the answer, write it between <answer> and </answer>, the exact answer in {BOX}}} at its end.",
+    ),
+    stop=("</search>", "</visit>", "</python>"),
+    result=(" <result>\n", "\n</result>"),
+    hit="Page {rank}: {text}",
+)

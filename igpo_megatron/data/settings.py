@@ -1,0 +1,27 @@
+"""Settings of the questions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from igpo_megatron.settings import Section
+
+
+class Data(Section):
+    """Questions."""
+
+    train: tuple[Path, ...] = ()
+    """Parquet files of training questions, in the layout of IGPO, ARPO or Search-R1."""
+
+    eval: tuple[Path, ...] = ()
+    """Parquet files of held-out questions."""
+
+    layout: Literal["auto", "igpo", "arpo", "search_r1"] = "auto"
+    """Layout of all these files. `auto` tells each file's by what it certainly is, and refuses a file that two layouts read differently."""
+
+    shuffle: bool = True
+    """Shuffle each epoch with `run.seed`; the order depends on seed and epoch only."""
+
+    balance: Literal["none", "source"] = "none"
+    """`source` draws every source equally often instead of in proportion to its rows."""

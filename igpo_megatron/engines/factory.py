@@ -1,0 +1,22 @@
+"""What a run asks of its engines, whichever they are, and the one place that chooses them.
+
+rollout.engine.backend = vllm    EnginePool: vLLM engines placed by Ray (pool.py)
+                         torch   TorchEngine: transformers in the main rank's process (torch_engine/)
+"""
+
+from __future__ import annotations
+
+from igpo_megatron.config.schema import Config
+from igpo_megatron.engines.api import EngineService
+
+
+def open_engines(config: Config) -> EngineService:
+    """The engines that `rollout.engine.backend` names, to be entered. Raises UserError for a model that they cannot serve."""
+    # Imported here: a machine needs only what it uses.
+    if config.rollout.engine.backend == "torch":
+        from igpo_megatron.engines.torch_engine.engine import TorchEngine
+
+        return TorchEngine(config)
+    from igpo_megatron.engines.pool import EnginePool
+
+    return EnginePool(config)

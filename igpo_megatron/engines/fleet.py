@@ -1,0 +1,353 @@
+"""The engines' lives: placed together, watched, and started again when they die.
+
+    STARTING ──ready──> STALE ──weights, canary──> HEALTHY ──sync begins──> STALE
+        ^                 │                           │
+        └───restart─── DEAD <──────── lost ───────────┘          more than max_restarts: the run stops
+
+Only a HEALTHY engine is asked anything. A thread checks them; each start and each restart has a thread of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from igpo_megatron.config.schema import Config
+from igpo_megatron.engines.actor import EngineActor, EngineLost, engine_environment, engine_options
+from igpo_megatron.engines.api import EngineError, EnginesEnded
+from igpo_megatron.engines.ray_cluster import RayCluster
+from igpo_megatron.types import RunStopped
+from igpo_megatron.weights.transports import cause
+
+logger = logging.getLogger(__name__)
+
+_STOP_TIMEOUT_S = 20
+_PLACE_TIMEOUT_S = 120
+_LOOK_S = 1.0
+_START_LOOK_S = 0.1
+
+
+class EngineDied(EngineError):
+    """The engine is gone, rather than unable: another one may be started in its place."""
+
+
+class EngineState(StrEnum):
+    """Where an engine stands."""
+
+    STARTING = "starting"
+    """Its process loads the model."""
+
+    STALE = "stale"
+    """It serves some weights, which nobody has proved to be the newest."""
+
+    HEALTHY = "healthy"
+    """It serves the newest weights."""
+
+    DEAD = "dead"
+    """It is gone, and will be started again if it has restarts left."""
+
+
+@dataclass(eq=False, slots=True)
+class Member:
+    """One engine of the fleet."""
+
+    number: int
+    state: EngineState = EngineState.STARTING
+    actor: Any = None
+    process: int | None = None
+    """Of its actor; None before it has answered."""
+
+    is_local: bool = True
+    """It runs on the main rank's machine."""
+
+    restarts: int = 0
+
+
+class Fleet:
+    """All engines of a run."""
+
+    def __init__(
+        self,
+        config: Config,
+        cluster: RayCluster,
+        weights: Path,
+        *,
+        cuda: bool,
+        stop_strings: bool,
+        fill: Callable[[Member], None],
+        limits: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`weights`: the file of later weights; `fill` makes an engine that has started HEALTHY, or raises EngineError, SyncError.
+
+        `limits`: SamplingParams that keep every turn to the tokenizer's tokens.
+        """
+        self._config, self._engine, self._cluster = config, config.rollout.engine, cluster
+        self._cuda, self._stop_strings, self._weights, self._fill = cuda, stop_strings, weights, fill
+        self._limits = limits or {}
+        self.members = [Member(number) for number in range(self._engine.count)]
+        self.problem: RunStopped | None = None
+        """Why the run cannot go on."""
+
+        self.changes = Changes()
+        self._group: Any = None
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._threads: list[threading.Thread] = []
+
+    # ---- life
+
+    def start(self) -> None:
+        """Place and start all engines, and watch them from now on. Raises RunStopped naming the first that does not start."""
+        import ray
+        from ray.util.placement_group import placement_group
+
+        bundle: dict[str, float] = {"CPU": 1, **({"GPU": self._engine.tensor} if self._cuda else {})}
+        self._run(self._watch_ray, "Ray's health")
+        self._group = placement_group([bundle] * self._engine.count, strategy="PACK")
+        try:
+            self._get(self._group.ready(), self._engine.start_timeout_s)
+        except ray.exceptions.GetTimeoutError:
+            raise EngineError(
+                f"Ray could not place {self._engine.count} engines of {bundle} within {self._engine.start_timeout_s:g} s; "
+                f"the cluster has {ray.cluster_resources()}"
+            ) from None
+        for member in self.members:
+            self._run(partial(self._start, member, first=True), f"start of engine {member.number}")
+        while any(member.state is not EngineState.HEALTHY for member in self.members):
+            if self.problem is not None:
+                raise self.problem
+            self._closing.wait(_START_LOOK_S)
+        self._cluster.remember()
+        self._run(self._watch, "engine health")
+
+    def close(self) -> None:
+        """End all engines."""
+        import ray
+
+        self._closing.set()
+        self.stop(EnginesEnded("the engines were closed"))
+        if ray.is_initialized() and not self._cluster.ended():
+            stopping = [member.actor.stop.remote() for member in self.members if member.actor is not None]
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.wait(stopping, num_returns=len(stopping), timeout=_STOP_TIMEOUT_S) if stopping else None
+            for member in self.members:
+                if member.actor is not None:
+                    ray.kill(member.actor)
+            if self._group is not None:
+                from ray.util.placement_group import remove_placement_group
+
+                remove_placement_group(self._group)
+        for thread in self._threads:
+            thread.join(timeout=_STOP_TIMEOUT_S)
+
+    def set_state(self, member: Member, state: EngineState) -> None:
+        """Move a member on and tell everybody who waits."""
+        member.state = state
+        self.changes.announce()
+
+    def lost(self, member: Member, actor: Any, error: BaseException) -> None:
+        """`actor`, a member's, is gone: start another one, or end the run where it has no restarts left."""
+        with self._lock:
+            if member.actor is not actor or member.state is EngineState.DEAD or self._closing.is_set() or self._ray_ended():
+                return  # somebody else was faster, or it is not the engine that died
+            if self.problem is not None:
+                return  # the run ends: nobody is started again
+            member.state = EngineState.DEAD
+            limit = self._engine.max_restarts
+            where = f"engine {member.number} died ({cause(error)})"
+            log = self._cluster.last_log_lines(member.process)
+            if member.restarts >= limit:
+                words = f"rollout.engine.max_restarts={limit} restart{'' if limit == 1 else 's'} of it have been used"
+                self.stop(EnginesEnded(f"{where}, and {words}{log}"))
+                self._end(actor)
+            else:
+                member.restarts += 1
+                logger.warning("%s; restart %d of at most %d%s", where, member.restarts, limit, log)
+                self._run(lambda: self._restart(member), f"restart of engine {member.number}")
+        self.changes.announce()
+
+    def stop(self, problem: RunStopped) -> None:
+        """The run cannot go on: tell everybody who waits."""
+        self.problem = self.problem or problem
+        self.changes.announce()
+
+    def wait_for(self, member: Member, reference: Any, what: str, timeout_s: float) -> Any:
+        """The result of one call. Raises EngineError naming the engine, with the end of its log, where it fails."""
+        import ray
+
+        try:
+            return self._get(reference, timeout_s)
+        except ray.exceptions.GetTimeoutError:
+            log = self._cluster.last_log_lines(member.process)
+            raise EngineError(f"engine {member.number} {what} within {timeout_s:g} s{log}") from None
+        except (ray.exceptions.RayError, EngineLost) as error:
+            log = self._cluster.last_log_lines(member.process)
+            kind = EngineDied if is_lost(error) else EngineError
+            raise kind(f"engine {member.number} {what}: {cause(error)}{log}") from None
+
+    # ---- inside
+
+    def _get(self, reference: Any, timeout_s: float) -> Any:
+        """As ray.get, which would not notice that the run cannot go on."""
+        import ray
+
+        deadline = time.monotonic() + timeout_s
+        while self.problem is None:
+            left = deadline - time.monotonic()
+            ready, _ = ray.wait([reference], timeout=max(0.0, min(_LOOK_S, left)))
+            if ready or left <= 0:
+                return ray.get(reference, timeout=0 if left <= 0 else None)
+        raise self.problem
+
+    def _ray_ended(self) -> bool:
+        ended = self._cluster.ended()
+        if ended:
+            self.stop(EnginesEnded(ended))
+        return ended is not None
+
+    def _watch_ray(self) -> None:
+        while not self._closing.wait(_LOOK_S) and not self._ray_ended():
+            if any(member.state is EngineState.STARTING for member in self.members):
+                self._cluster.remember()  # its agents come up while engines do
+
+    def _place(self, member: Member) -> Any:
+        """A new actor for a member, which it is from now on."""
+        import ray
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        actor = (
+            ray.remote(EngineActor)
+            .options(
+                num_cpus=1,
+                num_gpus=self._engine.tensor if self._cuda else 0,
+                max_concurrency=4096,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=member.number),
+                runtime_env={"env_vars": engine_environment(self._config, cuda=self._cuda)},
+            )
+            .remote(member.number)
+        )
+        # At once: requests that hear of the old actor's end only now would take STARTING beside it for another death.
+        with self._lock:
+            member.actor, member.process, member.state = actor, None, EngineState.STARTING
+        return actor
+
+    def _load(self, member: Member) -> Any:
+        """Let its actor load the model; returns the reference to wait for."""
+        member.process, node = self.wait_for(member, member.actor.place.remote(), "was not placed", _PLACE_TIMEOUT_S)
+        member.is_local = self._is_here(member, node)
+        shares_file = member.is_local and self._config.sync.transport != "object_store"
+        options = engine_options(self._config, cuda=self._cuda, stop_strings=self._stop_strings)
+        return member.actor.start.remote(options, str(self._weights) if shares_file else None, self._limits)
+
+    def _is_here(self, member: Member, node: str) -> bool:
+        """A Ray node is that of the main rank."""
+        import ray
+
+        return node == ray.get_runtime_context().get_node_id()
+
+    def _restart(self, member: Member) -> None:
+        """End what is left of a dead engine, and start it again."""
+        import ray
+
+        dead = member.actor
+        with contextlib.suppress(ray.exceptions.RayError, EngineLost):
+            ray.wait([dead.stop.remote()], timeout=_STOP_TIMEOUT_S)
+        self._end(dead)
+        if not self._closing.is_set():
+            self._start(member)
+
+    def _start(self, member: Member, *, first: bool = False) -> None:
+        """From STARTING to HEALTHY, or to a death. What it refuses when it is started `first` it would refuse again: the run ends."""
+        import ray
+
+        try:
+            actor = self._place(member)
+        except ray.exceptions.RayError as error:
+            self.stop(EnginesEnded(f"engine {member.number} could not be placed: {cause(error)}"))
+            return
+        try:
+            self.wait_for(member, self._load(member), "did not start", self._engine.start_timeout_s)
+            self.set_state(member, EngineState.STALE)
+            self._fill(member)
+        except EngineError as error:
+            if first and not isinstance(error, EngineDied):
+                self.stop(EnginesEnded(str(error)))
+            else:
+                self.lost(member, actor, error)
+        except RunStopped as error:
+            self.stop(error)
+
+    def _end(self, actor: Any) -> None:
+        """Kill an actor, and with it what still waits in it for a sync to end."""
+        import ray
+
+        ray.kill(actor)
+
+    def _watch(self) -> None:
+        while not self._closing.wait(self._engine.health_interval_s):
+            asked = [member for member in self.members if member.state in (EngineState.HEALTHY, EngineState.STALE)]
+            for member, actor in [(member, member.actor) for member in asked]:
+                try:
+                    self.wait_for(member, actor.check_health.remote(), "failed its health check", self._engine.health_timeout_s)
+                except EngineError as error:
+                    self.lost(member, actor, error)
+                except RunStopped:
+                    continue  # the run ends: nobody is started again
+
+    def _run(self, work: Callable[[], None], name: str) -> None:
+        def guarded() -> None:
+            try:
+                work()
+            except Exception as error:  # nobody would ever be told, and everybody would wait
+                self.stop(EnginesEnded(f"{name} failed: {type(error).__name__}: {cause(error)}"))
+                raise
+
+        thread = threading.Thread(target=guarded, name=name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+
+class Changes:
+    """Lets coroutines, on whatever event loop, wait for the next change that another thread announces."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
+
+    def next(self) -> asyncio.Future[None]:
+        """Done with the next announcement; ask before you look whether you have to wait."""
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+        with self._lock:
+            self._waiting = [(other, waiting) for other, waiting in self._waiting if not waiting.done()]
+            self._waiting.append((loop, future))
+        return future
+
+    def announce(self) -> None:
+        """Wake everybody who waits."""
+        with self._lock:
+            waiting, self._waiting = self._waiting, []
+        for loop, future in waiting:
+            with contextlib.suppress(RuntimeError):  # that loop was closed
+                loop.call_soon_threadsafe(_done, future)
+
+
+def is_lost(error: BaseException) -> bool:
+    """The engine is gone, rather than wrong: what it was asked can be asked elsewhere."""
+    import ray
+
+    return isinstance(error, (EngineLost, ray.exceptions.RayActorError))
+
+
+def _done(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

@@ -1,0 +1,402 @@
+"""vLLM engines as one service: requests find an engine that serves the newest weights, and outlive the engine they were sent to.
+
+    generate, score_probe ──> a HEALTHY engine (fleet.py) ──Ray──> EngineActor: an AsyncLLM with prefix cache ──> vLLM workers
+    update_weights ──> Transfer (weight_send.py) over transports ──> fingerprints ──> canary ──> HEALTHY
+
+A turn whose engine dies is generated again with the same seed, elsewhere or after the restart.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import Any, Self
+
+from igpo_megatron.chat.protocols.registry import PROTOCOLS
+from igpo_megatron.chat.tokenizer import embedding_rows, load_tokenizer
+from igpo_megatron.chat.turn_ends import sampling_limits, stop_tokens
+from igpo_megatron.config.schema import Config
+from igpo_megatron.engines.actor import EngineLost
+from igpo_megatron.engines.api import EngineError
+from igpo_megatron.engines.fleet import EngineState, Fleet, Member, is_lost
+from igpo_megatron.engines.ray_cluster import RayCluster
+from igpo_megatron.engines.self_test import self_test_scoring
+from igpo_megatron.supervision.waits import ENGINES, waiting
+from igpo_megatron.types import Canary, Completion, ProbeScore, SyncError
+from igpo_megatron.weights.canary import check_canary
+from igpo_megatron.weights.send import Transfer, Transport, export, fingerprints
+from igpo_megatron.weights.store import Bucket, SharedWeights
+from igpo_megatron.weights.transports import EngineReceiver, ObjectStore, SharedMemory, cause
+
+_OPERATION_TIMEOUT_S = 600
+
+
+@dataclass(frozen=True, slots=True)
+class Synced:
+    """The newest weights, whose bytes are in the shared file: what an engine that is started again needs."""
+
+    version: int
+    buckets: tuple[Bucket, ...]
+    canary: Canary | None
+
+
+class EnginePool:
+    """All engines of a run. Use as a context manager on the main rank; receives weights as a `types.WeightSink`."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._engine = config.rollout.engine
+        self._cuda = _uses_cuda(config)
+        tokenizer = load_tokenizer(config.model.path)
+        self._vocab_size = len(tokenizer)
+        embedding = embedding_rows(config.model.path)
+        self._stop_tokens = stop_tokens(tokenizer, embedding)
+        self._limits = sampling_limits(tokenizer, embedding)
+        self._stop_strings = PROTOCOLS[config.rollout.protocol].stop
+        self._cluster: RayCluster | None = None
+        self._weights: SharedWeights | None = None
+        self._fleet: Fleet | None = None
+        self._native: Any = None
+        self._synced: Synced | None = None
+        self._versions = {0}  # 0: those of the model's folder
+        self._asleep = False
+        self._sync_lock = threading.Lock()
+
+    # ---- life
+
+    def __enter__(self) -> Self:
+        try:
+            self._cluster = RayCluster(self._config, cuda=self._cuda)
+            self._weights = SharedWeights()
+            self._fleet = Fleet(
+                self._config,
+                self._cluster,
+                self._weights.path,
+                cuda=self._cuda,
+                stop_strings=bool(self._stop_strings),
+                limits=self._limits,
+                fill=self._fill,
+            )
+            self._fleet.start()
+            if self._config.reward.scorer == "engine":
+                self.self_test_scoring()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the engines and everything this pool started."""
+        if self._native is not None:
+            self._native.close()
+            self._native = None
+        if self._fleet is not None:
+            self._fleet.close()
+        if self._cluster is not None:
+            self._cluster.close()
+            self._cluster = None
+        if self._weights is not None:
+            self._weights.close()
+            self._weights = None
+
+    # ---- requests
+
+    async def generate(
+        self,
+        token_ids: list[int],
+        *,
+        max_tokens: int,
+        temperature: float,
+        seed: int,
+        key: str,
+        top_logprobs: int = 0,
+        experts_from: int | None = None,
+    ) -> Completion:
+        """Sample one turn, on the engine that serves `key` if it can. Raises EngineError when none can in time."""
+        arguments = (token_ids, max_tokens, temperature, seed, self._stop_tokens, self._stop_strings, top_logprobs, experts_from)
+        number, found = await self._ask(key, "a turn", lambda actor: actor.generate.remote(*arguments))
+        ids, logprobs, finish, version, entropies, experts = found
+        self._require_known(version, number)
+        return Completion(
+            ids, logprobs, finish if finish in ("stop", "length") else "abort", version, entropies, experts_from or 0, experts
+        )
+
+    async def score_probe(self, token_ids: list[int], first: int, *, key: str, cached: bool = True) -> ProbeScore:
+        """Log-probs of `token_ids[first:]` by the engine that serves `key`, from its prefix cache where that is safe and `cached`.
+
+        Raises EngineError when none can in time, or when one says something that no log-prob can be.
+        """
+        number, found = await self._ask(key, "a probe", lambda actor: actor.score.remote(token_ids, first, cached=cached))
+        logprobs, version, _ = found
+        self._require_known(version, number)
+        if not all(-math.inf < logprob <= 0.0 for logprob in logprobs):
+            raise EngineError(f"engine {number} scored a probe with {logprobs}, which are no log-probs")
+        return ProbeScore(tuple(logprobs), version)
+
+    async def _ask(self, key: str, what: str, call: Callable[[Any], Any]) -> tuple[int, Any]:
+        """(number of the engine that answered, its answer); asked again where an engine is lost meanwhile."""
+        import ray
+
+        limit = self._engine.request_timeout_s
+        deadline = asyncio.get_running_loop().time() + limit
+        while True:
+            member = await self._serving(key, what, deadline)
+            actor = member.actor
+            try:
+                with waiting(what, on=f"engine {member.number}", who=ENGINES):
+                    async with asyncio.timeout_at(deadline):
+                        return member.number, await self._unless_stopped(call(actor))
+            except TimeoutError:
+                raise EngineError(
+                    f"engine {member.number} did not answer {what} within rollout.engine.request_timeout_s={limit:g}"
+                ) from None
+            except (ray.exceptions.RayError, EngineLost) as error:
+                if not is_lost(error):
+                    raise EngineError(f"engine {member.number} refused {what}: {cause(error)}") from None
+                self._running.lost(member, actor, error)
+
+    async def _unless_stopped(self, asked: Any) -> Any:
+        """What was asked; raises what ends the run where that comes first."""
+        answer = asyncio.ensure_future(asked)
+        try:
+            while True:
+                change = self._running.changes.next()
+                if self._running.problem is not None:
+                    raise self._running.problem
+                await asyncio.wait((answer, change), return_when=asyncio.FIRST_COMPLETED)
+                change.cancel()
+                if answer.done():
+                    return answer.result()
+        finally:
+            answer.cancel()
+
+    async def _serving(self, key: str, what: str, deadline: float) -> Member:
+        """The engine of a key, always the same so that its prefix cache knows the context; another one while that cannot serve."""
+        members = self._running.members
+        first = zlib.crc32(key.encode()) % len(members)
+        while True:
+            change = self._running.changes.next()
+            if self._running.problem is not None:
+                raise self._running.problem
+            for member in [*members[first:], *members[:first]]:
+                if member.state is EngineState.HEALTHY:
+                    return member
+            try:
+                with waiting(what, on="engines that are started or take weights", who=ENGINES):
+                    async with asyncio.timeout_at(deadline):
+                        await change
+            except TimeoutError:
+                states = ", ".join(f"engine {member.number} is {member.state}" for member in members)
+                raise EngineError(
+                    f"{what} found no engine within rollout.engine.request_timeout_s={self._engine.request_timeout_s:g}: {states}"
+                ) from None
+
+    def _require_known(self, version: int, number: int) -> None:
+        if version not in self._versions:
+            raise EngineError(f"engine {number} answered with weights {version}, which it was never given: {sorted(self._versions)[-3:]}")
+
+    # ---- scores that are waited for
+
+    def score_on_each(self, token_ids: Sequence[int]) -> list[list[float]]:
+        """Raw log-probs of a sequence by every engine; the first token counts 0.0. Raises EngineError naming one that cannot."""
+        members = self._running.members
+        asked = [(member, member.actor.score.remote(list(token_ids))) for member in members]
+        found = [self._running.wait_for(member, reference, "could not score", _OPERATION_TIMEOUT_S) for member, reference in asked]
+        return [[0.0, *logprobs] for logprobs, _, _ in found]
+
+    def score_on(self, number: int, token_ids: list[int], first: int, *, cached: bool) -> tuple[list[float], int]:
+        """`score_probe` on engine `number`, waited for: log-probs, and the prompt tokens found in its prefix cache."""
+        member = self._running.members[number]
+        reference = member.actor.score.remote(token_ids, first, cached=cached)
+        logprobs, _, hits = self._running.wait_for(member, reference, "could not score a probe", _OPERATION_TIMEOUT_S)
+        return logprobs, hits
+
+    def self_test_scoring(self) -> float:
+        """Largest |difference| that the prefix cache makes to scores, over all engines. Raises EngineError where it is too large."""
+        dtype = self._config.model.dtype if self._engine.dtype == "auto" else self._engine.dtype
+        numbers = range(len(self._running.members))
+        return max(self_test_scoring(number, partial(self.score_on, number), self._vocab_size, dtype) for number in numbers)
+
+    # ---- weights
+
+    def sleep(self) -> None:
+        """Give the device to the policy: no engine is asked anything before the next weights have arrived. Call it between rollouts."""
+        with self._sync_lock:
+            for member in self._awake():
+                self._running.set_state(member, EngineState.STALE)
+                self._tell(member, member.actor.sleep.remote(self._config.placement.sleep_level), "did not go to sleep")
+            self._asleep = True
+
+    def _wake(self, part: str) -> None:
+        for member in self._awake():
+            self._tell(member, member.actor.wake.remote(part), f"did not take the memory of its {part} again")
+
+    def _awake(self) -> list[Member]:
+        """Engines that are there, asleep or not."""
+        return [member for member in self._running.members if member.state in (EngineState.HEALTHY, EngineState.STALE)]
+
+    def _tell(self, member: Member, reference: Any, what: str) -> None:
+        actor = member.actor
+        try:
+            self._running.wait_for(member, reference, what, self._config.sync.base_s)
+        except EngineError as error:
+            self._running.lost(member, actor, error)
+
+    def update_weights(
+        self,
+        named_tensors: Iterable[tuple[str, Any]],
+        version: int,
+        canary: Canary | None = None,
+        exported: Callable[[], None] | None = None,
+    ) -> dict[str, float]:
+        """Replace all weights in all engines; returns metrics when they serve `version` and have passed the canary, if one is given.
+
+        Engines that sleep are woken for the weights first; `exported` is called when all tensors were taken, and then they take the rest of
+        their memory: on a shared device the policy leaves in between.
+
+        Requests in flight are frozen meanwhile and go on afterwards; new ones wait. An engine that dies on the way is started again and
+        filled later. Raises SyncError naming the engine and the first tensor that did not arrive as it was exported, and what stops the
+        run otherwise.
+        """
+        assert self._weights is not None
+        with self._sync_lock:
+            if self._running.problem is not None:
+                raise self._running.problem
+            before = fingerprints(self._synced.buckets) if self._synced else {}
+            self._synced = None  # the file is about to change
+            if self._asleep:
+                self._wake("weights")
+            members = self._awake()
+            actors = [member.actor for member in members]
+            for member in members:
+                self._running.set_state(member, EngineState.STALE)
+            self._versions.add(version)
+            transfer = Transfer(version, self._config.sync, is_lost, before)
+            source = export(named_tensors, self._weights, self._config.sync.bucket_mib * 2**20)
+            try:
+                transfer.run(source, self._transports(members))
+                if exported is not None:
+                    exported()
+                if self._asleep:
+                    self._wake("kv_cache")
+                    self._asleep = False
+                self._synced = Synced(version, tuple(transfer.buckets), canary)
+                started, worst = time.monotonic(), 0.0
+                for member, actor in zip(members, actors, strict=True):
+                    lost = transfer.lost.get(f"engine {member.number}")
+                    try:
+                        if lost is not None:
+                            raise EngineError(f"it was lost in sync {version}: {cause(lost)}")
+                        worst = max(worst, self._ask_canary(member))
+                    except EngineError as error:
+                        self._running.lost(member, actor, error)
+            except SyncError as error:
+                self._running.stop(error)  # requests that wait for these weights must not wait on
+                assert self._running.problem is not None
+                raise self._running.problem from None  # Ray may have ended first
+            for member, actor in zip(members, actors, strict=True):
+                if member.actor is actor and member.state is EngineState.STALE:
+                    self._running.set_state(member, EngineState.HEALTHY)
+            return {
+                **transfer.metrics(),
+                "sync/canary_s": time.monotonic() - started,
+                **({"canary_gap": worst} if canary else {}),
+                **self.metrics(),
+            }
+
+    def metrics(self) -> dict[str, float]:
+        """How the engines are: `engine_restarts` so far."""
+        return {"engine_restarts": float(sum(member.restarts for member in self._running.members))}
+
+    def _fill(self, member: Member) -> None:
+        """Give an engine that has started the newest weights, if there were any yet, from the file, and prove it."""
+        assert self._weights is not None
+        with self._sync_lock:
+            if member.state is not EngineState.STALE:
+                return  # a sync came first
+            if self._synced is not None:
+                transfer = Transfer(self._synced.version, self._config.sync, is_lost)
+                transfer.run(((bucket, ()) for bucket in self._synced.buckets), self._files([member]))
+                for error in transfer.lost.values():
+                    raise EngineError(f"engine {member.number} was lost when it was given weights {self._synced.version}: {cause(error)}")
+                self._ask_canary(member)
+            self._running.set_state(member, EngineState.HEALTHY)
+
+    def _ask_canary(self, member: Member) -> float:
+        """Largest |log-prob difference| to what the policy says. Raises SyncError, or EngineError where it does not answer."""
+        assert self._synced is not None
+        canary = self._synced.canary
+        if canary is None:
+            return 0.0
+        reference = member.actor.score.remote(list(canary.token_ids))
+        served, version, _ = self._running.wait_for(member, reference, "could not score the canary", self._config.sync.base_s)
+        assert version == self._synced.version, f"engine {member.number} says that it serves {version}"
+        return check_canary(canary, served, version, member.number)
+
+    def _transports(self, members: Sequence[Member]) -> list[Transport]:
+        kind = self._config.sync.transport
+        if kind not in ("nccl", "ipc"):
+            return self._files(members)
+        from igpo_megatron.weights.cuda_transports import Native
+
+        receivers = [EngineReceiver(member.number, member.actor) for member in members]
+        if self._native is None or not self._native.reaches(receivers):
+            if self._native is not None:
+                self._native.close()
+            self._native = Native(kind, receivers, self._engine.tensor, self._config.sync)
+        return [self._native]
+
+    def _files(self, members: Sequence[Member]) -> list[Transport]:
+        """Transports of bytes that are in the shared file."""
+        assert self._weights is not None
+        kind = self._config.sync.transport
+        away = [member.number for member in members if not member.is_local]
+        if away and kind == "shared_memory":
+            raise EngineError(f"sync.transport=shared_memory reaches engines on this machine only; {away} are not: use auto")
+        near = [member for member in members if member.is_local and kind != "object_store"]
+        far = [member for member in members if member not in near]
+        transports: list[Transport] = []
+        if near:
+            transports.append(SharedMemory([EngineReceiver(member.number, member.actor) for member in near]))
+        if far:
+            transports.append(ObjectStore([EngineReceiver(member.number, member.actor) for member in far], self._weights))
+        return transports
+
+    # ---- inspection
+
+    def check_health(self) -> None:
+        """Raises EngineError naming the first engine that cannot serve."""
+        for member in self._running.members:
+            timeout_s = self._engine.health_timeout_s
+            self._running.wait_for(member, member.actor.check_health.remote(), "is not healthy", timeout_s)
+
+    def process_ids(self) -> list[int]:
+        """Process id of every actor, for tests and for people who look for them."""
+        return [member.process for member in self._running.members if member.process is not None]
+
+    def states(self) -> list[EngineState]:
+        """Of every engine."""
+        return [member.state for member in self._running.members]
+
+    @property
+    def _running(self) -> Fleet:
+        assert self._fleet is not None, "the pool was not entered"
+        return self._fleet
+
+
+def _uses_cuda(config: Config) -> bool:
+    if config.run.device != "auto":
+        return config.run.device == "cuda"
+    import torch
+
+    return torch.cuda.is_available()

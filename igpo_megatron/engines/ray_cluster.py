@@ -1,0 +1,189 @@
+"""The Ray under the engines: started here, bound to loopback and ended with the pool, or joined where a cluster is already there."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import re
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import psutil
+import torch
+
+from igpo_megatron.config.schema import Config
+from igpo_megatron.engines.api import EngineError
+from igpo_megatron.supervision.leftovers import claim, is_alive, remove_abandoned
+from igpo_megatron.types import UserError
+from igpo_megatron.weights.transports import cause
+
+_OBJECT_STORE_BYTES = 100 * 2**20
+_BUCKETS_IN_FLIGHT = 3  # one being written, one being read, one being let go
+_RAY_PREFIX = "igpo-ray-"
+_SOCKET_PATH_BYTES = 107
+_RAY_SOCKET_BYTES = len("/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store")
+_LOG_LINES = 12
+_SERVERS = {"gcs_server": "its head (gcs_server)", "raylet": "its raylet"}
+# What torchrun tells its ranks must not reach the engines: vLLM makes process groups of its own.
+_LAUNCHER_VARIABLES = re.compile(
+    r"(RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|GROUP_RANK|GROUP_WORLD_SIZE|ROLE_.*|MASTER_ADDR|MASTER_PORT|TORCHELASTIC_.*)"
+)
+
+
+class RayCluster:
+    """Ray for one pool; `close` ends what was started here and leaves a joined cluster."""
+
+    def __init__(self, config: Config, *, cuda: bool) -> None:
+        """Raises EngineError where Ray does not start or the cluster to join does not answer, UserError for GPUs that are not there."""
+        self._folder: Path | None = None
+        self._servers: dict[str, psutil.Process] = {}
+        self._family: list[psutil.Process] = []
+        engine = config.rollout.engine
+        # Read when ray is imported: without it Ray replaces 127.0.0.1 by the machine's own address and listens on it.
+        address = engine.ray_address
+        if address is None or address.startswith("127."):
+            os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        if address is None:
+            os.environ["RAY_AUTH_MODE"] = "token"
+            os.environ["RAY_AUTH_TOKEN"] = _token()  # otherwise Ray writes one into the home folder
+        import ray
+
+        quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+        with _without_launcher_variables():
+            if address is not None:
+                os.environ.setdefault("RAY_AUTH_MODE", "token")  # of RAY_AUTH_TOKEN, or the one Ray keeps in the home folder
+                try:
+                    ray.init(address=address, **quiet)
+                except (ConnectionError, ValueError, RuntimeError) as error:
+                    raise EngineError(f"no Ray cluster answers at rollout.engine.ray_address={address}: {error}") from None
+                return
+            devices = visible_devices(engine.gpu_ids) if cuda and engine.gpu_ids else None
+            self._folder = _new_folder()
+            self._claim = claim(self._folder)
+            carried = _BUCKETS_IN_FLIGHT * config.sync.bucket_mib * 2**20 if config.sync.transport == "object_store" else 0
+            try:
+                with _seeing_only(devices):
+                    ray.init(
+                        address="local",
+                        num_cpus=engine.count + 1,  # logical: what an engine really uses is its `threads`
+                        include_dashboard=False,
+                        object_store_memory=_OBJECT_STORE_BYTES + carried,
+                        _node_ip_address="127.0.0.1",
+                        _temp_dir=str(self._folder),
+                        **quiet,
+                    )
+            except Exception as error:  # noqa: BLE001 (Ray raises nothing narrower)
+                raise EngineError(f"Ray did not start on this machine: {cause(error)}") from None
+            self._servers = {child.name(): child for child in psutil.Process().children() if child.name() in _SERVERS}
+
+    def remember(self) -> None:
+        """Note what the raylet has started: its agents outlive it when it is killed, and nobody would find them then."""
+        if "raylet" in self._servers:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                # Of one that has just died nobody is a child any more: what was known stays.
+                self._family = self._servers["raylet"].children(recursive=True) or self._family
+
+    def ended(self) -> str | None:
+        """Why the Ray started here can serve nobody any more; None while it can. Of a joined one its launcher says so.
+
+        Ray itself reconnects in silence for a minute and then ends this process.
+        """
+        gone = [words for name, words in _SERVERS.items() if name in self._servers and not is_alive(self._servers[name])]
+        return f"Ray ended on this machine: {' and '.join(gone)} died" if gone else None
+
+    @property
+    def folder(self) -> Path | None:
+        """Sockets and logs of the Ray started here; None for a joined one."""
+        return self._folder
+
+    def close(self) -> None:
+        """Leave Ray; end it and remove its files where it was started here."""
+        import ray
+
+        ray.shutdown()
+        for process in self._family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            os.close(self._claim)
+            self._folder = None
+
+    def last_log_lines(self, process: int | None) -> str:
+        """The end of the error output of actor process `process` (None: of all), for a message; empty where Ray was not started here."""
+        if self._folder is None:
+            return ""
+        pattern = "session_*/logs/worker-*.err" if process is None else f"session_*/logs/worker-*-{process}.err"
+        files = sorted(self._folder.glob(pattern), key=lambda path: path.stat().st_mtime)
+        lines = [line for path in files for line in path.read_text(errors="replace").splitlines() if line.strip()]
+        return "\nlast lines of the engine's log:\n  " + "\n  ".join(lines[-_LOG_LINES:]) if lines else ""
+
+
+def visible_devices(gpu_ids: Sequence[int]) -> str:
+    """CUDA_VISIBLE_DEVICES for a process that may see `gpu_ids`, which count among the GPUs that this process sees, as torch counts them.
+
+    Where a scheduler gave this process GPUs 4 to 7 of the machine, number 2 is GPU 6. Raises UserError for one that it does not see.
+    """
+    if not gpu_ids:
+        return ""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [str(gpu) for gpu in range(torch.cuda.device_count())] if given is None else [name.strip() for name in given.split(",") if name]
+    if not all(name.isdecimal() for name in names):
+        raise UserError(
+            f"CUDA_VISIBLE_DEVICES={given} does not name GPUs by number, so rollout.engine.gpu_ids={list(gpu_ids)} cannot count them; "
+            "set it to their numbers in `nvidia-smi -L`"
+        )
+    beyond = [gpu for gpu in gpu_ids if gpu >= len(names)]
+    if beyond:
+        raise UserError(
+            f"rollout.engine.gpu_ids={list(gpu_ids)} counts among the {len(names)} GPUs that this process sees "
+            f"(CUDA_VISIBLE_DEVICES={'unset' if given is None else given}), so {beyond} are none of them; use numbers below {len(names)}"
+        )
+    return ",".join(names[gpu] for gpu in gpu_ids)
+
+
+def _new_folder() -> Path:
+    """A new folder for Ray's sockets and logs; those of runs that were killed are removed."""
+    temporary = Path(tempfile.gettempdir())
+    remove_abandoned(temporary, _RAY_PREFIX)
+    folder = Path(tempfile.mkdtemp(prefix=_RAY_PREFIX))
+    length, room = len(os.fsencode(folder)), _SOCKET_PATH_BYTES - _RAY_SOCKET_BYTES
+    if length > room:
+        folder.rmdir()
+        raise EngineError(f"{folder} is too long a path for Ray's sockets ({length} bytes, at most {room}); set TMPDIR to a shorter one")
+    return folder
+
+
+@functools.cache
+def _token() -> str:
+    """One for all pools of this process: Ray reads its token once and keeps it."""
+    return secrets.token_hex(16)
+
+
+@contextlib.contextmanager
+def _seeing_only(devices: str | None) -> Iterator[None]:
+    """What starts inside sees these GPUs, or (None) those that this process sees. Afterwards this process's own are as they were."""
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if devices is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices
+    try:
+        yield
+    finally:
+        if devices is not None:
+            os.environ.pop("CUDA_VISIBLE_DEVICES")
+            os.environ.update({} if before is None else {"CUDA_VISIBLE_DEVICES": before})
+
+
+@contextlib.contextmanager
+def _without_launcher_variables() -> Iterator[None]:
+    hidden = {name: os.environ.pop(name) for name in list(os.environ) if _LAUNCHER_VARIABLES.fullmatch(name)}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)

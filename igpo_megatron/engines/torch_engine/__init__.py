@@ -1,0 +1,1 @@
+"""An engine without vLLM: transformers in the main rank's process. Begin with engine.py."""

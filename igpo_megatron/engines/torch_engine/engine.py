@@ -1,0 +1,408 @@
+"""One engine in the main rank's process, without vLLM and Ray: a thread that decodes all running turns together.
+
+    generate ──> waiting turns ──prefill──> running turns, a slot each ──one token for all──> done
+    score_probe ──> waiting probes ──────── scored together between two tokens ──────────────> done
+    update_weights ──> the thread stops between two tokens ──> load ──> canary ──> it goes on
+
+As with vLLM's pause, turns in flight are frozen while weights are exchanged; what was cached under the old ones is forgotten, and computed
+again by the new ones when the turn goes on. A turn's version is that of its first token. What the thread cannot do ends the run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Literal, Self, TypeVar
+
+import torch
+
+from igpo_megatron.chat.protocols.registry import PROTOCOLS
+from igpo_megatron.chat.tokenizer import embedding_rows, load_tokenizer
+from igpo_megatron.chat.turn_ends import barred_rows, stop_tokens
+from igpo_megatron.config.check.common import model_shape
+from igpo_megatron.config.check.torch_engine import cache_slots
+from igpo_megatron.config.schema import Config
+from igpo_megatron.engines.api import EngineError, EnginesEnded
+from igpo_megatron.engines.torch_engine.model import TorchModel
+from igpo_megatron.engines.torch_engine.sampling import choose, entropies, processed_logprobs
+from igpo_megatron.supervision.waits import ENGINES, waiting
+from igpo_megatron.types import Canary, Completion, ProbeScore, RunStopped, SyncError
+from igpo_megatron.weights.canary import check_canary
+
+Answer = TypeVar("Answer")
+
+_NAME = "engine 0"
+_BATCH_TOKENS = 8192
+"""Padded tokens of one prefill or of one batch of probes, where there is more than one sequence."""
+
+_END_TIMEOUT_S = 20
+
+
+@dataclass(eq=False, slots=True)
+class _Turn:
+    """One turn that is sampled."""
+
+    context: list[int]
+    max_tokens: int
+    temperature: float
+    draws: random.Random
+    top_logprobs: int
+    done: Future[Completion] = field(default_factory=Future)
+    version: int = -1
+    """Of the weights that sampled the first token; -1 before it."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    entropies: list[float] = field(default_factory=list)
+    finish: Literal["stop", "length"] | None = None
+    """Why it has ended; None while it goes on."""
+
+    @property
+    def length(self) -> int:
+        """Tokens whose keys and values are, or will be, cached when the next one is sampled."""
+        return len(self.context) + len(self.token_ids)
+
+
+@dataclass(eq=False, slots=True)
+class _Probe:
+    """One sequence that is scored from `first` on."""
+
+    token_ids: list[int]
+    first: int
+    done: Future[ProbeScore] = field(default_factory=Future)
+
+
+class TorchEngine:
+    """The policy in transformers on the main rank's device (`rollout.service.EngineService`)."""
+
+    def __init__(self, config: Config) -> None:
+        self._config, self._engine = config, config.rollout.engine
+        self._tokenizer = load_tokenizer(config.model.path)
+        self._stop_strings = PROTOCOLS[config.rollout.protocol].stop
+        # Every token is at least one byte, so a text that ends in the newest token began at most so many tokens ago.
+        self._stop_window = max((len(stop.encode()) for stop in self._stop_strings), default=0)
+        rows = embedding_rows(config.model.path)
+        self._stop_tokens = frozenset(stop_tokens(self._tokenizer, rows))
+        self._barred_rows = barred_rows(self._tokenizer, rows)
+        self._barred: torch.Tensor | None = None
+        self._slots = cache_slots(config, model_shape(config.model.path))
+        self._device = torch.device("cpu")
+        self._model: TorchModel | None = None
+        self._version = 0
+        self._asleep = False
+        # What follows belongs to the thread while it steps, and to whoever holds the condition while it does not.
+        self._state = threading.Condition()
+        self._open: set[_Turn | _Probe] = set()
+        """Whoever waits for an answer that nobody has given."""
+
+        self._waiting: deque[_Turn] = deque()
+        self._probes: deque[_Probe] = deque()
+        self._running: list[_Turn] = []
+        self._stepping = self._frozen = self._closing = False
+        self._problem: RunStopped | None = None
+        self._thread = threading.Thread(target=self._work, name=_NAME, daemon=True)
+
+    # ---- life
+
+    def __enter__(self) -> Self:
+        device = self._device = _device(self._config)
+        dtype = self._config.model.dtype if self._engine.dtype == "auto" else self._engine.dtype
+        self._model = TorchModel(
+            self._config.model.path,
+            dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[dtype],
+            device=device,
+            slots=self._slots,
+            capacity=self._config.rollout.max_context,
+        )
+        if self._barred_rows:
+            self._barred = torch.zeros(self._model.vocab_size, dtype=torch.bool, device=device)
+            self._barred[self._barred_rows] = True
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the thread; whoever still waits is told."""
+        with self._state:
+            self._closing = True
+            self._state.notify_all()
+        if self._thread.is_alive():
+            self._thread.join(_END_TIMEOUT_S)
+        self._stop(EnginesEnded("the engines were closed"))
+
+    def _stop(self, problem: RunStopped) -> None:
+        """The run cannot go on: tell everybody who waits, and everybody who will ask."""
+        with self._state:
+            self._problem = self._problem or problem
+            left = list(self._open)
+            self._state.notify_all()
+        for request in left:
+            if self._is_awaited(request):
+                request.done.set_exception(self._problem)
+
+    def _answer(self, request: Any, answer: Any) -> None:
+        """Tell who asked, if anybody still waits."""
+        if self._is_awaited(request):
+            request.done.set_result(answer)
+
+    def _is_awaited(self, request: Any) -> bool:
+        """Whether somebody waits for it whom nobody has told: the caller does then, and nobody after it."""
+        with self._state:
+            if request not in self._open:
+                return False
+            self._open.remove(request)
+        return bool(request.done.set_running_or_notify_cancel())
+
+    # ---- requests
+
+    async def generate(
+        self,
+        token_ids: list[int],
+        *,
+        max_tokens: int,
+        temperature: float,
+        seed: int,
+        key: str,
+        top_logprobs: int = 0,
+        experts_from: int | None = None,
+    ) -> Completion:
+        """Sample one turn. Raises EngineError where it does not fit the context or takes too long."""
+        assert experts_from is None, "this engine returns no experts"
+        room = self._config.rollout.max_context - len(token_ids)
+        self._require("a turn", token_ids, room)
+        turn = _Turn(list(token_ids), min(max_tokens, room), temperature, random.Random(seed), top_logprobs)
+        return await self._ask("a turn", turn, self._waiting, turn.done)
+
+    async def score_probe(self, token_ids: list[int], first: int, *, key: str) -> ProbeScore:
+        """Raw log-probs of `token_ids[first:]`. Raises EngineError where they are no log-probs, or take too long."""
+        assert 1 <= first < len(token_ids), f"tokens from {first} on of {len(token_ids)} cannot be scored"
+        self._require("a probe", token_ids, self._config.rollout.max_context + 1 - len(token_ids))
+        probe = _Probe(list(token_ids), first)
+        score = await self._ask("a probe", probe, self._probes, probe.done)
+        if not all(-math.inf < logprob <= 0.0 for logprob in score.logprobs):
+            raise EngineError(f"{_NAME} scored a probe with {score.logprobs}, which are no log-probs")
+        return score
+
+    async def _ask(self, what: str, request: Any, queue: deque[Any], done: Future[Answer]) -> Answer:
+        with self._state:
+            if self._problem is not None:
+                raise self._problem
+            queue.append(request)
+            self._open.add(request)
+            self._state.notify_all()
+        limit = self._engine.request_timeout_s
+        try:
+            with waiting(what, on=_NAME, who=ENGINES):
+                async with asyncio.timeout(limit):
+                    return await asyncio.wrap_future(done)
+        except TimeoutError:
+            raise EngineError(f"{_NAME} did not answer {what} within rollout.engine.request_timeout_s={limit:g}") from None
+        finally:
+            with self._state:
+                self._open.discard(request)
+
+    def _require(self, what: str, token_ids: Sequence[int], room: int) -> None:
+        """What would fail inside a batch is refused alone."""
+        rows = self._served.vocab_size
+        if room < 1:
+            raise EngineError(f"{_NAME} refused {what}: {len(token_ids)} tokens leave no room in rollout.max_context")
+        if not token_ids or not all(0 <= token < rows for token in token_ids):
+            raise EngineError(f"{_NAME} refused {what}: its context is empty, or has tokens beyond the {rows} rows of the embedding")
+
+    # ---- the thread
+
+    def _work(self) -> None:
+        try:
+            # A thread begins on the first GPU, wherever the one that started it is.
+            with torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext():
+                while self._may_step():
+                    try:
+                        self._step()
+                    finally:
+                        with self._state:
+                            self._stepping = False
+                            self._state.notify_all()
+        except Exception as error:  # noqa: BLE001  (nobody would ever be told, and everybody would wait)
+            self._stop(EnginesEnded(f"{_NAME} failed: {type(error).__name__}: {error}"))
+
+    def _may_step(self) -> bool:
+        """Wait until there is something to do, and begin it; False at the end."""
+        with self._state:
+            self._state.wait_for(lambda: self._closing or self._problem or (not self._frozen and self._has_work))
+            self._stepping = not self._closing and self._problem is None
+            return self._stepping
+
+    @property
+    def _has_work(self) -> bool:
+        return bool(self._waiting or self._probes or self._running)
+
+    def _step(self) -> None:
+        """One token for every turn that runs, the first one of those that begin, and the probes that have come."""
+        if admitted := self._take(self._waiting, self._slots - len(self._running)):
+            logits = self._served.prefill([turn.context + turn.token_ids for turn in admitted], len(self._running))
+            self._running += admitted
+            self._append(admitted, logits)
+            self._retire()
+        if self._running:
+            tokens, positions = [turn.token_ids[-1] for turn in self._running], [turn.length - 1 for turn in self._running]
+            self._append(self._running, self._served.decode(tokens, positions))
+            self._retire()
+        if probes := self._take(self._probes, len(self._probes)):
+            scores = self._served.score([probe.token_ids for probe in probes], [probe.first for probe in probes])
+            for probe, logprobs in zip(probes, scores, strict=True):
+                self._answer(probe, ProbeScore(tuple(logprobs), self._version))
+
+    def _take(self, queue: deque[Any], most: int) -> list[Any]:
+        """The first requests of a queue, as many as may go into one batch; those that nobody waits for any more are left out."""
+        taken: list[Any] = []
+        longest = 0
+        with self._state:
+            while queue and len(taken) < most:
+                if queue[0].done.cancelled():
+                    queue.popleft()
+                    continue
+                longest = max(longest, _tokens(queue[0]))
+                if taken and longest * (len(taken) + 1) > _BATCH_TOKENS:
+                    break
+                taken.append(queue.popleft())
+        return taken
+
+    def _append(self, turns: Sequence[_Turn], logits: torch.Tensor) -> None:
+        """Sample the next token of each turn."""
+        device = logits.device
+        temperatures = torch.tensor([turn.temperature for turn in turns], device=device)
+        uniforms = torch.tensor([turn.draws.random() for turn in turns], dtype=torch.float64, device=device)
+        logprobs = processed_logprobs(logits, temperatures, self._barred)
+        tokens = choose(logprobs, temperatures, uniforms)
+        chosen = logprobs.gather(-1, tokens[:, None])[:, 0].tolist()
+        if not all(map(math.isfinite, chosen)):
+            raise ArithmeticError("it computed logits that are not finite numbers")
+        spread = {top: entropies(logprobs, tokens, top).tolist() for top in {turn.top_logprobs for turn in turns} - {0}}
+        for row, (turn, token, logprob) in enumerate(zip(turns, tokens.tolist(), chosen, strict=True)):
+            turn.version = self._version if turn.version < 0 else turn.version
+            turn.token_ids.append(token)
+            turn.logprobs.append(logprob)
+            if turn.top_logprobs:
+                turn.entropies.append(spread[turn.top_logprobs][row])
+            turn.finish = self._finish(turn)
+
+    def _retire(self) -> None:
+        """Answer the turns that have ended, and let the last ones take their slots."""
+        for slot in reversed(range(len(self._running))):
+            turn = self._running[slot]
+            if turn.finish is None and not turn.done.cancelled():
+                continue
+            last = self._running.pop()
+            if slot < len(self._running):
+                self._running[slot] = last
+                self._served.move(len(self._running), slot, last.length - 1)
+            if turn.finish is not None:
+                self._answer(turn, Completion(turn.token_ids, turn.logprobs, turn.finish, turn.version, turn.entropies))
+
+    def _finish(self, turn: _Turn) -> Literal["stop", "length"] | None:
+        """Why a turn ends here; None where it goes on."""
+        if turn.token_ids[-1] in self._stop_tokens:
+            return "stop"
+        if self._stop_strings:
+            text = self._tokenizer.decode(turn.token_ids[-self._stop_window :], skip_special_tokens=False)
+            if any(stop in text for stop in self._stop_strings):
+                return "stop"
+        return "length" if len(turn.token_ids) >= turn.max_tokens else None
+
+    # ---- weights
+
+    def update_weights(
+        self,
+        named_tensors: Iterable[tuple[str, Any]],
+        version: int,
+        canary: Canary | None = None,
+        exported: Callable[[], None] | None = None,
+    ) -> dict[str, float]:
+        """Replace all weights and serve them as `version` once they have passed the canary; returns metrics. Raises SyncError.
+
+        Requests that come meanwhile wait, and turns in flight go on afterwards. An engine that sleeps takes the memory of its weights
+        first, and that of its cache when `exported` has returned.
+        """
+        started = time.monotonic()
+        self._freeze()
+        try:
+            if self._asleep:
+                self._served.take_weights()
+            nbytes = self._served.load(named_tensors, version, _NAME)
+            if exported is not None:
+                exported()
+            if self._asleep:
+                self._served.take_cache()
+                self._asleep = False
+            loaded, gap = time.monotonic(), None
+            if canary is not None:
+                (served,) = self._served.score([canary.token_ids], [1])
+                gap = check_canary(canary, served, version, 0)
+        except SyncError as error:
+            self._stop(error)
+            raise
+        self._version = version
+        self._resume()
+        return {
+            "sync/mib": nbytes / 2**20,
+            "sync/load_s": loaded - started,
+            "sync/canary_s": time.monotonic() - loaded,
+            **({} if gap is None else {"canary_gap": gap}),
+        }
+
+    def sleep(self) -> None:
+        """Give the device's memory back when the last request has ended; the next weights end the sleep."""
+        with self._state:
+            limit = self._config.sync.base_s
+            if not self._state.wait_for(lambda: self._problem or not (self._has_work or self._stepping), timeout=limit):
+                raise EnginesEnded(f"{_NAME} did not go to sleep within sync.base_s={limit:g}: it still has requests")
+            if self._problem is not None:
+                raise self._problem
+            self._frozen = self._asleep = True
+        self._served.leave()
+
+    def _freeze(self) -> None:
+        """Returns when the thread stands between two tokens; turns in flight will be prefilled again."""
+        with self._state:
+            if self._problem is not None:
+                raise self._problem
+            self._frozen = True
+            limit = self._config.sync.base_s
+            if not self._state.wait_for(lambda: not self._stepping, timeout=limit):
+                self._stop(EnginesEnded(f"{_NAME} did not stop for new weights within sync.base_s={limit:g}: a forward pass of it hangs"))
+            if self._problem is not None:
+                raise self._problem
+            self._waiting.extendleft(reversed(self._running))
+            self._running = []
+
+    def _resume(self) -> None:
+        with self._state:
+            self._frozen = False
+            self._state.notify_all()
+
+    @property
+    def _served(self) -> TorchModel:
+        assert self._model is not None, "the engine was not entered"
+        return self._model
+
+
+def _tokens(request: _Turn | _Probe) -> int:
+    return request.length if isinstance(request, _Turn) else len(request.token_ids)
+
+
+def _device(config: Config) -> torch.device:
+    """That of the main rank."""
+    if config.run.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())

@@ -1,0 +1,1 @@
+"""One HTML page per run. Begin with page.py."""

@@ -1,0 +1,129 @@
+"""What stands above the curves: what the run is, and what it reached before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from igpo_megatron.observability.metrics import headline
+from igpo_megatron.observability.tracker import sum_phases
+
+OUTCOMES = (
+    ("f1_sampled", "F1, sampled at training temperature", True),
+    ("f1_sampled_macro", "F1, sampled, mean over sources", True),
+    ("f1_greedy", "F1, greedy", True),
+    ("f1_greedy_macro", "F1, greedy, mean over sources", True),
+    ("em_greedy", "Exact match, greedy", True),
+    ("em_greedy_macro", "Exact match, greedy, mean over sources", True),
+    ("format_valid", "Format-valid share", True),
+    ("searches_per_question", "Searches per question", False),
+)
+"""Rows of the before/after table: key in summary.json, label, whether more is better."""
+
+
+def value_at(values: Mapping[str, Any], dotted: str) -> Any:
+    """A value of a nested mapping; None where a configuration of another version lacks it."""
+    found: Any = values
+    for key in dotted.split("."):
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return found
+
+
+def facts_of(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """(label, value) pairs for the head of the page; unknown ones are left out."""
+    at = {key: value_at(config, key) for key in FACT_KEYS}
+    steps = rows[-1]["step"] if rows else None
+    gaps = [row[name] for row in rows for name in ("logprob_gap_max", "canary_gap") if row.get(name) is not None]
+    gap = summary["max_logprob_gap"] if summary else max(gaps, default=None)
+    skipped = [row["skipped"] for row in rows if row.get("skipped") is not None]
+    wall = summary["wall_s"] if summary else sum(sum_phases(rows).values())
+    facts = [
+        ("Policy", at["model.path"] and Path(at["model.path"]).name),
+        ("Algorithm", at["advantage.name"] and f"{at['advantage.name']}, {at['loss.name']} loss"),
+        ("Gain", at["reward.gain"]),
+        ("Steps", steps is not None and f"{steps} of {at['run.steps']}" if at["run.steps"] else steps),
+        ("Per step", at["rollout.prompts_per_step"] and f"{at['rollout.prompts_per_step']} questions x {at['rollout.samples_per_prompt']}"),
+        (
+            "Ranks",
+            at["parallel.tensor"] and _layout(at),
+        ),
+        ("Engines", at["rollout.engine.count"] and _engines(at)),
+        ("Precision", at["model.dtype"] and f"{at['model.dtype']} on {at['run.device']}"),
+        ("Learning rate", at["optim.lr"]),
+        ("Seed", at["run.seed"]),
+        ("Time in phases", _duration(wall) if wall else None),
+        ("Skipped updates", f"{sum(skipped):.0f}" if skipped else None),
+        ("Largest log-prob gap", None if gap is None else f"{gap:.1e}"),
+    ]
+    return [(label, str(value)) for label, value in facts if value is not None and value is not False]
+
+
+def _engines(at: Mapping[str, Any]) -> str:
+    if at["rollout.engine.backend"] == "torch":
+        return "transformers on the main rank"
+    return f"{at['rollout.engine.count']} vLLM, TP {at['rollout.engine.tensor']}"
+
+
+def _layout(at: Mapping[str, Any]) -> str:
+    context = f" · CP {at['parallel.context']}" if (at["parallel.context"] or 1) > 1 else ""
+    data = f" · DP {at['parallel.data']}" if at["parallel.data"] else ""
+    return f"TP {at['parallel.tensor']}{context} · PP {at['parallel.pipeline']}{data}"
+
+
+FACT_KEYS = (
+    *("model.path", "model.dtype", "advantage.name", "loss.name", "reward.gain", "run.steps", "run.device", "run.seed", "optim.lr"),
+    *("rollout.prompts_per_step", "rollout.samples_per_prompt", "rollout.engine.backend", "rollout.engine.count", "rollout.engine.tensor"),
+    *("parallel.tensor", "parallel.context", "parallel.pipeline", "parallel.data"),
+)
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{seconds:.0f} s" if seconds < 120 else f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _ends(summary: Mapping[str, Any] | None, evals: Sequence[dict[str, Any]]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Held-out scores before and after (or so far), in the names of summary.json; empty where there are none."""
+    if summary:
+        return summary.get("before") or {}, summary.get("after") or {}
+    if not evals:
+        return {}, {}
+    return headline(evals[0]), headline(evals[-1]) if len(evals) > 1 else {}
+
+
+def outcomes_of(summary: Mapping[str, Any] | None, evals: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the before/after table; a missing side is None."""
+    before, after = _ends(summary, evals)
+    rows = []
+    for key, label, more_is_better in OUTCOMES:
+        left, right = before.get(key), after.get(key)
+        if left is None and right is None:
+            continue
+        change = None if left is None or right is None else right - left
+        errors = [side.get(f"{key}_se") for side in (before, after)]
+        rows.append({"label": label, "sides": list(zip((left, right), errors, strict=True)), "change": change, "judged": more_is_better})
+    return rows
+
+
+def count_questions(summary: Mapping[str, Any] | None, evals: Sequence[dict[str, Any]]) -> int | None:
+    before, after = _ends(summary, evals)
+    return before.get("questions") or after.get("questions")
+
+
+def scores_by_source(evals: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """F1 per benchmark in the first and last evaluation (sampled where it was run, else greedy); empty for fewer than two benchmarks."""
+    if not evals:
+        return []
+    first, last = ((scores.get("sampled") or scores.get("greedy") or {}).get("per_source") or {} for scores in (evals[0], evals[-1]))
+    if len(first) < 2:
+        return []
+    return [
+        {
+            "name": name,
+            "questions": scores.get("questions"),
+            "before": scores.get("f1"),
+            "after": (last.get(name) or {}).get("f1") if len(evals) > 1 else None,
+        }
+        for name, scores in first.items()
+    ]

@@ -1,0 +1,81 @@
+"""One self-contained HTML page about a run: what it is, what it reached, curves, and trajectories to read turn by turn.
+
+    config.json, summary.json, metrics.jsonl, rollouts/*.parquet, eval/* ──collect──> plain data ──report.html.j2──> report.html
+
+The page loads nothing and works from file://. Text from tools and models is untrusted: the template escapes it, the script in the page
+only ever sets it as text. Size is bounded by `Limits`, and the page says what was left out.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from igpo_megatron.observability.report.charts import charts_of
+from igpo_megatron.observability.report.header import count_questions, facts_of, outcomes_of, scores_by_source, value_at
+from igpo_megatron.observability.report.limits import STANDARD, Limits
+from igpo_megatron.observability.report.trajectories import files_left_out, find_tokenizer, read_file, rollout_files
+from igpo_megatron.observability.run_folder import write_whole
+from igpo_megatron.observability.tracker import PHASES, public_config, read_metrics, sum_phases
+from igpo_megatron.types import UserError
+
+TEMPLATE = Path(__file__).with_name("report.html.j2")
+
+
+def write_report(run_folder: Path, limits: Limits = STANDARD) -> Path:
+    """Write `<run_folder>/report.html` from whatever the run has left so far and return its path.
+
+    Raises UserError if the folder holds no run, or if one of its files is damaged.
+    """
+    page = collect(run_folder, limits)
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    html = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(page)
+    path = run_folder / "report.html"
+    write_whole(path, html)
+    return path
+
+
+def collect(run_folder: Path, limits: Limits) -> dict[str, Any]:
+    """Everything the template shows, as plain data."""
+    metrics = run_folder / "metrics.jsonl"
+    files = rollout_files(run_folder)
+    evals = [_read_json(path) for path in sorted((run_folder / "eval").glob("step_*.json"))]
+    if not (metrics.is_file() or files or evals):
+        raise UserError(f"{run_folder}: no run to report on; expected metrics.jsonl, rollouts/step_*.parquet or eval/step_*.json in it")
+    config = public_config(_read_json(run_folder / "config.json") or {})
+    summary = _read_json(run_folder / "summary.json")
+    rows = read_metrics(metrics) if metrics.is_file() else []
+    phases = summary["phases_s"] if summary else sum_phases(rows)
+    tokenizer = find_tokenizer(config)
+    return {
+        "title": value_at(config, "run.name") or run_folder.resolve().name,
+        "finished": summary is not None,
+        "last_step": rows[-1]["step"] if rows else None,
+        "facts": facts_of(config, rows, summary),
+        "outcomes": outcomes_of(summary, evals),
+        "questions": count_questions(summary, evals),
+        "sources": scores_by_source(evals),
+        "phases": [{"name": name, "seconds": seconds, "colour": PHASES.index(name)} for name, seconds in phases.items() if name in PHASES],
+        "config_text": json.dumps(config, indent=2) if config else "",
+        "data": {
+            "charts": charts_of(rows, limits),
+            "files": [read_file(path, label, tokenizer, limits) for path, label in files],
+            "left_out": files_left_out(run_folder, files),
+        },
+    }
+
+
+def _read_json(path: Path) -> Any:
+    """The object in a JSON file; None where there is no file."""
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({error}); remove it to leave it out of the report") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected an object, found {type(values).__name__}; remove it to leave it out of the report")
+    return values

@@ -1,0 +1,205 @@
+"""A run's folder: where everything lies, and whether a run may start, resume or is already finished.
+
+runs/<name>/
+    lock             held by the main rank as long as the run goes on
+    config.json      resolved configuration (no secrets)
+    metrics.jsonl    one line per step
+    failures/        tracebacks of what nobody expected: rank0.txt ..., and trajectories.txt of those that ended as `crashed`
+    rollouts/        step_000001.parquet ...    everything needed to replay a step
+    eval/            step_000000.json and the rollouts behind each
+    checkpoints/     step_000010/ ...
+    summary.json     written last: its presence means the run is finished
+    report.html
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from igpo_megatron.config.load import ConfigError, differing_keys, to_json
+from igpo_megatron.config.schema import Config
+from igpo_megatron.data.whole import whole
+from igpo_megatron.supervision.failures import FOLDER, in_short
+from igpo_megatron.types import UserError
+
+MAY_CHANGE = (
+    *("parallel.", "rollout.engine.", "run.threads", "run.resume", "track.", "checkpoint.keep", "checkpoint.in_background"),
+    # A run that its search provider stopped goes on with another key, slower, or through a proxy.
+    *("search.api_key_env", "search.attempts", "search.breaker_", "search.cache", "search.deadline_s", "search.max_concurrency"),
+    *("search.rate_per_s", "search.timeout_s", "search.use_proxy", "search.vectors"),
+)
+"""Settings that say how a run is executed, not what it computes: they may differ when it resumes."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """Paths of one run."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.json"
+
+    @property
+    def rollouts(self) -> Path:
+        return self.root / "rollouts"
+
+    @property
+    def crashes(self) -> Path:
+        return self.root / FOLDER / "trajectories.txt"
+
+    @property
+    def eval(self) -> Path:
+        return self.root / "eval"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def summary(self) -> Path:
+        return self.root / "summary.json"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+
+def folder_for(config: Config) -> RunFolder:
+    """The folder a configuration names."""
+    return RunFolder(config.run.folder / config.run.name)
+
+
+def open_folder(config: Config) -> RunFolder:
+    """Check that the run may start or resume in its folder. Raises ConfigError. Writes nothing.
+
+    A folder made with other settings is refused with the keys that differ; with `run.resume=never` any used folder is.
+    """
+    folder = folder_for(config)
+    try:
+        os.stat(folder.config)
+    except (FileNotFoundError, NotADirectoryError):
+        return folder
+    except (OSError, ValueError) as error:  # a name that is too long, or has a zero byte
+        raise ConfigError([f"run.folder and run.name: {str(folder.root)[:200]!r} cannot be a folder ({in_short(error)[:80]})"]) from None
+    how = f"choose another run.name, or remove {folder.root} to start again"
+    if config.run.resume == "never":
+        raise ConfigError([f"run.resume=never, but {folder.root} already holds a run; {how}"])
+    old = _read(folder.config, f"write it from a copy, or {how}")
+    new = json.loads(to_json(config))
+    changed = [row for row in differing_keys(old, new) if not row.startswith(MAY_CHANGE)]
+    if changed:
+        raise ConfigError([f"{folder.root} was made with other settings ({how}):", *changed])
+    return folder
+
+
+@contextmanager
+def held(folder: RunFolder) -> Iterator[None]:
+    """The folder, made where it is missing, is this process's alone until the block or the process ends.
+
+    Raises UserError where another run has it, on this machine or on one that shares the disk, or where it cannot be written.
+    """
+    path = folder.root / "lock"
+    try:
+        folder.root.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+", encoding="utf-8")
+    except OSError as error:
+        why = os.strerror(error.errno or 0).lower()
+        raise UserError(f"{error.filename or path} cannot be written ({why}): choose another run.folder, or make it writable") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise UserError(f"{folder.root} is in use by {holder}: wait for its end, stop it, or choose another run.name") from None
+        except OSError:
+            pass  # a file system without locks
+        with suppress(OSError):  # a full disk says so when there is something to save
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+        yield
+
+
+def claim(folder: RunFolder, config: Config) -> None:
+    """Make the folder and save the resolved configuration in it."""
+    for path in (folder.rollouts, folder.eval, folder.checkpoints):
+        path.mkdir(parents=True, exist_ok=True)
+    write_whole(folder.config, to_json(config))
+
+
+def forget_after(folder: RunFolder, step: int) -> None:
+    """Remove rollouts and evaluations of steps after `step`: the run is back there, and will train and score those steps anew."""
+    for path in (*folder.rollouts.glob("step_??????*"), *folder.eval.glob("step_??????*")):
+        number = path.name[len("step_") :][:6]
+        if number.isdecimal() and int(number) > step:
+            path.unlink()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there as a whole or, where the disk is full, as it was before."""
+    with whole(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def read_summary(folder: RunFolder) -> dict[str, Any] | None:
+    """The finished run's summary; None while it is not finished."""
+    return _read(folder.summary, "remove it, and the same command writes it again") if folder.summary.is_file() else None
+
+
+def _read(path: Path, what_to_do: str) -> dict[str, Any]:
+    """The object in a file of ours. Raises ConfigError with `what_to_do` where the file is damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError([f"{path} is damaged ({error}); {what_to_do}"]) from error
+    if not isinstance(value, dict):
+        raise ConfigError([f"{path} is damaged (it holds no object); {what_to_do}"])
+    return value
+
+
+ROWS = (
+    ("F1, sampled", "f1_sampled"),
+    ("F1, sampled, mean over sources", "f1_sampled_macro"),
+    ("F1, greedy", "f1_greedy"),
+    ("F1, greedy, mean over sources", "f1_greedy_macro"),
+    ("EM, greedy", "em_greedy"),
+    ("EM, greedy, mean over sources", "em_greedy_macro"),
+    ("format valid", "format_valid"),
+    ("searches per question", "searches_per_question"),
+)
+
+
+def summary_table(summary: dict[str, Any]) -> Table:
+    """Held-out scores before and after, gain by turn and time by phase."""
+    table = Table(title=f"{summary['steps']} steps in {summary['wall_s'] / 60:.1f} min", title_justify="left")
+    for heading in ("held-out questions", "before", "after", "change"):
+        table.add_column(heading, justify="left" if heading.startswith("held") else "right")
+    before, after = summary.get("before"), summary.get("after")
+    if before and after:
+        for label, key in ROWS:
+            if before.get(key) is None or after.get(key) is None:
+                continue
+            spread = after.get(f"{key}_se")
+            error = "" if spread is None else f" ± {spread:.3f}"
+            table.add_row(label, f"{before[key]:.3f}", f"{after[key]:.3f}{error}", f"{after[key] - before[key]:+.3f}")
+        table.add_section()
+    for turn, gain in enumerate(summary.get("gain_by_turn", []), start=1):
+        table.add_row(f"mean gain of turn {turn}", f"{gain['first']:+.3f}", f"{gain['last']:+.3f}", f"{gain['last'] - gain['first']:+.3f}")
+    table.add_section()
+    for phase, seconds in summary["phases_s"].items():
+        table.add_row(f"time: {phase}", "", f"{seconds:.1f} s", "")
+    table.add_row("largest engine/trainer log-prob gap", "", f"{summary['max_logprob_gap']:.1e}", "")
+    return table

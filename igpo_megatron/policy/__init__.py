@@ -1,0 +1,10 @@
+"""The policy on Megatron-Core. This room alone knows Megatron.
+
+policy.py    the policy: log-probs, training steps, reference weights. Begin here.
+model.py     from a Hugging Face config to a GPTModel, whose mask is attention.py
+schedule.py  forward and backward passes over micro-batches
+parallel.py  process groups
+checkpoint*.py, weight_sync.py  to disk, and to the engines
+
+Imports packing, kernels, supervision and checkpoint_conversion.
+"""

@@ -1,0 +1,220 @@
+"""Training checkpoints: Megatron's resharding format plus what a run needs to go on, complete or absent, never half.
+
+    <run>/checkpoints/step_000010/
+        model/          dist_checkpointing: weights, optimizer, RNG state; loads at any TP x PP x CP x EP x DP
+        hf/             config, tokenizer and chat template of the policy
+        metadata.json   what this folder is (read by checkpoint_conversion)
+        state.json      step, prompt stream, optimizer steps
+        checksums.json  size and sum of every file; written last
+
+A save goes to a `.partial` folder that is renamed when all ranks are done, so a killed save never hurts the last good one.
+
+With `checkpoint.in_background` a save copies the state and returns; a thread of each rank writes the copy, and the ranks meet to complete
+the folder in the next call of `finish` that finds all of them done. Only that thread works beside training: it does no collectives.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing import ShardedObject
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch.distributed.checkpoint.api import CheckpointException
+
+from checkpoint_conversion.convert import write_metadata
+from checkpoint_conversion.folders import copy_config
+from igpo_megatron.policy import checkpoint_sums, megatron_fixes, parallel
+from igpo_megatron.policy.checkpoint_sums import Sums
+from igpo_megatron.policy.checkpoint_writer import write_in_thread
+from igpo_megatron.policy.policy import Policy
+from igpo_megatron.types import PeerStopped, RunStopped
+
+SHARDING = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": False,
+    "singleton_local_shards": False,
+    "chained_optim_avoid_prefix": True,
+}
+
+
+def own_writer(save: Callable[..., Any]) -> dict[str, str]:
+    """Options by which Megatron's `save` uses its own asynchronous writer: newer versions default to nvidia-resiliency-ext's."""
+    return {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(save).parameters else {}
+
+
+WRITER = own_writer(dist_checkpointing.save)
+
+
+def folder_of(checkpoints: Path, step: int) -> Path:
+    """Folder of the checkpoint taken after `step` steps."""
+    return checkpoints / f"step_{step:06d}"
+
+
+def complete(checkpoints: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(folder for folder in checkpoints.glob("step_??????") if (folder / "state.json").is_file())
+
+
+@dataclass(slots=True)
+class Pending:
+    """A save of which all is planned, and this rank's part is being written."""
+
+    final: Path
+    keep: int
+    run: dict[str, Any]
+    own: dict[str, Any]
+    request: AsyncRequest
+    writer: threading.Thread | None
+    """None on a rank that has nothing to write."""
+    sums: Sums
+    """Of the files this rank wrote, once the writer is done."""
+
+
+def save(policy: Policy, checkpoints: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+    """Write a checkpoint from all ranks and remove all but the newest `keep`. `state` is JSON-able and the same on every rank.
+
+    In the background with `checkpoint.in_background`: then the folder is complete after a `finish`, which the next save begins with.
+    """
+    finish(policy, wait=True)
+    final = folder_of(checkpoints, step)
+    partial = final.with_suffix(".partial")
+    if policy.ranks.is_main:
+        for stale in checkpoints.glob("*.partial"):
+            shutil.rmtree(stale)
+        (partial / "model").mkdir(parents=True)
+    dist.barrier()
+    layout = [policy.ranks.tensor_size, policy.ranks.pipeline_size, policy.ranks.data_size]
+    own = {"step": step, "optimizer_steps": policy.steps_taken, "layout": layout}
+    sharded = _sharded_state(policy, loading=False)
+    if policy.config.checkpoint.in_background:
+        request = dist_checkpointing.save(sharded, str(partial / "model"), content_metadata=SHARDING, async_sharded_save=True, **WRITER)
+        sums: Sums = {}
+        writer = write_in_thread(request, lambda: sums.update(checkpoint_sums.of_rank(partial, policy.ranks.rank)))
+        policy.pending_save = Pending(final, keep, state, own, request, writer, sums)
+        return final
+    with _failures_named(final):
+        dist_checkpointing.save(sharded, str(partial / "model"), content_metadata=SHARDING, **WRITER)
+    dist.barrier()
+    _complete(policy, final, state, own, keep, checkpoint_sums.of_rank(partial, policy.ranks.rank))
+    return final
+
+
+def finish(policy: Policy, *, wait: bool) -> bool:
+    """Complete the save that is under way if every rank has written its part; True when none is left. Collective while one is under way.
+
+    `wait`: stay until it is. Raises RunStopped on every rank where one could not write.
+    """
+    pending = policy.pending_save
+    if pending is None:
+        return True
+    if wait and pending.writer:
+        pending.writer.join()
+    written = torch.tensor([pending.writer is None or not pending.writer.is_alive()], dtype=torch.int32, device=policy.ranks.device)
+    dist.all_reduce(written, op=dist.ReduceOp.MIN)
+    if not written.item():
+        return False
+    policy.pending_save = None
+    with _failures_named(pending.final):
+        for complete_part in pending.request.finalize_fns:
+            complete_part()
+    _complete(policy, pending.final, pending.run, pending.own, pending.keep, pending.sums)
+    return True
+
+
+@contextmanager
+def _failures_named(final: Path) -> Iterator[None]:
+    """What Megatron raises on every rank when one of them could not write, of which only the main rank knows more, as RunStopped."""
+    try:
+        yield
+    except CheckpointException as error:
+        if not error.failures:
+            raise PeerStopped(f"{final.name} could not be written; rank 0 says why") from None
+        rank, (problem, _) = min(error.failures.items())
+        why = str(problem).removeprefix("Worker failure: ")
+        # All that torch, and Megatron-Core 0.19, say of a file system that takes no more.
+        if any(sign in why for sign in ("inline_container", "PytorchStreamWriter", "<class 'OSError'>")):
+            free = shutil.disk_usage(final.parent).free
+            why = f"a file was cut short; {final.parent} has {free:,} bytes free (otherwise a quota, or `ulimit -f`)"
+        raise RunStopped(f"{final.name} could not be written by rank {rank}: {why}") from error
+
+
+def _complete(policy: Policy, final: Path, state: dict[str, Any], own: dict[str, Any], keep: int, sums: Sums) -> None:
+    """What makes a folder whole: the policy's description, the run's state, the sums of all files, then the name. Collective."""
+    partial = final.with_suffix(".partial")
+    everyones = parallel.gather(sums)
+    if policy.ranks.is_main:
+        (partial / "hf").mkdir()
+        copy_config(policy.config.model.path, partial / "hf")
+        write_metadata(partial, model_type=policy.shape.model_type, vocab_multiple=policy.config.model.vocab_multiple)
+        (partial / "state.json").write_text(json.dumps({**own, "checksums": True, "run": state}, indent=2), encoding="utf-8")
+        checkpoint_sums.write(partial, {name: found for rank in everyones for name, found in rank.items()})
+        _sync_to_disk(partial)
+        if final.exists():  # the same step saved again after a resume
+            shutil.rmtree(final)
+        partial.rename(final)
+        _sync_to_disk(final.parent)
+        for old in complete(final.parent)[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+def load(policy: Policy, folder: Path) -> tuple[int, dict[str, Any]]:
+    """Restore all ranks from a checkpoint taken at any layout; returns its step and the run's state."""
+    stored = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    ranks = policy.ranks
+    same_grid = stored["layout"][:2] == [ranks.tensor_size, ranks.pipeline_size]
+    request = _sharded_state(policy, loading=True, with_rng=same_grid)
+    loaded = dist_checkpointing.load(request, str(folder / "model"), strict=StrictHandling.ASSUME_OK_UNEXPECTED)
+    for number, chunk in enumerate(policy.chunks):
+        chunk.load_state_dict(loaded["model"][f"chunk{number}"], strict=False)
+    policy.optimizer.load_state_dict(loaded["optimizer"])
+    if same_grid:
+        rng = loaded["rng_state"][0]
+        torch.set_rng_state(rng["cpu"])
+        if ranks.device.type == "cuda":
+            torch.cuda.set_rng_state(rng["cuda"])
+    policy.steps_taken = stored["optimizer_steps"]
+    return stored["step"], stored["run"]
+
+
+def _sharded_state(policy: Policy, *, loading: bool, with_rng: bool = True) -> dict[str, Any]:
+    megatron_fixes.prime(policy.optimizer)  # before the first step there are no moments, which Megatron does not expect
+    metadata = {**SHARDING, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    # What is stored goes by the tensors' names in the whole model; the chunks are this rank's.
+    chunks = {f"chunk{number}": chunk.sharded_state_dict(metadata=metadata) for number, chunk in enumerate(policy.chunks)}
+    state: dict[str, Any] = {"model": chunks}
+    state["optimizer"] = policy.optimizer.sharded_state_dict(state["model"], is_loading=loading, metadata=metadata)
+    if with_rng:
+        ranks = policy.ranks
+        rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if ranks.device.type == "cuda" else None}
+        # One state for each place in the tensor x pipeline grid: at another grid there is nothing to restore.
+        state["rng_state"] = ShardedObject(
+            "rng_state",
+            [rng],
+            (ranks.pipeline_size, ranks.tensor_size),
+            (ranks.pipeline_rank, ranks.tensor_rank),
+            replica_id=parallel_state.get_data_parallel_rank(with_context_parallel=True),
+        )
+    return state
+
+
+def _sync_to_disk(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,193 @@
+"""Process groups, devices and seeds: the only initialisation code of the ranks."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from igpo_megatron.config.schema import Config
+from igpo_megatron.supervision.waits import waiting
+from igpo_megatron.types import UserError
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """Where this process stands among the ranks."""
+
+    rank: int
+    world: int
+    data_rank: int
+    data_size: int
+    tensor_rank: int
+    tensor_size: int
+    pipeline_rank: int
+    pipeline_size: int
+    context_rank: int
+    context_size: int
+    expert_rank: int
+    expert_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """The one rank that talks to engines, files and people."""
+        return self.rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Holds the output layer."""
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    @property
+    def reports(self) -> bool:
+        """The one rank of those that share rows whose results are counted: others have none, or the same ones."""
+        return self.is_last_stage and self.tensor_rank == 0 and self.context_rank == 0
+
+
+def wants_cuda(device: str) -> bool:
+    """Resolve `run.device`; asking for CUDA where there is none is an error."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("run.device=cuda, but torch sees no GPU; use run.device=cpu or install a CUDA build of torch")
+    return device == "cuda" or (device == "auto" and torch.cuda.is_available())
+
+
+def on_this_machine(config: Config) -> Config:
+    """The configuration with `run.device=auto` replaced by what it is here, for checks that depend on it."""
+    if config.run.device != "auto":
+        return config
+    device = "cuda" if wants_cuda("auto") else "cpu"
+    return config.model_copy(update={"run": config.run.model_copy(update={"device": device})})
+
+
+def init(config: Config) -> Ranks:
+    """Join the process group described by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, and make Megatron's groups.
+
+    A process started without a launcher becomes a world of one.
+    """
+    cuda = wants_cuda(config.run.device)
+    from igpo_megatron.policy import cpu
+
+    if not cuda:
+        cpu.install()
+    assert not cuda or not cpu.is_installed(), "megatron.core runs on CPU in this process, which cannot be undone"
+    from igpo_megatron.policy import megatron_fixes
+
+    megatron_fixes.install()
+    from megatron.core import parallel_state, tensor_parallel
+
+    torch.set_num_threads(config.run.threads)
+    timeout = timedelta(seconds=config.parallel.timeout_s)
+    if not dist.is_initialized():
+        if cuda:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        backend = "nccl" if cuda else "gloo"
+        if "RANK" not in os.environ:
+            dist.init_process_group(backend, timeout=timeout, rank=0, world_size=1, store=dist.HashStore())
+        elif _meets_on_loopback():
+            rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            dist.init_process_group(backend, timeout=timeout, rank=rank, world_size=world, store=_loopback_store(rank, timeout))
+        else:
+            dist.init_process_group(backend, timeout=timeout)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.parallel.tensor,
+        pipeline_model_parallel_size=config.parallel.pipeline,
+        virtual_pipeline_model_parallel_size=config.parallel.virtual_pipeline if config.parallel.virtual_pipeline > 1 else None,
+        context_parallel_size=config.parallel.context,
+        expert_model_parallel_size=config.parallel.expert,
+        # Experts are never cut: small matrices, and gloo cannot gather their tokens unevenly.
+        expert_tensor_parallel_size=1,
+        distributed_timeout_minutes=max(1, round(config.parallel.timeout_s / 60)),
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(config.run.seed + 1)
+    return Ranks(
+        rank=dist.get_rank(),
+        world=dist.get_world_size(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        context_rank=parallel_state.get_context_parallel_rank(),
+        context_size=parallel_state.get_context_parallel_world_size(),
+        expert_rank=parallel_state.get_expert_model_parallel_rank(),
+        expert_size=parallel_state.get_expert_model_parallel_world_size(),
+        device=torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"),
+    )
+
+
+def _meets_on_loopback() -> bool:
+    """The ranks share one machine and no launcher's store is there to join."""
+    return os.environ["MASTER_ADDR"].startswith("127.") and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+
+
+def _loopback_store(rank: int, timeout: timedelta) -> dist.TCPStore:
+    """The ranks' meeting point, listening on loopback alone; left to itself torch listens on every interface."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if rank > 0:
+        return dist.TCPStore(host, port, is_master=False, timeout=timeout)
+    listener = socket.create_server((host, port), backlog=1024)
+    return dist.TCPStore(host, port, is_master=True, timeout=timeout, wait_for_workers=False, master_listen_fd=listener.detach())
+
+
+def shutdown() -> None:
+    """Leave all groups."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def broadcast(value: Any) -> Any:
+    """The main rank's value, on every rank. Others pass None."""
+    if dist.get_world_size() == 1:
+        return value
+    box = [value]
+    with waiting("what the main rank has to say", on="rank 0" if dist.get_rank() else "the other ranks"):
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def on_main(ranks: Ranks, work: Callable[[], Value]) -> Value | None:
+    """Do `work` on the main rank while the others wait. What it raises ends the main rank, and its end that of the others."""
+    value = work() if ranks.is_main else None
+    broadcast(None)
+    return value
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Bytes: of the whole GPU, whoever has them, or of this process on CPU."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return total - free
+    return psutil.Process().memory_info().rss
+
+
+def place() -> tuple[int, int]:
+    """(rank, number of ranks)."""
+    return dist.get_rank(), dist.get_world_size()
+
+
+def barrier() -> None:
+    """Return when every rank is here."""
+    dist.barrier()
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's value, in rank order, on every rank."""
+    if dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

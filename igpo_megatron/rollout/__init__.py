@@ -1,1 +1,0 @@
-"""Multi-turn trajectories: chat format, agent loop, engines and the rollouter that runs many at once."""

@@ -1,0 +1,1 @@
+"""Indexes in this process: BM25 and dense vectors."""

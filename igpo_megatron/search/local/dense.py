@@ -1,0 +1,176 @@
+"""Dense retrieval over a corpus in memory: exact inner product of normalised embeddings.
+
+passages --prefix, encode, normalise--> vectors [N, D] ── FAISS flat index, or numpy ──> top k
+
+sentence-transformers is needed for encoding, FAISS only makes it faster; neither is installed by default.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from igpo_megatron.data.corpus import Passage, join_contents, read_corpus
+from igpo_megatron.search.results import SearchResult, SearchStatus
+from igpo_megatron.search.settings import Search
+from igpo_megatron.types import UserError
+
+Vectors = NDArray[np.float32]
+"""[N, D], rows of length 1."""
+
+INSTALL = "install igpo-megatron[dense] (sentence-transformers and faiss-cpu)"
+
+
+class Encoder(Protocol):
+    """Texts to vectors."""
+
+    def __call__(self, texts: list[str]) -> NDArray[Any]:
+        """[len(texts), D], of any length and float type."""
+        ...
+
+
+def sentence_transformer(name: str) -> Encoder:
+    """The encoder of a sentence-transformers model. UserError where the library or the model is missing."""
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError:
+        raise UserError(f"search.backend=dense needs sentence-transformers, which is not installed; {INSTALL}") from None
+    try:
+        model = SentenceTransformer(name)
+    except (OSError, ValueError) as error:
+        raise UserError(f"search.encoder={name} cannot be loaded: {error}") from None
+    return lambda texts: model.encode(texts, batch_size=256, show_progress_bar=len(texts) > 10_000)
+
+
+class DenseIndex:
+    """The passages nearest to a query. Safe to use from several threads."""
+
+    def __init__(
+        self,
+        passages: Iterable[Passage],
+        encode: Encoder,
+        *,
+        query_prefix: str,
+        passage_prefix: str,
+        vectors: Path | None = None,
+        encoder: str = "",
+    ):
+        """`vectors`: file that keeps the embeddings of the encoder called `encoder`.
+
+        ValueError if there is nothing to index, or the file belongs to another encoder or other passages.
+        """
+        self.passages = tuple(passages)
+        if not self.passages:
+            raise UserError("the corpus has no passages; expected at least one line of {id, title, text} or {id, contents}")
+        self._encode = encode
+        self._query_prefix = query_prefix
+        self._encoding = threading.Lock()
+        texts = [passage_prefix + join_contents(passage) for passage in self.passages]
+        self.vectors = unit_rows(encode(texts)) if vectors is None else _kept(vectors, encoder, texts, encode)
+        self._nearest = _faiss(self.vectors) or _numpy(self.vectors)
+
+    def search(self, queries: Sequence[str], k: int) -> list[tuple[tuple[Passage, float], ...]]:
+        """Per query the `k` best (passage, cosine), best first."""
+        with self._encoding:  # encoders are not made for threads
+            asked = unit_rows(self._encode([self._query_prefix + query for query in queries]))
+        scores, rows = self._nearest(asked, min(k, len(self.passages)))
+        return [
+            tuple((self.passages[row], float(score)) for row, score in zip(best, values, strict=True))
+            for best, values in zip(rows, scores, strict=True)
+        ]
+
+
+def unit_rows(vectors: NDArray[Any]) -> Vectors:
+    """Rows scaled to length 1; a row of zeros stays."""
+    vectors = np.ascontiguousarray(vectors, dtype=np.float32)
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.float32(1e-12))
+
+
+def _numpy(vectors: Vectors) -> Any:
+    def nearest(asked: Vectors, k: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        scores = asked @ vectors.T  # [Q, N]
+        rows = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        return np.take_along_axis(scores, rows, axis=1), rows
+
+    return nearest
+
+
+def _faiss(vectors: Vectors) -> Any:
+    """The same by FAISS; None where it is not installed."""
+    try:
+        import faiss
+    except ImportError:
+        return None
+    index = faiss.IndexFlatIP(vectors.shape[1])
+    index.add(vectors)
+    return index.search
+
+
+def _kept(path: Path, encoder: str, texts: list[str], encode: Encoder) -> Vectors:
+    """The vectors in a file, computed and written if it is missing. They belong to this encoder and these texts, or UserError."""
+    digest = hashlib.blake2b("\0".join([encoder, *texts]).encode(), digest_size=16).hexdigest()
+    if not path.is_file():
+        vectors = unit_rows(encode(texts))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        whole = path.with_name(path.name + ".part.npz")  # numpy would add the ending
+        np.savez(whole, vectors=vectors, digest=np.array(digest))
+        whole.replace(path)
+        return vectors
+    with np.load(path) as kept:
+        if str(kept["digest"]) != digest:
+            raise UserError(f"search.vectors={path} belongs to another corpus, encoder or passage_prefix; remove it, or name another file")
+        return kept["vectors"]
+
+
+class DenseClient:
+    """SearchClient over a `DenseIndex`."""
+
+    provider = "dense"
+
+    def __init__(self, index: DenseIndex, top_k: int):
+        self.index = index
+        self.top_k = top_k
+
+    @classmethod
+    def from_config(cls, config: Search) -> DenseClient:
+        """Load the encoder, read and embed `search.corpus`. UserError where something is missing."""
+        if config.corpus is None or config.encoder is None:
+            raise UserError("search.backend=dense needs search.corpus (JSON lines) and search.encoder (a sentence-transformers model)")
+        index = DenseIndex(
+            read_corpus(config.corpus),
+            sentence_transformer(config.encoder),
+            query_prefix=config.query_prefix,
+            passage_prefix=config.passage_prefix,
+            vectors=config.vectors,
+            encoder=config.encoder,
+        )
+        return cls(index, config.top_k)
+
+    async def search(self, queries: Sequence[str]) -> list[SearchResult]:
+        """One result per query: the nearest passages, however far they are. A query without words is empty."""
+        start = time.perf_counter()
+        asked = [query for query in queries if query.strip()]
+        found = await asyncio.to_thread(self.index.search, asked, self.top_k) if asked else []
+        took = time.perf_counter() - start
+        hits = dict(zip(asked, found, strict=True))
+        return [
+            SearchResult(
+                query,
+                SearchStatus.OK if query in hits else SearchStatus.EMPTY,
+                self.provider,
+                tuple(passage for passage, _ in hits.get(query, ())),
+                latency_s=took,
+            )
+            for query in queries
+        ]
+
+    async def close(self) -> None:
+        """Nothing to give back."""

@@ -1,0 +1,131 @@
+"""Settings of search: the back-end, its limits and its record."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from igpo_megatron.settings import Section
+
+KEY_VARIABLES = {
+    "serper": "SERPER_API_KEY",
+    "brightdata": "BRIGHTDATA_API_KEY",
+    "azure_bing": "AZURE_BING_API_KEY",
+    "serpapi": "SERPAPI_API_KEY",
+    "google_cse": "GOOGLE_API_KEY",
+    "tavily": "TAVILY_API_KEY",
+    "brave": "BRAVE_API_KEY",
+}
+"""Search back-end that needs a key -> the environment variable it is read from unless `search.api_key_env` names another."""
+
+
+class Chaos(Section):
+    """Faults put between the policy and the search back-end, for tests and for studies of robustness."""
+
+    failed_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Share of queries that fail: error, timeout or rate_limited, equally often."""
+
+    latency_s: NonNegativeFloat = 0.0
+    """Mean of the time added to every query."""
+
+    latency_sigma: PositiveFloat | None = None
+    """The added time is lognormal with this standard deviation of its logarithm (web search: about 1); null: exponential."""
+
+    seed: NonNegativeInt = 0
+    """The faults of the n-th asking of a query depend on this seed, the query and n only."""
+
+
+class Search(Section):
+    """The tool the policy calls."""
+
+    backend: Literal["bm25", "dense", "retriever", "serper", "brightdata", "azure_bing", "serpapi", "google_cse", "tavily", "brave"] = (
+        "bm25"
+    )
+    """Local over `corpus`: `bm25`, `dense` (embeddings). A server of yours: `retriever` (Search-R1's POST /retrieve). Web APIs:
+    `serper` (Google), `brightdata` (Bing), `serpapi` and `google_cse` (Google), `tavily`, `brave`; `azure_bing` is Bing's v7 format only:
+    Microsoft retired the service, so it needs the `url` of something that still speaks it."""
+
+    corpus: Path | None = None
+    """bm25, dense: JSON lines of {id, title, text} or {id, contents}."""
+
+    encoder: str | None = None
+    """dense: sentence-transformers model, a folder or a name such as intfloat/e5-base-v2."""
+
+    query_prefix: str = "query: "
+    """dense: put before a query (e5's; other encoders have others)."""
+
+    passage_prefix: str = "passage: "
+    """dense: put before a passage."""
+
+    vectors: Path | None = None
+    """dense: file (.npz) that keeps the passages' embeddings, written where it is missing; null computes them at every start."""
+
+    url: str | None = None
+    """retriever, azure_bing: address such as http://127.0.0.1:8000/retrieve. Web APIs: null asks the provider itself."""
+
+    api_key_env: str | None = None
+    """Environment variable that holds the key; null takes the web API's usual one, e.g. SERPER_API_KEY, and sends none to a retriever."""
+
+    zone: str | None = None
+    """brightdata: name of the SERP zone."""
+
+    engine_id: str | None = None
+    """google_cse: id of the programmable search engine (cx)."""
+
+    country: Annotated[str, Field(pattern="^[a-z]{2}$")] = "us"
+    """Web APIs except tavily: country the results are meant for, two letters."""
+
+    language: Annotated[str, Field(pattern="^[a-z]{2}$")] = "en"
+    """Web APIs except tavily: language of the results, two letters."""
+
+    top_k: PositiveInt = 5
+    """Passages shown per query. More raises recall and prompt length together."""
+
+    timeout_s: PositiveFloat = 30
+    """Deadline of one attempt."""
+
+    deadline_s: PositiveFloat = 180
+    """Deadline of one search: waiting for its turn, all attempts and the pauses between them."""
+
+    attempts: PositiveInt = 4
+    """Tries per search, with exponential back-off, before the result counts as failed."""
+
+    max_concurrency: PositiveInt = 64
+    """Requests in flight at once; halved when the provider says it is too much, and raised again as it answers."""
+
+    rate_per_s: PositiveFloat | None = None
+    """Requests that may start per second; null sets no limit. Take your plan's."""
+
+    breaker_failures: PositiveInt = 100
+    """After this many failed requests in a row none is sent for `breaker_pause_s`, then one to see whether the provider is back. Take
+    more than `max_concurrency`: all that is in flight may fail in a single bad moment."""
+
+    breaker_pause_s: PositiveFloat = 10
+    """Pause of the circuit breaker. Searches wait for its end if their deadline allows."""
+
+    use_proxy: bool = False
+    """Ask through the proxy that HTTPS_PROXY, HTTP_PROXY and NO_PROXY name."""
+
+    mode: Literal["live", "record", "replay", "chaos"] = "live"
+    """`live`: the cache, if any, then the provider. `record`: the same, and the first answer to a query is kept for good. `replay`:
+    recorded answers only, a missing one stops the run. `chaos`: live, with the faults of `chaos`."""
+
+    cache: Path | None = None
+    """SQLite file of answers, those of the visit tool included, shared by all runs that name it; null keeps none. What failed is never in
+    it. Not on a network disk."""
+
+    cache_ttl_s: PositiveFloat | None = None
+    """Age from which an answer is asked for again (live, chaos); null never."""
+
+    cache_empty_ttl_s: PositiveFloat = 3600
+    """The same for answers without a passage, which some providers give when something is wrong."""
+
+    chaos: Chaos = Chaos()
+    """Faults of `mode: chaos`."""
+
+    @property
+    def key_variable(self) -> str | None:
+        """The environment variable that holds the key; None where none is needed."""
+        return self.api_key_env or KEY_VARIABLES.get(self.backend)

@@ -1,0 +1,244 @@
+"""How a command or a rank ends: every end has its reason, one sentence on the console, and an exit code.
+
+    what was raised             sentence                                            exit code
+    UserError, ConversionError  its own                                             2
+    RunStopped                  its own                                             1
+    no room, no permission      what the file system refused                        1
+    KeyboardInterrupt           the signal's name                                   128 + its number
+    output that nobody reads    none                                                128 + SIGPIPE
+    anything else               what it is, and the file with its traceback         1
+
+A rank that a launcher started leaves its `Ending` where torchrun's agent looks; the launcher tells the one that was the cause
+(launch/agent.py). Where nobody would, the process says it itself.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import select
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from checkpoint_conversion.errors import ConversionError
+from igpo_megatron.supervision.failures import in_short, keep_failure
+from igpo_megatron.supervision.waits import LOST_PEER
+from igpo_megatron.types import PeerStopped, RunStopped, UserError
+
+Kind = Literal["done", "interrupted", "signal", "error", "peer"]
+"""`interrupted`: it was asked to end; `signal`: it was ended by one; `error`: it ended itself; `peer`: it lost another rank, which is never
+the cause."""
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FORBIDDEN = {errno.EACCES, errno.EPERM}
+_FULL_BYTES = 2**12
+_INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """Why a process, or all ranks of a node, ended."""
+
+    kind: Kind
+    code: int
+    """Exit code for the shell."""
+
+    sentence: str = ""
+    """What a person needs to know; empty where all went well."""
+
+    time: float = 0.0
+    """When it was known, seconds since the epoch; 0 where nobody noted it."""
+
+    @property
+    def text(self) -> str:
+        """The line of a run's launcher. What was saved can be gone on from, except after a user's mistake."""
+        if self.code == 2:
+            return f"error: {self.sentence}\n"
+        again = "the same command resumes from the last checkpoint"
+        return f"{self.sentence}; {again}\n" if self.kind == "interrupted" else f"stopped: {self.sentence}; {again}\n"
+
+
+def ending_of(error: BaseException, who: str, folder: Path | None) -> Ending:
+    """What `error` says to a person, told by `who`, e.g. `rank 1`. A traceback that says more is kept in `folder` (see `keep_failure`)."""
+    now = time.time()
+    if isinstance(error, (UserError, ConversionError)):
+        return Ending("error", 2, str(error), now)
+    if isinstance(error, RunStopped):
+        return Ending("peer" if isinstance(error, PeerStopped) else "error", 1, str(error), now)
+    if (number := _signal_of(error)) is not None:
+        return Ending("interrupted", 128 + number, f"{who} was interrupted by {number.name}".removeprefix(" was "), now)
+    if _is_lost_peer(error):
+        return Ending("peer", 1, f"{who} {LOST_PEER}", now)
+    if (refusal := _refusal(error, folder)) is not None:
+        return Ending("error", 1, refusal, now)
+    kept = keep_failure(folder, who.replace(" ", "") or "command", error)
+    return Ending("error", 1, f"{who} failed: {kept}" if who else kept, now)
+
+
+def _signal_of(error: BaseException) -> signal.Signals | None:
+    """The signal behind a KeyboardInterrupt, or behind the SystemExit that Ray, once it is there, makes of a SIGTERM."""
+    if isinstance(error, KeyboardInterrupt):
+        return signal.Signals[str(error)] if str(error) in signal.Signals.__members__ else signal.SIGINT
+    return signal.SIGTERM if isinstance(error, SystemExit) and error.code == signal.SIGTERM else None
+
+
+def _refusal(error: BaseException, folder: Path | None) -> str | None:
+    """What the file system refused, where that is behind `error`: a full disk also makes libraries raise what says nothing of it.
+
+    A permission that was missed on the way may have been done without: it is the reason only where `error` is that, or says so (`from`).
+    """
+    link: BaseException | None = error
+    reasons = _FULL | _FORBIDDEN | {errno.EROFS}
+    while link is not None:
+        if isinstance(link, OSError) and link.errno in reasons and (link.filename or link.errno not in _FORBIDDEN):
+            return _refused(link.errno, link.filename or folder)
+        if link.__cause__ is None:
+            reasons = reasons - _FORBIDDEN
+        link = link.__cause__ or link.__context__
+    while folder is not None and not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if folder is not None and shutil.disk_usage(folder).free < _FULL_BYTES:
+        return f"{_refused(errno.ENOSPC, folder)} ({in_short(error)})"
+    return None
+
+
+def _refused(number: int | None, place: Any) -> str:
+    where = "" if place is None else f"{os.fsdecode(place)}: "
+    advice = "free some space there" if number in _FULL else "choose another folder, or change its permissions"
+    return f"{where}{os.strerror(number or 0).lower()}; {advice}"
+
+
+def _is_lost_peer(error: BaseException) -> bool:
+    """A collective failed because a rank at its other end is gone."""
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST_PEER)
+
+
+# ---- ranks
+
+
+class Ended(Exception):
+    """The reason of this process's end has been left; what is open is closed behind it."""
+
+    def __init__(self, ending: Ending) -> None:
+        super().__init__(ending.sentence)
+        self.ending = ending
+
+
+@contextmanager
+def reason_left(who: str, folder: Path | None) -> Iterator[None]:
+    """What ends the block is left for the launcher, and `Ended` raised in its place. The first reason counts, not one of closing."""
+    try:
+        yield
+    except BaseException as error:
+        raise Ended(_first(error) or leave(ending_of(error, who, folder))) from error
+
+
+def _first(error: BaseException | None) -> Ending | None:
+    while error is not None and not isinstance(error, Ended):
+        error = error.__cause__ or error.__context__
+    return error.ending if error is not None else None
+
+
+def leave(ending: Ending) -> Ending:
+    """Put it where torchrun's agent looks (`read`); say it where no launcher of ours does."""
+    path, written = os.environ.get("TORCHELASTIC_ERROR_FILE"), False
+    if path:
+        values = {"message": ending.sentence, "timestamp": int(ending.time), "ending": asdict(ending)}
+        with suppress(OSError):  # the temporary folder, too, may be full
+            Path(path).write_text(json.dumps(values), encoding="utf-8")
+            written = True
+    if not (written and os.environ.get(LAUNCHED)) and ending.kind != "peer":
+        sys.stderr.write(ending.text)
+        sys.stderr.flush()
+    return ending
+
+
+LAUNCHED = "IGPO_LAUNCHED"
+"""Set for ranks whose launcher tells how they ended."""
+
+
+def read(error_file: dict[str, Any]) -> Ending | None:
+    """What `leave` wrote; None where a rank left nothing."""
+    values = error_file.get("ending")
+    return Ending(**values) if values is not None else None
+
+
+def end_process(code: int) -> NoReturn:
+    """Exit. A rank that failed does so at once: groups that lost a rank cannot be left in order."""
+    if code:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(0)
+
+
+@contextmanager
+def signals_restored() -> Iterator[None]:
+    """Behind the block the signals that end a process do what they did before it."""
+    before = {number: signal.getsignal(number) for number in (*_INTERRUPTS, signal.SIGQUIT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """What interrupts a process raises KeyboardInterrupt inside, once; behind the block it is ignored, so that closing is not cut short."""
+    try:
+        for number in _INTERRUPTS:
+            signal.signal(number, _interrupt)
+        yield
+    finally:
+        _ignore_interrupts()
+
+
+def _interrupt(number: int, frame: Any) -> NoReturn:
+    _ignore_interrupts()
+    raise KeyboardInterrupt(signal.Signals(number).name)
+
+
+def _ignore_interrupts() -> None:
+    for number in _INTERRUPTS:
+        signal.signal(number, lambda number, frame: None)  # SIG_IGN would be passed on to children
+
+
+# ---- commands
+
+
+def sigterm_interrupts() -> None:
+    """A command that is asked to end closes what it opened, as after Ctrl-C."""
+    signal.signal(signal.SIGTERM, _interrupt)
+
+
+@contextmanager
+def one_sentence(folder: Path | None = None, passing: tuple[type[BaseException], ...] = ()) -> Iterator[None]:
+    """What ends a command is said in one sentence on standard error, and is its exit code. `passing`: what is no end, or said elsewhere."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, (*passing, SystemExit)):
+            raise
+        if isinstance(error, BrokenPipeError) and _reader_left():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still to be flushed
+            raise SystemExit(128 + signal.SIGPIPE) from None
+        ending = ending_of(error, "", folder)
+        sys.stderr.write(f"{ending.sentence}\n" if ending.kind == "interrupted" else f"error: {ending.sentence}\n")
+        raise SystemExit(ending.code) from None
+
+
+def _reader_left() -> bool:
+    """Nobody reads standard output any more, e.g. behind `| head -1`."""
+    output = select.poll()
+    output.register(1, 0)
+    return any(event & select.POLLERR for _, event in output.poll(0))

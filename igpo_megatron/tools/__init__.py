@@ -1,0 +1,8 @@
+"""Tools that a policy can call. Begin with base.py, which says what a tool is.
+
+visit/       reads web pages
+python/      runs the policy's code in a jail
+stored_tool.py, tally.py  records calls for replay, and counts how they end
+
+Imports search.
+"""

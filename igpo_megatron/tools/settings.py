@@ -1,0 +1,103 @@
+"""Settings of the tools beside search."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+
+from igpo_megatron.settings import Section
+
+
+class Summary(Section):
+    """A model that summarises visited pages, at any server that speaks OpenAI's POST /v1/chat/completions."""
+
+    url: str | None = None
+    """Address up to the version, such as http://127.0.0.1:8001/v1; null shows the page's own text."""
+
+    model: str | None = None
+    """The model's name at that server."""
+
+    api_key_env: str | None = None
+    """Environment variable that holds the server's key, sent as a bearer token; null if it needs none."""
+
+    max_tokens: PositiveInt = 1024
+    """Tokens of a summary, reasoning included."""
+
+    timeout_s: PositiveFloat = 120
+    """Deadline of one attempt."""
+
+    attempts: PositiveInt = 3
+    """Tries per page, with exponential back-off."""
+
+    max_concurrency: PositiveInt = 16
+    """Requests in flight at once."""
+
+
+class Visit(Section):
+    """The visit tool (`rollout.extra_tools`): reads web pages, HTML, PDF and plain text."""
+
+    allow_hosts: tuple[str, ...] = ()
+    """Host names (or addresses, as they stand in a URL) that may be visited although their address is private, loopback or link-local."""
+
+    content: Literal["matching", "start"] = "matching"
+    """`matching`: of a long page, the passages that match the goal of the visit best (BM25); `start`: its beginning."""
+
+    max_tokens: PositiveInt = 2048
+    """Tokens of a page's text that are shown, or given to the summariser."""
+
+    show_failures: bool = False
+    """True tells the policy where a site could not be reached or took too long; false ends the trajectory in TOOL_FAILED. Pages that
+    do not exist or may not be visited are always told."""
+
+    timeout_s: PositiveFloat = 20
+    """Deadline of one attempt, redirects included."""
+
+    attempts: PositiveInt = 2
+    """Tries per page, with exponential back-off, while the trouble may pass."""
+
+    max_page_kib: PositiveInt = 8192
+    """Larger pages are not read."""
+
+    max_redirects: NonNegativeInt = 5
+    """Redirects followed; each is checked as the first address is."""
+
+    extract_timeout_s: PositiveFloat = 30
+    """Time in which the text must have been taken out of a page."""
+
+    workers: PositiveInt = 2
+    """Processes that take text out of pages."""
+
+    max_concurrency: PositiveInt = 32
+    """Visits at once."""
+
+    user_agent: str = "igpo_megatron"
+    """What the tool calls itself towards sites."""
+
+    summary: Summary = Summary()
+    """The summariser."""
+
+
+class Python(Section):
+    """The python tool (`rollout.extra_tools`): code in a process of its own; igpo_megatron/tools/python/tool.py says what is isolated."""
+
+    allow_network: bool = False
+    """Run code even where it cannot be cut off from the network, and leave it the network. False refuses to start there."""
+
+    timeout_s: PositiveFloat = 30
+    """Wall time of one call; CPU time of each of its processes, too."""
+
+    max_memory_mib: PositiveInt = 1024
+    """Address space of each process."""
+
+    max_file_mib: PositiveInt = 64
+    """All files of a call together; of each single file where the scratch folder cannot be made in memory."""
+
+    max_processes: PositiveInt = 32
+    """Processes and threads of a call."""
+
+    max_output_kib: PositiveInt = 64
+    """Output that is kept; the policy sees at most `rollout.max_observation_tokens` of it."""
+
+    max_concurrency: PositiveInt = 8
+    """Calls that run at once."""

@@ -1,0 +1,108 @@
+"""Counting how the calls of a step's tools end: for the metrics, and so that a provider that fails too often can be named.
+
+search ──TallyClient──┐
+visit  ──TallyTool────┼──> Tally per tool ──metrics──> {"search/ok": 61.0, "search/p95_s": 0.4, "visit/calls": 7.0, ...}
+python ──TallyTool────┘
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import quantiles
+
+from igpo_megatron.search.results import SearchClient, SearchResult, SearchStatus
+from igpo_megatron.tools.base import Observed, Tool
+
+
+@dataclass(slots=True)
+class Tally:
+    """How the calls of one tool ended; of search, every query is a call."""
+
+    status: Counter[str] = field(default_factory=Counter)
+    """Status -> calls."""
+
+    latencies_s: list[float] = field(default_factory=list)
+    """Of calls that the cache did not answer."""
+
+    cached: int = 0
+    """Calls that the cache, or the record of a replay, answered."""
+
+    failures: Counter[str] = field(default_factory=Counter)
+    """One sentence about a failure, `provider: status: error` -> how often."""
+
+    @property
+    def calls(self) -> int:
+        return self.status.total()
+
+    def add(self, status: str, latency_s: float, *, cached: bool, failure: str | None) -> None:
+        """One call."""
+        self.status[status] += 1
+        self.cached += cached
+        if not cached:
+            self.latencies_s.append(latency_s)
+        if failure is not None:
+            self.failures[failure] += 1
+
+    def metrics(self, tool: str) -> dict[str, float]:
+        """`tool/calls`, `tool/cached`, `tool/STATUS` and, where something was measured, `tool/p50_s` and `tool/p95_s`."""
+        counts = {"calls": self.calls, "cached": self.cached, **self.status}
+        times = {"p50_s": percentile(self.latencies_s, 50), "p95_s": percentile(self.latencies_s, 95)} if self.latencies_s else {}
+        return {f"{tool}/{name}": float(value) for name, value in (counts | times).items()}
+
+
+def tally_metrics(tallies: Mapping[str, Tally]) -> dict[str, float]:
+    """Tallies as flat numbers: `search/ok`, `search/p95_s`, `visit/calls`, ..."""
+    return {name: value for tool, tally in tallies.items() for name, value in tally.metrics(tool).items()}
+
+
+def search_tally() -> Tally:
+    """A tally in which every status of a search is there from the start: none of a kind is a count, too."""
+    return Tally(Counter({status.value: 0 for status in SearchStatus}))
+
+
+def percentile(values: Sequence[float], percent: int) -> float:
+    """`percentile([1, 2, 3, 4], 50) == 2.5`; between neighbours it interpolates."""
+    return quantiles(values, n=100, method="inclusive")[percent - 1] if len(values) > 1 else values[0]
+
+
+class TallyClient:
+    """SearchClient that counts what another one gives back; it does not own it."""
+
+    def __init__(self, inner: SearchClient, tally: Tally):
+        self.inner, self.tally = inner, tally
+
+    async def search(self, queries: Sequence[str]) -> list[SearchResult]:
+        """The other client's results."""
+        results = await self.inner.search(queries)
+        for result in results:
+            failure = None if result.status.is_answer else why_failed(result)
+            self.tally.add(result.status.value, result.latency_s, cached=result.cached, failure=failure)
+        return results
+
+    async def close(self) -> None:
+        """The other client stays open."""
+
+
+class TallyTool:
+    """Tool that counts what another one shows; it does not own it."""
+
+    def __init__(self, inner: Tool, tally: Tally):
+        self.inner, self.tally = inner, tally
+
+    async def use(self, arguments: Sequence[str]) -> Observed:
+        """What the other tool shows."""
+        start = time.perf_counter()
+        observed = await self.inner.use(arguments)
+        self.tally.add(observed.status, time.perf_counter() - start, cached=observed.cached, failure=observed.failure)
+        return observed
+
+    async def close(self) -> None:
+        """The other tool stays open."""
+
+
+def why_failed(result: SearchResult) -> str:
+    """`serper: timeout: https://google.serper.dev/search: no answer within 30 s`"""
+    return f"{result.provider}: {result.status}: {result.error}"

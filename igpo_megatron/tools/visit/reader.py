@@ -1,0 +1,202 @@
+"""The visit tool: read a web page and show what fits, best the passages that match what is sought.
+
+url, goal ──fetch──> body ──extract──> title, text ──start | matching──> at most max_tokens ──(summarise)──> Page
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
+
+from igpo_megatron.data.corpus import Passage
+from igpo_megatron.search.local.bm25 import Bm25Index
+from igpo_megatron.tools.base import Observed
+from igpo_megatron.tools.settings import Visit
+from igpo_megatron.tools.visit.extract import ExtractionFailed, Extractor, kind_of
+from igpo_megatron.tools.visit.fetch import Fetched, Fetcher, FetchFailed, Lookup, PageStatus, system_lookup
+from igpo_megatron.tools.visit.summary import Summariser, SummaryFailed
+from igpo_megatron.untrusted import clean_text
+
+PASSAGE_WORDS = 100
+"""Size of the passages that are ranked, as in Search-R1's corpora."""
+
+GAP = "[...]"
+"""Stands where passages between two shown ones were left out."""
+
+CountTokens = Callable[[str], int]
+"""Number of tokens a text takes in the policy's context."""
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """The outcome of one visit."""
+
+    url: str
+    """As asked for."""
+
+    status: PageStatus
+    title: str = ""
+    text: str = ""
+    """What is shown: the cut text or its summary; empty unless `ok`."""
+
+    error: str | None = None
+    """One sentence for people; None where the page was read."""
+
+    latency_s: float = 0.0
+    """Wall time of the visit, waiting for a slot excluded."""
+
+
+class PageReader:
+    """Visits pages for the policy. Used from one event loop."""
+
+    def __init__(self, config: Visit, count_tokens: CountTokens, *, summariser: Summariser | None = None, lookup: Lookup = system_lookup):
+        self.config = config
+        self._count = count_tokens
+        self._summariser = summariser
+        self._slots = asyncio.Semaphore(config.max_concurrency)
+        self._extractor = Extractor(config.workers, config.extract_timeout_s)
+        self._fetcher = Fetcher(
+            timeout_s=config.timeout_s,
+            max_bytes=config.max_page_kib * 2**10,
+            max_redirects=config.max_redirects,
+            user_agent=config.user_agent,
+            allow_hosts=config.allow_hosts,
+            lookup=lookup,
+        )
+
+    @classmethod
+    def from_config(cls, config: Visit, count_tokens: CountTokens) -> PageReader:
+        """UserError where the summariser's settings are wrong."""
+        return cls(config, count_tokens, summariser=Summariser.from_config(config.summary))
+
+    async def use(self, arguments: Sequence[str]) -> Observed:
+        """Visit `arguments[0]`, looking for `arguments[1]` where it is given."""
+        page = await self.visit(arguments[0], arguments[1] if len(arguments) > 1 else None)
+        if not page.status.is_answer and not self.config.show_failures:
+            return Observed("", f"visit: {page.status}: {page.error}", page.status)
+        return Observed(render_page(page), status=page.status)
+
+    async def visit(self, url: str, goal: str | None = None) -> Page:
+        """Read a page. Trouble is a status, never an exception."""
+        async with self._slots:
+            start = time.perf_counter()
+            try:
+                title, text = await self._read(url, goal)
+                status, error = PageStatus.OK if text else PageStatus.EMPTY, None
+            except FetchFailed as failed:
+                status, title, text, error = failed.status, "", "", clean_text(f"{url[:200]}: {failed}")
+            return Page(url, status, title, text, error, time.perf_counter() - start)
+
+    async def close(self) -> None:
+        """Close connections and end the workers."""
+        await self._fetcher.close()
+        await self._extractor.close()
+        if self._summariser is not None:
+            await self._summariser.close()
+
+    async def _read(self, url: str, goal: str | None) -> tuple[str, str]:
+        """(title, what is shown). Raises FetchFailed."""
+        retrying = AsyncRetrying(
+            stop=stop_after_attempt(self.config.attempts),
+            wait=wait_exponential_jitter(initial=0.5, max=10, jitter=0.5),
+            retry=retry_if_exception(lambda error: isinstance(error, FetchFailed) and not error.status.is_answer),
+            reraise=True,
+        )
+        fetched: Fetched = await retrying(self._fetcher.fetch, url)
+        kind = kind_of(fetched.content_type, fetched.body)
+        if kind is None:
+            raise FetchFailed(PageStatus.UNREADABLE, f"a file of type {fetched.content_type}; HTML, PDF and plain text are read")
+        try:
+            page = await self._extractor.extract(kind, fetched.body, fetched.charset)
+        except ExtractionFailed as error:
+            raise FetchFailed(PageStatus.UNREADABLE, str(error)) from None
+        wanted = goal if self.config.content == "matching" else None
+        # In a thread: ranking a long page takes long enough to hold up every other trajectory.
+        text = await asyncio.to_thread(fit, page.text, wanted, self.config.max_tokens, self._count)
+        if text and self._summariser is not None:
+            try:
+                text = await self._summariser.summarise(text, goal)
+            except SummaryFailed as error:
+                status = PageStatus.TIMEOUT if error.timeout else PageStatus.ERROR
+                raise FetchFailed(status, f"the summariser failed: {error}") from None
+        return page.title, text
+
+
+def render_page(page: Page) -> str:
+    """A visit as the policy reads it. A page that was not read is never shown as an empty one."""
+    if page.status is PageStatus.OK:
+        return f"{page.title}\n\n{page.text}" if page.title else page.text
+    if page.status is PageStatus.EMPTY:
+        return "The page has no text."
+    return f"The page could not be read: {page.error}"
+
+
+def fit(text: str, goal: str | None, max_tokens: int, count: CountTokens) -> str:
+    """At most `max_tokens` of a text: its passages that match `goal` best, in page order; its beginning without a goal or match."""
+    if _fits(text, max_tokens, count):
+        return text
+    passages = list(split_passages(text))
+    chosen: list[int] = []
+    room = max_tokens - count(GAP)
+    for number in _ranked(passages, goal) if goal else []:
+        room -= count(f"\n{passages[number]}\n{GAP}")
+        if room < 0:
+            break
+        chosen.append(number)
+    return join_passages(passages, chosen) if chosen else cut(text, max_tokens, count)
+
+
+def split_passages(text: str) -> Iterator[str]:
+    """Lines put together until they have `PASSAGE_WORDS` words; longer lines are split."""
+    lines: list[str] = []
+    size = 0
+    for line in text.splitlines():
+        words = line.split()
+        for start in range(0, len(words), PASSAGE_WORDS):
+            part = words[start : start + PASSAGE_WORDS]
+            if lines and size + len(part) > PASSAGE_WORDS:
+                yield "\n".join(lines)
+                lines, size = [], 0
+            lines.append(" ".join(part))
+            size += len(part)
+    if lines:
+        yield "\n".join(lines)
+
+
+def join_passages(passages: Sequence[str], chosen: Sequence[int]) -> str:
+    """The chosen passages in page order, with a mark where others were left out."""
+    parts: list[str] = []
+    expected = 0
+    for number in sorted(chosen):
+        parts += [GAP, passages[number]] if number != expected else [passages[number]]
+        expected = number + 1
+    return "\n".join([*parts, GAP] if expected != len(passages) else parts)
+
+
+def cut(text: str, max_tokens: int, count: CountTokens) -> str:
+    """The longest beginning, in whole words where one fits, of at most `max_tokens`."""
+    # No tokenizer makes fewer than one token of a word's worth of hundred characters; a whole book need not be counted.
+    head = text[: 100 * max_tokens + 1]
+    spaces = [position for position, character in enumerate(head) if character.isspace()]
+    for ends in (spaces, range(len(head))):
+        if fitting := bisect_right(ends, max_tokens, key=lambda end: count(head[:end])):
+            return head[: ends[fitting - 1]].rstrip()
+    return ""
+
+
+def _fits(text: str, max_tokens: int, count: CountTokens) -> bool:
+    return len(text) <= 100 * max_tokens and count(text) <= max_tokens
+
+
+def _ranked(passages: Sequence[str], goal: str) -> list[int]:
+    """Positions of the passages that share a word with the goal, best first."""
+    try:
+        index = Bm25Index(Passage(str(number), "", text) for number, text in enumerate(passages))
+    except ValueError:  # nothing but stopwords
+        return []
+    return [int(passage.doc_id) for passage, _ in index.search(goal, len(passages))]

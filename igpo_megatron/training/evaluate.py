@@ -1,0 +1,218 @@
+"""Answer held-out questions and score them: used by the trainer and by `igpo eval`.
+
+questions ──Rollouter (sampled n times, greedy once)──> groups ──score──> EM, F1, format, turns, searches; per source and pass@k
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, Protocol
+
+from igpo_megatron.algorithms.rewards import score
+from igpo_megatron.chat.protocols.registry import PROTOCOLS
+from igpo_megatron.config.schema import Config
+from igpo_megatron.data.question_files import read_prompts
+from igpo_megatron.observability.metrics import num_calls, status_counts
+from igpo_megatron.observability.rollout_dump import write_rollouts
+from igpo_megatron.observability.run_folder import write_whole
+from igpo_megatron.supervision.failures import FOLDER as FAILURES
+from igpo_megatron.types import Prompt, RolloutGroup, UserError
+
+logger = logging.getLogger(__name__)
+
+GREEDY_STEP, SAMPLED_STEP = -1, -2
+"""Step numbers that keep evaluation's sampling seeds apart from training's."""
+
+
+class RunsRollouts(Protocol):
+    """What evaluation needs of a Rollouter."""
+
+    def run_sync(
+        self, prompts: Sequence[Prompt], *, samples: int, step: int, temperature: float | None, on_progress: Callable[[float], None] | None
+    ) -> list[RolloutGroup]: ...
+
+
+def questions(config: Config) -> list[Prompt]:
+    """The held-out questions of a run: all, or the first `eval.questions` of a fixed shuffle that does not depend on the seed."""
+    prompts = [prompt for path in config.data.eval for prompt in read_prompts(path, config.data.layout, config.reward.outcome)]
+    if 0 < config.eval.questions < len(prompts):
+        random.Random(0).shuffle(prompts)
+        by_source: dict[str, list[Prompt]] = {}
+        for prompt in prompts:
+            by_source.setdefault(prompt.source, []).append(prompt)
+        # In turn over sources, so that a small set still holds every kind of question.
+        order = [row for rank in range(max(map(len, by_source.values()))) for row in (s[rank : rank + 1] for s in by_source.values())]
+        prompts = [prompt for row in order for prompt in row][: config.eval.questions]
+    return prompts
+
+
+def evaluate(
+    rollouter: RunsRollouts,
+    prompts: Sequence[Prompt],
+    config: Config,
+    *,
+    step: int,
+    folder: Path,
+    on_progress: Callable[[float], None] | None = None,
+) -> dict[str, Any]:
+    """Score the current weights; writes `<folder>/step_NNNNNN.json` and the rollouts behind it, and returns the JSON's content."""
+    report: dict[str, Any] = {"step": step}
+    runs = [("sampled", config.eval.samples, None, SAMPLED_STEP), ("greedy", int(config.eval.greedy), 0.0, GREEDY_STEP)]
+    total = sum(samples for _, samples, _, _ in runs)
+    done = 0
+    for name, samples, temperature, seed_step in runs:
+        if not samples:
+            continue
+
+        def advance(fraction: float, done: int = done, samples: int = samples) -> None:
+            if on_progress:
+                on_progress((done + fraction * samples) / total)
+
+        groups = rollouter.run_sync(prompts, samples=samples, step=seed_step, temperature=temperature, on_progress=advance)
+        done += samples
+        for group in groups:
+            score(group, config.reward, PROTOCOLS[config.rollout.protocol], config.rollout.tool_name)
+        write_rollouts(folder / f"step_{step:06d}_{name}.parquet", step, groups)
+        report[name] = summarise(groups, config)
+        report[name]["too_long"] = len(prompts) - len(groups)
+    write_whole(folder / f"step_{step:06d}.json", json.dumps(report, indent=2))
+    return report
+
+
+def summarise(groups: Sequence[RolloutGroup], config: Config) -> dict[str, Any]:
+    """Averages over questions of averages over samples; failed trajectories are left out and counted.
+
+    `f1` counts a malformed answer as 0, `f1_with_penalty` as `reward.format_penalty`; `f1_se` is the standard error over questions.
+    `macro` holds the means over sources of what `per_source` says, each source counting once: the "Avg" of published tables.
+    """
+    result: dict[str, Any] = {**_scores(groups, config)}
+    sources = sorted({group.prompt.source for group in groups})
+    result["per_source"] = {s: _scores([group for group in groups if group.prompt.source == s], config) for s in sources}
+    result["macro"] = _macro([scores for scores in result["per_source"].values() if scores["questions"]])
+    result["status"] = status_counts(groups)
+    samples = min((len(group.trajectories) for group in groups), default=0)
+    if samples > 1:
+        result |= _pass_at_powers([_correct(group, config) for group in groups], samples)
+    return result
+
+
+def pass_at_k(correct: Sequence[bool], k: int) -> float:
+    """Unbiased estimate of the chance that one of k samples is right, from n >= k samples (arXiv 2107.03374, equation 1)."""
+    n, c = len(correct), sum(correct)
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def _pass_at_powers(correct: Sequence[Sequence[bool]], samples: int) -> dict[str, dict[str, float]]:
+    """`pass_at_k`, k -> mean over questions, and `pass_at_k_questions`, k -> how many those are, for k = 1, 2, 4, ... `samples`.
+
+    A question with fewer than k samples that did not fail has no unbiased estimate: it is left out of that k, and a k of no question is.
+    """
+    found = {str(k): [pass_at_k(right, k) for right in correct if len(right) >= k] for k in _powers_of_two(samples)}
+    return {
+        "pass_at_k": {k: fmean(values) for k, values in found.items() if values},
+        "pass_at_k_questions": {k: len(values) for k, values in found.items() if values},
+    }
+
+
+def _correct(group: RolloutGroup, config: Config) -> list[bool]:
+    """Whether each sample that did not fail is an exact match, by the outcome's own normalisation where that is one."""
+    name = "em_squad" if config.reward.outcome == "em_squad" else "em"
+    return [end.reward_parts[name] == 1.0 for end in group.trajectories if end.status.is_trainable]
+
+
+def _macro(per_source: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Means over sources, and their number in place of those of questions and samples; the standard error is that of such a mean."""
+    if not per_source:
+        return {"sources": 0}
+    counts = ("questions", "samples", "f1_se")
+    means = {name: fmean(scores[name] for scores in per_source) for name in per_source[0] if name not in counts}
+    return {**means, "sources": len(per_source), "f1_se": math.hypot(*(scores["f1_se"] for scores in per_source)) / len(per_source)}
+
+
+def _powers_of_two(limit: int) -> list[int]:
+    return [2**power for power in range(limit.bit_length()) if 2**power <= limit]
+
+
+def _scores(groups: Sequence[RolloutGroup], config: Config) -> dict[str, float]:
+    penalty, rows = config.reward.format_penalty, []
+    parts = dict.fromkeys(("f1", "em", config.reward.outcome, "format_ok"))
+    for group in groups:
+        ends = [trajectory for trajectory in group.trajectories if trajectory.status.is_trainable]
+        if not ends:
+            continue
+        row = {name: fmean(end.reward_parts[name] for end in ends) for name in parts}
+        row["f1_with_penalty"] = fmean(end.reward_parts["f1"] if end.reward_parts["format_ok"] else penalty for end in ends)
+        actions = [group.actions(end) for end in ends]
+        row["turns"] = fmean(len(nodes) for nodes in actions)
+        row["searches"] = fmean(num_calls(nodes, config.rollout.tool_name) for nodes in actions)
+        rows.append(row)
+    result = {name: fmean(row[name] for row in rows) for name in rows[0]} if rows else {}
+    result["questions"] = len(rows)
+    result["samples"] = sum(len(group.trajectories) for group in groups) / max(len(groups), 1)
+    result["f1_se"] = stdev(row["f1"] for row in rows) / math.sqrt(len(rows)) if len(rows) > 1 else 0.0
+    return result
+
+
+def metrics(report: Mapping[str, Any]) -> dict[str, float]:
+    """A report's averages for the tracker: `eval/sampled/f1` over questions and, where there are several, `eval/sampled/macro_f1` over
+    sources."""
+    found: dict[str, float] = {}
+    for run in ("sampled", "greedy"):
+        scores = report.get(run, {})
+        macro = scores["macro"] if scores and scores["macro"]["sources"] > 1 else {}
+        named = {**scores, **{f"macro_{name}": value for name, value in macro.items()}}
+        found |= {f"eval/{run}/{name}": value for name, value in named.items() if isinstance(value, float)}
+    return found
+
+
+def evaluate_checkpoint(config: Config, model: Path | None, out: Path) -> dict[str, Any]:
+    """`igpo eval`: start engines on a Hugging Face folder or a Megatron checkpoint, evaluate `data.eval`, write to `out`.
+
+    A Megatron checkpoint is converted to a temporary Hugging Face folder first.
+    """
+    import tempfile
+    from contextlib import ExitStack
+
+    from rich.progress import Progress
+
+    from igpo_megatron.agent.rollouter import Rollouter
+    from igpo_megatron.chat.format import ChatFormat
+    from igpo_megatron.chat.tokenizer import load_tokenizer
+    from igpo_megatron.config.checks import require
+    from igpo_megatron.engines.factory import open_engines
+    from igpo_megatron.policy.parallel import on_this_machine
+    from igpo_megatron.search.client import make_client
+    from igpo_megatron.tools.factory import make_tools
+
+    if not config.data.eval:
+        raise UserError("no questions to evaluate: give --data FILE.parquet or set data.eval")
+    with ExitStack() as stack:
+        folder = model or config.model.path
+        if (folder / "model").is_dir() and not (folder / "config.json").is_file():
+            from checkpoint_conversion.convert import megatron_to_hf
+
+            converted = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="igpo-eval-"))) / "hf"
+            megatron_to_hf(folder, converted)
+            folder = converted
+        config = config.model_copy(update={"model": config.model.model_copy(update={"path": folder})})
+        require(on_this_machine(config), None)
+        out.mkdir(parents=True, exist_ok=True)
+        chat = ChatFormat(load_tokenizer(folder), config.rollout, config.reward)
+        for note in chat.notes:
+            logger.warning(note)
+        prompts = questions(config)
+        progress = stack.enter_context(Progress(transient=True))
+        task = progress.add_task("starting engines", total=1.0)
+        search, tools = make_client(config.search), make_tools(config, chat.count_tokens)
+        engines = stack.enter_context(open_engines(config))
+        rollouter = stack.enter_context(
+            Rollouter(engines, search, chat, config.rollout, seed=config.run.seed, tools=tools, crashes=out / FAILURES / "trajectories.txt")
+        )
+        progress.update(task, description=f"answering {len(prompts)} questions")
+        return evaluate(rollouter, prompts, config, step=0, folder=out, on_progress=lambda share: progress.update(task, completed=share))

@@ -1,0 +1,200 @@
+"""The policy's half of a weight transfer: buckets go out while the next one is exported, and every engine proves what it received.
+
+    export bucket i + 1   ██████      ██████
+    engines load bucket i       ██████      ██████ ──rows──> compare with what was exported
+
+No wait is without a deadline; where one passes, the error says how far either side had come.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from igpo_megatron.types import SyncError
+from igpo_megatron.weights.settings import Sync
+from igpo_megatron.weights.store import Bucket, Entry, Received, SharedWeights, in_buckets
+
+Export = tuple[Bucket, Sequence[tuple[str, torch.Tensor]]]
+"""A bucket, which the file holds already, and the tensors it was made of."""
+
+Rows = list[list[tuple[Any, ...]]]
+"""For each worker of an engine the fields of `Received`, tensor by tensor."""
+
+
+class Receiver(Protocol):
+    """One engine that takes weights. Futures raise what `Transfer.is_lost` knows where the engine is gone."""
+
+    name: str
+    """For messages, e.g. `engine 0`."""
+
+    def begin(self) -> Future[Any]:
+        """Stop serving."""
+        ...
+
+    def finish(self, version: int) -> Future[Any]:
+        """Serve the new weights."""
+        ...
+
+    def position(self) -> str:
+        """How far it came; for the message when a deadline has passed."""
+        ...
+
+
+class Transport(Protocol):
+    """A way for bytes, and the engines that are reached by it."""
+
+    @property
+    def receivers(self) -> Sequence[Receiver]:
+        """Who is reached."""
+        ...
+
+    def send(self, bucket: Bucket, tensors: Sequence[tuple[str, torch.Tensor]]) -> list[Future[Rows]]:
+        """Start to send; one future per receiver. `tensors` is empty where a restarted engine is filled from the file."""
+        ...
+
+
+def export(named_tensors: Iterable[tuple[str, torch.Tensor]], store: SharedWeights, bucket_bytes: int) -> Iterator[Export]:
+    """Cut the stream into buckets and write each to the file."""
+    end = 0
+    for number, tensors in enumerate(in_buckets(named_tensors, bucket_bytes)):
+        bucket = store.write(number, tensors, end)
+        end = bucket.begin + bucket.nbytes
+        yield bucket, tensors
+
+
+@dataclass(slots=True)
+class Transfer:
+    """One transfer and its account."""
+
+    version: int
+    limits: Sync
+    is_lost: Any
+    """(error) -> the engine is gone, rather than wrong."""
+
+    before: Mapping[str, int] = field(default_factory=dict)
+    """Tensor -> its fingerprint in the transfer before; tells a stale tensor from other trouble."""
+
+    buckets: list[Bucket] = field(default_factory=list)
+    lost: dict[str, BaseException] = field(default_factory=dict)
+    """Receivers that were gone before the end, which is not the weights' fault."""
+
+    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    """pause, export (the file included), wait (for engines, not hidden under an export), finish."""
+
+    def run(self, source: Iterable[Export], transports: Sequence[Transport]) -> None:
+        """Send everything. Raises SyncError where an engine received something else, or where a deadline has passed."""
+        receivers = [receiver for transport in transports for receiver in transport.receivers]
+        self._each("pause", receivers, [receiver.begin() for receiver in receivers], "did not pause", 0)
+        on_the_way: list[tuple[Receiver, Future[Rows]]] = []
+        exports = iter(source)
+        while True:
+            started = time.monotonic()
+            exported = next(exports, None)
+            self.seconds["export"] += time.monotonic() - started
+            if on_the_way:
+                self._settle(self.buckets[-1], on_the_way, exported[0] if exported else None)
+            if exported is None:
+                break
+            bucket, tensors = exported
+            self.buckets.append(bucket)
+            on_the_way = [
+                (receiver, future)
+                for transport in transports
+                for receiver, future in zip(transport.receivers, transport.send(bucket, tensors), strict=True)
+                if receiver.name not in self.lost
+            ]
+        total = sum(bucket.nbytes for bucket in self.buckets)
+        rest = [receiver for receiver in receivers if receiver.name not in self.lost]
+        self._each("finish", rest, [receiver.finish(self.version) for receiver in rest], "did not finish the update", total)
+
+    def metrics(self) -> dict[str, float]:
+        """Flat numbers of the transfer: `sync/...`."""
+        return {
+            "sync/mib": sum(bucket.nbytes for bucket in self.buckets) / 2**20,
+            "sync/buckets": float(len(self.buckets)),
+            "sync/tensors": float(sum(len(bucket.entries) for bucket in self.buckets)),
+            **{f"sync/{phase}_s": seconds for phase, seconds in self.seconds.items()},
+        }
+
+    def _settle(self, bucket: Bucket, on_the_way: Sequence[tuple[Receiver, Future[Rows]]], newest: Bucket | None) -> None:
+        first, last = bucket.entries[0].name, bucket.entries[-1].name
+        what = f"did not load bucket {bucket.number} ({first} to {last}, {bucket.nbytes / 2**20:.1f} MiB)"
+        at = newest or bucket
+        reached = f"the policy's side had exported bucket {at.number} up to {at.entries[-1].name}"
+        receivers, futures = [receiver for receiver, _ in on_the_way], [future for _, future in on_the_way]
+        for receiver, rows in self._each("wait", receivers, futures, what, bucket.nbytes, reached):
+            for worker, found in enumerate(rows):
+                problem = difference(bucket.entries, [Received(row[0], row[1], tuple(row[2]), row[3]) for row in found], self.before)
+                if problem:
+                    raise SyncError(
+                        f"{receiver.name} (worker {worker}) received bucket {bucket.number} of sync {self.version} wrongly: {problem}"
+                    )
+            if not rows:
+                raise SyncError(f"{receiver.name} does not say what it received of bucket {bucket.number} of sync {self.version}")
+
+    def _each(
+        self, phase: str, receivers: Sequence[Receiver], futures: Sequence[Future[Any]], what: str, nbytes: int, reached: str = ""
+    ) -> list[tuple[Receiver, Any]]:
+        """Results of one step of every receiver that is still there."""
+        started = time.monotonic()
+        limit = deadline_s(self.limits, nbytes)
+        results = []
+        for receiver, future in zip(receivers, futures, strict=True):
+            try:
+                results.append((receiver, future.result(timeout=max(0.0, started + limit - time.monotonic()))))
+            except TimeoutError:
+                raise SyncError(
+                    f"{receiver.name} {what} in sync {self.version} within {limit:g} s (sync.base_s={self.limits.base_s:g} and "
+                    f"the bytes at sync.min_mib_per_s={self.limits.min_mib_per_s:g}); {reached + ', ' if reached else ''}"
+                    f"the engine's side was at: {receiver.position()}"
+                ) from None
+            except Exception as error:
+                if not self.is_lost(error):
+                    raise SyncError(f"{receiver.name} {what} in sync {self.version}: {_last_line(error)}") from error
+                self.lost[receiver.name] = error
+        self.seconds[phase] += time.monotonic() - started
+        return results
+
+
+def deadline_s(limits: Sync, nbytes: int) -> float:
+    """How long a step that moves `nbytes` may take."""
+    return limits.base_s + nbytes / 2**20 / limits.min_mib_per_s
+
+
+def difference(sent: Sequence[Entry], arrived: Sequence[Received], before: Mapping[str, int]) -> str | None:
+    """The first tensor that arrived otherwise than it was sent, in words; None where all are the same."""
+    for entry, found in zip(sent, arrived, strict=False):
+        if found.name != entry.name:
+            return f"{entry.name} did not arrive in its place, {found.name} did"
+        if found.shape != entry.shape:
+            return f"{entry.name} has shape {list(found.shape)}, exported was {list(entry.shape)}"
+        if found.dtype != entry.dtype:
+            return f"{entry.name} is {found.dtype}, exported was {entry.dtype}"
+        if found.fingerprint != entry.fingerprint:
+            others = [other.name for other in sent if other.fingerprint == found.fingerprint]
+            if others:
+                return f"{entry.name} has the values of {others[0]}"
+            if before.get(entry.name) == found.fingerprint:
+                return f"{entry.name} still has its values of the sync before"
+            return f"{entry.name} has other values than were exported"
+    if len(arrived) != len(sent):
+        missing = sent[len(arrived)].name if len(arrived) < len(sent) else ""
+        return f"{missing} did not arrive" if missing else f"{arrived[len(sent)].name} was not sent"
+    return None
+
+
+def fingerprints(buckets: Iterable[Bucket]) -> dict[str, int]:
+    """Tensor -> fingerprint."""
+    return {entry.name: entry.fingerprint for bucket in buckets for entry in bucket.entries}
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,33 @@
+"""Settings of the transfer of weights to the engines."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import PositiveFloat, PositiveInt
+
+from igpo_megatron.settings import Section
+
+
+class Sync(Section):
+    """Weight transfer to the engines."""
+
+    canary_tokens: PositiveInt = 64
+    """Fixed tokens scored by policy and engine after every sync."""
+
+    max_gap: PositiveFloat = 0.15
+    """Largest |log-prob difference| allowed on the canary; a larger one stops the run. fp32 on both sides: about 1e-5."""
+
+    transport: Literal["auto", "shared_memory", "object_store", "nccl", "ipc"] = "auto"
+    """How weights travel. `shared_memory`: a file that engines on this machine map. `object_store`: Ray's, over TCP, to any machine.
+    `auto`: the first for engines on the main rank's machine, the second for others. CUDA only: `nccl`, a broadcast from the main rank's
+    GPU, and `ipc`, for the one engine that shares the GPU of the only rank."""
+
+    bucket_mib: PositiveInt = 256
+    """Tensors are sent in buckets of at most this size; one that is larger travels alone. Two buckets are in memory at a time."""
+
+    base_s: PositiveFloat = 60
+    """Any step of a transfer may take this long, plus the time of its bytes at `min_mib_per_s`; then the run stops."""
+
+    min_mib_per_s: PositiveFloat = 50
+    """The slowest transfer that is not taken for a hang."""

@@ -1,0 +1,80 @@
+"""The ways by which buckets reach engines. All but vLLM's own run without CUDA.
+
+shared_memory   engine's workers map the main rank's file                                    same machine
+object_store    Ray carries the bytes into a copy of the file on the engine's machine        any machine, over TCP
+nccl, ipc       vLLM's weight-transfer back-ends, from GPU to GPU (cuda_transports.py)       CUDA
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import astuple
+from typing import Any
+
+import torch
+
+from igpo_megatron.weights.send import Rows
+from igpo_megatron.weights.store import Bucket, SharedWeights
+
+_POSITION_TIMEOUT_S = 5
+
+
+class EngineReceiver:
+    """An engine's Ray actor as a receiver of weights."""
+
+    def __init__(self, number: int, actor: Any) -> None:
+        self.name, self.number, self.actor = f"engine {number}", number, actor
+
+    def begin(self) -> Future[Any]:
+        """As in `Receiver`."""
+        return self.actor.begin_update.remote().future()
+
+    def finish(self, version: int) -> Future[Any]:
+        """As in `Receiver`."""
+        return self.actor.finish_update.remote(version).future()
+
+    def position(self) -> str:
+        """As in `Receiver`."""
+        import ray
+
+        try:
+            return ray.get(self.actor.position.remote(), timeout=_POSITION_TIMEOUT_S)
+        except (ray.exceptions.RayError, TimeoutError) as error:
+            return f"unknown, its actor does not answer ({cause(error)})"
+
+
+class SharedMemory:
+    """Engines on the main rank's machine read the file themselves."""
+
+    def __init__(self, receivers: Sequence[EngineReceiver]) -> None:
+        self.receivers = receivers
+
+    def send(self, bucket: Bucket, tensors: Sequence[tuple[str, torch.Tensor]]) -> list[Future[Rows]]:
+        """As in `Transport`."""
+        return [receiver.actor.load_bucket.remote(from_file(bucket)).future() for receiver in self.receivers]
+
+
+class ObjectStore:
+    """Engines on other machines get each bucket through Ray's object store, which sends it to a machine once."""
+
+    def __init__(self, receivers: Sequence[EngineReceiver], store: SharedWeights) -> None:
+        self.receivers, self._store = receivers, store
+
+    def send(self, bucket: Bucket, tensors: Sequence[tuple[str, torch.Tensor]]) -> list[Future[Rows]]:
+        """As in `Transport`."""
+        import ray
+
+        data = ray.put(self._store.read_bytes(bucket).numpy())
+        return [receiver.actor.load_bucket.remote(from_file(bucket), data, bucket.begin).future() for receiver in self.receivers]
+
+
+def from_file(bucket: Bucket) -> dict[str, Any]:
+    """What an engine's worker needs to load a bucket from its file."""
+    return {"number": bucket.number, "entries": tuple(astuple(entry) for entry in bucket.entries)}
+
+
+def cause(error: BaseException) -> str:
+    """The last line of a Ray error says what happened; the rest is where."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
