@@ -13,12 +13,12 @@ from previous_version import unpack_stopped_run
 from test_checkpoint import losses
 from test_layouts import with_off_policy_logprobs
 
-from igpo_megatron.actor import checkpoint, checkpoint_sums
-from igpo_megatron.actor.policy import Policy
-from igpo_megatron.actor.weight_sync import named_weights
 from igpo_megatron.algorithms.replay import SuccessBuffer
 from igpo_megatron.config.load import load
 from igpo_megatron.data.prompts import PromptStream
+from igpo_megatron.policy import checkpoint, checkpoint_sums
+from igpo_megatron.policy.policy import Policy
+from igpo_megatron.policy.weight_sync import named_weights
 from igpo_megatron.types import RolloutGroup, Status
 
 EMBEDDING = "model.embed_tokens.weight"

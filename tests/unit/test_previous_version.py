@@ -18,20 +18,20 @@ from previous_version import PREVIOUS, unpack_stopped_run
 from rich.console import Console
 from test_report import Page
 
-from igpo_megatron.actor import checkpoint_sums
 from igpo_megatron.algorithms.replay import SuccessBuffer
 from igpo_megatron.algorithms.rewards import score
+from igpo_megatron.chat.protocols.registry import PROTOCOLS
 from igpo_megatron.config.load import ConfigError, build, load, to_json
 from igpo_megatron.config.schema import Config
-from igpo_megatron.learn import assign_advantages
 from igpo_megatron.observability.metrics import rollout_metrics
+from igpo_megatron.observability.report.page import write_report
 from igpo_megatron.observability.rollout_dump import count_groups, read_rollouts, write_rollouts
-from igpo_megatron.protocols import PROTOCOLS
-from igpo_megatron.report import write_report
-from igpo_megatron.run import folder_for, open_folder, read_summary, summary_table
+from igpo_megatron.observability.run_folder import folder_for, open_folder, read_summary, summary_table
+from igpo_megatron.policy import checkpoint_sums
 from igpo_megatron.search.client import make_client
 from igpo_megatron.search.results import SearchStatus, SearchStopped
-from igpo_megatron.search.tools import make_tools
+from igpo_megatron.tools.factory import make_tools
+from igpo_megatron.training.step import assign_advantages
 from igpo_megatron.types import BranchPoint, Prompt, RolloutGroup, Status, Trajectory, UserError, ValuePoint
 
 ROLLOUTS = PREVIOUS / "rollouts.parquet"
