@@ -252,14 +252,28 @@ def test_a_key_that_does_not_exist_is_refused_by_its_name_and_the_nearest_one(tm
     Path("old.yaml").write_text(text.replace("clip_grad:", "clip_gradient:"), encoding="utf-8")
     with pytest.raises(ConfigError, match=r"optim\.clip_gradient: unknown key; did you mean 'optim\.clip_grad'\?"):
         load("old.yaml")
+
+
+def test_a_run_whose_settings_have_a_key_that_is_gone_is_refused_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     stored = json.loads((FINISHED / "config.json").read_text(encoding="utf-8"))
     config = build(stored)
     stored["optim"]["clip_gradient"] = stored["optim"].pop("clip_grad")
-    run_with(config, json.dumps(stored))
     with pytest.raises(ConfigError) as refused:
-        open_folder(config)
-    assert "runs/finished was made with other settings (choose another run.name, or remove runs/finished" in str(refused.value)
-    assert "optim.clip_gradient: 1.0 -> None" in str(refused.value)
+        open_folder(run_with(config, json.dumps(stored)))
+    assert "runs/finished/config.json has settings that this version does not take (choose another run.name, or " in str(refused.value)
+    assert "optim.clip_gradient: unknown key; did you mean 'optim.clip_grad'?" in str(refused.value)
+
+
+def test_a_run_that_is_older_than_a_key_ran_with_its_default(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    stored = json.loads((FINISHED / "config.json").read_text(encoding="utf-8"))
+    config = build(stored)
+    del stored["optim"]["clip_grad"], stored["placement"], stored["loss"]["mismatch"]
+    run_with(config, json.dumps(stored))
+    assert open_folder(config) == folder_for(config)
+    with pytest.raises(ConfigError, match=r"made with other settings .*\n  - optim\.clip_grad: 1\.0 -> 0\.5$"):
+        open_folder(build(json.loads(to_json(config)), ["optim.clip_grad=0.5"]))
 
 
 # ---- a finished run, and one that was stopped
