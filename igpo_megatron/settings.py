@@ -1,11 +1,48 @@
-"""What every section of the settings is."""
+"""What every section of the settings is, and how a setting names a function of the user's."""
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+import importlib
+import re
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from igpo_megatron.types import UserError
+
+HOOK = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
+"""`package.module:name`, which names something that Python can import."""
 
 
 class Section(BaseModel):
     """Base of every section: immutable, strict about names, documented by the strings under its fields."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+
+class Hooked(Section):
+    """Settings of something that a run takes from the user's own package."""
+
+    name: str = Field(pattern=HOOK)
+    """`package.module:function`, importable where the run starts."""
+
+    options: dict[str, Any] = {}
+    """Whatever the function wants to know; it is not looked at."""
+
+
+def is_hook(name: str) -> bool:
+    """Whether a name is `package.module:name` rather than one of ours."""
+    return re.match(HOOK, name) is not None
+
+
+def load_hook(key: str, name: str) -> Any:
+    """What setting `key` names as `package.module:name`. Raises UserError where it cannot be imported or called."""
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # noqa: BLE001  (whatever a module of the user's raises while it is imported)
+        why = f"{type(error).__name__}: {error}"
+        raise UserError(f"{key}={name} cannot be imported ({why}); expected package.module:function, installed or in PYTHONPATH") from error
+    if not callable(found):
+        raise UserError(f"{key}={name} is a {type(found).__name__}; expected a function")
+    return found
