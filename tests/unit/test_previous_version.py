@@ -6,10 +6,12 @@ import asyncio
 import io
 import json
 import shutil
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -18,17 +20,22 @@ from previous_version import PREVIOUS, unpack_stopped_run
 from rich.console import Console
 from test_report import Page
 
+from checkpoint_conversion.convert import megatron_to_hf
+from checkpoint_conversion.hf_folder import HfReader
 from igpo_megatron.algorithms.replay import SuccessBuffer
 from igpo_megatron.algorithms.rewards import score
 from igpo_megatron.chat.protocols.registry import PROTOCOLS
 from igpo_megatron.config.load import ConfigError, build, load, to_json
 from igpo_megatron.config.schema import Config
+from igpo_megatron.data.corpus import Passage
 from igpo_megatron.observability.metrics import rollout_metrics
 from igpo_megatron.observability.report.page import write_report
 from igpo_megatron.observability.rollout_dump import count_groups, read_rollouts, write_rollouts
 from igpo_megatron.observability.run_folder import folder_for, open_folder, read_summary, summary_table
 from igpo_megatron.policy import checkpoint_sums
 from igpo_megatron.search.client import make_client
+from igpo_megatron.search.local.dense import DenseIndex
+from igpo_megatron.search.local.index_place import digest, place
 from igpo_megatron.search.results import SearchStatus, SearchStopped
 from igpo_megatron.tools.factory import make_tools
 from igpo_megatron.training.step import assign_advantages
@@ -336,6 +343,15 @@ def test_a_state_with_a_key_named_otherwise_is_refused(tmp_path):
     assert checkpoint_sums.damage(checkpoint) == ["state.json does not give layout, optimizer_steps, run, step"]
 
 
+def test_a_checkpoint_of_then_is_exported(tmp_path):
+    (checkpoint,) = (unpack_stopped_run(tmp_path) / "runs/stopped/checkpoints").iterdir()
+    megatron_to_hf(checkpoint, tmp_path / "hf")
+    reader, whole = HfReader(tmp_path / "hf"), 0
+    for name in sorted(reader.names()):
+        whole = zlib.crc32(reader.get(name).contiguous().numpy().tobytes(), whole)
+    assert whole == 2873756324, "a weight differs in some bit from what the version before exported"
+
+
 # ---- stored answers
 
 
@@ -383,3 +399,28 @@ def test_stored_visits_answer_a_replay(tmp_path):
     page, gone = asyncio.run(use("http://example.org/tehran", "population")), asyncio.run(use("http://example.org/gone"))
     assert (page.text, page.status, page.failure, page.cached) == ("The page's text.", "ok", None, True)
     assert (gone.text, gone.status) == ("This page does not exist.", "unreadable")
+
+
+# ---- what was computed from a corpus
+
+
+PASSAGES = (Passage("1", "Iran", "The capital of Iran is Tehran."), Passage("2", "Peru", "The capital of Peru is Lima."))
+
+
+def test_embeddings_of_then_are_not_computed_again(tmp_path):
+    asked: list[str] = []
+
+    def encode(texts: Sequence[str]) -> Any:
+        asked.extend(texts)
+        return np.array([[1.0, 0.0, 4.0]])
+
+    path = Path(shutil.copy(PREVIOUS / "vectors.npz", tmp_path / "vectors.npz"))
+    index = DenseIndex(PASSAGES, encode, query_prefix="q: ", passage_prefix="p: ", vectors=path, encoder="models/e5")
+    np.testing.assert_allclose(index.vectors, [[0.997199, 0.07479, 0.0], [0.991454, 0.078273, 0.104364]], atol=1e-6)
+    assert index.search(["Peru"], 1)[0][0][0].title == "Peru" and asked == ["q: Peru"]
+
+
+def test_the_index_of_a_corpus_is_looked_for_where_it_was():
+    """What names its folder: an index of all of Wikipedia takes an hour."""
+    found = place(Path("wiki.jsonl"), "bm25", digest(PASSAGES, "0.2"))
+    assert found == Path("wiki.jsonl.index/bm25-311f96cb0e27359f")
