@@ -34,7 +34,7 @@ setup(
         "ray==2.60.0",
         "requests",
         "rich",
-        "ruamel.yaml>=0.18",
+        "ruamel-yaml>=0.18",
         "safetensors",
         "tokenizers",
         "tenacity",

@@ -40,7 +40,7 @@ def load_hook(key: str, name: str) -> Any:
     module, _, attribute = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # noqa: BLE001  (whatever a module of the user's raises while it is imported)
+    except Exception as error:
         why = f"{type(error).__name__}: {error}"
         raise UserError(f"{key}={name} cannot be imported ({why}); expected package.module:function, installed or in PYTHONPATH") from error
     if not callable(found):
