@@ -24,6 +24,7 @@ from checkpoint_conversion.convert import megatron_to_hf
 from checkpoint_conversion.hf_folder import HfReader
 from igpo_megatron.algorithms.replay import SuccessBuffer
 from igpo_megatron.algorithms.rewards import score
+from igpo_megatron.algorithms.settings import Ppo
 from igpo_megatron.chat.protocols.registry import PROTOCOLS
 from igpo_megatron.config.load import ConfigError, build, load, to_json
 from igpo_megatron.config.schema import Config
@@ -33,6 +34,7 @@ from igpo_megatron.observability.report.page import write_report
 from igpo_megatron.observability.rollout_dump import count_groups, read_rollouts, write_rollouts
 from igpo_megatron.observability.run_folder import folder_for, open_folder, read_summary, summary_table
 from igpo_megatron.policy import checkpoint_sums
+from igpo_megatron.policy.settings import Checkpoint
 from igpo_megatron.search.client import make_client
 from igpo_megatron.search.local.dense import DenseIndex
 from igpo_megatron.search.local.index_place import digest, place
@@ -197,6 +199,20 @@ def test_an_example_of_then_means_what_it_meant(path):
     assert {key: found.get(key) for key in given} == given
     kept = [key for key in DEFAULTS if key not in given and not any(key[: len(section)] == section for section in NAMED)]
     assert {key: found.get(key) for key in kept} == {key: DEFAULTS[key] for key in kept} and len(kept) > 100
+
+
+def test_spellings_of_yaml_mean_what_they_meant():
+    """Files of users have `no`, `0x10`, `1_000`, anchors and empty sections, whatever version of YAML reads them."""
+    config = load(PREVIOUS / "spellings.yaml", ["eval.greedy=on", "optim.warmup_steps=1_0", "reward.overlong=[100, 2e2]", "run.replay="])
+    files = (Path("a.parquet"), Path("b,c.parquet"))
+    assert (config.data.train, config.data.eval, config.data.shuffle) == (files, files, False)
+    assert (config.run.steps, config.run.seed, config.run.replay, config.run.name) == (5, 16, None, "yes")
+    assert (config.eval.every, config.eval.greedy, config.eval.at_ends) == (1000, True, True)
+    optim = config.optim
+    assert (optim.lr, optim.min_lr, optim.eps, optim.weight_decay, optim.clip_grad, optim.warmup_steps) == (1e-6, 1e-7, 0.5, 0.01, 1.0, 10)
+    assert (config.loss, config.checkpoint) == (Ppo(dual_clip=None, clip_low=0.2), Checkpoint())
+    assert (config.rollout.tool_in_prompt, config.rollout.force_think, config.rollout.system_prompt) == (False, True, "Two\nlines\n")
+    assert config.reward.overlong == (100, 200)
 
 
 @pytest.mark.parametrize("name", ["igpo_qwen2.5_7b", "arpo_qwen2.5_7b", "aepo_qwen2.5_7b", "search_r1_qwen2.5_7b"])
