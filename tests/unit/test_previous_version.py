@@ -48,6 +48,7 @@ FINISHED = PREVIOUS / "finished"
 EXAMPLES = sorted((PREVIOUS / "yaml").rglob("*.yaml"))
 RESOLVED = sorted((PREVIOUS / "configs").glob("*.json"))
 ALGORITHMS = [json.loads(line) for line in (PREVIOUS / "configs/algorithms.jsonl").read_text(encoding="utf-8").splitlines()]
+ALGORITHM_DEFAULTS = [json.loads(line) for line in (PREVIOUS / "configs/algorithm_defaults.jsonl").read_text(encoding="utf-8").splitlines()]
 NAMED = (("advantage",), ("loss",), ("rollout", "branching"))
 """Sections whose keys depend on their name."""
 
@@ -235,6 +236,14 @@ def test_every_algorithm_has_the_settings_it_had(then):
     sections = {name: then[name] for name in ("advantage", "loss")}
     found = resolved(build({"model": {"path": "policy"}, **sections, "rollout": {"branching": then["branching"]}}))
     assert {**{name: found[name] for name in sections}, "branching": found["rollout"]["branching"]} == then
+
+
+@pytest.mark.parametrize("then", ALGORITHM_DEFAULTS, ids=["-".join((key, row[key]["name"])) for row in ALGORITHM_DEFAULTS for key in row])
+def test_every_algorithm_has_the_defaults_it_had(then):
+    ((section, expected),) = then.items()
+    given = {section: {"name": expected["name"]}}
+    found = resolved(build({"model": {"path": "policy"}, **({"rollout": given} if section == "branching" else given)}))
+    assert (found["rollout"] if section == "branching" else found)[section] == expected
 
 
 def test_every_algorithm_of_then_is_among_the_stored_settings():
