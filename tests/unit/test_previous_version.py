@@ -332,6 +332,17 @@ def test_the_report_of_a_finished_run_can_be_written_again(tmp_path):
     assert reward["series"][0]["points"] == [[1, 0.375, None], [2, 0.25, None]]
 
 
+def test_no_metric_of_then_is_lost_from_the_charts(tmp_path):
+    """Compared by the last value of each line: lines may be named otherwise."""
+    charts = Page(write_report(copied(tmp_path)).read_text(encoding="utf-8")).data["charts"]
+    last = {line["points"][-1][1] for panel in charts for line in panel["series"]}
+    phases = {0.3328, 0.1501, 0.0003, 0.2353, 0.0398, 0.6083}
+    learned = {0.25, 0.70075, 0.43216, 1.417, 0.43835, 0.875, 0.625, -2.0652, 0.18154}
+    checked = {4.3887e-07, 7.689e-06, 9.5367e-07, 1.1198, -0.28318, 0.00022412, 0.0003, 2252.9}
+    agents = {2.375, 1.375, 11.0, 0.00075237, 0.0032009, 58.25, 0.125, 0.5}
+    assert last == phases | learned | checked | agents | {0.0}
+
+
 def test_the_table_of_a_finished_run_is_shown_again(tmp_path, monkeypatch):
     copied(tmp_path)
     monkeypatch.chdir(tmp_path)
