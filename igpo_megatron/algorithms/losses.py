@@ -15,16 +15,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from igpo_megatron.algorithms.settings import Aepo, Bapo, Cispo, Gspo, Hapo, PolicyLoss, Ppo, Sft
+from igpo_megatron.algorithms.settings import Aepo, Aggregation, Bapo, Cispo, Gspo, Hapo, PolicyLoss, Ppo, Sft
 from igpo_megatron.algorithms.settings import Loss as LossConfig
 from igpo_megatron.types import EntropyStats, StepCounts
-
-Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum"]
 
 LossResult = tuple[Tensor, dict[str, Tensor]]
 """(scalar with gradient, metric name -> detached sum over trained tokens)."""
@@ -87,7 +85,7 @@ _LEAST_ENTROPY = 1e-8
 
 def aggregation_of(config: LossConfig) -> Aggregation:
     """How a loss averages over tokens; supervised training is a mean over tokens."""
-    return config.aggregation if isinstance(config, PolicyLoss) else "token_mean"
+    return config.aggregation
 
 
 def token_weight(aggregation: Aggregation, num_tokens: int) -> float:
@@ -268,7 +266,7 @@ def balanced_clip(log_ratios: Sequence[Tensor], advantages: Sequence[Tensor], co
     for name in ("upper", "lower") if config.first == "upper" else ("lower", "upper"):
         while not is_balanced() and bound[name] < end[name]:
             bound[name] = min(bound[name] + step[name], end[name])
-    shared = {name: getattr(config, name) for name in PolicyLoss.model_fields}
+    shared = {name: getattr(config, name) for name in PolicyLoss.model_fields if name != "name"}
     return Ppo(**shared, clip_low=1.0 - bound["lower"], clip_high=bound["upper"] - 1.0, dual_clip=config.dual_clip)
 
 

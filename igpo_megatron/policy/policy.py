@@ -18,7 +18,6 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer.module import Float16Module
 
 from checkpoint_conversion.architectures import ModelShape, read_shape
-from igpo_megatron.algorithms.settings import PolicyLoss
 from igpo_megatron.config.schema import Config
 from igpo_megatron.packing.batches import balance, row_cost
 from igpo_megatron.packing.tree import PackedRow, blank_row
@@ -88,7 +87,7 @@ class Policy:
 
         self.total_steps = config.run.steps * config.optim.minibatches
         self._skipped_in_a_row = 0
-        needs_reference = isinstance(config.loss, PolicyLoss) and config.loss.kl_coef > 0
+        needs_reference = config.loss.keeps_reference
         locked = ranks.device.type == "cuda"  # they are copied to the device in every step
         self._reference = kept_on_host([p.detach() for p in _parameters(self.chunks)], locked=locked) if needs_reference else None
 

@@ -21,10 +21,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from igpo_megatron.algorithms.advantages.registry import ADVANTAGES
 from igpo_megatron.algorithms.info_gain import add_probes, rendered_probes
 from igpo_megatron.algorithms.rewards import score
-from igpo_megatron.algorithms.settings import PolicyLoss
 from igpo_megatron.chat.protocols.registry import PROTOCOLS
 from igpo_megatron.config.checks import require
 from igpo_megatron.config.load import load
@@ -108,7 +106,7 @@ def learn(policy: Policy, groups: list[RolloutGroup], tracker: Tracker, step: in
     """One step's learning; its metrics, those of the groups with their gains among them."""
     config = policy.config
     routing: dict[str, float] = {}
-    if isinstance(config.loss, PolicyLoss):
+    if config.loss.learns_from_rewards:
         with tracker.phase("score"):
             score_tokens(policy, groups)
             routing = routing_metrics(policy, groups, step)
@@ -131,14 +129,14 @@ def collect(config: Config, side: Side, step: int) -> list[RolloutGroup]:
     """This step's trajectories with rewards and probes, from the engines or from a replay file."""
     if side.replay is not None:
         groups = next(side.replay)
-        if isinstance(config.loss, PolicyLoss):
+        if config.loss.learns_from_rewards:
             for group in groups:
                 score(group, config.reward, PROTOCOLS[config.rollout.protocol], config.rollout.tool_name)
     else:
         assert side.queue is not None
         with waiting(f"the groups of step {step}", on=ROLLOUTS, deadline_s=config.parallel.timeout_s):
             groups = side.queue.take(step)
-    if isinstance(config.loss, PolicyLoss) and ADVANTAGES[config.advantage.name].needs_probes:
+    if config.loss.learns_from_rewards and config.advantage.needs_probes:
         assert side.chat is not None
         for group in groups:
             add_probes(group, side.chat.render_probe, config.reward, side.chat.render_hidden_probe)
@@ -171,7 +169,7 @@ def evaluate_if_due(config: Config, side: Side, tracker: Tracker, step: int) -> 
 
 def engine_scores(config: Config) -> bool:
     """Probes are scored by the engines during the rollout."""
-    wanted = isinstance(config.loss, PolicyLoss) and ADVANTAGES[config.advantage.name].needs_probes and config.reward.gain != "none"
+    wanted = config.loss.learns_from_rewards and config.advantage.needs_probes and config.reward.gain != "none"
     return wanted and config.reward.scorer == "engine"
 
 
@@ -198,7 +196,7 @@ def replayed(path: Path, config: Config, first_step: int, vocab_size: int | None
 def open_side(config: Config, folder: RunFolder, stack: ExitStack, tracker: Tracker, first_step: int, state: dict[str, Any] | None) -> Side:
     """Start what the main rank needs: question stream, chat format, engines, search."""
     side = Side(folder)
-    needs_chat = isinstance(config.loss, PolicyLoss)
+    needs_chat = config.loss.learns_from_rewards
     if needs_chat:
         from igpo_megatron.chat.format import ChatFormat
         from igpo_megatron.chat.tokenizer import load_tokenizer

@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from igpo_megatron.algorithms.advantages.registry import ADVANTAGES
+from igpo_megatron.algorithms.advantages.registry import set_advantages
 from igpo_megatron.algorithms.advantages.tree import entropy_stats
 from igpo_megatron.algorithms.info_gain import turn_gains
 from igpo_megatron.algorithms.settings import Aepo, Bapo, Hapo, Loss, PolicyLoss, Ppo
@@ -84,13 +84,10 @@ def takes_engine_logprobs(config: Config) -> bool:
 
 def assign_advantages(groups: Sequence[RolloutGroup], config: Config, progress: float) -> None:
     """Turn gains from the probes' log-probs, then the chosen advantage."""
-    advantage = ADVANTAGES[config.advantage.name]
-    for group in groups:
-        if advantage.needs_probes:
+    if config.advantage.needs_probes:
+        for group in groups:
             turn_gains(group, config.reward)
-        advantage.function(group, config.advantage, progress)
-    if advantage.over_batch:
-        advantage.over_batch(groups)
+    set_advantages(groups, config.advantage, progress)
 
 
 def update(policy: Policy, groups: list[RolloutGroup]) -> dict[str, float]:

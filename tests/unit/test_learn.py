@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from igpo_megatron.algorithms.advantages.outcome import scale_by_informative, whiten
-from igpo_megatron.algorithms.advantages.registry import ADVANTAGES
+from igpo_megatron.algorithms.advantages.registry import ADVANTAGES, set_advantages
 from igpo_megatron.algorithms.info_gain import add_probes, turn_gains
 from igpo_megatron.algorithms.losses import denominator
 from igpo_megatron.algorithms.replay import SuccessBuffer
@@ -82,7 +82,6 @@ def test_an_action_of_no_tokens_alone_is_no_trained_trajectory():
 
 @pytest.mark.parametrize("name", ADVANTAGES)
 def test_no_advantage_sees_a_trajectory_without_a_sampled_token(name):
-    advantage = ADVANTAGES[name]
     config = build({"model": {"path": "m"}}, [f"advantage.name={name}"]).advantage
 
     def advantages(groups):
@@ -90,9 +89,7 @@ def test_no_advantage_sees_a_trajectory_without_a_sampled_token(name):
             group.metrics["greedy_reward"] = 0.25
             for trajectory in group.trajectories:
                 trajectory.gains = [None] * len(group.actions(trajectory))
-            advantage.function(group, config, 0.0)
-        if advantage.over_batch:
-            advantage.over_batch(groups)
+        set_advantages(groups, config, 0.0)
         return [trajectory.turn_advantages for group in groups for trajectory in group.trajectories if group.actions(trajectory)]
 
     # The group without turns would be a group of equal rewards in RAPO's count, which doubles what the informative one is scaled by.

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from igpo_megatron.algorithms.advantages.registry import ADVANTAGES
+from igpo_megatron.algorithms.advantages.registry import set_advantages
 from igpo_megatron.algorithms.advantages.tree import arpo_advantages, entropy_stats
 from igpo_megatron.algorithms.losses import Tokens, aepo, ppo
 from igpo_megatron.algorithms.settings import Aepo, Arpo, Ppo
@@ -38,8 +38,8 @@ def test_the_z_score_divides_by_the_sample_deviation():
 
 def test_soft_attribution_gives_every_trajectory_its_own_number_and_hard_the_mean_where_turns_are_shared():
     soft, hard = forked(), forked()
-    ADVANTAGES["arpo"].function(soft, Arpo(), 0.0)
-    ADVANTAGES["arpo"].function(hard, Arpo(attribution="hard"), 0.0)
+    set_advantages([soft], Arpo(), 0.0)
+    set_advantages([hard], Arpo(attribution="hard"), 0.0)
     a = 0.5 / math.sqrt(1 / 3)
     assert [end.turn_advantages for end in soft.trajectories] == [
         pytest.approx(row, rel=1e-4) for row in ([a, a], [-a, -a, -a], [-a, -a, -a], [a])
@@ -52,14 +52,14 @@ def test_soft_attribution_gives_every_trajectory_its_own_number_and_hard_the_mea
 
 def test_a_failed_trajectory_takes_no_part_in_a_shared_turn():
     group = forked(status=End.TOOL_FAILED)
-    ADVANTAGES["arpo"].function(group, Arpo(attribution="hard"), 0.0)
+    set_advantages([group], Arpo(attribution="hard"), 0.0)
     first, second, third, fourth = (end.turn_advantages for end in group.trajectories)
     assert first == [0.0, 0.0] and second == pytest.approx([second[0]] * 3) and second == third and second[0] < 0 < fourth[0]
 
 
 def test_shared_turns_are_trained_once_with_the_sum_of_both_signs():
     group = forked()
-    ADVANTAGES["arpo"].function(group, Arpo(), 0.0)
+    set_advantages([group], Arpo(), 0.0)
     (row,) = pack_for_training([group], row_tokens=100, token_weight=lambda n: 1.0)
     a = 0.5 / math.sqrt(1 / 3)
     assert len(row.targets) == 2 * 6 and step_counts([group]).trained_tokens == 2 * 9
@@ -162,7 +162,7 @@ def test_the_entropy_advantage_cannot_be_switched_off_silently():
 
 def test_the_corrected_loss_does_not_depend_on_the_rows():
     group = forked()
-    ADVANTAGES["arpo"].function(group, Arpo(), 0.0)
+    set_advantages([group], Arpo(), 0.0)
     counts = replace(step_counts([group]), entropy=entropy_stats([group], 0.2))
     totals = []
     for row_tokens in (3, 7, 100):
