@@ -15,10 +15,11 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from igpo_megatron.config.schema import Config
 from igpo_megatron.settings import HOOK_RULE, HOOKED, OURS, Hooked
@@ -36,38 +37,31 @@ class ConfigError(UserError):
         super().__init__("\n".join(["the configuration has problems:", *(f"  - {problem}" for problem in self.problems)]))
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `1e-6` as a string and forgets repeated keys; people mean a number, and a mistake."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for index, key in enumerate(keys):
-            if key.value in {earlier.value for earlier in keys[:index]}:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} is given twice", key.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_NOT_YAML = (yaml.YAMLError, ValueError, KeyError, AttributeError, RecursionError)
-"""What the parser raises for a text: values such as `!!bool maybe` or 2024-13-45 are behind the last four."""
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
+def parse(text: str) -> Any:
+    """YAML 1.2, in which 1e-5 is a number, `off` a word, and a key given twice a mistake. Raises ValueError with line and column."""
+    try:
+        # A new parser each time: a %YAML line would change it for the next text.
+        return YAML(typ="safe", pure=True).load(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise ValueError(f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}" if mark else str(error)) from None
+    except (YAMLError, LookupError, RecursionError) as error:  # LookupError: of values such as `!!bool maybe`
+        raise ValueError(str(error)) from None
 
 
 def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply `section.key=value` overrides, validate. Raises ConfigError."""
+    """Read a YAML file, or the config.json of a run, apply `section.key=value` overrides, validate. Raises ConfigError."""
     path = Path(path)
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
+        text = path.read_text(encoding="utf-8")
+        # YAML takes the two halves of an emoji in JSON for two characters.
+        values = (json.loads(text) if path.suffix == ".json" else parse(text)) or {}
     except FileNotFoundError:
         raise ConfigError([f"{path}: no such configuration file; the examples/ folder has complete ones"]) from None
     except OSError as error:
         raise ConfigError([f"{path}: {os.strerror(error.errno or 0).lower()}; expected a configuration file"]) from None
-    except _NOT_YAML as error:
-        raise ConfigError([f"{path}: not valid YAML: {error}"]) from None
+    except ValueError as error:
+        raise ConfigError([f"{path}: not valid {'JSON' if path.suffix == '.json' else 'YAML'}: {error}"]) from None
     if not isinstance(values, dict):
         raise ConfigError([f"{path}: expected sections such as `model:` at the top, found {type(values).__name__}"])
     return build(values, overrides)
@@ -139,8 +133,8 @@ def _apply(values: dict[str, Any], override: str) -> str | None:
         return f"override {override!r}: expected section.key=value, e.g. optim.lr=1e-5"
     *sections, name = key.strip().split(".")
     try:
-        value = yaml.load(text, _Loader)
-    except _NOT_YAML:
+        value = parse(text)
+    except ValueError:
         value = text
     for part in sections:
         inner = values.setdefault(part, {})
