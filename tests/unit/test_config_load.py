@@ -67,8 +67,9 @@ def test_the_values_of_the_caller_stay_as_they_were():
         (
             "advantage.name=grop",
             "advantage.name='grop': expected one of igpo, igpo_loo, grpo, rloo, arpo, gigpo, eapo, rapo, reinforce_pp, "
-            "reinforce_pp_baseline, remax; did you mean 'grpo'?",
+            "reinforce_pp_baseline, remax, or package.module:function; did you mean 'grpo'?",
         ),
+        ("reward.outcome=f3", "reward.outcome='f3': expected one of f1, em, em_squad, f1_multiset, or package.module:function"),
         ("advantage.normalize=joint", "advantage.normalize: unknown key; did you mean 'advantage.normalise'?"),
         ("advantage=grpo", "advantage='grpo': expected a section; write advantage.name=grpo"),
         ("loss.clip_hihg=0.3", "loss.clip_hihg: unknown key; did you mean 'loss.clip_high'?"),
@@ -166,12 +167,22 @@ def test_explain_shows_sections_variants_and_single_keys():
         explain("rollout.engin")
 
 
+def test_explain_indents_every_line_under_its_key_and_every_key_under_its_section():
+    lines = explain("rollout.engine").splitlines()
+    assert [line for line in lines[1:] if not line.startswith("  ")] == []
+    at = next(number for number, line in enumerate(lines) if line.startswith("  backend  ("))
+    assert lines[at + 1].startswith("      `torch`: ") and lines[at + 2].startswith("      and machines where")
+
+
 def test_every_field_of_every_section_is_documented():
+    def below(section: type[Section]) -> list[type[Section]]:
+        return [cls for child in section.__subclasses__() for cls in (child, *below(child)) if cls is not Config]
+
     def undocumented(section: type[Section]) -> list[str]:
         return [f"{section.__name__}.{name}" for name, info in section.model_fields.items() if not info.description and name != "name"]
 
-    sections = [cls for cls in Section.__subclasses__() if cls is not Config]
-    assert len(sections) > 15
+    sections = below(Section)
+    assert len(sections) > 40
     assert [row for section in sections for row in undocumented(section)] == []
     assert [section.__name__ for section in sections if not section.__doc__] == []
 
