@@ -4,8 +4,8 @@ Forward has the forms of triton_stream, which never write logits, and
 
     chunks   cuBLAS writes a chunk of fp32 logits that stays in L2, one kernel folds it into the record:  chunk by chunk [N, 4]
 
-`forms.choose` says which one runs. Backward is shared: cuBLAS recomputes a chunk of logits, a kernel turns it into dz, cuBLAS adds dz to
-both gradients in fp32. For low-precision inputs dz is rounded to their dtype before it is multiplied, as in every linear layer.
+`linear_logprob.choose_form` says which one runs. Backward is shared: cuBLAS recomputes a chunk of logits, a kernel turns it into dz, cuBLAS
+adds dz to both gradients in fp32. For low-precision inputs dz is rounded to their dtype before it is multiplied, as in every linear layer.
 No atomics: folds happen in the order of the columns.
 
 Estimates for an H100 at 4,096 rows and H = 3584 (nothing is measured): chunks 0.75-0.8 of the matmul ceiling forward. Backward reads and

@@ -20,9 +20,9 @@ from megatron.core.utils import get_attr_wrapped_model
 
 from igpo_megatron.packing.tree import PackedRow
 from igpo_megatron.policy.context import RowPart, merge_of, part_of
+from igpo_megatron.policy.host_memory import upload
 from igpo_megatron.policy.model import HeadInputs, split_of
 from igpo_megatron.policy.routing import replay
-from igpo_megatron.policy.upload import upload
 
 RowLoss = Callable[[PackedRow, torch.Tensor, torch.Tensor], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 """(row, logprobs [N], entropy [N]) -> (loss scalar, metric sums)."""

@@ -44,10 +44,7 @@ def facts_of(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], summa
         ("Gain", at["reward.gain"]),
         ("Steps", steps is not None and f"{steps} of {at['run.steps']}" if at["run.steps"] else steps),
         ("Per step", at["rollout.prompts_per_step"] and f"{at['rollout.prompts_per_step']} questions x {at['rollout.samples_per_prompt']}"),
-        (
-            "Ranks",
-            at["parallel.tensor"] and _layout(at),
-        ),
+        ("Ranks", at["parallel.tensor"] and _layout(at)),
         ("Engines", at["rollout.engine.count"] and _engines(at)),
         ("Precision", at["model.dtype"] and f"{at['model.dtype']} on {at['run.device']}"),
         ("Learning rate", at["optim.lr"]),
