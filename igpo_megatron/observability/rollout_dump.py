@@ -283,7 +283,7 @@ def _decisions(batch: pa.RecordBatch, column: pa.Field, kind: Callable[..., Poin
 
 def _nodes(array: pa.StructArray) -> list[Node]:
     """All nodes of a batch."""
-    columns = [
+    columns: list[Any] = [
         _cut(array.field(place), _plain) if pa.types.is_list(field.type) and field.name != "scored" else array.field(place).to_pylist()
         for place, field in enumerate(NODE)
     ]
