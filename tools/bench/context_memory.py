@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from common import finish
-from models import CONTEXT, SHAPES
+from models import CONTEXT, SHAPES, save_random
 
 from igpo_megatron.policy import cpu
 
@@ -48,7 +48,7 @@ def main(
     """Measure every degree, with and without recomputation of the attention."""
     figures: dict[str, Any] = {"shape": shape, "layers": LAYERS, "tokens": tokens, "saved_mib_per_rank": {}}
     with TemporaryDirectory(prefix="igpo-bench-") as folder:
-        _save_policy(Path(folder), shape)
+        save_random({**SHAPES[shape], "num_hidden_layers": LAYERS, "vocab_size": VOCAB, "max_position_embeddings": CONTEXT}, folder)
         for degree in DEGREES:
             figures["saved_mib_per_rank"][str(degree)] = _on_ranks(degree, folder, tokens)
     saved = figures["saved_mib_per_rank"]
@@ -58,14 +58,6 @@ def main(
     gathered = LAYERS * tokens * 2 * at["num_key_value_heads"] * (at["hidden_size"] // at["num_attention_heads"]) * 4 / MIB
     floors = {"share": {str(degree): 1 / degree for degree in DEGREES}, "keys_and_values_of_the_row_mib": round(gathered, 2)}
     finish("context_memory", figures, floors, ("torch", "megatron-core"), out)
-
-
-def _save_policy(folder: Path, shape: str) -> None:
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    torch.manual_seed(0)
-    few = {"num_hidden_layers": LAYERS, "vocab_size": VOCAB, "max_position_embeddings": CONTEXT}
-    Qwen2ForCausalLM(Qwen2Config(**{**SHAPES[shape], **few})).save_pretrained(folder)
 
 
 def _on_ranks(degree: int, folder: str, tokens: int) -> dict[str, float]:

@@ -26,6 +26,7 @@ from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
+from models import qwen2, save_random, size_of
 
 from igpo_megatron.plan.types import Layout, Machine, Memory, Row, Settings
 
@@ -35,9 +36,10 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """glibc's numbers of these settings (malloc.h)."""
 
 MIB = 2**20
+CONTEXT = 4096
 MODELS = {
-    "tiny": {"hidden": 256, "ffn": 768, "layers": 4, "heads": 4, "kv_heads": 2, "vocab": 8192, "tied": True},
-    "small": {"hidden": 512, "ffn": 1408, "layers": 6, "heads": 8, "kv_heads": 4, "vocab": 8192, "tied": False},
+    "tiny": size_of(256, 768, 4, 4, 2, 8192, tied=True),
+    "small": size_of(512, 1408, 6, 8, 4, 8192, tied=False),
 }
 GROUPS, SAMPLES, PROMPT, SAMPLED, OBSERVED = 4, 2, 128, 128, 128
 """Questions, trajectories of each, and tokens: a prompt, a turn, a result, a turn, so 512 on a trajectory and 896 in a group."""
@@ -178,7 +180,7 @@ def predict(case: Case, machine: Machine, rows: list[Row]) -> tuple[Memory, floa
     from igpo_megatron.plan.parts import count_parts
     from igpo_megatron.plan.train_time import pass_time, update_time
 
-    shape = shape_of(hf_config(case.model))
+    shape = shape_of(qwen2(MODELS[case.model], CONTEXT))
     parts = count_parts(shape, case.tensor, 1)
     stages = stages_of(shape.num_layers, case.pipeline, 1)
     assert stages is not None
@@ -199,43 +201,16 @@ def predict(case: Case, machine: Machine, rows: list[Row]) -> tuple[Memory, floa
     return memory, seconds + update_time(parts, layout, settings, machine, len(shares[0]))
 
 
-def hf_config(model: str) -> dict[str, Any]:
-    """config.json of a model of the grid."""
-    size = MODELS[model]
-    return {
-        "model_type": "qwen2",
-        "hidden_size": size["hidden"],
-        "intermediate_size": size["ffn"],
-        "num_hidden_layers": size["layers"],
-        "num_attention_heads": size["heads"],
-        "num_key_value_heads": size["kv_heads"],
-        "vocab_size": size["vocab"],
-        "tie_word_embeddings": size["tied"],
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1e6,
-    }
-
-
 def measure(case: Case, folder: Path) -> dict[str, Any]:
     """Start the ranks twice: {mib, seconds, rows}."""
     model = folder / case.model
     if not model.exists():
-        write_model(case.model, model)
+        save_random(qwen2(MODELS[case.model], CONTEXT), model)
     memory = run_ranks(case, model, 3, lean=True)
     timed = run_ranks(case, model, TIMED_STEPS, lean=False)
     steps = [max(rank["seconds"][step] for rank in timed) for step in range(1, TIMED_STEPS)]
     busy = [sum(rank["cpu"][step] for rank in timed) for step in range(1, TIMED_STEPS)]
     return {"mib": max(rank["peak"] for rank in memory) / MIB, "seconds": min(steps), "cpu": min(busy), "rows": memory[0]["rows"]}
-
-
-def write_model(name: str, folder: Path) -> None:
-    """A Hugging Face folder with random weights."""
-    import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    torch.manual_seed(0)
-    Qwen2ForCausalLM(Qwen2Config(**{key: value for key, value in hf_config(name).items() if key != "model_type"})).save_pretrained(folder)
 
 
 def run_ranks(case: Case, model: Path, steps: int, *, lean: bool) -> list[dict[str, Any]]:
