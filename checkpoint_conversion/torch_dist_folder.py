@@ -189,11 +189,7 @@ class MegatronReader(Reader):
 
 
 def write_megatron(
-    folder: Path,
-    units: Sequence[Unit],
-    *,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-    on_bytes: Callable[[int], None] = lambda count: None,
+    folder: Path, units: Sequence[Unit], *, max_shard_bytes: int = MAX_SHARD_BYTES, on_bytes: Callable[[int], None] = lambda count: None
 ) -> None:
     """Write the units' full tensors as a checkpoint that a GPTModel of any parallel layout loads.
 
