@@ -126,10 +126,7 @@ def chunked_partials(
     buffer = _workspace(hidden, shape, torch.float32)
     for rows, columns in _chunks(len(hidden), valid, shape):
         logits = _matmul_into(buffer, hidden[rows], weight[columns].t())
-        count, width = logits.shape
-        _fold_chunk[(triton.cdiv(count, FOLD["BLOCK_R"]),)](
-            logits, local_targets[rows], record[rows], count, width, columns.start, 1.0 / temperature, ENTROPY=need_entropy, **FOLD
-        )
+        _fold(logits, local_targets[rows], record[rows], columns.start, temperature, need_entropy)
     return record
 
 
@@ -187,11 +184,15 @@ def gradients(
 
 def block_records(logits: torch.Tensor, local_targets: torch.Tensor, temperature: float, need_entropy: bool) -> torch.Tensor:
     """`torch_chunked.block_records`."""
-    count, width = logits.shape
     record = empty_records(logits)
-    grid = (triton.cdiv(count, FOLD["BLOCK_R"]),)
-    _fold_chunk[grid](logits, local_targets, record, count, width, 0, 1.0 / temperature, ENTROPY=need_entropy, **FOLD)
+    _fold(logits, local_targets, record, 0, temperature, need_entropy)
     return record
+
+
+def _fold(logits: torch.Tensor, targets: torch.Tensor, record: torch.Tensor, first: int, temperature: float, entropy: bool) -> None:
+    count, width = logits.shape
+    grid = (triton.cdiv(count, FOLD["BLOCK_R"]),)
+    _fold_chunk[grid](logits, targets, record, count, width, first, 1.0 / temperature, ENTROPY=entropy, **FOLD)
 
 
 def block_dz(

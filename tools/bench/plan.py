@@ -13,12 +13,8 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
-import multiprocessing
-import os
-import socket
 import sys
 import time
-import traceback
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -27,6 +23,7 @@ from typing import Annotated, Any
 
 import typer
 from models import qwen2, save_random, size_of
+from ranks import on_ranks
 
 from igpo_megatron.plan.types import Layout, Machine, Memory, Row, Settings
 
@@ -103,7 +100,6 @@ def main(
     if fresh:
         state.unlink(missing_ok=True)
     known: dict[str, Any] = json.loads(state.read_text()) if state.is_file() else {}
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     machine = machines.read(calibration) if calibration else calibrate()
     cpu.install()
     from igpo_megatron.policy import policy  # noqa: F401  imported before ranks are forked
@@ -214,39 +210,20 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
 
 
 def run_ranks(case: Case, model: Path, steps: int, *, lean: bool) -> list[dict[str, Any]]:
-    """What every rank reports. Ranks are forked from this process, which has imported Megatron once."""
-    context = multiprocessing.get_context("fork")
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    queue = context.Queue()
-    ranks = [context.Process(target=_rank, args=(rank, port, case, model, steps, lean, queue)) for rank in range(case.world)]
-    for process in ranks:
-        process.start()
-    try:
-        results = dict(queue.get(timeout=600) for _ in ranks)
-    finally:
-        for process in ranks:
-            process.join(timeout=10)
-            if process.is_alive():
-                process.kill()
-    failed = [text for text in results.values() if isinstance(text, str)]
-    if failed:
-        sys.exit(f"{case.name} failed:\n{failed[0]}")
-    return [results[rank] for rank in range(case.world)]
+    """What every rank reports."""
 
+    def work() -> dict[str, Any]:
+        if lean:
+            # Blocks of 64 KiB and more are mapped, and unmapped when they are freed: what is resident is what is alive.
+            libc = ctypes.CDLL("libc.so.6")
+            libc.mallopt(M_MMAP_THRESHOLD, 65536)
+            libc.mallopt(M_TRIM_THRESHOLD, 65536)
+        return rank_main(case, model, steps)
 
-def _rank(rank: int, port: int, case: Case, model: Path, steps: int, lean: bool, queue: Any) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(case.world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    if lean:
-        # Blocks of 64 KiB and more are mapped, and unmapped when they are freed: what is resident is what is alive.
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(M_MMAP_THRESHOLD, 65536)
-        libc.mallopt(M_TRIM_THRESHOLD, 65536)
     try:
-        queue.put((rank, rank_main(case, model, steps)))
-    except Exception:  # noqa: BLE001  the parent reports whatever it was
-        queue.put((rank, traceback.format_exc()))
+        return on_ranks(case.world, work)
+    except SystemExit as failed:
+        sys.exit(f"{case.name} failed:\n{failed}")
 
 
 def rank_main(case: Case, model: Path, steps: int) -> dict[str, Any]:
