@@ -13,7 +13,7 @@ from typing import Any
 
 from igpo_megatron.agent.settings import ArpoBranching, Branching
 from igpo_megatron.config.schema import Config
-from igpo_megatron.engines.routing import routed_experts
+from igpo_megatron.engines.recorded_experts import routed_experts
 from igpo_megatron.weights.store import SharedWeights
 from igpo_megatron.weights.transfer import BACKEND, POSITION_BYTES, as_plain
 

@@ -22,7 +22,7 @@ from igpo_megatron.packing.tree import PackedRow
 from igpo_megatron.policy.context import RowPart, merge_of, part_of
 from igpo_megatron.policy.host_memory import upload
 from igpo_megatron.policy.model import HeadInputs, split_of
-from igpo_megatron.policy.routing import replay
+from igpo_megatron.policy.routing_replay import replay
 
 RowLoss = Callable[[PackedRow, torch.Tensor, torch.Tensor], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 """(row, logprobs [N], entropy [N]) -> (loss scalar, metric sums)."""

@@ -30,10 +30,10 @@ from igpo_megatron.config.checks import require
 from igpo_megatron.config.load import load
 from igpo_megatron.config.schema import Config
 from igpo_megatron.data.prompts import PromptStream
-from igpo_megatron.observability.memory import MemoryLedger, worst_rank
+from igpo_megatron.observability.memory_ledger import MemoryLedger, worst_rank
 from igpo_megatron.observability.metrics import logprob_gap, rollout_metrics
 from igpo_megatron.observability.rollout_dump import read_rollouts, write_rollouts
-from igpo_megatron.observability.run_folder import RunFolder, claim, folder_for, forget_after, held, open_folder
+from igpo_megatron.observability.run_folder import RunFolder, folder_for, forget_after, held, open_folder, set_up
 from igpo_megatron.observability.summary import finish
 from igpo_megatron.observability.tracker import Tracker
 from igpo_megatron.supervision.endings import Ended, end_process, ending_of, interruptible, leave, reason_left, signals_restored
@@ -302,7 +302,7 @@ def run(config: Config) -> None:
             side = parallel.on_main(ranks, opening) or Side(folder)
             policy.sampled_vocab = parallel.broadcast(side.chat.vocab_size if side.chat else None)
             if ranks.is_main:
-                claim(folder, config)  # not before: a run that could not start leaves its name free for corrected settings
+                set_up(folder, config)  # not before: a run that could not start leaves its name free for corrected settings
                 if config.run.stop_after == "none":
                     forget_after(folder, resumed)
         train(config, policy, side, tracker, share, resumed + 1)
