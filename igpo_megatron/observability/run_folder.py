@@ -137,7 +137,7 @@ def held(folder: RunFolder) -> Iterator[None]:
         yield
 
 
-def claim(folder: RunFolder, config: Config) -> None:
+def set_up(folder: RunFolder, config: Config) -> None:
     """Make the folder and save the resolved configuration in it."""
     for path in (folder.rollouts, folder.eval, folder.checkpoints):
         path.mkdir(parents=True, exist_ok=True)

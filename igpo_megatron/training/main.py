@@ -28,7 +28,7 @@ from igpo_megatron.algorithms.hooks import check_hooks
 from igpo_megatron.config.checks import require
 from igpo_megatron.config.load import load
 from igpo_megatron.config.schema import Config
-from igpo_megatron.observability.memory import worst_rank
+from igpo_megatron.observability.memory_ledger import worst_rank
 from igpo_megatron.observability.rollout_dump import write_rollouts
 from igpo_megatron.observability.run_folder import folder_for
 from igpo_megatron.supervision.endings import Ended, end_process, reason_left
