@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerFast
 
 import demo_policy
 import world_facts
+from demo_data import write_corpus
 from demonstrations import Demonstrator, copy_exercises
 from igpo_megatron.agent.trajectory import render_results
 from igpo_megatron.chat.format import ChatFormat
@@ -32,7 +33,6 @@ from igpo_megatron.config.schema import Config
 from igpo_megatron.observability.rollout_dump import write_rollouts
 from igpo_megatron.search.client import make_client
 from igpo_megatron.types import RolloutGroup
-from prepare_data import write_corpus
 
 COPY_STEPS = 90
 """Steps of pure copy exercises before the demonstrations."""

@@ -28,8 +28,8 @@ from rich.table import Table
 
 from igpo_megatron.config.load import ConfigError, differing_keys, to_json
 from igpo_megatron.config.schema import Config
-from igpo_megatron.data.whole import whole
 from igpo_megatron.supervision.failures import FOLDER, in_short
+from igpo_megatron.supervision.leftovers import whole
 from igpo_megatron.types import UserError
 
 MAY_CHANGE = (
