@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from igpo_megatron.types import UserError
+
+_workload = partial(typer.Option, rich_help_panel="Workload")
 
 _NOT_WITH_RUN = ("gpus", "out", "prompts", "samples", "max-context", "staleness", "placement", "reference", "rows")
 """Options of `igpo plan` that look for a layout, or say what a configuration says itself."""
@@ -35,18 +38,21 @@ def plan(
     ] = False,
     out: Annotated[Path | None, typer.Option(help="Write the fastest plan as a configuration to this YAML file.")] = None,
     run: Annotated[Path | None, typer.Option(help="Predict this configuration as it stands instead of looking for layouts.")] = None,
-    rollouts: Annotated[list[Path] | None, typer.Option(help="Rollout file of a run: its lengths instead of the assumed ones.")] = None,
-    prompts: Annotated[int, typer.Option(min=1, help="Questions per step.")] = 32,
-    samples: Annotated[int, typer.Option(min=1, help="Trajectories per question.")] = 16,
-    max_context: Annotated[int, typer.Option(min=256, help="Tokens of the longest trajectory that must fit.")] = 32768,
-    turns: Annotated[float, typer.Option(min=1.0, max=1e4, help="Mean turns of a trajectory.")] = 4.0,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a question's prompt.")] = 600,
-    turn_tokens: Annotated[float, typer.Option(min=1, max=1e7, help="Mean sampled tokens of a turn.")] = 300.0,
-    observation_tokens: Annotated[float, typer.Option(min=1, max=1e7, help="Mean tokens of a tool result.")] = 800.0,
-    tool_latency: Annotated[float, typer.Option(min=0.001, max=1e5, help="Median seconds of a tool call.")] = 0.5,
+    rollouts: Annotated[list[Path] | None, _workload(help="Rollout file of a run: its lengths instead of the assumed ones.")] = None,
+    prompts: Annotated[int, _workload(min=1, help="Questions per step.")] = 32,
+    samples: Annotated[int, _workload(min=1, help="Trajectories per question.")] = 16,
+    max_context: Annotated[int, _workload(min=256, help="Tokens of the longest trajectory that must fit.")] = 32768,
+    turns: Annotated[float, _workload(min=1.0, max=1e4, help="Mean turns of a trajectory.")] = 4.0,
+    prompt_tokens: Annotated[int, _workload(min=1, help="Tokens of a question's prompt.")] = 600,
+    turn_tokens: Annotated[float, _workload(min=1, max=1e7, help="Mean sampled tokens of a turn.")] = 300.0,
+    observation_tokens: Annotated[float, _workload(min=1, max=1e7, help="Mean tokens of a tool result.")] = 800.0,
+    tool_latency: Annotated[float, _workload(min=0.001, max=1e5, help="Median seconds of a tool call.")] = 0.5,
     staleness: Annotated[int, typer.Option(min=0, help="Rollouts this many updates old may overlap with training.")] = 0,
     placement: Annotated[
-        Literal["disaggregated", "colocated"] | None, typer.Option(help="Engines' devices: their own, or the ranks'; default: try both.")
+        Literal["disaggregated", "colocated"] | None,
+        typer.Option(
+            metavar="KIND", help="disaggregated: engines have devices of their own; colocated: those of the ranks; default: try both."
+        ),
     ] = None,
     reference: Annotated[bool, typer.Option(help="Keep the first weights for a KL term (loss.kl_coef above 0).")] = True,
     rows: Annotated[int, typer.Option(min=1, help="Rows of the tables.")] = 10,
