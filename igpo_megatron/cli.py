@@ -27,6 +27,7 @@ from igpo_megatron.observability.run_folder import folder_for, held, open_folder
 from igpo_megatron.plan.commands import plan
 from igpo_megatron.supervision.endings import one_sentence, sigterm_interrupts
 from igpo_megatron.supervision.leftovers import claim, remove_abandoned
+from igpo_megatron.supervision.library_log import LOGS, libraries_logged
 from igpo_megatron.supervision.offline import OFFLINE, stay_offline
 
 _one_sentence = partial(one_sentence, passing=(typer.Exit, typer.Abort, TyperException))
@@ -167,6 +168,7 @@ def _start_ranks(settings: Config, ranks: int, arguments: list[str], max_restart
     folder = folder_for(settings)
     with held(folder):
         pass  # that another run has it, or that it cannot be written, is said before anything heavy starts
+    typer.echo(f"starting {ranks} rank{'s' if ranks > 1 else ''} of {folder.root}: they import torch and Megatron-Core first")
     with _one_sentence(folder.root):
         raise typer.Exit(_torchrun(ranks, arguments, max_restarts))
 
@@ -217,7 +219,7 @@ def eval_command(
     if data:
         changes.append(f"data.eval={json.dumps([str(path) for path in data])}")
     settings = load(config, changes)
-    with _one_sentence(out):
+    with _one_sentence(out), libraries_logged(out / LOGS / "eval.txt"):
         report = evaluate_checkpoint(settings, model, out)
     typer.echo(json.dumps(report, indent=2))
 

@@ -54,8 +54,8 @@ def main(out: Annotated[Path, typer.Option(help="Folder to write; made if absent
         (out / "SOURCES.md").write_text(sources(world), encoding="utf-8")
     counts = Counter(question.split for question in world.questions)
     console.print(
-        f"{len(world.countries)} countries, {len(world.cities)} cities -> {len(world.passages)} passages, "
-        f"{counts['train']} training and {counts['test']} held-out questions in [bold]{escape(str(out))}[/bold]",
+        f"{len(world.passages)} passages, {counts['train']} training and {counts['test']} held-out questions "
+        f"in [bold]{escape(str(out))}[/bold]",
         soft_wrap=True,
     )
 

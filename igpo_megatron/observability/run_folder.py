@@ -5,6 +5,7 @@ runs/<name>/
     config.json      resolved configuration (no secrets)
     metrics.jsonl    one line per step
     failures/        tracebacks of what nobody expected: rank0.txt ..., and trajectories.txt of those that ended as `crashed`
+    logs/            what libraries warned of, on each rank (rank0.txt ...) and in the engines
     rollouts/        step_000001.parquet ...    everything needed to replay a step
     eval/            step_000000.json and the rollouts behind each
     checkpoints/     step_000010/ ...

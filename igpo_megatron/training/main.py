@@ -12,7 +12,6 @@ import logging
 import os
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
@@ -38,6 +37,7 @@ from igpo_megatron.observability.summary import finish
 from igpo_megatron.observability.tracker import Tracker
 from igpo_megatron.supervision.endings import Ended, end_process, ending_of, interruptible, leave, reason_left, signals_restored
 from igpo_megatron.supervision.leftovers import end_with_parent
+from igpo_megatron.supervision.library_log import LOGS, libraries_logged
 from igpo_megatron.supervision.waits import ROLLOUTS, recording, waiting
 from igpo_megatron.training import evaluate
 from igpo_megatron.training.device_share import DeviceShare
@@ -289,6 +289,7 @@ def run(config: Config) -> None:
         if ranks.is_main:
             stack.enter_context(tracker.shows_log("igpo_megatron"))
         with tracker.phase("startup"):
+            tracker.progress("building the model")
             policy = Policy(config, ranks)
             share = DeviceShare(config, policy)
             state = None
@@ -317,19 +318,19 @@ def _every(interval: int, step: int) -> bool:
 
 def main(arguments: Sequence[str]) -> int:
     """`CONFIG.yaml [section.key=value ...]` on every rank; the exit code (see endings.py): 0 finished, 2 for a mistake of the user's."""
-    warnings.filterwarnings("ignore", module=r"megatron\.|torch\.")
     if not arguments:
         sys.stderr.write("usage: python -m igpo_megatron.training.main CONFIG.yaml [section.key=value ...]\n")
         return 2
-    from igpo_megatron.policy.parallel import on_this_machine
-
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()  # torchrun's agent: without it nobody would notice how this rank ends
     who = f"rank {os.environ.get('RANK', 0)}"
     try:
         with reason_left(who, None):
             config = load(arguments[0], arguments[1:])
-        with reason_left(who, folder_for(config).root):
+        root = folder_for(config).root
+        with reason_left(who, root), libraries_logged(root / LOGS / f"{who.replace(' ', '')}.txt"):
+            from igpo_megatron.policy.parallel import on_this_machine
+
             require(on_this_machine(config), int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
             run(config)
     except Ended as end:
