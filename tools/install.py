@@ -274,7 +274,7 @@ def complete(folder: Path, accelerator: str, torch_cpu_index: str) -> None:
             uv.install("--no-deps", "--no-build-isolation", "--editable", ".")
             add_triton(uv, folder)
     stamp.write_text(state, encoding="utf-8")
-    print(f"{folder.name} is complete ({accelerator}): the command is {folder.name}/bin/igpo, the log {folder.name}/{LOG}", flush=True)
+    print(f"{folder.name} is complete ({accelerator}): command {folder.name}/bin/igpo, log {folder.name}/{LOG}", flush=True)
 
 
 def add_triton(uv: Uv, folder: Path) -> None:

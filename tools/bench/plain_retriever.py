@@ -2,7 +2,7 @@
 
     python tools/bench/plain_retriever.py --corpus FILE.jsonl --port PORT
 
-It reads the index that tools/serve_retriever.py keeps beside the corpus; tools/bench/search.py compares the two.
+It reads the index that `igpo serve retriever` keeps beside the corpus; tools/bench/search.py compares the two.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def check_training_files(config: Config) -> Iterator[str]:
 def check_question_files(key: str, paths: Sequence[Path]) -> Iterator[str]:
     """The files of setting `key` are there."""
     if not paths:
-        yield f"{key} is empty; name at least one parquet file of questions (tools/prepare_data.py makes a demo set)"
+        yield f"{key} is empty; name at least one parquet file of questions (`igpo data prepare` makes one)"
     for path in paths:
         if not path.is_file():
             yield f"{key}: {path}: no such file"
