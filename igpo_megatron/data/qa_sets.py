@@ -79,9 +79,7 @@ class QaLayout:
         if not answers:
             raise Unusable(self.answer_column, "found no answer, expected at least one (published test files have none)")
         if any("\ud800" <= character <= "\udfff" for character in text + "".join(answers)):
-            raise Unusable(
-                self.question, "found half a surrogate pair, which JSON can hold but UTF-8 cannot; correct the record"
-            )
+            raise Unusable(self.question, "found half a surrogate pair, which JSON can hold but UTF-8 cannot; correct the record")
         own = row.get(self.own_id) if self.own_id else None
         if not isinstance(own, str | int | float | None):
             raise Unusable(self.own_id or "", f"found {shown(own)}, expected a string or a number")

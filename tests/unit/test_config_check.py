@@ -154,7 +154,7 @@ def test_layouts_that_experts_cannot_have_are_refused(mixture, overrides, world_
         (["search.mode=record"], 1, "search.mode=record needs search.cache"),
         (["search.mode=replay", "search.cache=gone.sqlite"], 1, "search.cache=gone.sqlite: no such file"),
         (["search.timeout_s=60", "search.deadline_s=50"], 1, "search.deadline_s=50 is less than one attempt (search.timeout_s=60)"),
-        (["rollout.deadline_s=100"], 1, "search.deadline_s=180 is more than a whole trajectory has (rollout.deadline_s=100)"),
+        (["rollout.deadline_s=100"], 1, "search.deadline_s=180 is more than a complete trajectory has (rollout.deadline_s=100)"),
         (["rollout.tool_name=python"], 1, "rollout.tool_name=python is the name of another tool"),
         (["rollout.extra_tools=[visit,visit]"], 1, "names a tool more than once"),
         (
