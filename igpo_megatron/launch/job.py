@@ -245,6 +245,7 @@ def ray_command(node: Node, config: Config, folder: Path) -> list[str]:
 
 def launch_arguments(node: Node, trainers: list[int], options: Options) -> dict[str, Any]:
     """Arguments of torchrun's LaunchConfig for this node. c10d meets in the store of node 0's launcher, static in one of its agent's."""
+    rendezvous: dict[str, Any]
     if options.rendezvous == "static":
         rendezvous = {"rank": trainers.index(node.rank), "timeout": options.deadline_s}
     else:
