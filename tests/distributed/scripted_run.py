@@ -1,6 +1,6 @@
 """`python scripted_run.py CONFIG.yaml [overrides]`: a whole run of one real Megatron rank whose engine says what a script says.
 
-The script is the environment variable SCRIPT: JSON, for each turn the texts that samples take in rotation. Everything else is the run's own.
+The script is the environment variable SCRIPT: JSON, for each turn the texts that samples take in rotation. All else is the run's own.
 """
 
 from __future__ import annotations
