@@ -269,9 +269,10 @@ def test_a_committed_result_is_whole_and_has_its_script(path):
     assert re.sub(r"[^a-z0-9]+", "-", result["device"].lower()).strip("-") == path.parent.name
 
 
-def test_every_result_that_the_readme_names_is_there():
+def test_every_result_that_the_documents_name_is_there():
     root = BENCH.parents[1]
-    named = re.findall(r"tools/bench/results/[a-z0-9_/.]+\.json", (root / "README.md").read_text(encoding="utf-8"))
+    text = "".join(path.read_text(encoding="utf-8") for path in (root / "README.md", *(root / "docs").glob("*.md")))
+    named = re.findall(r"tools/bench/results/[a-z0-9_/.]+\.json", text)
     assert named and [path for path in named if not (root / path).is_file()] == []
 
 

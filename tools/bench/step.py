@@ -35,7 +35,7 @@ from plan import row_shape
 from tree_training import branched, train
 
 from checkpoint_conversion.architectures import shape_of
-from igpo_megatron.algorithms.losses import token_weight
+from igpo_megatron.algorithms.losses.registry import token_weight
 from igpo_megatron.packing.tree import PackedRow, pack_for_training, step_counts
 from igpo_megatron.plan import machines
 from igpo_megatron.plan.calibrate import calibrate

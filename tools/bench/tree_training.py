@@ -21,7 +21,7 @@ import typer
 from common import finish, interleaved, ratio
 from models import config_for, random_policy
 
-from igpo_megatron.algorithms.losses import Tokens, ppo, token_weight
+from igpo_megatron.algorithms.losses.registry import objective, token_weight
 from igpo_megatron.packing.tree import PackedRow, pack_for_training, step_counts
 from igpo_megatron.policy import parallel
 from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, StepCounts, Trajectory
@@ -98,15 +98,8 @@ def flattened(group: RolloutGroup) -> list[RolloutGroup]:
 
 def train(policy: Any, rows: Sequence[PackedRow], counts: StepCounts) -> None:
     """An optimizer step."""
-
-    def loss(row: PackedRow, logprobs: torch.Tensor, entropy: torch.Tensor) -> Any:
-        return ppo(
-            Tokens(logprobs=logprobs, entropy=entropy, old_logprobs=row.old_logprobs, advantages=row.advantages, weight=row.weight),
-            counts,
-            policy.config.loss,
-        )
-
-    policy.train_step(rows, loss)
+    loss = partial(objective, counts=counts, config=policy.config.loss)
+    policy.optimizer_step(policy.forward_backward(rows, loss))
 
 
 def measure(policy: Any, group: RolloutGroup, row_tokens: int, repeats: int) -> dict[str, Any]:
