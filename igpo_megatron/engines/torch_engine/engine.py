@@ -80,7 +80,7 @@ class _Probe:
 
 
 class TorchEngine:
-    """The policy in transformers on the main rank's device (`rollout.service.EngineService`)."""
+    """The policy in transformers on the main rank's device (`engines.api.EngineService`)."""
 
     def __init__(self, config: Config) -> None:
         self._config, self._engine = config, config.rollout.engine
