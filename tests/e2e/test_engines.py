@@ -24,7 +24,8 @@ from igpo_megatron.chat.tokenizer import load_tokenizer
 from igpo_megatron.config.load import build, load
 from igpo_megatron.engines import fleet
 from igpo_megatron.engines.actor import engine_environment, engine_options
-from igpo_megatron.engines.api import EnginesEnded, EngineService, open_engines
+from igpo_megatron.engines.api import EnginesEnded, EngineService
+from igpo_megatron.engines.factory import open_engines
 from igpo_megatron.engines.fleet import EngineState
 from igpo_megatron.engines.pool import EnginePool
 from igpo_megatron.observability.rollout_dump import write_rollouts
