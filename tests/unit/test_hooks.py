@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from typer.testing import CliRunner
 
 from igpo_megatron.algorithms.advantages.registry import set_advantages
@@ -108,7 +107,7 @@ def checked(*overrides: str) -> None:
 
 def test_hooks_are_named_in_a_file_or_on_the_command_line_and_come_back_from_a_run_folder(tmp_path: Path) -> None:
     values = {"model": {"path": "m"}, "advantage": {"name": "my_package.mine:centred", "options": {"scale": 2.0}}}
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    (tmp_path / "run.yaml").write_text(json.dumps(values), encoding="utf-8")
     overrides = ["loss.name=my_package.mine:policy_gradient", "loss.kl_coef=0", "reward.outcome=my_package.mine:length"]
     config = load(tmp_path / "run.yaml", overrides)
     assert isinstance(config.advantage, HookedAdvantage) and config.advantage.options == {"scale": 2.0}

@@ -15,7 +15,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import yaml
 from previous_version import PREVIOUS, unpack_stopped_run
 from rich.console import Console
 from test_report import Page
@@ -26,7 +25,7 @@ from igpo_megatron.algorithms.replay import SuccessBuffer
 from igpo_megatron.algorithms.rewards import score
 from igpo_megatron.algorithms.settings import Ppo
 from igpo_megatron.chat.protocols.registry import PROTOCOLS
-from igpo_megatron.config.load import ConfigError, build, load, to_json
+from igpo_megatron.config.load import ConfigError, build, load, parse, to_json
 from igpo_megatron.config.schema import Config
 from igpo_megatron.data.corpus import Passage
 from igpo_megatron.observability.metrics import rollout_metrics
@@ -193,14 +192,9 @@ def of_then(found: Any, stored: Any) -> Any:
 DEFAULTS = leaves(json.loads((PREVIOUS / "configs/defaults.json").read_text(encoding="utf-8")))
 
 
-def as_read(value: Any) -> Any:
-    """What YAML 1.1 takes for text and the project for a number."""
-    return float(value) if isinstance(value, str) and value[:1].isdigit() and "e-" in value else value
-
-
 @pytest.mark.parametrize("path", EXAMPLES, ids=[str(path.relative_to(PREVIOUS)) for path in EXAMPLES])
 def test_an_example_of_then_means_what_it_meant(path):
-    given = {key: as_read(value) for key, value in leaves(yaml.safe_load(path.read_text(encoding="utf-8"))).items()}
+    given = leaves(parse(path.read_text(encoding="utf-8")))
     found = leaves(resolved(load(path)))
     assert {key: found.get(key) for key in given} == given
     kept = [key for key in DEFAULTS if key not in given and not any(key[: len(section)] == section for section in NAMED)]
