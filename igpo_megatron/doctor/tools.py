@@ -39,14 +39,7 @@ LOCAL = ("bm25", "dense")
 """Back-ends inside this process: `search.max_concurrency` and `search.timeout_s` do not concern them."""
 
 _ASPECTS = (
-    "capital of",
-    "population of",
-    "history of",
-    "largest city in",
-    "currency of",
-    "highest mountain in",
-    "languages of",
-    "climate of",
+    *("capital of", "population of", "history of", "largest city in", "currency of", "highest mountain in", "languages of", "climate of"),
 )
 _PLACES = (
     *("Norway", "Peru", "Kenya", "Japan", "Iran", "Canada", "Chile", "India", "Ghana", "Greece", "Poland", "Cuba"),

@@ -4,8 +4,8 @@ Forward has the forms of triton_stream, which never write logits, and
 
     chunks   cuBLAS writes a chunk of fp32 logits that stays in L2, one kernel folds it into the record:  chunk by chunk [N, 4]
 
-`forms.choose` says which one runs. Backward is shared: cuBLAS recomputes a chunk of logits, a kernel turns it into dz, cuBLAS adds dz to
-both gradients in fp32. For low-precision inputs dz is rounded to their dtype before it is multiplied, as in every linear layer.
+`linear_logprob.choose_form` says which one runs. Backward is shared: cuBLAS recomputes a chunk of logits, a kernel turns it into dz, cuBLAS
+adds dz to both gradients in fp32. For low-precision inputs dz is rounded to their dtype before it is multiplied, as in every linear layer.
 No atomics: folds happen in the order of the columns.
 
 Estimates for an H100 at 4,096 rows and H = 3584 (nothing is measured): chunks 0.75-0.8 of the matmul ceiling forward. Backward reads and
@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from igpo_megatron.kernels import triton_stream
-from igpo_megatron.kernels.torch_chunked import accumulate, empty_records, matmul
+from igpo_megatron.kernels.torch_chunked import Shard, accumulate, empty_records, matmul
 from igpo_megatron.kernels.triton_stream import MASKED
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -111,25 +111,15 @@ def _logits_to_dz(
     tl.store(dz + at, (slope * inverse_temperature).to(dz.dtype.element_ty), mask=mask)
 
 
-def chunked_partials(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    local_targets: torch.Tensor,
-    valid: int,
-    temperature: float,
-    need_entropy: bool,
-    workspace: int,
-) -> torch.Tensor:
+def chunked_partials(shard: Shard, need_entropy: bool) -> torch.Tensor:
     """`torch_chunked.partials` by GEMMs into chunks of FORWARD_BYTES or `workspace` bytes, whichever is less."""
+    hidden, valid = shard.hidden, shard.valid
     record = empty_records(hidden)
-    shape = _chunk_shape(len(hidden), valid, FORWARD_ROWS, min(workspace, FORWARD_BYTES))
+    shape = _chunk_shape(len(hidden), valid, FORWARD_ROWS, min(shard.workspace, FORWARD_BYTES))
     buffer = _workspace(hidden, shape, torch.float32)
     for rows, columns in _chunks(len(hidden), valid, shape):
-        logits = _matmul_into(buffer, hidden[rows], weight[columns].t())
-        count, width = logits.shape
-        _fold_chunk[(triton.cdiv(count, FOLD["BLOCK_R"]),)](
-            logits, local_targets[rows], record[rows], count, width, columns.start, 1.0 / temperature, ENTROPY=need_entropy, **FOLD
-        )
+        logits = _matmul_into(buffer, hidden[rows], shard.weight[columns].t())
+        _fold(logits, shard.targets[rows], record[rows], columns.start, shard.temperature, need_entropy)
     return record
 
 
@@ -141,26 +131,19 @@ FORWARDS: dict[str, Callable[..., torch.Tensor]] = {
 
 
 def gradients(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    local_targets: torch.Tensor,
-    valid: int,
-    temperature: float,
-    coefficients: torch.Tensor,
-    need_hidden: bool,
-    need_weight: bool,
-    workspace: int,
+    shard: Shard, coefficients: torch.Tensor, need_hidden: bool, need_weight: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """`torch_chunked.gradients`, chunk by chunk of columns, so that a chunk of the weight's gradient is written once.
 
     Beside the `workspace` bytes of logits there are dz (in 16 bits half of that) and, where there are several blocks of rows, this chunk of
     the weight's gradient in fp32. One block is written as it is summed: of few rows a chunk has so many columns that it may be the whole.
     """
+    hidden, weight, valid = shard.hidden, shard.weight, shard.valid
     grad_hidden = hidden.new_zeros(hidden.shape, dtype=torch.float32) if need_hidden else None
     grad_weight = torch.empty_like(weight) if need_weight else None
     if grad_weight is not None:
         grad_weight[valid if len(hidden) else 0 :] = 0.0
-    shape = _chunk_shape(len(hidden), valid, ROW_BLOCK, workspace)
+    shape = _chunk_shape(len(hidden), valid, ROW_BLOCK, shard.workspace)
     buffer = _workspace(hidden, shape, torch.float32)
     narrow = None if hidden.dtype == torch.float32 else _workspace(hidden, shape, hidden.dtype)
     chunk: torch.Tensor | None = None
@@ -169,7 +152,9 @@ def gradients(
         count, width = logits.shape
         dz = logits if narrow is None else narrow[: count * width].view(count, width)
         grid = (triton.cdiv(count, BLOCK["BLOCK_R"]), triton.cdiv(width, BLOCK["BLOCK"]))
-        _logits_to_dz[grid](logits, dz, local_targets[rows], coefficients[rows], count, width, columns.start, 1.0 / temperature, **BLOCK)
+        _logits_to_dz[grid](
+            logits, dz, shard.targets[rows], coefficients[rows], count, width, columns.start, 1.0 / shard.temperature, **BLOCK
+        )
         if grad_hidden is not None:
             accumulate(grad_hidden[rows], dz, weight[columns])
         if grad_weight is not None and count == len(hidden):
@@ -187,11 +172,15 @@ def gradients(
 
 def block_records(logits: torch.Tensor, local_targets: torch.Tensor, temperature: float, need_entropy: bool) -> torch.Tensor:
     """`torch_chunked.block_records`."""
-    count, width = logits.shape
     record = empty_records(logits)
-    grid = (triton.cdiv(count, FOLD["BLOCK_R"]),)
-    _fold_chunk[grid](logits, local_targets, record, count, width, 0, 1.0 / temperature, ENTROPY=need_entropy, **FOLD)
+    _fold(logits, local_targets, record, 0, temperature, need_entropy)
     return record
+
+
+def _fold(logits: torch.Tensor, targets: torch.Tensor, record: torch.Tensor, first: int, temperature: float, entropy: bool) -> None:
+    count, width = logits.shape
+    grid = (triton.cdiv(count, FOLD["BLOCK_R"]),)
+    _fold_chunk[grid](logits, targets, record, count, width, first, 1.0 / temperature, ENTROPY=entropy, **FOLD)
 
 
 def block_dz(

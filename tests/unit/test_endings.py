@@ -11,6 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from checkpoint_conversion import ConversionError
@@ -105,8 +106,16 @@ COMMANDS = {
     "plan": (["plan", "--model", "m", "--gpus", "8"], "igpo_megatron.plan.command.plan_run"),
     "config": (["config"], "igpo_megatron.cli.explain"),
     "doctor": (["doctor"], "igpo_megatron.doctor.machine.main"),
-    "doctor probes": (["doctor", "probes", CONFIG], "igpo_megatron.cli.load"),
+    "doctor probes": (["doctor", "probes", CONFIG], "igpo_megatron.doctor.commands.load"),
     "doctor tools": (["doctor", "tools", CONFIG], "igpo_megatron.doctor.tools.main"),
+    "data prepare": (["data", "prepare", "a.json", "--out", "b.parquet"], "igpo_megatron.data.commands.convert"),
+    "data corpus": (["data", "corpus", "a.jsonl", "--out", "b.jsonl"], "igpo_megatron.data.commands.read_passages"),
+    "data check": (["data", "check", "a.parquet"], "igpo_megatron.data.commands.check_file"),
+    "serve retriever": (["serve", "retriever", "--corpus", "a.jsonl", "--port", "0"], "igpo_megatron.serve.retriever.listen"),
+    "serve search": (
+        ["serve", "search", "--port", "0", "--cache", "a", "--budget", "0", "a=b"],
+        "igpo_megatron.serve.search.read_settings",
+    ),
 }
 
 
@@ -190,8 +199,10 @@ def test_the_launcher_tells_the_first_cause_of_a_rank_that_failed_alone(
 ) -> None:
     (tmp_path / "failing_rank.py").write_text(RANK, encoding="utf-8")
     monkeypatch.setattr(agent, "RANK_MODULE", "failing_rank")
-    with mock.patch.dict(os.environ, PYTHONPATH=f"{tmp_path}:{ROOT}"), signals_restored():
-        assert cli._torchrun(2, [str(tmp_path)]) == 1
+    environment = mock.patch.dict(os.environ, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    with environment, signals_restored(), pytest.raises(typer.Exit) as ended, cli._torchrun(2) as start:
+        start(str(tmp_path))
+    assert ended.value.exit_code == 1
     said = "ValueError: zip() argument 2 is shorter than argument 1"
     why = f"stopped: rank 1 failed: {said} (traceback: {tmp_path}/failures/rank1.txt); the same command resumes from the last checkpoint\n"
     assert capfd.readouterr() == ("", why)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from setuptools import Distribution
 
 import install
@@ -125,6 +126,25 @@ def test_torchs_own_index_is_asked_where_the_configured_ones_lack_the_cpu_build(
     assert (site / "torch_origin.py").read_text(encoding="utf-8") == "far"
     assert (site / "helper_origin.py").read_text(encoding="utf-8") == "near"  # only torch may come from there
     assert install.installed(uv.python) == {"torch": "2.13.0+cpu", "helper": "1.0"}
+
+
+def test_the_console_shows_steps_and_times_and_the_log_what_uv_says(tmp_path, environment, capfd):
+    uv, _ = environment(write_index(tmp_path / "near", {"helper": "1.0", "torch": "2.13.0+cpu"}, "near"))
+    install.install_cpu(uv, write_lock(tmp_path), "unused")
+    out, err = capfd.readouterr()
+    steps = ["installing torch==2.13.0+cpu", "installing the 2 packages of requirements.lock"]
+    assert [re.sub(r"\d+ s$", "", line) for line in out.splitlines()] == [
+        line for step in steps for line in (f"{step} ...", f"{step} took ")
+    ]
+    assert err == "" and " + helper==1.0" in (tmp_path / "venv" / install.LOG).read_text(encoding="utf-8")
+
+
+def test_a_step_that_fails_shows_the_end_of_the_log(tmp_path, environment):
+    uv, _ = environment(write_index(tmp_path / "near", {"helper": "0.9"}, "near"))
+    with pytest.raises(
+        install.InstallError, match=r"`uv pip install --no-deps helper==1\.0` failed; the end of (.|\n)*install\.log:(.|\n)*no version"
+    ):
+        uv.install("--no-deps", "helper==1.0")
 
 
 def test_torchs_own_index_is_left_alone_where_the_configured_ones_have_the_cpu_build(tmp_path, environment):
@@ -250,7 +270,7 @@ def third_party_imports(*folders: str) -> set[str]:
                 names |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 names.add(node.module.split(".")[0])
-    return {owners[name][0].lower().replace("_", "-") for name in names - ours - sys.stdlib_module_names if name in owners}
+    return {canonicalize_name(owners[name][0]) for name in names - ours - sys.stdlib_module_names if name in owners}
 
 
 def test_everything_that_is_imported_is_required(monkeypatch):

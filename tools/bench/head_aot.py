@@ -110,18 +110,20 @@ def launch(form: str | None, rows: int, dtype: torch.dtype, hidden: int, *, entr
     """Forward in one form, or with `form=None` all that backward and token_loss launch, on tensors without storage."""
     from igpo_megatron.kernels import triton_head
     from igpo_megatron.kernels.linear_logprob import WORKSPACE
+    from igpo_megatron.kernels.torch_chunked import Shard
 
     states = torch.empty(rows, hidden, device="meta", dtype=dtype)
     weight = torch.empty(VOCAB, hidden, device="meta", dtype=dtype)
     targets = torch.empty(rows, device="meta", dtype=torch.int64)
+    shard = Shard(states, weight, targets, VOCAB, 1.0, WORKSPACE)
     if form is None:
         coefficients = torch.empty(rows, 4, device="meta")
-        triton_head.gradients(states, weight, targets, VOCAB, 1.0, coefficients, True, True, WORKSPACE)
+        triton_head.gradients(shard, coefficients, True, True)
         logits = torch.empty(rows, VOCAB, device="meta")
         triton_head.block_records(logits, targets, 1.0, entropy)
         triton_head.block_dz(logits, targets, 1.0, coefficients, dtype)
     else:
-        triton_head.FORWARDS[form](states, weight, targets, VOCAB, 1.0, entropy, WORKSPACE)
+        triton_head.FORWARDS[form](shard, entropy)
 
 
 @contextlib.contextmanager
@@ -201,21 +203,9 @@ YES_NO = {True: "yes", False: "no", None: ""}
 def show(rows: Sequence[dict[str, Any]]) -> None:
     """The table."""
     table = Table(box=None, pad_edge=False)
-    for heading in (
-        "triton",
-        "kernel",
-        "dtype",
-        "M x V x K",
-        "H",
-        "entropy",
-        "warps",
-        "stages",
-        "registers",
-        "shared",
-        "spilled",
-        *COUNTED,
-    ):
-        table.add_column(heading, justify="left" if heading in ("triton", "kernel", "dtype") else "right", no_wrap=True)
+    words, numbers = ("triton", "kernel", "dtype"), ("M x V x K", "H", "entropy", "warps", "stages", "registers", "shared", "spilled")
+    for heading in (*words, *numbers, *COUNTED):
+        table.add_column(heading, justify="left" if heading in words else "right", no_wrap=True)
     for row in rows:
         options = row["options"]
         tile = [options.get(name) for name in ("BLOCK_M", "BLOCK_V", "BLOCK_K")]
