@@ -19,7 +19,6 @@ import typer
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
-from igpo_megatron.config.checks import require
 from igpo_megatron.config.load import explain, load
 from igpo_megatron.config.schema import Config
 from igpo_megatron.observability.run_folder import folder_for, held, open_folder, read_summary
@@ -136,6 +135,8 @@ def world_size(config: Config) -> int:
 
 def _start_ranks(settings: Config, ranks: int, arguments: list[str], max_restarts: int = 0) -> NoReturn:
     """All ranks of a run on this machine, to their end."""
+    from igpo_megatron.training.checks import require
+
     require(_on_this_machine(settings), ranks)
     folder = folder_for(settings)
     with held(folder):
@@ -323,6 +324,7 @@ def doctor_probes(
 ) -> None:
     """Score the same ground-truth probes by every scorer (fold, batched, sequential, engine) and show that they agree."""
     from igpo_megatron.doctor import probes as probe_check
+    from igpo_megatron.training.checks import require
 
     _stay_offline()
     settings = load(config, overrides or [])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -35,14 +37,24 @@ def is_hook(name: str) -> bool:
     return re.match(HOOK, name) is not None
 
 
-def load_hook(key: str, name: str) -> Any:
-    """What setting `key` names as `package.module:name`. Raises UserError where it cannot be imported or called."""
+def unknown(key: str, name: str, known: Iterable[str]) -> str:
+    """What to say of a name that is neither one of ours nor a hook."""
+    near = difflib.get_close_matches(name, known := list(known), n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"{key}={name!r}: expected one of {', '.join(known)}, or package.module:function{hint}"
+
+
+def load_hook(key: str, name: str, value: type | None = None) -> Any:
+    """What setting `key` names as `package.module:name`: a function or class or, where `value` is given, an instance of that.
+
+    Raises UserError where it cannot be imported, or is something else.
+    """
     module, _, attribute = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)
     except Exception as error:
         why = f"{type(error).__name__}: {error}"
         raise UserError(f"{key}={name} cannot be imported ({why}); expected package.module:function, installed or in PYTHONPATH") from error
-    if not callable(found):
-        raise UserError(f"{key}={name} is a {type(found).__name__}; expected a function")
+    if not callable(found) and not (value and isinstance(found, value)):
+        raise UserError(f"{key}={name} is a {type(found).__name__}; expected a function" + (f" or a {value.__name__}" if value else ""))
     return found

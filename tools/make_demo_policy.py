@@ -25,12 +25,12 @@ from transformers import PreTrainedTokenizerFast
 import demo_policy
 import world_facts
 from demonstrations import Demonstrator, copy_exercises
-from igpo_megatron.agent.trajectory import render_results
 from igpo_megatron.chat.format import ChatFormat
 from igpo_megatron.config.load import load
 from igpo_megatron.config.schema import Config
 from igpo_megatron.observability.rollout_dump import write_rollouts
 from igpo_megatron.search.client import make_client
+from igpo_megatron.tools.search_tool import render_results
 from igpo_megatron.types import RolloutGroup
 from prepare_data import write_corpus
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -143,15 +143,20 @@ class Rollout(Section):
     """System message; null sends none. `{date}` becomes the date of the run's start. Where the chat template takes no system message, the
     text stands in the first user message."""
 
-    protocol: Literal["igpo", "search_r1", "arpo", "hermes"] = "igpo"
-    """How the policy writes calls and answers: IGPO's think + tool_call or answer, Search-R1's and ARPO's tags, or native tool calls of
-    Qwen and Hermes models."""
+    protocol: str = "igpo"
+    """How the policy writes calls and answers: `igpo` (think + tool_call or answer), `search_r1` and `arpo` (tags), `hermes` (native tool
+    calls of Qwen and Hermes models), or `package.module:name` of a ToolProtocol of yours, or of a function without arguments that gives
+    one."""
 
     tool_name: str = "web_search"
     """Name of the search tool in the prompt and in tool calls; protocols of tags (search_r1, arpo) always write `<search>`."""
 
-    extra_tools: tuple[Literal["visit", "python"], ...] = ()
-    """Tools beside search: `visit` reads web pages (section `visit`), `python` runs code (section `python`)."""
+    extra_tools: tuple[str, ...] = ()
+    """Tools beside search: `visit` reads web pages (section `visit`), `python` runs code (section `python`), and
+    `package.module:name` is a tool of yours."""
+
+    tool_options: dict[str, dict[str, Any]] = Field(default={})
+    """Name of a tool of yours -> what it is made with, e.g. `rollout.tool_options.calculator.digits=3`."""
 
     max_queries: PositiveInt = 3
     """Queries of one tool call that are used; further ones are dropped."""

@@ -21,15 +21,7 @@ from igpo_megatron.config.check.files import check_model_files, check_question_f
 from igpo_megatron.config.check.layout import check_experts, check_heads, check_layout, check_routing
 from igpo_megatron.config.check.tools import check_search, check_tools
 from igpo_megatron.config.check.torch_engine import check_torch_engine
-from igpo_megatron.config.load import ConfigError
 from igpo_megatron.config.schema import Config
-
-
-def require(config: Config, world_size: int | None, local_world_size: int | None = None) -> None:
-    """Raise ConfigError with every problem that `check` finds."""
-    problems = check(config, world_size=world_size, local_world_size=local_world_size)
-    if problems:
-        raise ConfigError(problems)
 
 
 def check(config: Config, *, world_size: int | None, local_world_size: int | None = None) -> list[str]:

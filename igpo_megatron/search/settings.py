@@ -3,22 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from igpo_megatron.settings import Section
-
-KEY_VARIABLES = {
-    "serper": "SERPER_API_KEY",
-    "brightdata": "BRIGHTDATA_API_KEY",
-    "azure_bing": "AZURE_BING_API_KEY",
-    "serpapi": "SERPAPI_API_KEY",
-    "google_cse": "GOOGLE_API_KEY",
-    "tavily": "TAVILY_API_KEY",
-    "brave": "BRAVE_API_KEY",
-}
-"""Search back-end that needs a key -> the environment variable it is read from unless `search.api_key_env` names another."""
 
 
 class Chaos(Section):
@@ -40,12 +29,14 @@ class Chaos(Section):
 class Search(Section):
     """The tool the policy calls."""
 
-    backend: Literal["bm25", "dense", "retriever", "serper", "brightdata", "azure_bing", "serpapi", "google_cse", "tavily", "brave"] = (
-        "bm25"
-    )
+    backend: str = "bm25"
     """Local over `corpus`: `bm25`, `dense` (embeddings). A server of yours: `retriever` (Search-R1's POST /retrieve). Web APIs:
     `serper` (Google), `brightdata` (Bing), `serpapi` and `google_cse` (Google), `tavily`, `brave`; `azure_bing` is Bing's v7 format only:
-    Microsoft retired the service, so it needs the `url` of something that still speaks it."""
+    Microsoft retired the service, so it needs the `url` of something that still speaks it. `package.module:name` is one of yours: called
+    with this section, it gives a SearchClient."""
+
+    options: dict[str, Any] = Field(default={})
+    """Whatever a back-end of yours wants to know; it is not looked at."""
 
     corpus: Path | None = None
     """bm25, dense: JSON lines of {id, title, text} or {id, contents}."""
@@ -124,8 +115,3 @@ class Search(Section):
 
     chaos: Chaos = Chaos()
     """Faults of `mode: chaos`."""
-
-    @property
-    def key_variable(self) -> str | None:
-        """The environment variable that holds the key; None where none is needed."""
-        return self.api_key_env or KEY_VARIABLES.get(self.backend)

@@ -25,8 +25,6 @@ from igpo_megatron.algorithms.advantages.registry import ADVANTAGES
 from igpo_megatron.algorithms.info_gain import add_probes, rendered_probes
 from igpo_megatron.algorithms.rewards import score
 from igpo_megatron.algorithms.settings import PolicyLoss
-from igpo_megatron.chat.protocols.registry import PROTOCOLS
-from igpo_megatron.config.checks import require
 from igpo_megatron.config.load import load
 from igpo_megatron.config.schema import Config
 from igpo_megatron.data.prompts import PromptStream
@@ -40,6 +38,7 @@ from igpo_megatron.supervision.endings import Ended, end_process, ending_of, int
 from igpo_megatron.supervision.leftovers import end_with_parent
 from igpo_megatron.supervision.waits import ROLLOUTS, recording, waiting
 from igpo_megatron.training import evaluate
+from igpo_megatron.training.checks import require
 from igpo_megatron.training.device_share import DeviceShare
 from igpo_megatron.training.queue import RolloutQueue, staleness_metrics
 from igpo_megatron.training.step import assign_advantages, routing_metrics, score_tokens, update
@@ -84,7 +83,7 @@ def train(config: Config, policy: Policy, side: Side, tracker: Tracker, share: D
             share.policy_returns(side.engines)
             metrics = learn(policy, groups, tracker, step)
         else:
-            metrics = rollout_metrics(groups, config.rollout.tool_name)
+            metrics = rollout_metrics(groups)
         if policy.ranks.is_main and config.track.dump_every and (step % config.track.dump_every == 0 or not learns):
             with tracker.phase("rollout"):
                 write_rollouts(side.folder.rollouts / f"step_{step:06d}.parquet", step, groups)
@@ -114,7 +113,7 @@ def learn(policy: Policy, groups: list[RolloutGroup], tracker: Tracker, step: in
             routing = routing_metrics(policy, groups, step)
         with tracker.phase("advantage"):
             assign_advantages(groups, config, progress=(step - 1) / max(config.run.steps - 1, 1))
-    metrics = rollout_metrics(groups, config.rollout.tool_name)
+    metrics = rollout_metrics(groups)
     if config.run.replay is None:
         metrics |= staleness_metrics(groups, step)
     metrics |= logprob_gap(groups, step - 1 if config.run.replay is None else None) | routing
@@ -133,7 +132,7 @@ def collect(config: Config, side: Side, step: int) -> list[RolloutGroup]:
         groups = next(side.replay)
         if isinstance(config.loss, PolicyLoss):
             for group in groups:
-                score(group, config.reward, PROTOCOLS[config.rollout.protocol], config.rollout.tool_name)
+                score(group, config)
     else:
         assert side.queue is not None
         with waiting(f"the groups of step {step}", on=ROLLOUTS, deadline_s=config.parallel.timeout_s):
@@ -184,7 +183,7 @@ def replayed(path: Path, config: Config, first_step: int, vocab_size: int | None
 
     def endless() -> Iterator[list[RolloutGroup]]:
         while True:
-            for _, groups in read_rollouts(path, size):
+            for _, groups in read_rollouts(path, size, search=config.rollout.tool_name):
                 sampled = (token for group in groups for node in group.nodes if node.kind == "action" for token in node.token_ids)
                 if vocab_size is not None and (last := max(sampled, default=0)) >= vocab_size:
                     raise UserError(
@@ -212,8 +211,7 @@ def open_side(config: Config, folder: RunFolder, stack: ExitStack, tracker: Trac
     from igpo_megatron.agent.rollouter import Rollouter
     from igpo_megatron.chat.room import too_long
     from igpo_megatron.engines.factory import open_engines
-    from igpo_megatron.search.client import make_client
-    from igpo_megatron.tools.factory import make_tools
+    from igpo_megatron.tools.registry import make_tools
 
     assert side.chat is not None
     # What can be wrong with the user's files shows before an engine is started.
@@ -228,23 +226,13 @@ def open_side(config: Config, folder: RunFolder, stack: ExitStack, tracker: Trac
     if state and state["prompts"]:
         stream.load_state(state["prompts"])
     side.held_out = evaluate.questions(config)
-    search = make_client(config.search)
-    tools = make_tools(config, side.chat.count_tokens)
+    tools = make_tools(config, side.chat.count_tokens, side.chat.protocol.hit)
     tracker.progress("starting rollout engines")
     with waiting("the engines to start", on=config.rollout.engine.backend):
         side.engines = stack.enter_context(open_engines(config))
     probes_of = partial(rendered_probes, render_probe=side.chat.render_probe, config=config.reward) if engine_scores(config) else None
     side.rollouter = stack.enter_context(
-        Rollouter(
-            side.engines,
-            search,
-            side.chat,
-            config.rollout,
-            seed=config.run.seed,
-            probes_of=probes_of,
-            tools=tools,
-            crashes=folder.crashes,
-        )
+        Rollouter(side.engines, tools, side.chat, config.rollout, seed=config.run.seed, probes_of=probes_of, crashes=folder.crashes)
     )
     # A tokenizer serves one thread at a time, and questions are drawn while rollouts use theirs.
     chat = copy.deepcopy(side.chat)
@@ -257,7 +245,7 @@ def open_side(config: Config, folder: RunFolder, stack: ExitStack, tracker: Trac
         too_long=partial(too_long, chat=chat, config=config.rollout),
     )
     if state and state.get("successes"):  # absent from checkpoints written before successes were replayed
-        side.queue.successes.load_state(state["successes"])
+        side.queue.successes.load_state(state["successes"], search=config.rollout.tool_name)
     return side
 
 

@@ -9,7 +9,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from igpo_megatron.agent.settings import Rollout
 from igpo_megatron.algorithms.settings import Reward
-from igpo_megatron.chat.format import Answer, ChatFormat, Malformed, parse_action
+from igpo_megatron.chat.format import Answer, ChatFormat, Malformed
+from igpo_megatron.chat.protocols.base import ToolSet
+from igpo_megatron.chat.protocols.igpo import parse
 from igpo_megatron.types import ToolCall
 
 POLICY = Path(__file__).parents[2] / "examples/quickstart/policy"
@@ -124,7 +126,7 @@ CALL = '<think>a</think>\n<tool_call>{"name": "search", "arguments": {"query": %
     ],
 )
 def test_actions(text: str, action: Answer | ToolCall) -> None:
-    assert parse_action(text, max_queries=2) == action
+    assert parse(text, ToolSet(max_queries=2)) == action
 
 
 @pytest.mark.parametrize(
@@ -140,7 +142,7 @@ def test_actions(text: str, action: Answer | ToolCall) -> None:
     ],
 )
 def test_everything_else_is_malformed_with_a_reason(text: str, reason: str) -> None:
-    found = parse_action(text, max_queries=3)
+    found = parse(text, ToolSet())
     assert isinstance(found, Malformed) and reason in found.reason
 
 

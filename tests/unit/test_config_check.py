@@ -10,13 +10,13 @@ from igpo_megatron.cli import world_size
 from igpo_megatron.config.check.common import divisors
 from igpo_megatron.config.check.layout import stage_layers
 from igpo_megatron.config.check.torch_engine import cache_slots
-from igpo_megatron.config.checks import check, require
 from igpo_megatron.config.load import ConfigError, build
 from igpo_megatron.config.schema import Config
 from igpo_megatron.kernels import forms
 from igpo_megatron.kernels.linear_logprob import WORKSPACE
 from igpo_megatron.plan.types import Settings
 from igpo_megatron.policy.settings import Model
+from igpo_megatron.training.checks import check, require
 
 SHAPE = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 6, "max_position_embeddings": 1024}
 
@@ -228,13 +228,13 @@ def test_a_web_api_needs_its_usual_variable_unless_it_is_replayed(sound, monkeyp
 
 
 def test_dense_retrieval_names_what_is_not_installed_and_not_set(sound, monkeypatch):
-    monkeypatch.setattr("igpo_megatron.config.check.tools.find_spec", lambda name: None)
+    monkeypatch.setattr("igpo_megatron.search.local.dense.find_spec", lambda name: None)
     found = problems(sound, "search.backend=dense")
     assert [problem.split(", ")[0] for problem in found] == [
         "search.backend=dense needs search.encoder",
         "search.backend=dense needs sentence-transformers",
     ]
-    monkeypatch.setattr("igpo_megatron.config.check.tools.find_spec", lambda name: name)
+    monkeypatch.setattr("igpo_megatron.search.local.dense.find_spec", lambda name: name)
     assert problems(sound, "search.backend=dense", "search.encoder=e5") == []
 
 

@@ -115,7 +115,7 @@ def test_over_batch_statistics_are_those_of_the_formulas():
 
 def test_metrics_and_resampling_leave_out_trajectories_without_a_sampled_token():
     group = group_of(1.0, 0.5, empty=2)
-    found = rollout_metrics([group], "search")
+    found = rollout_metrics([group])
     assert (found["reward"], found["f1"], found["turns"], found["response_tokens"]) == (0.75, 0.75, 1.0, 2.0)
     assert found["truncated"] == 0.5
     assert has_equal_rewards(group_of(1.0, empty=2)) and not has_equal_rewards(group)

@@ -23,7 +23,8 @@ from aiohttp import web
 import serve_retriever
 import serving
 from igpo_megatron.data.corpus import Passage
-from igpo_megatron.search.client import SearchStatus, make_client
+from igpo_megatron.search.client import make_client
+from igpo_megatron.search.results import SearchStatus
 from igpo_megatron.search.settings import Search
 
 COMMAND = [sys.executable, serve_retriever.__file__]

@@ -19,8 +19,8 @@ from search_server import KEY, KEY_VARIABLE, in_turn, passages
 import serve_search
 from budgets import BudgetSpent, Ledger
 from igpo_megatron.search import http
-from igpo_megatron.search.client import SearchStatus, make_client
-from igpo_megatron.search.results import SearchStopped
+from igpo_megatron.search.client import make_client
+from igpo_megatron.search.results import SearchStatus, SearchStopped
 from igpo_megatron.search.settings import Search
 
 TOKEN = "0123456789abcdef-token"

@@ -268,11 +268,11 @@ def make_demonstrations(data: Path, model: Path) -> None:
         from demonstrations import Demonstrator
     except ImportError as error:
         raise UserError(f"{out} is not there and cannot be made here ({error}); make it with --prepare on another machine") from None
-    from igpo_megatron.agent.trajectory import render_results
     from igpo_megatron.chat.format import ChatFormat
     from igpo_megatron.chat.tokenizer import load_tokenizer
     from igpo_megatron.observability.rollout_dump import write_rollouts
     from igpo_megatron.search.client import make_client
+    from igpo_megatron.tools.search_tool import render_results
 
     config = load(DEMO, [f"search.corpus={data / 'corpus.jsonl'}"])
     tokenizer = load_tokenizer(model)
