@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -42,6 +43,11 @@ def unknown(key: str, name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, known := list(known), n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return f"{key}={name!r}: expected one of {', '.join(known)}, or package.module:function{hint}"
+
+
+def lacks(thing: Any, methods: Iterable[str]) -> list[str]:
+    """Which of these an object, or a class, does not have as `async def`."""
+    return [method for method in methods if not inspect.iscoroutinefunction(getattr(thing, method, None))]
 
 
 def load_hook(key: str, name: str, value: type | None = None) -> Any:

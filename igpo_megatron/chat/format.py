@@ -120,16 +120,6 @@ class ChatFormat:
         place = before.index(ended_by) if ended_by in self.turn_ends and ended_by in before else -1
         return before[place + 1 :] if not self._tokenizer.decode(before[: max(place, 0)]).strip() else before
 
-    @property
-    def forced_ids(self) -> list[int]:
-        """Ids of the first turn's opening."""
-        return self.opening(1)[0]
-
-    @property
-    def forced_text(self) -> str:
-        """Text of the first turn's opening."""
-        return self.opening(1)[1]
-
     def open(self, question: str) -> tuple[list[int], str]:
         """The prompt's ids and text: system message, tools, question, and the assistant's first message up to its opening."""
         text = self.template.open(self.messages(question))
@@ -166,13 +156,8 @@ class ChatFormat:
         length = bisect_right(range(1, len(text) + 1), room, key=lambda length: len(self._encode_foreign(self._quoting(text[:length]))))
         return self._encode_foreign(self._quoting(text[:length])), text[:length]
 
-    @property
-    def frame_tokens(self) -> int:
-        """Ids of an empty tool message."""
-        return self.frame_size(None)
-
-    def frame_size(self, ended_by: int | None) -> int:
-        """Ids of an empty tool message behind a turn that `ended_by` ended."""
+    def frame_size(self, ended_by: int | None = None) -> int:
+        """Ids of an empty tool message; `ended_by` as above."""
         return sum(map(len, self.frame_ids(ended_by)))
 
     def count_tokens(self, text: str) -> int:

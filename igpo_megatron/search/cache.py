@@ -156,7 +156,6 @@ class CachedClient:
 
     def __init__(self, inner: SearchClient, store: Store, namespace: CacheNamespace, max_age_s: Mapping[SearchStatus, float | None]):
         self.inner, self.store, self.namespace, self.max_age_s = inner, store, namespace, max_age_s
-        self.searches = self.misses = 0
         # Around the store as well: whoever comes while an answer is on its way into the store waits for it.
         self._flights = SingleFlight(self._find, None)
 
@@ -165,7 +164,6 @@ class CachedClient:
         start = time.perf_counter()
         wanted = [normalise(query) for query in queries]
         found = await self._flights.get(wanted)
-        self.searches += len(wanted)
         took = time.perf_counter() - start
         return [replace(found[key], query=query, latency_s=took) for key, query in zip(wanted, queries, strict=True)]
 
@@ -179,7 +177,6 @@ class CachedClient:
         """What is stored for distinct normalised queries, else what the other client says, stored if it is an answer."""
         found = await self.store.get(self.namespace, queries, self.max_age_s)
         missing = [query for query in queries if query not in found]
-        self.misses += len(missing)
         if missing:
             asked = await self.inner.search(missing)
             answers = [result for result in asked if result.status.is_answer]

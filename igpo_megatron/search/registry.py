@@ -20,7 +20,7 @@ from igpo_megatron.search.providers.serper import Serper
 from igpo_megatron.search.providers.tavily import Tavily
 from igpo_megatron.search.results import SearchClient, SearchResult, SearchStopped
 from igpo_megatron.search.settings import Search
-from igpo_megatron.settings import is_hook, load_hook, unknown
+from igpo_megatron.settings import is_hook, lacks, load_hook, unknown
 from igpo_megatron.types import UserError
 
 KEY = "search.backend"
@@ -54,13 +54,13 @@ class Hooked(SearchBackend):
         except UserError as error:
             yield str(error)
         else:
-            yield from _lacks(search.backend, make) if isinstance(make, type) else ()
+            yield from _unfit(search.backend, make) if isinstance(make, type) else ()
 
     @classmethod
     def open(cls, search: Search) -> SearchClient:
         """UserError where what it makes is no SearchClient."""
         client = load_hook(KEY, search.backend)(search)
-        for problem in _lacks(search.backend, client):
+        for problem in _unfit(search.backend, client):
             raise UserError(problem)
         return cls(search.backend, client)
 
@@ -77,10 +77,9 @@ class Hooked(SearchBackend):
         await self._client.close()
 
 
-def _lacks(name: str, client: Any) -> Iterator[str]:
-    for method in ("search", "close"):
-        if not inspect.iscoroutinefunction(getattr(client, method, None)):
-            yield f"{KEY}: {name} has no `async def {method}`; it must give a SearchClient, see igpo_megatron/search/results.py"
+def _unfit(name: str, client: Any) -> Iterator[str]:
+    for method in lacks(client, ("search", "close")):
+        yield f"{KEY}: {name} has no `async def {method}`; it must give a SearchClient, see igpo_megatron/search/results.py"
 
 
 def backend_of(search: Search) -> type[SearchBackend]:

@@ -10,7 +10,7 @@ from typing import Any
 from igpo_megatron.agent.settings import Rollout
 from igpo_megatron.config.schema import Config
 from igpo_megatron.search.client import make_client, stored
-from igpo_megatron.settings import is_hook, load_hook, unknown
+from igpo_megatron.settings import is_hook, lacks, load_hook, unknown
 from igpo_megatron.tools.base import Description, Tool
 from igpo_megatron.tools.python.tool import PYTHON, PythonTool
 from igpo_megatron.tools.search_tool import SearchTool
@@ -74,11 +74,8 @@ def entry(name: str) -> Entry:
 
 def require_tool(name: str, tool: Any) -> None:
     """UserError where something is no `Tool`."""
-    for method in ("use", "close"):
-        if not inspect.iscoroutinefunction(getattr(tool, method, None)):
-            raise UserError(
-                f"{KEY}: {name} has no `async def {method}`; a tool has use(arguments) and close(), see igpo_megatron/tools/base.py"
-            )
+    for method in lacks(tool, ("use", "close")):
+        raise UserError(f"{KEY}: {name} has no `async def {method}`; see Tool in igpo_megatron/tools/base.py")
 
 
 def describe(names: Sequence[str]) -> tuple[Description, ...]:

@@ -262,9 +262,9 @@ def test_a_quoted_template_result_is_cut_between_characters_and_its_quotation_cl
     words = family("llama3.1")
     form = form_of(words)
     for room in range(1, 40):
-        ids, cut = form.observation('a "b" \\ \n' * 20, form.frame_tokens + room)
+        ids, cut = form.observation('a "b" \\ \n' * 20, form.frame_size() + room)
         body = decode(words, ids).split("<|end_header_id|>\n\n")[1].split("<|eot_id|>")[0]
-        assert len(ids) <= form.frame_tokens + room and json.loads(body) == cut and ('a "b" \\ \n' * 20).startswith(cut)
+        assert len(ids) <= form.frame_size() + room and json.loads(body) == cut and ('a "b" \\ \n' * 20).startswith(cut)
 
 
 # ---- ends

@@ -216,7 +216,7 @@ def test_the_conversation_is_rendered_once_and_only_appended_to(name: str, templ
         assert attacked.count(control) == frame.count(control)
     short, _ = form.observation(ATTACK, len(frame) + 5)
     closing = "assistant" if form.protocol.tool_messages else form.protocol.result[1]
-    assert len(frame) < len(short) <= len(frame) + 5 and closing in words.decode(short[-form.frame_tokens :])
+    assert len(frame) < len(short) <= len(frame) + 5 and closing in words.decode(short[-form.frame_size() :])
 
 
 def test_half_a_surrogate_pair_is_no_reason_to_stop() -> None:

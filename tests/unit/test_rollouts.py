@@ -201,7 +201,7 @@ def test_a_question_without_room_for_one_token_of_a_turn_is_left_out_and_said_on
     reward = Reward(probe_template="<answer>{answer}</answer>")
     form = ChatFormat(WORDS, Rollout(**{**SETTINGS, "force_think": force_think}), reward)  # type: ignore[arg-type]
     question = "What is the capital of Italy?"
-    filled = len(form.open(question)[0]) + len(form.forced_ids) + len(form.render_probe("Rome")[0])
+    filled = len(form.open(question)[0]) + len(form.opening(1)[0]) + len(form.render_probe("Rome")[0])
     engine = ScriptedEngine(ANSWER)
     assert run(engine, prompts=2, max_context=filled, reward=reward, force_think=force_think) == [] and engine.calls == []
     (warning,) = caplog.records

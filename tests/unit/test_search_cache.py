@@ -69,12 +69,12 @@ def test_an_answer_is_asked_for_once_and_normalised_queries_are_the_same(path):
         client = CachedClient(counting, store, NAMESPACE, AGES)
         first = await client.search(["Iran", "Iran ", "peru"])
         second = await client.search(["  Iran", "e\u0301t\u00e9", "\u00e9te\u0301", "iran"])
-        return first, second, counting.asked, (client.searches, client.misses)
+        return first, second, counting.asked
 
-    first, second, asked, counts = run(path, work)
+    first, second, asked = run(path, work)
     assert asked == ["Iran", "peru", "\u00e9t\u00e9", "iran"], "letter case may matter to an encoder"
     assert [result.query for result in first + second] == ["Iran", "Iran ", "peru", "  Iran", "e\u0301t\u00e9", "\u00e9te\u0301", "iran"]
-    assert second[0].passages == first[0].passages and counts == (7, 4)
+    assert second[0].passages == first[0].passages
 
 
 @pytest.mark.parametrize("status", [status for status in SearchStatus if not status.is_answer])
