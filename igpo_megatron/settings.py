@@ -6,8 +6,8 @@ import difflib
 import importlib
 import inspect
 import re
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -16,11 +16,20 @@ from igpo_megatron.types import UserError
 HOOK = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
 """`package.module:name`, which names something that Python can import."""
 
+HOOK_RULE = Field(pattern=HOOK)
+HookName = Annotated[str, HOOK_RULE]
+OURS, HOOKED = "ours", "package.module:function"
+"""Tags of what `ours_or_hooked` chooses between."""
+
 
 class Section(BaseModel):
     """Base of every section: immutable, strict about names, documented by the strings under its fields."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong among the section's own settings, before a run starts: what was found, what was expected, what to change."""
+        yield from ()
 
 
 class Hooked(Section):
@@ -36,6 +45,12 @@ class Hooked(Section):
 def is_hook(name: str) -> bool:
     """Whether a name is `package.module:name` rather than one of ours."""
     return re.match(HOOK, name) is not None
+
+
+def ours_or_hooked(value: Any) -> str:
+    """Whether a name, or the section that has it, is one of ours or a hook: `OURS` or `HOOKED`."""
+    name = value.get("name") if isinstance(value, dict) else getattr(value, "name", value)
+    return HOOKED if isinstance(name, str) and is_hook(name) else OURS
 
 
 def unknown(key: str, name: str, known: Iterable[str]) -> str:

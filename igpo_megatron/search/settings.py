@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -115,3 +116,11 @@ class Search(Section):
 
     chaos: Chaos = Chaos()
     """Faults of `mode: chaos`."""
+
+    def problems(self) -> Iterator[str]:
+        if self.mode in ("record", "replay") and self.cache is None:
+            yield f"search.mode={self.mode} needs search.cache, the SQLite file of recorded answers"
+        if self.mode == "replay" and self.cache is not None and not self.cache.is_file():
+            yield f"search.cache={self.cache}: no such file; search.mode=replay needs a record, made with search.mode=record"
+        if self.deadline_s < self.timeout_s:
+            yield f"search.deadline_s={self.deadline_s:g} is less than one attempt (search.timeout_s={self.timeout_s:g}); raise it"

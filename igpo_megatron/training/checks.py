@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from igpo_megatron.algorithms.hooks import check_hooks
 from igpo_megatron.chat.protocols import registry as protocols
 from igpo_megatron.config import checks
-from igpo_megatron.config.check.common import needs_engines
 from igpo_megatron.config.load import ConfigError
 from igpo_megatron.config.schema import Config
 from igpo_megatron.search import registry as search
@@ -12,15 +12,16 @@ from igpo_megatron.tools import registry as tools
 
 
 def require(config: Config, world_size: int | None, local_world_size: int | None = None) -> None:
-    """Raise ConfigError with every problem that `check` finds."""
+    """Raise ConfigError with every problem that `check` finds, or UserError where a reward, advantage or loss of the user's is none."""
     problems = check(config, world_size=world_size, local_world_size=local_world_size)
     if problems:
         raise ConfigError(problems)
+    check_hooks(config.reward, config.advantage, config.loss)
 
 
 def check(config: Config, *, world_size: int | None, local_world_size: int | None = None) -> list[str]:
     """Every problem of `config.checks.check`, whose arguments these are, and of search back-end, tools and protocol, the user's too."""
-    asks = world_size is None or needs_engines(config)
+    asks = world_size is None or checks.needs_engines(config)
     of_tools = list(tools.problems(config.rollout))
     return [
         *checks.check(config, world_size=world_size, local_world_size=local_world_size),

@@ -9,7 +9,7 @@ from igpo_megatron.algorithms.settings import Gspo, Ppo
 from igpo_megatron.config.load import build
 from igpo_megatron.observability.rollout_dump import write_rollouts
 from igpo_megatron.observability.run_folder import RunFolder
-from igpo_megatron.training.main import Side, collect, replayed
+from igpo_megatron.training.services import Services, collect, replayed
 from igpo_megatron.training.step import refuse_shared_turns
 from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, ToolCall, Trajectory
 
@@ -50,6 +50,6 @@ def test_a_replay_of_an_older_file_gives_the_tool_bonus_by_the_name_that_the_pol
         write_rollouts(path, 1, [group])
         if file == "old":  # from before calls had our names of tools
             pq.write_table(pq.read_table(path).replace_schema_metadata(None), path)
-        (read,) = collect(config, Side(RunFolder(tmp_path), replay=replayed(path, config, 1)), step=1)
+        (read,) = collect(config, Services(RunFolder(tmp_path), replay=replayed(path, config, 1)), step=1)
         assert read.trajectories[0].reward == pytest.approx(expected)
         assert [node.call.name for node in read.nodes if node.call] == ["search" if expected == 1.1 else "look_up", "python"]
