@@ -14,9 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from checkpoint_conversion import MAX_SHARD_BYTES as MAX_SHARD_BYTES  # to be imported from here by those that write
 from checkpoint_conversion.rules import Rule
-
-MAX_SHARD_BYTES = 4 * 2**30
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,9 @@ class Reader(Protocol):
     def shape(self, name: str) -> tuple[int, ...]: ...
     def dtype(self, name: str) -> torch.dtype: ...
     def get(self, name: str) -> Tensor: ...
+
+    def nbytes(self, name: str) -> int:
+        return TensorInfo(name, self.dtype(name), self.shape(name)).nbytes
 
 
 def to_megatron(rules: Mapping[str, Rule], hf: Reader) -> list[Unit]:

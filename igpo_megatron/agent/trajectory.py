@@ -13,7 +13,7 @@ from igpo_megatron.agent.settings import Rollout
 from igpo_megatron.chat.format import Answer, ChatFormat, Malformed
 from igpo_megatron.chat.room import probe_tokens
 from igpo_megatron.engines.api import Engine
-from igpo_megatron.engines.routing import first_unrouted, record_experts
+from igpo_megatron.engines.recorded_experts import first_unrouted, record_experts
 from igpo_megatron.supervision.waits import ENGINES, ROLLOUTS, waiting
 from igpo_megatron.tools.base import Observed, Tool
 from igpo_megatron.types import Completion, Node, NodeKind, RolloutGroup, Status, ToolCall, Trajectory

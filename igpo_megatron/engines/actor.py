@@ -13,7 +13,7 @@ from typing import Any
 
 from igpo_megatron.agent.settings import Branching
 from igpo_megatron.config.schema import Config
-from igpo_megatron.engines.routing import routed_experts
+from igpo_megatron.engines.recorded_experts import routed_experts
 from igpo_megatron.weights.store import SharedWeights
 from igpo_megatron.weights.transfer import BACKEND, POSITION_BYTES, as_plain
 
@@ -246,10 +246,7 @@ def engine_options(config: Config, *, cuda: bool, stop_strings: bool) -> dict[st
     rollout, engine = config.rollout, config.rollout.engine
     dtype = config.model.dtype if engine.dtype == "auto" else engine.dtype
     device: dict[str, Any] = (
-        {
-            "gpu_memory_utilization": engine.gpu_memory_utilization,
-            "enable_sleep_mode": config.placement.mode == "colocated",
-        }
+        {"gpu_memory_utilization": engine.gpu_memory_utilization, "enable_sleep_mode": config.placement.mode == "colocated"}
         if cuda
         else {
             "enforce_eager": True,

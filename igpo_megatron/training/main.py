@@ -6,13 +6,13 @@ The main rank talks to engines, files and people; all ranks score and train. The
 
 THE PATH from the command to the loss; tests/distributed/test_path.py compares it with a real call stack:
 
-    igpo_megatron/cli.py train                           starts the ranks by torchrun: launch/rank.py calls `main` below
-    igpo_megatron/training/main.py main                  settings, checks, and how this rank ended
-    igpo_megatron/training/main.py run                   every step, stage by stage
-    igpo_megatron/policy/policy.py forward_backward      gives the rows to Megatron's schedule
-    igpo_megatron/policy/policy.py loss_of               called back with each row's log-probs and entropies
-    igpo_megatron/algorithms/losses/registry.py objective    mismatch, KL term, entropy bonus, division by the step's count
-    igpo_megatron/algorithms/losses/registry.py ppo      the loss
+    igpo_megatron/cli.py train                             starts the ranks by torchrun: launch/rank.py calls `main` below
+    igpo_megatron/training/main.py main                    settings, checks, and how this rank ended
+    igpo_megatron/training/main.py run                     every step, stage by stage
+    igpo_megatron/policy/policy.py forward_backward        gives the rows to Megatron's schedule
+    igpo_megatron/policy/policy.py loss_of                 called back with each row's log-probs and entropies
+    igpo_megatron/algorithms/losses/registry.py objective  mismatch, KL term, entropy bonus, division by the step's count
+    igpo_megatron/algorithms/losses/registry.py ppo        the loss
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from __future__ import annotations
 import os
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from functools import partial
 
 from igpo_megatron.config.load import load
 from igpo_megatron.config.schema import Config
-from igpo_megatron.observability.memory import worst_rank
+from igpo_megatron.observability.memory_ledger import worst_rank
 from igpo_megatron.observability.rollout_dump import write_rollouts
 from igpo_megatron.observability.run_folder import folder_for
 from igpo_megatron.supervision.endings import Ended, end_process, reason_left
 from igpo_megatron.supervision.leftovers import end_with_parent
+from igpo_megatron.supervision.library_log import LOGS, libraries_logged
 from igpo_megatron.training.checks import require
 from igpo_megatron.training.services import collect, evaluate_if_due, is_due, opened, queue_state, sync_weights
 from igpo_megatron.training.step import assign_advantages, group_metrics, minibatches, routing_metrics, score_tokens, update_metrics
@@ -88,19 +88,19 @@ def run(config: Config) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """`CONFIG.yaml [section.key=value ...]` on every rank; the exit code (see endings.py): 0 finished, 2 for a mistake of the user's."""
-    warnings.filterwarnings("ignore", module=r"megatron\.|torch\.")
     if not arguments:
         sys.stderr.write("usage: python -m igpo_megatron.training.main CONFIG.yaml [section.key=value ...]\n")
         return 2
-    from igpo_megatron.policy.parallel import on_this_machine
-
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()  # torchrun's agent: without it nobody would notice how this rank ends
     who = f"rank {os.environ.get('RANK', 0)}"
     try:
         with reason_left(who, None):
             config = load(arguments[0], arguments[1:])
-        with reason_left(who, folder_for(config).root):
+        root = folder_for(config).root
+        with reason_left(who, root), libraries_logged(root / LOGS / f"{who.replace(' ', '')}.txt"):
+            from igpo_megatron.policy.parallel import on_this_machine
+
             require(on_this_machine(config), int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
             run(config)
     except Ended as end:

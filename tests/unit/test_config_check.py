@@ -10,8 +10,7 @@ from igpo_megatron.cli import world_size
 from igpo_megatron.config.load import ConfigError, build
 from igpo_megatron.config.schema import Config
 from igpo_megatron.engines.settings import Engine
-from igpo_megatron.kernels import forms
-from igpo_megatron.kernels.linear_logprob import WORKSPACE
+from igpo_megatron.kernels.linear_logprob import FORMS, WORKSPACE
 from igpo_megatron.plan.types import Settings
 from igpo_megatron.policy.settings import Model, divisors, stage_layers
 from igpo_megatron.training.checks import check, require
@@ -444,5 +443,5 @@ def test_entropies_before_the_step_need_a_pass_and_the_tool_bonus_needs_python(s
 
 
 def test_the_head_has_the_forms_and_the_workspace_that_its_settings_and_the_planner_name():
-    assert get_args(Model.model_fields["head_form"].annotation) == ("auto", *forms.FORMS)
+    assert get_args(Model.model_fields["head_form"].annotation) == ("auto", *FORMS)
     assert Model.model_fields["head_workspace_mib"].default * 2**20 == WORKSPACE == Settings().head_workspace

@@ -34,7 +34,7 @@ from igpo_megatron.engines.torch_engine.model import TorchModel
 from igpo_megatron.engines.torch_engine.sampling import choose, entropies, processed_logprobs
 from igpo_megatron.supervision.waits import ENGINES, waiting
 from igpo_megatron.types import Canary, Completion, ProbeScore, RunStopped, SyncError
-from igpo_megatron.weights.canary import check_canary
+from igpo_megatron.weights.send import check_canary
 
 Answer = TypeVar("Answer")
 
