@@ -2,7 +2,7 @@
 
     questions ──rollout──> groups ──score──> rewards, gains ──advantage──> turn advantages ──train──> weights ──sync──> engines
 
-The main rank talks to engines, files and people; all ranks score and train. They meet in `parallel.broadcast`.
+The main rank talks to engines, files and people, and has the groups; all ranks score and train the rows that it sends them.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def train(config: Config, policy: Policy, side: Side, tracker: Tracker, share: D
     for step in range(first_step, config.run.steps + 1):
         started = time.monotonic()
         with tracker.phase("rollout"):
-            groups = parallel.broadcast(parallel.on_main(policy.ranks, partial(collect, config, side, step)))
+            groups = parallel.on_main(policy.ranks, partial(collect, config, side, step)) or []
         if learns:
             share.policy_returns(side.engines)
             metrics = learn(policy, groups, tracker, step)

@@ -1,6 +1,8 @@
 """What a step learns from its groups: log-probs, gains and advantages, then the optimizer steps.
 
 groups ──score_tokens──> old log-probs ──assign_advantages──> turn advantages ──update──> new weights
+
+The main rank has the groups. The other ranks call the same functions without any, and take part in what the policy computes.
 """
 
 from __future__ import annotations
@@ -38,14 +40,16 @@ def score_tokens(policy: Policy, groups: Sequence[RolloutGroup]) -> None:
             for node in group.nodes:
                 if node.kind == "action":
                     node.old_logprobs = list(node.behavior_logprobs)
-    elif rows := pack(scorer=config.reward.scorer, experts=experts):  # there are none where every trajectory failed and that was allowed
+    else:
+        rows = pack(scorer=config.reward.scorer, experts=experts)
         if isinstance(config.loss, PolicyLoss) and config.loss.uses_old_entropies:
             pairs = policy.log_probs(rows, with_entropy=True)
             scatter(rows, [pair[:, 0] for pair in pairs], groups, "old_logprobs")
             scatter(rows, [pair[:, 1] for pair in pairs], groups, "old_entropies")
         else:
             scatter(rows, policy.log_probs(rows), groups, "old_logprobs")
-    if policy.has_reference and (rows := pack(scorer=None)):
+    if policy.has_reference:
+        rows = pack(scorer=None)
         with policy.as_reference():
             scatter(rows, policy.log_probs(rows), groups, "ref_logprobs")
 
@@ -72,8 +76,8 @@ def routing_metrics(policy: Policy, groups: Sequence[RolloutGroup], step: int) -
     if not every or (step - 1) % every or takes_engine_logprobs(config):
         return metrics
     copies = [replace(group, nodes=[replace(node) for node in group.nodes]) for group in groups]
-    if rows := pack_for_scoring(copies, row_tokens=config.packing.row_tokens, multiple=policy.row_multiple, scorer=None):
-        scatter(rows, policy.log_probs(rows), copies, "old_logprobs")
+    rows = pack_for_scoring(copies, row_tokens=config.packing.row_tokens, multiple=policy.row_multiple, scorer=None)
+    scatter(rows, policy.log_probs(rows), copies, "old_logprobs")
     return metrics | {f"{name}_free": value for name, value in logprob_gap(copies).items()}
 
 
@@ -100,6 +104,7 @@ def update(policy: Policy, groups: list[RolloutGroup]) -> dict[str, float]:
     """
     from igpo_megatron.algorithms.losses import LOSSES, aggregation_of, token_weight
     from igpo_megatron.packing.tree import pack_for_training, step_counts
+    from igpo_megatron.policy import parallel
     from igpo_megatron.policy.policy import learning_rate
 
     config = policy.config
@@ -108,6 +113,9 @@ def update(policy: Policy, groups: list[RolloutGroup]) -> dict[str, float]:
     results, empty = [], 0
     for part in minibatches(groups, config.optim.minibatches, key=f"{config.run.seed} {policy.steps_taken}"):
         counts = step_counts(part)
+        if isinstance(config.loss, Aepo | Hapo) and config.loss.uses_old_entropies and counts.trained_tokens:
+            counts = replace(counts, entropy=entropy_stats(part, config.loss.high_entropy_share))
+        counts = parallel.broadcast(counts)
         if not counts.trained_tokens:
             empty += 1
             policy.steps_taken += 1
@@ -119,8 +127,6 @@ def update(policy: Policy, groups: list[RolloutGroup]) -> dict[str, float]:
             token_weight=partial(token_weight, aggregation_of(config.loss)),
             experts=replayed_experts(policy),
         )
-        if isinstance(config.loss, Aepo | Hapo) and config.loss.uses_old_entropies:
-            counts = replace(counts, entropy=entropy_stats(part, config.loss.high_entropy_share))
         settings = balance_bounds(policy, rows, config.loss) if isinstance(config.loss, Bapo) else config.loss
         loss = partial(LOSSES[config.loss.name], counts=counts, config=settings)
         results.append(policy.train_step(rows, partial(row_loss, loss, config.loss, policy.has_reference)))
@@ -154,9 +160,11 @@ def balance_bounds(policy: Policy, rows: Sequence[PackedRow], config: Bapo) -> P
     They balance the advantages that the loss will train, so those after `loss.mismatch`.
     """
     from igpo_megatron.algorithms.losses import balanced_clip
+    from igpo_megatron.policy import parallel
 
     log_ratios = [now - row.old_logprobs for now, row in zip(policy.log_probs(rows), rows, strict=True)]
-    return balanced_clip(log_ratios, [trained_advantages(row, config) for row in rows], config)
+    bounds: Ppo = parallel.broadcast(balanced_clip(log_ratios, [trained_advantages(row, config) for row in rows], config) if rows else None)
+    return bounds
 
 
 def refuse_shared_turns(groups: Sequence[RolloutGroup], loss: Loss) -> None:
