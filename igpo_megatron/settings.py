@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -12,6 +12,11 @@ from igpo_megatron.types import UserError
 
 HOOK = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
 """`package.module:name`, which names something that Python can import."""
+
+HOOK_RULE = Field(pattern=HOOK)
+HookName = Annotated[str, HOOK_RULE]
+OURS, HOOKED = "ours", "package.module:function"
+"""Tags of what `ours_or_hooked` chooses between."""
 
 
 class Section(BaseModel):
@@ -33,6 +38,12 @@ class Hooked(Section):
 def is_hook(name: str) -> bool:
     """Whether a name is `package.module:name` rather than one of ours."""
     return re.match(HOOK, name) is not None
+
+
+def ours_or_hooked(value: Any) -> str:
+    """Whether a name, or the section that has it, is one of ours or a hook: `OURS` or `HOOKED`."""
+    name = value.get("name") if isinstance(value, dict) else getattr(value, "name", value)
+    return HOOKED if isinstance(name, str) and is_hook(name) else OURS
 
 
 def load_hook(key: str, name: str) -> Any:

@@ -347,6 +347,9 @@ class StepCounts:
     entropy: EntropyStats | None = None
     """None where the loss uses no entropies from before the step."""
 
+    bounds: tuple[float, float] | None = None
+    """Least and greatest ratio that count, where the loss finds them anew for every optimizer step."""
+
 
 class UserError(ValueError):
     """What the user gave cannot be used; the message says what was found, what was expected and what to change.

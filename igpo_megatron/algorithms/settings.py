@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Discriminator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Tag
 
-from igpo_megatron.settings import Section
+from igpo_megatron.settings import HOOK, HOOKED, OURS, Hooked, HookName, Section, ours_or_hooked
 
 PUBLISHED_PROBE = "\nNow there's enough information to answer\n</think>\n<answer>\n{answer}\n</answer><|im_end|>"
 """Probe text of the published IGPO code; it continues a forced `<think>`."""
 
 
+BuiltinOutcome = Literal["f1", "em", "em_squad", "f1_multiset"]
+Outcome = Annotated[Annotated[BuiltinOutcome, Tag(OURS)] | Annotated[HookName, Tag(HOOKED)], Discriminator(ours_or_hooked)]
+
+
 class Reward(Section):
     """Outcome reward and information gain."""
 
-    outcome: Literal["f1", "em", "em_squad", "f1_multiset"] = "f1"
+    outcome: Outcome = "f1"
     """Score of a well-formed answer, best over all aliases: F1 of sets of words or exact match (IGPO: articles count), exact match after
-    SQuAD's normalisation (Search-R1: they do not), or F1 after it (ARPO), in which repeated words count."""
+    SQuAD's normalisation (Search-R1: they do not), or F1 after it (ARPO), in which repeated words count. Or a function of your own,
+    (answer, accepted answers) -> float."""
 
     format_penalty: float = -2.0
     """Reward of a malformed trajectory (IGPO -2, ARPO -1)."""
@@ -53,8 +58,23 @@ class Reward(Section):
     """A second probe per turn, with the newest tool result hidden, splits each gain into evidence and own reasoning."""
 
 
-class Igpo(Section):
+class AdvantageSection(Section):
+    """What a run asks of every advantage."""
+
+    needs_probes: ClassVar[bool] = False
+    """It reads `trajectory.gains`, so that probes are scored."""
+
+    needs_greedy: ClassVar[bool] = False
+    """It reads the reward of a greedy trajectory, which is sampled beside the group."""
+
+    compares_samples: ClassVar[bool] = True
+    """It is zero for a question with a single sample."""
+
+
+class Igpo(AdvantageSection):
     """IGPO (arXiv 2510.14967): turn gains and outcome, normalised over the group, summed over the remaining turns."""
+
+    needs_probes: ClassVar[bool] = True
 
     name: Literal["igpo"] = "igpo"
     normalise: Literal["separate", "joint"] = "separate"
@@ -73,8 +93,10 @@ class Igpo(Section):
     """Weight of the outcome at the first and last step."""
 
 
-class IgpoLoo(Section):
+class IgpoLoo(AdvantageSection):
     """IGPO with a leave-one-out baseline per turn index instead of mean subtraction before summing."""
+
+    needs_probes: ClassVar[bool] = True
 
     name: Literal["igpo_loo"] = "igpo_loo"
     gamma: Annotated[float, Field(ge=0, le=1)] = 1.0
@@ -87,7 +109,7 @@ class IgpoLoo(Section):
     """Weight of the outcome at the first and last step."""
 
 
-class Grpo(Section):
+class Grpo(AdvantageSection):
     """GRPO (arXiv 2402.03300): group z-score of the outcome, the same for every turn."""
 
     name: Literal["grpo"] = "grpo"
@@ -98,13 +120,13 @@ class Grpo(Section):
     """What mean and std are taken over; `tokens` counts every trajectory by its length (HAPO's token-level group average, 2509.16591)."""
 
 
-class Rloo(Section):
+class Rloo(AdvantageSection):
     """RLOO (arXiv 2402.14740): outcome minus the mean outcome of the other samples."""
 
     name: Literal["rloo"] = "rloo"
 
 
-class GiGpo(Section):
+class GiGpo(AdvantageSection):
     """GiGPO (arXiv 2505.10978): group z-score of the outcome plus that of the discounted outcome among visits of the same state."""
 
     name: Literal["gigpo"] = "gigpo"
@@ -118,7 +140,7 @@ class GiGpo(Section):
     """False subtracts means only, in both parts."""
 
 
-class Eapo(Section):
+class Eapo(AdvantageSection):
     """EAPO (IterResearch, arXiv 2511.07327, eq. 5): the outcome discounted per remaining turn, z-scored over all turns of the group.
 
     Its downsampling to a multiple of the data-parallel size is not needed here: ranks with fewer rows get blank ones.
@@ -129,13 +151,13 @@ class Eapo(Section):
     """Discount of the outcome per remaining turn. The paper asks for less than 1 and does not state its value."""
 
 
-class Rapo(Section):
+class Rapo(AdvantageSection):
     """RAPO's advantage scaling (Fathom-DeepResearch, arXiv 2509.24107, eq. 6): GRPO's advantages, times groups per group that differs."""
 
     name: Literal["rapo"] = "rapo"
 
 
-class Arpo(Section):
+class Arpo(AdvantageSection):
     """ARPO (arXiv 2507.19849, section 3.2): group z-score of the outcome, on trees."""
 
     name: Literal["arpo"] = "arpo"
@@ -143,35 +165,100 @@ class Arpo(Section):
     """A turn that several trajectories share is trained with the advantage of each (soft, published) or with their mean (hard)."""
 
 
-class ReinforcePp(Section):
+class ReinforcePp(AdvantageSection):
     """REINFORCE++ (arXiv 2501.03262): the outcome, whitened over the whole batch."""
+
+    compares_samples: ClassVar[bool] = False
 
     name: Literal["reinforce_pp"] = "reinforce_pp"
 
 
-class ReinforcePpBaseline(Section):
+class ReinforcePpBaseline(AdvantageSection):
     """REINFORCE++-baseline (arXiv 2501.03262): outcome minus the mean of its group, whitened over the whole batch."""
 
     name: Literal["reinforce_pp_baseline"] = "reinforce_pp_baseline"
 
 
-class ReMax(Section):
+class ReMax(AdvantageSection):
     """ReMax (arXiv 2310.10505): outcome minus that of a greedy trajectory, which is sampled beside the group and not trained."""
+
+    compares_samples: ClassVar[bool] = False
+    needs_greedy: ClassVar[bool] = True
 
     name: Literal["remax"] = "remax"
 
 
-Advantage = Annotated[
+class HookedAdvantage(Hooked):
+    """An advantage of your own: (group, these settings, progress in [0, 1]) sets the `turn_advantages` of all in `group.trained`."""
+
+    needs_probes: bool = False
+    """It reads `trajectory.gains`, so that probes are scored."""
+
+    needs_greedy: bool = False
+    """It reads the reward of a greedy trajectory (`group.metrics["greedy_reward"]`), which is sampled beside the group."""
+
+    compares_samples: bool = True
+    """It is zero for a question with a single sample."""
+
+    over_batch: HookName | None = None
+    """Another function, which is called with all groups of the step once each has its advantages."""
+
+
+BuiltinAdvantage = Annotated[
     Igpo | IgpoLoo | Grpo | Rloo | Arpo | GiGpo | Eapo | Rapo | ReinforcePp | ReinforcePpBaseline | ReMax,
     Field(discriminator="name"),
 ]
+Advantage = Annotated[
+    Annotated[BuiltinAdvantage, Tag(OURS)] | Annotated[HookedAdvantage, Tag(HOOKED)],
+    Discriminator(ours_or_hooked),
+]
+
+Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum"]
 
 
-class PolicyLoss(Section):
+class LossSection(Section):
+    """What a run asks of every loss, answered as by one that learns from demonstrations."""
+
+    name: str
+
+    @property
+    def learns_from_rewards(self) -> bool:
+        """Trajectories are scored and compared; the loss has advantages."""
+        return False
+
+    @property
+    def skips_old_logprobs(self) -> bool:
+        """Log-probs from before the step are those the engine sampled with; no pass is run for them."""
+        return False
+
+    @property
+    def keeps_reference(self) -> bool:
+        """A copy of the first weights is kept, for a KL term."""
+        return False
+
+    @property
+    def entropy_share(self) -> float | None:
+        """Share of a step's tokens whose entropy counts as high; None where the loss uses no entropies from before the step."""
+        return None
+
+    @property
+    def uses_old_entropies(self) -> bool:
+        """The pass before the step also takes the entropy of every token."""
+        return self.entropy_share is not None
+
+    @property
+    def judges_trajectories(self) -> str | None:
+        """The setting by which trajectories are weighed as a whole, which means nothing where they share turns; None: there is none."""
+        return None
+
+    @property
+    def looks_beyond_a_token(self) -> str | None:
+        """The setting with which a token's part of the loss is no function of its own log-prob and entropy; None: it is one."""
+        return self.judges_trajectories
+
+
+class PolicyLoss(LossSection):
     """What the losses of reinforcement learning share."""
-
-    sequence_level: ClassVar[bool] = False
-    """True for losses whose ratios are of whole sequences: they do not add up over branches and refuse them."""
 
     kl_coef: NonNegativeFloat = 0.001
     """Weight of the k3 KL estimate to the reference policy; 0 keeps no reference."""
@@ -182,7 +269,7 @@ class PolicyLoss(Section):
     old_logprobs: Literal["recompute", "engine"] = "recompute"
     """Log-probs that ratios are taken against: a forward pass of the policy before the step, or those the engine sampled with (no pass)."""
 
-    aggregation: Literal["token_mean", "sequence_mean", "sequence_sum"] = "sequence_mean"
+    aggregation: Aggregation = "sequence_mean"
     """Mean over all trained tokens (DAPO); mean over trajectories of the token mean (GRPO's and IGPO's papers) or of the token sum
     (Dr. GRPO; published IGPO code)."""
 
@@ -195,9 +282,27 @@ class PolicyLoss(Section):
     """[low, high] of `mismatch`; TIS takes high = 2, IcePop 0.5 and 5."""
 
     @property
-    def uses_old_entropies(self) -> bool:
-        """The pass before the step also takes the entropy of every token."""
+    def learns_from_rewards(self) -> bool:
+        return True
+
+    @property
+    def skips_old_logprobs(self) -> bool:
+        return self.old_logprobs == "engine"
+
+    @property
+    def keeps_reference(self) -> bool:
+        return self.kl_coef > 0
+
+    @property
+    def sequence_level(self) -> bool:
+        """Its ratios are of whole sequences: they do not add up over branches, so it refuses them."""
         return False
+
+    @property
+    def judges_trajectories(self) -> str | None:
+        if self.mismatch == "mask_sequence":
+            return "loss.mismatch=mask_sequence"
+        return f"loss.name={self.name}" if self.sequence_level else None
 
 
 class Ppo(PolicyLoss):
@@ -247,14 +352,16 @@ class Bapo(PolicyLoss):
 class Gspo(PolicyLoss):
     """GSPO (arXiv 2507.18071): PPO's clip on the geometric mean of a trajectory's ratios; turns keep their own advantages."""
 
-    sequence_level: ClassVar[bool] = True
-
     name: Literal["gspo"] = "gspo"
     clip_low: NonNegativeFloat = 3e-4
     """Trajectories below 1 - clip_low get no gradient when the advantage is negative."""
 
     clip_high: NonNegativeFloat = 4e-4
     """Trajectories above 1 + clip_high get no gradient when the advantage is positive."""
+
+    @property
+    def sequence_level(self) -> bool:
+        return True
 
 
 class Cispo(PolicyLoss):
@@ -267,7 +374,7 @@ class Cispo(PolicyLoss):
     clip_high: NonNegativeFloat = 0.28
     """Ratios count at most 1 + clip_high. The paper tunes it and does not state its value; this is DAPO's."""
 
-    aggregation: Literal["token_mean", "sequence_mean", "sequence_sum"] = "token_mean"
+    aggregation: Aggregation = "token_mean"
     """As for ppo; the paper takes token_mean."""
 
 
@@ -290,8 +397,13 @@ class Aepo(Ppo):
     """a."""
 
     @property
-    def uses_old_entropies(self) -> bool:
-        return self.entropy_advantage == "corrected" or self.balanced_tokens == "high_entropy"
+    def entropy_share(self) -> float | None:
+        used = self.entropy_advantage == "corrected" or self.balanced_tokens == "high_entropy"
+        return self.high_entropy_share if used else None
+
+    @property
+    def looks_beyond_a_token(self) -> str | None:
+        return self.judges_trajectories or ("loss.entropy_advantage=published" if self.entropy_advantage == "published" else None)
 
 
 class Hapo(Ppo):
@@ -313,18 +425,52 @@ class Hapo(Ppo):
     advantage_weight: Annotated[float, Field(ge=0, le=1)] = 1.0
     """How far h moves the advantages."""
 
-    aggregation: Literal["token_mean", "sequence_mean", "sequence_sum"] = "token_mean"
+    aggregation: Aggregation = "token_mean"
     """As for ppo; the paper takes token_mean."""
 
     @property
-    def uses_old_entropies(self) -> bool:
-        return True
+    def entropy_share(self) -> float | None:
+        return self.high_entropy_share
 
 
-class Sft(Section):
+class HookedLoss(PolicyLoss, Hooked):
+    """A loss of your own: (tokens, counts, these settings) -> (sum over tokens with gradient, per-token metrics).
+
+    `mismatch`, `kl_coef`, `entropy_coef` and the division by `aggregation`'s count are applied to it as to ours.
+    """
+
+    name: str = Field(pattern=HOOK)
+    """`package.module:function`, importable where the run starts."""
+
+    old_entropies: bool = False
+    """It reads `tokens.old_entropies` and `counts.entropy`."""
+
+    high_entropy_share: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """Share of a step's tokens that count as high-entropy ones."""
+
+    looks_at: Literal["token", "row", "trajectory"] = "token"
+    """What a token's part of it depends on: its own log-prob and entropy alone, other tokens of the row, or the whole trajectory."""
+
+    @property
+    def sequence_level(self) -> bool:
+        return self.looks_at == "trajectory"
+
+    @property
+    def entropy_share(self) -> float | None:
+        return self.high_entropy_share if self.old_entropies else None
+
+    @property
+    def looks_beyond_a_token(self) -> str | None:
+        return self.judges_trajectories or ("loss.looks_at=row" if self.looks_at == "row" else None)
+
+
+class Sft(LossSection):
     """Cross-entropy on the action tokens of demonstrations."""
+
+    aggregation: ClassVar[Aggregation] = "token_mean"
 
     name: Literal["sft"] = "sft"
 
 
-Loss = Annotated[Ppo | Aepo | Hapo | Bapo | Gspo | Cispo | Sft, Field(discriminator="name")]
+BuiltinLoss = Annotated[Ppo | Aepo | Hapo | Bapo | Gspo | Cispo | Sft, Field(discriminator="name")]
+Loss = Annotated[Annotated[BuiltinLoss, Tag(OURS)] | Annotated[HookedLoss, Tag(HOOKED)], Discriminator(ours_or_hooked)]

@@ -21,6 +21,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from igpo_megatron.config.schema import Config
+from igpo_megatron.settings import HOOK_RULE, HOOKED, OURS, Hooked
 from igpo_megatron.types import UserError
 
 ALGORITHMS = {"advantage": "igpo", "loss": "ppo", "rollout.branching": "none"}
@@ -192,14 +193,10 @@ def _describe_unknown(shown: list[str], model: type[BaseModel] | None) -> str:
     choices: list[type[BaseModel]] = [Config]
     for part in shown[:-1]:
         choices = [inner for choice in choices for inner in _members(choice, part)]
-    algorithms = [
-        other.model_fields["name"].default
-        for other in (choices if section in ALGORITHMS else [])
-        if _nearest(shown[-1], other.model_fields)
-    ]
+    algorithms = [_name_of(other) for other in (choices if section in ALGORITHMS else []) if _nearest(shown[-1], other.model_fields)]
     elsewhere = [other for other in _dotted_keys(Config) if other.split(".")[-1] == shown[-1] and other.split(".")[0] != shown[0]]
     if algorithms and model is not None:
-        hint = f"a key like it belongs to {section}.name={' or '.join(algorithms)}, not {model.model_fields['name'].default}; "
+        hint = f"a key like it belongs to {section}.name={' or '.join(algorithms)}, not {_name_of(model)}; "
     else:
         hint = f"did you mean {' or '.join(elsewhere)}? " if elsewhere else ""
     return f"{key}: unknown key; {hint}known here: {', '.join(known)}"
@@ -214,6 +211,9 @@ def _walk(location: Sequence[str]) -> tuple[list[str], type[BaseModel] | None]:
     holder: type[BaseModel] | None = None
     candidates: list[type[BaseModel]] = [Config]
     for part in location:
+        if part in (OURS, HOOKED):
+            candidates = [model for model in candidates if issubclass(model, Hooked) == (part == HOOKED)]
+            continue
         named = [model for model in candidates if len(candidates) > 1 and model.model_fields["name"].default == part]
         if named:
             candidates = named
@@ -257,12 +257,17 @@ def _dotted_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
 def _section_summary(section: str) -> str:
     models = _members(Config, section)
     if len(models) > 1:
-        return f"One of {', '.join(model.model_fields['name'].default for model in models)}, chosen by `name`."
+        return f"One of {', '.join(map(_name_of, models))}, chosen by `name`."
     return (models[0].__doc__ or "").strip()
 
 
+def _name_of(model: type[BaseModel]) -> str:
+    """What chooses a section: its name, or how a hook is written."""
+    return HOOKED if issubclass(model, Hooked) else str(model.model_fields["name"].default)
+
+
 def _explain_model(name: str, model: type[BaseModel], *, chosen_by_name: bool) -> str:
-    title = f"{name}.name={model.model_fields['name'].default}" if chosen_by_name else name
+    title = f"{name}.name={_name_of(model)}" if chosen_by_name else name
     lines = [f"{title}: {(model.__doc__ or '').strip()}"]
     for key, info in model.model_fields.items():
         lines += [f"  {line}" for line in _explain_field(key, info)]
@@ -290,7 +295,7 @@ def _plain(value: Any) -> str:
 def _type_name(annotation: Any) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return _type_name(arguments[0])
+        return HOOKED if HOOK_RULE in arguments else _type_name(arguments[0])
     if origin is Literal:
         return " | ".join(map(str, arguments))
     if origin in (Union, UnionType):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from checkpoint_conversion.architectures import ModelShape
-from igpo_megatron.algorithms.settings import PolicyLoss
 from igpo_megatron.config.check.layout import stage_layers
 from igpo_megatron.config.schema import Config
 from igpo_megatron.plan.layouts import splits, train_layouts
@@ -118,7 +117,7 @@ def plan_config(config: Config, model: str, shape: ModelShape, machine: Machine,
     )
     settings = Settings(
         dtype_bytes=2 if config.model.dtype == "bf16" else 4,
-        reference=isinstance(config.loss, PolicyLoss) and config.loss.kl_coef > 0,
+        reference=config.loss.keeps_reference,
         distributed_optimizer=parallel.distributed_optimizer,
         minibatches=config.optim.minibatches,
         head_workspace=config.model.head_workspace_mib * 2**20,

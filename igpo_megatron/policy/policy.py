@@ -9,6 +9,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,6 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer.module import Float16Module
 
 from checkpoint_conversion.architectures import ModelShape, read_shape
-from igpo_megatron.algorithms.settings import PolicyLoss
 from igpo_megatron.config.schema import Config
 from igpo_megatron.packing.batches import balance, row_cost
 from igpo_megatron.packing.tree import PackedRow, blank_row
@@ -27,7 +27,7 @@ from igpo_megatron.policy.host_memory import kept_on_host
 from igpo_megatron.policy.model import PolicyModel, build_model, load_weights
 from igpo_megatron.policy.parallel import Ranks
 from igpo_megatron.policy.rows import Share, deal
-from igpo_megatron.policy.schedule import RowLoss
+from igpo_megatron.policy.schedule import Objective
 from igpo_megatron.policy.settings import Optim
 from igpo_megatron.types import RunStopped
 
@@ -89,7 +89,7 @@ class Policy:
 
         self.total_steps = config.run.steps * config.optim.minibatches
         self._skipped_in_a_row = 0
-        needs_reference = isinstance(config.loss, PolicyLoss) and config.loss.kl_coef > 0
+        needs_reference = config.loss.keeps_reference
         locked = ranks.device.type == "cuda"  # they are copied to the device in every step
         self._reference = kept_on_host([p.detach() for p in _parameters(self.chunks)], locked=locked) if needs_reference else None
 
@@ -143,26 +143,42 @@ class Policy:
         finally:
             _copy_weights(self.chunks, current)
 
-    def train_step(self, rows: Sequence[PackedRow], loss: RowLoss) -> StepResult:
-        """One optimizer step on all rows of the main rank; those of the other ranks are ignored.
+    def forward_backward(self, rows: Sequence[PackedRow], objective: Objective) -> dict[str, float]:
+        """Gradients of all rows in place of those there were; sums of `loss` and the objective's metrics over rows and ranks.
 
-        Raises NonFiniteSteps after `optim.max_skipped` skipped steps in a row.
+        With `model.head_backward=in_forward` the head forms its gradients in the forward pass (kernels/token_loss.py): the objective must
+        be a sum over tokens, of which each depends on its own log-prob and entropy alone.
         """
-        self.zero_gradients()
+
+        def loss_of(row: PackedRow, output: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, Any]:
+            output, carrier = output if isinstance(output, tuple) else (output, 0.0)
+            value, metrics = objective(schedule.tokens_of(row, output[:, 0], output[:, 1]))
+            value = value + carrier
+            sums = {name: metric.detach() for name, metric in metrics.items()}
+            # The second item is Megatron's token count, which is not used: losses are already divided by global counts.
+            return value, torch.zeros((), dtype=torch.int, device=output.device), {**sums, "loss": value.detach()}
+
         self.optimizer.zero_grad()
-        mine, _ = self._share(rows)
-        assert mine, "a step without rows is none"
+        for chunk in self.wrapped:
+            chunk.zero_grad_buffer()
+            chunk.train()
         temperature = self.config.rollout.temperature or 1.0
-        sums = schedule.forward_backward(
+        upstream_of = partial(schedule.derivatives, objective) if self.config.model.head_backward == "in_forward" else None
+        run = schedule.pipelined(
             self.wrapped,
-            mine,
-            loss,
-            temperature=temperature,
-            sampled_vocab=self.sampled_vocab,
-            device=self.ranks.device,
-            in_forward=self.config.model.head_backward == "in_forward",
+            self._share(rows)[0],
+            lambda row: partial(loss_of, row),
+            (temperature, temperature, self.sampled_vocab),
+            self.ranks.device,
+            True,
+            upstream_of,
         )
-        metrics = self._sum_metrics(sums)
+        return self._sum_metrics(schedule.summed(run(forward_only=False)))
+
+    def optimizer_step(self, sums: dict[str, float]) -> StepResult:
+        """Use the gradients of `forward_backward`, which returned `sums`. Raises NonFiniteSteps after `optim.max_skipped` skipped steps in
+        a row."""
+        metrics = {**sums}
         value = metrics.pop("loss")
         overflow = bool(self.optimizer.prepare_grads())
         grad_norm = float(self.optimizer.get_grad_norm())
@@ -180,11 +196,6 @@ class Policy:
                 "lower optim.lr, or look at the last rollouts for extreme log-probs"
             )
         return StepResult(loss=value, grad_norm=grad_norm, skipped=not finite, metrics=metrics)
-
-    def zero_gradients(self) -> None:
-        """Forget what has been accumulated."""
-        for chunk in self.wrapped:
-            chunk.zero_grad_buffer()
 
     def _share(self, rows: Sequence[PackedRow]) -> tuple[list[PackedRow], list[int]]:
         """This rank's rows of those that the main rank gives, and their places among them, -1 for a blank row. Collective."""

@@ -2,14 +2,14 @@
 
     main rank ──a part's rows──> first rank of the part ──the same──> its tensor, context and pipeline ranks
 
-They travel as one buffer of bytes between hosts' memories (gloo), so a GPU holds the row it computes and no other.
+They travel between the hosts' memories (gloo), so a GPU holds the row that it computes and no other.
 """
 
 from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from igpo_megatron.packing.tree import PackedRow
-from igpo_megatron.policy.host_memory import room_for, side_by_side
+from igpo_megatron.packing.wire import from_bytes, to_bytes
 from igpo_megatron.policy.parallel import Ranks
 from igpo_megatron.supervision.waits import waiting
 
@@ -37,47 +37,41 @@ def deal(shares: Sequence[Share], ranks: Ranks) -> Share:
 
     Rows that have travelled come without `origin`: results are carried back to their nodes on the main rank.
     """
-    share = shares[0] if ranks.is_main else Share([], [])
+    share, message = (shares[0] if ranks.is_main else Share([], [])), torch.empty(0)
     with waiting("its rows", on="the other ranks" if ranks.is_main else "rank 0"):
         if ranks.leads_part:
             group = parallel_state.get_data_parallel_group_gloo()
             for part, theirs in enumerate(shares[1:], start=1):
-                _send(theirs, partial(dist.send, group=group, group_dst=part))
+                _send(_message(theirs), partial(dist.send, group=group, group_dst=part))
             if not ranks.is_main:
-                share = _receive(partial(dist.recv, group=group, group_src=0))
+                message = _received(partial(dist.recv, group=group, group_src=0))
         if ranks.part is not None:
             move = partial(dist.broadcast, group=ranks.part, group_src=0)
             if ranks.leads_part:
-                _send(share, move)
+                message = _message(share) if ranks.is_main else message
+                _send(message, move)
             else:
-                share = _receive(move)
-    return share
+                message = _received(move)
+    return share if ranks.is_main else _opened(message)
 
 
-def _send(share: Share, move: Callable[[torch.Tensor], Any]) -> None:
-    tensors = [tensor for row in share.rows for tensor in _tensors(row).values()]
-    shapes = [replace(row, origin=[], **{name: tensor.to("meta") for name, tensor in _tensors(row).items()}) for row in share.rows]
-    header = torch.frombuffer(bytearray(pickle.dumps(replace(share, rows=shapes))), dtype=torch.uint8)
-    contents = torch.empty(room_for(tensors), dtype=torch.uint8)
-    for place, tensor in zip(side_by_side(contents, tensors), tensors, strict=True):
-        place.copy_(tensor)
-    move(torch.tensor([header.nbytes, contents.nbytes]))
-    for part in (header, contents):
-        move(part)
+def _message(share: Share) -> torch.Tensor:
+    return torch.frombuffer(bytearray(pickle.dumps((share.places, to_bytes(share.rows)))), dtype=torch.uint8)
 
 
-def _receive(move: Callable[[torch.Tensor], Any]) -> Share:
-    sizes = torch.zeros(2, dtype=torch.int64)
-    move(sizes)
-    header, contents = (torch.empty(size, dtype=torch.uint8) for size in sizes.tolist())
-    for part in (header, contents):
-        move(part)
-    share: Share = pickle.loads(header.numpy().tobytes())
-    places = iter(side_by_side(contents, [shape for row in share.rows for shape in _tensors(row).values()]))
-    return replace(share, rows=[replace(row, **{name: next(places) for name in _tensors(row)}) for row in share.rows])
+def _opened(message: torch.Tensor) -> Share:
+    places, rows = pickle.loads(message.numpy().tobytes())
+    return Share(from_bytes(rows), places)
 
 
-def _tensors(row: PackedRow) -> dict[str, torch.Tensor]:
-    """Its tensors by the names of their fields."""
-    named = {field.name: getattr(row, field.name) for field in fields(row)}
-    return {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
+def _send(message: torch.Tensor, move: Callable[[torch.Tensor], Any]) -> None:
+    move(torch.tensor([len(message)]))
+    move(message)
+
+
+def _received(move: Callable[[torch.Tensor], Any]) -> torch.Tensor:
+    size = torch.zeros(1, dtype=torch.int64)
+    move(size)
+    message = torch.empty(int(size), dtype=torch.uint8)
+    move(message)
+    return message

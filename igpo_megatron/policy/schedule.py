@@ -18,14 +18,31 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_attr_wrapped_model
 
+from igpo_megatron.algorithms.losses.tokens import Tokens
 from igpo_megatron.packing.tree import PackedRow
 from igpo_megatron.policy.context import RowPart, merge_of, part_of
 from igpo_megatron.policy.model import HeadInputs, split_of
 from igpo_megatron.policy.routing import replay
 from igpo_megatron.policy.upload import upload
 
-RowLoss = Callable[[PackedRow, torch.Tensor, torch.Tensor], tuple[torch.Tensor, dict[str, torch.Tensor]]]
-"""(row, logprobs [N], entropy [N]) -> (loss scalar, metric sums)."""
+Objective = Callable[[Tokens], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+"""What is trained, of one row: (loss scalar, metric sums); both add up over rows and ranks."""
+
+
+def tokens_of(row: PackedRow, logprobs: torch.Tensor, entropy: torch.Tensor | None = None) -> Tokens:
+    """A row's targets as a loss is given them."""
+    return Tokens(
+        logprobs=logprobs,
+        weight=row.weight,
+        advantages=row.advantages,
+        old_logprobs=row.old_logprobs,
+        behavior_logprobs=row.behavior_logprobs,
+        ref_logprobs=row.ref_logprobs,
+        entropy=entropy,
+        old_entropies=row.old_entropies,
+        sequence=row.sequence,
+        sequences=row.sequences,
+    )
 
 
 def forward_only(
@@ -51,51 +68,23 @@ def forward_only(
         chunk.eval()
     with torch.no_grad():
         options: dict[str, Any] = {"forward_only": True, "collect_non_loss_data": True}
-        results = _run(chunks, rows, lambda row: keep, settings, device, with_entropy, **options)
+        results = pipelined(chunks, rows, lambda row: keep, settings, device, with_entropy)(**options)
     return list(torch.cat(results).cpu().split([len(result) for result in results])) if results else []
 
 
-def forward_backward(
-    chunks: Sequence[torch.nn.Module],
-    rows: Sequence[PackedRow],
-    loss: RowLoss,
-    *,
-    temperature: float,
-    sampled_vocab: int | None = None,
-    device: torch.device,
-    in_forward: bool = False,
-) -> dict[str, float]:
-    """Accumulate gradients over all rows; metric sums over them (with `loss`) on the last stage, nothing on the others.
-
-    `in_forward`: the head forms its gradients in the forward pass (kernels/token_loss.py). Only for a loss that is a sum over tokens, of
-    which each depends on its own log-prob and entropy alone.
-    """
-
-    def loss_of(
-        row: PackedRow, output: torch.Tensor | tuple[torch.Tensor, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        output, carrier = output if isinstance(output, tuple) else (output, 0.0)
-        value, metrics = loss(row, output[:, 0], output[:, 1])
-        value = value + carrier
-        sums = {name: metric.detach() for name, metric in metrics.items()}
-        # The second item is Megatron's token count, which is not used: losses are already divided by global counts.
-        return value, torch.zeros((), dtype=torch.int, device=output.device), {**sums, "loss": value.detach()}
-
-    for chunk in chunks:
-        chunk.train()
-    settings = (temperature, temperature, sampled_vocab)
-    upstream_of = partial(derivatives, loss) if in_forward else None
-    return summed(_run(chunks, rows, lambda row: partial(loss_of, row), settings, device, True, upstream_of, forward_only=False))
-
-
 def derivatives(
-    loss: RowLoss, row: PackedRow, numbers: torch.Tensor | None, which: slice | torch.Tensor, logprobs: torch.Tensor, entropy: torch.Tensor
+    objective: Objective,
+    row: PackedRow,
+    numbers: torch.Tensor | None,
+    which: slice | torch.Tensor,
+    logprobs: torch.Tensor,
+    entropy: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Of a loss on tokens by the log-probs [n] and by the entropies [n] of some targets of the row: `which`, counted among `numbers`."""
     part = row.with_targets(which if numbers is None else numbers[which])
     with torch.enable_grad():
         leaves = (logprobs.detach().requires_grad_(), entropy.detach().requires_grad_())
-        value, _ = loss(part, *leaves)
+        value, _ = objective(tokens_of(part, *leaves))
         g, h = torch.autograd.grad(value, leaves, allow_unused=True)
     return torch.zeros_like(logprobs) if g is None else g, torch.zeros_like(entropy) if h is None else h
 
@@ -109,7 +98,7 @@ def summed(per_row: Sequence[dict[str, torch.Tensor]]) -> dict[str, float]:
     return dict(zip(names, torch.stack(totals).tolist(), strict=True))
 
 
-def _run(
+def pipelined(
     chunks: Sequence[torch.nn.Module],
     rows: Sequence[PackedRow],
     loss_for: Callable[[PackedRow], Callable[..., Any]],
@@ -117,9 +106,10 @@ def _run(
     device: torch.device,
     need_entropy: bool,
     upstream_of: Callable[..., Any] | None = None,
-    **options: Any,
-) -> list[Any]:
-    """`settings`: the temperatures of sampled tokens and of probes, and the rows of the embedding that a sampled token can be.
+) -> Callable[..., list[Any]]:
+    """Megatron's schedule over these rows, to be called with `forward_only`: one result of `loss_for(row)` per row, on the last stage.
+
+    `settings`: the temperatures of sampled tokens and of probes, and the rows of the embedding that a sampled token can be.
 
     `upstream_of`: (row, numbers of this rank's targets) -> `HeadInputs.upstream`.
     """
@@ -137,14 +127,14 @@ def _run(
         )
         return output, loss_for(row)
 
-    return get_forward_backward_func()(
+    return partial(
+        get_forward_backward_func(),
         forward_step_func=step,
         data_iterator=[iter(rows) for _ in chunks],
         model=list(chunks),
         num_microbatches=len(rows),
         seq_length=max(row.num_tokens for row in rows),
         micro_batch_size=1,
-        **options,
     )
 
 

@@ -25,7 +25,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from igpo_megatron.algorithms.advantages.outcome import GREEDY_REWARD
-from igpo_megatron.algorithms.advantages.registry import ADVANTAGES
 from igpo_megatron.algorithms.replay import SuccessBuffer
 from igpo_megatron.algorithms.rewards import score
 from igpo_megatron.chat.protocols.registry import PROTOCOLS
@@ -148,7 +147,7 @@ class RolloutQueue:
                 break
             ordinals = self._draw(batch)
         groups = [*kept, *spare][: rollout.prompts_per_step]
-        if ADVANTAGES[self._config.advantage.name].needs_greedy:
+        if self._config.advantage.needs_greedy:
             greedy = await sample([group.prompt for group in groups], samples=1, temperature=0.0)
             self._score(greedy)
             for group, baseline in zip(groups, greedy, strict=True):

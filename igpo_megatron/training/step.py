@@ -1,31 +1,31 @@
-"""What a step learns from its groups: log-probs, gains and advantages, then the optimizer steps.
+"""The stages of a step: log-probs, gains and advantages, then what each optimizer step trains on.
 
-groups ──score_tokens──> old log-probs ──assign_advantages──> turn advantages ──update──> new weights
-
-The main rank has the groups. The other ranks call the same functions without any, and take part in what the policy computes.
+groups ──score_tokens──> old log-probs ──assign_advantages──> turn advantages ──minibatches──> rows and their objective
 """
 
 from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from igpo_megatron.algorithms.advantages.registry import ADVANTAGES
+from igpo_megatron.algorithms.advantages.registry import set_advantages
 from igpo_megatron.algorithms.advantages.tree import entropy_stats
 from igpo_megatron.algorithms.info_gain import turn_gains
-from igpo_megatron.algorithms.settings import Aepo, Bapo, Hapo, Loss, PolicyLoss, Ppo
+from igpo_megatron.algorithms.settings import Loss
 from igpo_megatron.config.schema import Config
-from igpo_megatron.observability.metrics import logprob_gap, routed_share
+from igpo_megatron.observability.metrics import logprob_gap, rollout_metrics, routed_share
+from igpo_megatron.training.queue import staleness_metrics
 from igpo_megatron.types import RolloutGroup, UserError
 
 if TYPE_CHECKING:
     from igpo_megatron.packing.experts import ExpertShape
     from igpo_megatron.packing.tree import PackedRow
-    from igpo_megatron.policy.policy import Policy
+    from igpo_megatron.policy.policy import Policy, StepResult
+    from igpo_megatron.policy.schedule import Objective
 
 
 def score_tokens(policy: Policy, groups: Sequence[RolloutGroup]) -> None:
@@ -35,14 +35,14 @@ def score_tokens(policy: Policy, groups: Sequence[RolloutGroup]) -> None:
     config = policy.config
     experts = replayed_experts(policy)
     pack = partial(pack_for_scoring, groups, row_tokens=config.packing.row_tokens, multiple=policy.row_multiple)
-    if takes_engine_logprobs(config):
+    if config.loss.skips_old_logprobs:
         for group in groups:
             for node in group.nodes:
                 if node.kind == "action":
                     node.old_logprobs = list(node.behavior_logprobs)
     else:
         rows = pack(scorer=config.reward.scorer, experts=experts)
-        if isinstance(config.loss, PolicyLoss) and config.loss.uses_old_entropies:
+        if config.loss.uses_old_entropies:
             pairs = policy.log_probs(rows, with_entropy=True)
             scatter(rows, [pair[:, 0] for pair in pairs], groups, "old_logprobs")
             scatter(rows, [pair[:, 1] for pair in pairs], groups, "old_entropies")
@@ -73,7 +73,7 @@ def routing_metrics(policy: Policy, groups: Sequence[RolloutGroup], step: int) -
         return {}
     config, every = policy.config, policy.config.rollout.routing_gap_every
     metrics = routed_share(groups)
-    if not every or (step - 1) % every or takes_engine_logprobs(config):
+    if not every or (step - 1) % every or config.loss.skips_old_logprobs:
         return metrics
     copies = [replace(group, nodes=[replace(node) for node in group.nodes]) for group in groups]
     rows = pack_for_scoring(copies, row_tokens=config.packing.row_tokens, multiple=policy.row_multiple, scorer=None)
@@ -81,69 +81,64 @@ def routing_metrics(policy: Policy, groups: Sequence[RolloutGroup], step: int) -
     return metrics | {f"{name}_free": value for name, value in logprob_gap(copies).items()}
 
 
-def takes_engine_logprobs(config: Config) -> bool:
-    """No old-log-prob pass is run."""
-    return isinstance(config.loss, PolicyLoss) and config.loss.old_logprobs == "engine"
-
-
 def assign_advantages(groups: Sequence[RolloutGroup], config: Config, progress: float) -> None:
     """Turn gains from the probes' log-probs, then the chosen advantage."""
-    advantage = ADVANTAGES[config.advantage.name]
-    for group in groups:
-        if advantage.needs_probes:
+    if config.advantage.needs_probes:
+        for group in groups:
             turn_gains(group, config.reward)
-        advantage.function(group, config.advantage, progress)
-    if advantage.over_batch:
-        advantage.over_batch(groups)
+    set_advantages(groups, config.advantage, progress)
 
 
-def update(policy: Policy, groups: list[RolloutGroup]) -> dict[str, float]:
-    """`optim.minibatches` optimizer steps over the groups; returns their mean metrics.
+def minibatches(policy: Policy, groups: list[RolloutGroup]) -> Iterator[tuple[list[PackedRow], Objective]]:
+    """Rows and objective of each of the step's `optim.minibatches` optimizer steps, as the policy comes to it.
 
     A part of which nothing is trained is no step of the optimizer, but one of the schedule, which ends with the run whatever was skipped.
     """
-    from igpo_megatron.algorithms.losses import LOSSES, aggregation_of, token_weight
+    from igpo_megatron.algorithms.losses.registry import objective, token_weight
     from igpo_megatron.packing.tree import pack_for_training, step_counts
     from igpo_megatron.policy import parallel
-    from igpo_megatron.policy.policy import learning_rate
 
     config = policy.config
-    refuse_shared_turns(groups, config.loss)
-    rate = learning_rate(policy.steps_taken, policy.total_steps, config.optim)
-    results, empty = [], 0
-    for part in minibatches(groups, config.optim.minibatches, key=f"{config.run.seed} {policy.steps_taken}"):
+    loss = config.loss
+    refuse_shared_turns(groups, loss)
+    for part in shuffled_parts(groups, config.optim.minibatches, key=f"{config.run.seed} {policy.steps_taken}"):
         counts = step_counts(part)
-        if isinstance(config.loss, Aepo | Hapo) and config.loss.uses_old_entropies and counts.trained_tokens:
-            counts = replace(counts, entropy=entropy_stats(part, config.loss.high_entropy_share))
+        if loss.entropy_share is not None and counts.trained_tokens:
+            counts = replace(counts, entropy=entropy_stats(part, loss.entropy_share))
         counts = parallel.broadcast(counts)
         if not counts.trained_tokens:
-            empty += 1
             policy.steps_taken += 1
             continue
         rows = pack_for_training(
             part,
             row_tokens=config.packing.row_tokens,
             multiple=policy.row_multiple,
-            token_weight=partial(token_weight, aggregation_of(config.loss)),
+            token_weight=partial(token_weight, loss.aggregation),
             experts=replayed_experts(policy),
         )
-        settings = balance_bounds(policy, rows, config.loss) if isinstance(config.loss, Bapo) else config.loss
-        loss = partial(LOSSES[config.loss.name], counts=counts, config=settings)
-        results.append(policy.train_step(rows, partial(row_loss, loss, config.loss, policy.has_reference)))
-    metrics = {"skipped": float(empty + sum(result.skipped for result in results)), "lr": rate}
-    if not results:
-        return metrics
-    metrics["loss"] = sum(result.loss for result in results) / len(results)
-    metrics["grad_norm"] = sum(result.grad_norm for result in results) / len(results)
-    tokens = sum(result.metrics["tokens"] for result in results)
-    names = {"clipped": "clip_fraction", "approx_kl": "kl_old", "ref_kl": "kl_ref", "entropy": "entropy", "nll": "nll"}
-    for name, shown in names.items():
-        if name in results[0].metrics:
-            metrics[shown] = sum(result.metrics[name] for result in results) / max(tokens, 1.0)
-    return metrics
+        counts = replace(counts, bounds=bounds_of_step(policy, rows, loss))
+        yield rows, partial(objective, counts=counts, config=loss)
 
 
-def minibatches(groups: Sequence[RolloutGroup], count: int, key: str) -> list[list[RolloutGroup]]:
+def bounds_of_step(policy: Policy, rows: Sequence[PackedRow], loss: Loss) -> tuple[float, float] | None:
+    """`StepCounts.bounds` where the loss finds them, from the whole optimizer step, so that packing cannot change them; else None.
+
+    They balance the advantages that the loss will train, so those after `loss.mismatch`. It takes one more forward pass.
+    """
+    from igpo_megatron.algorithms.losses.registry import entry_of, trained_advantages
+    from igpo_megatron.policy import parallel
+    from igpo_megatron.policy.schedule import tokens_of
+
+    find = entry_of(loss).bounds
+    if find is None:
+        return None
+    tokens = [tokens_of(row, now) for now, row in zip(policy.log_probs(rows), rows, strict=True)]
+    ratios, advantages = [one.log_ratio for one in tokens], [trained_advantages(one, loss) for one in tokens]
+    bounds: tuple[float, float] = parallel.broadcast(find(ratios, advantages, loss) if tokens else None)
+    return bounds
+
+
+def shuffled_parts(groups: Sequence[RolloutGroup], count: int, key: str) -> list[list[RolloutGroup]]:
     """Exactly `count` parts whose sizes differ by one at most, empty ones where there are fewer groups.
 
     Groups come in an order that tells something of them: those that were sampled in place of others are the last. So they are shuffled
@@ -154,54 +149,42 @@ def minibatches(groups: Sequence[RolloutGroup], count: int, key: str) -> list[li
     return [shuffled[start:end] for start, end in itertools.pairwise(ends)]
 
 
-def balance_bounds(policy: Policy, rows: Sequence[PackedRow], config: Bapo) -> Ppo:
-    """BAPO's bounds from the ratios of the whole optimizer step, so that packing cannot change them; one more forward pass.
-
-    They balance the advantages that the loss will train, so those after `loss.mismatch`.
-    """
-    from igpo_megatron.algorithms.losses import balanced_clip
-    from igpo_megatron.policy import parallel
-
-    log_ratios = [now - row.old_logprobs for now, row in zip(policy.log_probs(rows), rows, strict=True)]
-    bounds: Ppo = parallel.broadcast(balanced_clip(log_ratios, [trained_advantages(row, config) for row in rows], config) if rows else None)
-    return bounds
-
-
 def refuse_shared_turns(groups: Sequence[RolloutGroup], loss: Loss) -> None:
     """Raise UserError where a loss on whole sequences meets trajectories that share sampled tokens."""
-    if not isinstance(loss, PolicyLoss):
-        return
-    by_mismatch = loss.mismatch == "mask_sequence"
-    if (loss.sequence_level or by_mismatch) and any(group.is_branched for group in groups):
-        setting = "loss.mismatch=mask_sequence" if by_mismatch else f"loss.name={loss.name}"
+    if loss.judges_trajectories and any(group.is_branched for group in groups):
         raise UserError(
-            f"{setting} judges whole trajectories, but trajectories of this step share sampled turns; "
+            f"{loss.judges_trajectories} judges whole trajectories, but trajectories of this step share sampled turns; "
             "use a loss on tokens such as loss.name=ppo, or rollouts without branches"
         )
 
 
-def trained_advantages(row: PackedRow, config: Loss) -> Any:
-    """[N, 2] advantages of the row's tokens, times what `loss.mismatch` makes of each token."""
-    from igpo_megatron.algorithms.losses import mismatch_factor
+def group_metrics(groups: Sequence[RolloutGroup], config: Config, step: int) -> dict[str, float]:
+    """What is reported of a step's groups; where they are learnt from, also their staleness and how far the engine is from the policy."""
+    metrics = rollout_metrics(groups, config.rollout.tool_name)
+    if config.run.stop_after != "none":
+        return metrics
+    if config.run.replay is None:
+        metrics |= staleness_metrics(groups, step)
+    return metrics | logprob_gap(groups, step - 1 if config.run.replay is None else None)
 
-    if not isinstance(config, PolicyLoss) or config.mismatch == "none":
-        return row.advantages
-    return row.advantages * mismatch_factor(row.old_logprobs, row.behavior_logprobs, row.sequence, row.sequences, config)[:, None]
 
+def update_metrics(policy: Policy, results: Sequence[StepResult]) -> dict[str, float]:
+    """Means over the optimizer steps of one step, and over their tokens; the rate is that of the first."""
+    from igpo_megatron.policy.policy import learning_rate
 
-def row_loss(loss: Callable[..., Any], config: Loss, with_reference: bool, row: PackedRow, logprobs: Any, entropy: Any) -> Any:
-    from igpo_megatron.algorithms.losses import Tokens
-
-    looks_back = isinstance(config, Aepo | Hapo) and config.uses_old_entropies
-    tokens = Tokens(
-        logprobs=logprobs,
-        weight=row.weight,
-        advantages=trained_advantages(row, config),
-        old_logprobs=row.old_logprobs,
-        ref_logprobs=row.ref_logprobs if with_reference else None,
-        entropy=entropy,
-        old_entropies=row.old_entropies if looks_back else None,
-        sequence=row.sequence,
-        sequences=row.sequences,
-    )
-    return loss(tokens)
+    optim = policy.config.optim
+    empty = optim.minibatches - len(results)
+    metrics = {
+        "skipped": float(empty + sum(result.skipped for result in results)),
+        "lr": learning_rate(policy.steps_taken - optim.minibatches, policy.total_steps, optim),
+    }
+    if not results:
+        return metrics
+    metrics["loss"] = sum(result.loss for result in results) / len(results)
+    metrics["grad_norm"] = sum(result.grad_norm for result in results) / len(results)
+    tokens = sum(result.metrics["tokens"] for result in results)
+    names = {"clipped": "clip_fraction", "approx_kl": "kl_old", "ref_kl": "kl_ref", "entropy": "entropy", "nll": "nll"}
+    for name, shown in names.items():
+        if name in results[0].metrics:
+            metrics[shown] = sum(result.metrics[name] for result in results) / max(tokens, 1.0)
+    return metrics

@@ -13,14 +13,13 @@ from groups import random_groups
 from test_layouts import gradients, relative_error, with_off_policy_logprobs
 
 from checkpoint_conversion.architectures import rules_for
-from igpo_megatron.algorithms.losses import ppo
+from igpo_megatron.algorithms.losses.registry import objective
 from igpo_megatron.algorithms.settings import Ppo
 from igpo_megatron.packing.tree import pack_for_scoring, pack_for_training, step_counts
-from igpo_megatron.policy import attention, schedule
+from igpo_megatron.policy import attention
 from igpo_megatron.policy.model import global_names
 from igpo_megatron.policy.offload import Offload, _bytes_of, _kept
 from igpo_megatron.policy.policy import Policy
-from igpo_megatron.training.step import row_loss
 from igpo_megatron.types import RolloutGroup
 
 LOSS = Ppo(kl_coef=0.01, entropy_coef=0.003, aggregation="sequence_mean", clip_low=2.0, clip_high=1e6, dual_clip=None)
@@ -78,12 +77,11 @@ def measured(policy: Policy, trees: list[RolloutGroup]) -> Numbers:
     again = torch.cat(policy.log_probs(scoring))
     rows = pack_for_training(trees, row_tokens=ROW_TOKENS, multiple=ROW_TOKENS, token_weight=lambda tokens: 1.0)
     assert {row.num_tokens for row in [*rows, *scoring]} == {ROW_TOKENS} and ROW_TOKENS > 2 * attention.BLOCK
-    loss = partial(row_loss, partial(ppo, counts=step_counts(trees), config=LOSS), LOSS, True)
-    policy.zero_gradients()
-    schedule.forward_backward(policy.wrapped, rows, loss, temperature=1.0, device=policy.ranks.device)
+    loss = partial(objective, counts=step_counts(trees), config=LOSS)
+    policy.forward_backward(rows, loss)
     found = {name: tensor.float().cpu() for name, tensor in gradients(policy).items()}
     start = optimized(policy)
-    result = policy.train_step(rows, loss)
+    result = policy.optimizer_step(policy.forward_backward(rows, loss))
     leave_and_come_back(policy)
     weights = optimized(policy)
     assert not any(torch.equal(start[name], tensor) for name, tensor in weights.items()), "a tensor did not learn"

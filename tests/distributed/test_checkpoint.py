@@ -30,7 +30,7 @@ SMALL = {"optim__lr": 1e-3}
 def losses(policy: Policy, groups: list[RolloutGroup], steps: int) -> list[tuple[float, float]]:
     """(loss, gradient norm) of the next steps on the same groups."""
     rows = pack_for_training(groups, row_tokens=60, multiple=policy.row_multiple, token_weight=lambda n: 1.0 / n)
-    results = [policy.train_step(rows, partial(row_loss, step_counts(groups))) for _ in range(steps)]
+    results = [policy.optimizer_step(policy.forward_backward(rows, partial(row_loss, step_counts(groups)))) for _ in range(steps)]
     return [(result.loss, result.grad_norm) for result in results]
 
 

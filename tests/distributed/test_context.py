@@ -24,12 +24,11 @@ from test_layouts import (
     worst,
 )
 
-from igpo_megatron.algorithms.losses import LOSSES, token_weight
+from igpo_megatron.algorithms.losses.registry import objective, token_weight
 from igpo_megatron.algorithms.settings import Gspo
 from igpo_megatron.packing.tree import pack_for_training, step_counts
-from igpo_megatron.policy import attention, context, schedule
+from igpo_megatron.policy import attention, context
 from igpo_megatron.policy.policy import Policy
-from igpo_megatron.training.step import row_loss as configured_loss
 from igpo_megatron.types import RolloutGroup
 
 TWO: dict[str, Any] = {"parallel__context": 2, "parallel__distributed_optimizer": False}
@@ -89,9 +88,7 @@ def gspo_gradients(policy: Policy, groups: list[RolloutGroup]) -> dict[str, torc
     loss = Gspo(kl_coef=0.0, mismatch="mask_sequence")
     weight = partial(token_weight, loss.aggregation)
     rows = pack_for_training(groups, row_tokens=ROW_TOKENS, multiple=policy.row_multiple, token_weight=weight)
-    bound = partial(configured_loss, partial(LOSSES[loss.name], counts=step_counts(groups), config=loss), loss, False)
-    policy.zero_gradients()
-    schedule.forward_backward(policy.wrapped, policy._share(rows)[0], bound, temperature=1.0, device=policy.ranks.device)
+    policy.forward_backward(rows, partial(objective, counts=step_counts(groups), config=loss))
     return gradients(policy)
 
 

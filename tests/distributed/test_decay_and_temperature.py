@@ -26,7 +26,7 @@ def step_without_gradient(policy: Policy, groups: list[RolloutGroup]) -> dict[st
     policy.optimizer.reload_model_params()
     before = {name: p.detach().double().norm() for name, p in parameters.items()}
     rows = pack_for_training(groups, row_tokens=60, multiple=policy.row_multiple, token_weight=lambda n: 1.0)
-    policy.train_step(rows, lambda row, logprobs, entropy: ((logprobs * 0).sum(), {}))
+    policy.optimizer_step(policy.forward_backward(rows, lambda tokens: ((tokens.logprobs * 0).sum(), {})))
     return {name: (p.dim(), float(p.detach().double().norm() / before[name])) for name, p in parameters.items()}
 
 

@@ -21,13 +21,13 @@ from groups import random_groups
 from host_waits import Operations, host_waits, place
 from test_layouts import ROW_TOKENS, with_off_policy_logprobs
 
-from igpo_megatron.algorithms.losses import LOSSES
-from igpo_megatron.algorithms.settings import Aepo, Bapo, Cispo, Gspo, Hapo, Loss, PolicyLoss, Ppo, Sft
+from igpo_megatron.algorithms.losses.registry import LOSSES, objective
+from igpo_megatron.algorithms.losses.tokens import Tokens
+from igpo_megatron.algorithms.settings import Aepo, Bapo, Cispo, Gspo, Hapo, Loss, Ppo, Sft
 from igpo_megatron.packing.experts import ExpertShape
-from igpo_megatron.packing.tree import PackedRow, pack_for_scoring, pack_for_training, step_counts
+from igpo_megatron.packing.tree import pack_for_scoring, pack_for_training, step_counts
 from igpo_megatron.policy import attention, cpu, schedule, upload
 from igpo_megatron.policy.policy import Policy
-from igpo_megatron.training.step import row_loss as configured_loss
 from igpo_megatron.types import EntropyStats, RolloutGroup
 
 META = torch.device("meta")
@@ -48,10 +48,9 @@ CASES: dict[str, Loss] = {
 
 
 def loss_of(config: Loss, groups: list[RolloutGroup]) -> Callable[..., Any]:
-    """As `learn.update` makes it. BAPO's bounds are found on the host, of log-probs that are there, before the step."""
-    counts = replace(step_counts(groups), entropy=EntropyStats(mean=1.0, std=0.5, threshold=1.5, lowest=0.1, highest=3.0))
-    settings = Ppo(**ALL) if isinstance(config, Bapo) else config
-    return partial(configured_loss, partial(LOSSES[config.name], counts=counts, config=settings), config, isinstance(config, PolicyLoss))
+    """As `step.minibatches` makes it. BAPO's bounds are found on the host, of log-probs that are there, before the step."""
+    entropy = EntropyStats(mean=1.0, std=0.5, threshold=1.5, lowest=0.1, highest=3.0)
+    return partial(objective, counts=replace(step_counts(groups), entropy=entropy, bounds=(0.8, 1.2)), config=config)
 
 
 def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block_mask: Any, scale: float, enable_gqa: bool) -> torch.Tensor:
@@ -116,7 +115,7 @@ def waits(policy: Policy, groups: list[RolloutGroup], names: list[str]) -> tuple
             return schedule.forward_only(meta.wrapped, scoring, temperature=1.0, probe_temperature=0.5, device=META, with_entropy=True)
 
         def learn(loss: Callable[..., Any]) -> Any:
-            return schedule.forward_backward(meta.wrapped, rows, loss, temperature=1.0, device=META)
+            return meta.forward_backward(rows, loss)
 
         places = {"scoring": stopped_in(score)}
         copies.locked.clear(), copies.others.clear()  # what the first row moves there stays there
@@ -140,16 +139,16 @@ def mistakes(policy: Policy, groups: list[RolloutGroup]) -> tuple[list[str], lis
     with valueless(policy) as (meta, copies):
         rows = pack_for_training(groups, row_tokens=ROW_TOKENS, token_weight=lambda tokens: 1.0)
 
-        def by_mask(row: PackedRow, logprobs: torch.Tensor, entropy: torch.Tensor) -> Any:
-            return logprobs[row.weight > 0].sum(), {}
+        def by_mask(tokens: Tokens) -> Any:
+            return tokens.logprobs[tokens.weight > 0].sum(), {}
 
-        def by_number(row: PackedRow, logprobs: torch.Tensor, entropy: torch.Tensor) -> Any:
-            return logprobs.sum() / float(row.weight.sum()), {}
+        def by_number(tokens: Tokens) -> Any:
+            return tokens.logprobs.sum() / float(tokens.weight.sum()), {}
 
-        def by_copy(row: PackedRow, logprobs: torch.Tensor, entropy: torch.Tensor) -> Any:
-            return (logprobs * torch.ones(len(logprobs)).to(logprobs.device)).sum(), {}
+        def by_copy(tokens: Tokens) -> Any:
+            return (tokens.logprobs * torch.ones(len(tokens.logprobs)).to(tokens.logprobs.device)).sum(), {}
 
-        run = partial(schedule.forward_backward, meta.wrapped, rows, temperature=1.0, device=META)
+        run = partial(meta.forward_backward, rows)
         places = [stopped_in(partial(run, loss)) for loss in (by_mask, by_number)]
         copies.others.clear()
         places.append(stopped_in(partial(run, by_copy)))
@@ -159,7 +158,7 @@ def mistakes(policy: Policy, groups: list[RolloutGroup]) -> tuple[list[str], lis
 def test_what_waits_in_a_loss_is_found(hf_folders: dict[str, Path]) -> None:
     groups = with_off_policy_logprobs(random_groups(seed=2, probes=False))
     ((places, others),) = run_ranks(mistakes, make_config(hf_folders["qwen2_tied"], parallel__distributed_optimizer=False), groups)
-    assert places == ["schedule.loss_of", "schedule.loss_of", "schedule.summed"]
+    assert places == ["policy.loss_of", "policy.loss_of", "schedule.summed"]
     assert set(others) == {"test_device.by_copy"}
 
 
@@ -186,7 +185,7 @@ def waits_by_place(policy: Policy, groups: list[RolloutGroup]) -> list[dict[str,
     with host_waits(policy.ranks.device) as scored:
         schedule.forward_only(policy.wrapped, scoring, probe_temperature=0.5, **settings)
     with host_waits(policy.ranks.device) as learnt:
-        schedule.forward_backward(policy.wrapped, rows, loss_of(CASES["gspo"], groups), **settings)
+        policy.forward_backward(rows, loss_of(CASES["gspo"], groups))
     return [dict(scored), dict(learnt)]
 
 

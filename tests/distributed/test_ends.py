@@ -28,6 +28,7 @@ from igpo_megatron.launch.agent import ending_of_ranks
 from igpo_megatron.policy import checkpoint, parallel, policy, weight_sync
 from igpo_megatron.supervision.endings import LAUNCHED, Ending
 from igpo_megatron.training import main as train
+from igpo_megatron.training import services
 from igpo_megatron.types import UserError
 
 FORK = multiprocessing.get_context("fork")
@@ -60,13 +61,13 @@ class Queue:
         return None
 
 
-def open_side(config: Any, folder: Any, stack: Any, *_: Any) -> train.Side:
+def open_services(config: Any, folder: Any, stack: Any, *_: Any) -> services.Services:
     def close() -> None:
         os.kill(os.getpid(), signal.SIGTERM)  # what torchrun's agent sends when another rank has failed
         (folder.root.parent / "closed").write_text("in order")
 
     stack.callback(close)
-    return train.Side(folder, engines=Sink(), queue=Queue())  # type: ignore[arg-type]
+    return services.Services(folder, engines=Sink(), queue=Queue())  # type: ignore[arg-type]
 
 
 def settings(hf_folder: Path, folder: Path, **overrides: Any) -> Path:
@@ -115,7 +116,7 @@ def _rank(rank: int, world: int, port: int, path: Path, prepare: Callable[[int],
     os.dup2(output, 2)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ.update({"GLOO_SOCKET_IFNAME": "lo", "TORCHELASTIC_ERROR_FILE": str(path.parent / f"error{rank}.json"), LAUNCHED: "1"})
-    train.open_side = open_side
+    services.open_services = open_services
     train.require = lambda *_: None
     prepare(rank)
     code = 99
@@ -145,12 +146,12 @@ PHASES: dict[str, tuple[Any, str]] = {
     "starting": (policy, "build_model"),
     "rollout": (parallel, "on_main"),
     "scoring": (train, "score_tokens"),
-    "training": (train, "update"),
+    "training": (policy.Policy, "forward_backward"),
     "saving": (checkpoint, "_sharded_state"),
     "sync": (weight_sync, "push"),
     "evaluation": (parallel, "on_main"),
     "closing": (parallel, "shutdown"),
-    "finish": (train, "finish"),
+    "finish": (services, "finish"),
 }
 ON_MAIN = {"rollout": "collect", "evaluation": "evaluate_if_due"}
 

@@ -17,15 +17,14 @@ from host_waits import host_waits
 from test_layouts import LOSS, gradients, relative_error, with_off_policy_logprobs
 
 from igpo_megatron.algorithms.advantages.tree import entropy_stats
-from igpo_megatron.algorithms.losses import LOSSES, token_weight
-from igpo_megatron.algorithms.settings import Aepo, Cispo, Gspo, Hapo, PolicyLoss, Sft
+from igpo_megatron.algorithms.losses.registry import objective, token_weight
+from igpo_megatron.algorithms.settings import Aepo, Cispo, Gspo, Hapo, Sft
 from igpo_megatron.algorithms.settings import Loss as LossConfig
 from igpo_megatron.kernels import token_loss
 from igpo_megatron.packing.tree import PackedRow, pack_for_scoring, pack_for_training, step_counts
 from igpo_megatron.policy import model, schedule
 from igpo_megatron.policy.policy import Policy
 from igpo_megatron.policy.weight_sync import named_weights
-from igpo_megatron.training.step import row_loss as configured_loss
 from igpo_megatron.types import RolloutGroup
 
 PLAIN = {"parallel__distributed_optimizer": False}
@@ -62,11 +61,10 @@ def trees() -> list[RolloutGroup]:
     return groups
 
 
-def bound(loss: LossConfig, groups: list[RolloutGroup]) -> schedule.RowLoss:
+def bound(loss: LossConfig, groups: list[RolloutGroup]) -> schedule.Objective:
     """As the trainer binds it."""
     counts = replace(step_counts(groups), entropy=entropy_stats(groups, 0.3))
-    with_reference = isinstance(loss, PolicyLoss) and loss.kl_coef > 0
-    return partial(configured_loss, partial(LOSSES[loss.name], counts=counts, config=loss), loss, with_reference)
+    return partial(objective, counts=counts, config=loss)
 
 
 def rows_of(groups: list[RolloutGroup], multiple: int, *, probes: bool = False) -> list[PackedRow]:
@@ -81,16 +79,11 @@ Step = tuple[dict[str, torch.Tensor], dict[str, float]]
 def step(policy: Policy, groups: list[RolloutGroup], loss: LossConfig, in_forward: bool, *, probes: bool = False) -> Step:
     """(gradients, loss and metric sums) of one pass over all rows."""
     rows = rows_of(groups, policy.row_multiple, probes=probes)
-    policy.zero_gradients()
-    sums = schedule.forward_backward(
-        policy.wrapped,
-        policy._share(rows)[0],
-        bound(loss, groups),
-        temperature=0.8,
-        sampled_vocab=SAMPLED_VOCAB if probes else None,
-        device=policy.ranks.device,
-        in_forward=in_forward,
-    )
+    backward = "in_forward" if in_forward else "recompute"
+    given, chosen = policy.config, policy.config.model.model_copy(update={"head_backward": backward})
+    policy.config = given.model_copy(update={"model": chosen, "rollout": given.rollout.model_copy(update={"temperature": 0.8})})
+    policy.sampled_vocab = SAMPLED_VOCAB if probes else None
+    sums = policy.forward_backward(rows, bound(loss, groups))
     return gradients(policy), sums
 
 
@@ -165,7 +158,7 @@ def updated(policy: Policy, groups: list[RolloutGroup]) -> tuple[int, float, flo
     """(calls of the head that forms gradients in forward, loss, gradient norm, weights) of a step as `igpo train` takes it."""
     calls = mock.Mock(side_effect=model.linear_logprob_with_gradients)
     with mock.patch.object(model, "linear_logprob_with_gradients", calls):
-        result = policy.train_step(rows_of(groups, policy.row_multiple), bound(LOSS, groups))
+        result = policy.optimizer_step(policy.forward_backward(rows_of(groups, policy.row_multiple), bound(LOSS, groups)))
     return calls.call_count, result.loss, result.grad_norm, {name: tensor.clone() for name, tensor in named_weights(policy)}
 
 

@@ -17,15 +17,14 @@ from megatron.core import parallel_state
 
 from checkpoint_conversion.architectures import rules_for
 from igpo_megatron.algorithms.advantages.tree import entropy_stats
-from igpo_megatron.algorithms.losses import LOSSES, Tokens, ppo, token_weight
+from igpo_megatron.algorithms.losses.registry import LossResult, objective, token_weight
+from igpo_megatron.algorithms.losses.tokens import Tokens
 from igpo_megatron.algorithms.settings import Aepo, Hapo, Ppo
-from igpo_megatron.packing.tree import PackedRow, ProbeScorer, pack_for_scoring, pack_for_training, scatter, step_counts
-from igpo_megatron.policy import schedule
+from igpo_megatron.packing.tree import ProbeScorer, pack_for_scoring, pack_for_training, scatter, step_counts
 from igpo_megatron.policy.model import global_names, tensor_shards
 from igpo_megatron.policy.policy import Policy
 from igpo_megatron.policy.weight_sync import named_weights
-from igpo_megatron.training.step import row_loss as configured_loss
-from igpo_megatron.types import Node, RolloutGroup
+from igpo_megatron.types import Node, RolloutGroup, StepCounts
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp1": {},
@@ -88,19 +87,8 @@ def worst(left: list[list[float]], right: list[list[float]]) -> float:
     return max(abs(a - b) for x, y in zip(left, right, strict=True) for a, b in zip(x, y, strict=True))
 
 
-def row_loss(counts: Any, row: PackedRow, logprobs: torch.Tensor, entropy: torch.Tensor) -> Any:
-    return ppo(
-        Tokens(
-            logprobs=logprobs,
-            entropy=entropy,
-            old_logprobs=row.old_logprobs,
-            ref_logprobs=row.ref_logprobs,
-            advantages=row.advantages,
-            weight=row.weight,
-        ),
-        counts,
-        LOSS,
-    )
+def row_loss(counts: StepCounts, tokens: Tokens) -> LossResult:
+    return objective(tokens, counts, LOSS)
 
 
 def gradients(policy: Policy) -> dict[str, torch.Tensor]:
@@ -125,11 +113,9 @@ def one_step(policy: Policy, groups: list[RolloutGroup]) -> tuple[dict[str, torc
     loss = partial(row_loss, step_counts(groups))
     grads: dict[str, torch.Tensor] = {}
     if not policy.config.parallel.distributed_optimizer:
-        policy.zero_gradients()
-        mine, _ = policy._share(rows)
-        schedule.forward_backward(policy.wrapped, mine, loss, temperature=1.0, device=policy.ranks.device)
+        policy.forward_backward(rows, loss)
         grads = gradients(policy)
-    result = policy.train_step(rows, loss)
+    result = policy.optimizer_step(policy.forward_backward(rows, loss))
     return grads, result.loss, result.grad_norm, {name: tensor.clone() for name, tensor in named_weights(policy)}
 
 
@@ -162,7 +148,7 @@ def hf_step(folder: Path, groups: list[RolloutGroup]) -> tuple[dict[str, torch.T
                 if node.kind == "action":
                     rows = logits[position - 1 : position - 1 + len(node.token_ids)]
                     n, advantage = len(node.token_ids), next(advantages)
-                    part, _ = ppo(
+                    part, _ = objective(
                         Tokens(
                             logprobs=rows.gather(-1, torch.tensor(node.token_ids)[:, None])[:, 0],
                             entropy=-(rows.exp() * rows).sum(-1),
@@ -272,7 +258,8 @@ def without_finite_loss(policy: Policy, groups: list[RolloutGroup]) -> tuple[boo
     """(skipped, steps counted, weights unchanged) of a step whose loss is not a number."""
     before = exported(policy)
     rows = pack_for_training(groups, row_tokens=ROW_TOKENS, token_weight=lambda n: 1.0)
-    result = policy.train_step(rows, lambda row, logprobs, entropy: ((logprobs * float("nan")).sum(), {"tokens": torch.tensor(1.0)}))
+    sums = policy.forward_backward(rows, lambda tokens: ((tokens.logprobs * float("nan")).sum(), {"tokens": torch.tensor(1.0)}))
+    result = policy.optimizer_step(sums)
     after = exported(policy)
     return result.skipped, policy.steps_taken, all(torch.equal(before[name], after[name]) for name in before)
 
@@ -306,7 +293,7 @@ def two_bf16_steps(policy: Policy, groups: list[RolloutGroup]) -> tuple[bool, to
     before = exported(policy)
     rows = pack_for_training(groups, row_tokens=ROW_TOKENS, token_weight=partial(token_weight, LOSS.aggregation))
     for _ in range(2):
-        assert not policy.train_step(rows, partial(row_loss, step_counts(groups))).skipped
+        assert not policy.optimizer_step(policy.forward_backward(rows, partial(row_loss, step_counts(groups)))).skipped
     after = exported(policy)
     return all(not torch.equal(before[name], after[name]) for name in before), after["lm_head.weight"].dtype
 
@@ -324,11 +311,7 @@ def branched_step(policy: Policy, groups: list[RolloutGroup], loss: Ppo) -> tupl
     )
     stats = entropy_stats(groups, 0.3) if loss.uses_old_entropies else None
     counts = replace(step_counts(groups), entropy=stats)
-    for chunk in policy.wrapped:
-        chunk.zero_grad_buffer()
-    mine, _ = policy._share(rows)
-    bound = partial(configured_loss, partial(LOSSES[loss.name], counts=counts, config=loss), loss, True)
-    schedule.forward_backward(policy.wrapped, mine, bound, temperature=1.0, device=policy.ranks.device)
+    policy.forward_backward(rows, partial(objective, counts=counts, config=loss))
     return gradients(policy), sum(row.num_tokens for row in rows)
 
 

@@ -18,7 +18,7 @@ from igpo_megatron.policy.host_memory import ALIGNMENT
 from igpo_megatron.policy.offload import Offload
 from igpo_megatron.policy.policy import Policy
 from igpo_megatron.policy.weight_sync import named_weights
-from igpo_megatron.training.step import update
+from igpo_megatron.training.step import minibatches
 from igpo_megatron.types import RolloutGroup
 from igpo_megatron.weights.store import SharedWeights
 
@@ -30,6 +30,11 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
+def trained_once(policy: Policy, groups: list[RolloutGroup]) -> None:
+    for rows, objective in minibatches(policy, groups):
+        policy.optimizer_step(policy.forward_backward(rows, objective))
+
+
 def trained(policy: Policy, groups: list[RolloutGroup], leaves: bool) -> tuple[dict[str, torch.Tensor], int, bool]:
     """(weights after two steps, bytes given back at most, emptied while away), with or without leaving the device before each step."""
     away, given_back, emptied = Offload(policy), 0, False
@@ -39,7 +44,7 @@ def trained(policy: Policy, groups: list[RolloutGroup], leaves: bool) -> tuple[d
             emptied = away.is_away and all(p.untyped_storage().nbytes() == 0 for chunk in policy.chunks for p in chunk.parameters())
             away.come_back()
             assert not away.is_away
-        update(policy, groups)
+        trained_once(policy, groups)
         # An export must not pin what is to be emptied next.
         store = SharedWeights()
         store.write(0, [*named_weights(policy)], 0)
@@ -78,7 +83,7 @@ def locked(policy: Policy, groups: list[RolloutGroup]) -> list[tuple[list[tuple[
             kept = sum(host.nbytes for _, host in away._away if isinstance(host, torch.Tensor))
             away.come_back()
             found.append((list(calls), kept))
-            update(policy, groups)
+            trained_once(policy, groups)
     return found
 
 
@@ -101,7 +106,7 @@ def as_at_the_start(policy: Policy, groups: list[RolloutGroup]) -> tuple[bool, b
         return torch.cat(policy.log_probs(rows))
 
     start = score()
-    update(policy, groups)
+    trained_once(policy, groups)
     learnt = score()
     with policy.as_reference():
         reference = score()

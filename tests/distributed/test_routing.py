@@ -13,7 +13,6 @@ from groups import load_hf, random_groups
 from test_layouts import MIXTURE_LAYOUTS, gradients, relative_error, row_loss, with_off_policy_logprobs
 
 from igpo_megatron.packing.tree import PackedRow, pack_for_scoring, pack_for_training, step_counts
-from igpo_megatron.policy import schedule
 from igpo_megatron.policy.policy import Policy
 from igpo_megatron.training.step import replayed_experts, routing_metrics, score_tokens
 from igpo_megatron.types import RolloutGroup
@@ -144,10 +143,7 @@ def replayed_gradients(policy: Policy, groups: list[RolloutGroup]) -> dict[str, 
         groups, row_tokens=60, multiple=policy.row_multiple, token_weight=lambda tokens: 1.0, experts=replayed_experts(policy)
     )
     assert len(rows) > 2, "a pipeline must have gone on to other rows before the first goes backward"
-    mine, _ = policy._share(rows)
-    loss = partial(row_loss, step_counts(groups))
-    policy.zero_gradients()
-    schedule.forward_backward(policy.wrapped, mine, loss, temperature=1.0, device=policy.ranks.device)
+    policy.forward_backward(rows, partial(row_loss, step_counts(groups)))
     return gradients(policy)
 
 

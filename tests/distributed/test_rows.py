@@ -95,13 +95,13 @@ def count_groups(path: Path) -> Any:
             gc.collect()
             return sum(isinstance(found, RolloutGroup | Node) for found in gc.get_objects())
 
-        inherited, train_step = alive(), Policy.train_step
+        inherited, forward_backward = alive(), Policy.forward_backward
 
         def counted(self: Policy, *arguments: Any, **named: Any) -> Any:
             (path.parent / f"held{rank}.json").write_text(json.dumps(alive() - inherited))
-            return train_step(self, *arguments, **named)
+            return forward_backward(self, *arguments, **named)
 
-        policies.Policy.train_step = counted  # type: ignore[method-assign]
+        policies.Policy.forward_backward = counted  # type: ignore[method-assign]
 
     return prepare
 

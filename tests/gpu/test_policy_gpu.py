@@ -104,7 +104,7 @@ def waits_of_rows(policy: Policy, trees: list[RolloutGroup], names: list[str], s
         return policy.log_probs(scoring[:count], with_entropy=True)
 
     def step(loss: Callable[..., Any], count: int) -> Any:
-        return policy.train_step(rows[:count], loss)
+        return policy.optimizer_step(policy.forward_backward(rows[:count], loss))
 
     works = {"scoring": score} if scores else {}
     works |= {name: partial(step, loss_of(CASES[name], trees)) for name in names}

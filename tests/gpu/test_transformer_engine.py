@@ -16,7 +16,6 @@ from groups import random_groups
 from test_layouts import gradients, relative_error, row_loss, with_off_policy_logprobs
 
 from igpo_megatron.packing.tree import pack_for_scoring, pack_for_training, step_counts
-from igpo_megatron.policy import schedule
 from igpo_megatron.policy.attention import TreeAttention
 from igpo_megatron.policy.policy import Policy
 from igpo_megatron.types import RolloutGroup
@@ -40,9 +39,7 @@ def scores_and_gradients(policy: Policy, groups: list[RolloutGroup]) -> Found:
     assert all(type(layer.self_attention.core_attention) is TreeAttention for layer in policy.chunks[0].decoder.layers)
     logprobs = torch.cat(policy.log_probs(pack_for_scoring(groups, row_tokens=60)))
     rows = pack_for_training(groups, row_tokens=60, token_weight=lambda tokens: 1.0)
-    policy.zero_gradients()
-    loss = partial(row_loss, step_counts(groups))
-    schedule.forward_backward(policy.wrapped, rows, loss, temperature=1.0, device=policy.ranks.device)
+    policy.forward_backward(rows, partial(row_loss, step_counts(groups)))
     return logprobs, {name: tensor.float().cpu() for name, tensor in gradients(policy).items()}
 
 

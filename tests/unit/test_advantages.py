@@ -10,10 +10,10 @@ import pytest
 
 from igpo_megatron.algorithms.advantages.anchor import gigpo_turn_advantages
 from igpo_megatron.algorithms.advantages.outcome import GREEDY_REWARD, grpo_advantages, rloo_advantages, token_weighted_advantages
-from igpo_megatron.algorithms.advantages.registry import ADVANTAGES
+from igpo_megatron.algorithms.advantages.registry import ADVANTAGES, set_advantages
 from igpo_megatron.algorithms.advantages.turn import eapo_turn_advantages, igpo_loo_turn_advantages, igpo_turn_advantages
 from igpo_megatron.algorithms.settings import (
-    Advantage,
+    BuiltinAdvantage,
     Eapo,
     GiGpo,
     Grpo,
@@ -43,7 +43,7 @@ def group_with(gains, rewards, statuses=None):
 
 
 def advantages_of(group, config, progress=0.0):
-    ADVANTAGES[config.name].function(group, config, progress)
+    set_advantages([group], config, progress)
     return [trajectory.turn_advantages for trajectory in group.trajectories]
 
 
@@ -213,12 +213,12 @@ def test_gains_must_be_there_before_turn_advantages():
 
 
 def test_every_advantage_of_the_schema_is_in_both_tables():
-    union = Advantage.__args__[0]
+    union = BuiltinAdvantage.__args__[0]
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     table = readme.partition("### Algorithms")[2].partition("\nLeft out")[0]
     assert [name for name in ADVANTAGES if f"| `{name}`" not in table and f"| `advantage.name={name}`" not in table] == []
     assert set(ADVANTAGES) == {section.model_fields["name"].default for section in union.__args__}
-    assert {name for name, entry in ADVANTAGES.items() if entry.needs_probes} == {"igpo", "igpo_loo"}
+    assert {section.model_fields["name"].default for section in union.__args__ if section.needs_probes} == {"igpo", "igpo_loo"}
 
 
 def test_advantages_are_importable_without_torch():
@@ -265,10 +265,7 @@ def test_reinforce_pp_whitens_over_all_tokens_of_the_batch():
 
 
 def over_batch(groups, config):
-    entry = ADVANTAGES[config.name]
-    for group in groups:
-        entry.function(group, config, 0.0)
-    entry.over_batch(groups)
+    set_advantages(groups, config, 0.0)
     return [value for group in groups for trajectory in group.trajectories for value in trajectory.turn_advantages]
 
 

@@ -18,11 +18,11 @@ import pytest
 
 from igpo_megatron.algorithms.advantages.anchor import gigpo_turn_advantages
 from igpo_megatron.algorithms.advantages.outcome import GREEDY_REWARD, grpo_advantages, rloo_advantages, token_weighted_advantages
-from igpo_megatron.algorithms.advantages.registry import ADVANTAGES
+from igpo_megatron.algorithms.advantages.registry import set_advantages
 from igpo_megatron.algorithms.advantages.turn import eapo_turn_advantages, igpo_loo_turn_advantages, igpo_turn_advantages
 from igpo_megatron.algorithms.settings import (
-    Advantage,
     Arpo,
+    BuiltinAdvantage,
     Eapo,
     GiGpo,
     Grpo,
@@ -228,7 +228,7 @@ def whitened_gradient(process: Process, config, groups: int, seed: int) -> list[
     draw = random.Random(seed)
     batch = [[process.sample(draw) for _ in range(GROUP)] for _ in range(groups)]
     trees = [group_of(walks) for walks in batch]
-    assigned(trees, config)
+    set_advantages(trees, config, 0.0)
     gradient = [0.0] * len(THETA)
     for walks, tree in zip(batch, trees, strict=True):
         for walk, trajectory in zip(walks, tree.trajectories, strict=True):
@@ -276,7 +276,7 @@ def test_under_constant_reward_no_turn_earns_anything(config):
     for trajectory in group.trajectories:
         trajectory.gains = [*[0.0] * (len(trajectory.path) - 2), None]
     group.metrics[GREEDY_REWARD] = 0.7
-    assigned([group], config)
+    set_advantages([group], config, 0.0)
     assert [value for trajectory in group.trajectories for value in trajectory.turn_advantages] == pytest.approx([0.0] * 10, abs=1e-9)
 
 
@@ -326,14 +326,6 @@ def random_group(draw: random.Random, size: int = 6) -> RolloutGroup:
     return group
 
 
-def assigned(groups: list[RolloutGroup], config) -> None:
-    entry = ADVANTAGES[config.name]
-    for group in groups:
-        entry.function(group, config, 0.0)
-    if entry.over_batch:
-        entry.over_batch(groups)
-
-
 CONFIGS = [
     Igpo(),
     IgpoLoo(),
@@ -351,18 +343,18 @@ CONFIGS = [
 
 
 def test_every_advantage_is_checked_for_what_must_change_nothing():
-    assert {type(config) for config in CONFIGS} == set(Advantage.__args__[0].__args__)
+    assert {type(config) for config in CONFIGS} == set(BuiltinAdvantage.__args__[0].__args__)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.name)
 def test_the_order_of_trajectories_and_groups_changes_nothing(config):
     groups = [random_group(random.Random(seed)) for seed in range(3)]
-    assigned(groups, config)
+    set_advantages(groups, config, 0.0)
     before = {id(trajectory): trajectory.turn_advantages for group in groups for trajectory in group.trajectories}
     random.Random(0).shuffle(groups)
     for group in groups:
         random.Random(1).shuffle(group.trajectories)
-    assigned(groups, config)
+    set_advantages(groups, config, 0.0)
     for group in groups:
         for trajectory in group.trajectories:
             assert trajectory.turn_advantages == pytest.approx(before[id(trajectory)], abs=1e-9)
@@ -372,7 +364,7 @@ def test_the_order_of_trajectories_and_groups_changes_nothing(config):
 def test_packing_changes_no_tokens_weight_and_advantage(config):
     """One row for all, or cut into rows of a few tokens: every action node keeps its weight and advantages."""
     groups = [random_group(random.Random(seed)) for seed in range(3)]
-    assigned(groups, config)
+    set_advantages(groups, config, 0.0)
 
     def by_node(row_tokens: int) -> dict[tuple[int, int], list[float]]:
         found = {}

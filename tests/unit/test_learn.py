@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from igpo_megatron.algorithms.advantages.outcome import scale_by_informative, whiten
-from igpo_megatron.algorithms.advantages.registry import ADVANTAGES
+from igpo_megatron.algorithms.advantages.registry import ADVANTAGES, set_advantages
 from igpo_megatron.algorithms.info_gain import add_probes, turn_gains
-from igpo_megatron.algorithms.losses import denominator
+from igpo_megatron.algorithms.losses.registry import LOSSES, LossEntry, denominator, objective
 from igpo_megatron.algorithms.replay import SuccessBuffer
 from igpo_megatron.algorithms.settings import Bapo, Reward
 from igpo_megatron.config.check.algorithm import check_schedule
@@ -18,10 +18,11 @@ from igpo_megatron.config.load import build
 from igpo_megatron.observability.metrics import rollout_metrics
 from igpo_megatron.packing.tree import pack_for_scoring, pack_for_training, step_counts
 from igpo_megatron.policy.policy import StepResult, learning_rate
+from igpo_megatron.policy.schedule import tokens_of
 from igpo_megatron.policy.settings import Optim
 from igpo_megatron.training.queue import has_equal_rewards
-from igpo_megatron.training.step import balance_bounds, minibatches, row_loss, update
-from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, Trajectory
+from igpo_megatron.training.step import bounds_of_step, minibatches, shuffled_parts, update_metrics
+from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, StepCounts, Trajectory
 
 
 def group_of(*rewards: float, name: str = "q", empty: int = 0) -> RolloutGroup:
@@ -46,11 +47,22 @@ class Recorder:
         self.rates: list[float] = []
         self.sizes: list[int] = []
 
-    def train_step(self, rows: list, loss: object) -> StepResult:
+    def forward_backward(self, rows: list, objective: object) -> list:
+        return rows
+
+    def optimizer_step(self, rows: list) -> StepResult:
         self.rates.append(learning_rate(self.steps_taken, self.total_steps, self.config.optim))
         self.sizes.append(len({part[0] for row in rows for part in row.origin}))
         self.steps_taken += 1
         return StepResult(0.0, 1.0, False, {"tokens": 1.0})
+
+
+def update(policy: Recorder, groups: list[RolloutGroup]) -> dict[str, float]:
+    """As the training loop does it."""
+    results = []
+    for rows, trained in minibatches(policy, groups):
+        results.append(policy.optimizer_step(policy.forward_backward(rows, trained)))
+    return update_metrics(policy, results)
 
 
 # ---- trajectories without a sampled token
@@ -82,7 +94,6 @@ def test_an_action_of_no_tokens_alone_is_no_trained_trajectory():
 
 @pytest.mark.parametrize("name", ADVANTAGES)
 def test_no_advantage_sees_a_trajectory_without_a_sampled_token(name):
-    advantage = ADVANTAGES[name]
     config = build({"model": {"path": "m"}}, [f"advantage.name={name}"]).advantage
 
     def advantages(groups):
@@ -90,9 +101,7 @@ def test_no_advantage_sees_a_trajectory_without_a_sampled_token(name):
             group.metrics["greedy_reward"] = 0.25
             for trajectory in group.trajectories:
                 trajectory.gains = [None] * len(group.actions(trajectory))
-            advantage.function(group, config, 0.0)
-        if advantage.over_batch:
-            advantage.over_batch(groups)
+        set_advantages(groups, config, 0.0)
         return [trajectory.turn_advantages for group in groups for trajectory in group.trajectories if group.actions(trajectory)]
 
     # The group without turns would be a group of equal rewards in RAPO's count, which doubles what the informative one is scaled by.
@@ -142,7 +151,7 @@ def test_a_step_trains_beside_a_question_that_leaves_no_room_for_a_turn():
 @pytest.mark.parametrize(("questions", "count"), [(32, 20), (5, 4), (32, 12), (7, 7), (3, 1), (2, 5)])
 def test_a_step_has_exactly_as_many_parts_as_asked_for_and_they_are_near_equal(questions, count):
     groups = [group_of(1.0, name=str(number)) for number in range(questions)]
-    parts = minibatches(groups, count, key="0 0")
+    parts = shuffled_parts(groups, count, key="0 0")
     sizes = [len(part) for part in parts]
     assert len(parts) == count and max(sizes) - min(sizes) <= 1
     assert sorted(int(group.prompt.id) for part in parts for group in part) == list(range(questions))
@@ -150,7 +159,7 @@ def test_a_step_has_exactly_as_many_parts_as_asked_for_and_they_are_near_equal(q
 
 def test_groups_that_were_sampled_last_do_not_gather_in_the_last_part():
     groups = [group_of(1.0, name=str(number)) for number in range(64)]
-    ids = lambda key: [[int(group.prompt.id) for group in part] for part in minibatches(groups, 4, key)]  # noqa: E731
+    ids = lambda key: [[int(group.prompt.id) for group in part] for part in shuffled_parts(groups, 4, key)]  # noqa: E731
     assert ids("7 16") == ids("7 16") != ids("7 20")
     late = [sum(number >= 48 for number in part) for part in ids("7 16")]
     assert max(late) < 10, "unshuffled, the last part would be all 16 of them"
@@ -214,9 +223,9 @@ def test_warmup_counts_training_steps_in_the_schedule_and_in_its_check():
 # ---- BAPO
 
 
-def share_of_positive(advantages, ratio, settings):
-    gained = (advantages[:, 0] * ratio.clamp(max=1 + settings.clip_high)).sum()
-    lost = (advantages[:, 1] * ratio.clamp(min=1 - settings.clip_low)).sum()
+def share_of_positive(advantages, ratio, lower, upper):
+    gained = (advantages[:, 0] * ratio.clamp(max=upper)).sum()
+    lost = (advantages[:, 1] * ratio.clamp(min=lower)).sum()
     return float(gained / (gained + lost))
 
 
@@ -224,7 +233,7 @@ def share_of_positive(advantages, ratio, settings):
     ("mismatch", "disputed", "ends"),
     [("none", 150, False), ("truncate", 150, False), ("mask", 60, False), ("mask", 150, True), ("mask_sequence", 150, True)],
 )
-def test_bapo_balances_the_advantages_that_the_loss_trains(mismatch, disputed, ends):
+def test_bapo_balances_the_advantages_that_the_loss_trains(mismatch, disputed, ends, monkeypatch):
     """The engine disagrees on some of the 200 positive tokens, beside 200 negative ones; recomputed here with plain tensors.
 
     Of 140 positive ones the bounds can make their share by moving a little; 50 are too few wherever they stand.
@@ -240,8 +249,8 @@ def test_bapo_balances_the_advantages_that_the_loss_trains(mismatch, disputed, e
     now = old + 0.3 * torch.randn(n, generator=generator)
     config = Bapo(mismatch=mismatch)
     known = {"old_logprobs": old, "behavior_logprobs": old - gap, "advantages": advantages, "weight": torch.ones(n)}
-    row = SimpleNamespace(**known, sequence=sequence, sequences=n // 50)
-    found = balance_bounds(SimpleNamespace(log_probs=lambda rows: [now]), [row], config)
+    row = SimpleNamespace(**known, sequence=sequence, sequences=n // 50, ref_logprobs=None, old_entropies=None)
+    lower, upper = bounds_of_step(SimpleNamespace(log_probs=lambda rows: [now]), [row], config)
 
     weight = gap.exp()
     factor = {
@@ -251,12 +260,14 @@ def test_bapo_balances_the_advantages_that_the_loss_trains(mismatch, disputed, e
         "mask_sequence": torch.where(gap > 0, 0.0, 1.0),
     }[mismatch]
     trained = advantages * factor[:, None]
-    at_ends = (found.clip_low, found.clip_high) == (pytest.approx(1 - config.lower[1]), pytest.approx(config.upper[1] - 1))
+    at_ends = (lower, upper) == (pytest.approx(config.lower[1]), pytest.approx(config.upper[1]))
     assert at_ends == ends
-    assert (share_of_positive(trained, (now - old).exp(), found) >= config.positive_share) != ends
+    assert (share_of_positive(trained, (now - old).exp(), lower, upper) >= config.positive_share) != ends
 
     seen = {}
-    row_loss(lambda tokens: seen.update(advantages=tokens.advantages), config, False, row, now, None)
+    look = LossEntry(lambda tokens, counts, config: (seen.update(advantages=tokens.advantages) or tokens.logprobs.sum(), {}))
+    monkeypatch.setitem(LOSSES, "bapo", look)
+    objective(tokens_of(row, now), StepCounts(n, 8, 1), config.model_copy(update={"kl_coef": 0.0}))
     assert torch.equal(seen["advantages"], trained), "what the bounds balance is what the loss is given"
 
 
@@ -265,7 +276,7 @@ def test_the_shuffle_of_a_step_depends_on_seed_and_step_alone():
         policy = Recorder("rollout.prompts_per_step=8", "optim.minibatches=8", f"run.seed={seed}")
         policy.steps_taken = taken
         order: list[int] = []
-        policy.train_step = lambda rows, loss: order.append(len(rows[0].targets)) or StepResult(0.0, 1.0, False, {"tokens": 1.0})
+        policy.optimizer_step = lambda rows: order.append(len(rows[0].targets)) or StepResult(0.0, 1.0, False, {"tokens": 1.0})
         groups = [group_of(*[1.0] * (number + 1), name=str(number)) for number in range(8)]
         random.seed(taken)  # what else draws numbers is no matter
         update(policy, groups)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from igpo_megatron.algorithms.advantages.registry import ADVANTAGES
+from igpo_megatron.algorithms.advantages.registry import set_advantages
 from igpo_megatron.algorithms.replay import REPLAYED, SuccessBuffer
 from igpo_megatron.algorithms.settings import Grpo
 from igpo_megatron.packing.tree import pack_for_training
@@ -60,7 +60,7 @@ def test_a_mended_group_is_a_tree_of_its_own_that_teaches_something():
     (success,) = [trajectory for trajectory in mended.trajectories if trajectory.reward == 1.0]
     for node in mended.actions(success):
         assert node.weight_version is None and node.old_logprobs == [] and node.behavior_logprobs
-    ADVANTAGES["grpo"].function(mended, Grpo(divide_by_std=False), 0.0)
+    set_advantages([mended], Grpo(divide_by_std=False), 0.0)
     assert success.turn_advantages == pytest.approx([2 / 3, 2 / 3])
     (row,) = pack_for_training([mended], row_tokens=100, token_weight=lambda tokens: 1.0)
     assert len(row.targets) == 3 * 3 and row.token_ids[:2].tolist() == [1, 2]

@@ -5,6 +5,7 @@ import re
 import string
 from collections import Counter
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
@@ -23,7 +24,7 @@ from igpo_megatron.algorithms.rewards import (
     score,
     score_lines,
 )
-from igpo_megatron.algorithms.settings import Reward
+from igpo_megatron.algorithms.settings import BuiltinOutcome, Reward
 from igpo_megatron.chat.protocols.igpo import tags_balanced
 from igpo_megatron.chat.protocols.registry import PROTOCOLS
 from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, ToolCall, Trajectory
@@ -111,7 +112,7 @@ def test_a_trajectory_earns_the_configured_outcome_and_records_all_parts():
 
 
 def test_every_outcome_of_the_schema_has_a_reward():
-    assert set(REWARDS) == set(Reward.model_fields["outcome"].annotation.__args__)
+    assert set(REWARDS) == set(get_args(BuiltinOutcome))
 
 
 def test_tags_in_tool_results_and_prompts_do_not_break_the_format():

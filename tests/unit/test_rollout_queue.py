@@ -18,8 +18,8 @@ from igpo_megatron.chat.format import ChatFormat
 from igpo_megatron.config.load import build
 from igpo_megatron.engines.api import EngineError
 from igpo_megatron.observability.metrics import logprob_gap, rollout_metrics
-from igpo_megatron.training.main import queue_state
 from igpo_megatron.training.queue import RolloutQueue, check_staleness, staleness_metrics
+from igpo_megatron.training.services import queue_state
 from igpo_megatron.types import Completion, Node, Prompt, RolloutGroup, RunStopped, Status, ToolCall, Trajectory
 from tests.unit.test_rollouts import SETTINGS, WORDS, ScriptedSearch
 from tests.unit.test_rollouts import completion as said

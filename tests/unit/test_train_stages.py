@@ -7,7 +7,7 @@ import pytest
 from igpo_megatron.algorithms.settings import Gspo, Ppo
 from igpo_megatron.config.load import build
 from igpo_megatron.observability.run_folder import RunFolder
-from igpo_megatron.training.main import Side, collect
+from igpo_megatron.training.services import Services, collect
 from igpo_megatron.training.step import refuse_shared_turns
 from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, ToolCall, Trajectory
 
@@ -43,5 +43,5 @@ def test_a_replay_gives_the_tool_bonus_by_the_name_that_the_policy_knows(name: s
     group.trajectories = [Trajectory(list(range(last + 1)), Status.FINISHED)]
     settings = ["advantage.name=grpo", "reward.gain=none", "reward.tool_bonus=0.1", "rollout.protocol=search_r1"]
     config = build({"model": {"path": "m"}}, [*settings, f"rollout.tool_name={name}"])
-    collect(config, Side(RunFolder(tmp_path), replay=iter([[group]])), step=1)
+    collect(config, Services(RunFolder(tmp_path), replay=iter([[group]])), step=1)
     assert group.trajectories[0].reward == pytest.approx(reward)

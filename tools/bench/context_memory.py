@@ -28,9 +28,10 @@ cpu.install()
 
 from megatron.core import parallel_state  # noqa: E402
 
+from igpo_megatron.algorithms.losses.tokens import Tokens  # noqa: E402
 from igpo_megatron.config.load import build  # noqa: E402
 from igpo_megatron.packing.tree import PackedRow, pack_for_training  # noqa: E402
-from igpo_megatron.policy import parallel, schedule  # noqa: E402
+from igpo_megatron.policy import parallel  # noqa: E402
 from igpo_megatron.policy.policy import Policy  # noqa: E402
 from igpo_megatron.policy.weight_sync import canary_group  # noqa: E402
 
@@ -118,13 +119,13 @@ def _saved_bytes(policy: Policy, rows: list[PackedRow]) -> int:
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    def loss(row: PackedRow, logprobs: torch.Tensor, entropy: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def loss(tokens: Tokens) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         nonlocal at_the_end_of_forward
         at_the_end_of_forward = sum(saved.values())
-        return -logprobs.sum(), {}
+        return -tokens.logprobs.sum(), {}
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        schedule.forward_backward(policy.wrapped, rows, loss, temperature=1.0, device=policy.ranks.device)
+        policy.forward_backward(rows, loss)
     return at_the_end_of_forward
 
 

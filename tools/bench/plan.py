@@ -2,7 +2,7 @@
 
     python tools/bench/plan.py [--fresh]     about ten minutes on two cores; an interrupted run goes on where it stopped
 
-Every case starts its ranks twice, over gloo, on random weights and synthetic rollouts through `Policy.train_step`. Memory: the most
+Every case starts its ranks twice, over gloo, on random weights and synthetic rollouts through `Policy.forward_backward`. Memory: the most
 anonymous memory (RssAnon, read every 2 ms) of each rank above what it had before the policy was built, the fullest rank counts;
 malloc gives freed blocks back at once in these ranks. Time: the least of several steps of the slowest rank, with malloc left alone:
 only meaningful on a machine that does nothing else, where --fresh forgets what was measured before.
@@ -308,20 +308,16 @@ def rank_main(case: Case, model: Path, steps: int) -> dict[str, Any]:
         rows = pack_for_training(groups, row_tokens=case.row_tokens, multiple=policy.row_multiple, token_weight=lambda n: 1 / n)
         counts = step_counts(groups)
 
-        def loss(row: Any, logprobs: Any, entropy: Any) -> Any:
-            from igpo_megatron.algorithms.losses import LOSSES, Tokens
+        def loss(tokens: Any) -> Any:
+            from igpo_megatron.algorithms.losses.registry import objective
 
-            return LOSSES["ppo"](
-                Tokens(logprobs=logprobs, entropy=entropy, old_logprobs=logprobs.detach(), advantages=row.advantages, weight=row.weight),
-                counts,
-                config.loss,
-            )
+            return objective(replace(tokens, old_logprobs=tokens.logprobs.detach()), counts, config.loss)
 
         seconds, cpu = [], []
         for _ in range(steps):
             torch.distributed.barrier()
             started, busy = time.perf_counter(), time.process_time()
-            policy.train_step(rows, loss)
+            policy.optimizer_step(policy.forward_backward(rows, loss))
             seconds.append(time.perf_counter() - started)
             cpu.append(time.process_time() - busy)
     shapes = [row_shape(row) for row in rows]

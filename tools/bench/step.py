@@ -35,7 +35,7 @@ from plan import row_shape
 from tree_training import branched
 
 from checkpoint_conversion.architectures import shape_of
-from igpo_megatron.algorithms.losses import Tokens, ppo, token_weight
+from igpo_megatron.algorithms.losses.registry import objective, token_weight
 from igpo_megatron.config.load import build
 from igpo_megatron.packing.tree import PackedRow, pack_for_training, step_counts
 from igpo_megatron.plan import machines
@@ -230,15 +230,8 @@ def shape_row(row: PackedRow) -> Row:
 
 def train(policy: Any, rows: Sequence[PackedRow], counts: StepCounts) -> None:
     """An optimizer step."""
-
-    def loss(row: PackedRow, logprobs: torch.Tensor, entropy: torch.Tensor) -> Any:
-        return ppo(
-            Tokens(logprobs=logprobs, entropy=entropy, old_logprobs=row.old_logprobs, advantages=row.advantages, weight=row.weight),
-            counts,
-            policy.config.loss,
-        )
-
-    policy.train_step(rows, loss)
+    loss = partial(objective, counts=counts, config=policy.config.loss)
+    policy.optimizer_step(policy.forward_backward(rows, loss))
 
 
 def update(policy: Policy) -> None:

@@ -20,9 +20,9 @@ import typer
 from common import finish, interleaved, ratio
 from models import random_policy
 
-from igpo_megatron.algorithms.losses import Tokens, ppo, token_weight
+from igpo_megatron.algorithms.losses.registry import objective, token_weight
 from igpo_megatron.config.load import build
-from igpo_megatron.packing.tree import PackedRow, pack_for_training, step_counts
+from igpo_megatron.packing.tree import pack_for_training, step_counts
 from igpo_megatron.policy import parallel
 from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, Trajectory
 
@@ -114,14 +114,8 @@ def measure(policy: Any, group: RolloutGroup, row_tokens: int, repeats: int) -> 
     gradients: dict[str, torch.Tensor] = {}
 
     def step(name: str) -> None:
-        def loss(row: PackedRow, logprobs: torch.Tensor, entropy: torch.Tensor) -> Any:
-            return ppo(
-                Tokens(logprobs=logprobs, entropy=entropy, old_logprobs=row.old_logprobs, advantages=row.advantages, weight=row.weight),
-                counts,
-                policy.config.loss,
-            )
-
-        policy.train_step(layouts[name], loss)
+        loss = partial(objective, counts=counts, config=policy.config.loss)
+        policy.optimizer_step(policy.forward_backward(layouts[name], loss))
         if name not in gradients:
             gradients[name] = torch.cat([parameter.main_grad.flatten().float() for parameter in policy.chunks[0].parameters()]).clone()
 

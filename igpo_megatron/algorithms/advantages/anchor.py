@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 
-from igpo_megatron.algorithms.advantages.outcome import grpo_advantages, trained_trajectories
+from igpo_megatron.algorithms.advantages.outcome import grpo_advantages
 from igpo_megatron.algorithms.advantages.turn import discounted_outcome
 from igpo_megatron.algorithms.settings import GiGpo
 from igpo_megatron.types import RolloutGroup, Trajectory
@@ -42,7 +42,7 @@ def gigpo_turn_advantages(
 
 def gigpo(group: RolloutGroup, config: GiGpo, progress: float) -> None:
     """Set `turn_advantages` by `gigpo_turn_advantages`; the state of a turn is what the environment showed last."""
-    trained = trained_trajectories(group)
+    trained = group.trained
     advantages = gigpo_turn_advantages(
         [list(_states(group, trajectory)) for trajectory in trained],
         [trajectory.reward for trajectory in trained],

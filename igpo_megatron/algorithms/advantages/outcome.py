@@ -56,16 +56,9 @@ def rloo_advantages(rewards: list[float]) -> list[float]:
     return [reward - (total - reward) / (len(rewards) - 1) for reward in rewards]
 
 
-def trained_trajectories(group: RolloutGroup) -> list[Trajectory]:
-    """Trajectories that enter the group's statistics (`RolloutGroup.trained`). All others get zero advantages here."""
-    for trajectory in group.trajectories:
-        trajectory.turn_advantages = [0.0] * len(group.actions(trajectory))
-    return group.trained
-
-
 def grpo(group: RolloutGroup, config: Grpo, progress: float) -> None:
     """Set `turn_advantages` by `grpo_advantages` of the rewards, or by `token_weighted_advantages`."""
-    trained = trained_trajectories(group)
+    trained = group.trained
     rewards = [trajectory.reward for trajectory in trained]
     if config.statistics == "tokens":
         lengths = [sum(len(node.token_ids) for node in group.actions(trajectory)) for trajectory in trained]
@@ -77,7 +70,7 @@ def grpo(group: RolloutGroup, config: Grpo, progress: float) -> None:
 
 def rapo(group: RolloutGroup, config: Rapo, progress: float) -> None:
     """RAPO (Fathom-DeepResearch, arXiv 2509.24107), before `scale_by_informative`: GRPO's advantages."""
-    trained = trained_trajectories(group)
+    trained = group.trained
     _set_same_for_all_turns(trained, grpo_advantages([trajectory.reward for trajectory in trained]))
 
 
@@ -95,20 +88,20 @@ def scale_by_informative(groups: Sequence[RolloutGroup]) -> None:
 
 def rloo(group: RolloutGroup, config: Rloo, progress: float) -> None:
     """Set `turn_advantages` by `rloo_advantages` of the rewards."""
-    trained = trained_trajectories(group)
+    trained = group.trained
     _set_same_for_all_turns(trained, rloo_advantages([trajectory.reward for trajectory in trained]))
 
 
 def reinforce_pp(group: RolloutGroup, config: ReinforcePp, progress: float) -> None:
     """REINFORCE++ (arXiv 2501.03262), before `whiten`: A_i = r_i. The paper subtracts a k1 KL estimate from the reward; here it is the
     loss's k3 term, with a weight of its own (`loss.kl_coef`)."""
-    trained = trained_trajectories(group)
+    trained = group.trained
     _set_same_for_all_turns(trained, [trajectory.reward for trajectory in trained])
 
 
 def reinforce_pp_baseline(group: RolloutGroup, config: ReinforcePpBaseline, progress: float) -> None:
     """REINFORCE++-baseline (arXiv 2501.03262), before `whiten`: A_i = r_i - mean(r). The paper's KL is a term of the loss, too, by k2."""
-    trained = trained_trajectories(group)
+    trained = group.trained
     _set_same_for_all_turns(trained, grpo_advantages([trajectory.reward for trajectory in trained], divide_by_std=False))
 
 
@@ -120,7 +113,7 @@ def remax(group: RolloutGroup, config: ReMax, progress: float) -> None:
             "replay rollouts that were recorded with remax, or choose advantage.name=rloo"
         )
     baseline = group.metrics[GREEDY_REWARD]
-    trained = trained_trajectories(group)
+    trained = group.trained
     if math.isfinite(baseline):
         _set_same_for_all_turns(trained, [trajectory.reward - baseline for trajectory in trained])
 

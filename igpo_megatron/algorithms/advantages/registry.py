@@ -1,6 +1,6 @@
 """Every advantage by its name.
 
-RolloutGroup ── score ── add_probes ──(actor scores probes)── turn_gains ── ADVANTAGES[name] ──> trajectory.turn_advantages
+RolloutGroup ── score ── add_probes ──(actor scores probes)── turn_gains ── set_advantages ──> trajectory.turn_advantages
 """
 
 from __future__ import annotations
@@ -21,36 +21,52 @@ from igpo_megatron.algorithms.advantages.outcome import (
 )
 from igpo_megatron.algorithms.advantages.tree import arpo
 from igpo_megatron.algorithms.advantages.turn import eapo, igpo, igpo_loo
+from igpo_megatron.algorithms.settings import Advantage, HookedAdvantage
+from igpo_megatron.settings import load_hook
 from igpo_megatron.types import RolloutGroup
-
-Advantage = Callable[[RolloutGroup, Any, float], None]
-"""(group, its own config section, progress in [0, 1] from the first step to the last): sets every `trajectory.turn_advantages`."""
 
 
 class AdvantageEntry(NamedTuple):
-    """One row of `ADVANTAGES`."""
+    """One row of `ADVANTAGES`. What a run has to prepare for it (probes, a greedy sample) is said by its section of the settings."""
 
-    function: Advantage
-    needs_probes: bool
-    """True where the function reads `trajectory.gains`."""
+    function: Callable[[RolloutGroup, Any, float], None]
+    """(group, its own section, progress in [0, 1] from the first step to the last): sets `turn_advantages` of all in `group.trained`.
 
-    needs_greedy: bool = False
-    """True where the function reads the reward of a greedy trajectory (`GREEDY_REWARD` of the group's metrics)."""
+    It finds them with a zero per turn."""
 
     over_batch: Callable[[Sequence[RolloutGroup]], None] | None = None
     """What follows over all groups of the step, once each has its advantages."""
 
 
 ADVANTAGES: dict[str, AdvantageEntry] = {
-    "igpo": AdvantageEntry(igpo, needs_probes=True),
-    "igpo_loo": AdvantageEntry(igpo_loo, needs_probes=True),
-    "grpo": AdvantageEntry(grpo, needs_probes=False),
-    "rloo": AdvantageEntry(rloo, needs_probes=False),
-    "gigpo": AdvantageEntry(gigpo, needs_probes=False),
-    "reinforce_pp": AdvantageEntry(reinforce_pp, needs_probes=False, over_batch=whiten),
-    "reinforce_pp_baseline": AdvantageEntry(reinforce_pp_baseline, needs_probes=False, over_batch=whiten),
-    "remax": AdvantageEntry(remax, needs_probes=False, needs_greedy=True),
-    "arpo": AdvantageEntry(arpo, needs_probes=False),
-    "eapo": AdvantageEntry(eapo, needs_probes=False),
-    "rapo": AdvantageEntry(rapo, needs_probes=False, over_batch=scale_by_informative),
+    "igpo": AdvantageEntry(igpo),
+    "igpo_loo": AdvantageEntry(igpo_loo),
+    "grpo": AdvantageEntry(grpo),
+    "rloo": AdvantageEntry(rloo),
+    "gigpo": AdvantageEntry(gigpo),
+    "reinforce_pp": AdvantageEntry(reinforce_pp, over_batch=whiten),
+    "reinforce_pp_baseline": AdvantageEntry(reinforce_pp_baseline, over_batch=whiten),
+    "remax": AdvantageEntry(remax),
+    "arpo": AdvantageEntry(arpo),
+    "eapo": AdvantageEntry(eapo),
+    "rapo": AdvantageEntry(rapo, over_batch=scale_by_informative),
 }
+
+
+def entry_of(config: Advantage) -> AdvantageEntry:
+    """The row of an advantage; one of the user's own is imported. Raises UserError where it cannot be."""
+    if not isinstance(config, HookedAdvantage):
+        return ADVANTAGES[config.name]
+    over_batch = load_hook("advantage.over_batch", config.over_batch) if config.over_batch else None
+    return AdvantageEntry(load_hook("advantage.name", config.name), over_batch)
+
+
+def set_advantages(groups: Sequence[RolloutGroup], config: Advantage, progress: float) -> None:
+    """Set every `turn_advantages` of a step, zeros where a trajectory is not trained. `progress`: 0 at the first step, 1 at the last."""
+    entry = entry_of(config)
+    for group in groups:
+        for trajectory in group.trajectories:
+            trajectory.turn_advantages = [0.0] * len(group.actions(trajectory))
+        entry.function(group, config, progress)
+    if entry.over_batch:
+        entry.over_batch(groups)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from statistics import fmean, stdev
 
-from igpo_megatron.algorithms.advantages.outcome import trained_trajectories
 from igpo_megatron.algorithms.settings import Arpo
 from igpo_megatron.types import EntropyStats, RolloutGroup, Trajectory
 
@@ -24,7 +23,7 @@ def arpo(group: RolloutGroup, config: Arpo, progress: float) -> None:
     Soft attribution needs nothing more: a shared token has one ratio and is trained with each of its trajectories' advantages, which
     packing adds up, positive and negative parts apart.
     """
-    trained = trained_trajectories(group)
+    trained = group.trained
     advantages = arpo_advantages([trajectory.reward for trajectory in trained])
     for trajectory, advantage in zip(trained, advantages, strict=True):
         trajectory.turn_advantages = [advantage] * len(trajectory.turn_advantages)

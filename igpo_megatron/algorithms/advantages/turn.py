@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from statistics import pstdev
 
-from igpo_megatron.algorithms.advantages.outcome import grpo_advantages, trained_trajectories, zscore
+from igpo_megatron.algorithms.advantages.outcome import grpo_advantages, zscore
 from igpo_megatron.algorithms.settings import Eapo, Igpo, IgpoLoo
 from igpo_megatron.types import RolloutGroup, Trajectory
 
@@ -105,7 +105,7 @@ def eapo_turn_advantages(num_turns: list[int], outcomes: list[float], *, gamma: 
 
 def eapo(group: RolloutGroup, config: Eapo, progress: float) -> None:
     """Set `turn_advantages` by `eapo_turn_advantages`."""
-    trained = trained_trajectories(group)
+    trained = group.trained
     advantages = eapo_turn_advantages(
         [len(trajectory.turn_advantages) for trajectory in trained], [trajectory.reward for trajectory in trained], gamma=config.gamma
     )
@@ -130,7 +130,7 @@ def discounted_outcome(num_turns: int, outcome: float, gamma: float) -> list[flo
 
 def igpo(group: RolloutGroup, config: Igpo, progress: float) -> None:
     """Set `turn_advantages` by `igpo_turn_advantages`; `progress` in [0, 1] places the run on its weight schedules."""
-    trained = trained_trajectories(group)
+    trained = group.trained
     advantages = igpo_turn_advantages(
         [_tool_turn_gains(trajectory) for trajectory in trained],
         [trajectory.reward for trajectory in trained],
@@ -146,7 +146,7 @@ def igpo(group: RolloutGroup, config: Igpo, progress: float) -> None:
 
 def igpo_loo(group: RolloutGroup, config: IgpoLoo, progress: float) -> None:
     """Set `turn_advantages` by `igpo_loo_turn_advantages`; `progress` in [0, 1] places the run on its weight schedules."""
-    trained = trained_trajectories(group)
+    trained = group.trained
     advantages = igpo_loo_turn_advantages(
         [_tool_turn_gains(trajectory) for trajectory in trained],
         [trajectory.reward for trajectory in trained],

@@ -1,0 +1,90 @@
+"""Losses that look at the entropy of each token: AEPO and HAPO."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from igpo_megatron.algorithms.losses.tokens import Terms, Tokens, bounded_exp, clipped_surrogate, k3, unit
+from igpo_megatron.algorithms.settings import Aepo, Hapo
+from igpo_megatron.types import EntropyStats, StepCounts
+
+_LEAST_ENTROPY = 1e-8
+
+
+def aepo(tokens: Tokens, counts: StepCounts, config: Aepo) -> Terms:
+    """AEPO (arXiv 2510.14545): `ppo` with a clip that keeps its gradient and advantages that look at entropy.
+
+    The loss has PPO's value, and where PPO's gradient of -A r is r grad logprob, here it is
+
+        A > 0, r > 1 + clip_high:   (1 + clip_high) grad logprob        (PPO: 0)
+        elsewhere                   as in PPO
+
+    The code writes the clipped ratio as (1 + clip_high) / sg(r) * r, which is inf x 0 where r underflows; here it is
+    (1 + clip_high) exp(logprob - sg(logprob)). A becomes A (1 + a z), z = (H - mean H) / std H, H [N] the token's entropy; where the
+    factor is negative, positive and negative parts change places.
+    """
+    positive, negative = tokens.signed.unbind(-1)
+    if config.entropy_advantage != "none":
+        factor = 1.0 + config.entropy_advantage_weight * _entropy_scores(tokens, counts, config)
+        up, down = factor.clamp(min=0.0), (-factor).clamp(min=0.0)
+        positive, negative = positive * up + negative * down, negative * up + positive * down
+    if config.balanced_tokens == "all":
+        balanced = torch.ones_like(tokens.weight, dtype=torch.bool)
+    else:
+        assert tokens.old_entropies is not None and counts.entropy is not None, "loss.balanced_tokens=high_entropy needs old entropies"
+        balanced = tokens.old_entropies > counts.entropy.threshold
+    scaled = torch.stack((positive, negative), -1)
+    log_ratio = tokens.log_ratio
+    ratio, upper = bounded_exp(log_ratio), 1.0 + config.clip_high
+    capped = torch.where(balanced & (ratio > upper), upper * unit(tokens.logprobs), ratio.clamp(max=upper))
+    surrogate, clipped = clipped_surrogate(ratio, scaled, config.clip_low, config.clip_high, config.dual_clip, capped)
+    return surrogate, {"clipped": clipped, "approx_kl": k3(log_ratio.detach())}
+
+
+def _entropy_scores(tokens: Tokens, counts: StepCounts, config: Aepo) -> Tensor:
+    """[N] z-score of every token's entropy, without gradient."""
+    if config.entropy_advantage == "corrected":
+        assert tokens.old_entropies is not None and counts.entropy is not None, "loss.entropy_advantage=corrected needs old entropies"
+        return (tokens.old_entropies - counts.entropy.mean) / counts.entropy.std
+    assert tokens.entropy is not None, "loss.entropy_advantage needs the entropy of every token"
+    current = tokens.entropy.detach()
+    trained = tokens.weight > 0
+    count = trained.sum()
+    mean = torch.where(trained, current, 0.0).sum() / count.clamp(min=1)
+    std = (torch.where(trained, current - mean, 0.0).square().sum() / (count - 1).clamp(min=1)).sqrt()
+    return (current - mean) / torch.where(std > 0, std, 1.0)
+
+
+def hapo(tokens: Tokens, counts: StepCounts, config: Hapo) -> Terms:
+    """HAPO (arXiv 2509.16591, eq. 10 to 13): `ppo` with bounds and advantages that follow h, `entropy_position`.
+
+        h <= 0:  clip_low becomes clip_low (1 - h);    A becomes A (1 + h) where r is within [1 - clip_low / 2, 1 + clip_high / 2]
+        h > 0:   clip_high becomes clip_high (1 + h);  A becomes A (1 + h) where r is outside of it
+
+    h is of entropies before the step, over all its tokens, so that packing cannot change the gradient (the code takes those of the
+    current policy over a micro-batch). `clip_weight` and `advantage_weight` multiply h; 1 in the paper.
+    """
+    assert tokens.old_entropies is not None and counts.entropy is not None, "hapo needs old entropies"
+    position = entropy_position(tokens.old_entropies, counts.entropy)
+    clip_low = config.clip_low * (1.0 - config.clip_weight * position.clamp(max=0.0))
+    clip_high = config.clip_high * (1.0 + config.clip_weight * position.clamp(min=0.0))
+    log_ratio = tokens.log_ratio
+    ratio = bounded_exp(log_ratio)
+    neutral = (ratio > 1.0 - clip_low / 2) & (ratio < 1.0 + clip_high / 2)
+    scaled = torch.where((position > 0) ^ neutral, 1.0 + config.advantage_weight * position, 1.0)
+    surrogate, clipped = clipped_surrogate(ratio, tokens.signed * scaled[:, None], clip_low, clip_high, config.dual_clip)
+    return surrogate, {"clipped": clipped, "approx_kl": k3(log_ratio.detach())}
+
+
+def entropy_position(entropies: Tensor, stats: EntropyStats) -> Tensor:
+    """h in [-1, 1] (HAPO, arXiv 2509.16591, eq. 5 and 6): where ln H lies between the step's least (-1), its threshold (0) and most (1).
+
+    The deviation that eq. 5 divides by cancels in eq. 6. The published code divides by the negative least, which makes h of low
+    entropies positive, too. [N] -> [N]
+    """
+    lowest, middle, highest = (math.log(max(value, _LEAST_ENTROPY)) for value in (stats.lowest, stats.threshold, stats.highest))
+    rise = entropies.clamp(min=_LEAST_ENTROPY).log() - middle
+    return torch.where(rise > 0, rise / max(highest - middle, _LEAST_ENTROPY), rise / max(middle - lowest, _LEAST_ENTROPY)).clamp(-1.0, 1.0)

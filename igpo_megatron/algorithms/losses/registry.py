@@ -1,0 +1,152 @@
+"""Every loss by its name, and `objective`, by which all of them are trained: what it multiplies, adds and divides is the same for all.
+
+    Tokens ──mismatch──> advantages ──LOSSES[name]──> sum over tokens ──entropy bonus, KL term──> / count of the step ──> scalar
+
+The scalar adds up over micro-batches and ranks to the loss of the whole step. Metrics are sums over trained tokens with their count in
+`tokens`; they add up the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from igpo_megatron.algorithms.losses.clipped import balanced_bounds, bapo, cispo, gspo
+from igpo_megatron.algorithms.losses.entropy import aepo, hapo
+from igpo_megatron.algorithms.losses.tokens import Terms, Tokens, bounded_exp, clipped_surrogate, k3, sequence_mean
+from igpo_megatron.algorithms.settings import Aggregation, HookedLoss, Loss, PolicyLoss, Ppo, Sft
+from igpo_megatron.settings import load_hook
+from igpo_megatron.types import StepCounts
+
+LossResult = tuple[Tensor, dict[str, Tensor]]
+"""(scalar with gradient, metric name -> detached sum over trained tokens)."""
+
+
+class LossEntry(NamedTuple):
+    """One row of `LOSSES`. What a run has to prepare for it (old entropies, a reference) is said by its section of the settings."""
+
+    function: Callable[[Tokens, StepCounts, Any], Terms]
+    """(tokens, counts of the step, its own section) -> its sum over tokens, which `objective` completes, and metrics per token."""
+
+    bounds: Callable[[Sequence[Tensor], Sequence[Tensor], Any], tuple[float, float]] | None = None
+    """Finds `counts.bounds` before each optimizer step: ([N] log-ratios, [N, 2] trained advantages, both per row, its own section) ->
+    least and greatest ratio. It takes one more forward pass; None where the loss has bounds of its own, or none."""
+
+
+def ppo(tokens: Tokens, counts: StepCounts, config: Ppo) -> Terms:
+    """Clipped policy gradient (arXiv 1707.06347) with dual clip (arXiv 1912.09729).
+
+    For one trajectory with advantage A, ratio r and bounds l = 1 - clip_low, h = 1 + clip_high, the token's loss is
+
+        A > 0:  max(-A r, -A clip(r, l, h))                  = -A min(r, h)
+        A < 0:  min(max(-A r, -A clip(r, l, h)), -A dual)    = |A| min(max(r, l), dual)        since dual > 1 >= l
+
+    Both are linear in |A|, so trajectories that share the token need only the sums of their positive and of their negative parts.
+    """
+    log_ratio = tokens.log_ratio
+    surrogate, clipped = clipped_surrogate(bounded_exp(log_ratio), tokens.signed, config.clip_low, config.clip_high, config.dual_clip)
+    return surrogate, {"clipped": clipped, "approx_kl": k3(log_ratio.detach())}
+
+
+def sft(tokens: Tokens, counts: StepCounts, config: Sft) -> Terms:
+    """Cross-entropy: -sum(weight * logprobs)."""
+    return -(tokens.weight * tokens.logprobs).sum(), {"nll": -tokens.logprobs.detach()}
+
+
+LOSSES: dict[str, LossEntry] = {
+    "ppo": LossEntry(ppo),
+    "aepo": LossEntry(aepo),
+    "hapo": LossEntry(hapo),
+    "bapo": LossEntry(bapo, bounds=balanced_bounds),
+    "gspo": LossEntry(gspo),
+    "cispo": LossEntry(cispo),
+    "sft": LossEntry(sft),
+}
+
+
+def entry_of(config: Loss) -> LossEntry:
+    """The row of a loss; one of the user's own is imported. Raises UserError where it cannot be."""
+    return LossEntry(load_hook("loss.name", config.name)) if isinstance(config, HookedLoss) else LOSSES[config.name]
+
+
+def objective(tokens: Tokens, counts: StepCounts, config: Loss) -> LossResult:
+    """What a micro-batch adds to the loss of the step, with its gradient. What has a coefficient must be known: entropy, ref_logprobs.
+
+    The KL term is k3 = exp(d) - d - 1 with d = ref - logprob, clamped to at most 10 as published: beyond that it has no gradient.
+    """
+    if isinstance(config, PolicyLoss) and config.mismatch != "none":
+        tokens = replace(tokens, advantages=trained_advantages(tokens, config))
+    total, per_token = entry_of(config).function(tokens, counts, config)
+    if tokens.entropy is not None:
+        per_token["entropy"] = tokens.entropy.detach()
+    if isinstance(config, PolicyLoss):
+        if config.entropy_coef:
+            assert tokens.entropy is not None, "loss.entropy_coef needs the entropy of every token"
+            total = total - config.entropy_coef * (tokens.weight * tokens.entropy).sum()
+        if config.kl_coef:
+            assert tokens.ref_logprobs is not None, "loss.kl_coef needs the reference log-probs of every token"
+            reference_kl = k3(tokens.ref_logprobs - tokens.logprobs)
+            per_token["ref_kl"] = reference_kl.detach()
+            total = total + config.kl_coef * (tokens.weight * reference_kl).sum()
+    return total / denominator(config.aggregation, counts), _sums_over_trained(per_token, tokens.weight)
+
+
+def token_weight(aggregation: Aggregation, num_tokens: int) -> float:
+    """Weight of each token of a trajectory that has `num_tokens` trained tokens."""
+    return 1.0 / num_tokens if aggregation == "sequence_mean" else 1.0
+
+
+def denominator(aggregation: Aggregation, counts: StepCounts) -> float:
+    """What the weighted sum over all tokens of the step is divided by."""
+    count = counts.trained_tokens if aggregation == "token_mean" else counts.trajectories
+    assert count > 0, "a step without trained tokens has no loss; skip it"
+    return float(count)
+
+
+def trained_advantages(tokens: Tokens, config: Loss) -> Tensor:
+    """[N, 2] advantages, times what `loss.mismatch` makes of each token."""
+    if not isinstance(config, PolicyLoss) or config.mismatch == "none":
+        return tokens.signed
+    assert tokens.old_logprobs is not None and tokens.behavior_logprobs is not None and tokens.sequence is not None
+    factor = mismatch_factor(tokens.old_logprobs, tokens.behavior_logprobs, tokens.sequence, tokens.sequences, config)
+    return tokens.signed * factor[:, None]
+
+
+def mismatch_factor(old_logprobs: Tensor, behavior_logprobs: Tensor, sequence: Tensor, sequences: int, config: PolicyLoss) -> Tensor:
+    """What each token's advantages are multiplied by because the engine that sampled it is not quite the trainer. [N] -> [N]
+
+    `sequence` and `sequences` as in `Tokens`.
+
+    With w = exp(old_logprob - behavior_logprob), both from before the step, and bounds [low, high]:
+
+        truncate       min(w, high)                        truncated importance sampling (TIS; Yao et al. 2025, "Your Efficient RL
+                                                           Framework Secretly Brings You Off-Policy RL Training"), high = 2
+        mask           w if low <= w <= high, else 0       IcePop (arXiv 2510.18855), 0.5 and 5
+        mask_sequence  1 if low <= m <= high, else 0       m the geometric mean of w over the trajectory (Liu, Li et al. 2025, "When Speed
+                                                           Kills Stability")
+
+    Masked tokens still count in the loss's denominator, which is fixed before the step.
+    """
+    low, high = config.mismatch_bounds
+    log_ratio = old_logprobs - behavior_logprobs
+    match config.mismatch:
+        case "truncate":
+            return bounded_exp(log_ratio).clamp(max=high)
+        case "mask":
+            ratio = bounded_exp(log_ratio)
+            return torch.where((ratio >= low) & (ratio <= high), ratio, 0.0)
+        case "mask_sequence":
+            mean = bounded_exp(sequence_mean(log_ratio, sequence, sequences))
+            return ((mean >= low) & (mean <= high)).to(log_ratio.dtype)
+    return torch.ones_like(log_ratio)
+
+
+def _sums_over_trained(per_token: dict[str, Tensor], weight: Tensor) -> dict[str, Tensor]:
+    # Not values[trained]: a GPU would have to tell the host how many there are.
+    trained = weight > 0
+    sums = {name: torch.where(trained, values, 0.0).sum() for name, values in per_token.items()}
+    return {"tokens": trained.sum().to(weight.dtype), **sums}

@@ -1,0 +1,267 @@
+"""What a run opens before its first step and uses in every one: policy and files on each rank, engines and questions on the main one.
+
+opened(config) ──> Session ──> collect ──> groups;   sync_weights ──> engines;   evaluate_if_due ──> scores
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from igpo_megatron.algorithms.info_gain import add_probes, rendered_probes
+from igpo_megatron.algorithms.rewards import score
+from igpo_megatron.chat.protocols.registry import PROTOCOLS
+from igpo_megatron.config.schema import Config
+from igpo_megatron.data.prompts import PromptStream
+from igpo_megatron.observability.memory import MemoryLedger
+from igpo_megatron.observability.rollout_dump import read_rollouts
+from igpo_megatron.observability.run_folder import RunFolder, claim, forget_after, held, open_folder
+from igpo_megatron.observability.summary import finish
+from igpo_megatron.observability.tracker import Tracker
+from igpo_megatron.supervision.endings import ending_of, interruptible, leave, reason_left, signals_restored
+from igpo_megatron.supervision.waits import ROLLOUTS, recording, waiting
+from igpo_megatron.training import evaluate
+from igpo_megatron.training.device_share import DeviceShare
+from igpo_megatron.training.queue import RolloutQueue
+from igpo_megatron.types import Prompt, RolloutGroup, UserError
+
+if TYPE_CHECKING:
+    from igpo_megatron.agent.rollouter import Rollouter
+    from igpo_megatron.chat.format import ChatFormat
+    from igpo_megatron.engines.api import EngineService
+    from igpo_megatron.policy.policy import Policy
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Services:
+    """What only the main rank has: engines, search, questions or a replay. On the others every field but the folder is empty."""
+
+    folder: RunFolder
+    chat: ChatFormat | None = None
+    engines: EngineService | None = None
+    rollouter: Rollouter | None = None
+    queue: RolloutQueue | None = None
+    replay: Iterator[list[RolloutGroup]] | None = None
+    held_out: list[Prompt] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Session:
+    """What every rank has open during a run."""
+
+    policy: Policy
+    services: Services
+    tracker: Tracker
+    share: DeviceShare
+    first_step: int
+    """The step to begin with; above 1 where the run was resumed."""
+
+
+@contextmanager
+def opened(config: Config) -> Iterator[Session]:
+    """Start one rank, or resume it, and finish the run behind the block. What ends it early raises `Ended`, when all is closed."""
+    from igpo_megatron.policy import checkpoint, checkpoint_sums, parallel
+    from igpo_megatron.policy.policy import Policy
+
+    ranks = parallel.init(config)
+    folder, who = open_folder(config), f"rank {ranks.rank}"
+    with signals_restored(), ExitStack() as stack, reason_left(who, folder.root), interruptible() if ranks.is_main else nullcontext():
+        if ranks.is_main:
+            stack.enter_context(held(folder))
+        found = checkpoint_sums.newest_whole(folder.checkpoints)
+        damaged = parallel.on_main(ranks, partial(checkpoint_sums.set_aside, found))
+        resumed = int(found.folder.name.removeprefix("step_")) if found.folder else 0
+        stack.enter_context(recording(who, folder.root / "waits", last_words=lambda expired: leave(ending_of(expired, who, None))))
+        tracker = stack.enter_context(
+            Tracker(
+                folder.root,
+                config.track,
+                name=config.run.name,
+                total_steps=config.run.steps,
+                resumed_step=resumed,
+                quiet=not ranks.is_main,
+                memory=MemoryLedger(partial(parallel.memory_in_use, ranks.device), config.placement.leak_mib),
+            )
+        )
+        if ranks.is_main:
+            stack.enter_context(tracker.shows_log("igpo_megatron"))
+        with tracker.phase("startup"):
+            policy = Policy(config, ranks)
+            share = DeviceShare(config, policy)
+            state = None
+            for sentence in damaged or ():
+                tracker.message(sentence)
+            if found.folder:
+                tracker.message(f"resuming from {found.folder}")
+                _, state = checkpoint.load(policy, found.folder)
+            share.policy_leaves()
+            opening = partial(open_services, config, folder, stack, tracker, resumed + 1, state)
+            services = parallel.on_main(ranks, opening) or Services(folder)
+            policy.sampled_vocab = parallel.broadcast(services.chat.vocab_size if services.chat else None)
+            if ranks.is_main:
+                claim(folder, config)  # not before: a run that could not start leaves its name free for corrected settings
+                if config.run.stop_after == "none":
+                    forget_after(folder, resumed)
+        yield Session(policy, services, tracker, share, resumed + 1)
+        if ranks.is_main:
+            finish(config, folder, tracker)
+    parallel.shutdown()
+
+
+def open_services(
+    config: Config, folder: RunFolder, stack: ExitStack, tracker: Tracker, first_step: int, state: dict[str, Any] | None
+) -> Services:
+    """Start what the main rank needs: question stream, chat format, engines, search."""
+    services = Services(folder)
+    needs_chat = config.loss.learns_from_rewards
+    if needs_chat:
+        from igpo_megatron.chat.format import ChatFormat
+        from igpo_megatron.chat.tokenizer import load_tokenizer
+
+        services.chat = ChatFormat(load_tokenizer(config.model.path), config.rollout, config.reward)
+        for note in services.chat.notes:
+            logger.warning(note)
+    if config.run.replay is not None:
+        services.replay = replayed(config.run.replay, config, first_step, services.chat.vocab_size if services.chat else None)
+        return services
+    from igpo_megatron.agent.rollouter import Rollouter
+    from igpo_megatron.chat.room import too_long
+    from igpo_megatron.engines.factory import open_engines
+    from igpo_megatron.search.client import make_client
+    from igpo_megatron.tools.factory import make_tools
+
+    assert services.chat is not None
+    # What can be wrong with the user's files shows before an engine is started.
+    stream = PromptStream(
+        config.data.train,
+        seed=config.run.seed,
+        shuffle=config.data.shuffle,
+        balance=config.data.balance,
+        layout=config.data.layout,
+        outcome=config.reward.outcome,
+    )
+    if state and state["prompts"]:
+        stream.load_state(state["prompts"])
+    services.held_out = evaluate.questions(config)
+    search = make_client(config.search)
+    tools = make_tools(config, services.chat.count_tokens)
+    tracker.progress("starting rollout engines")
+    with waiting("the engines to start", on=config.rollout.engine.backend):
+        services.engines = stack.enter_context(open_engines(config))
+    probes_of = partial(rendered_probes, render_probe=services.chat.render_probe, config=config.reward) if engine_scores(config) else None
+    services.rollouter = stack.enter_context(
+        Rollouter(
+            services.engines,
+            search,
+            services.chat,
+            config.rollout,
+            seed=config.run.seed,
+            probes_of=probes_of,
+            tools=tools,
+            crashes=folder.crashes,
+        )
+    )
+    # A tokenizer serves one thread at a time, and questions are drawn while rollouts use theirs.
+    chat = copy.deepcopy(services.chat)
+    services.queue = RolloutQueue(
+        config,
+        stream,
+        services.rollouter,
+        first_step=first_step,
+        on_progress=tracker.progress,
+        too_long=partial(too_long, chat=chat, config=config.rollout),
+    )
+    if state and state.get("successes"):  # absent from checkpoints written before successes were replayed
+        services.queue.successes.load_state(state["successes"])
+    return services
+
+
+def engine_scores(config: Config) -> bool:
+    """Probes are scored by the engines during the rollout."""
+    wanted = config.loss.learns_from_rewards and config.advantage.needs_probes and config.reward.gain != "none"
+    return wanted and config.reward.scorer == "engine"
+
+
+def replayed(path: Path, config: Config, first_step: int, vocab_size: int | None = None) -> Iterator[list[RolloutGroup]]:
+    """Groups of each step from `first_step` on: recorded steps whole, demonstrations by `prompts_per_step`, over and over.
+
+    `vocab_size`: tokens that engines can sample. Raises UserError on the way where others were.
+    """
+    size = config.rollout.prompts_per_step if config.loss.name == "sft" else None
+
+    def endless() -> Iterator[list[RolloutGroup]]:
+        while True:
+            for _, groups in read_rollouts(path, size):
+                sampled = (token for group in groups for node in group.nodes if node.kind == "action" for token in node.token_ids)
+                if vocab_size is not None and (last := max(sampled, default=0)) >= vocab_size:
+                    raise UserError(
+                        f"{path}: token {last} was sampled, the model's tokenizer ends at {vocab_size - 1}; record the step again"
+                    )
+                yield groups
+
+    return islice(endless(), first_step - 1, None)
+
+
+def collect(config: Config, services: Services, step: int) -> list[RolloutGroup]:
+    """This step's trajectories with rewards and probes, from the engines or from a replay file."""
+    if services.replay is not None:
+        groups = next(services.replay)
+        if config.loss.learns_from_rewards:
+            for group in groups:
+                score(group, config.reward, PROTOCOLS[config.rollout.protocol], config.rollout.tool_name)
+    else:
+        assert services.queue is not None
+        with waiting(f"the groups of step {step}", on=ROLLOUTS, deadline_s=config.parallel.timeout_s):
+            groups = services.queue.take(step)
+    if config.loss.learns_from_rewards and config.advantage.needs_probes:
+        assert services.chat is not None
+        for group in groups:
+            add_probes(group, services.chat.render_probe, config.reward, services.chat.render_hidden_probe)
+    return groups
+
+
+def queue_state(queue: RolloutQueue | None) -> dict[str, Any]:
+    """What a checkpoint keeps of the questions and of the successes to be replayed; None where rollouts are replayed from a file."""
+    return {"prompts": queue.state() if queue else None, "successes": queue.successes.state() if queue else None}
+
+
+def sync_weights(session: Session, version: int) -> dict[str, float]:
+    """Send the weights to the engines, which serve them once fingerprints and canary have proved that they arrived."""
+    from igpo_megatron.policy import weight_sync
+
+    policy, services, tracker = session.policy, session.services, session.tracker
+    config = policy.config
+    with tracker.phase("sync"):
+        canary = weight_sync.make_canary(policy, config.sync.canary_tokens, seed=config.run.seed, max_gap=config.sync.max_gap)
+        metrics = weight_sync.push(policy, services.engines, version, canary, exported=session.share.policy_leaves)
+    if services.queue is not None:
+        services.queue.weights_arrived(version)
+    return metrics
+
+
+def evaluate_if_due(session: Session, step: int) -> None:
+    """On the main rank: evaluate on the held-out questions behind `step`, if that is due and was not done before an interruption."""
+    config, services, tracker = session.policy.config, session.services, session.tracker
+    at_end = step in (0, config.run.steps) and config.eval.at_ends
+    due = at_end or (step > 0 and is_due(config.eval.every, step))
+    if not due or services.rollouter is None or (services.folder.eval / f"step_{step:06d}.json").is_file():
+        return
+    with tracker.phase("eval"):
+        report = evaluate.evaluate(
+            services.rollouter, services.held_out, config, step=step, folder=services.folder.eval, on_progress=tracker.progress
+        )
+    tracker.log(step, evaluate.metrics(report))
+
+
+def is_due(interval: int, step: int) -> bool:
+    """Whether what is done every `interval` steps is done behind this one; 0 is never."""
+    return bool(interval) and step % interval == 0
