@@ -11,14 +11,17 @@ import os
 import secrets
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
+from igpo_megatron.algorithms.hooks import check_hooks
 from igpo_megatron.config.checks import require
 from igpo_megatron.config.load import explain, load
 from igpo_megatron.config.schema import Config
@@ -69,7 +72,8 @@ def train(config: Annotated[Path, typer.Argument(help="YAML file of the run.")],
     """Start or resume a run. Starts the ranks itself (torchrun on this machine); inside torchrun use -m igpo_megatron.training.main."""
     settings = load(config, overrides or [])
     if not _is_finished(settings):
-        _start_ranks(settings, world_size(settings), [str(config), *(overrides or [])])
+        with _launcher(settings, world_size(settings)) as start:
+            start(str(config), *(overrides or []))  # torchrun: the process of every rank calls training.main.main
 
 
 def _is_finished(settings: Config) -> bool:
@@ -113,7 +117,9 @@ def launch(
     node = place(rank=node_rank, nodes=nodes, head=head, role=role, ranks=ranks, world=world, address=address)
     arguments = [str(config), *(overrides or [])]
     if nodes == 1:
-        _start_ranks(settings, node.ranks, arguments, max_restarts)
+        with _launcher(settings, node.ranks, max_restarts) as start:
+            start(*arguments)
+        return
     for name, value in OFFLINE.items():
         os.environ.setdefault(name, value)
     with _one_sentence(folder_for(settings).root):
@@ -134,21 +140,24 @@ def world_size(config: Config) -> int:
     return row_ranks * layout.pipeline * (layout.data or layout.expert // math.gcd(layout.expert, row_ranks))
 
 
-def _start_ranks(settings: Config, ranks: int, arguments: list[str], max_restarts: int = 0) -> NoReturn:
-    """All ranks of a run on this machine, to their end."""
+@contextmanager
+def _launcher(settings: Config, ranks: int, max_restarts: int = 0) -> Iterator[Callable[..., object]]:
+    """Call it with training.main's arguments: it starts all ranks of a run on this machine, and returns when they have ended."""
     require(_on_this_machine(settings), ranks)
+    check_hooks(settings.reward, settings.advantage, settings.loss)
     folder = folder_for(settings)
     with held(folder):
         pass  # that another run has it, or that it cannot be written, is said before anything heavy starts
-    with _one_sentence(folder.root):
-        raise typer.Exit(_torchrun(ranks, arguments, max_restarts))
+    with _one_sentence(folder.root), _torchrun(ranks, max_restarts) as start:
+        yield start
 
 
-def _torchrun(ranks: int, arguments: list[str], max_restarts: int = 0) -> int:
-    """Run the ranks on this machine by torchrun's own launcher; the exit code of the first rank that failed, 0 if none did."""
+@contextmanager
+def _torchrun(ranks: int, max_restarts: int = 0) -> Iterator[Callable[..., object]]:
+    """torchrun's own launcher for ranks on this machine. Exits with the code of the first rank that failed, after saying why."""
     from torch.distributed.launcher.api import LaunchConfig
 
-    from igpo_megatron.launch.agent import run_ranks
+    from igpo_megatron.launch.agent import RanksFailed, launcher
 
     _stay_offline()
     # One agent meets nobody: a file serves it, and the ranks make their own store (actor.parallel), where the server that
@@ -169,10 +178,12 @@ def _torchrun(ranks: int, arguments: list[str], max_restarts: int = 0) -> int:
             max_restarts=max_restarts,
             monitor_interval=0.2,
         )
-        ending = run_ranks(launch, arguments)
-    if ending.code:
-        typer.echo(ending.text, err=True, nl=False)
-    return ending.code
+        try:
+            with launcher(launch) as start:
+                yield start
+        except RanksFailed as failed:
+            typer.echo(failed.ending.text, err=True, nl=False)
+            raise typer.Exit(failed.ending.code) from None
 
 
 def _stay_offline() -> None:

@@ -22,6 +22,7 @@ from igpo_megatron.chat.protocols.base import ToolProtocol
 from igpo_megatron.chat.protocols.igpo import well_formed_answer
 from igpo_megatron.chat.protocols.registry import PROTOCOLS
 from igpo_megatron.data.normalisation import normalise, normalise_squad
+from igpo_megatron.settings import is_hook, load_hook
 from igpo_megatron.types import RolloutGroup, Status, Trajectory, UserError
 from igpo_megatron.untrusted import BadJson, json_loads_untrusted
 
@@ -78,6 +79,11 @@ REWARDS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "f1_multiset": f1_multiset,
 }
 """Setting `reward.outcome` -> (prediction, aliases) -> score, 0 to 1."""
+
+
+def outcome_of(config: Reward) -> Callable[[str, Sequence[str]], float]:
+    """The function that `reward.outcome` names, one of the user's own imported. Raises UserError where it cannot be."""
+    return load_hook("reward.outcome", config.outcome) if is_hook(config.outcome) else REWARDS[config.outcome]
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +185,7 @@ def score(group: RolloutGroup, config: Reward, protocol: ToolProtocol = PROTOCOL
             trajectory.reward = config.format_penalty
             trajectory.reward_parts = {"f1": 0.0, "em": 0.0, config.outcome: 0.0, "format_ok": 0.0}
         else:
-            outcome = trajectory.reward = REWARDS[config.outcome](answer, answers)
+            outcome = trajectory.reward = outcome_of(config)(answer, answers)
             if trajectory.reward > 0 and {search_tool, "python"} <= tools_that_returned(group, trajectory):
                 trajectory.reward += config.tool_bonus
             parts = {"f1": f1(answer, answers), "em": exact_match(answer, answers)}

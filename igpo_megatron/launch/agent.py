@@ -11,8 +11,10 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +31,17 @@ _PATIENCE_S = 20.0
 """torchrun kills a rank that has not ended this long (30 s) after it was asked to: so late a kill is no cause."""
 
 
-def run_ranks(launch: LaunchConfig, arguments: Sequence[str]) -> Ending:
-    """Start the ranks and wait for them."""
+class RanksFailed(Exception):
+    """A rank failed, or they were interrupted; `ending` is the cause."""
+
+    def __init__(self, ending: Ending) -> None:
+        super().__init__(ending.sentence)
+        self.ending = ending
+
+
+@contextmanager
+def launcher(launch: LaunchConfig) -> Iterator[Callable[..., object]]:
+    """torchrun's launcher, to be called with training.main's arguments: it starts the ranks and waits for them. Raises RanksFailed."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
@@ -41,12 +52,11 @@ def run_ranks(launch: LaunchConfig, arguments: Sequence[str]) -> Ending:
     os.environ[LAUNCHED] = "1"
     try:
         with signals_restored():
-            elastic_launch(launch, sys.executable)("-u", "-m", RANK_MODULE, *arguments)
+            yield partial(elastic_launch(launch, sys.executable), "-u", "-m", RANK_MODULE)
     except ChildFailedError as error:
-        return ending_of_ranks(error.failures)
+        raise RanksFailed(ending_of_ranks(error.failures)) from None
     except SignalException as error:
-        return Ending("interrupted", 128 + error.sigval.value, f"interrupted by {error.sigval.name}")
-    return Ending("done", 0)
+        raise RanksFailed(Ending("interrupted", 128 + error.sigval.value, f"interrupted by {error.sigval.name}")) from None
 
 
 def ending_of_ranks(failures: Mapping[int, ProcessFailure]) -> Ending:
@@ -85,8 +95,12 @@ def main(spec: dict[str, Any]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal, which sends it to all: the launcher ends this agent
     # One store of the agents for every attempt would still hold the addresses of the ranks that died, and new ones would knock there.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    ending = Ending("done", 0)
     try:
-        ending = run_ranks(LaunchConfig(**spec["launch"]), spec["arguments"])
+        with launcher(LaunchConfig(**spec["launch"])) as start:
+            start(*spec["arguments"])
+    except RanksFailed as failed:
+        ending = failed.ending
     except RendezvousError as error:
         ending = Ending("error", 1, f"the agents of the nodes did not meet: {error}")
     Path(spec["outcome"]).write_text(json.dumps(asdict(ending)), encoding="utf-8")

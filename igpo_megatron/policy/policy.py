@@ -144,7 +144,7 @@ class Policy:
             _copy_weights(self.chunks, current)
 
     def forward_backward(self, rows: Sequence[PackedRow], objective: Objective) -> dict[str, float]:
-        """Gradients of all rows in place of those there were; sums of `loss` and the objective's metrics over rows and ranks.
+        """Gradients of all rows in place of those there were; this rank's sums of `loss` and the objective's metrics.
 
         With `model.head_backward=in_forward` the head forms its gradients in the forward pass (kernels/token_loss.py): the objective must
         be a sum over tokens, of which each depends on its own log-prob and entropy alone.
@@ -173,12 +173,14 @@ class Policy:
             True,
             upstream_of,
         )
-        return self._sum_metrics(schedule.summed(run(forward_only=False)))
+        return schedule.summed(run(forward_only=False))
 
     def optimizer_step(self, sums: dict[str, float]) -> StepResult:
-        """Use the gradients of `forward_backward`, which returned `sums`. Raises NonFiniteSteps after `optim.max_skipped` skipped steps in
-        a row."""
-        metrics = {**sums}
+        """Use the gradients of `forward_backward`, which returned `sums` on this rank.
+
+        Raises NonFiniteSteps after `optim.max_skipped` skipped steps in a row.
+        """
+        metrics = self._sum_metrics(sums)
         value = metrics.pop("loss")
         overflow = bool(self.optimizer.prepare_grads())
         grad_norm = float(self.optimizer.get_grad_norm())

@@ -182,6 +182,7 @@ def evaluate_checkpoint(config: Config, model: Path | None, out: Path) -> dict[s
     from rich.progress import Progress
 
     from igpo_megatron.agent.rollouter import Rollouter
+    from igpo_megatron.algorithms.hooks import check_hooks
     from igpo_megatron.chat.format import ChatFormat
     from igpo_megatron.chat.tokenizer import load_tokenizer
     from igpo_megatron.config.checks import require
@@ -202,6 +203,7 @@ def evaluate_checkpoint(config: Config, model: Path | None, out: Path) -> dict[s
             folder = converted
         config = config.model_copy(update={"model": config.model.model_copy(update={"path": folder})})
         require(on_this_machine(config), None)
+        check_hooks(config.reward, config.advantage, config.loss)
         out.mkdir(parents=True, exist_ok=True)
         chat = ChatFormat(load_tokenizer(folder), config.rollout, config.reward)
         for note in chat.notes:

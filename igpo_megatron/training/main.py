@@ -24,6 +24,7 @@ import warnings
 from collections.abc import Sequence
 from functools import partial
 
+from igpo_megatron.algorithms.hooks import check_hooks
 from igpo_megatron.config.checks import require
 from igpo_megatron.config.load import load
 from igpo_megatron.config.schema import Config
@@ -102,6 +103,7 @@ def main(arguments: Sequence[str]) -> int:
             config = load(arguments[0], arguments[1:])
         with reason_left(who, folder_for(config).root):
             require(on_this_machine(config), int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+            check_hooks(config.reward, config.advantage, config.loss)
             run(config)
     except Ended as end:
         return end.ending.code

@@ -11,6 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from checkpoint_conversion import ConversionError
@@ -190,8 +191,10 @@ def test_the_launcher_tells_the_first_cause_of_a_rank_that_failed_alone(
 ) -> None:
     (tmp_path / "failing_rank.py").write_text(RANK, encoding="utf-8")
     monkeypatch.setattr(agent, "RANK_MODULE", "failing_rank")
-    with mock.patch.dict(os.environ, PYTHONPATH=f"{tmp_path}:{ROOT}"), signals_restored():
-        assert cli._torchrun(2, [str(tmp_path)]) == 1
+    environment = mock.patch.dict(os.environ, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    with environment, signals_restored(), pytest.raises(typer.Exit) as ended, cli._torchrun(2) as start:
+        start(str(tmp_path))
+    assert ended.value.exit_code == 1
     said = "ValueError: zip() argument 2 is shorter than argument 1"
     why = f"stopped: rank 1 failed: {said} (traceback: {tmp_path}/failures/rank1.txt); the same command resumes from the last checkpoint\n"
     assert capfd.readouterr() == ("", why)
