@@ -169,7 +169,7 @@ def broadcast(value: Any) -> Any:
     if _is_alone():
         return value
     box = [value]
-    with waiting("what the main rank has to say", on="rank 0" if dist.get_rank() else "the other ranks"):
+    with waiting("a broadcast from rank 0", on="rank 0" if dist.get_rank() else "the other ranks"):
         dist.broadcast_object_list(box, src=0)
     return box[0]
 

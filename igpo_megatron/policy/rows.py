@@ -38,7 +38,7 @@ def deal(shares: Sequence[Share], ranks: Ranks) -> Share:
     Rows that have travelled come without `origin`: results are carried back to their nodes on the main rank.
     """
     share, message = (shares[0] if ranks.is_main else Share([], [])), torch.empty(0)
-    with waiting("its rows", on="the other ranks" if ranks.is_main else "rank 0"):
+    with waiting(*("the others to take their rows", "the other ranks") if ranks.is_main else ("its rows", "rank 0")):
         if ranks.leads_part:
             group = parallel_state.get_data_parallel_group_gloo()
             for part, theirs in enumerate(shares[1:], start=1):
