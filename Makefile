@@ -1,5 +1,6 @@
 # make venv        make or complete .venv, with the `igpo` command in it
 # make test        everything that CI runs; `make check` is its static part
+# make docs        build the documentation into docs/_build; a broken link fails, in `make check` too
 # make quickstart  train the demo policy and write runs/quickstart/report.html (ARGS="section.key=value ..." changes settings)
 # make warmstart   rebuild the shipped starting policy from scratch
 # make lock        resolve requirements.lock anew
@@ -19,9 +20,10 @@ export HF_HUB_OFFLINE = 1
 export HYPOTHESIS_STORAGE_DIRECTORY = .venv/hypothesis
 
 BIN := .venv/bin
+DOCS := $(BIN)/python -m sphinx -W --keep-going -q docs docs/_build
 INSTALL = $(or $(PYTHON),$(error no Python 3.11 or newer was found; name one with PYTHON=...)) tools/install.py
 
-.PHONY: venv lock check test quickstart warmstart
+.PHONY: venv lock check docs test quickstart warmstart
 
 venv:
 	@$(INSTALL) venv --accelerator $(ACCELERATOR) --torch-cpu-index $(TORCH_CPU_INDEX)
@@ -33,6 +35,11 @@ check: venv
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(DOCS)
+
+docs: venv
+	@$(DOCS)
+	@echo "open docs/_build/index.html"
 
 # tests/gpu/test_checks.py runs tests/gpu/test_policy_gpu.py.
 test: check

@@ -25,7 +25,7 @@ from checkpoint_conversion.architectures import ModelShape, local_name
 from checkpoint_conversion.folders import complete_file
 from checkpoint_conversion.rules import ConversionError, Rule
 from checkpoint_conversion.torch_file import append_archive, load_mapped
-from checkpoint_conversion.units import Unit
+from checkpoint_conversion.units import Reader, Unit
 
 TRACKER = "latest_checkpointed_iteration.txt"
 FILE = "model_optim_rng.pt"
@@ -177,7 +177,7 @@ def _arguments(shape: ModelShape, grid: Grid, state: Mapping[str, Tensor]) -> ar
 # ---- reading
 
 
-class ClassicReader:
+class ClassicReader(Reader):
     """The model's tensors in per-rank files, put together one by one. Names are global local-layer names.
 
     Any tensor, (virtual) pipeline and expert parallelism, also with uneven stages; experts whole or cut by tensor parallelism.
@@ -209,9 +209,6 @@ class ClassicReader:
 
     def dtype(self, name: str) -> torch.dtype:
         return next(iter(self._parts[name].values())).dtype
-
-    def nbytes(self, name: str) -> int:
-        return torch.Size(self.shape(name)).numel() * self.dtype(name).itemsize
 
     def get(self, name: str) -> Tensor:
         """The full tensor, as at tensor parallel 1 with the vocabulary padded."""

@@ -59,7 +59,7 @@ def new_folder(folder: Path, job: Mapping[str, Any]) -> Iterator[Path]:
                 path.unlink()
             sync(partial)
             partial.rename(folder)
-            _sync_one(folder.parent)
+            sync_one(folder.parent)
         except ConversionError:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -101,10 +101,11 @@ def complete_file(path: Path) -> Iterator[BinaryIO]:
 def sync(folder: Path) -> None:
     """Have the disk hold everything in `folder`."""
     for path in [*folder.rglob("*"), folder]:
-        _sync_one(path)
+        sync_one(path)
 
 
-def _sync_one(path: Path) -> None:
+def sync_one(path: Path) -> None:
+    """Have the disk hold a file, or the names in a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from checkpoint_conversion.folders import WEIGHT_SUFFIXES, complete_file, copy_config
 from checkpoint_conversion.rules import ConversionError
-from checkpoint_conversion.units import MAX_SHARD_BYTES, TensorInfo, Unit, shards
+from checkpoint_conversion.units import MAX_SHARD_BYTES, Reader, TensorInfo, Unit, shards
 
 HF_INDEX = "model.safetensors.index.json"
 
@@ -39,7 +39,7 @@ _TORCH_DTYPES = {name: dtype for dtype, name in _DTYPES.items()}
 _PIECE = 2**24
 
 
-class HfReader:
+class HfReader(Reader):
     """The tensors of an HF folder (one safetensors file, or shards with an index), read one by one.
 
     Opening reads every file's header, so that a missing shard, a truncated file, or an index that names what its files do not
@@ -76,9 +76,6 @@ class HfReader:
         if found not in _TORCH_DTYPES:
             raise ConversionError(f"{name} in {self.folder} has dtype {found}; supported are {', '.join(_TORCH_DTYPES)}")
         return _TORCH_DTYPES[found]
-
-    def nbytes(self, name: str) -> int:
-        return TensorInfo(name, self.dtype(name), self.shape(name)).nbytes
 
     def get(self, name: str) -> Tensor:
         """The tensor, on CPU."""

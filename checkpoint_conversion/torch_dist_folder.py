@@ -40,7 +40,7 @@ from checkpoint_conversion.folders import complete_file
 from checkpoint_conversion.hf_folder import raw_bytes
 from checkpoint_conversion.rules import ConversionError, Rule
 from checkpoint_conversion.torch_file import append_archive, load_index, map_tensor
-from checkpoint_conversion.units import MAX_SHARD_BYTES, TensorInfo, Unit, shards
+from checkpoint_conversion.units import MAX_SHARD_BYTES, Reader, Unit, shards
 
 _LAYER_KEY = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _EXPERT_KEY = re.compile(r"(.+\.experts)\.local_experts\.(\d+)\.(.+)")
@@ -75,7 +75,7 @@ def place_of(rule: Rule) -> Place:
     return Place(f"decoder.layers.{layer[2]}", (int(layer[1]), *([int(expert[2])] if expert else [])))
 
 
-class MegatronReader:
+class MegatronReader(Reader):
     """The model's tensors in a `torch_dist` checkpoint, whole whatever parallel layout saved it, read one by one.
 
     Optimizer, scheduler and RNG entries beside them are left alone. Names are global local-layer names. Opening checks that every
@@ -110,9 +110,6 @@ class MegatronReader:
 
     def dtype(self, name: str) -> torch.dtype:
         return self._entry(self._find(name)).properties.dtype
-
-    def nbytes(self, name: str) -> int:
-        return TensorInfo(name, self.dtype(name), self.shape(name)).nbytes
 
     def get(self, name: str) -> Tensor:
         """The full tensor (as at tensor parallel 1, vocabulary padded), put together from all shards."""
@@ -192,11 +189,7 @@ class MegatronReader:
 
 
 def write_megatron(
-    folder: Path,
-    units: Sequence[Unit],
-    *,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-    on_bytes: Callable[[int], None] = lambda count: None,
+    folder: Path, units: Sequence[Unit], *, max_shard_bytes: int = MAX_SHARD_BYTES, on_bytes: Callable[[int], None] = lambda count: None
 ) -> None:
     """Write the units' full tensors as a checkpoint that a GPTModel of any parallel layout loads.
 

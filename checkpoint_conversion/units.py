@@ -54,6 +54,9 @@ class Reader(Protocol):
     def dtype(self, name: str) -> torch.dtype: ...
     def get(self, name: str) -> Tensor: ...
 
+    def nbytes(self, name: str) -> int:
+        return TensorInfo(name, self.dtype(name), self.shape(name)).nbytes
+
 
 def to_megatron(rules: Mapping[str, Rule], hf: Reader) -> list[Unit]:
     """One unit for each tensor that a Megatron checkpoint stores; a tied output layer is the embedding, stored once."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -23,6 +24,10 @@ class Section(BaseModel):
     """Base of every section: immutable, strict about names, documented by the strings under its fields."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong among the section's own settings, before a run starts: what was found, what was expected, what to change."""
+        yield from ()
 
 
 class Hooked(Section):

@@ -5,13 +5,19 @@ Everything becomes RolloutGroups in a replay file, so the warm start is a traini
 
 from __future__ import annotations
 
+import asyncio
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
 
 from demo_policy import CALL_CLOSING, CALL_OPENING, FINAL_THINK
+from igpo_megatron.agent.trajectory import render_results
 from igpo_megatron.chat.format import ChatFormat
+from igpo_megatron.config.schema import Config
+from igpo_megatron.search.client import make_client
 from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, ToolCall, Trajectory
 from world_facts import Question, World
 
@@ -45,8 +51,12 @@ Turns = list[tuple[str, str | None]]
 class Demonstrator:
     """Writes demonstrations for training questions."""
 
-    def __init__(self, world: World, chat: ChatFormat, eos: int, search: Callable[[str], str], encode: Callable[[str], list[int]]) -> None:
-        self.chat, self.eos, self.search, self.encode = chat, eos, search, encode
+    def __init__(self, world: World, tokenizer: Any, config: Config) -> None:
+        """`config`: the run whose chat format and search they use."""
+        self.chat, self.eos = ChatFormat(tokenizer, config.rollout, config.reward), tokenizer.eos_token_id
+        client = make_client(config.search)
+        self.search = cache(lambda query: render_results(asyncio.run(client.search([query]))))
+        self.encode: Callable[[str], list[int]] = partial(tokenizer.encode, add_special_tokens=False)
         self.by_kind: dict[str, list[Question]] = {}
         for question in world.questions:
             if question.split == "train":

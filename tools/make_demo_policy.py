@@ -7,13 +7,11 @@ The training in the middle is `igpo train examples/quickstart/warmstart.yaml`: t
 
 from __future__ import annotations
 
-import asyncio
 import random
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
-from functools import cache
 from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated
@@ -25,12 +23,9 @@ from transformers import PreTrainedTokenizerFast
 import demo_policy
 import world_facts
 from demonstrations import Demonstrator, copy_exercises
-from igpo_megatron.agent.trajectory import render_results
-from igpo_megatron.chat.format import ChatFormat
 from igpo_megatron.config.load import load
 from igpo_megatron.config.schema import Config
 from igpo_megatron.observability.rollout_dump import write_rollouts
-from igpo_megatron.search.client import make_client
 from igpo_megatron.types import RolloutGroup
 from prepare_data import write_corpus
 
@@ -70,20 +65,10 @@ def main(
 def demonstrations(world: world_facts.World, tokenizer: PreTrainedTokenizerFast, warm: Config) -> Iterable[RolloutGroup]:
     """All groups of the warm start in the order of training: copy exercises, then demonstrations."""
     demo = load(Path("examples/quickstart/igpo.yaml"), [f"search.corpus={DATA / 'corpus.jsonl'}"])
-    chat = ChatFormat(tokenizer, demo.rollout, demo.reward)
-    client = make_client(demo.search)
-
-    @cache
-    def search(query: str) -> str:
-        return render_results(asyncio.run(client.search([query])))
-
-    def encode(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False)
-
     rng = random.Random(warm.run.seed)
     copies = COPY_STEPS * warm.rollout.prompts_per_step
     total = warm.run.steps * warm.rollout.prompts_per_step
-    demonstrator = Demonstrator(world, chat, tokenizer.eos_token_id, search, encode)
+    demonstrator = Demonstrator(world, tokenizer, demo)
     exercises = islice(copy_exercises(demo_policy.name_tokens(tokenizer), rng), copies)
     demos = (demonstrator.demonstrate(rng, number) for number in range(total - copies))
     return track(chain(exercises, demos), total=total, description="demonstrations")

@@ -253,28 +253,24 @@ def soak(
         return trial.result()
 
 
+@dataclass(slots=True)
 class _Trial:
     """A run that is started again and again, and what was done to it."""
 
-    def __init__(
-        self,
-        arguments: Sequence[str],
-        run: Path,
-        seed: int,
-        count: int,
-        patience_s: float,
-        logs: Path,
-        rendezvous: str,
-        environment: dict[str, str],
-    ) -> None:
-        self._arguments, self._run, self._seed, self._count, self._patience_s = arguments, run, seed, count, patience_s
-        self._logs, self._rendezvous, self._environment = logs, rendezvous, environment
-        self.network: hosts.Hosts | None = None
-        self._job: Job | None = None
-        self._starts = 0
-        self._done: list[Kill] = []
-        self._left: list[str] = []
-        self._began = time.monotonic()
+    arguments: Sequence[str]
+    run: Path
+    seed: int
+    count: int
+    patience_s: float
+    logs: Path
+    rendezvous: str
+    environment: dict[str, str]
+    network: hosts.Hosts | None = None
+    _job: Job | None = None
+    _starts: int = 0
+    _done: list[Kill] = field(default_factory=list)
+    _left: list[str] = field(default_factory=list)
+    _began: float = field(default_factory=time.monotonic)
 
     @property
     def job(self) -> Job:
@@ -283,7 +279,7 @@ class _Trial:
 
     @property
     def _finished(self) -> bool:
-        return (self._run / "summary.json").exists()
+        return (self.run / "summary.json").exists()
 
     def goes_on(self, kills: int, until: float) -> bool:
         """There is more to kill, and time for it."""
@@ -292,9 +288,9 @@ class _Trial:
     def start(self) -> None:
         """The command, given once more on every host."""
         self._starts += 1
-        folder = self._logs / f"start_{self._starts:02d}"
+        folder = self.logs / f"start_{self._starts:02d}"
         folder.mkdir(parents=True)
-        self._job = Job(self.network, self._count, [*self._arguments, "--rendezvous", self._rendezvous], folder, self._environment)
+        self._job = Job(self.network, self.count, [*self.arguments, "--rendezvous", self.rendezvous], folder, self.environment)
 
     def end(self) -> None:
         """End whatever runs."""
@@ -303,32 +299,32 @@ class _Trial:
 
     def kill(self, rng: random.Random, fault: Fault) -> None:
         """Wait for a random point, do one thing, and see what becomes of the job. SystemExit where it stops by itself, or hangs."""
-        before = saved_step(self._run)
+        before = saved_step(self.run)
         early = rng.random() < STARTUP_SHARE
-        host, delay_s = rng.randrange(self._count), rng.uniform(0.0, 10.0)
+        host, delay_s = rng.randrange(self.count), rng.uniform(0.0, 10.0)
         host = 0 if fault.on_head else host
-        if not early and not self.job.wait(lambda: saved_step(self._run) > before, self._patience_s):
+        if not early and not self.job.wait(lambda: saved_step(self.run) > before, self.patience_s):
             self._give_up("without a new step")
         until = time.monotonic() + delay_s
         self.job.wait(lambda: time.monotonic() > until, delay_s + 1)
         if fault.match:
             # A kind that is not running there yet is waited for; a kind that this host never has is looked for on the others.
-            places = [host, *(other for other in range(self._count) if other != host)]
+            places = [host, *(other for other in range(self.count) if other != host)]
             hit: list[int] = []
 
             def struck() -> bool:
                 hit.extend(islice((place for place in places if self.job.kill(fault, place)), 1))
                 return bool(hit)
 
-            if not self.job.wait(struck, self._patience_s):
+            if not self.job.wait(struck, self.patience_s):
                 self._give_up(f"with nothing to kill that is a {fault.name}")
             host = hit[0]
         else:
             assert self.network is not None
             self.network.cut(host)
-        began, step = time.monotonic(), saved_step(self._run)
+        began, step = time.monotonic(), saved_step(self.run)
         kill = Kill(len(self._done) + 1, fault.name, host, round(delay_s, 1), step)
-        went_on = self.job.wait(lambda: saved_step(self._run) >= step + 2, self._patience_s)
+        went_on = self.job.wait(lambda: saved_step(self.run) >= step + 2, self.patience_s)
         if not went_on and self.job.running:
             self._give_up(f"after {fault.name} on host {host}")
         kill.outcome = "went on" if went_on else "stopped"
@@ -348,21 +344,21 @@ class _Trial:
             if self._finished:
                 return
             self.start()
-        if not self.job.wait(lambda: self._finished, self._patience_s * 4) and not self._finished:
+        if not self.job.wait(lambda: self._finished, self.patience_s * 4) and not self._finished:
             self._give_up("undisturbed")
-        self.job.wait(lambda: False, self._patience_s)
+        self.job.wait(lambda: False, self.patience_s)
         self._left += self.job.left_behind()
 
     def result(self) -> dict[str, Any]:
         """Of the steps that were saved so far."""
-        config = load(self._arguments[0], list(self._arguments[1:]))
-        steps = saved_step(self._run)
-        expected, trained = expected_questions(config, steps), trained_questions(self._run, steps)
-        rows = read_metrics(self._run / "metrics.jsonl") if (self._run / "metrics.jsonl").exists() else []
+        config = load(self.arguments[0], list(self.arguments[1:]))
+        steps = saved_step(self.run)
+        expected, trained = expected_questions(config, steps), trained_questions(self.run, steps)
+        rows = read_metrics(self.run / "metrics.jsonl") if (self.run / "metrics.jsonl").exists() else []
         return {
-            "seed": self._seed,
-            "hosts": self._count,
-            "rendezvous": self._rendezvous,
+            "seed": self.seed,
+            "hosts": self.count,
+            "rendezvous": self.rendezvous,
             "finished": self._finished,
             "steps": steps,
             "steps_logged": len({int(row["step"]) for row in rows if 0 < row["step"] <= steps}),
@@ -375,9 +371,9 @@ class _Trial:
         }
 
     def _give_up(self, what: str) -> NoReturn:
-        state = f"nothing happened within {self._patience_s:g} s" if self.job.running else "the job ended"
+        state = f"nothing happened within {self.patience_s:g} s" if self.job.running else "the job ended"
         logs = "\n".join(f"{log}:\n{log.read_text(errors='replace')[-3000:]}" for log in self.job.logs)
-        raise SystemExit(f"start {self._starts}, {what}: {state}, last saved step {saved_step(self._run)}\n{logs}")
+        raise SystemExit(f"start {self._starts}, {what}: {state}, last saved step {saved_step(self.run)}\n{logs}")
 
 
 def line(kill: Kill) -> str:

@@ -25,7 +25,7 @@ from igpo_megatron.chat.format import ChatFormat
 from igpo_megatron.chat.room import probe_tokens, too_long
 from igpo_megatron.engines.api import Engine, EngineError
 from igpo_megatron.search.results import SearchClient
-from igpo_megatron.supervision.crashes import CrashLog
+from igpo_megatron.supervision.failures import CrashLog
 from igpo_megatron.tools.base import Tool
 from igpo_megatron.tools.tally import Tally, TallyClient, TallyTool, search_tally
 from igpo_megatron.types import Node, Prompt, RolloutGroup, RunStopped, Status, Trajectory

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Iterator
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -10,13 +11,58 @@ from igpo_megatron.engines.settings import Engine
 from igpo_megatron.settings import Section
 
 
-class NoBranching(Section):
+class BranchingSection(Section):
+    """What a run asks of every way to grow a group, answered as by one that never forks."""
+
+    name: str
+
+    branches: ClassVar[bool] = False
+    """Samples may share turns."""
+
+    decides_by_gain: ClassVar[bool] = False
+    """It needs probes that the engine scores while the group grows."""
+
+    @property
+    def top_logprobs(self) -> int:
+        """Likeliest tokens whose log-probs it asks for with every sampled token; -1 for all."""
+        return 0
+
+    def misfits(self, rollout: Rollout) -> Iterator[str]:
+        """Why a group cannot grow so under these settings."""
+        yield from ()
+
+
+class NoBranching(BranchingSection):
     """Independent samples."""
 
     name: Literal["none"] = "none"
 
 
-class ArpoBranching(Section):
+class Forking(BranchingSection):
+    """What the ways to fork share."""
+
+    branches: ClassVar[bool] = True
+
+    initial_rollouts: PositiveInt = 8
+    """Samples that begin at the question; the rest of `samples_per_prompt` is the budget of forks. What no fork used begins there, too."""
+
+    beam: Annotated[int, Field(ge=2)] = 2
+    """Paths behind a fork at most, the forking one included."""
+
+    @property
+    def budget_is_found(self) -> bool:
+        """A first rollout sets `initial_rollouts`, whatever is written there."""
+        return False
+
+    def misfits(self, rollout: Rollout) -> Iterator[str]:
+        if not self.budget_is_found and self.initial_rollouts >= rollout.samples_per_prompt:
+            yield (
+                f"rollout.branching.initial_rollouts={self.initial_rollouts} leaves nothing of rollout.samples_per_prompt="
+                f"{rollout.samples_per_prompt} to branch with; lower it (published: half), or set rollout.branching.name=none"
+            )
+
+
+class ArpoBranching(Forking):
     """ARPO (arXiv 2507.19849, section 3.1): a group starts as a few samples and forks behind tool results that leave the policy unsure.
 
     Entropy is that of the first `entropy_tokens` tokens of a turn, over ln(vocabulary); dH its rise over the question's initial entropy.
@@ -27,12 +73,6 @@ class ArpoBranching(Section):
     """`corrected` (the paper): entropy of the tokens behind the result, against the mean of the first samples' first turns; short turns
     are scaled up to `entropy_tokens`. `published` (the code): entropy of the turn that made the call, against the path's own first
     measured turn, as a plain sum. The code's stale initial entropies of earlier batches, and its rounds, are in neither."""
-
-    initial_rollouts: PositiveInt = 8
-    """Samples that begin at the question; the rest of `samples_per_prompt` is the budget of forks. What no fork used begins there, too."""
-
-    beam: Annotated[int, Field(ge=2)] = 2
-    """Paths behind a fork at most, the forking one included."""
 
     base_probability: Annotated[float, Field(ge=0, le=1)] = 0.5
     """alpha: the chance of a fork where dH = 0."""
@@ -55,6 +95,18 @@ class ArpoBranching(Section):
     top_k: PositiveInt = 10
     """Likeliest tokens, for entropy=top_k; the sampled one is added."""
 
+    @property
+    def top_logprobs(self) -> int:
+        return -1 if self.entropy == "full" else self.top_k
+
+    def misfits(self, rollout: Rollout) -> Iterator[str]:
+        yield from super().misfits(rollout)
+        if self.entropy_tokens > rollout.max_tokens_per_turn:
+            yield (
+                f"rollout.branching.entropy_tokens={self.entropy_tokens} is more than a turn has "
+                f"(rollout.max_tokens_per_turn={rollout.max_tokens_per_turn}); lower it"
+            )
+
 
 class AepoBranching(ArpoBranching):
     """AEPO (arXiv 2510.14545): ARPO's forks, rarer where a path has just forked, under a budget that a first rollout can set."""
@@ -74,20 +126,20 @@ class AepoBranching(ArpoBranching):
     budget_scale: NonNegativeFloat = 0.5
     """Steepness of the budget."""
 
+    @property
+    def budget_is_found(self) -> bool:
+        return self.premonitor
 
-class GainBranching(Section):
+
+class GainBranching(Forking):
     """Forks and stops by information gain (this project's own): needs `reward.scorer=engine`, which measures values during the rollout.
 
     The value v_t of a path behind t turns is exp(mean log-prob of the true answer), from 0 to 1, whatever `reward.gain` is.
     """
 
+    decides_by_gain: ClassVar[bool] = True
+
     name: Literal["gain"] = "gain"
-    initial_rollouts: PositiveInt = 8
-    """Samples that begin at the question; the rest of `samples_per_prompt` is the budget of forks. What no fork used begins there, too."""
-
-    beam: Annotated[int, Field(ge=2)] = 2
-    """Paths behind a fork at most, the forking one included."""
-
     base_probability: Annotated[float, Field(ge=0, le=1)] = 0.0
     """alpha: the chance of a fork where the first samples agree."""
 
@@ -204,3 +256,31 @@ class Rollout(Section):
 
     engine: Engine = Engine()
     """The engines."""
+
+    def problems(self) -> Iterator[str]:
+        if self.tool_name in ("visit", "python"):
+            yield f"rollout.tool_name={self.tool_name} is the name of another tool; search needs one of its own, such as search"
+        if len(set(self.extra_tools)) < len(self.extra_tools):
+            yield f"rollout.extra_tools={list(self.extra_tools)} names a tool more than once; name each once"
+
+    def group_problems(self) -> Iterator[str]:
+        """Why training groups cannot grow, close or be mended as they are asked to; evaluations draw independent samples."""
+        branching = self.branching
+        yield from branching.misfits(self)
+        if self.replay_successes and branching.branches:
+            yield (
+                f"rollout.replay_successes={self.replay_successes} replaces single samples, rollout.branching.name="
+                f"{branching.name} makes them share turns; use one of them"
+            )
+        if self.close_at is None:
+            return
+        if self.close_at > self.samples_per_prompt:
+            yield (
+                f"rollout.close_at={self.close_at} is more than rollout.samples_per_prompt={self.samples_per_prompt}; "
+                "use at most that many, or null to wait for all"
+            )
+        if branching.branches:
+            yield (
+                f"rollout.close_at gives up independent samples, but rollout.branching.name={branching.name} grows a tree, whose "
+                "branches depend on all of them; set rollout.close_at to null"
+            )

@@ -11,7 +11,7 @@ from igpo_megatron.agent.settings import Rollout
 from igpo_megatron.chat.format import Answer, ChatFormat, Malformed
 from igpo_megatron.chat.protocols.registry import PROTOCOLS
 from igpo_megatron.engines.api import Engine
-from igpo_megatron.engines.routing import first_unrouted, record_experts
+from igpo_megatron.engines.recorded_experts import first_unrouted, record_experts
 from igpo_megatron.search.results import SearchClient, SearchResult
 from igpo_megatron.supervision.waits import ENGINES, ROLLOUTS, waiting
 from igpo_megatron.tools.base import Observed, Tool

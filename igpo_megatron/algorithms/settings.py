@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Discriminator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Tag
@@ -56,6 +57,17 @@ class Reward(Section):
 
     evidence: bool = False
     """A second probe per turn, with the newest tool result hidden, splits each gain into evidence and own reasoning."""
+
+    def problems(self) -> Iterator[str]:
+        if self.overlong is not None and self.overlong[0] >= self.overlong[1]:
+            yield f"reward.overlong={list(self.overlong)}: expected [start, end] in tokens with start < end"
+        if self.gain == "none":
+            if self.scorer != "fold":
+                yield f"reward.scorer={self.scorer} scores probes, reward.gain=none asks for none; leave reward.scorer at its default"
+            if self.evidence:
+                yield "reward.evidence=true splits gains, reward.gain=none asks for none; set one of them differently"
+        elif (found := self.probe_template.count("{answer}")) != 1:
+            yield f"reward.probe_template={self.probe_template!r}: expected {{answer}} exactly once, found it {found} times"
 
 
 class AdvantageSection(Section):
@@ -260,6 +272,9 @@ class LossSection(Section):
 class PolicyLoss(LossSection):
     """What the losses of reinforcement learning share."""
 
+    without_entropies: ClassVar[str] = ""
+    """How to do without `uses_old_entropies`, as the sentence that refuses them goes on."""
+
     kl_coef: NonNegativeFloat = 0.001
     """Weight of the k3 KL estimate to the reference policy; 0 keeps no reference."""
 
@@ -303,6 +318,21 @@ class PolicyLoss(LossSection):
         if self.mismatch == "mask_sequence":
             return "loss.mismatch=mask_sequence"
         return f"loss.name={self.name}" if self.sequence_level else None
+
+    def problems(self) -> Iterator[str]:
+        low, high = self.mismatch_bounds
+        if not low < 1 < high:
+            yield f"loss.mismatch_bounds={[low, high]}: expected [low, high] around 1, such as [0.5, 2.0]"
+        if self.mismatch != "none" and self.skips_old_logprobs:
+            yield (
+                f"loss.mismatch={self.mismatch} compares the engine with a pass before the step, which loss.old_logprobs=engine leaves "
+                "out; use loss.old_logprobs=recompute, or loss.mismatch=none"
+            )
+        if self.uses_old_entropies and self.skips_old_logprobs:
+            yield (
+                f"loss.name={self.name} uses entropies that loss.old_logprobs=engine runs no pass for; "
+                f"use old_logprobs=recompute{self.without_entropies}"
+            )
 
 
 class Ppo(PolicyLoss):
@@ -348,6 +378,14 @@ class Bapo(PolicyLoss):
     dual_clip: Annotated[float, Field(gt=1)] | None = 3.0
     """With a negative advantage the ratio counts at most this much; null turns it off."""
 
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        for name, (first, last) in (("lower", self.lower), ("upper", self.upper)):
+            if first > last:
+                yield f"loss.{name}={[first, last]}: expected [first, last] with first <= last"
+        if self.lower[1] > 1 or self.upper[0] < 1:
+            yield f"loss.lower={list(self.lower)} and loss.upper={list(self.upper)}: expected bounds below and above 1"
+
 
 class Gspo(PolicyLoss):
     """GSPO (arXiv 2507.18071): PPO's clip on the geometric mean of a trajectory's ratios; turns keep their own advantages."""
@@ -380,6 +418,8 @@ class Cispo(PolicyLoss):
 
 class Aepo(Ppo):
     """AEPO's entropy-balanced policy optimisation (arXiv 2510.14545, section 3.3): PPO whose upper clip keeps its gradient."""
+
+    without_entropies: ClassVar[str] = ", or entropy_advantage=none with balanced_tokens=all"
 
     name: Literal["aepo"] = "aepo"  # type: ignore[assignment]
     balanced_tokens: Literal["all", "high_entropy"] = "all"
@@ -474,3 +514,19 @@ class Sft(LossSection):
 
 BuiltinLoss = Annotated[Ppo | Aepo | Hapo | Bapo | Gspo | Cispo | Sft, Field(discriminator="name")]
 Loss = Annotated[Annotated[BuiltinLoss, Tag(OURS)] | Annotated[HookedLoss, Tag(HOOKED)], Discriminator(ours_or_hooked)]
+
+
+def algorithm_problems(reward: Reward, advantage: Advantage, loss: Loss) -> Iterator[str]:
+    """Where a step of these three lacks gains, or a pass to take them in."""
+    if not (loss.learns_from_rewards and advantage.needs_probes):
+        return
+    if reward.gain == "none":
+        yield f"reward.gain=none leaves advantage.name={advantage.name} without gains; measure them, or set advantage.name=grpo"
+    elif reward.scorer == "engine":
+        if reward.evidence:
+            yield "reward.evidence=true hides tool results in the trainer's pass; use reward.scorer=fold"
+    elif loss.skips_old_logprobs:
+        yield (
+            f"loss.old_logprobs=engine runs no pass that reward.scorer={reward.scorer} could score probes in; "
+            "use reward.scorer=engine, or loss.old_logprobs=recompute"
+        )

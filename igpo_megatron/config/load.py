@@ -10,15 +10,17 @@ import difflib
 import json
 import os
 import re
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from igpo_megatron.config.schema import Config
 from igpo_megatron.settings import HOOK_RULE, HOOKED, OURS, Hooked
@@ -36,38 +38,33 @@ class ConfigError(UserError):
         super().__init__("\n".join(["the configuration has problems:", *(f"  - {problem}" for problem in self.problems)]))
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `1e-6` as a string and forgets repeated keys; people mean a number, and a mistake."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for index, key in enumerate(keys):
-            if key.value in {earlier.value for earlier in keys[:index]}:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} is given twice", key.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_NOT_YAML = (yaml.YAMLError, ValueError, KeyError, AttributeError, RecursionError)
-"""What the parser raises for a text: values such as `!!bool maybe` or 2024-13-45 are behind the last four."""
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
+def parse(text: str) -> Any:
+    """YAML 1.2, in which 1e-5 is a number, `off` a word, and a key given twice a mistake. Raises ValueError with line and column."""
+    try:
+        # A new parser each time: a %YAML line would change it for the next text.
+        return YAML(typ="safe", pure=True).load(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        # Of a key that is given twice it goes on with both values, which may be whole sections.
+        problem = str(error.problem).partition(" with value ")[0]
+        raise ValueError(f"line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark else str(error)) from None
+    except (YAMLError, LookupError, RecursionError) as error:  # LookupError: of values such as `!!bool maybe`
+        raise ValueError(str(error)) from None
 
 
 def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply `section.key=value` overrides, validate. Raises ConfigError."""
+    """Read a YAML file, or the config.json of a run, apply `section.key=value` overrides, validate. Raises ConfigError."""
     path = Path(path)
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
+        text = path.read_text(encoding="utf-8")
+        # YAML takes the two halves of an emoji in JSON for two characters.
+        values = (json.loads(text) if path.suffix == ".json" else parse(text)) or {}
     except FileNotFoundError:
         raise ConfigError([f"{path}: no such configuration file; the examples/ folder has complete ones"]) from None
     except OSError as error:
         raise ConfigError([f"{path}: {os.strerror(error.errno or 0).lower()}; expected a configuration file"]) from None
-    except _NOT_YAML as error:
-        raise ConfigError([f"{path}: not valid YAML: {error}"]) from None
+    except ValueError as error:
+        raise ConfigError([f"{path}: not valid {'JSON' if path.suffix == '.json' else 'YAML'}: {error}"]) from None
     if not isinstance(values, dict):
         raise ConfigError([f"{path}: expected sections such as `model:` at the top, found {type(values).__name__}"])
     return build(values, overrides)
@@ -119,17 +116,14 @@ def explain(name: str | None = None) -> str:
     if name is None:
         return "\n".join(f"{section:<12}{_section_summary(section)}" for section in Config.model_fields)
     *parents, last = name.split(".")
-    models: list[type[BaseModel]] = [Config]
-    for part in parents:
-        models = [inner for model in models for inner in _members(model, part)]
-    holders = [model for model in models if last in model.model_fields]
+    holders = [model for model in _sections_at(parents) if last in model.model_fields]
     if not holders:
         near = _nearest(name, _dotted_keys(Config))
         raise ConfigError([f"{name}: no such section or key; " + (f"did you mean {near!r}?" if near else "`igpo config` lists them")])
     inner_models = [inner for model in holders for inner in _members(model, last)]
     if inner_models:
         return "\n\n".join(_explain_model(name, model, chosen_by_name=len(inner_models) > 1) for model in inner_models)
-    return "\n".join(_explain_field(name, holders[0].model_fields[last]))
+    return _explain_field(name, holders[0].model_fields[last])
 
 
 def _apply(values: dict[str, Any], override: str) -> str | None:
@@ -139,8 +133,8 @@ def _apply(values: dict[str, Any], override: str) -> str | None:
         return f"override {override!r}: expected section.key=value, e.g. optim.lr=1e-5"
     *sections, name = key.strip().split(".")
     try:
-        value = yaml.load(text, _Loader)
-    except _NOT_YAML:
+        value = parse(text)
+    except ValueError:
         value = text
     for part in sections:
         inner = values.setdefault(part, {})
@@ -170,7 +164,8 @@ def _describe(detail: ErrorDetails) -> str:
             tag = context.get("tag")
             near = _nearest(str(found if tag is None else tag), expected)
             left = f"{key}={found!r}" if tag is None else f"{key}.name={tag!r}"
-            return f"{left}: expected one of {', '.join(expected)}" + (f"; did you mean {near!r}?" if near else "")
+            hook = f", or {HOOKED}" if OURS in detail["loc"] else ""
+            return f"{left}: expected one of {', '.join(expected)}{hook}" + (f"; did you mean {near!r}?" if near else "")
         case "missing":
             return f"{key}: required, but not set"
         case "model_type" | "model_attributes_type":
@@ -190,10 +185,8 @@ def _describe_unknown(shown: list[str], model: type[BaseModel] | None) -> str:
     if near:
         return f"{key}: unknown key; did you mean {'.'.join([*shown[:-1], near])!r}?"
     section = ".".join(shown[:-1])
-    choices: list[type[BaseModel]] = [Config]
-    for part in shown[:-1]:
-        choices = [inner for choice in choices for inner in _members(choice, part)]
-    algorithms = [_name_of(other) for other in (choices if section in ALGORITHMS else []) if _nearest(shown[-1], other.model_fields)]
+    choices = _sections_at(shown[:-1]) if section in ALGORITHMS else []
+    algorithms = [_name_of(other) for other in choices if _nearest(shown[-1], other.model_fields)]
     elsewhere = [other for other in _dotted_keys(Config) if other.split(".")[-1] == shown[-1] and other.split(".")[0] != shown[0]]
     if algorithms and model is not None:
         hint = f"a key like it belongs to {section}.name={' or '.join(algorithms)}, not {_name_of(model)}; "
@@ -228,6 +221,14 @@ def _walk(location: Sequence[str]) -> tuple[list[str], type[BaseModel] | None]:
 def _nearest(name: str, known: Iterable[str]) -> str | None:
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return near[0] if near else None
+
+
+def _sections_at(keys: Sequence[str]) -> list[type[BaseModel]]:
+    """The section classes that keys such as rollout, engine may lead to."""
+    models: list[type[BaseModel]] = [Config]
+    for key in keys:
+        models = [inner for model in models for inner in _members(model, key)]
+    return models
 
 
 def _members(model: type[BaseModel], field: str) -> list[type[BaseModel]]:
@@ -268,18 +269,17 @@ def _name_of(model: type[BaseModel]) -> str:
 
 def _explain_model(name: str, model: type[BaseModel], *, chosen_by_name: bool) -> str:
     title = f"{name}.name={_name_of(model)}" if chosen_by_name else name
-    lines = [f"{title}: {(model.__doc__ or '').strip()}"]
-    for key, info in model.model_fields.items():
-        lines += [f"  {line}" for line in _explain_field(key, info)]
-    return "\n".join(lines)
+    fields = "\n".join(_explain_field(key, info) for key, info in model.model_fields.items())
+    return f"{title}: {(model.__doc__ or '').strip()}\n{textwrap.indent(fields, '  ')}"
 
 
-def _explain_field(name: str, info: FieldInfo) -> list[str]:
+def _explain_field(name: str, info: FieldInfo) -> str:
     bounds = "".join(
         f" {sign} {getattr(rule, word)}" for rule in info.metadata for word, sign in _SIGNS if getattr(rule, word, None) is not None
     )
     default = "required" if info.is_required() else f"default {_plain(info.default)}"
-    return [f"{name}  ({_type_name(info.annotation)}{bounds}, {default})", *([f"    {info.description}"] if info.description else [])]
+    described = "\n" + textwrap.indent(info.description, "    ") if info.description else ""
+    return f"{name}  ({_type_name(info.annotation)}{bounds}, {default}){described}"
 
 
 _SIGNS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -25,3 +26,12 @@ class Data(Section):
 
     balance: Literal["none", "source"] = "none"
     """`source` draws every source equally often instead of in proportion to its rows."""
+
+    def missing(self, part: Literal["train", "eval"]) -> Iterator[str]:
+        """Why the questions of `data.train` or `data.eval` cannot be read."""
+        paths = self.train if part == "train" else self.eval
+        if not paths:
+            yield f"data.{part} is empty; name at least one parquet file of questions (tools/prepare_data.py makes a demo set)"
+        for path in paths:
+            if not path.is_file():
+                yield f"data.{part}: {path}: no such file"

@@ -45,17 +45,8 @@ class Row:
 
 def examine() -> list[Row]:
     """All findings, in the order they are shown."""
-    looks: Sequence[Callable[[], list[Row]]] = (
-        python,
-        packages,
-        vllm_build,
-        gpus,
-        accelerations,
-        processor,
-        memory,
-        shared_memory,
-        loopback,
-    )
+    parts: Sequence[Callable[[], list[Row]]] = (python, packages, vllm_build, gpus, accelerations)
+    looks = (*parts, processor, memory, shared_memory, loopback)
     return [row for look in looks for row in look()]
 
 

@@ -11,9 +11,9 @@ import re
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from typing import Any
 
-from igpo_megatron.agent.settings import ArpoBranching, Branching
+from igpo_megatron.agent.settings import Branching
 from igpo_megatron.config.schema import Config
-from igpo_megatron.engines.routing import routed_experts
+from igpo_megatron.engines.recorded_experts import routed_experts
 from igpo_megatron.weights.store import SharedWeights
 from igpo_megatron.weights.transfer import BACKEND, POSITION_BYTES, as_plain
 
@@ -246,10 +246,7 @@ def engine_options(config: Config, *, cuda: bool, stop_strings: bool) -> dict[st
     rollout, engine = config.rollout, config.rollout.engine
     dtype = config.model.dtype if engine.dtype == "auto" else engine.dtype
     device: dict[str, Any] = (
-        {
-            "gpu_memory_utilization": engine.gpu_memory_utilization,
-            "enable_sleep_mode": config.placement.mode == "colocated",
-        }
+        {"gpu_memory_utilization": engine.gpu_memory_utilization, "enable_sleep_mode": config.placement.mode == "colocated"}
         if cuda
         else {
             "enforce_eager": True,
@@ -295,9 +292,7 @@ def entropy(logprobs: Iterable[float]) -> float:
 
 def _most_logprobs(branching: Branching) -> int:
     """Log-probs per token that vLLM must be ready to give; -1 for all."""
-    if not isinstance(branching, ArpoBranching):
-        return _VLLM_LOGPROBS
-    return -1 if branching.entropy == "full" else max(branching.top_k, _VLLM_LOGPROBS)
+    return -1 if branching.top_logprobs == -1 else max(branching.top_logprobs, _VLLM_LOGPROBS)
 
 
 def _scoring_params(*, skip_cache: bool, **more: Any) -> Any:

@@ -26,7 +26,7 @@ from igpo_megatron.engines.actor import EngineActor, EngineLost, engine_environm
 from igpo_megatron.engines.api import EngineError, EnginesEnded
 from igpo_megatron.engines.ray_cluster import RayCluster
 from igpo_megatron.types import RunStopped
-from igpo_megatron.weights.transports import cause
+from igpo_megatron.weights.send import cause
 
 logger = logging.getLogger(__name__)
 

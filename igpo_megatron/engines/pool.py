@@ -1,7 +1,7 @@
 """vLLM engines as one service: requests find an engine that serves the newest weights, and outlive the engine they were sent to.
 
     generate, score_probe ──> a HEALTHY engine (fleet.py) ──Ray──> EngineActor: an AsyncLLM with prefix cache ──> vLLM workers
-    update_weights ──> Transfer (weight_send.py) over transports ──> fingerprints ──> canary ──> HEALTHY
+    update_weights ──> Transfer (weights/send.py) over transports ──> fingerprints ──> canary ──> HEALTHY
 
 A turn whose engine dies is generated again with the same seed, elsewhere or after the restart.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import random
 import threading
 import time
 import zlib
@@ -27,15 +28,15 @@ from igpo_megatron.engines.actor import EngineLost
 from igpo_megatron.engines.api import EngineError
 from igpo_megatron.engines.fleet import EngineState, Fleet, Member, is_lost
 from igpo_megatron.engines.ray_cluster import RayCluster
-from igpo_megatron.engines.self_test import self_test_scoring
 from igpo_megatron.supervision.waits import ENGINES, waiting
 from igpo_megatron.types import Canary, Completion, ProbeScore, SyncError
-from igpo_megatron.weights.canary import check_canary
-from igpo_megatron.weights.send import Transfer, Transport, export, fingerprints
+from igpo_megatron.weights.send import Transfer, Transport, cause, check_canary, export, fingerprints, largest_gap
 from igpo_megatron.weights.store import Bucket, SharedWeights
-from igpo_megatron.weights.transports import EngineReceiver, ObjectStore, SharedMemory, cause
+from igpo_megatron.weights.transports import EngineReceiver, ObjectStore, SharedMemory
 
 _OPERATION_TIMEOUT_S = 600
+_TEST_CONTEXT, _TEST_PROBE = 128, 12  # 128 tokens are whole KV blocks of any size in use
+_TEST_GAP = {"fp32": 1e-4, "bf16": 0.1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +226,7 @@ class EnginePool:
         """Largest |difference| that the prefix cache makes to scores, over all engines. Raises EngineError where it is too large."""
         dtype = self._config.model.dtype if self._engine.dtype == "auto" else self._engine.dtype
         numbers = range(len(self._running.members))
-        return max(self_test_scoring(number, partial(self.score_on, number), self._vocab_size, dtype) for number in numbers)
+        return max(check_prefix_cache(number, partial(self.score_on, number), self._vocab_size, dtype) for number in numbers)
 
     # ---- weights
 
@@ -372,26 +373,43 @@ class EnginePool:
             transports.append(ObjectStore([EngineReceiver(member.number, member.actor) for member in far], self._weights))
         return transports
 
-    # ---- inspection
-
-    def check_health(self) -> None:
-        """Raises EngineError naming the first engine that cannot serve."""
-        for member in self._running.members:
-            timeout_s = self._engine.health_timeout_s
-            self._running.wait_for(member, member.actor.check_health.remote(), "is not healthy", timeout_s)
-
-    def process_ids(self) -> list[int]:
-        """Process id of every actor, for tests and for people who look for them."""
-        return [member.process for member in self._running.members if member.process is not None]
-
-    def states(self) -> list[EngineState]:
-        """Of every engine."""
-        return [member.state for member in self._running.members]
-
     @property
     def _running(self) -> Fleet:
         assert self._fleet is not None, "the pool was not entered"
         return self._fleet
+
+
+def check_prefix_cache(number: int, score: Callable[..., tuple[list[float], int]], vocab_size: int, dtype: str) -> float:
+    """Try the cases in which vLLM is known to score wrongly; the largest |difference| that the prefix cache of engine `number` makes.
+
+    `score(token_ids, first, cached=...)` gives log-probs and how many tokens the cache had. Raises EngineError where they differ by more
+    than rounding, or where no cached token was ever used.
+    """
+    draw = random.Random(0)
+
+    def tokens(count: int) -> list[int]:
+        return [draw.randrange(vocab_size) for _ in range(count)]
+
+    bound = _TEST_GAP[dtype]
+    worst, used = 0.0, False
+    # A context of whole blocks, and one that ends inside a block; each with a probe, the same again, and another one.
+    for first in (_TEST_CONTEXT, _TEST_CONTEXT + 5):
+        context, probe, other = tokens(first), tokens(_TEST_PROBE), tokens(_TEST_PROBE)
+        for ending in (probe, probe, other):
+            # Rows that are not computed show freed memory, which must not happen to hold the right values.
+            score(tokens(first + _TEST_PROBE), first, cached=False)
+            found, hits = score(context + ending, first, cached=True)
+            plain, _ = score(context + ending, first, cached=False)
+            gap = largest_gap(plain, found)
+            if not gap <= bound:
+                raise EngineError(
+                    f"engine {number} scores a probe differently by {gap:.3g} with its prefix cache, more than {bound:g}: "
+                    "use reward.scorer=fold with this version of vLLM"
+                )
+            worst, used = max(worst, gap), used or 0 < hits < first
+    if not used:
+        raise EngineError(f"engine {number} did not use its prefix cache to score: use reward.scorer=fold with this version of vLLM")
+    return worst
 
 
 def _uses_cuda(config: Config) -> bool:

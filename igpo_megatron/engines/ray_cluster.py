@@ -20,7 +20,7 @@ from igpo_megatron.config.schema import Config
 from igpo_megatron.engines.api import EngineError
 from igpo_megatron.supervision.leftovers import claim, is_alive, remove_abandoned
 from igpo_megatron.types import UserError
-from igpo_megatron.weights.transports import cause
+from igpo_megatron.weights.send import cause
 
 _OBJECT_STORE_BYTES = 100 * 2**20
 _BUCKETS_IN_FLIGHT = 3  # one being written, one being read, one being let go

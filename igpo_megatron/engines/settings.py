@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import json
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -58,3 +60,32 @@ class Engine(Section):
 
     max_restarts: NonNegativeInt = 3
     """Restarts of one engine in a run; one more death stops the run."""
+
+    def problems(self) -> Iterator[str]:
+        repeated = sorted({gpu for gpu in self.gpu_ids if self.gpu_ids.count(gpu) > 1})
+        if repeated:
+            yield f"rollout.engine.gpu_ids names {repeated} more than once; name each GPU once"
+        if self.backend != "torch":
+            return
+        for name, expected in {"count": 1, "tensor": 1, "gpu_ids": (), "ray_address": None}.items():
+            found = getattr(self, name)
+            if found != expected:
+                yield (
+                    f"rollout.engine.{name}={found if isinstance(found, str) else json.dumps(found)} with rollout.engine.backend=torch, "
+                    f"which is one engine in the main rank's process, on its device; set it to {json.dumps(expected)}, or use backend=vllm"
+                )
+
+    def cache_slots(self, max_context: int, model_dtype: Literal["fp32", "bf16"], shape: dict[str, Any]) -> int:
+        """backend=torch: sequences of `max_context` tokens that `kv_cache_mib` holds, `max_num_seqs` at most; 0 where none fits.
+
+        `shape`: config.json of the model.
+        """
+        return min(self.max_num_seqs, self.kv_cache_mib * 2**20 // self.sequence_bytes(max_context, model_dtype, shape))
+
+    def sequence_bytes(self, max_context: int, model_dtype: Literal["fp32", "bf16"], shape: dict[str, Any]) -> int:
+        """Keys and values of one sequence of `max_context` tokens."""
+        heads = shape["num_attention_heads"]
+        head_size = shape.get("head_dim") or shape["hidden_size"] // heads
+        bytes_each = {"fp32": 4, "bf16": 2}[model_dtype if self.dtype == "auto" else self.dtype]
+        per_token = 2 * shape["num_hidden_layers"] * (shape.get("num_key_value_heads") or heads) * head_size * bytes_each
+        return int(per_token * max_context)

@@ -9,21 +9,32 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
 
-from igpo_megatron.kernels import forms, torch_chunked
+from igpo_megatron.kernels import torch_chunked
 from igpo_megatron.types import UserError
 
 logger = logging.getLogger(__name__)
 
 Implementation = Literal["auto", "torch", "triton"]
-Form = Literal["auto", forms.Form]
+Form = Literal["auto", "fused", "tma", "chunks", "specialised"]
+FORMS: tuple[Form, ...] = get_args(Form)[1:]
+"""Of the Triton forward (triton_stream, triton_head). The riskiest last: whoever tries all of them in this order has the results of the
+others by then."""
+
+FORM_TABLE = Path(__file__).with_name("head_forms.json")
+"""{"NVIDIA H100 80GB HBM3": {"source": "measured: ...", "rules": [{"max_rows": 256, "form": "fused"}, ...]}, "default": ...}
+
+`tools/bench/head_kernel.py --write-table` writes a device's entry from measured medians."""
+
 WORKSPACE = 128 * 2**20
 """Bytes of logits at a time."""
 
@@ -179,8 +190,8 @@ class _GatherRows(torch.autograd.Function):
 
 def _functions(implementation: str, form: str, hidden: torch.Tensor, weight: torch.Tensor) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """(partials, gradients) of one vocabulary shard."""
-    if form not in ("auto", *forms.FORMS):
-        raise UserError(f"model.head_form={form}: expected auto or one of {', '.join(forms.FORMS)}")
+    if form not in ("auto", *FORMS):
+        raise UserError(f"model.head_form={form}: expected auto or one of {', '.join(FORMS)}")
     if resolve(implementation, hidden.device) == "torch":
         return torch_chunked.partials, torch_chunked.gradients
     from igpo_megatron.kernels import triton_head
@@ -189,8 +200,29 @@ def _functions(implementation: str, form: str, hidden: torch.Tensor, weight: tor
         raise UserError(f"hidden is {hidden.dtype}: the triton implementation takes bf16, fp16 or fp32; use model.head=torch")
     if form == "auto":
         device = torch.cuda.get_device_name(hidden.device) if hidden.is_cuda else "cpu"
-        form = forms.choose(device, len(hidden), hidden.shape[1], len(weight))
+        form = choose_form(device, len(hidden), hidden.shape[1], len(weight))
     return triton_head.FORWARDS[form], triton_head.gradients
+
+
+def choose_form(device_name: str, rows: int, hidden: int, vocab: int, table: dict[str, Any] | None = None) -> str:
+    """Form for N `rows`, H `hidden`, v `vocab` rows of weight on this rank; a device that is not listed uses `default`.
+
+    The first rule whose bounds hold decides; a bound that is left out always holds. Never a race at run time: that would change the order
+    of summation between runs.
+    """
+    table = table or _table()
+    entry = table.get(device_name) or table["default"]
+    sizes = {"max_rows": rows, "max_hidden": hidden, "max_vocab": vocab}
+    for rule in entry["rules"]:
+        if all(size <= rule[bound] for bound, size in sizes.items() if bound in rule):
+            return rule["form"]
+    raise ValueError(f"head_forms.json, {device_name}: no rule covers N={rows}, H={hidden}, v={vocab}; the last rule must have no bounds")
+
+
+@functools.cache
+def _table() -> dict[str, Any]:
+    """The committed table."""
+    return json.loads(FORM_TABLE.read_text(encoding="utf-8"))
 
 
 @functools.cache

@@ -4,8 +4,8 @@ Forward has the forms of triton_stream, which never write logits, and
 
     chunks   cuBLAS writes a chunk of fp32 logits that stays in L2, one kernel folds it into the record:  chunk by chunk [N, 4]
 
-`forms.choose` says which one runs. Backward is shared: cuBLAS recomputes a chunk of logits, a kernel turns it into dz, cuBLAS adds dz to
-both gradients in fp32. For low-precision inputs dz is rounded to their dtype before it is multiplied, as in every linear layer.
+`linear_logprob.choose_form` says which one runs. Backward is shared: cuBLAS recomputes a chunk of logits, a kernel turns it into dz, cuBLAS
+adds dz to both gradients in fp32. For low-precision inputs dz is rounded to their dtype before it is multiplied, as in every linear layer.
 No atomics: folds happen in the order of the columns.
 
 Estimates for an H100 at 4,096 rows and H = 3584 (nothing is measured): chunks 0.75-0.8 of the matmul ceiling forward. Backward reads and
@@ -126,10 +126,7 @@ def chunked_partials(
     buffer = _workspace(hidden, shape, torch.float32)
     for rows, columns in _chunks(len(hidden), valid, shape):
         logits = _matmul_into(buffer, hidden[rows], weight[columns].t())
-        count, width = logits.shape
-        _fold_chunk[(triton.cdiv(count, FOLD["BLOCK_R"]),)](
-            logits, local_targets[rows], record[rows], count, width, columns.start, 1.0 / temperature, ENTROPY=need_entropy, **FOLD
-        )
+        _fold(logits, local_targets[rows], record[rows], columns.start, temperature, need_entropy)
     return record
 
 
@@ -187,11 +184,15 @@ def gradients(
 
 def block_records(logits: torch.Tensor, local_targets: torch.Tensor, temperature: float, need_entropy: bool) -> torch.Tensor:
     """`torch_chunked.block_records`."""
-    count, width = logits.shape
     record = empty_records(logits)
-    grid = (triton.cdiv(count, FOLD["BLOCK_R"]),)
-    _fold_chunk[grid](logits, local_targets, record, count, width, 0, 1.0 / temperature, ENTROPY=need_entropy, **FOLD)
+    _fold(logits, local_targets, record, 0, temperature, need_entropy)
     return record
+
+
+def _fold(logits: torch.Tensor, targets: torch.Tensor, record: torch.Tensor, first: int, temperature: float, entropy: bool) -> None:
+    count, width = logits.shape
+    grid = (triton.cdiv(count, FOLD["BLOCK_R"]),)
+    _fold_chunk[grid](logits, targets, record, count, width, first, 1.0 / temperature, ENTROPY=entropy, **FOLD)
 
 
 def block_dz(

@@ -16,7 +16,7 @@ _SPARE_SEATS = 8
 _CAUSES: tuple[Kind, ...] = ("interrupted", "ray", "signal", "error", "peer")
 
 
-def culprit(reports: Sequence[Report]) -> Report:
+def earliest_cause(reports: Sequence[Report]) -> Report:
     """The report that names the cause. A killed process or a lost Ray makes others fail, never the other way round; then the earliest."""
     return min(reports, key=lambda report: (_CAUSES.index(report.kind), report.time))
 
@@ -27,7 +27,7 @@ def decide(
     """The verdict, None while the job goes on. `silent_s`: node's name -> seconds without a heartbeat; `since_first_s`: since a failure."""
     failed = [report for report in reports if report.kind != "done"]
     if failed:
-        cause = culprit(failed)
+        cause = earliest_cause(failed)
         # Whose launcher was killed says nothing: its silence is the cause, and takes its time to be one.
         if since_first_s >= (lost_after_s + _SETTLE_S if cause.kind == "peer" else _SETTLE_S):
             return Verdict(cause.code, cause.sentence)

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -25,7 +26,6 @@ from igpo_megatron.launch.messages import Verdict
 from igpo_megatron.launch.node import Node, interface_of, reachable
 from igpo_megatron.launch.preflight import Facts, busy_port, disagreements, facts_of, ray_token
 from igpo_megatron.launch.processes import Child
-from igpo_megatron.launch.rendezvous import open_store
 from igpo_megatron.policy.parallel import on_this_machine, wants_cuda
 from igpo_megatron.supervision.leftovers import claim, remove_abandoned
 from igpo_megatron.types import UserError
@@ -204,6 +204,20 @@ class _Job:
     def _ray_devices(self) -> dict[str, str]:
         gpus = engine_gpus(self.node, self.config) if wants_cuda(self.config.run.device) else None
         return {} if gpus is None else {"CUDA_VISIBLE_DEVICES": visible_devices(gpus)}
+
+
+def open_store(node: Node) -> object:
+    """torchrun's own store on node 0, in which its agents meet, open until nothing refers to it. Raises OSError where the port is taken.
+
+    It asks nobody for a secret and its readers unpickle what they find. So it is open only while ranks run, on a port of its own, on the
+    address by which the nodes reach node 0; a firewall must do the rest.
+    """
+    import torch.distributed as dist
+
+    # Our own socket: left to itself torch listens on every interface.
+    listener = socket.create_server((node.address, node.rendezvous_port), backlog=1024)
+    place = node.address, node.rendezvous_port
+    return dist.TCPStore(*place, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
 def engine_gpus(node: Node, config: Config) -> Sequence[int] | None:

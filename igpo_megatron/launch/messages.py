@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
-from igpo_megatron.launch.preflight import Facts
+from igpo_megatron.launch.preflight import Facts, Strict
 from igpo_megatron.untrusted import BadJson, clean_text, json_loads_untrusted
 
 MAX_MESSAGE = 2**19
@@ -44,7 +44,7 @@ Code = Annotated[int, Field(ge=0, le=255)]
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class Report(Strict):
     """How a node's part ended."""
 
     rank: int
@@ -53,21 +53,17 @@ class Report:
     code: Code
     time: Annotated[float, Field(allow_inf_nan=False)]
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
-
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Verdict(Strict):
     """How the job ended, for every node alike."""
 
     code: Code
     sentence: Sentence
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
-
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class Said(Strict):
     """All that a node has to say, every time anew: a message that is lost or comes twice changes nothing."""
 
     launcher: Nonce
@@ -83,11 +79,9 @@ class Said:
     left: bool = False
     """The node has stopped."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
-
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(Strict):
     """All that node 0 has to say to a node."""
 
     refused: Sentence = ""
@@ -104,30 +98,24 @@ class Answer:
 
     verdict: Verdict | None = None
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
-
 
 @dataclass(frozen=True, slots=True)
-class Hello:
+class Hello(Strict):
     """The first words of a node, and all that is heard of one that has not proved anything."""
 
     nonce: Nonce
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
-
 
 @dataclass(frozen=True, slots=True)
-class Greeting:
+class Greeting(Strict):
     """Node 0's answer: its own challenge, and proof that it knows the secret."""
 
     challenge: Nonce
     proof: Proof
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
-
 
 @dataclass(frozen=True, slots=True)
-class Sealed:
+class Sealed(Strict):
     """A message under a seal (seal.py); `number` grows from one message of a session to the next."""
 
     nonce: Nonce
@@ -135,8 +123,6 @@ class Sealed:
     number: Annotated[int, Field(ge=0, lt=2**53)]
     body: str
     seal: Proof
-
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
 
 _ADAPTERS: dict[type[Any], TypeAdapter[Any]] = {kind: TypeAdapter(kind) for kind in (Facts, Report, Said, Answer, Hello, Greeting, Sealed)}

@@ -25,8 +25,15 @@ _Name = Annotated[str, Field(max_length=255, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$"
 _MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
 
 
+class Strict:
+    """Base of what comes over the network: a field that the schema does not name is refused."""
+
+    __slots__ = ()
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+
 @dataclass(frozen=True, slots=True)
-class Facts:
+class Facts(Strict):
     """One node's half of the agreement. Holds no secrets."""
 
     rank: Annotated[int, Field(ge=0)]
@@ -49,8 +56,6 @@ class Facts:
 
     options: dict[str, Any] = field(default_factory=dict)
     """Command-line options that every node must give alike."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     @property
     def name(self) -> str:

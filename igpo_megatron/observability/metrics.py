@@ -117,6 +117,11 @@ def logprob_gap(groups: Sequence[RolloutGroup], version: int | None = None) -> d
     return metrics
 
 
+def max_gap(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """Largest gap between engine and trainer in a run's metric rows, that of the canary included; None where none was measured."""
+    return max((row[name] for row in rows for name in ("logprob_gap_max", "canary_gap") if row.get(name) is not None), default=None)
+
+
 def routed_share(groups: Sequence[RolloutGroup]) -> dict[str, float]:
     """`routed_tokens`: share of the tokens of trained trajectories whose experts an engine recorded; empty without such tokens."""
     known = [

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from itertools import islice, pairwise
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -60,36 +61,20 @@ TRAJECTORY = pa.struct(
         ("evidence_gains", pa.list_(pa.float64())),
     ]
 )
-BRANCH_POINT = pa.struct(
-    [
-        ("node", pa.int32()),
-        ("trajectory", pa.int32()),
-        ("turn", pa.int32()),
-        ("entropy", pa.float64()),
-        ("initial", pa.float64()),
-        ("kind", pa.string()),
-        ("probability", pa.float64()),
-        ("consecutive", pa.int32()),
-        ("children", pa.list_(pa.int32())),
-    ]
-)
-VALUE_POINT = pa.struct(
-    [
-        ("node", pa.int32()),
-        ("trajectory", pa.int32()),
-        ("turn", pa.int32()),
-        ("value", pa.float64()),
-        ("siblings", pa.int32()),
-        ("spread", pa.float64()),
-        ("probability", pa.float64()),
-        ("children", pa.list_(pa.int32())),
-        ("change", pa.float64()),
-        ("stop_probability", pa.float64()),
-        ("stopped", pa.bool_()),
-    ]
-)
-BRANCH_POINTS = pa.field("branch_points", pa.list_(BRANCH_POINT))
-VALUE_POINTS = pa.field("value_points", pa.list_(VALUE_POINT))
+_OF_POINTS = {
+    **{"int": pa.int32(), "float": pa.float64(), "str": pa.string(), "bool": pa.bool_()},
+    "tuple[int, ...]": pa.list_(pa.int32()),
+}
+"""Annotation of a field -> its type in a file."""
+
+
+def _points(name: str, kind: type[BranchPoint] | type[ValuePoint]) -> pa.Field:
+    """The column of a group's decisions, whose fields are those of the class."""
+    return pa.field(name, pa.list_(pa.struct([(one.name, _OF_POINTS[str(one.type).removesuffix(" | None")]) for one in fields(kind)])))
+
+
+BRANCH_POINTS = _points("branch_points", BranchPoint)
+VALUE_POINTS = _points("value_points", ValuePoint)
 EXPERTS = pa.field("experts", pa.list_(pa.list_(pa.binary())))
 """Of every node: absent ones are empty, and so is the whole where no node has any."""
 
@@ -242,36 +227,18 @@ def _experts_of(group: RolloutGroup) -> list[list[bytes | None]]:
     return [node.experts for node in group.nodes] if any(node.experts for node in group.nodes) else []
 
 
+_plain_fields = attrgetter(*(field.name for field in NODE if field.name not in ("call", "scored")))
+
+
 def _node_row(node: Node) -> tuple[Any, ...]:
     """The fields of NODE, in order."""
-    return (
-        node.parent,
-        node.kind,
-        node.token_ids,
-        node.turn,
-        node.text,
-        node.weight_version,
-        node.behavior_logprobs,
-        node.old_logprobs,
-        node.ref_logprobs,
-        None if node.call is None else {"name": node.call.name, "queries": node.call.queries},
-        node.scored,
-    )
+    return (*_plain_fields(node), node.call and {"name": node.call.name, "queries": node.call.queries}, node.scored)
 
 
-def _trajectory_row(trajectory: Trajectory) -> tuple[Any, ...]:
+def _trajectory_row(end: Trajectory) -> tuple[Any, ...]:
     """The fields of TRAJECTORY, in order."""
-    return (
-        trajectory.path,
-        trajectory.status.value,
-        trajectory.answer,
-        trajectory.reason,
-        trajectory.reward,
-        list(trajectory.reward_parts.items()),
-        trajectory.gains,
-        trajectory.turn_advantages,
-        trajectory.evidence_gains,
-    )
+    before, parts = (end.path, end.status.value, end.answer, end.reason, end.reward), list(end.reward_parts.items())
+    return (*before, parts, end.gains, end.turn_advantages, end.evidence_gains)
 
 
 def _struct(kind: pa.StructType, rows: Sequence[tuple[Any, ...]]) -> pa.StructArray:
@@ -299,7 +266,7 @@ def _groups(batch: pa.RecordBatch) -> Iterator[RolloutGroup]:
     metrics = [dict(pairs) for pairs in batch.column("metrics").to_pylist()]
     nodes = _cut(batch.column("nodes"), _nodes)
     trajectories = _cut(batch.column("trajectories"), _trajectories)
-    branch_points, value_points = _points(batch, BRANCH_POINTS.name, BranchPoint), _points(batch, VALUE_POINTS.name, ValuePoint)
+    branch_points, value_points = _decisions(batch, BRANCH_POINTS, BranchPoint), _decisions(batch, VALUE_POINTS, ValuePoint)
     experts = batch.column(EXPERTS.name).to_pylist() if EXPERTS.name in batch.schema.names else [[]] * len(prompts)
     columns = zip(prompts, nodes, trajectories, metrics, branch_points, value_points, experts, strict=True)
     for prompt, group_nodes, ends, numbers, by_entropy, by_value, routed in columns:
@@ -308,30 +275,21 @@ def _groups(batch: pa.RecordBatch) -> Iterator[RolloutGroup]:
         yield RolloutGroup(prompt, group_nodes, ends, numbers, branch_points=by_entropy, value_points=by_value)
 
 
-def _points(batch: pa.RecordBatch, column: str, kind: Callable[..., Point]) -> list[list[Point]]:
+def _decisions(batch: pa.RecordBatch, column: pa.Field, kind: Callable[..., Point]) -> list[list[Point]]:
     """The decisions of every group; none where the file has no such column."""
-    rows = batch.column(column).to_pylist() if column in batch.schema.names else [[]] * batch.num_rows
+    rows = batch.column(column.name).to_pylist() if column.name in batch.schema.names else [[]] * batch.num_rows
     return [[kind(**{**point, "children": tuple(point["children"])}) for point in row] for row in rows]
 
 
 def _nodes(array: pa.StructArray) -> list[Node]:
     """All nodes of a batch."""
-    columns = {field.name: array.field(position) for position, field in enumerate(NODE)}
-    rows = zip(
-        columns["parent"].to_pylist(),
-        columns["kind"].to_pylist(),
-        _cut(columns["token_ids"], _plain),
-        columns["turn"].to_pylist(),
-        columns["text"].to_pylist(),
-        columns["weight_version"].to_pylist(),
-        _cut(columns["behavior_logprobs"], _plain),
-        _cut(columns["old_logprobs"], _plain),
-        _cut(columns["ref_logprobs"], _plain),
-        (call and ToolCall(call["name"], tuple(call["queries"])) for call in columns["call"].to_pylist()),
-        (None if scored is None else (scored[0], scored[1]) for scored in columns["scored"].to_pylist()),
-        strict=True,
-    )
-    return [Node(*row) for row in rows]
+    columns: list[Any] = [
+        _cut(array.field(place), _plain) if pa.types.is_list(field.type) and field.name != "scored" else array.field(place).to_pylist()
+        for place, field in enumerate(NODE)
+    ]
+    *plain, calls, scored = columns
+    tool_calls = [call and ToolCall(call["name"], tuple(call["queries"])) for call in calls]
+    return [Node(*row) for row in zip(*plain, tool_calls, [span and (span[0], span[1]) for span in scored], strict=True)]
 
 
 def _trajectories(array: pa.StructArray) -> list[Trajectory]:

@@ -26,7 +26,7 @@ from typing import Any
 
 from rich.table import Table
 
-from igpo_megatron.config.load import ConfigError, differing_keys, to_json
+from igpo_megatron.config.load import ConfigError, build, differing_keys, to_json
 from igpo_megatron.config.schema import Config
 from igpo_megatron.data.whole import whole
 from igpo_megatron.supervision.failures import FOLDER, in_short
@@ -84,7 +84,8 @@ def folder_for(config: Config) -> RunFolder:
 def open_folder(config: Config) -> RunFolder:
     """Check that the run may start or resume in its folder. Raises ConfigError. Writes nothing.
 
-    A folder made with other settings is refused with the keys that differ; with `run.resume=never` any used folder is.
+    A folder made with other settings is refused with the keys that differ; with `run.resume=never` any used folder is. A key that the
+    folder's settings lack, because they are older than the key, has its default there.
     """
     folder = folder_for(config)
     try:
@@ -97,8 +98,11 @@ def open_folder(config: Config) -> RunFolder:
     if config.run.resume == "never":
         raise ConfigError([f"run.resume=never, but {folder.root} already holds a run; {how}"])
     old = _read(folder.config, f"write it from a copy, or {how}")
-    new = json.loads(to_json(config))
-    changed = [row for row in differing_keys(old, new) if not row.startswith(MAY_CHANGE)]
+    try:
+        old = json.loads(to_json(build(old)))
+    except ConfigError as error:
+        raise ConfigError([f"{folder.config} has settings that this version does not take ({how}):", *error.problems]) from None
+    changed = [row for row in differing_keys(old, json.loads(to_json(config))) if not row.startswith(MAY_CHANGE)]
     if changed:
         raise ConfigError([f"{folder.root} was made with other settings ({how}):", *changed])
     return folder
@@ -133,7 +137,7 @@ def held(folder: RunFolder) -> Iterator[None]:
         yield
 
 
-def claim(folder: RunFolder, config: Config) -> None:
+def set_up(folder: RunFolder, config: Config) -> None:
     """Make the folder and save the resolved configuration in it."""
     for path in (folder.rollouts, folder.eval, folder.checkpoints):
         path.mkdir(parents=True, exist_ok=True)

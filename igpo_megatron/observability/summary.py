@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from igpo_megatron.config.schema import Config
-from igpo_megatron.observability.metrics import headline
+from igpo_megatron.observability.metrics import headline, max_gap
 from igpo_megatron.observability.run_folder import RunFolder, summary_table, write_whole
 from igpo_megatron.observability.tracker import Tracker, read_metrics
 
@@ -23,13 +23,12 @@ def finish(config: Config, folder: RunFolder, tracker: Tracker) -> None:
         path = folder.eval / f"step_{step:06d}.json"
         ends[name] = headline(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
     phases = tracker.phases_total()
-    gaps = [row[name] for row in rows for name in ("logprob_gap_max", "canary_gap") if row.get(name) is not None]
     summary = {
         **ends,
         "steps": config.run.steps,
         "wall_s": round(sum(phases.values()), 1),
         "phases_s": {name: round(seconds, 1) for name, seconds in phases.items()},
-        "max_logprob_gap": max(gaps, default=0.0),
+        "max_logprob_gap": max_gap(rows) or 0.0,
         "gain_by_turn": gain_by_turn(rows),
     }
     write_whole(folder.summary, json.dumps(summary, indent=2) + "\n")

@@ -30,7 +30,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from igpo_megatron.observability.memory import MemoryLedger
+from igpo_megatron.observability.memory_ledger import MemoryLedger
 from igpo_megatron.observability.settings import Track
 from igpo_megatron.types import UserError
 

@@ -61,7 +61,7 @@ class Outcome:
 
 @dataclass(slots=True)
 class _Engine:
-    """One engine on its clock of tokens (see rollout_time)."""
+    """One engine on a clock of tokens: a change of how many decode changes the clock's rate and nobody's remaining length."""
 
     decoding: list[tuple[float, int, int]] = field(default_factory=list)
     """(token clock at the turn's end, order, trajectory)"""
@@ -80,7 +80,7 @@ class _Engine:
 
 
 class Simulation:
-    """Runs a Setup; `run` is all there is to call."""
+    """Runs a Setup, by `run`."""
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
@@ -101,6 +101,8 @@ class Simulation:
         self.ends: list[float] = [0.0]
         self.busy_at_end: list[float] = [0.0]
         self.ages: dict[int, list[int]] = {}
+        self.finished: list[float] = []
+        """When each trajectory ended, in order."""
 
     def run(self) -> Outcome:
         """Simulate all steps."""
@@ -184,6 +186,7 @@ class Simulation:
             self._at(self.now + one.waits[turn], "tool", trajectory, engine)
         else:
             here.inside -= 1
+            self.finished.append(self.now)
             step = self.batch_of[trajectory]
             self.left[step] -= 1
             self._admit(engine)

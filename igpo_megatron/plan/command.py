@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from igpo_megatron.config.load import ConfigError, build, load
+from igpo_megatron.config.load import ConfigError, build, load, parse
 from igpo_megatron.plan import machines
 from igpo_megatron.plan.launch import launch_yaml
 from igpo_megatron.plan.model_shape import find_shape
@@ -80,9 +80,7 @@ def predict_run(
 
 
 def _loads(text: str) -> None:
-    import yaml
-
     try:
-        build(yaml.safe_load(text))
+        build(parse(text))
     except ConfigError as error:
         raise AssertionError(f"the planner wrote a file that does not load: {error}") from error

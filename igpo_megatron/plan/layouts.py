@@ -1,6 +1,6 @@
 """Every layout that the trainer would accept for a model on so many ranks, and how many devices train.
 
-The rules are those of config/check/layout.py.
+The rules are those of policy/settings.py.
 """
 
 from __future__ import annotations
@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from checkpoint_conversion.architectures import ModelShape
-from igpo_megatron.config.check.common import divisors
-from igpo_megatron.config.check.layout import stage_layers
 from igpo_megatron.plan.types import Layout, Machine, Recompute
+from igpo_megatron.policy.settings import divisors, stage_layers
 
 RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
 VIRTUAL = (1, 2, 4)

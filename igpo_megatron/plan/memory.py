@@ -100,11 +100,7 @@ def stage_memory(
     expert_copies = max(1, layout.tensor * copies // layout.expert)
     sharded = settings.distributed_optimizer
     state = (dense / copies + experts / expert_copies) if sharded else float(held)
-    always: Memory = {
-        "weights": held * e,
-        "gradients": held * 4.0,
-        "optimizer": state * (8 + (4 if e == 2 else 0)),
-    }
+    always: Memory = {"weights": held * e, "gradients": held * 4.0, "optimizer": state * (8 + (4 if e == 2 else 0))}
     if not cuda:
         always["libraries"] = float(LIBRARIES)
     if settings.reference and not cuda:

@@ -1,17 +1,16 @@
 """Seconds of a rollout on engines that decode many trajectories at once while others wait for their tools.
 
 Every trajectory alternates between sampling a turn and waiting for a tool. All that sample on one engine advance together, one token per
-decoding step, and a step of B of them takes `step_seconds(B)`: weights and keys read once, the FLOPs, and a fixed cost. The simulation
-runs on a clock of tokens, so that a change of B changes the clock's rate and nobody's remaining length.
+decoding step, and a step of B of them takes `step_seconds(B)`: weights and keys read once, the FLOPs, and a fixed cost.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from checkpoint_conversion.architectures import ModelShape
+from igpo_megatron.plan.asynchronous import Setup, Simulation
 from igpo_megatron.plan.machines import GIB
 from igpo_megatron.plan.parts import active_parameters, count_parts, total_parameters
 from igpo_megatron.plan.types import Engines, Machine, Workload
@@ -39,36 +38,10 @@ def simulate(trajectories: Sequence[Draw], concurrent: int, step_seconds: Callab
 
     With one trajectory of n tokens and no tools this is exactly n * step_seconds(1).
     """
-    waiting_room = list(range(len(trajectories)))[::-1]
-    turn = [0] * len(trajectories)
-    decoding: list[tuple[float, int]] = []  # (token clock at which the turn ends, trajectory)
-    waiting: list[tuple[float, int]] = []  # (time at which the tool answers, trajectory)
-    now, tokens = 0.0, 0.0
-    ends: list[float] = []
-    inside = 0
-    while waiting_room or decoding or waiting:
-        while waiting_room and inside < concurrent:
-            number = waiting_room.pop()
-            heapq.heappush(decoding, (tokens + trajectories[number].sampled[0], number))
-            inside += 1
-        pace = step_seconds(len(decoding)) if decoding else 0.0
-        turn_end = now + (decoding[0][0] - tokens) * pace if decoding else float("inf")
-        if waiting and waiting[0][0] < turn_end:
-            when, number = heapq.heappop(waiting)
-            tokens += (when - now) / pace if decoding else 0.0
-            now = when
-            heapq.heappush(decoding, (tokens + trajectories[number].sampled[turn[number]], number))
-            continue
-        now = turn_end
-        tokens, number = heapq.heappop(decoding)
-        one = trajectories[number]
-        if turn[number] < len(one.observed):
-            heapq.heappush(waiting, (now + one.waits[turn[number]], number))
-            turn[number] += 1
-        else:
-            ends.append(now)
-            inside -= 1
-    return RolloutTimes(now, now - ends[int(0.9 * (len(ends) - 1))])
+    simulation = Simulation(Setup(lambda step: trajectories, 1, concurrent, step_seconds, 0.0, 0.0, staleness=0, steps=1, warm_up=0))
+    simulation.run()
+    ends = simulation.finished
+    return RolloutTimes(ends[-1], ends[-1] - ends[int(0.9 * (len(ends) - 1))])
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from checkpoint_conversion.architectures import ModelShape
-from igpo_megatron.config.check.layout import stage_layers
 from igpo_megatron.config.schema import Config
 from igpo_megatron.plan.layouts import splits, train_layouts
 from igpo_megatron.plan.memory import export_bytes, fullest_stage
@@ -14,6 +13,7 @@ from igpo_megatron.plan.rollout_time import serve
 from igpo_megatron.plan.train_time import pass_time, update_time
 from igpo_megatron.plan.types import Engines, Estimate, Layout, Machine, Memory, Misfit, Placement, Row, Settings, Workload
 from igpo_megatron.plan.workload import shares_of
+from igpo_megatron.policy.settings import stage_layers
 from igpo_megatron.types import UserError
 
 HEADROOM = 0.92

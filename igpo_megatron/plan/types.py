@@ -117,7 +117,6 @@ class Workload:
     max_context: int = 32768
     """Longest trajectory that must fit, whatever the mean."""
 
-    probe_tokens: int = 24
     seed: int = 0
     source: str = "assumed"
 

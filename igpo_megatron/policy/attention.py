@@ -19,8 +19,8 @@ from megatron.core.transformer.module import MegatronModule
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from igpo_megatron.policy.context import gather_tokens, zigzag
+from igpo_megatron.policy.host_memory import upload
 from igpo_megatron.policy.tree_plan import PLANS, Range, plan_of
-from igpo_megatron.policy.upload import upload
 
 BLOCK = 128
 """Tokens per side of a block of the block mask."""

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -35,7 +34,7 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
 from checkpoint_conversion.convert import write_metadata
-from checkpoint_conversion.folders import copy_config
+from checkpoint_conversion.folders import copy_config, sync, sync_one
 from igpo_megatron.policy import checkpoint_sums, megatron_fixes, parallel
 from igpo_megatron.policy.checkpoint_sums import Sums
 from igpo_megatron.policy.checkpoint_writer import write_in_thread
@@ -161,11 +160,11 @@ def _complete(policy: Policy, final: Path, state: dict[str, Any], own: dict[str,
         write_metadata(partial, model_type=policy.shape.model_type, vocab_multiple=policy.config.model.vocab_multiple)
         (partial / "state.json").write_text(json.dumps({**own, "checksums": True, "run": state}, indent=2), encoding="utf-8")
         checkpoint_sums.write(partial, {name: found for rank in everyones for name, found in rank.items()})
-        _sync_to_disk(partial)
+        sync(partial)
         if final.exists():  # the same step saved again after a resume
             shutil.rmtree(final)
         partial.rename(final)
-        _sync_to_disk(final.parent)
+        sync_one(final.parent)
         for old in complete(final.parent)[:-keep]:
             shutil.rmtree(old)
     dist.barrier()
@@ -209,12 +208,3 @@ def _sharded_state(policy: Policy, *, loading: bool, with_rng: bool = True) -> d
             replica_id=parallel_state.get_data_parallel_rank(with_context_parallel=True),
         )
     return state
-
-
-def _sync_to_disk(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

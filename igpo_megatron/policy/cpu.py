@@ -28,41 +28,30 @@ _FACTORIES = ("tensor", "zeros", "empty", "ones", "full", "arange", "randn", "ra
 _FACTORIES_LIKE = ("zeros_like", "empty_like", "ones_like", "full_like")
 
 
-class _Event:
-    """A CUDA event that has always happened."""
+class _Done:
+    """A CUDA stream or event: whatever is on it has happened at once."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
     def record(self, *args: Any) -> None: ...
     def wait(self, *args: Any) -> None: ...
-    def synchronize(self) -> None: ...
-
-    def query(self) -> bool:
-        return True
-
-    def elapsed_time(self, other: _Event) -> float:
-        return 0.0
-
-
-class _Stream:
-    """A CUDA stream on which everything is done at once."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
     def wait_stream(self, *args: Any) -> None: ...
     def wait_event(self, *args: Any) -> None: ...
     def synchronize(self) -> None: ...
 
-    def record_event(self, *args: Any) -> _Event:
-        return _Event()
+    def record_event(self, *args: Any) -> _Done:
+        return _Done()
 
     def query(self) -> bool:
         return True
+
+    def elapsed_time(self, other: _Done) -> float:
+        return 0.0
 
 
 class _Cuda(ModuleType):
     """`torch.cuda` as Megatron sees it on CPU."""
 
-    Stream = _Stream
-    Event = _Event
+    Stream = Event = _Done
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch.cuda, name)
@@ -70,8 +59,8 @@ class _Cuda(ModuleType):
     def current_device(self) -> torch.device:
         return _CPU
 
-    def current_stream(self, *args: Any) -> _Stream:
-        return _Stream()
+    def current_stream(self, *args: Any) -> _Done:
+        return _Done()
 
     default_stream = current_stream
 

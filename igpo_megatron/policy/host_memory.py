@@ -1,14 +1,20 @@
-"""Host memory that stays for a run and that a GPU copies from and to by itself: page-locked, and no larger than what it holds.
+"""Host memory that a GPU copies from and to by itself: page-locked, for a run or for a moment.
 
-Torch's own pinned memory, which suits rows that are there for a moment (upload.py), is rounded up to a power of two, tensor by tensor, and
-never given back: of a model's weights up to twice as much.
+    for a run      `page_locked`, `kept_on_host`: no larger than what it holds
+    for a moment   `upload`: a record's tensors ──side by side──> one buffer ──one copy that the host does not wait for──> the device
+
+From ordinary memory a copy holds up the host, and with it the launch of the next kernels. Torch keeps the buffer of an upload until the
+copy is done and gives it to a later one, so no more is locked than twice what the records in flight hold: its own pinned memory is rounded
+up to a power of two, tensor by tensor, and never given back. Of a model's weights that would be up to twice as much.
 """
 
 from __future__ import annotations
 
 import mmap
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, TypeVar, cast
 
 import numpy
 import torch
@@ -56,3 +62,41 @@ def side_by_side(buffer: torch.Tensor, tensors: Sequence[torch.Tensor]) -> list[
 def rounded(size: int) -> int:
     """Bytes of a place for `size` bytes."""
     return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+Record = TypeVar("Record")
+
+
+def upload(record: Record, device: torch.device) -> Record:
+    """A tensor, or a dataclass or tuple of them at any depth, with its tensors on `device`, each copied once however often it occurs.
+
+    The copies are in order with what is launched next, on the current stream. On CPU the record itself.
+    """
+    if device.type == "cpu":
+        return record
+    held: dict[int, torch.Tensor] = {}
+    _map(record, lambda tensor: held.setdefault(id(tensor), tensor))
+    copies = dict(zip(held, _copied(list(held.values()), device), strict=True))
+    return cast(Record, _map(record, lambda tensor: copies[id(tensor)]))
+
+
+def _map(record: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """The record with every tensor changed."""
+    if isinstance(record, torch.Tensor):
+        return change(record)
+    if isinstance(record, tuple):
+        return tuple(_map(part, change) for part in record)
+    if is_dataclass(record) and not isinstance(record, type):
+        return replace(record, **{field.name: _map(getattr(record, field.name), change) for field in fields(record)})
+    return record
+
+
+def _copied(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    staged = _staging(room_for(tensors))
+    for place, tensor in zip(side_by_side(staged, tensors), tensors, strict=True):
+        place.copy_(tensor)
+    return side_by_side(staged.to(device, non_blocking=True), tensors)
+
+
+def _staging(size: int) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True)

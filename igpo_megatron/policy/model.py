@@ -112,15 +112,7 @@ class PolicyModel(GPTModel):
     With `HeadInputs.upstream` the output is a pair: the [N, 2] without a gradient, and the `carrier` of token_loss.
     """
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        spec: Any,
-        shape: ModelShape,
-        padded_vocab: int,
-        settings: Model,
-        **stage: Any,
-    ) -> None:
+    def __init__(self, config: TransformerConfig, spec: Any, shape: ModelShape, padded_vocab: int, settings: Model, **stage: Any) -> None:
         super().__init__(
             config,
             spec,

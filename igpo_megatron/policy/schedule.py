@@ -21,9 +21,9 @@ from megatron.core.utils import get_attr_wrapped_model
 from igpo_megatron.algorithms.losses.tokens import Tokens
 from igpo_megatron.packing.tree import PackedRow
 from igpo_megatron.policy.context import RowPart, merge_of, part_of
+from igpo_megatron.policy.host_memory import upload
 from igpo_megatron.policy.model import HeadInputs, split_of
-from igpo_megatron.policy.routing import replay
-from igpo_megatron.policy.upload import upload
+from igpo_megatron.policy.routing_replay import replay
 
 Objective = Callable[[Tokens], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 """What is trained, of one row: (loss scalar, metric sums); both add up over rows and ranks."""

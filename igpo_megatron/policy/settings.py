@@ -1,9 +1,12 @@
-"""Settings of the policy: model, layout, optimizer and checkpoints."""
+"""Settings of the policy: model, layout, optimizer and checkpoints, and which layouts a model can have."""
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -44,6 +47,28 @@ class Model(Section):
     vocab_multiple: PositiveInt = 128
     """Vocabulary rows are padded to a multiple of this, so that every tensor-parallel degree up to it can share them."""
 
+    def shape(self) -> dict[str, Any]:
+        """config.json of the model; empty where it cannot be read, which `problems` says."""
+        try:
+            values = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return values if isinstance(values, dict) else {}
+
+    def problems(self) -> Iterator[str]:
+        folder = self.path
+        if not folder.is_dir():
+            yield f"model.path={folder}: no such folder; expected a Hugging Face model folder (config.json, *.safetensors, tokenizer)"
+            return
+        if not (folder / "config.json").is_file():
+            yield f"model.path={folder}: no config.json in it; expected a Hugging Face model folder"
+        elif not self.shape():
+            yield f"model.path={folder}: config.json is not a JSON object; fetch the model again"
+        if not any(folder.glob("*.safetensors")):
+            yield f"model.path={folder}: no *.safetensors in it; older checkpoints in other formats must be saved as safetensors first"
+        if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+            yield f"model.path={folder}: no tokenizer.json or tokenizer_config.json in it; put the model's tokenizer files there"
+
 
 class Parallel(Section):
     """How the policy is spread over ranks: world size = tensor x context x pipeline x data; experts share a stage's ranks."""
@@ -80,6 +105,16 @@ class Parallel(Section):
 
     timeout_s: PositiveFloat = 1800
     """A collective that waits longer than this ends the job."""
+
+    def problems(self) -> Iterator[str]:
+        if self.sequence and self.tensor == 1:
+            yield "parallel.sequence=true needs parallel.tensor of 2 or more; set it to false"
+        first, last, chunks = self.first_stage_layers, self.last_stage_layers, self.virtual_pipeline
+        if self.pipeline == 1 and (first is not None or last is not None or chunks > 1):
+            yield (
+                f"parallel.pipeline=1 leaves nothing to split, but parallel.virtual_pipeline={chunks}, first_stage_layers={first}, "
+                f"last_stage_layers={last}; raise parallel.pipeline, or leave the others at their defaults"
+            )
 
 
 class Optim(Section):
@@ -118,6 +153,12 @@ class Optim(Section):
     max_skipped: PositiveInt = 3
     """This many steps in a row skipped for a non-finite loss or gradient stop the run."""
 
+    def problems(self) -> Iterator[str]:
+        if self.min_lr > self.lr:
+            yield f"optim.min_lr={self.min_lr} is above optim.lr={self.lr}"
+        if not all(0 <= beta < 1 for beta in self.betas):
+            yield f"optim.betas={list(self.betas)}: expected two numbers from 0 up to, not including, 1"
+
 
 class Checkpoint(Section):
     """Saving."""
@@ -130,3 +171,92 @@ class Checkpoint(Section):
 
     in_background: bool = False
     """Training goes on from a copy of the state in host memory while it is written; the folder counts once all of it is."""
+
+
+def layout_problems(model: Model, layout: Parallel, world_size: int) -> Iterator[str]:
+    """Why `world_size` ranks cannot share the model as `layout` says."""
+    model_ranks = layout.tensor * layout.context * layout.pipeline
+    shared = f" x parallel.context={layout.context}" if layout.context > 1 else ""
+    product = f"parallel.tensor={layout.tensor}{shared} x parallel.pipeline={layout.pipeline}"
+    if model.vocab_multiple % layout.tensor:
+        yield (
+            f"model.vocab_multiple={model.vocab_multiple} is no multiple of parallel.tensor={layout.tensor}, "
+            f"so the vocabulary cannot be shared evenly; use {model.vocab_multiple * layout.tensor}"
+        )
+    if world_size % model_ranks:
+        yield f"{world_size} ranks are no multiple of {product} = {model_ranks}; start a multiple of it, or change the layout"
+    elif layout.data is not None and model_ranks * layout.data != world_size:
+        yield (
+            f"{product} x parallel.data={layout.data} = {model_ranks * layout.data} ranks, but {world_size} were started; "
+            f"set parallel.data to {world_size // model_ranks} or null"
+        )
+    shape = model.shape()
+    heads, layers, experts = shape.get("num_attention_heads"), shape.get("num_hidden_layers"), num_experts(shape)
+    for count, name in ((heads, "attention heads"), (shape.get("num_key_value_heads") or heads, "key-value heads")):
+        if isinstance(count, int) and count % layout.tensor:
+            yield f"parallel.tensor={layout.tensor} does not divide the model's {count} {name}; use one of {divisors(count)}"
+            break
+    if isinstance(layers, int) and layout.pipeline > 1:
+        yield from _stages(layout, layers)
+    if experts is not None:
+        yield from _experts(layout, experts, world_size)
+    elif layout.expert > 1 and shape:
+        yield f"parallel.expert={layout.expert}, but the model has no experts; set it to 1"
+
+
+def _stages(layout: Parallel, layers: int) -> Iterator[str]:
+    first, last, chunks = layout.first_stage_layers, layout.last_stage_layers, layout.virtual_pipeline
+    stages = stage_layers(layers, layout.pipeline, first, last)
+    if stages is None and first is None and last is None:
+        yield (
+            f"parallel.pipeline={layout.pipeline} does not divide the model's {layers} layers; use one of {divisors(layers)}, "
+            "or set parallel.first_stage_layers and parallel.last_stage_layers"
+        )
+    elif stages is None:
+        yield (
+            f"parallel.first_stage_layers={first} and last_stage_layers={last} leave layers of the model's {layers} that its other "
+            f"pipeline stages (parallel.pipeline={layout.pipeline}) cannot share evenly, at least one each; change one of them"
+        )
+    elif any(number % chunks for number in stages):
+        yield f"parallel.virtual_pipeline={chunks} does not divide every pipeline stage's layers, {stages}; use a common divisor of them"
+
+
+def _experts(layout: Parallel, experts: int, world_size: int) -> Iterator[str]:
+    if experts % layout.expert:
+        yield f"parallel.expert={layout.expert} does not divide the model's {experts} experts; use one of {divisors(experts)}"
+    if layout.tensor > 1 and not layout.sequence:
+        yield f"parallel.tensor={layout.tensor} with experts needs sequence parallelism; set parallel.sequence=true"
+    if layout.expert % layout.tensor:
+        yield (
+            f"parallel.expert={layout.expert} is no multiple of parallel.tensor={layout.tensor}, but experts are spread over "
+            f"tensor-parallel ranks first; use {layout.tensor * max(1, layout.expert // layout.tensor)}"
+        )
+    elif (world_size // layout.pipeline) % layout.expert:
+        yield (
+            f"parallel.expert={layout.expert} does not divide the {world_size // layout.pipeline} ranks of a pipeline stage; "
+            f"set parallel.data to a multiple of {layout.expert // math.gcd(layout.expert, layout.tensor * layout.context)}"
+        )
+
+
+def stage_layers(layers: int, pipeline: int, first: int | None, last: int | None) -> list[int] | None:
+    """Layers of each pipeline stage; None where they cannot be shared: `stage_layers(8, 3, 2, None) == [2, 3, 3]`."""
+    if pipeline == 1:
+        return [layers]
+    given = [number for number in (first, last) if number is not None]
+    others, left = pipeline - len(given), layers - sum(given)
+    if left < others or (left % others if others else left):
+        return None
+    ends = [number if number is not None else left // others for number in (first, last)]
+    return [ends[0], *[left // others if others else 0] * (pipeline - 2), ends[1]]
+
+
+def divisors(number: int) -> list[int]:
+    """`divisors(12) == [1, 2, 3, 4, 6, 12]`"""
+    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
+
+
+def num_experts(shape: dict[str, Any]) -> int | None:
+    """Experts of a layer, by the model's config.json; None in a dense model."""
+    # transformers writes either key, whatever the family.
+    experts = shape.get("num_experts") or shape.get("num_local_experts")
+    return experts if isinstance(experts, int) else None

@@ -133,11 +133,7 @@ def _to_first_stage(full: torch.Tensor | None, stage: int, policy: Policy) -> to
 
 
 def push(
-    policy: Policy,
-    sink: WeightSink | None,
-    version: int,
-    canary: Canary | None = None,
-    exported: Callable[[], None] | None = None,
+    policy: Policy, sink: WeightSink | None, version: int, canary: Canary | None = None, exported: Callable[[], None] | None = None
 ) -> dict[str, float]:
     """Send all weights to `sink` as `version`; the sink's metrics, on the main rank. Collective; only the main rank gives a `sink`.
 

@@ -2,7 +2,7 @@
 
 waits.py      every wait has a name and a deadline
 endings.py    how a process ends: exit codes, and one sentence for people
-failures.py, crashes.py  tracebacks kept in the run's folder; blotting.py keeps secrets out of them
+failures.py   tracebacks kept in the run's folder; blotting.py keeps secrets out of them
 leftovers.py  removes what killed processes left
 
 Imports types only.

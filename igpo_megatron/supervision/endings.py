@@ -30,7 +30,6 @@ from typing import Any, Literal, NoReturn
 
 from checkpoint_conversion.errors import ConversionError
 from igpo_megatron.supervision.failures import in_short, keep_failure
-from igpo_megatron.supervision.waits import LOST_PEER
 from igpo_megatron.types import PeerStopped, RunStopped, UserError
 
 Kind = Literal["done", "interrupted", "signal", "error", "peer"]
@@ -77,7 +76,7 @@ def ending_of(error: BaseException, who: str, folder: Path | None) -> Ending:
     if (number := _signal_of(error)) is not None:
         return Ending("interrupted", 128 + number, f"{who} was interrupted by {number.name}".removeprefix(" was "), now)
     if _is_lost_peer(error):
-        return Ending("peer", 1, f"{who} {LOST_PEER}", now)
+        return Ending("peer", 1, f"{who} lost its connection to another rank", now)
     if (refusal := _refusal(error, folder)) is not None:
         return Ending("error", 1, refusal, now)
     kept = keep_failure(folder, who.replace(" ", "") or "command", error)

@@ -7,6 +7,7 @@ runs/NAME/failures/
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import tempfile
@@ -16,6 +17,8 @@ from pathlib import Path
 
 from igpo_megatron.supervision.blotting import blot_environment
 from igpo_megatron.untrusted import clean_text
+
+logger = logging.getLogger(__name__)
 
 FOLDER = "failures"
 
@@ -67,6 +70,25 @@ def in_short(error: BaseException) -> str:
     first = next((line.strip() for line in lines if line.strip()), "")
     shown = first if len(first) <= SHOWN_CHARS else f"{first[:SHOWN_CHARS]} ..."
     return f"{type(error).__name__}: {shown}" if shown else type(error).__name__
+
+
+class CrashLog:
+    """Trajectories that raised what nobody expected: counted, each with its traceback in one file. Used from one event loop."""
+
+    def __init__(self, path: Path | None):
+        """`path` None keeps no tracebacks."""
+        self._path = path
+        self.count = 0
+
+    def record(self, what: str, error: Exception) -> str:
+        """Keep the traceback of `error`, which ended `what`; one sentence about it. Raises nothing, whatever the error holds."""
+        sentence = in_short(error)
+        if self._path is not None and kept(self._path, what, error):
+            sentence += f"; its traceback is in {self._path}"
+        self.count += 1
+        if self.count == 1:
+            logger.warning("%s crashed: %s; further crashes are counted as `crashed`", what, sentence)
+        return sentence
 
 
 def _entry(what: str, error: BaseException) -> str:

@@ -38,9 +38,6 @@ ROLLOUTS = "the rollouts"
 ENGINES = "the engines"
 """Requests to engines wait under this name, each on the engine that has it, and trajectories wait on it."""
 
-LOST_PEER = "lost its connection to another rank"
-"""What a rank says at its end that waited for one that is gone; whoever reads it looks for the cause elsewhere first."""
-
 _LOOK_S = 1.0
 _POSTED_AFTER_S = 5.0
 _UNINTERRUPTED_S = 20.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
@@ -32,6 +34,16 @@ class Summary(Section):
 
     max_concurrency: PositiveInt = 16
     """Requests in flight at once."""
+
+    def problems(self) -> Iterator[str]:
+        if self.url is None:
+            return
+        if not self.url.startswith(("http://", "https://")):
+            yield f"visit.summary.url={self.url!r}: expected an address such as http://127.0.0.1:8001/v1"
+        if self.model is None:
+            yield "visit.summary.url needs visit.summary.model, the model's name at that server"
+        if self.api_key_env is not None and not os.environ.get(self.api_key_env):
+            yield f"visit.summary.api_key_env={self.api_key_env}: that environment variable is not set; export it, or set it to null"
 
 
 class Visit(Section):
@@ -76,6 +88,11 @@ class Visit(Section):
 
     summary: Summary = Summary()
     """The summariser."""
+
+    def problems(self) -> Iterator[str]:
+        for host in self.allow_hosts:
+            if "/" in host or (host.rpartition(":")[2].isdigit() and host.count(":") == 1):
+                yield f"visit.allow_hosts: {host!r}: expected a host's name alone, such as wiki.example.org, without http:// and port"
 
 
 class Python(Section):

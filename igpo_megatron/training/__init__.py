@@ -1,6 +1,7 @@
-"""The training loop. Every rank runs main.py, whose `train` is the table of contents of the project. Begin there.
+"""The training loop. Every rank runs main.py, whose `run` is the table of contents of the project. Begin there.
 
-step.py      what a step learns from its groups: log-probs, gains, advantages, loss
+services.py  what a run opens before its first step and uses in every one
+step.py      the stages of a step: log-probs, gains, advantages, minibatches
 queue.py     rollouts for one step after another, ahead of training where allowed
 evaluate.py  scores on held-out questions
 

@@ -6,13 +6,13 @@ The main rank talks to engines, files and people, and has the groups; all ranks 
 
 THE PATH from the command to the loss; tests/distributed/test_path.py compares it with a real call stack:
 
-    igpo_megatron/cli.py train                           starts the ranks by torchrun: launch/rank.py calls `main` below
-    igpo_megatron/training/main.py main                  settings, checks, and how this rank ended
-    igpo_megatron/training/main.py run                   every step, stage by stage
-    igpo_megatron/policy/policy.py forward_backward      gives the rows to Megatron's schedule
-    igpo_megatron/policy/policy.py loss_of               called back with each row's log-probs and entropies
-    igpo_megatron/algorithms/losses/registry.py objective    mismatch, KL term, entropy bonus, division by the step's count
-    igpo_megatron/algorithms/losses/registry.py ppo      the loss
+    igpo_megatron/cli.py train                             starts the ranks by torchrun: launch/rank.py calls `main` below
+    igpo_megatron/training/main.py main                    settings, checks, and how this rank ended
+    igpo_megatron/training/main.py run                     every step, stage by stage
+    igpo_megatron/policy/policy.py forward_backward        gives the rows to Megatron's schedule
+    igpo_megatron/policy/policy.py loss_of                 called back with each row's log-probs and entropies
+    igpo_megatron/algorithms/losses/registry.py objective  mismatch, KL term, entropy bonus, division by the step's count
+    igpo_megatron/algorithms/losses/registry.py ppo        the loss
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from igpo_megatron.algorithms.hooks import check_hooks
 from igpo_megatron.config.checks import require
 from igpo_megatron.config.load import load
 from igpo_megatron.config.schema import Config
-from igpo_megatron.observability.memory import worst_rank
+from igpo_megatron.observability.memory_ledger import worst_rank
 from igpo_megatron.observability.rollout_dump import write_rollouts
 from igpo_megatron.observability.run_folder import folder_for
 from igpo_megatron.supervision.endings import Ended, end_process, reason_left

@@ -20,9 +20,9 @@ from igpo_megatron.algorithms.rewards import score
 from igpo_megatron.chat.protocols.registry import PROTOCOLS
 from igpo_megatron.config.schema import Config
 from igpo_megatron.data.prompts import PromptStream
-from igpo_megatron.observability.memory import MemoryLedger
+from igpo_megatron.observability.memory_ledger import MemoryLedger
 from igpo_megatron.observability.rollout_dump import read_rollouts
-from igpo_megatron.observability.run_folder import RunFolder, claim, forget_after, held, open_folder
+from igpo_megatron.observability.run_folder import RunFolder, forget_after, held, open_folder, set_up
 from igpo_megatron.observability.summary import finish
 from igpo_megatron.observability.tracker import Tracker
 from igpo_megatron.supervision.endings import ending_of, interruptible, leave, reason_left, signals_restored
@@ -108,7 +108,7 @@ def opened(config: Config) -> Iterator[Session]:
             services = parallel.on_main(ranks, opening) or Services(folder)
             policy.sampled_vocab = parallel.broadcast(services.chat.vocab_size if services.chat else None)
             if ranks.is_main:
-                claim(folder, config)  # not before: a run that could not start leaves its name free for corrected settings
+                set_up(folder, config)  # not before: a run that could not start leaves its name free for corrected settings
                 if config.run.stop_after == "none":
                     forget_after(folder, resumed)
         yield Session(policy, services, tracker, share, resumed + 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -40,6 +41,12 @@ class Run(Section):
     stop_after: Literal["none", "rollout"] = "none"
     """`rollout` writes the rollouts of each step and trains nothing: the other half of `replay`."""
 
+    def problems(self) -> Iterator[str]:
+        if self.replay is not None and self.stop_after == "rollout":
+            yield "run.replay trains from recorded rollouts and run.stop_after=rollout writes new ones; set only one of them"
+        if self.replay is not None and not self.replay.is_file():
+            yield f"run.replay={self.replay}: no such file; expected a rollout file (parquet) of an earlier run"
+
 
 class Placement(Section):
     """Whether engines and ranks share devices. How many devices each have is said by `parallel` and by `rollout.engine`."""
@@ -72,3 +79,12 @@ class Eval(Section):
 
     greedy: bool = True
     """Also answer every question once at temperature 0."""
+
+    @property
+    def wanted(self) -> bool:
+        """A training run evaluates."""
+        return self.every > 0 or self.at_ends
+
+    def problems(self) -> Iterator[str]:
+        if self.wanted and not self.samples and not self.greedy:
+            yield "eval.samples=0 and eval.greedy=false leave nothing to evaluate; set one of them"

@@ -183,8 +183,7 @@ def update_metrics(policy: Policy, results: Sequence[StepResult]) -> dict[str, f
     metrics["loss"] = sum(result.loss for result in results) / len(results)
     metrics["grad_norm"] = sum(result.grad_norm for result in results) / len(results)
     tokens = sum(result.metrics["tokens"] for result in results)
-    names = {"clipped": "clip_fraction", "approx_kl": "kl_old", "ref_kl": "kl_ref", "entropy": "entropy", "nll": "nll"}
-    for name, shown in names.items():
-        if name in results[0].metrics:
-            metrics[shown] = sum(result.metrics[name] for result in results) / max(tokens, 1.0)
+    shown = {"clipped": "clip_fraction", "approx_kl": "kl_old", "ref_kl": "kl_ref"}
+    for name in (name for name in results[0].metrics if name != "tokens"):
+        metrics[shown.get(name, name)] = sum(result.metrics[name] for result in results) / max(tokens, 1.0)
     return metrics

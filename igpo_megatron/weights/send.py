@@ -8,6 +8,7 @@ No wait is without a deadline; where one passes, the error says how far either s
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
-from igpo_megatron.types import SyncError
+from igpo_megatron.types import Canary, SyncError
 from igpo_megatron.weights.settings import Sync
 from igpo_megatron.weights.store import Bucket, Entry, Received, SharedWeights, in_buckets
 
@@ -157,7 +158,7 @@ class Transfer:
                 ) from None
             except Exception as error:
                 if not self.is_lost(error):
-                    raise SyncError(f"{receiver.name} {what} in sync {self.version}: {_last_line(error)}") from error
+                    raise SyncError(f"{receiver.name} {what} in sync {self.version}: {cause(error)}") from error
                 self.lost[receiver.name] = error
         self.seconds[phase] += time.monotonic() - started
         return results
@@ -190,11 +191,32 @@ def difference(sent: Sequence[Entry], arrived: Sequence[Received], before: Mappi
     return None
 
 
+def check_canary(canary: Canary, served: Sequence[float], version: int, engine: int) -> float:
+    """Largest |log-prob difference| of what engine number `engine` says. Raises SyncError where it is more than the canary allows.
+
+    It sees what fingerprints cannot: weights that arrived and were not loaded, were loaded into the wrong place, or are kept twice.
+    """
+    gap = largest_gap(canary.logprobs, served)
+    if not gap <= canary.max_gap:
+        raise SyncError(
+            f"engine {engine} does not serve the policy's weights: after sync {version} their log-probs differ by up to {gap:.3g} "
+            f"on the canary, more than sync.max_gap={canary.max_gap:g}; a transfer was lost or the engine kept old weights"
+        )
+    return gap
+
+
+def largest_gap(expected: Sequence[float], found: Sequence[float]) -> float:
+    """Largest absolute difference; infinite where one is not a number, which max() would lose."""
+    gaps = [abs(left - right) for left, right in zip(expected, found, strict=True)]
+    return max(gaps) if all(map(math.isfinite, gaps)) else math.inf
+
+
 def fingerprints(buckets: Iterable[Bucket]) -> dict[str, int]:
     """Tensor -> fingerprint."""
     return {entry.name: entry.fingerprint for bucket in buckets for entry in bucket.entries}
 
 
-def _last_line(error: BaseException) -> str:
+def cause(error: BaseException) -> str:
+    """The last line of a Ray error says what happened; the rest is where."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

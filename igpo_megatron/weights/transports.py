@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from igpo_megatron.weights.send import Rows
+from igpo_megatron.weights.send import Rows, cause
 from igpo_megatron.weights.store import Bucket, SharedWeights
 
 _POSITION_TIMEOUT_S = 5
@@ -72,9 +72,3 @@ class ObjectStore:
 def from_file(bucket: Bucket) -> dict[str, Any]:
     """What an engine's worker needs to load a bucket from its file."""
     return {"number": bucket.number, "entries": tuple(astuple(entry) for entry in bucket.entries)}
-
-
-def cause(error: BaseException) -> str:
-    """The last line of a Ray error says what happened; the rest is where."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__

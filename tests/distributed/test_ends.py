@@ -17,7 +17,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import yaml
 from conftest import make_config
 from groups import random_groups
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -77,7 +76,7 @@ def settings(hf_folder: Path, folder: Path, **overrides: Any) -> Path:
     values = json.loads(to_json(config))
     values |= {"advantage": {"name": "grpo"}, "reward": {"gain": "none"}, "track": {"dump_every": 0}}
     path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump({key: values[key] for key in values if key != "eval"}), encoding="utf-8")
+    path.write_text(json.dumps({key: values[key] for key in values if key != "eval"}), encoding="utf-8")
     return path
 
 

@@ -90,7 +90,7 @@ def test_an_engine_killed_in_a_rollout_comes_back_with_the_newest_weights_and_no
     async def rollout() -> list[Completion]:
         work = asyncio.ensure_future(turns())
         await asyncio.sleep(0.3)
-        actor = psutil.Process(pool.process_ids()[1])
+        actor = psutil.Process(pool._fleet.members[1].process)
         for process in actor.children(recursive=True):
             process.kill()
         return await work
@@ -101,9 +101,9 @@ def test_an_engine_killed_in_a_rollout_comes_back_with_the_newest_weights_and_no
     assert [done.token_ids for done in disturbed] == [done.token_ids for done in calm]  # the same seeds, whoever sampled them
     assert pool.metrics()["engine_restarts"] == 2
     deadline = time.monotonic() + RESTART_S
-    while pool.states() != [EngineState.HEALTHY] * 2:
+    while [member.state for member in pool._fleet.members] != [EngineState.HEALTHY] * 2:
         assert pool._fleet.problem is None, pool._fleet.problem
-        assert time.monotonic() < deadline, pool.states()
+        assert time.monotonic() < deadline, [member.state for member in pool._fleet.members]
         time.sleep(0.1)
     for scores in pool.score_on_each(TOKENS):
         assert torch.allclose(torch.tensor(scores[1:]), expected, atol=1e-4)

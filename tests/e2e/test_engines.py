@@ -24,15 +24,14 @@ from igpo_megatron.chat.tokenizer import load_tokenizer
 from igpo_megatron.config.load import build, load
 from igpo_megatron.engines import fleet
 from igpo_megatron.engines.actor import engine_environment, engine_options
-from igpo_megatron.engines.api import EnginesEnded, EngineService
-from igpo_megatron.engines.factory import open_engines
+from igpo_megatron.engines.api import EnginesEnded, EngineService, open_engines
 from igpo_megatron.engines.fleet import EngineState
 from igpo_megatron.engines.pool import EnginePool
 from igpo_megatron.observability.rollout_dump import write_rollouts
 from igpo_megatron.search.client import make_client
 from igpo_megatron.training import evaluate
 from igpo_megatron.types import Canary, Completion, SyncError
-from igpo_megatron.weights.canary import check_canary
+from igpo_megatron.weights.send import check_canary
 
 POLICY = Path(__file__).parents[2] / "examples/quickstart/policy"
 PROMPT = [1, 85, 96, 110, 64, 87, 2]
@@ -168,7 +167,12 @@ def test_rows_of_the_embedding_without_a_token_are_never_sampled(pool: EnginePoo
 def test_hundreds_of_seeded_requests_with_long_prompts_do_not_hurt_the_engine(pool: EnginePool) -> None:
     found = generate(pool, 200, 1.0, max_tokens=8, prompt=PROMPT * 40)
     assert len(found) == 200 and all(done.finish in ("stop", "length") for done in found)
-    pool.check_health()
+    check_health(pool)
+
+
+def check_health(pool: EnginePool) -> None:
+    for member in pool._fleet.members:
+        pool._fleet.wait_for(member, member.actor.check_health.remote(), "is not healthy", 60)
 
 
 def score(pool: EnginePool, token_ids: list[int], first: int, cached: bool) -> tuple[list[float], int, int]:
@@ -359,7 +363,7 @@ def test_damaged_weights_are_caught_before_anything_is_sampled_from_them(pool: E
             send(pool, 31, scale, canary_of(scale))
     finally:
         fault_file.write_text("")
-    assert pool.states() == [EngineState.STALE]
+    assert [member.state for member in pool._fleet.members] == [EngineState.STALE]
     with pytest.raises(SyncError, match=expected):  # nobody is served
         generate(pool, 1, 1.0)
     if kind == "truncated":  # the last: vLLM refused in the middle of a layer, and cannot go on
@@ -374,7 +378,7 @@ def test_damaged_weights_are_caught_before_anything_is_sampled_from_them(pool: E
 
 
 def test_everything_listens_on_loopback_only(pool: EnginePool) -> None:
-    actor = psutil.Process(pool.process_ids()[0])
+    actor = psutil.Process(pool._fleet.members[0].process)
     processes = [actor, *actor.children(recursive=True), *psutil.Process().children(recursive=True)]
     open_ports = [c.laddr.ip for p in processes for c in p.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
     assert open_ports and set(open_ports) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
@@ -382,7 +386,7 @@ def test_everything_listens_on_loopback_only(pool: EnginePool) -> None:
 
 def test_a_killed_engine_is_named_within_seconds_and_nothing_is_left_behind(pool: EnginePool) -> None:
     """Last of the module: the engine does not come back."""
-    actor = psutil.Process(pool.process_ids()[0])
+    actor = psutil.Process(pool._fleet.members[0].process)
     engine = [actor, *actor.children(recursive=True)]
 
     async def kill_while_generating() -> None:
@@ -399,7 +403,7 @@ def test_a_killed_engine_is_named_within_seconds_and_nothing_is_left_behind(pool
         asyncio.run(kill_while_generating())
     assert time.monotonic() - started < 30
     with pytest.raises(EnginesEnded, match="engine 0"):
-        pool.check_health()
+        check_health(pool)
     with pytest.raises(EnginesEnded, match="engine 0 died"):
         send(pool, version=99, scale=1.0)
     weights, folder = pool._weights.path, pool._cluster.folder

@@ -13,8 +13,7 @@ import pytest
 import torch
 from linear_logprob_checks import CHECKS, Case, Setup, differences, oracle, padding_columns_get_no_gradient, run
 
-from igpo_megatron.kernels import forms
-from igpo_megatron.kernels.linear_logprob import linear_logprob, resolve
+from igpo_megatron.kernels.linear_logprob import FORMS, linear_logprob, resolve
 
 CUDA = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -23,7 +22,7 @@ pytestmark = pytest.mark.skipif(not (CUDA or INTERPRETED), reason="needs a GPU, 
 
 DTYPES = (torch.float32, torch.bfloat16)
 SETUPS = [Setup(name, "auto", DEVICE, dtype) for name in ("torch", "triton") for dtype in DTYPES]
-SETUPS += [Setup("triton", form, DEVICE, dtype) for form in forms.FORMS for dtype in DTYPES]
+SETUPS += [Setup("triton", form, DEVICE, dtype) for form in FORMS for dtype in DTYPES]
 CHECKED = CHECKS if CUDA else [padding_columns_get_no_gradient]
 """tests/unit runs all of them in the interpreter."""
 
@@ -34,7 +33,7 @@ def test_of(check: Callable[[Setup], None], setup: Setup) -> None:
     check(setup)
 
 
-@pytest.mark.parametrize("form", forms.FORMS)
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("rows", [1, 10, 40, 100, 129, 300, 1000, 9000] if CUDA else [10, 129])
 def test_many_tiles_and_chunks_of_bf16_equal_fp64(rows: int, form: str, record_property: Callable[[str, object], None]) -> None:
     """Every tile of the streaming kernels, two groups of rows, several row blocks and column chunks."""
@@ -45,7 +44,7 @@ def test_many_tiles_and_chunks_of_bf16_equal_fp64(rows: int, form: str, record_p
     assert differences(found, wanted, setup) == []
 
 
-@pytest.mark.parametrize("form", forms.FORMS)
+@pytest.mark.parametrize("form", FORMS)
 def test_two_full_size_runs_give_the_same_bits(form: str) -> None:
     case = Case("large", 3000, 896, 151936, repeated=50) if CUDA else Case("small", 40, 24, 300, repeated=30)
     setup = Setup("triton", form, DEVICE, torch.bfloat16)
@@ -61,7 +60,7 @@ def test_auto_is_triton_here() -> None:
 
 
 @pytest.mark.skipif(not CUDA, reason="CUDA counts its memory, a CPU does not")
-@pytest.mark.parametrize("form", forms.FORMS)
+@pytest.mark.parametrize("form", FORMS)
 def test_workspace_does_not_grow_with_the_vocabulary(form: str) -> None:
     """Forward of 4096 rows: less than 64 MiB beyond the inputs, where the logits alone would take 2.3 GiB."""
     hidden = torch.randn(4096, 896, device="cuda", dtype=torch.bfloat16)

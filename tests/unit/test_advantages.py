@@ -214,8 +214,8 @@ def test_gains_must_be_there_before_turn_advantages():
 
 def test_every_advantage_of_the_schema_is_in_both_tables():
     union = BuiltinAdvantage.__args__[0]
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    table = readme.partition("### Algorithms")[2].partition("\nLeft out")[0]
+    page = (Path(__file__).parents[2] / "docs/algorithms.md").read_text(encoding="utf-8")
+    table = page.partition("## All algorithms")[2].partition("\nLeft out")[0]
     assert [name for name in ADVANTAGES if f"| `{name}`" not in table and f"| `advantage.name={name}`" not in table] == []
     assert set(ADVANTAGES) == {section.model_fields["name"].default for section in union.__args__}
     assert {section.model_fields["name"].default for section in union.__args__ if section.needs_probes} == {"igpo", "igpo_loo"}

@@ -27,7 +27,7 @@ from heads import Head, load_heads  # noqa: E402
 from models import random_policy  # noqa: E402
 from search import IN_FLIGHT, Barrier, refilled  # noqa: E402
 
-from igpo_megatron.kernels import forms  # noqa: E402
+from igpo_megatron.kernels.linear_logprob import FORMS, choose_form  # noqa: E402
 
 
 def test_a_ratio_is_one_of_medians_and_its_interval_follows_the_spread():
@@ -159,7 +159,7 @@ def test_rules_of_the_form_table_follow_the_measured_winners():
     }
     table = {"default": {"rules": rules(measured)}}
     assert table["default"]["rules"][-1].keys() == {"form"}
-    chosen = {size: forms.choose("any", *size, table) for size in measured}
+    chosen = {size: choose_form("any", *size, table) for size in measured}
     assert chosen == {
         (8, 64, 1000): "fused",
         (128, 64, 1000): "chunks",
@@ -193,7 +193,7 @@ def test_the_form_table_is_written_once_our_forms_were_timed_in_every_case(tmp_p
         return right.logprobs(hidden, weight, targets)
 
     tiny_head_kernel(monkeypatch, {"ours_chunks": Head(fails), "eager": right})
-    monkeypatch.setattr(forms, "TABLE", table)
+    monkeypatch.setattr(head_kernel, "FORM_TABLE", table)
     table.write_text('{"default": {}}')
     head_kernel.main(rows="8,64", repeats=1, seconds=seconds, uncompiled=False, write_table=True, out=tmp_path / "result.json")
     rules_of = {name: entry.get("rules") for name, entry in json.loads(table.read_text()).items()}
@@ -245,7 +245,7 @@ def test_every_form_is_tried_at_every_size(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
     monkeypatch.setattr(head_kernel, "linear_logprob", head)
     monkeypatch.setattr(head_kernel, "SHAPES", {"a": (16, 90), "b": (8, 80)})
-    head_kernel.try_forms(connection, forms.FORMS, counts=(8, 64), device="cpu")
+    head_kernel.try_forms(connection, FORMS, counts=(8, 64), device="cpu")
     assert seen == [("fused", 8, 16), ("fused", 64, 16), ("fused", 8, 8), ("fused", 64, 8), ("tma", 8, 16)]
     assert [call.args for call in connection.send.call_args_list] == [(None,), (None,), ("RuntimeError: no",)]
 
@@ -269,9 +269,10 @@ def test_a_committed_result_is_whole_and_has_its_script(path):
     assert re.sub(r"[^a-z0-9]+", "-", result["device"].lower()).strip("-") == path.parent.name
 
 
-def test_every_result_that_the_readme_names_is_there():
+def test_every_result_that_the_documents_name_is_there():
     root = BENCH.parents[1]
-    named = re.findall(r"tools/bench/results/[a-z0-9_/.]+\.json", (root / "README.md").read_text(encoding="utf-8"))
+    text = "".join(path.read_text(encoding="utf-8") for path in (root / "README.md", *(root / "docs").glob("*.md")))
+    named = re.findall(r"tools/bench/results/[a-z0-9_/.]+\.json", text)
     assert named and [path for path in named if not (root / path).is_file()] == []
 
 
@@ -301,6 +302,28 @@ def test_the_stated_bounds_hold_in_the_committed_results_of_the_cpu():
     assert ahead["speedup_staleness_1"] >= 1.5
     exact, stale = ahead["staleness_0"], ahead["staleness_1"]
     assert abs(exact["f1_sampled"] - stale["f1_sampled"]) <= 2 * (exact["f1_sampled_se"] ** 2 + stale["f1_sampled_se"] ** 2) ** 0.5
+
+
+def test_ranks_receive_and_hold_their_own_rows_alone_in_the_committed_result():
+    """What rank 1 receives and holds grows with its share of the batch; before it grew with the batch, and faster."""
+    result = json.loads((BENCH / "results" / "cpu" / "rows_travel.json").read_text(encoding="utf-8"))
+    before, after, share = result["figures"]["before"], result["figures"]["after"], result["floors"]["rows_mib"]
+    assert share.keys() == {"2_ranks", "4_ranks"} and share["2_ranks"].keys() == {"1", "4", "16"}
+
+    def growth(found: dict, of: str) -> float:
+        return found["16"][of] - found["1"][of]
+
+    for ranks, sizes in share.items():
+        for size, mib in sizes.items():
+            assert after[ranks][size]["groups_mib"] == 0 < before[ranks][size]["groups_mib"]
+            assert after[ranks][size]["rows_mib"] == pytest.approx(mib, abs=0.01)
+            assert before[ranks][size]["rows_mib"] == pytest.approx(mib * int(ranks[0]), rel=0.01), "all rows, on every rank"
+        # A row is sent twice, to be scored and to be trained, each time as few bytes.
+        assert 0 < growth(after[ranks], "received_mib") <= 0.25 * (sizes["16"] - sizes["1"])
+        assert growth(before[ranks], "received_mib") >= 20 * growth(after[ranks], "received_mib")
+        assert growth(before[ranks], "highest_mib") >= 5 * growth(after[ranks], "highest_mib")
+    half = growth(after["4_ranks"], "received_mib") / growth(after["2_ranks"], "received_mib")
+    assert half == pytest.approx(0.5, abs=0.02), "half the share on twice the ranks"
 
 
 def test_the_stated_bounds_hold_in_the_committed_result_of_search():

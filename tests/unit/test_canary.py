@@ -5,7 +5,7 @@ import math
 import pytest
 
 from igpo_megatron.types import Canary, SyncError
-from igpo_megatron.weights.canary import check_canary
+from igpo_megatron.weights.send import check_canary
 
 
 def canary(*logprobs):

@@ -12,7 +12,7 @@ from test_conversion import hf_folder
 
 from checkpoint_conversion.convert import hf_to_megatron
 from igpo_megatron.config.load import ConfigError, build
-from igpo_megatron.observability.run_folder import RunFolder, claim, folder_for, forget_after, open_folder, read_summary
+from igpo_megatron.observability.run_folder import RunFolder, folder_for, forget_after, open_folder, read_summary, set_up
 from igpo_megatron.policy import checkpoint_sums, parallel
 from igpo_megatron.policy.checkpoint_sums import Found, damage, newest_whole, set_aside
 from igpo_megatron.types import UserError
@@ -179,7 +179,7 @@ def test_steps_that_a_run_goes_back_behind_leave_no_rollouts_and_no_evaluation(t
 def test_half_a_file_of_the_run_is_one_sentence(tmp_path: Path, content: str) -> None:
     config = build({"model": {"path": "m"}, "run": {"folder": str(tmp_path), "name": "x"}})
     folder = folder_for(config)
-    claim(folder, config)
+    set_up(folder, config)
     assert open_folder(config) == folder and read_summary(folder) is None
     assert not list(folder.root.glob("*.tmp"))
     folder.config.write_text(content)

@@ -7,16 +7,13 @@ import pytest
 
 from igpo_megatron.algorithms.settings import Ppo
 from igpo_megatron.cli import world_size
-from igpo_megatron.config.check.common import divisors
-from igpo_megatron.config.check.layout import stage_layers
-from igpo_megatron.config.check.torch_engine import cache_slots
 from igpo_megatron.config.checks import check, require
 from igpo_megatron.config.load import ConfigError, build
 from igpo_megatron.config.schema import Config
-from igpo_megatron.kernels import forms
-from igpo_megatron.kernels.linear_logprob import WORKSPACE
+from igpo_megatron.engines.settings import Engine
+from igpo_megatron.kernels.linear_logprob import FORMS, WORKSPACE
 from igpo_megatron.plan.types import Settings
-from igpo_megatron.policy.settings import Model
+from igpo_megatron.policy.settings import Model, divisors, stage_layers
 
 SHAPE = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 6, "max_position_embeddings": 1024}
 
@@ -228,13 +225,13 @@ def test_a_web_api_needs_its_usual_variable_unless_it_is_replayed(sound, monkeyp
 
 
 def test_dense_retrieval_names_what_is_not_installed_and_not_set(sound, monkeypatch):
-    monkeypatch.setattr("igpo_megatron.config.check.tools.find_spec", lambda name: None)
+    monkeypatch.setattr("igpo_megatron.search.settings.find_spec", lambda name: None)
     found = problems(sound, "search.backend=dense")
     assert [problem.split(", ")[0] for problem in found] == [
         "search.backend=dense needs search.encoder",
         "search.backend=dense needs sentence-transformers",
     ]
-    monkeypatch.setattr("igpo_megatron.config.check.tools.find_spec", lambda name: name)
+    monkeypatch.setattr("igpo_megatron.search.settings.find_spec", lambda name: name)
     assert problems(sound, "search.backend=dense", "search.encoder=e5") == []
 
 
@@ -259,7 +256,7 @@ def test_the_torch_engine_is_one_in_the_main_ranks_process(sound, tmp_path):
         "rollout.engine.count=2": "rollout.engine.count=2 with rollout.engine.backend=torch, which is one engine",
         "rollout.engine.tensor=2": "rollout.engine.tensor=2 with rollout.engine.backend=torch",
         # What is to be set is written as YAML writes it: ray_address=None would be an address.
-        "rollout.engine.ray_address=None": "device, and returns no experts; set it to null, or use backend=vllm",
+        "rollout.engine.ray_address=None": "on its device; set it to null, or use backend=vllm",
         "rollout.engine.ray_address=10.0.0.1:6379": "ray_address=10.0.0.1:6379 with rollout.engine.backend=torch",
         "sync.transport=object_store": "sync.transport=object_store with rollout.engine.backend=torch, which takes weights where they are",
     }
@@ -282,9 +279,9 @@ def test_the_torch_engines_cache_holds_whole_sequences(sound, tmp_path):
     (problem,) = problems(sound, *torch, "model.dtype=fp32")
     assert "kv_cache_mib=4 is too small for backend=torch: one sequence of rollout.max_context=768 takes 5 MiB" in problem
     config = build({}, [*sound, *torch, "rollout.engine.kv_cache_mib=100", "model.dtype=bf16"])
-    assert cache_slots(config, shape) == 44
-    assert cache_slots(build({}, [*sound, "rollout.engine.max_num_seqs=7"]), shape) == 7
-    assert cache_slots(config, {**shape, "head_dim": 64}) == 22
+    assert config.rollout.engine.cache_slots(768, "bf16", shape) == 44
+    assert Engine(max_num_seqs=7).cache_slots(768, "bf16", shape) == 7
+    assert config.rollout.engine.cache_slots(768, "bf16", {**shape, "head_dim": 64}) == 22
 
 
 def test_a_replay_needs_no_questions_no_corpus_and_no_engines(sound, tmp_path):
@@ -310,7 +307,7 @@ def test_an_evaluation_asks_for_questions_engines_and_search_only(sound):
     ]
     assert problems(sound, *training_only, world_size=None) == []
     found = problems(sound, "data.eval=[]", "search.corpus=null", "rollout.engine.tensor=3", "model.path=nowhere", world_size=None)
-    assert [problem.split(" ")[0].split("=")[0] for problem in found] == ["model.path", "data.eval", "search.backend"]
+    assert [problem.split(" ")[0].split("=")[0] for problem in found] == ["model.path", "search.backend", "data.eval"]
     (problem,) = problems(sound, "rollout.engine.tensor=3", world_size=None)
     assert "rollout.engine.tensor=3 does not divide" in problem
 
@@ -323,10 +320,10 @@ def test_every_problem_is_listed_at_once(sound):
         require(config, 3)
     assert [problem.split(":")[0].split("=")[0] for problem in error.value.problems] == [
         "model.path",
+        "optim.min_lr",
         "data.train",
         "3 ranks are no multiple of parallel.tensor",
         "reward.gain",
-        "optim.min_lr",
     ]
 
 
@@ -382,7 +379,7 @@ def test_branching_must_fit_the_group_the_turn_and_the_loss(sound, monkeypatch):
     assert problems(sound, "rollout.branching.name=aepo", "rollout.samples_per_prompt=8") == [], "its budget comes from a first rollout"
     monkeypatch.setattr(Ppo, "sequence_level", True)
     (found,) = problems(sound, *arpo)
-    assert "loss.name=ppo weighs whole sequences" in found
+    assert "loss.name=ppo judges whole trajectories" in found
     monkeypatch.undo()
     (found,) = problems(sound, *arpo, "loss.mismatch=mask_sequence")
     assert "loss.mismatch=mask_sequence judges whole trajectories" in found
@@ -443,5 +440,5 @@ def test_entropies_before_the_step_need_a_pass_and_the_tool_bonus_needs_python(s
 
 
 def test_the_head_has_the_forms_and_the_workspace_that_its_settings_and_the_planner_name():
-    assert get_args(Model.model_fields["head_form"].annotation) == ("auto", *forms.FORMS)
+    assert get_args(Model.model_fields["head_form"].annotation) == ("auto", *FORMS)
     assert Model.model_fields["head_workspace_mib"].default * 2**20 == WORKSPACE == Settings().head_workspace

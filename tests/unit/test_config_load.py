@@ -30,6 +30,25 @@ def test_a_file_and_overrides_are_merged_with_numbers_as_people_write_them(tmp_p
     assert config.search.url == "http://h:1/retrieve"
 
 
+def test_words_that_old_yaml_took_for_truth_or_time_are_words_and_numbers_are_decimal(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: {path: on}\ntrack: {wandb: off}\nsearch: {country: no}\nrollout: {force_think: no}\n", encoding="utf-8")
+    config = load(path, ["run.name=12:30:45", "run.seed=010", "loss.kl_coef=1E-4"])
+    assert (config.model.path, config.track.wandb, config.search.country) == (Path("on"), "off", "no")
+    assert config.rollout.force_think is False
+    assert (config.run.name, config.run.seed, config.loss.kl_coef) == ("12:30:45", 10, 1e-4)
+
+
+def test_what_is_no_yaml_is_the_text_of_an_override_and_one_sentence_of_a_file(tmp_path):
+    """With types that no value has, dates that no calendar has, and brackets without end."""
+    path = tmp_path / "run.yaml"
+    for text in ("!!bool maybe", "!!int ", "!!float x", "2024-13-45", "*nobody", "{", "[" * 3000, "@x", "a: b: c", "\x07"):
+        with pytest.raises(ConfigError, match=r"run\.yaml: not valid YAML: [^\n]*"):
+            path.write_text(text, encoding="utf-8")
+            load(path)
+        assert build(MODEL, [f"rollout.system_prompt={text}"]).rollout.system_prompt == text
+
+
 def test_the_values_of_the_caller_stay_as_they_were():
     values = {"model": {"path": "somewhere"}, "optim": {"lr": 1.0}}
     build(values, ["optim.lr=0.5", "run.steps=3"])
@@ -48,8 +67,9 @@ def test_the_values_of_the_caller_stay_as_they_were():
         (
             "advantage.name=grop",
             "advantage.name='grop': expected one of igpo, igpo_loo, grpo, rloo, arpo, gigpo, eapo, rapo, reinforce_pp, "
-            "reinforce_pp_baseline, remax; did you mean 'grpo'?",
+            "reinforce_pp_baseline, remax, or package.module:function; did you mean 'grpo'?",
         ),
+        ("reward.outcome=f3", "reward.outcome='f3': expected one of f1, em, em_squad, f1_multiset, or package.module:function"),
         ("advantage.normalize=joint", "advantage.normalize: unknown key; did you mean 'advantage.normalise'?"),
         ("advantage=grpo", "advantage='grpo': expected a section; write advantage.name=grpo"),
         ("loss.clip_hihg=0.3", "loss.clip_hihg: unknown key; did you mean 'loss.clip_high'?"),
@@ -95,9 +115,11 @@ def test_a_missing_model_is_named():
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("model: {path: x}\noptim: {lr: 1}\noptim: {lr: 2}\n", "the key 'optim' is given twice"),
-        ("model: {path: x, path: y}\n", "the key 'path' is given twice"),
-        ("model: [\n", "not valid YAML"),
+        ("model: {path: x}\noptim: {lr: 1}\noptim: {lr: 2}\n", 'line 3, column 1: found duplicate key "optim"'),
+        ("model: {path: x, path: y}\n", 'line 1, column 18: found duplicate key "path"'),
+        ("model: [\n", "not valid YAML: line 2, column 1: expected the node content, but found '<stream end>'"),
+        ("model: !!bool maybe\n", "not valid YAML: 'maybe'"),
+        ("run: {steps: !!int }\n", "not valid YAML: string index out of range"),
         ("- model\n", "expected sections such as `model:` at the top, found list"),
     ],
 )
@@ -125,7 +147,7 @@ def test_an_algorithm_without_a_name_is_the_default_one_and_choosing_another_dro
 
 
 def test_a_saved_configuration_reads_back_equal(tmp_path):
-    config = build(MODEL, ["advantage.name=rloo", "rollout.engine.gpu_ids=[2, 3]", "loss.dual_clip=null"])
+    config = build(MODEL, ["advantage.name=rloo", "rollout.engine.gpu_ids=[2, 3]", "loss.dual_clip=null", "rollout.system_prompt=Dig 🪏"])
     path = tmp_path / "config.json"
     path.write_text(to_json(config), encoding="utf-8")
     assert load(path) == config
@@ -145,12 +167,22 @@ def test_explain_shows_sections_variants_and_single_keys():
         explain("rollout.engin")
 
 
+def test_explain_indents_every_line_under_its_key_and_every_key_under_its_section():
+    lines = explain("rollout.engine").splitlines()
+    assert [line for line in lines[1:] if not line.startswith("  ")] == []
+    at = next(number for number, line in enumerate(lines) if line.startswith("  backend  ("))
+    assert lines[at + 1].startswith("      `torch`: ") and lines[at + 2].startswith("      and machines where")
+
+
 def test_every_field_of_every_section_is_documented():
+    def below(section: type[Section]) -> list[type[Section]]:
+        return [cls for child in section.__subclasses__() for cls in (child, *below(child)) if cls is not Config]
+
     def undocumented(section: type[Section]) -> list[str]:
         return [f"{section.__name__}.{name}" for name, info in section.model_fields.items() if not info.description and name != "name"]
 
-    sections = [cls for cls in Section.__subclasses__() if cls is not Config]
-    assert len(sections) > 15
+    sections = below(Section)
+    assert len(sections) > 40
     assert [row for section in sections for row in undocumented(section)] == []
     assert [section.__name__ for section in sections if not section.__doc__] == []
 

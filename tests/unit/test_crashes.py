@@ -25,8 +25,7 @@ from igpo_megatron.config.schema import Config
 from igpo_megatron.observability.metrics import rollout_metrics
 from igpo_megatron.observability.tracker import SHOWN, _shown
 from igpo_megatron.search.results import SearchResult
-from igpo_megatron.supervision.crashes import CrashLog
-from igpo_megatron.supervision.failures import MOST_BYTES, MOST_CHARS
+from igpo_megatron.supervision.failures import MOST_BYTES, MOST_CHARS, CrashLog
 from igpo_megatron.training.evaluate import evaluate
 from igpo_megatron.types import Completion, ProbeScore, Prompt, RolloutGroup, Status
 

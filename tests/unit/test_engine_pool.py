@@ -87,7 +87,7 @@ def test_a_turn_whose_engine_dies_is_generated_again_elsewhere_with_the_same_see
         assert all(done.token_ids == [7] for done in found)
         assert len(dying[place].asked) == 1 and len(actors[1 - place].asked) == 4
         assert dying[place].asked[0] in actors[1 - place].asked and dying[place].asked[0][3] == 40
-        assert pool.states()[place] is DEAD and len(wanted) == 1 and pool.metrics() == {"engine_restarts": 1.0}
+        assert pool._fleet.members[place].state is DEAD and len(wanted) == 1 and pool.metrics() == {"engine_restarts": 1.0}
         assert f"engine {place} died (EngineCore died); restart 1 of at most 3" in caplog.text and f"of {100 + place}" in caplog.text
 
 

@@ -242,6 +242,42 @@ def test_every_room_says_what_it_holds_in_ten_lines():
         assert len(tree.body) == 1 or init.parent.name == "igpo_megatron", f"{init} holds more than a docstring"
 
 
+def asked_classes(path: Path, own: str) -> Iterator[str]:
+    """Settings of rooms other than `own` whose class a file asks for: by isinstance, issubclass or a pattern of `match`."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    foreign = {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").endswith(".settings") and node.module != "igpo_megatron.settings"
+        if (node.module or "").split(".")[1] != own
+        for alias in node.names
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass"):
+            asked: list[ast.AST] = [node.args[1]]
+        else:
+            asked = [node.cls] if isinstance(node, ast.MatchClass) else []
+        names = {part.id for top in asked for part in ast.walk(top) if isinstance(part, ast.Name)}
+        yield from (f"{path.name}:{getattr(node, 'lineno', 0)} {name}" for name in sorted(names & foreign))
+
+
+def test_only_a_room_itself_asks_of_which_class_its_settings_are():
+    """Others ask the section for a property, so that a new algorithm, or a user's own, needs no change of theirs."""
+    files = {path: path.relative_to(ROOT / "igpo_megatron").parts[0] for path in (ROOT / "igpo_megatron").rglob("*.py")}
+    assert [found for path, own in files.items() for found in asked_classes(path, own)] == []
+
+
+def test_a_question_for_a_foreign_class_is_found(tmp_path):
+    path = tmp_path / "step.py"
+    path.write_text(
+        "from igpo_megatron.algorithms.settings import Aepo, Bapo, Ppo as P\nfrom igpo_megatron.settings import Section\n"
+        "isinstance(loss, Section)\nisinstance(loss, Aepo | P)\nmatch loss:\n    case Bapo():\n        pass\n",
+        encoding="utf-8",
+    )
+    assert list(asked_classes(path, "algorithms")) == []
+    assert sorted(asked_classes(path, "training")) == ["step.py:4 Aepo", "step.py:4 P", "step.py:6 Bapo"]
+
+
 LONGEST, P90 = 90, 21
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from setuptools import Distribution
 
 import install
@@ -250,7 +251,7 @@ def third_party_imports(*folders: str) -> set[str]:
                 names |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 names.add(node.module.split(".")[0])
-    return {owners[name][0].lower().replace("_", "-") for name in names - ours - sys.stdlib_module_names if name in owners}
+    return {canonicalize_name(owners[name][0]) for name in names - ours - sys.stdlib_module_names if name in owners}
 
 
 def test_everything_that_is_imported_is_required(monkeypatch):

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from igpo_megatron.cli import app
 from igpo_megatron.launch.agent import ending_of_ranks
 from igpo_megatron.launch.board import Board, PreflightFailed
-from igpo_megatron.launch.head import culprit, decide
+from igpo_megatron.launch.head import decide, earliest_cause
 from igpo_megatron.launch.job import Options, engine_gpus, launch_arguments, ray_command
 from igpo_megatron.launch.messages import Report, Verdict, read, write
 from igpo_megatron.launch.node import Node, busy_ports, place
@@ -114,8 +114,8 @@ def test_facts_survive_the_wire():
 def test_a_killed_rank_is_the_cause_though_its_neighbour_reported_first():
     neighbour = Report(0, "error", "rank 0 lost its connection", 1, 10.0)
     killed = Report(1, "signal", "rank 1 was ended by SIGKILL", 137, 10.4)
-    assert culprit([neighbour, killed]) == killed and culprit([neighbour]) == neighbour
-    assert culprit([killed, Report(0, "ray", "Ray ended", 1, 11.0)]).kind == "ray"
+    assert earliest_cause([neighbour, killed]) == killed and earliest_cause([neighbour]) == neighbour
+    assert earliest_cause([killed, Report(0, "ray", "Ray ended", 1, 11.0)]).kind == "ray"
 
 
 def test_a_verdict_waits_for_later_reports_and_for_every_trainer():

@@ -20,6 +20,7 @@ from igpo_megatron.launch import doorway
 from igpo_megatron.launch.board import Board, PreflightFailed
 from igpo_megatron.launch.doorway import Doorway, Line, Unanswered, WrongSecret
 from igpo_megatron.launch.head import Head
+from igpo_megatron.launch.job import open_store
 from igpo_megatron.launch.messages import (
     MAX_MESSAGE,
     MAX_SENTENCE,
@@ -36,7 +37,6 @@ from igpo_megatron.launch.messages import (
 )
 from igpo_megatron.launch.node import Node
 from igpo_megatron.launch.preflight import Facts
-from igpo_megatron.launch.rendezvous import open_store
 from igpo_megatron.launch.seal import Challenges, derive_key, mac, new_nonce, session_key
 
 SECRET = "correct horse battery staple"

@@ -37,15 +37,15 @@ from linear_logprob_checks import (
     run,
 )
 
-from igpo_megatron.kernels import forms, torch_chunked
 from igpo_megatron.kernels import linear_logprob as module
-from igpo_megatron.kernels.linear_logprob import WORKSPACE, gather_rows, linear_logprob, resolve
+from igpo_megatron.kernels import torch_chunked
+from igpo_megatron.kernels.linear_logprob import FORM_TABLE, FORMS, WORKSPACE, choose_form, gather_rows, linear_logprob, resolve
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 DTYPES = (torch.float32, torch.bfloat16)
 TORCH = [Setup("torch", dtype=dtype) for dtype in DTYPES]
-TRITON = [Setup("triton", form, dtype=dtype, workspace=4 * 32 * 256) for form in forms.FORMS for dtype in DTYPES] if INTERPRETED else []
+TRITON = [Setup("triton", form, dtype=dtype, workspace=4 * 32 * 256) for form in FORMS for dtype in DTYPES] if INTERPRETED else []
 """With a workspace of several chunks in every case of more than a few rows, the last one ragged."""
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter's own process")
 compiled = pytest.mark.skipif(INTERPRETED or not HAS_TRITON, reason="needs triton without its interpreter")
@@ -289,20 +289,20 @@ def test_the_table_is_read_rule_by_rule() -> None:
         "default": {"rules": [{"max_rows": 256, "form": "fused"}, {"form": "chunks"}]},
         "GPU": {"rules": [{"max_hidden": 1024, "max_vocab": 1000, "form": "fused"}, {"max_rows": 64, "form": "fused"}, {"form": "chunks"}]},
     }
-    assert [forms.choose("other", rows, 64, 100, table) for rows in (0, 256, 257)] == ["fused", "fused", "chunks"]
-    assert forms.choose("GPU", 9999, 1024, 1000, table) == "fused"
-    assert forms.choose("GPU", 9999, 1024, 1001, table) == "chunks"
-    assert forms.choose("GPU", 64, 4096, 1001, table) == "fused"
+    assert [choose_form("other", rows, 64, 100, table) for rows in (0, 256, 257)] == ["fused", "fused", "chunks"]
+    assert choose_form("GPU", 9999, 1024, 1000, table) == "fused"
+    assert choose_form("GPU", 9999, 1024, 1001, table) == "chunks"
+    assert choose_form("GPU", 64, 4096, 1001, table) == "fused"
     with pytest.raises(ValueError, match="no rule covers N=9, H=1, v=1"):
-        forms.choose("GPU", 9, 1, 1, {"default": {"rules": [{"max_rows": 8, "form": "fused"}]}})
+        choose_form("GPU", 9, 1, 1, {"default": {"rules": [{"max_rows": 8, "form": "fused"}]}})
 
 
 def test_the_committed_table_covers_everything_and_says_where_it_comes_from() -> None:
-    table = json.loads(forms.TABLE.read_text(encoding="utf-8"))
+    table = json.loads(FORM_TABLE.read_text(encoding="utf-8"))
     assert "default" in table
     for entry in table.values():
         assert entry["source"].startswith(("reasoned", "measured"))
-        assert all(rule["form"] in forms.FORMS for rule in entry["rules"])
+        assert all(rule["form"] in FORMS for rule in entry["rules"])
         assert entry["rules"][-1].keys() == {"form"}
 
 

@@ -261,8 +261,8 @@ def test_sft_is_the_mean_negative_log_prob_of_trained_tokens():
 
 def test_every_loss_of_the_schema_is_in_both_tables_and_names_its_aggregation():
     union = BuiltinLoss.__args__[0]
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    table = readme.partition("### Algorithms")[2].partition("\nLeft out")[0]
+    page = (Path(__file__).parents[2] / "docs/algorithms.md").read_text(encoding="utf-8")
+    table = page.partition("## All algorithms")[2].partition("\nLeft out")[0]
     assert [name for name in LOSSES if f"| `{name}`" not in table and f"| `loss.name={name}`" not in table] == []
     assert set(LOSSES) == {section.model_fields["name"].default for section in union.__args__}
     assert Sft().aggregation == "token_mean"

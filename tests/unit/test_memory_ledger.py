@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from igpo_megatron.observability.memory import MemoryLedger, worst_rank
+from igpo_megatron.observability.memory_ledger import MemoryLedger, worst_rank
 
 MIB = 2**20
 

@@ -5,13 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
 from igpo_megatron.cli import app
 from igpo_megatron.config.checks import check
-from igpo_megatron.config.load import load
+from igpo_megatron.config.load import load, parse
 from igpo_megatron.plan import machines
 from igpo_megatron.plan.command import plan_run
 from igpo_megatron.plan.layouts import splits, stages_of, train_layouts
@@ -297,7 +296,7 @@ def test_a_matmuls_rate_lies_between_its_neighbours():
 @pytest.mark.parametrize("name", WORLD)
 def test_every_example_by_size_passes_the_checks_for_its_ranks(name, tmp_path):
     path = SIZES / f"{name}.yaml"
-    model = yaml.safe_load(path.read_text())["model"]["path"].removeprefix("models/").removesuffix("-Instruct")
+    model = parse(path.read_text())["model"]["path"].removeprefix("models/").removesuffix("-Instruct")
     config = load(path, [f"model.path={fake_folder(tmp_path, model)}"])
     layout, engine = config.parallel, config.rollout.engine
     ranks = layout.tensor * layout.pipeline * layout.data * getattr(layout, "context", 1)

@@ -363,8 +363,8 @@ def test_search_r1_as_skyrl_timed_it_is_predicted_as_its_file_says():
 
 
 def skyrl_row(name: str) -> list[float]:
-    """Numbers of a row of the README's table: SkyRL's seconds, ours as predicted, the floor, ours at SkyRL's share of the peak."""
-    (row,) = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith(f"| {name}")]
+    """Numbers of a row of the planner's page: SkyRL's seconds, ours as predicted, the floor, ours at SkyRL's share of the peak."""
+    (row,) = [line for line in (ROOT / "docs/planner.md").read_text(encoding="utf-8").splitlines() if line.startswith(f"| {name}")]
     return [float(cell.split()[0]) for cell in row.strip("|").split("|")[1:]]
 
 

@@ -10,8 +10,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from igpo_megatron.config.load import build, to_json
-from igpo_megatron.observability.report.charts import _bins
-from igpo_megatron.observability.report.limits import Limits
+from igpo_megatron.observability.report.charts import Limits, _bins
 from igpo_megatron.observability.report.page import collect, write_report
 from igpo_megatron.observability.report.trajectories import _pieces, _split_sections
 from igpo_megatron.observability.rollout_dump import write_rollouts

@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_rollouts import ANSWER, SEARCH, ScriptedEngine, completion, run
 
-from igpo_megatron.engines.routing import first_unrouted, record_experts, routed_experts
+from igpo_megatron.engines.recorded_experts import first_unrouted, record_experts, routed_experts
 from igpo_megatron.observability.metrics import routed_share
 from igpo_megatron.observability.rollout_dump import read_rollouts, write_rollouts
 from igpo_megatron.packing.experts import ExpertShape, expert_rows

@@ -10,11 +10,10 @@ import torch
 
 from igpo_megatron.packing.experts import ExpertShape
 from igpo_megatron.packing.tree import PackedRow, pack_for_scoring
-from igpo_megatron.policy import upload as module
+from igpo_megatron.policy import host_memory as module
 from igpo_megatron.policy.context import part_of
-from igpo_megatron.policy.host_memory import ALIGNMENT, rounded
+from igpo_megatron.policy.host_memory import ALIGNMENT, rounded, upload
 from igpo_megatron.policy.model import HeadInputs, split_of
-from igpo_megatron.policy.upload import upload
 from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, Trajectory
 
 HOST = torch.device("cpu")
@@ -29,7 +28,7 @@ def locked(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
         buffers.append(torch.full((size,), 255, dtype=torch.uint8))
         return buffers[-1]
 
-    monkeypatch.setattr(module, "_page_locked", lock)
+    monkeypatch.setattr(module, "_staging", lock)
     return buffers
 
 

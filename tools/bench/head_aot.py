@@ -201,21 +201,9 @@ YES_NO = {True: "yes", False: "no", None: ""}
 def show(rows: Sequence[dict[str, Any]]) -> None:
     """The table."""
     table = Table(box=None, pad_edge=False)
-    for heading in (
-        "triton",
-        "kernel",
-        "dtype",
-        "M x V x K",
-        "H",
-        "entropy",
-        "warps",
-        "stages",
-        "registers",
-        "shared",
-        "spilled",
-        *COUNTED,
-    ):
-        table.add_column(heading, justify="left" if heading in ("triton", "kernel", "dtype") else "right", no_wrap=True)
+    words, numbers = ("triton", "kernel", "dtype"), ("M x V x K", "H", "entropy", "warps", "stages", "registers", "shared", "spilled")
+    for heading in (*words, *numbers, *COUNTED):
+        table.add_column(heading, justify="left" if heading in words else "right", no_wrap=True)
     for row in rows:
         options = row["options"]
         tile = [options.get(name) for name in ("BLOCK_M", "BLOCK_V", "BLOCK_K")]

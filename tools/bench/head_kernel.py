@@ -29,8 +29,7 @@ import typer
 from common import copy_gb_per_s, device_name, finish, interleaved, matmul_tflops, ratio, versions
 from heads import Head, load_heads
 
-from igpo_megatron.kernels import forms
-from igpo_megatron.kernels.linear_logprob import linear_logprob
+from igpo_megatron.kernels.linear_logprob import FORM_TABLE, FORMS, linear_logprob
 
 SHAPES = {"7B": (3584, 152064), "0.5B": (896, 151936), "4096x131072": (4096, 131072)}
 CPU_SHAPES = {"128x16384": (128, 16384)}
@@ -62,7 +61,7 @@ def main(
     if uncompiled:
         torch.compiler.set_stance("force_eager")
     with ThreadPoolExecutor(1) as pool:
-        trial = pool.submit(unfit, forms.FORMS if cuda else (), partial(try_forms, counts=tuple(map(int, counts))))
+        trial = pool.submit(unfit, FORMS if cuda else (), partial(try_forms, counts=tuple(map(int, counts))))
         heads, missing = load_heads(cuda)
     for form, problem in trial.result().items():
         missing[f"ours_{form}"] = problem
@@ -80,16 +79,16 @@ def main(
             by_shape[case] = measure(heads, count, hidden, vocab, repeats, ceilings, missing)
             report(by_shape, missing, ceilings, out)
             forward = by_shape[case]["forward"]["seconds"] if "forward" in by_shape[case] else {}
-            of_forms: dict[str, float] = {form: forward[f"ours_{form}"] for form in forms.FORMS if f"ours_{form}" in forward}
+            of_forms: dict[str, float] = {form: forward[f"ours_{form}"] for form in FORMS if f"ours_{form}" in forward}
             if of_forms:
                 forms_measured[count, hidden, vocab] = of_forms
     if write_table and (wanted := len(counts) * len(shapes)) == len(forms_measured):
-        table = json.loads(forms.TABLE.read_text(encoding="utf-8"))
+        table = json.loads(FORM_TABLE.read_text(encoding="utf-8"))
         table[device_name()] = {"source": f"measured: {json.dumps(versions('torch', 'triton'))}", "rules": rules(forms_measured)}
-        forms.TABLE.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+        FORM_TABLE.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     elif write_table:
         # Rules are for all sizes: from a few of them they would promise too much.
-        print(f"{forms.TABLE.name} is as it was: our forms were timed in {len(forms_measured)} of {wanted} cases", file=sys.stderr)
+        print(f"{FORM_TABLE.name} is as it was: our forms were timed in {len(forms_measured)} of {wanted} cases", file=sys.stderr)
     report(by_shape, missing, ceilings, out)
 
 

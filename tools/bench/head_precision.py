@@ -17,8 +17,7 @@ import torch
 import typer
 from common import finish
 
-from igpo_megatron.kernels import forms
-from igpo_megatron.kernels.linear_logprob import Form, Implementation, linear_logprob
+from igpo_megatron.kernels.linear_logprob import FORMS, Form, Implementation, linear_logprob
 
 ROWS, HIDDEN, VOCAB = 64, 896, 30000
 ANSWER = 8
@@ -64,7 +63,7 @@ def providers(device: str) -> dict[str, Callable[[torch.Tensor, torch.Tensor, to
         "bf16_log_softmax": rounded(torch.bfloat16, torch.bfloat16),
     }
     if device == "cuda":
-        for form in forms.FORMS:
+        for form in FORMS:
             found[f"ours_{form}"] = partial(_ours, "triton", form)
     return found
 

@@ -12,8 +12,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from igpo_megatron.kernels import forms
-from igpo_megatron.kernels.linear_logprob import WORKSPACE, Form, Implementation, linear_logprob
+from igpo_megatron.kernels.linear_logprob import FORMS, WORKSPACE, Form, Implementation, linear_logprob
 from igpo_megatron.kernels.token_loss import linear_logprob_with_gradients
 
 LogProbs = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -53,7 +52,7 @@ def load_heads(cuda: bool) -> tuple[dict[str, Head], dict[str, str]]:
     heads = {"eager": Head(_eager), "compiled_chunks": Head(_compiled_chunks)}
     missing: dict[str, str] = {}
     if cuda:
-        heads |= {f"ours_{form}": Head(partial(_ours, "triton", form)) for form in forms.FORMS}
+        heads |= {f"ours_{form}": Head(partial(_ours, "triton", form)) for form in FORMS}
         heads |= {"ours_in_forward": _in_forward("triton", None), "ours_in_forward_wide": _in_forward("triton", WIDE_ROWS)}
         for name, load in (("fixed_split", _fixed_split), ("cce", _cce), ("liger", _liger), ("liger_cute", _liger_cute)):
             try:
@@ -63,7 +62,7 @@ def load_heads(cuda: bool) -> tuple[dict[str, Head], dict[str, str]]:
     else:
         heads["ours_torch"] = Head(partial(_ours, "torch", "auto"))
         heads["ours_in_forward"] = _in_forward("torch", None)
-        missing = dict.fromkeys((*(f"ours_{form}" for form in forms.FORMS), "fixed_split", "cce", "liger", "liger_cute"), "needs a GPU")
+        missing = dict.fromkeys((*(f"ours_{form}" for form in FORMS), "fixed_split", "cce", "liger", "liger_cute"), "needs a GPU")
     return heads, missing
 
 

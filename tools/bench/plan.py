@@ -13,12 +13,8 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
-import multiprocessing
-import os
-import socket
 import sys
 import time
-import traceback
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -26,6 +22,8 @@ from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
+from models import qwen2, save_random, size_of
+from ranks import on_ranks
 
 from igpo_megatron.plan.types import Layout, Machine, Memory, Row, Settings
 
@@ -35,9 +33,10 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """glibc's numbers of these settings (malloc.h)."""
 
 MIB = 2**20
+CONTEXT = 4096
 MODELS = {
-    "tiny": {"hidden": 256, "ffn": 768, "layers": 4, "heads": 4, "kv_heads": 2, "vocab": 8192, "tied": True},
-    "small": {"hidden": 512, "ffn": 1408, "layers": 6, "heads": 8, "kv_heads": 4, "vocab": 8192, "tied": False},
+    "tiny": size_of(256, 768, 4, 4, 2, 8192, tied=True),
+    "small": size_of(512, 1408, 6, 8, 4, 8192, tied=False),
 }
 GROUPS, SAMPLES, PROMPT, SAMPLED, OBSERVED = 4, 2, 128, 128, 128
 """Questions, trajectories of each, and tokens: a prompt, a turn, a result, a turn, so 512 on a trajectory and 896 in a group."""
@@ -101,7 +100,6 @@ def main(
     if fresh:
         state.unlink(missing_ok=True)
     known: dict[str, Any] = json.loads(state.read_text()) if state.is_file() else {}
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     machine = machines.read(calibration) if calibration else calibrate()
     cpu.install()
     from igpo_megatron.policy import policy  # noqa: F401  imported before ranks are forked
@@ -178,7 +176,7 @@ def predict(case: Case, machine: Machine, rows: list[Row]) -> tuple[Memory, floa
     from igpo_megatron.plan.parts import count_parts
     from igpo_megatron.plan.train_time import pass_time, update_time
 
-    shape = shape_of(hf_config(case.model))
+    shape = shape_of(qwen2(MODELS[case.model], CONTEXT))
     parts = count_parts(shape, case.tensor, 1)
     stages = stages_of(shape.num_layers, case.pipeline, 1)
     assert stages is not None
@@ -199,29 +197,11 @@ def predict(case: Case, machine: Machine, rows: list[Row]) -> tuple[Memory, floa
     return memory, seconds + update_time(parts, layout, settings, machine, len(shares[0]))
 
 
-def hf_config(model: str) -> dict[str, Any]:
-    """config.json of a model of the grid."""
-    size = MODELS[model]
-    return {
-        "model_type": "qwen2",
-        "hidden_size": size["hidden"],
-        "intermediate_size": size["ffn"],
-        "num_hidden_layers": size["layers"],
-        "num_attention_heads": size["heads"],
-        "num_key_value_heads": size["kv_heads"],
-        "vocab_size": size["vocab"],
-        "tie_word_embeddings": size["tied"],
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1e6,
-    }
-
-
 def measure(case: Case, folder: Path) -> dict[str, Any]:
     """Start the ranks twice: {mib, seconds, rows}."""
     model = folder / case.model
     if not model.exists():
-        write_model(case.model, model)
+        save_random(qwen2(MODELS[case.model], CONTEXT), model)
     memory = run_ranks(case, model, 3, lean=True)
     timed = run_ranks(case, model, TIMED_STEPS, lean=False)
     steps = [max(rank["seconds"][step] for rank in timed) for step in range(1, TIMED_STEPS)]
@@ -229,49 +209,21 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
     return {"mib": max(rank["peak"] for rank in memory) / MIB, "seconds": min(steps), "cpu": min(busy), "rows": memory[0]["rows"]}
 
 
-def write_model(name: str, folder: Path) -> None:
-    """A Hugging Face folder with random weights."""
-    import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    torch.manual_seed(0)
-    Qwen2ForCausalLM(Qwen2Config(**{key: value for key, value in hf_config(name).items() if key != "model_type"})).save_pretrained(folder)
-
-
 def run_ranks(case: Case, model: Path, steps: int, *, lean: bool) -> list[dict[str, Any]]:
-    """What every rank reports. Ranks are forked from this process, which has imported Megatron once."""
-    context = multiprocessing.get_context("fork")
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    queue = context.Queue()
-    ranks = [context.Process(target=_rank, args=(rank, port, case, model, steps, lean, queue)) for rank in range(case.world)]
-    for process in ranks:
-        process.start()
-    try:
-        results = dict(queue.get(timeout=600) for _ in ranks)
-    finally:
-        for process in ranks:
-            process.join(timeout=10)
-            if process.is_alive():
-                process.kill()
-    failed = [text for text in results.values() if isinstance(text, str)]
-    if failed:
-        sys.exit(f"{case.name} failed:\n{failed[0]}")
-    return [results[rank] for rank in range(case.world)]
+    """What every rank reports."""
 
+    def work() -> dict[str, Any]:
+        if lean:
+            # Blocks of 64 KiB and more are mapped, and unmapped when they are freed: what is resident is what is alive.
+            libc = ctypes.CDLL("libc.so.6")
+            libc.mallopt(M_MMAP_THRESHOLD, 65536)
+            libc.mallopt(M_TRIM_THRESHOLD, 65536)
+        return rank_main(case, model, steps)
 
-def _rank(rank: int, port: int, case: Case, model: Path, steps: int, lean: bool, queue: Any) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(case.world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    if lean:
-        # Blocks of 64 KiB and more are mapped, and unmapped when they are freed: what is resident is what is alive.
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(M_MMAP_THRESHOLD, 65536)
-        libc.mallopt(M_TRIM_THRESHOLD, 65536)
     try:
-        queue.put((rank, rank_main(case, model, steps)))
-    except Exception:  # noqa: BLE001  the parent reports whatever it was
-        queue.put((rank, traceback.format_exc()))
+        return on_ranks(case.world, work)
+    except SystemExit as failed:
+        sys.exit(f"{case.name} failed:\n{failed}")
 
 
 def rank_main(case: Case, model: Path, steps: int) -> dict[str, Any]:

@@ -19,9 +19,8 @@ from typing import Annotated, Any
 import torch
 import typer
 from common import finish, interleaved, ratio
-from models import SHAPES, random_policy
+from models import SHAPES, config_for, random_policy
 
-from igpo_megatron.config.load import build
 from igpo_megatron.doctor.probes import gap, probe_logprobs, score_in_trainer, synthetic_group
 from igpo_megatron.policy import parallel
 from igpo_megatron.types import RolloutGroup
@@ -44,37 +43,20 @@ def main(
     """Time every scheme on the same probes."""
     from igpo_megatron.policy.policy import Policy
 
-    cuda = torch.cuda.is_available()
-    scale = 1 if cuda else 10
+    scale = 1 if torch.cuda.is_available() else 10
     counts = [int(count) for count in turns.split(",")]
     longest = (PROMPT + max(counts) * TURN) // scale + PROBE + 1
     with random_policy(shape, layers) as folder:
-        config = build(
-            {
-                "model": {"path": str(folder), "dtype": "bf16" if cuda else "fp32"},
-                "run": {"device": "cuda" if cuda else "cpu"},
-                "loss": {"kl_coef": 0.0},
-                "packing": {"row_tokens": 2 * longest},
-                "rollout": {"max_context": longest + 8},
-            }
-        )
+        config = config_for(folder, loss={"kl_coef": 0.0}, packing={"row_tokens": 2 * longest}, rollout={"max_context": longest + 8})
         policy = Policy(config, parallel.init(config))
-        cases = {
-            count: synthetic_group(
-                turns=count,
-                prompt_tokens=PROMPT // scale,
-                turn_tokens=TURN // scale,
-                probe_tokens=PROBE,
-                vocab_size=policy.shape.vocab_size,
-                seed=count,
-            )
-            for count in counts
+        size = {
+            "prompt_tokens": PROMPT // scale,
+            "turn_tokens": TURN // scale,
+            "probe_tokens": PROBE,
+            "vocab_size": policy.shape.vocab_size,
         }
-        figures: dict[str, Any] = {
-            "shape": shape,
-            "layers": SHAPES[shape]["num_hidden_layers"] if layers is None else layers,
-            "by_turns": {},
-        }
+        cases = {count: synthetic_group(turns=count, seed=count, **size) for count in counts}
+        figures: dict[str, Any] = {"shape": shape, "layers": layers or SHAPES[shape]["num_hidden_layers"], "by_turns": {}}
         for count, group in cases.items():
             figures["by_turns"][str(count)] = schemes(policy, group, published.split(","), repeats)
         if engine:

@@ -308,28 +308,10 @@ class TogetherEngine:
     def __init__(self, inner: Engine, barrier: Barrier):
         self.inner, self.barrier = inner, barrier
 
-    async def generate(
-        self,
-        token_ids: list[int],
-        *,
-        max_tokens: int,
-        temperature: float,
-        seed: int,
-        key: str,
-        top_logprobs: int = 0,
-        experts_from: int | None = None,
-    ) -> Completion:
+    async def generate(self, token_ids: list[int], **sampling: Any) -> Completion:
         """The other engine's completion."""
         await self.barrier.meet()
-        return await self.inner.generate(
-            token_ids,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            seed=seed,
-            key=key,
-            top_logprobs=top_logprobs,
-            experts_from=experts_from,
-        )
+        return await self.inner.generate(token_ids, **sampling)
 
     async def score_probe(self, token_ids: list[int], first: int, *, key: str) -> ProbeScore:
         """Not used here."""

@@ -30,13 +30,12 @@ import torch
 import typer
 from common import finish, interleaved
 from memory import anonymous_bytes, anonymous_peak
-from models import SHAPES, hf_config, random_policy
+from models import SHAPES, config_for, hf_config, random_policy
 from plan import row_shape
-from tree_training import branched
+from tree_training import branched, train
 
 from checkpoint_conversion.architectures import shape_of
-from igpo_megatron.algorithms.losses.registry import objective, token_weight
-from igpo_megatron.config.load import build
+from igpo_megatron.algorithms.losses.registry import token_weight
 from igpo_megatron.packing.tree import PackedRow, pack_for_training, step_counts
 from igpo_megatron.plan import machines
 from igpo_megatron.plan.calibrate import calibrate
@@ -97,7 +96,7 @@ def main(
     machine = calibrate(links=not small)
     models: dict[str, dict[str, Any]] = {}
     cases: list[Case] = []
-    ranks = parallel.init(config_of("unused", device, "none", max(lengths)))
+    ranks = parallel.init(config_of("unused", "none", max(lengths)))
     for number, name in enumerate(shapes):
         # Each shape has its share of the time, so that none goes without: the first call of every length compiles.
         over = time.monotonic() + (deadline - time.monotonic()) / (len(shapes) - number)
@@ -108,7 +107,7 @@ def main(
             for place, recompute in enumerate(settings := get_args(Recompute)):
                 until = time.monotonic() + (over - time.monotonic()) / (len(settings) - place)
                 here = [Case(model, recompute, length) for length in lengths]
-                measure(config_of(folder, device, recompute, max(lengths)), ranks, here, repeats, until, over)
+                measure(config_of(folder, recompute, max(lengths)), ranks, here, repeats, until, over)
                 cases += here
                 write(figures_of(cases, models, machine), machine, out)
     parallel.shutdown()
@@ -134,16 +133,9 @@ def write(figures: dict[str, Any], machine: Machine, out: Path | None) -> None:
     finish("step", figures, floors, ("torch", "megatron-core", "triton"), out, headline(figures["table"], machine))
 
 
-def config_of(path: Path | str, device: str, recompute: str, row_tokens: int) -> Any:
+def config_of(path: Path | str, recompute: str, row_tokens: int) -> Any:
     """A run's configuration as far as the policy reads it."""
-    return build(
-        {
-            "model": {"path": str(path), "dtype": "bf16" if device == "cuda" else "fp32", "recompute": recompute},
-            "run": {"device": device},
-            "loss": {"name": "ppo", "kl_coef": 0.0},
-            "packing": {"row_tokens": row_tokens},
-        }
-    )
+    return config_for(path, model={"recompute": recompute}, loss={"name": "ppo", "kl_coef": 0.0}, packing={"row_tokens": row_tokens})
 
 
 def measure(config: Any, ranks: parallel.Ranks, cases: Sequence[Case], repeats: int, until: float, deadline: float) -> None:
@@ -226,12 +218,6 @@ def shape_row(row: PackedRow) -> Row:
     """What the planner reckons with of a packed row."""
     tokens, pairs, targets, gathered, masked = (int(number) for number in row_shape(row))
     return Row(tokens, pairs, targets, gathered, masked)
-
-
-def train(policy: Any, rows: Sequence[PackedRow], counts: StepCounts) -> None:
-    """An optimizer step."""
-    loss = partial(objective, counts=counts, config=policy.config.loss)
-    policy.optimizer_step(policy.forward_backward(rows, loss))
 
 
 def update(policy: Policy) -> None:

@@ -10,6 +10,7 @@ one by one. `token_ratio`, `speedup` and `max_grad_diff` are those of the branch
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -18,13 +19,12 @@ from typing import Annotated, Any
 import torch
 import typer
 from common import finish, interleaved, ratio
-from models import random_policy
+from models import config_for, random_policy
 
 from igpo_megatron.algorithms.losses.registry import objective, token_weight
-from igpo_megatron.config.load import build
-from igpo_megatron.packing.tree import pack_for_training, step_counts
+from igpo_megatron.packing.tree import PackedRow, pack_for_training, step_counts
 from igpo_megatron.policy import parallel
-from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, Trajectory
+from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, StepCounts, Trajectory
 
 PROMPT, TURN, TURNS = 1000, 800, 10
 SAMPLES = {"branching": (8, 16), "independent": (16, 16)}
@@ -42,18 +42,10 @@ def main(
     """Time both layouts and compare their gradients."""
     from igpo_megatron.policy.policy import Policy
 
-    cuda = torch.cuda.is_available()
-    scale = 1 if cuda else 20
+    scale = 1 if torch.cuda.is_available() else 20
     row_tokens = (PROMPT + TURNS * TURN) // scale * ROW_TRAJECTORIES
     with random_policy(shape) as folder:
-        config = build(
-            {
-                "model": {"path": str(folder), "dtype": "bf16" if cuda else "fp32"},
-                "run": {"device": "cuda" if cuda else "cpu"},
-                "loss": {"name": "ppo", "kl_coef": 0.0},
-                "optim": {"lr": 1e-12, "weight_decay": 0.0},
-            }
-        )
+        config = config_for(folder, loss={"name": "ppo", "kl_coef": 0.0}, optim={"lr": 1e-12, "weight_decay": 0.0})
         policy = Policy(config, parallel.init(config))
         figures: dict[str, Any] = {"shape": shape}
         for name, (roots, samples) in SAMPLES.items():
@@ -104,6 +96,12 @@ def flattened(group: RolloutGroup) -> list[RolloutGroup]:
     return found
 
 
+def train(policy: Any, rows: Sequence[PackedRow], counts: StepCounts) -> None:
+    """An optimizer step."""
+    loss = partial(objective, counts=counts, config=policy.config.loss)
+    policy.optimizer_step(policy.forward_backward(rows, loss))
+
+
 def measure(policy: Any, group: RolloutGroup, row_tokens: int, repeats: int) -> dict[str, Any]:
     """Seconds of a step in both layouts, their tokens, and max |difference| of their gradients over max |gradient|."""
     counts = step_counts([group])
@@ -114,8 +112,7 @@ def measure(policy: Any, group: RolloutGroup, row_tokens: int, repeats: int) -> 
     gradients: dict[str, torch.Tensor] = {}
 
     def step(name: str) -> None:
-        loss = partial(objective, counts=counts, config=policy.config.loss)
-        policy.optimizer_step(policy.forward_backward(layouts[name], loss))
+        train(policy, layouts[name], counts)
         if name not in gradients:
             gradients[name] = torch.cat([parameter.main_grad.flatten().float() for parameter in policy.chunks[0].parameters()]).clone()
 

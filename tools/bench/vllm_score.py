@@ -22,9 +22,8 @@ from typing import Annotated, Any
 import torch
 import typer
 from common import finish, interleaved, ratio
-from models import random_policy
+from models import config_for, random_policy
 
-from igpo_megatron.config.load import build
 from igpo_megatron.engines.pool import EnginePool
 
 PREFIXES, BATCHES = (800, 1600), (1, 16)
@@ -50,13 +49,7 @@ def main(
     draw = random.Random(0)
     with random_policy(shape) as folder:
         vocabulary = 600  # every shape has these tokens
-        config = build(
-            {
-                "model": {"path": str(folder), "dtype": dtype},
-                "run": {"device": "cuda" if cuda else "cpu"},
-                "rollout": {"max_context": CONTEXT, "engine": {"kv_cache_mib": 512, "gpu_ids": [0] if cuda else []}},
-            }
-        )
+        config = config_for(folder, rollout={"max_context": CONTEXT, "engine": {"kv_cache_mib": 512, "gpu_ids": [0] if cuda else []}})
 
         def tokens(count: int) -> list[int]:
             return [draw.randrange(vocabulary) for _ in range(count)]

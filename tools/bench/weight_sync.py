@@ -17,10 +17,10 @@ from typing import Annotated, Any
 import torch
 import typer
 from common import finish, interleaved
-from models import random_policy
+from models import config_for, random_policy
 
 from checkpoint_conversion.hf_folder import HfReader
-from igpo_megatron.config.load import build
+from igpo_megatron.doctor.probes import gap
 from igpo_megatron.engines.pool import EnginePool
 
 SCALES = {"plain": 1.0, "scaled": 0.9}
@@ -36,16 +36,10 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Result file; default: results/DEVICE/weight_sync.json.")] = None,
 ) -> None:
     """Update, time and check."""
-    cuda = torch.cuda.is_available()
     with random_policy(shape) as folder:
         dtype = "fp32" if shape == "demo" else "bf16"
-        config = build(
-            {
-                "model": {"path": str(folder), "dtype": dtype},
-                "run": {"device": "cuda" if cuda else "cpu"},
-                "rollout": {"max_context": 512, "engine": {"kv_cache_mib": 64, "gpu_ids": [0] if cuda else []}},
-            }
-        )
+        engine = {"kv_cache_mib": 64, "gpu_ids": [0] if torch.cuda.is_available() else []}
+        config = config_for(folder, dtype=dtype, rollout={"max_context": 512, "engine": engine})
         reader = HfReader(folder)
         weights = {
             scale: {name: reader.get(name) * (scale if "embed_tokens" in name else 1.0) for name in reader.names()}
@@ -94,11 +88,6 @@ def transformers_logprobs(folder: Path, scale: float, token_ids: list[int]) -> l
     model.get_input_embeddings().weight.mul_(scale)
     logits = model(torch.tensor([token_ids])).logits[0, :-1].float()
     return torch.log_softmax(logits, -1).gather(-1, torch.tensor(token_ids[1:])[:, None])[:, 0].tolist()
-
-
-def gap(found: list[float], expected: list[float]) -> float:
-    """Largest absolute difference."""
-    return max(abs(left - right) for left, right in zip(found, expected, strict=True))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ their tokens per second are those of a machine that does two things.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 import os
@@ -26,7 +25,6 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from statistics import fmean, median
 from typing import Annotated, Any, Literal
@@ -50,18 +48,8 @@ LAST_STEPS = 10
 _CLOSING_S = 6
 """A run that is asked to end has this long, of the time given."""
 
-_CURVE = {
-    "f1": "f1",
-    "format_ok": "format_ok",
-    "gain": "gain",
-    "searches": "searches",
-    "loss": "loss",
-    "logprob_gap_mean": "logprob_gap_mean",
-    "logprob_gap_max": "logprob_gap_max",
-    "canary_gap": "canary_gap",
-    "tokens_per_s": "tokens_per_s",
-}
-"""Name in the curves -> metric of a step."""
+_CURVE = ("f1", "format_ok", "gain", "searches", "loss", "logprob_gap_mean", "logprob_gap_max", "canary_gap", "tokens_per_s")
+"""Metrics of a step in the curves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,10 +170,7 @@ def _environment() -> dict[str, str]:
 
 def curve(rows: Sequence[Mapping[str, Any]], began: float) -> list[dict[str, Any]]:
     """One point per step: its number, seconds since the process began, and what `_CURVE` names; None where a step has no such value."""
-    return [
-        {"step": row["step"], "seconds": round(row["time"] - began, 2), **{name: row.get(metric) for name, metric in _CURVE.items()}}
-        for row in rows
-    ]
+    return [{"step": row["step"], "seconds": round(row["time"] - began, 2), **{name: row.get(name) for name in _CURVE}} for row in rows]
 
 
 def mean_of(points: Sequence[Mapping[str, Any]], name: str) -> float | None:
@@ -268,26 +253,10 @@ def make_demonstrations(data: Path, model: Path) -> None:
         from demonstrations import Demonstrator
     except ImportError as error:
         raise UserError(f"{out} is not there and cannot be made here ({error}); make it with --prepare on another machine") from None
-    from igpo_megatron.agent.trajectory import render_results
-    from igpo_megatron.chat.format import ChatFormat
     from igpo_megatron.chat.tokenizer import load_tokenizer
     from igpo_megatron.observability.rollout_dump import write_rollouts
-    from igpo_megatron.search.client import make_client
 
-    config = load(DEMO, [f"search.corpus={data / 'corpus.jsonl'}"])
-    tokenizer = load_tokenizer(model)
-    client = make_client(config.search)
-
-    @cache
-    def search(query: str) -> str:
-        return render_results(asyncio.run(client.search([query])))
-
-    def encode(text: str) -> list[int]:
-        ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
-        return ids
-
-    chat = ChatFormat(tokenizer, config.rollout, config.reward)
-    demonstrator = Demonstrator(world_facts.build(), chat, tokenizer.eos_token_id, search, encode)
+    demonstrator = Demonstrator(world_facts.build(), load_tokenizer(model), load(DEMO, [f"search.corpus={data / 'corpus.jsonl'}"]))
     rng = random.Random(0)
     groups: list[RolloutGroup] = [demonstrator.demonstrate(rng, number) for number in range(DEMONSTRATIONS)]
     write_rollouts(out, 0, groups)

@@ -81,7 +81,7 @@ class EntropyWatch:
     @property
     def top_logprobs(self) -> int:
         """Likeliest tokens that entropies are computed over; -1 means all."""
-        return -1 if self.grower.config.entropy == "full" else self.grower.config.top_k
+        return self.grower.config.top_logprobs
 
     async def begins(self, path: Sequence[int], turn: int) -> bool:
         """No path is asked for its answer early."""

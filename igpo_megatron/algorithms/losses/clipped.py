@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from igpo_megatron.algorithms.losses.tokens import Terms, Tokens, bounded_exp, clipped_surrogate, k3, sequence_mean, unit
+from igpo_megatron.algorithms.losses.tokens import Terms, Tokens, bounded_exp, clipped_surrogate, sequence_mean, unit
 from igpo_megatron.algorithms.settings import Bapo, Cispo, Gspo
 from igpo_megatron.types import StepCounts
 
@@ -24,29 +24,24 @@ def gspo(tokens: Tokens, counts: StepCounts, config: Gspo) -> Terms:
     trajectories must not share tokens.
     """
     assert tokens.sequence is not None, "gspo needs the trajectory of every token"
-    log_ratio = tokens.log_ratio
-    ratio = bounded_exp(sequence_mean(log_ratio.detach(), tokens.sequence, tokens.sequences)) * unit(tokens.logprobs)
-    surrogate, clipped = clipped_surrogate(ratio, tokens.signed, config.clip_low, config.clip_high, None)
-    return surrogate, {"clipped": clipped, "approx_kl": k3(log_ratio.detach())}
+    ratio = bounded_exp(sequence_mean(tokens.log_ratio.detach(), tokens.sequence, tokens.sequences)) * unit(tokens.logprobs)
+    return clipped_surrogate(ratio, tokens.signed, config.clip_low, config.clip_high, None)
 
 
 def cispo(tokens: Tokens, counts: StepCounts, config: Cispo) -> Terms:
     """CISPO (arXiv 2506.13585, eq. 4 and 5): a token's loss is -sg[clip(r, 1 - clip_low, 1 + clip_high)] A logprob."""
-    log_ratio = tokens.log_ratio.detach()
-    ratio = bounded_exp(log_ratio)
+    ratio = bounded_exp(tokens.log_ratio.detach())
     counted = ratio.clamp(1.0 - config.clip_low, 1.0 + config.clip_high)
     positive, negative = tokens.signed.unbind(-1)
     surrogate = ((negative - positive) * counted * tokens.logprobs).sum()
-    return surrogate, {"clipped": (counted != ratio).to(ratio.dtype), "approx_kl": k3(log_ratio)}
+    return surrogate, {"clipped": (counted != ratio).to(ratio.dtype)}
 
 
 def bapo(tokens: Tokens, counts: StepCounts, config: Bapo) -> Terms:
     """BAPO (arXiv 2510.18927): the loss of `ppo` between the bounds that `balanced_bounds` finds for the optimizer step."""
     assert counts.bounds is not None, "bapo needs the bounds of the step"
     lower, upper = counts.bounds
-    log_ratio = tokens.log_ratio
-    surrogate, clipped = clipped_surrogate(bounded_exp(log_ratio), tokens.signed, 1.0 - lower, upper - 1.0, config.dual_clip)
-    return surrogate, {"clipped": clipped, "approx_kl": k3(log_ratio.detach())}
+    return clipped_surrogate(bounded_exp(tokens.log_ratio), tokens.signed, 1.0 - lower, upper - 1.0, config.dual_clip)
 
 
 def balanced_bounds(log_ratios: Sequence[Tensor], advantages: Sequence[Tensor], config: Bapo) -> tuple[float, float]:

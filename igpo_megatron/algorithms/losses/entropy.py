@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from igpo_megatron.algorithms.losses.tokens import Terms, Tokens, bounded_exp, clipped_surrogate, k3, unit
+from igpo_megatron.algorithms.losses.tokens import Terms, Tokens, bounded_exp, clipped_surrogate, unit
 from igpo_megatron.algorithms.settings import Aepo, Hapo
 from igpo_megatron.types import EntropyStats, StepCounts
 
@@ -37,11 +37,9 @@ def aepo(tokens: Tokens, counts: StepCounts, config: Aepo) -> Terms:
         assert tokens.old_entropies is not None and counts.entropy is not None, "loss.balanced_tokens=high_entropy needs old entropies"
         balanced = tokens.old_entropies > counts.entropy.threshold
     scaled = torch.stack((positive, negative), -1)
-    log_ratio = tokens.log_ratio
-    ratio, upper = bounded_exp(log_ratio), 1.0 + config.clip_high
+    ratio, upper = bounded_exp(tokens.log_ratio), 1.0 + config.clip_high
     capped = torch.where(balanced & (ratio > upper), upper * unit(tokens.logprobs), ratio.clamp(max=upper))
-    surrogate, clipped = clipped_surrogate(ratio, scaled, config.clip_low, config.clip_high, config.dual_clip, capped)
-    return surrogate, {"clipped": clipped, "approx_kl": k3(log_ratio.detach())}
+    return clipped_surrogate(ratio, scaled, config.clip_low, config.clip_high, config.dual_clip, capped)
 
 
 def _entropy_scores(tokens: Tokens, counts: StepCounts, config: Aepo) -> Tensor:
@@ -71,12 +69,10 @@ def hapo(tokens: Tokens, counts: StepCounts, config: Hapo) -> Terms:
     position = entropy_position(tokens.old_entropies, counts.entropy)
     clip_low = config.clip_low * (1.0 - config.clip_weight * position.clamp(max=0.0))
     clip_high = config.clip_high * (1.0 + config.clip_weight * position.clamp(min=0.0))
-    log_ratio = tokens.log_ratio
-    ratio = bounded_exp(log_ratio)
+    ratio = bounded_exp(tokens.log_ratio)
     neutral = (ratio > 1.0 - clip_low / 2) & (ratio < 1.0 + clip_high / 2)
     scaled = torch.where((position > 0) ^ neutral, 1.0 + config.advantage_weight * position, 1.0)
-    surrogate, clipped = clipped_surrogate(ratio, tokens.signed * scaled[:, None], clip_low, clip_high, config.dual_clip)
-    return surrogate, {"clipped": clipped, "approx_kl": k3(log_ratio.detach())}
+    return clipped_surrogate(ratio, tokens.signed * scaled[:, None], clip_low, clip_high, config.dual_clip)
 
 
 def entropy_position(entropies: Tensor, stats: EntropyStats) -> Tensor:

@@ -47,9 +47,7 @@ def ppo(tokens: Tokens, counts: StepCounts, config: Ppo) -> Terms:
 
     Both are linear in |A|, so trajectories that share the token need only the sums of their positive and of their negative parts.
     """
-    log_ratio = tokens.log_ratio
-    surrogate, clipped = clipped_surrogate(bounded_exp(log_ratio), tokens.signed, config.clip_low, config.clip_high, config.dual_clip)
-    return surrogate, {"clipped": clipped, "approx_kl": k3(log_ratio.detach())}
+    return clipped_surrogate(bounded_exp(tokens.log_ratio), tokens.signed, config.clip_low, config.clip_high, config.dual_clip)
 
 
 def sft(tokens: Tokens, counts: StepCounts, config: Sft) -> Terms:
@@ -84,6 +82,7 @@ def objective(tokens: Tokens, counts: StepCounts, config: Loss) -> LossResult:
     if tokens.entropy is not None:
         per_token["entropy"] = tokens.entropy.detach()
     if isinstance(config, PolicyLoss):
+        per_token["approx_kl"] = k3(tokens.log_ratio.detach())
         if config.entropy_coef:
             assert tokens.entropy is not None, "loss.entropy_coef needs the entropy of every token"
             total = total - config.entropy_coef * (tokens.weight * tokens.entropy).sum()

@@ -95,8 +95,8 @@ def clipped_surrogate(
     clip_high: float | Tensor,
     dual_clip: float | None,
     capped: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Sum over tokens of the loss derived in `ppo`, and [N] 1 where a token was clipped.
+) -> Terms:
+    """Sum over tokens of the loss derived in `ppo`; `clipped`, 1 where a token was.
 
     Bounds may be [N]; `capped` [N] replaces min(r, h).
     """
@@ -108,7 +108,7 @@ def clipped_surrogate(
     fixed_ratio = ratio.detach()
     dual_clipped = (negative > 0) & (fixed_ratio > dual_clip) if dual_clip else torch.zeros_like(negative, dtype=torch.bool)
     clipped = ((positive > 0) & (fixed_ratio > upper)) | ((negative > 0) & (fixed_ratio < lower)) | dual_clipped
-    return total, clipped.to(ratio.dtype)
+    return total, {"clipped": clipped.to(ratio.dtype)}
 
 
 def k3(log_ratio: Tensor) -> Tensor:

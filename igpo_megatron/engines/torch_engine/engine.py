@@ -28,15 +28,13 @@ import torch
 from igpo_megatron.chat.protocols.registry import PROTOCOLS
 from igpo_megatron.chat.tokenizer import embedding_rows, load_tokenizer
 from igpo_megatron.chat.turn_ends import barred_rows, stop_tokens
-from igpo_megatron.config.check.common import model_shape
-from igpo_megatron.config.check.torch_engine import cache_slots
 from igpo_megatron.config.schema import Config
 from igpo_megatron.engines.api import EngineError, EnginesEnded
 from igpo_megatron.engines.torch_engine.model import TorchModel
 from igpo_megatron.engines.torch_engine.sampling import choose, entropies, processed_logprobs
 from igpo_megatron.supervision.waits import ENGINES, waiting
 from igpo_megatron.types import Canary, Completion, ProbeScore, RunStopped, SyncError
-from igpo_megatron.weights.canary import check_canary
+from igpo_megatron.weights.send import check_canary
 
 Answer = TypeVar("Answer")
 
@@ -94,7 +92,7 @@ class TorchEngine:
         self._stop_tokens = frozenset(stop_tokens(self._tokenizer, rows))
         self._barred_rows = barred_rows(self._tokenizer, rows)
         self._barred: torch.Tensor | None = None
-        self._slots = cache_slots(config, model_shape(config.model.path))
+        self._slots = self._engine.cache_slots(config.rollout.max_context, config.model.dtype, config.model.shape())
         self._device = torch.device("cpu")
         self._model: TorchModel | None = None
         self._version = 0

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from igpo_megatron.observability.metrics import headline
+from igpo_megatron.observability.metrics import headline, max_gap
 from igpo_megatron.observability.tracker import sum_phases
 
 OUTCOMES = (
@@ -34,8 +34,7 @@ def facts_of(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], summa
     """(label, value) pairs for the head of the page; unknown ones are left out."""
     at = {key: value_at(config, key) for key in FACT_KEYS}
     steps = rows[-1]["step"] if rows else None
-    gaps = [row[name] for row in rows for name in ("logprob_gap_max", "canary_gap") if row.get(name) is not None]
-    gap = summary["max_logprob_gap"] if summary else max(gaps, default=None)
+    gap = summary["max_logprob_gap"] if summary else max_gap(rows)
     skipped = [row["skipped"] for row in rows if row.get("skipped") is not None]
     wall = summary["wall_s"] if summary else sum(sum_phases(rows).values())
     facts = [
@@ -44,10 +43,7 @@ def facts_of(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], summa
         ("Gain", at["reward.gain"]),
         ("Steps", steps is not None and f"{steps} of {at['run.steps']}" if at["run.steps"] else steps),
         ("Per step", at["rollout.prompts_per_step"] and f"{at['rollout.prompts_per_step']} questions x {at['rollout.samples_per_prompt']}"),
-        (
-            "Ranks",
-            at["parallel.tensor"] and _layout(at),
-        ),
+        ("Ranks", at["parallel.tensor"] and _layout(at)),
         ("Engines", at["rollout.engine.count"] and _engines(at)),
         ("Precision", at["model.dtype"] and f"{at['model.dtype']} on {at['run.device']}"),
         ("Learning rate", at["optim.lr"]),

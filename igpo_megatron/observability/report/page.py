@@ -14,9 +14,8 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from igpo_megatron.observability.report.charts import charts_of
+from igpo_megatron.observability.report.charts import STANDARD, Limits, charts_of
 from igpo_megatron.observability.report.header import count_questions, facts_of, outcomes_of, scores_by_source, value_at
-from igpo_megatron.observability.report.limits import STANDARD, Limits
 from igpo_megatron.observability.report.trajectories import files_left_out, find_tokenizer, read_file, rollout_files
 from igpo_megatron.observability.run_folder import write_whole
 from igpo_megatron.observability.tracker import PHASES, public_config, read_metrics, sum_phases

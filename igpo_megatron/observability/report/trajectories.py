@@ -12,9 +12,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from igpo_megatron.observability.report.charts import rounded
+from igpo_megatron.observability.report.charts import Limits, rounded
 from igpo_megatron.observability.report.header import value_at
-from igpo_megatron.observability.report.limits import Limits
 from igpo_megatron.observability.rollout_dump import count_groups, read_rollouts
 from igpo_megatron.observability.tree_picture import tree_picture
 from igpo_megatron.types import Node, RolloutGroup, Trajectory, UserError

@@ -45,7 +45,7 @@ class Summariser:
     """Client of one model. Used from one event loop."""
 
     def __init__(self, config: Summary, api_key: str | None = None):
-        assert config.url is not None and config.model is not None, "config.check asks for both"
+        assert config.url is not None and config.model is not None, "its settings ask for both"
         self.url = f"{config.url.rstrip('/')}/chat/completions"
         self.config = config
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}

@@ -1,1 +1,0 @@
-"""Checks across rooms, one file per subject; checks.py runs them all."""
