@@ -36,7 +36,7 @@ setup(
         "ruamel-yaml>=0.18",
         "safetensors",
         "tokenizers",
-        "tenacity",
+        "tenacity>=9.2",
         "torch>=2.10",  # addmm of 16-bit matrices into an fp32 sum, on CUDA
         "trafilatura",
         "transformers>=5.16.1",

@@ -2,4 +2,7 @@
 
 from checkpoint_conversion.errors import ConversionError
 
-__all__ = ["ConversionError"]
+__all__ = ["MAX_SHARD_BYTES", "ConversionError"]
+
+MAX_SHARD_BYTES = 4 * 2**30
+"""Of a file of weights, unless one tensor alone is larger."""

@@ -1,4 +1,7 @@
-"""The command line of the conversions: `igpo convert ...`, or `python -m checkpoint_conversion.commands ...`."""
+"""The command line of the conversions: `igpo convert ...`, or `python -m checkpoint_conversion.commands ...`.
+
+Torch is imported when a conversion begins, so that --help is quick.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,8 @@ from typing import Annotated
 
 import typer
 
-from checkpoint_conversion.classic_folder import Grid
-from checkpoint_conversion.convert import DTYPES, hf_to_megatron, megatron_to_hf, verify
-from checkpoint_conversion.inspection import inspect
-from checkpoint_conversion.rules import ConversionError
-from checkpoint_conversion.units import MAX_SHARD_BYTES
+from checkpoint_conversion import MAX_SHARD_BYTES
+from checkpoint_conversion.errors import ConversionError
 
 app = typer.Typer(help="Convert checkpoints between Hugging Face and Megatron-Core.", no_args_is_help=True)
 HfOption = Annotated[Path, typer.Option("--hf", help="Hugging Face folder with config.json and safetensors.")]
@@ -45,7 +45,7 @@ def _one_sentence_errors() -> Iterator[None]:
         raise typer.Exit(128 + signal.Signals.__members__.get(str(error), signal.SIGINT)) from error
 
 
-@app.command("hf-to-megatron")
+@app.command("hf-to-megatron", epilog="Example: igpo convert hf-to-megatron --hf models/qwen --out models/qwen-mcore")
 def hf_to_megatron_command(
     hf: HfOption,
     out: OutOption,
@@ -57,6 +57,9 @@ def hf_to_megatron_command(
     max_shard_gb: ShardOption = MAX_SHARD_BYTES / 1e9,
 ) -> None:
     """Convert a Hugging Face folder to a Megatron checkpoint."""
+    from checkpoint_conversion.classic_folder import Grid
+    from checkpoint_conversion.convert import hf_to_megatron
+
     with _one_sentence_errors():
         grid = Grid(tensor, pipeline, expert)
         if layout not in ("torch_dist", "classic"):
@@ -68,17 +71,19 @@ def hf_to_megatron_command(
     typer.echo(f"wrote {out}")
 
 
-@app.command("megatron-to-hf")
+@app.command("megatron-to-hf", epilog="Example: igpo convert megatron-to-hf --megatron runs/a/step_40 --out hf")
 def megatron_to_hf_command(
     megatron: MegatronOption,
     out: OutOption,
-    dtype: Annotated[str | None, typer.Option(help=f"One of {', '.join(DTYPES)}; as stored if left out.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="One of float32, bfloat16, float16; as stored if left out.")] = None,
     config: Annotated[
         Path | None, typer.Option(help="Hugging Face folder with config.json and tokenizer, for a checkpoint that has none.")
     ] = None,
     max_shard_gb: ShardOption = MAX_SHARD_BYTES / 1e9,
 ) -> None:
     """Convert a Megatron checkpoint to a Hugging Face folder that transformers and vLLM load."""
+    from checkpoint_conversion.convert import DTYPES, megatron_to_hf
+
     with _one_sentence_errors():
         if dtype is not None and dtype not in DTYPES:
             raise ConversionError(f"--dtype {dtype} is not known; use one of {', '.join(DTYPES)}")
@@ -87,7 +92,7 @@ def megatron_to_hf_command(
     typer.echo(f"wrote {out}")
 
 
-@app.command("verify")
+@app.command("verify", epilog="Example: igpo convert verify --hf models/qwen --megatron models/qwen-mcore")
 def verify_command(hf: HfOption, megatron: MegatronOption) -> None:
     """Compare a Hugging Face folder with a Megatron checkpoint: names, shapes, dtypes, checksums; fails unless bit-equal."""
     if not report_verification(hf, megatron):
@@ -96,6 +101,8 @@ def verify_command(hf: HfOption, megatron: MegatronOption) -> None:
 
 def report_verification(hf: Path, megatron: Path) -> bool:
     """Print what `verify` finds; whether the two are bit-equal."""
+    from checkpoint_conversion.convert import verify
+
     with _one_sentence_errors():
         result = verify(hf, megatron)
     typer.echo(
@@ -107,12 +114,14 @@ def report_verification(hf: Path, megatron: Path) -> bool:
     return not result.differences
 
 
-@app.command("inspect")
+@app.command("inspect", epilog="Example: igpo convert inspect models/qwen-mcore")
 def inspect_command(
     folder: Annotated[Path, typer.Argument(help="Any folder: Hugging Face, Megatron, or an unfinished conversion.")],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
 ) -> None:
     """Say what a folder is and holds."""
+    from checkpoint_conversion.inspection import inspect
+
     with _one_sentence_errors():
         for line in inspect(folder, list_tensors=tensors):
             typer.echo(line)

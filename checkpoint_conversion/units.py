@@ -14,9 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from checkpoint_conversion import MAX_SHARD_BYTES as MAX_SHARD_BYTES  # to be imported from here by those that write
 from checkpoint_conversion.rules import Rule
-
-MAX_SHARD_BYTES = 4 * 2**30
 
 
 @dataclass(frozen=True)

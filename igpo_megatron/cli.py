@@ -1,6 +1,6 @@
 """The `igpo` command: a thin front door over the modules.
 
-igpo train | launch | eval | score | convert | report | plan | doctor | config
+igpo train | launch | eval | score | report | plan | config | doctor | data | serve | convert
 """
 
 from __future__ import annotations
@@ -9,40 +9,80 @@ import json
 import math
 import os
 import secrets
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
+from typer.main import get_group
 
 from igpo_megatron.algorithms.hooks import check_hooks
 from igpo_megatron.config.checks import require
 from igpo_megatron.config.load import explain, load
 from igpo_megatron.config.schema import Config
+from igpo_megatron.doctor.commands import app as doctor_app
 from igpo_megatron.observability.run_folder import folder_for, held, open_folder, read_summary
+from igpo_megatron.plan.commands import plan
 from igpo_megatron.supervision.endings import one_sentence, sigterm_interrupts
 from igpo_megatron.supervision.leftovers import claim, remove_abandoned
-from igpo_megatron.types import UserError
+from igpo_megatron.supervision.library_log import LOGS, libraries_logged
+from igpo_megatron.supervision.offline import OFFLINE, stay_offline
 
 _one_sentence = partial(one_sentence, passing=(typer.Exit, typer.Abort, TyperException))
 
 
-class _OneSentence(TyperGroup):
-    """Every command, and those mounted below, ends with one sentence where it does not end well."""
+def _convert() -> typer.Typer:
+    from checkpoint_conversion.commands import app as converter
+    from igpo_megatron.doctor.commands import verify
+
+    # The converter's own `verify` knows no models.
+    room = typer.Typer(no_args_is_help=True, help="Move checkpoints between Hugging Face and Megatron formats.")
+    room.registered_commands = [command for command in converter.registered_commands if command.name != "verify"]
+    room.command("verify", epilog="Example: igpo convert verify --hf models/qwen --megatron models/qwen-mcore")(verify)
+    return room
+
+
+def _data() -> typer.Typer:
+    from igpo_megatron.data.commands import app as data_app
+
+    return data_app
+
+
+def _serve() -> typer.Typer:
+    from igpo_megatron.serve.commands import app as serve_app
+
+    return serve_app
+
+
+_ROOMS = {"data": _data, "serve": _serve, "convert": _convert}
+"""Groups of commands that are imported when they are asked for: no other command waits for what they need."""
+
+
+class _FrontDoor(TyperGroup):
+    """Every command, and those of the rooms, ends with one sentence where it does not end well."""
 
     def invoke(self, ctx: Any) -> Any:
         with _one_sentence():
             return super().invoke(ctx)
 
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*super().list_commands(ctx), *_ROOMS]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in _ROOMS:
+            return super().get_command(ctx, cmd_name)
+        group = get_group(_ROOMS[cmd_name]())
+        group.name = cmd_name
+        return group
+
 
 app = typer.Typer(
-    cls=_OneSentence,
+    cls=_FrontDoor,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -54,20 +94,8 @@ _RENDEZVOUS_PREFIX = "igpo-rendezvous-"
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings that replace those of the file, e.g. optim.lr=1e-5.")]
 
-OFFLINE = {
-    "HF_HUB_OFFLINE": "1",
-    "TRANSFORMERS_OFFLINE": "1",
-    "DO_NOT_TRACK": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "TOKENIZERS_PARALLELISM": "false",
-    "TORCH_CPP_LOG_LEVEL": "ERROR",
-}
-"""Nothing a run starts looks anything up or reports anywhere, and no rank that lost another tells so in C++, unless its environment says
-otherwise."""
 
-
-@app.command()
+@app.command(epilog="Example: igpo train run.yaml optim.lr=1e-6")
 def train(config: Annotated[Path, typer.Argument(help="YAML file of the run.")], overrides: Overrides = None) -> None:
     """Start or resume a run. Starts the ranks itself (torchrun on this machine); inside torchrun use -m igpo_megatron.training.main."""
     settings = load(config, overrides or [])
@@ -89,7 +117,7 @@ def _is_finished(settings: Config) -> bool:
     return True
 
 
-@app.command()
+@app.command(epilog="Example: igpo launch run.yaml --nodes 2 --node-rank 0 --head 10.0.0.1")
 def launch(
     config: Annotated[Path, typer.Argument(help="YAML file of the run, the same on every node.")],
     overrides: Overrides = None,
@@ -148,6 +176,7 @@ def _launcher(settings: Config, ranks: int, max_restarts: int = 0) -> Iterator[C
     folder = folder_for(settings)
     with held(folder):
         pass  # that another run has it, or that it cannot be written, is said before anything heavy starts
+    typer.echo(f"starting {ranks} rank{'s' if ranks > 1 else ''} of {folder.root}: they import torch and Megatron-Core first")
     with _one_sentence(folder.root), _torchrun(ranks, max_restarts) as start:
         yield start
 
@@ -159,7 +188,7 @@ def _torchrun(ranks: int, max_restarts: int = 0) -> Iterator[Callable[..., objec
 
     from igpo_megatron.launch.agent import RanksFailed, launcher
 
-    _stay_offline()
+    stay_offline()
     # One agent meets nobody: a file serves it, and the ranks make their own store (actor.parallel), where the server that
     # torch would start for both listens on every interface.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
@@ -186,14 +215,7 @@ def _torchrun(ranks: int, max_restarts: int = 0) -> Iterator[Callable[..., objec
             raise typer.Exit(failed.ending.code) from None
 
 
-def _stay_offline() -> None:
-    """For this process and those it starts, unless their environment says otherwise."""
-    loopback = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
-    for name, value in {**OFFLINE, **loopback, "OMP_NUM_THREADS": "1"}.items():
-        os.environ.setdefault(name, value)
-
-
-@app.command("eval")
+@app.command("eval", epilog="Example: igpo eval run.yaml --model runs/a/checkpoints/step_000040 --data test.parquet")
 def eval_command(
     config: Annotated[Path, typer.Argument(help="YAML file that says how to search and roll out; its data.eval is the default data.")],
     model: Annotated[Path | None, typer.Option(help="Hugging Face folder or Megatron checkpoint; default: the file's model.path.")] = None,
@@ -208,12 +230,12 @@ def eval_command(
     if data:
         changes.append(f"data.eval={json.dumps([str(path) for path in data])}")
     settings = load(config, changes)
-    with _one_sentence(out):
+    with _one_sentence(out), libraries_logged(out / LOGS / "eval.txt"):
         report = evaluate_checkpoint(settings, model, out)
     typer.echo(json.dumps(report, indent=2))
 
 
-@app.command("score")
+@app.command("score", epilog="Example: igpo score answers.jsonl")
 def score_command(file: Annotated[Path, typer.Argument(help='JSON lines of {"solution", "ground_truth"}.')]) -> None:
     """Apply the published outcome rule to whole texts; prints one JSON line each with f1, em, format_ok and reward."""
     from igpo_megatron.algorithms.rewards import score_lines
@@ -222,7 +244,7 @@ def score_command(file: Annotated[Path, typer.Argument(help='JSON lines of {"sol
         typer.echo(json.dumps(row))
 
 
-@app.command("report")
+@app.command("report", epilog="Example: igpo report runs/quickstart")
 def report_command(run: Annotated[Path, typer.Argument(help="Folder of a run.")]) -> None:
     """Write a run's HTML report again."""
     from igpo_megatron.observability.report.page import write_report
@@ -231,154 +253,18 @@ def report_command(run: Annotated[Path, typer.Argument(help="Folder of a run.")]
         typer.echo(write_report(run))
 
 
-_NOT_WITH_RUN = ("gpus", "out", "prompts", "samples", "max-context", "staleness", "placement", "reference", "rows")
-"""Options of `igpo plan` that look for a layout, or say what a configuration says itself."""
-
-
-def _require_none_of(options: tuple[str, ...], context: typer.Context) -> None:
-    """Raises UserError where some are on the command line beside --run, be it with their defaults."""
-    sources = {option: context.get_parameter_source(option.replace("-", "_")) for option in options}
-    given = [f"--{option}" for option, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
-    if given:
-        raise UserError(f"--run predicts a configuration as it stands; leave {', '.join(given)} out, or plan without --run")
-
-
-@app.command("plan")
-def plan_command(
-    context: typer.Context,
-    model: Annotated[str | None, typer.Option(help="Folder with config.json, or a known name such as Qwen2.5-72B.")] = None,
-    gpus: Annotated[int | None, typer.Option(help="Devices for training and rollouts together.")] = None,
-    gpu: Annotated[str, typer.Option(help="h100, h200, h800, h20, b200, a100, a100-40gb or l40s.")] = "h100",
-    calibration: Annotated[
-        Path | None,
-        typer.Option(help="A measured machine instead of --gpu: a file of `--calibrate`, or the result of tools/bench/step.py."),
-    ] = None,
-    calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="Measure this machine (a minute at most) and write --calibration.")
-    ] = False,
-    out: Annotated[Path | None, typer.Option(help="Write the fastest plan as a configuration to this YAML file.")] = None,
-    run: Annotated[Path | None, typer.Option(help="Predict this configuration as it stands instead of looking for layouts.")] = None,
-    rollouts: Annotated[list[Path] | None, typer.Option(help="Rollout file of a run: its lengths instead of the assumed ones.")] = None,
-    prompts: Annotated[int, typer.Option(min=1, help="Questions per step.")] = 32,
-    samples: Annotated[int, typer.Option(min=1, help="Trajectories per question.")] = 16,
-    max_context: Annotated[int, typer.Option(min=256, help="Tokens of the longest trajectory that must fit.")] = 32768,
-    turns: Annotated[float, typer.Option(min=1.0, max=1e4, help="Mean turns of a trajectory.")] = 4.0,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a question's prompt.")] = 600,
-    turn_tokens: Annotated[float, typer.Option(min=1, max=1e7, help="Mean sampled tokens of a turn.")] = 300.0,
-    observation_tokens: Annotated[float, typer.Option(min=1, max=1e7, help="Mean tokens of a tool result.")] = 800.0,
-    tool_latency: Annotated[float, typer.Option(min=0.001, max=1e5, help="Median seconds of a tool call.")] = 0.5,
-    staleness: Annotated[int, typer.Option(min=0, help="Rollouts this many updates old may overlap with training.")] = 0,
-    placement: Annotated[
-        Literal["disaggregated", "colocated"] | None, typer.Option(help="Engines' devices: their own, or the ranks'; default: try both.")
-    ] = None,
-    reference: Annotated[bool, typer.Option(help="Keep the first weights for a KL term (loss.kl_coef above 0).")] = True,
-    rows: Annotated[int, typer.Option(min=1, help="Rows of the tables.")] = 10,
-) -> None:
-    """Say how to lay a model out on N devices: what fits, how long a step takes, what does not fit and why."""
-    if calibrate:
-        from igpo_megatron.plan import machines
-        from igpo_megatron.plan.calibrate import calibrate as measure
-
-        path = calibration or Path("machine.json")
-        machines.write(measure(), path)
-        typer.echo(f"wrote {path}; plan with --calibration {path}")
-        return
-    if run is None and (model is None or gpus is None):
-        raise UserError("igpo plan needs --model and --gpus (or --run, or --calibrate)")
-    from igpo_megatron.plan.command import plan_run, predict_run
-    from igpo_megatron.plan.types import Workload
-
-    workload = Workload(
-        prompts=prompts,
-        samples=samples,
-        prompt_tokens=prompt_tokens,
-        turns=turns,
-        turn_tokens=turn_tokens,
-        observation_tokens=observation_tokens,
-        tool_median=tool_latency,
-        max_context=max_context,
-        max_turns=max(10, round(turns)),
-    )
-    files = tuple(rollouts or ())
-    if run is not None:
-        _require_none_of(_NOT_WITH_RUN, context)
-        from rich.console import Console
-
-        raise typer.Exit(predict_run(run, model, gpu, calibration, workload, files, Console()))
-    assert model is not None and gpus is not None
-    raise typer.Exit(plan_run(model, gpus, gpu, calibration, out, workload, files, staleness, placement, reference, rows))
-
-
-@app.command("config")
+@app.command("config", epilog="Example: igpo config rollout")
 def config_command(section: Annotated[str | None, typer.Argument(help="Section such as rollout; default: all.")] = None) -> None:
     """Explain every setting and its default."""
     typer.echo(explain(section))
 
 
-doctor_app = typer.Typer(invoke_without_command=True, help="Say what this machine can run, and what is missing.")
+app.command("plan", epilog="Example: igpo plan --model Qwen2.5-7B --gpus 8 --gpu h100 --out run.yaml")(plan)
 app.add_typer(doctor_app, name="doctor")
-
-
-@doctor_app.callback()
-def doctor_command(context: typer.Context) -> None:
-    """Say what this machine can run, and what is missing."""
-    if context.invoked_subcommand is None:
-        from igpo_megatron.doctor import machine as doctor
-
-        raise typer.Exit(doctor.main())
-
-
-@doctor_app.command("probes")
-def doctor_probes(
-    config: Annotated[Path, typer.Argument(help="YAML file that names the model and the engine.")], overrides: Overrides = None
-) -> None:
-    """Score the same ground-truth probes by every scorer (fold, batched, sequential, engine) and show that they agree."""
-    from igpo_megatron.doctor import probes as probe_check
-
-    _stay_offline()
-    settings = load(config, overrides or [])
-    require(_on_this_machine(settings), None)
-    raise typer.Exit(probe_check.main(settings))
-
-
-@doctor_app.command("chat")
-def doctor_chat(
-    config: Annotated[Path, typer.Argument(help="YAML file that names the model and the protocol.")], overrides: Overrides = None
-) -> None:
-    """Show one conversation of two turns in the model's chat template: where each token comes from, and which are trained."""
-    from igpo_megatron.doctor import chat as chat_check
-
-    _stay_offline()
-    raise typer.Exit(chat_check.main(load(config, overrides or [])))
-
-
-@doctor_app.command("tools")
-def doctor_tools(
-    config: Annotated[Path, typer.Argument(help="YAML file that says what is searched with.")],
-    queries: Annotated[int, typer.Option(min=1, help="Queries that may be sent at most.")] = 100,
-    page: Annotated[list[str] | None, typer.Option(help="Page for the visit tool; may be repeated. Default: what searches find.")] = None,
-    overrides: Overrides = None,
-) -> None:
-    """Send real queries to the configured search (and tools): latency, errors, how many at once; says what to set. Never the cache."""
-    from igpo_megatron.doctor import tools as tool_check
-
-    raise typer.Exit(tool_check.main(load(config, overrides or []), queries, page or []))
-
-
-def _mount_convert() -> None:
-    from checkpoint_conversion.commands import app as convert_app
-    from igpo_megatron.doctor.verify import verify_command
-
-    # In place of the converter's own, which knows no models.
-    convert_app.registered_commands = [command for command in convert_app.registered_commands if command.name != "verify"]
-    convert_app.command("verify")(verify_command)
-    app.add_typer(convert_app, name="convert", help="Move checkpoints between Hugging Face and Megatron formats.")
 
 
 def main() -> None:
     """Entry point of the `igpo` command."""
-    if sys.argv[1:2] == ["convert"] or "--help" in sys.argv[1:2]:
-        _mount_convert()  # imports torch, which no other command needs at once
     sigterm_interrupts()
     app()
 

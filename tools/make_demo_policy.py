@@ -22,12 +22,12 @@ from transformers import PreTrainedTokenizerFast
 
 import demo_policy
 import world_facts
+from demo_data import write_corpus
 from demonstrations import Demonstrator, copy_exercises
 from igpo_megatron.config.load import load
 from igpo_megatron.config.schema import Config
 from igpo_megatron.observability.rollout_dump import write_rollouts
 from igpo_megatron.types import RolloutGroup
-from prepare_data import write_corpus
 
 COPY_STEPS = 90
 """Steps of pure copy exercises before the demonstrations."""

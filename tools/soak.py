@@ -33,8 +33,8 @@ from typing import Any, NoReturn
 import psutil
 import pyarrow.parquet as pq
 
+import demo_data
 import hosts
-import prepare_data
 import world_facts
 from igpo_megatron.config.load import load
 from igpo_megatron.config.schema import Config
@@ -385,8 +385,8 @@ def line(kill: Kill) -> str:
 def demo_arguments(folder: Path, steps: int) -> list[str]:
     """The demo at tiny size with data of its own below `folder`."""
     world = world_facts.build()
-    prepare_data.write_corpus(world.passages, folder / "corpus.jsonl")
-    prepare_data.write_questions((question for question in world.questions if question.split == "train"), folder / "train.parquet")
+    demo_data.write_corpus(world.passages, folder / "corpus.jsonl")
+    demo_data.write_questions((question for question in world.questions if question.split == "train"), folder / "train.parquet")
     return [
         str(ROOT / "examples/quickstart/igpo.yaml"),
         "run.name=soak",

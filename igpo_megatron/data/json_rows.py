@@ -1,11 +1,24 @@
-"""Decode records of JSON files: a bad number or a repeated field is a flaw of its record, and the next record is read all the same."""
+"""Read records of JSON files: a bad number or a repeated field is a flaw of its record, and the next record is read all the same."""
 
 from __future__ import annotations
 
+import codecs
 import json
-from typing import Any
+import re
+from collections.abc import Iterator
+from typing import IO, Any
 
+from igpo_megatron.data.problems import Problem
 from igpo_megatron.untrusted import MAX_DIGITS
+
+Records = Iterator[tuple[int, dict[str, Any] | Problem]]
+"""(row counted from 0, record or what is wrong with it). A Problem without a row ends the file."""
+
+CHUNK = 2**16
+_LIST = re.compile(r"\s*(?:\{\s*\"data\"\s*:\s*)?\[", re.IGNORECASE)
+"""A list, or an object whose first value is one under the name `Data`, as in TriviaQA's files."""
+
+_BETWEEN = re.compile(r"[\s,]*")
 
 BOM = "\ufeff"
 """Byte order mark, which some programs write before the first character."""
@@ -83,3 +96,67 @@ def _holds_long(value: Any) -> bool:
         if isinstance(value, dict | list):
             left += value.values() if isinstance(value, dict) else value
     return False
+
+
+def read_json(stream: Any, may_be_list: bool) -> Records:
+    """Records of JSON lines, or of one list where there may be one. Raises UnicodeDecodeError."""
+    # Only a .json is looked into: it may be either, and a .jsonl's first line may be megabytes long.
+    if may_be_list and _LIST.match(stream.peek(CHUNK)[:CHUNK].decode("utf-8-sig", errors="replace")):
+        return _list(stream)
+    return _lines(stream)
+
+
+def _lines(stream: IO[bytes]) -> Records:
+    row, decoder = 0, RecordDecoder()
+    for line in stream:
+        if not line.strip():
+            continue
+        record: Any
+        try:
+            record = decoder.loads(line)
+        except UnicodeDecodeError as error:
+            record = Problem(f"not UTF-8 text ({error.reason} at byte {error.start} of the line)", row)
+        except json.JSONDecodeError as error:
+            record = Problem(f"not JSON ({error.msg} at column {error.colno}): {line[:60].decode(errors='replace').strip()!r}", row)
+        except Flaw as flaw:
+            record = Problem(str(flaw), row, flaw.column)
+        yield row, _object(record, row)
+        row += 1
+
+
+def _list(stream: IO[bytes]) -> Records:
+    """The objects of a JSON list, decoded one by one."""
+    decoder, characters = RecordDecoder(), codecs.getincrementaldecoder("utf-8-sig")()
+    text = characters.decode(stream.read(CHUNK))
+    start = _LIST.match(text)
+    assert start is not None, "the caller has looked"
+    position, row, size = start.end(), 0, CHUNK
+    while True:
+        position = _BETWEEN.match(text, position).end()  # type: ignore[union-attr]
+        record: Any
+        try:
+            if text.startswith("]", position):
+                return
+            record, position = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            cut = error.msg.startswith("Unterminated") or error.pos > len(text) - 16
+            more = stream.read(size) if cut else b""
+            if not more:
+                where = text[position : position + 60]
+                yield row, Problem(f"not JSON, or cut off, in record {row} ({error.msg}): {where!r}; fetch the file again")
+                return
+            # Twice as much each time: a long record is not decoded from its start again and again.
+            text, position, size = text[position:] + characters.decode(more), 0, 2 * size
+            continue
+        try:
+            decoder.check(record)
+        except Flaw as flaw:
+            record = Problem(str(flaw), row, flaw.column)
+        yield row, _object(record, row)
+        row, size = row + 1, CHUNK
+
+
+def _object(record: Any, row: int) -> dict[str, Any] | Problem:
+    if isinstance(record, dict | Problem):
+        return record
+    return Problem(f"found a JSON {type(record).__name__}, expected an object", row)

@@ -8,14 +8,13 @@ A new set is one line in LAYOUTS.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from igpo_megatron.data.answers import NotAnswers, as_answers
 from igpo_megatron.data.layouts import ALIAS_SEPARATOR
-from igpo_megatron.data.natural_questions import hub_answers, span_answers
 from igpo_megatron.data.problems import shown
 
 Row = Mapping[str, Any]
@@ -108,13 +107,40 @@ def _in_field(name: str) -> Callable[[Row], tuple[str, ...]]:
     return lambda row: as_answers(row[name])
 
 
+def _span_answers(row: Row) -> Iterator[str]:
+    """Natural Questions' short answers: spans of a page's tokens, marked by one annotator (training) or five (dev), in order.
+
+    None where only a long answer was marked. The simplified files have document_text "A page <P> of tokens", the original ones
+    document_tokens [{token, html_token}], both annotations [{short_answers [{start_token, end_token}], yes_no_answer}].
+    """
+    tokens = row["document_text"].split(" ") if "document_text" in row else [token["token"] for token in row["document_tokens"]]
+    for annotation in row["annotations"]:
+        for span in annotation["short_answers"]:
+            start, end = span["start_token"], span["end_token"]
+            if not 0 <= start < end <= len(tokens):
+                raise ValueError(f"the span {start} to {end} is not among the {len(tokens)} tokens")
+            yield " ".join(tokens[start:end])
+        if annotation["yes_no_answer"] in ("YES", "NO"):
+            yield annotation["yes_no_answer"].lower()
+
+
+def _hub_answers(row: Row) -> Iterator[str]:
+    """The same from the Hugging Face files: annotations {short_answers [{text [...]}], yes_no_answer [-1 none, 0 no, 1 yes]}."""
+    annotations = row["annotations"]
+    for short in annotations["short_answers"]:
+        yield from as_answers(short["text"])
+    for answer in annotations["yes_no_answer"]:
+        if answer in (0, 1):
+            yield ("no", "yes")[answer]
+
+
 def _is_trivia_hub(row: Row) -> bool:
     return "question_id" in row and isinstance(row.get("answer"), dict)
 
 
 LAYOUTS = (
-    QaLayout("Natural Questions", "nq", has("question_text", "annotations"), "question_text", span_answers, "annotations", "example_id"),
-    QaLayout("Natural Questions (Hugging Face)", "nq", has("document", "annotations"), "question.text", hub_answers, "annotations", "id"),
+    QaLayout("Natural Questions", "nq", has("question_text", "annotations"), "question_text", _span_answers, "annotations", "example_id"),
+    QaLayout("Natural Questions (Hugging Face)", "nq", has("document", "annotations"), "question.text", _hub_answers, "annotations", "id"),
     QaLayout("TriviaQA", "tq", has("QuestionId", "Question", "Answer"), "Question", _in_field("Answer"), "Answer", "QuestionId"),
     QaLayout("TriviaQA (Hugging Face)", "tq", _is_trivia_hub, "question", _in_field("answer"), "answer", "question_id"),
     QaLayout("MuSiQue", "musique", has("answer", "answer_aliases", "paragraphs"), "question", _plain, "answer", "id"),

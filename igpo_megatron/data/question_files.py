@@ -31,8 +31,8 @@ from igpo_megatron.data.layouts import (
     recognise,
 )
 from igpo_megatron.data.normalisation import normal_form
-from igpo_megatron.data.parquet_rows import python_rows, repeated_fields
 from igpo_megatron.data.problems import Problem, shown
+from igpo_megatron.data.records import python_rows, repeated_fields
 from igpo_megatron.types import Prompt, UserError
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ BROKEN_BOX, BOX = "\boxed", "\\boxed"
 """ARPO's published files hold a backspace and `oxed` where \\boxed was meant."""
 
 SHOWN_PROBLEMS = 10
-"""Problems that the error of `read_prompts` lists; tools/prepare_data.py lists all."""
+"""Problems that the error of `read_prompts` lists; `igpo data check` lists all."""
 
 USED = ("data_source", "prompt", "reward_model", "extra_info", "question")
 """Columns that are read."""
@@ -61,6 +61,21 @@ class Inspection:
     """In row order."""
 
 
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Result of checking one file."""
+
+    path: Path
+    layout: str | None
+    """IGPO, ARPO or Search-R1; None where it cannot be told."""
+
+    sources: dict[str, int]
+    """Usable rows per source."""
+
+    problems: tuple[Problem, ...]
+    """In row order; rows that a problem costs are not counted in `sources`."""
+
+
 def read_prompts(path: Path | str, layout: LayoutName = "auto", outcome: str = "f1") -> list[Prompt]:
     """All questions of a parquet file, in row order. UserError names file, row and column of the problems, if there are any.
 
@@ -71,7 +86,7 @@ def read_prompts(path: Path | str, layout: LayoutName = "auto", outcome: str = "
     if problems := [problem for problem in found.problems if problem.costs == "file"]:
         listed = [f"  - {problem}" for problem in problems[:SHOWN_PROBLEMS]]
         if len(problems) > SHOWN_PROBLEMS:
-            listed.append(f"  - and {len(problems) - SHOWN_PROBLEMS} more; `python tools/prepare_data.py check {path}` lists all")
+            listed.append(f"  - and {len(problems) - SHOWN_PROBLEMS} more; `igpo data check {path}` lists all")
         raise UserError("\n".join([f"{path}: cannot be used as questions:", *listed]))
     left_out = [problem for problem in found.problems if problem.costs == "row"]
     if left_out:
@@ -102,6 +117,22 @@ def inspect(path: Path, layout: LayoutName = "auto", outcome: str = "f1") -> Ins
         return Inspection(problems=[Problem("the file has no rows; expected at least one question")])
     rows = [_row(value, number) for number, value in enumerate(values)]
     return _inspect_rows(_with_boxes(rows, path), layout, outcome)
+
+
+def check_file(
+    path: Path | str,
+    layout: LayoutName = "auto",
+    outcome: str = "f1",
+    too_long: Callable[[Prompt], str | None] = lambda prompt: None,
+) -> Report:
+    """Read a parquet file of questions; never raises for what is in it. `too_long`: why a question does not fit the context, if so."""
+    path = Path(path)
+    found = inspect(path, layout, outcome)
+    reasons = {row: reason for row, prompt in found.questions if (reason := too_long(prompt)) is not None}
+    problems = [*found.problems, *(Problem(reason, row, "prompt", "row") for row, reason in reasons.items())]
+    problems.sort(key=lambda problem: -1 if problem.row is None else problem.row)
+    sources = Counter(prompt.source for row, prompt in found.questions if row not in reasons)
+    return Report(path, found.layout.name if found.layout else None, dict(sources), tuple(problems))
 
 
 def _inspect_rows(rows: Sequence[Row | Problem], layout_name: LayoutName, outcome: str) -> Inspection:

@@ -20,18 +20,9 @@ from igpo_megatron.data.problems import Problem
 from igpo_megatron.data.qa_sets import QaLayout, Question, Unusable, recognise, source_of, split_of
 from igpo_megatron.data.question_files import read_prompts
 from igpo_megatron.data.records import read_records
-from igpo_megatron.data.whole import whole
+from igpo_megatron.supervision.leftovers import whole
 from igpo_megatron.types import UserError
 
-SCHEMA = pa.schema(
-    {
-        "data_source": pa.string(),
-        "prompt": pa.list_(pa.struct({"content": pa.string(), "role": pa.string()})),
-        "ability": pa.string(),
-        "reward_model": pa.struct({"ground_truth": pa.string(), "style": pa.string()}),
-        "extra_info": pa.struct({"index": pa.string(), "split": pa.string()}),
-    }
-)
 ROWS = 4096
 """Rows written at once."""
 
@@ -83,7 +74,8 @@ def convert(
     seen: set[bytes] = set()
     names: set[str] = set()
     others = _read_aliases(aliases) if aliases else {}
-    with whole(out) as part, pq.ParquetWriter(part, SCHEMA) as writer:
+    schema = igpo_schema()
+    with whole(out) as part, pq.ParquetWriter(part, schema) as writer:
         rows: list[dict[str, Any]] = []
         for count in counts:
             for question in _questions(count, source, split, others, on_bytes):
@@ -97,9 +89,9 @@ def convert(
                     count.written += 1
                     rows.append(_row(question, count, names))
                     if len(rows) == ROWS:
-                        writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
+                        writer.write_table(pa.Table.from_pylist(rows, schema))
                         rows = []
-        writer.write_table(pa.Table.from_pylist(rows, SCHEMA))
+        writer.write_table(pa.Table.from_pylist(rows, schema))
         if not any(count.written for count in counts) or (not skip_problems and any(count.problems for count in counts)):
             raise Refused("nothing was written", counts)
     return counts
@@ -156,12 +148,30 @@ def _row(question: Question, count: FileCount, names: set[str]) -> dict[str, Any
     if name in names:  # merged files count from 0 again
         name = f"{name}-{digest}"
     names.add(name)
+    return igpo_row(count.source, question.text, question.answers, index=name, split=count.split)
+
+
+def igpo_schema(*extra: str) -> pa.Schema:
+    """The published IGPO layout, with further fields of text in `extra_info`."""
+    return pa.schema(
+        {
+            "data_source": pa.string(),
+            "prompt": pa.list_(pa.struct({"content": pa.string(), "role": pa.string()})),
+            "ability": pa.string(),
+            "reward_model": pa.struct({"ground_truth": pa.string(), "style": pa.string()}),
+            "extra_info": pa.struct({name: pa.string() for name in ("index", "split", *extra)}),
+        }
+    )
+
+
+def igpo_row(source: str, question: str, answers: Sequence[str], **extra: str) -> dict[str, Any]:
+    """One question in that layout; `extra`: the fields of `extra_info`."""
     return {
-        "data_source": count.source,
-        "prompt": [{"content": question.text, "role": "user"}],
+        "data_source": source,
+        "prompt": [{"content": question, "role": "user"}],
         "ability": "search & question answering",
-        "reward_model": {"ground_truth": igpo_truth(question.answers), "style": "unknown"},
-        "extra_info": {"index": name, "split": count.split},
+        "reward_model": {"ground_truth": igpo_truth(answers), "style": "unknown"},
+        "extra_info": extra,
     }
 
 

@@ -7,35 +7,26 @@ Memory holds one record (of parquet a batch), however large the file is.
 
 from __future__ import annotations
 
-import codecs
 import gzip
 import io
-import json
-import re
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from igpo_megatron.data.json_rows import Flaw, RecordDecoder
-from igpo_megatron.data.parquet_rows import python_rows, repeated_fields
+from igpo_megatron.data.json_rows import Records, read_json
 from igpo_megatron.data.problems import Problem
 from igpo_megatron.data.tsv import read_table
 
-Records = Iterator[tuple[int, dict[str, Any] | Problem]]
-"""(row counted from 0, record or what is wrong with it). A Problem without a row ends the file."""
-
 SUFFIXES = (".jsonl", ".json", ".tsv", ".parquet")
 PARQUET_ROWS = 256
-CHUNK = 2**16
-_LIST = re.compile(r"\s*(?:\{\s*\"data\"\s*:\s*)?\[", re.IGNORECASE)
-"""A list, or an object whose first value is one under the name `Data`, as in TriviaQA's files."""
 
-_BETWEEN = re.compile(r"[\s,]*")
+UNREADABLE = (ValueError, KeyError, OverflowError, pa.ArrowException)
+"""What pyarrow raises for a value that is no Python value: bytes that are not UTF-8, a date beyond the calendar, an unknown time zone."""
 
 
 def read_records(path: Path, on_bytes: Callable[[int], None] = lambda count: None) -> Records:
@@ -74,7 +65,7 @@ def _text(path: Path, suffix: str, on_bytes: Callable[[int], None]) -> Records:
     with path.open("rb") as raw:
         stream = io.BufferedReader(gzip.GzipFile(fileobj=raw)) if path.suffix == ".gz" else raw
         try:
-            for row, record in read_table(stream) if suffix == ".tsv" else _json(stream, suffix):
+            for row, record in read_table(stream) if suffix == ".tsv" else read_json(stream, may_be_list=suffix == ".json"):
                 yield row, record
                 if (now := raw.tell()) != told:
                     on_bytes(now - told)
@@ -86,64 +77,37 @@ def _text(path: Path, suffix: str, on_bytes: Callable[[int], None]) -> Records:
         on_bytes(raw.tell() - told)
 
 
-def _json(stream: Any, suffix: str) -> Records:
-    # Only a .json is looked into: it may be either, and a .jsonl's first line may be megabytes long.
-    if suffix == ".json" and _LIST.match(stream.peek(CHUNK)[:CHUNK].decode("utf-8-sig", errors="replace")):
-        return _list(stream)
-    return _lines(stream)
+# ---- rows of parquet as plain values, and what no row could be read without knowing
 
 
-def _lines(stream: IO[bytes]) -> Records:
-    row, decoder = 0, RecordDecoder()
-    for line in stream:
-        if not line.strip():
-            continue
-        record: Any
+def repeated_fields(schema: pa.Schema) -> list[str]:
+    """Dotted names of columns, and of fields inside structs, that are there twice: only one of them could be read."""
+    return [*_repeated(list(schema), "")]
+
+
+def _repeated(fields: list[pa.Field], prefix: str) -> Iterator[str]:
+    names = [field.name for field in fields]
+    yield from (prefix + name for name in dict.fromkeys(names) if names.count(name) > 1)
+    for field in fields:
+        yield from _repeated([field.type.field(number) for number in range(field.type.num_fields)], f"{prefix}{field.name}.")
+
+
+def python_rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | Problem]:
+    """Every row as a dict, or the Problem that names its column; the row's number is the caller's to say."""
+    try:
+        yield from batch.to_pylist()
+        return
+    except UNREADABLE:
+        pass  # found below, value by value
+    for number in range(batch.num_rows):
+        yield _python_row(batch, number)
+
+
+def _python_row(batch: pa.RecordBatch, number: int) -> dict[str, Any] | Problem:
+    row = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
         try:
-            record = decoder.loads(line)
-        except UnicodeDecodeError as error:
-            record = Problem(f"not UTF-8 text ({error.reason} at byte {error.start} of the line)", row)
-        except json.JSONDecodeError as error:
-            record = Problem(f"not JSON ({error.msg} at column {error.colno}): {line[:60].decode(errors='replace').strip()!r}", row)
-        except Flaw as flaw:
-            record = Problem(str(flaw), row, flaw.column)
-        yield row, _object(record, row)
-        row += 1
-
-
-def _list(stream: IO[bytes]) -> Records:
-    """The objects of a JSON list, decoded one by one."""
-    decoder, characters = RecordDecoder(), codecs.getincrementaldecoder("utf-8-sig")()
-    text = characters.decode(stream.read(CHUNK))
-    start = _LIST.match(text)
-    assert start is not None, "the caller has looked"
-    position, row, size = start.end(), 0, CHUNK
-    while True:
-        position = _BETWEEN.match(text, position).end()  # type: ignore[union-attr]
-        record: Any
-        try:
-            if text.startswith("]", position):
-                return
-            record, position = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            cut = error.msg.startswith("Unterminated") or error.pos > len(text) - 16
-            more = stream.read(size) if cut else b""
-            if not more:
-                where = text[position : position + 60]
-                yield row, Problem(f"not JSON, or cut off, in record {row} ({error.msg}): {where!r}; fetch the file again")
-                return
-            # Twice as much each time: a long record is not decoded from its start again and again.
-            text, position, size = text[position:] + characters.decode(more), 0, 2 * size
-            continue
-        try:
-            decoder.check(record)
-        except Flaw as flaw:
-            record = Problem(str(flaw), row, flaw.column)
-        yield row, _object(record, row)
-        row, size = row + 1, CHUNK
-
-
-def _object(record: Any, row: int) -> dict[str, Any] | Problem:
-    if isinstance(record, dict | Problem):
-        return record
-    return Problem(f"found a JSON {type(record).__name__}, expected an object", row)
+            row[name] = column[number].as_py()
+        except UNREADABLE as error:
+            return Problem(f"the value cannot be read ({str(error).splitlines()[0]})", column=name)
+    return row

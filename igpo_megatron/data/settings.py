@@ -31,7 +31,7 @@ class Data(Section):
         """Why the questions of `data.train` or `data.eval` cannot be read."""
         paths = self.train if part == "train" else self.eval
         if not paths:
-            yield f"data.{part} is empty; name at least one parquet file of questions (tools/prepare_data.py makes a demo set)"
+            yield f"data.{part} is empty; name at least one parquet file of questions (`igpo data prepare` makes one)"
         for path in paths:
             if not path.is_file():
                 yield f"data.{part}: {path}: no such file"

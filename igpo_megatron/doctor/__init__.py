@@ -5,6 +5,7 @@ probes.py    engine and policy score probes alike
 tools.py     every tool answers
 chat.py      the model's chat template is understood
 verify.py    converted weights give the same log-probs
+commands.py  the command line
 
 May import every room below cli.
 """

@@ -151,17 +151,21 @@ async def _score_in_engine(engines: EngineService, groups: Sequence[RolloutGroup
     return tokens
 
 
-def main(config: Config) -> int:
-    """Print the comparison; 1 if a scorer is beyond its bound, else 0."""
-    warnings.filterwarnings("ignore", module=r"megatron\.|torch\.")
-    console = Console()
-    with console.status("probes") as status:
-        results = compare(config, say=lambda message: status.update(message))
+def as_table(results: Sequence[Result]) -> Table:
     table = Table(
         "scorer", "tokens for the probes", "seconds", "largest difference", "bound", "", title="igpo doctor probes", title_justify="left"
     )
     for result in results:
         verdict = "[green]agrees[/green]" if result.gap <= result.bound else "[red]differs[/red]"
         table.add_row(result.scorer, f"{result.tokens:,}", f"{result.seconds:.3f}", f"{result.gap:.2g}", f"{result.bound:.0e}", verdict)
-    console.print(table)
+    return table
+
+
+def main(config: Config) -> int:
+    """Print the comparison; 1 if a scorer is beyond its bound, else 0."""
+    warnings.filterwarnings("ignore", module=r"megatron\.|torch\.")
+    console = Console()
+    with console.status("probes") as status:
+        results = compare(config, say=lambda message: status.update(message))
+    console.print(as_table(results))
     return int(any(not result.gap <= result.bound for result in results))

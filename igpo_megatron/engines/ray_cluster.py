@@ -18,7 +18,9 @@ import torch
 
 from igpo_megatron.config.schema import Config
 from igpo_megatron.engines.api import EngineError
+from igpo_megatron.supervision.blotting import blot_environment
 from igpo_megatron.supervision.leftovers import claim, is_alive, remove_abandoned
+from igpo_megatron.supervision.library_log import LOGS, MOST_BYTES
 from igpo_megatron.types import UserError
 from igpo_megatron.weights.send import cause
 
@@ -41,6 +43,7 @@ class RayCluster:
     def __init__(self, config: Config, *, cuda: bool) -> None:
         """Raises EngineError where Ray does not start or the cluster to join does not answer, UserError for GPUs that are not there."""
         self._folder: Path | None = None
+        self._run = config.run.folder / config.run.name
         self._servers: dict[str, psutil.Process] = {}
         self._family: list[psutil.Process] = []
         engine = config.rollout.engine
@@ -111,9 +114,20 @@ class RayCluster:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         if self._folder is not None:
+            with contextlib.suppress(OSError):
+                self._keep_logs(self._folder)
             shutil.rmtree(self._folder, ignore_errors=True)
             os.close(self._claim)
             self._folder = None
+
+    def _keep_logs(self, folder: Path) -> None:
+        """Copy what the engines' processes printed into the run's folder, where there is one, in place of that of the start before."""
+        kept = self._run / LOGS / "engines"
+        shutil.rmtree(kept, ignore_errors=True)
+        for path in folder.glob("session_*/logs/worker-*") if self._run.is_dir() else ():
+            if text := path.read_bytes()[-MOST_BYTES:].decode(errors="replace"):
+                kept.mkdir(parents=True, exist_ok=True)
+                (kept / path.name).write_text(blot_environment(text), encoding="utf-8")
 
     def last_log_lines(self, process: int | None) -> str:
         """The end of the error output of actor process `process` (None: of all), for a message; empty where Ray was not started here."""

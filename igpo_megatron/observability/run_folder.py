@@ -5,6 +5,7 @@ runs/<name>/
     config.json      resolved configuration (no secrets)
     metrics.jsonl    one line per step
     failures/        tracebacks of what nobody expected: rank0.txt ..., and trajectories.txt of those that ended as `crashed`
+    logs/            what libraries warned of, on each rank (rank0.txt ...) and in the engines
     rollouts/        step_000001.parquet ...    everything needed to replay a step
     eval/            step_000000.json and the rollouts behind each
     checkpoints/     step_000010/ ...
@@ -28,8 +29,8 @@ from rich.table import Table
 
 from igpo_megatron.config.load import ConfigError, build, differing_keys, to_json
 from igpo_megatron.config.schema import Config
-from igpo_megatron.data.whole import whole
 from igpo_megatron.supervision.failures import FOLDER, in_short
+from igpo_megatron.supervision.leftovers import whole
 from igpo_megatron.types import UserError
 
 MAY_CHANGE = (

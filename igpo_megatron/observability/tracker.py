@@ -122,6 +122,8 @@ class Tracker:
                 self._memory.note(name)
             if name in ANNOUNCED:
                 self._plain_line(f"{name} took {_duration(time.monotonic() - started)}")
+            if name == "startup" and self._console.is_terminal:
+                self.message(f"startup took {_duration(time.monotonic() - started)}")
 
     def progress(self, state: float | str) -> None:
         """Say how far the current phase is: a fraction in [0, 1] or what is being done, e.g. "starting engine"."""
@@ -176,8 +178,9 @@ class Tracker:
         self.step = step
         if self.quiet:
             return
-        if step > self._step_ends[-1][0]:
-            self._step_ends.append((step, time.monotonic()))
+        if step == self._step_ends[-1][0]:
+            self._step_ends.pop()  # its evaluation has ended by now: the first step's pace is not that of the start
+        self._step_ends.append((step, time.monotonic()))
         self._write(step, metrics, times)
         self._unshown_s += sum(seconds for name, seconds in times.items() if name in STEP_PHASES)
         if self._wandb is not None:
@@ -264,20 +267,24 @@ class Tracker:
             self._console.print(Text(f"{self.name}: {text}"), soft_wrap=True)
 
     def _summaries(self, step: int, metrics: Mapping[str, float]) -> list[Text]:
-        """The lines printed for a step: one for training, one for an evaluation."""
-        lines = []
+        """What is printed for a step: a line for training, one for each way of evaluating; broken between figures where it is too long."""
+        found = []
         head = f"step {step:>{len(str(self.total_steps))}}/{self.total_steps}"
         training = [text for key, form in SHOWN.items() if (text := _shown(metrics, key, form))]
         if training:
-            eta = self._eta_s()
             seconds, self._unshown_s = self._unshown_s, 0.0
-            parts = [head, *training, f"{seconds:.1f} s", *([f"ETA {_duration(eta)}"] if eta else [])]
-            lines.append(Text("  ".join(parts), no_wrap=True, overflow="ignore"))
+            eta = None if self._console.is_terminal else self._eta_s()  # the live display has it
+            parts = [*training, f"{seconds:.1f} s", *([f"ETA {_roughly(eta)}"] if eta else [])]
+            found.append(Text(_broken(head, parts, self._console.width), no_wrap=True, overflow="ignore"))
         for mode in ("sampled", "greedy"):
-            scores = [text for key, form in SHOWN_EVAL.items() if (text := _shown(metrics, f"eval/{mode}/{key}", form))]
+            scores = {key: text for key, form in SHOWN_EVAL.items() if (text := _shown(metrics, f"eval/{mode}/{key}", form))}
+            macro = "  ".join(scores.pop(key) for key in ("macro_f1", "macro_em") if key in scores)
             if scores:
-                lines.append(Text("  ".join([head, f"held-out, {mode}:", *scores]), style="bold", no_wrap=True, overflow="ignore"))
-        return lines
+                parts = [scores.pop(key) for key in ("f1", "em") if key in scores]
+                parts += [f"over sources {macro}"] if macro and macro != "  ".join(parts) else []
+                text = _broken(head, [f"held-out, {mode}:", *parts, *scores.values()], self._console.width)
+                found.append(Text(text, style="bold", no_wrap=True, overflow="ignore"))
+        return found
 
     def _eta_s(self) -> float | None:
         """Seconds to the last step at the recent pace; None before the first step and after the last."""
@@ -294,7 +301,7 @@ class Tracker:
             Text(self.name, style="bold"),
             ProgressBar(total=self.total_steps, completed=self.step, width=28),
             Text(f"step {self.step}/{self.total_steps}"),
-            Text(f"ETA {_duration(eta)}" if eta else "", style="dim"),
+            Text(f"ETA {_roughly(eta)}" if eta else "", style="dim"),
         )
         now = Text()
         if self._stack:
@@ -312,7 +319,7 @@ SHOWN = {
     "reward": "reward {:+.3f}",
     "gain": "gain {:+.3f}",
     "f1": "F1 {:.3f}",
-    "tokens_per_s": "{:,.0f} tokens/s",
+    "tokens_per_s": "{:,.0f} tok/s",
     "skipped": "skipped {:.0f}",
     "crashed": "crashed {:.1%}",
 }
@@ -324,7 +331,7 @@ TROUBLE = ("skipped", "crashed")
 SHOWN_EVAL = {
     "f1": "F1 {:.3f}",
     "em": "EM {:.3f}",
-    "macro_f1": "over sources F1 {:.3f}",
+    "macro_f1": "F1 {:.3f}",
     "macro_em": "EM {:.3f}",
     "format_ok": "format {:.2f}",
 }
@@ -336,6 +343,16 @@ def _shown(metrics: Mapping[str, Any], key: str, form: str) -> str | None:
     if value is None or (key in TROUBLE and value == 0):
         return None
     return form.format(value)
+
+
+def _broken(head: str, parts: Sequence[str], width: int) -> str:
+    """`head` and parts in a line, or in as many as keep each within `width`."""
+    lines = [head]
+    for part in parts:
+        if len(lines[-1]) + 2 + len(part) > width:
+            lines.append(" " * len(head))
+        lines[-1] += f"  {part}"
+    return "\n".join(lines)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -398,6 +415,11 @@ def _duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{int(seconds // 60)}:{int(seconds % 60):02d} min" if seconds < 3600 else f"{minutes // 60}:{minutes % 60:02d} h"
+
+
+def _roughly(seconds: float) -> str:
+    """Of what is only estimated: 90 s, 4 min, 2.5 h."""
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _start_wandb(folder: Path, config: Track, name: str) -> Any:

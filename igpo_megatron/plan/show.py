@@ -57,7 +57,7 @@ def ranked_table(plan: Plan, rows: int) -> Table:
     title = "fastest first; GiB of the fullest rank; seconds of rollout, of all the rest and of a step; + engines on the ranks' devices"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0, pad_edge=False)
     for heading in ("", "ranks", "layout", "recompute", "rows", "engines", "GiB", "rollout", "train", "step"):
-        table.add_column(heading, justify="left" if heading in ("layout", "recompute") else "right", no_wrap=True)
+        table.add_column(heading, justify="left" if heading in ("layout", "recompute") else "right", no_wrap=heading != "layout")
     for number, one in enumerate(distinct(plan.fits)[:rows], start=1):
         assert one.engines is not None
         table.add_row(

@@ -27,7 +27,7 @@ from igpo_megatron.search.results import SearchResult, SearchStatus, SearchStopp
 from igpo_megatron.search.settings import Search
 from igpo_megatron.untrusted import BadJson, clean_text, json_loads_untrusted
 
-_backoff = wait_exponential_jitter(initial=0.5, max=10, jitter=0.5)
+_backoff = wait_exponential_jitter(multiplier=0.5, max=10, jitter=0.5)
 """0.5, 1, 2, 4, ... seconds, plus up to half a second so that many clients do not come back at once."""
 
 MOST_BYTES = 16 * 2**20

@@ -1,4 +1,8 @@
-"""What a killed run leaves in shared memory and in the temporary folder, and who may remove it: a file lock says whose run is alive."""
+"""What a killed process leaves behind, and who may remove it.
+
+In shared memory and in the temporary folder a file lock says whose run is alive. Other files and folders are written under a name of
+their own first (`whole`): they are there as a whole or not at all.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,8 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -43,6 +49,28 @@ def remove_abandoned(folder: Path, prefix: str) -> None:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         finally:
             os.close(descriptor)
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write a file or folder under; it becomes `path` when the block ends, and is removed if the block fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    _remove(part)  # of a run that was killed
+    try:
+        yield part
+        if path.is_dir():
+            shutil.rmtree(path)
+        part.replace(path)
+    finally:
+        _remove(part)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def end_with_parent() -> None:

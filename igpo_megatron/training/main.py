@@ -20,7 +20,6 @@ from __future__ import annotations
 import os
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from functools import partial
 
@@ -33,6 +32,7 @@ from igpo_megatron.observability.rollout_dump import write_rollouts
 from igpo_megatron.observability.run_folder import folder_for
 from igpo_megatron.supervision.endings import Ended, end_process, reason_left
 from igpo_megatron.supervision.leftovers import end_with_parent
+from igpo_megatron.supervision.library_log import LOGS, libraries_logged
 from igpo_megatron.training.services import collect, evaluate_if_due, is_due, opened, queue_state, sync_weights
 from igpo_megatron.training.step import assign_advantages, group_metrics, minibatches, routing_metrics, score_tokens, update_metrics
 
@@ -89,19 +89,19 @@ def run(config: Config) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """`CONFIG.yaml [section.key=value ...]` on every rank; the exit code (see endings.py): 0 finished, 2 for a mistake of the user's."""
-    warnings.filterwarnings("ignore", module=r"megatron\.|torch\.")
     if not arguments:
         sys.stderr.write("usage: python -m igpo_megatron.training.main CONFIG.yaml [section.key=value ...]\n")
         return 2
-    from igpo_megatron.policy.parallel import on_this_machine
-
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()  # torchrun's agent: without it nobody would notice how this rank ends
     who = f"rank {os.environ.get('RANK', 0)}"
     try:
         with reason_left(who, None):
             config = load(arguments[0], arguments[1:])
-        with reason_left(who, folder_for(config).root):
+        root = folder_for(config).root
+        with reason_left(who, root), libraries_logged(root / LOGS / f"{who.replace(' ', '')}.txt"):
+            from igpo_megatron.policy.parallel import on_this_machine
+
             require(on_this_machine(config), int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
             check_hooks(config.reward, config.advantage, config.loss)
             run(config)

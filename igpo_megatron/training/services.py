@@ -95,6 +95,7 @@ def opened(config: Config) -> Iterator[Session]:
         if ranks.is_main:
             stack.enter_context(tracker.shows_log("igpo_megatron"))
         with tracker.phase("startup"):
+            tracker.progress("building the model")
             policy = Policy(config, ranks)
             share = DeviceShare(config, policy)
             state = None

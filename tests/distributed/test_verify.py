@@ -24,7 +24,6 @@ def run_verify(*folders: Path) -> tuple[int, str]:
     queue = context.Queue()
 
     def work() -> None:
-        cli._mount_convert()
         result = CliRunner().invoke(cli.app, ["convert", "verify", "--hf", str(folders[0]), "--megatron", str(folders[1])])
         queue.put((result.exit_code, result.output + (repr(result.exception) if result.exit_code not in (0, 1) else "")))
 

@@ -14,7 +14,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-import prepare_data
+import demo_data
 import world_facts
 from igpo_megatron.observability.rollout_dump import read_rollouts
 from igpo_megatron.observability.tracker import read_metrics
@@ -31,9 +31,9 @@ class DemoRuns:
     def __init__(self, folder: Path, temporary: Path) -> None:
         self.folder, self.temporary = folder, temporary
         world = world_facts.build()
-        prepare_data.write_corpus(world.passages, folder / "corpus.jsonl")
+        demo_data.write_corpus(world.passages, folder / "corpus.jsonl")
         for split in ("train", "test"):
-            prepare_data.write_questions((question for question in world.questions if question.split == split), folder / f"{split}.parquet")
+            demo_data.write_questions((question for question in world.questions if question.split == split), folder / f"{split}.parquet")
 
     def arguments(self, name: str, *overrides: str) -> list[str]:
         """Configuration and overrides of the run `name`."""

@@ -34,6 +34,7 @@ from igpo_megatron.chat.protocols.registry import PROTOCOLS
 from igpo_megatron.chat.turn_ends import sampling_limits
 from igpo_megatron.config.load import build
 from igpo_megatron.doctor import chat as chat_check
+from igpo_megatron.doctor import commands
 from igpo_megatron.engines.pool import EnginePool
 from igpo_megatron.types import Completion, Node, Prompt, RolloutGroup, Status, ToolCall, Trajectory, UserError
 
@@ -560,7 +561,7 @@ def test_doctor_chat_can_be_read_without_colour_and_tells_what_the_template_lack
 def test_igpo_doctor_chat_prints_a_conversation_or_one_template_sentence(
     tmp_path: Path, template: str | None, code: int, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "_stay_offline", lambda: None)  # it sets this process's environment
+    monkeypatch.setattr(commands, "stay_offline", lambda: None)  # it sets this process's environment
     folder = model(tmp_path, 2)
     if template is not None:
         (folder / "chat_template.jinja").write_text(template)

@@ -474,7 +474,7 @@ def test_the_exit_code_says_what_kind_of_end_a_conversion_had(error, code, monke
     def end(*arguments, **options):
         raise error
 
-    monkeypatch.setattr("checkpoint_conversion.commands.inspect", end)
+    monkeypatch.setattr("checkpoint_conversion.inspection.inspect", end)
     shown = CliRunner().invoke(app, ["inspect", "."])
     assert shown.exit_code == code and len(shown.output.splitlines()) == 1
 
@@ -483,7 +483,7 @@ def test_who_reads_no_further_is_no_error_of_an_inspection(monkeypatch):
     def end(*arguments, **options):
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
-    monkeypatch.setattr("checkpoint_conversion.commands.inspect", end)
+    monkeypatch.setattr("checkpoint_conversion.inspection.inspect", end)
     assert "error" not in CliRunner().invoke(app, ["inspect", "."]).output
 
 

@@ -16,11 +16,10 @@ from hypothesis import strategies as st
 from igpo_megatron.algorithms.rewards import exact_match, f1
 from igpo_megatron.config.load import build
 from igpo_megatron.data.answers import NotAnswers, as_answers
-from igpo_megatron.data.check import check_file
 from igpo_megatron.data.corpus import read_corpus
 from igpo_megatron.data.problems import Problem
 from igpo_megatron.data.prompts import PromptStream
-from igpo_megatron.data.question_files import read_prompts
+from igpo_megatron.data.question_files import check_file, read_prompts
 from igpo_megatron.data.questions import convert
 from igpo_megatron.data.records import read_records
 from igpo_megatron.data.tsv import MOST_LINES, read_table

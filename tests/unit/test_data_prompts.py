@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from igpo_megatron.data.check import check_file
 from igpo_megatron.data.prompts import PromptStream, permutation, read_prompts
+from igpo_megatron.data.question_files import check_file
 from igpo_megatron.types import Prompt
 
 DEV = Path(__file__).resolve().parents[1] / "fixtures" / "igpo_dev_15.parquet"

@@ -106,8 +106,16 @@ COMMANDS = {
     "plan": (["plan", "--model", "m", "--gpus", "8"], "igpo_megatron.plan.command.plan_run"),
     "config": (["config"], "igpo_megatron.cli.explain"),
     "doctor": (["doctor"], "igpo_megatron.doctor.machine.main"),
-    "doctor probes": (["doctor", "probes", CONFIG], "igpo_megatron.cli.load"),
+    "doctor probes": (["doctor", "probes", CONFIG], "igpo_megatron.doctor.commands.load"),
     "doctor tools": (["doctor", "tools", CONFIG], "igpo_megatron.doctor.tools.main"),
+    "data prepare": (["data", "prepare", "a.json", "--out", "b.parquet"], "igpo_megatron.data.commands.convert"),
+    "data corpus": (["data", "corpus", "a.jsonl", "--out", "b.jsonl"], "igpo_megatron.data.commands.read_passages"),
+    "data check": (["data", "check", "a.parquet"], "igpo_megatron.data.commands.check_file"),
+    "serve retriever": (["serve", "retriever", "--corpus", "a.jsonl", "--port", "0"], "igpo_megatron.serve.retriever.listen"),
+    "serve search": (
+        ["serve", "search", "--port", "0", "--cache", "a", "--budget", "0", "a=b"],
+        "igpo_megatron.serve.search.read_settings",
+    ),
 }
 
 

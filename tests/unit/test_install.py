@@ -128,6 +128,25 @@ def test_torchs_own_index_is_asked_where_the_configured_ones_lack_the_cpu_build(
     assert install.installed(uv.python) == {"torch": "2.13.0+cpu", "helper": "1.0"}
 
 
+def test_the_console_shows_steps_and_times_and_the_log_what_uv_says(tmp_path, environment, capfd):
+    uv, _ = environment(write_index(tmp_path / "near", {"helper": "1.0", "torch": "2.13.0+cpu"}, "near"))
+    install.install_cpu(uv, write_lock(tmp_path), "unused")
+    out, err = capfd.readouterr()
+    steps = ["installing torch==2.13.0+cpu", "installing the 2 packages of requirements.lock"]
+    assert [re.sub(r"\d+ s$", "", line) for line in out.splitlines()] == [
+        line for step in steps for line in (f"{step} ...", f"{step} took ")
+    ]
+    assert err == "" and " + helper==1.0" in (tmp_path / "venv" / install.LOG).read_text(encoding="utf-8")
+
+
+def test_a_step_that_fails_shows_the_end_of_the_log(tmp_path, environment):
+    uv, _ = environment(write_index(tmp_path / "near", {"helper": "0.9"}, "near"))
+    with pytest.raises(
+        install.InstallError, match=r"`uv pip install --no-deps helper==1\.0` failed; the end of (.|\n)*install\.log:(.|\n)*no version"
+    ):
+        uv.install("--no-deps", "helper==1.0")
+
+
 def test_torchs_own_index_is_left_alone_where_the_configured_ones_have_the_cpu_build(tmp_path, environment):
     near = write_index(tmp_path / "near", {"helper": "1.0", "torch": "2.13.0+cpu"}, "near")
     uv, site = environment(near)

@@ -14,20 +14,20 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-import own_data
-import prepare_data
-from igpo_megatron.data import records
-from igpo_megatron.data.check import check_file
+from igpo_megatron import cli
+from igpo_megatron.data import json_rows
 from igpo_megatron.data.corpus import Passage, read_corpus
 from igpo_megatron.data.problems import Problem
 from igpo_megatron.data.prompts import read_prompts
 from igpo_megatron.data.qa_sets import source_of, split_of
+from igpo_megatron.data.question_files import check_file
 from igpo_megatron.data.questions import Refused, convert
 from igpo_megatron.data.records import read_records
-from igpo_megatron.data.whole import whole
 from igpo_megatron.search.local import bm25_build
 from igpo_megatron.search.local.bm25 import Bm25Index
 from igpo_megatron.search.local.bm25_build import build_index
+from igpo_megatron.search.local.index_place import Digest, bm25_settings
+from igpo_megatron.supervision.leftovers import whole
 
 
 def lines(path: Path, *rows: Any) -> Path:
@@ -236,7 +236,7 @@ def values(path: Path) -> list[Any]:
 
 @pytest.mark.parametrize("chunk", [32, 2**16])
 def test_a_list_is_read_record_by_record_across_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(records, "CHUNK", chunk)
+    monkeypatch.setattr(json_rows, "CHUNK", chunk)
     rows = [{"text": "é" * size, "deep": [{"x": "]}, {"}]} for size in (0, 5, 200)]
     one_list(tmp_path / "a.json", *rows)
     assert values(tmp_path / "a.json") == rows
@@ -306,7 +306,7 @@ def test_nothing_but_stopwords_is_no_corpus(tmp_path: Path) -> None:
 
 
 def run(*arguments: object) -> Any:
-    return CliRunner().invoke(prepare_data.app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(cli.app, ["data", *[str(argument) for argument in arguments]])
 
 
 def test_corpus_command_reads_every_form_and_puts_the_index_beside_the_corpus(tmp_path: Path) -> None:
@@ -317,7 +317,7 @@ def test_corpus_command_reads_every_form_and_puts_the_index_beside_the_corpus(tm
     result = run("corpus", wiki, tmp_path / "psgs.tsv", table, "--out", out)
     assert result.exit_code == 0, result.output
     assert list(read_corpus(out)) == [PASSAGES[0], PASSAGES[1], PASSAGES[3]]
-    digest = own_data.Digest(*own_data.bm25_settings())
+    digest = Digest(*bm25_settings())
     assert len(list(digest.of(read_corpus(out)))) == 3
     assert sorted(str(path.relative_to(out.parent)) for path in out.parent.glob("*.index/*")) == [f"corpus.jsonl.index/bm25-{digest.hex}"]
     assert not list(tmp_path.rglob("*.part")) and "3 passages" in result.output
@@ -329,15 +329,15 @@ def test_corpus_command_names_every_problem_and_leaves_nothing(tmp_path: Path) -
     out = tmp_path / "new" / "corpus.jsonl"
     result = run("corpus", bad, "--out", out)
     said = " ".join(result.output.split())
-    assert result.exit_code == 1 and "4 problems" in said and not list(out.parent.iterdir())
+    assert result.exit_code == 2 and "4 problems" in said and not list(out.parent.iterdir())
     for words in ("row 1, column text: found the fields id", "row 2, column id", "row 3, column id: found True", "row 4, column text"):
         assert words in said and "w.jsonl: row" in said
 
 
 def test_questions_command_shows_counts_and_refuses_in_one_sentence(tmp_path: Path) -> None:
     good = one_list(tmp_path / "hotpot_train_v1.1.json", HOTPOT)
-    result = run("questions", good, "--out", tmp_path / "o.parquet")
+    result = run("prepare", good, "--out", tmp_path / "o.parquet")
     assert result.exit_code == 0 and "HotpotQA layout, hotpotqa, train: 1 kept\n1 questions in" in result.output
-    result = run("questions", lines(tmp_path / "nq" / "dev.jsonl", *BAD), "--out", tmp_path / "p.parquet")
-    assert result.exit_code == 1 and "6 problems" in result.output and "--skip-problems" in result.output
+    result = run("prepare", lines(tmp_path / "nq" / "dev.jsonl", *BAD), "--out", tmp_path / "p.parquet")
+    assert result.exit_code == 2 and "6 problems" in result.output and "--skip-problems" in result.output
     assert not (tmp_path / "p.parquet").exists()

@@ -1,4 +1,4 @@
-"""tools/prepare_data.py as people run it."""
+"""`igpo data check`, and tools/prepare_data.py as people run it."""
 
 import json
 import subprocess
@@ -11,12 +11,12 @@ from test_chat import tokenizer
 from test_data_prompts import DEV, igpo_row, write
 from typer.testing import CliRunner
 
-import prepare_data
-from igpo_megatron.data.check import check_file
+from igpo_megatron import cli
 from igpo_megatron.data.corpus import read_corpus
 from igpo_megatron.data.prompts import read_prompts
+from igpo_megatron.data.question_files import check_file
 
-TOOL = Path(prepare_data.__file__)
+TOOL = Path(__file__).resolve().parents[2] / "tools/prepare_data.py"
 
 
 def run(*arguments):
@@ -75,7 +75,7 @@ def test_check_prints_every_problem_of_every_file_and_exits_non_zero(tmp_path):
 
 
 def check(*arguments):
-    result = CliRunner().invoke(prepare_data.app, ["check", *map(str, arguments)])
+    result = CliRunner().invoke(cli.app, ["data", "check", *map(str, arguments)])
     return result.exit_code, " ".join(result.output.split())
 
 

@@ -20,13 +20,12 @@ import pytest
 import requests
 from aiohttp import web
 
-import serve_retriever
-import serving
 from igpo_megatron.data.corpus import Passage
 from igpo_megatron.search.client import SearchStatus, make_client
 from igpo_megatron.search.settings import Search
+from igpo_megatron.serve import http, retriever
 
-COMMAND = [sys.executable, serve_retriever.__file__]
+COMMAND = [sys.executable, "-m", "igpo_megatron", "serve", "retriever"]
 LINES = [
     '{"id": "ir", "title": "Iran", "text": "The currency of Iran is the Iranian Rial."}',
     r'{"id": "pe", "contents": "\"Peru\"\nThe currency of Peru is the Sol."}',
@@ -189,26 +188,26 @@ def test_our_client_asks_a_stock_server():
 def test_an_unchanged_corpus_is_not_indexed_again_and_a_changed_one_is(tmp_path, monkeypatch):
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text("\n".join(LINES))
-    number, find = serve_retriever.open_index(corpus, None, progress=False)
+    number, find = retriever.open_index(corpus, None, progress=False)
     (kept,) = (tmp_path / "corpus.jsonl.index").iterdir()
     first = find(["sol", "currency"], 2)
     with monkeypatch.context() as patch:
         patch.setattr("igpo_megatron.search.local.bm25._build", lambda *_: pytest.fail("indexed again"))
-        again, find_again = serve_retriever.open_index(corpus, None, progress=False)
+        again, find_again = retriever.open_index(corpus, None, progress=False)
     assert number == again == 2 and find_again(["sol", "currency"], 2) == first and len(first[1]) == 2
     corpus.write_text(LINES[0])
-    assert serve_retriever.open_index(corpus, None, progress=False)[0] == 1
+    assert retriever.open_index(corpus, None, progress=False)[0] == 1
     assert len(list(kept.parent.iterdir())) == 2
 
 
 def test_an_index_that_was_never_finished_does_not_count(tmp_path):
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text("\n".join(LINES))
-    serve_retriever.open_index(corpus, None, progress=False)
+    retriever.open_index(corpus, None, progress=False)
     (kept,) = (tmp_path / "corpus.jsonl.index").iterdir()
     unfinished = kept.rename(kept.with_name(kept.name + ".part"))
     (unfinished / "vocab.index.json").unlink()
-    assert serve_retriever.open_index(corpus, None, progress=False)[1](["sol"], 1)[0]
+    assert retriever.open_index(corpus, None, progress=False)[1](["sol"], 1)[0]
     assert kept.is_dir() and not unfinished.exists()
 
 
@@ -222,12 +221,12 @@ def test_dense_search_keeps_its_vectors_and_gives_no_answer_to_no_question(tmp_p
 
         return encode
 
-    monkeypatch.setattr(serve_retriever, "sentence_transformer", encoder)
+    monkeypatch.setattr(retriever, "sentence_transformer", encoder)
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text("\n".join(LINES))
-    dense = serve_retriever.Dense("letters", "query: ", "passage: ")
+    dense = retriever.Dense("letters", "query: ", "passage: ")
     for _ in range(2):
-        _, find = serve_retriever.open_index(corpus, dense, progress=False)
+        _, find = retriever.open_index(corpus, dense, progress=False)
         peru, blank = find(["Peru", " "], 1)
         assert [passage.doc_id for passage, _ in peru] == ["pe"] and blank == ()
     assert calls == [2, 1, 1]  # passages once, the question twice
@@ -255,7 +254,7 @@ def test_requests_that_wait_are_answered_by_one_call_of_the_index():
     index = SlowIndex(0.05)
 
     async def call():
-        batches = serve_retriever.Batches(index.find, serving.Metrics("test"))
+        batches = retriever.Batches(index.find, http.Metrics("test"))
         requests = [["first"], *([f"q{n % 3}", "x"] for n in range(20)), ["x"]]
         return requests, await asyncio.gather(*(batches.get(queries, 2 if number == 21 else 1) for number, queries in enumerate(requests)))
 
@@ -270,7 +269,7 @@ def test_a_broken_search_fails_the_requests_of_its_batch_and_no_other():
     index = SlowIndex(0.01)
 
     async def call():
-        batches = serve_retriever.Batches(index.find, serving.Metrics("test"))
+        batches = retriever.Batches(index.find, http.Metrics("test"))
         with pytest.raises(RuntimeError, match="the index is broken"):
             await batches.get(["broken"], 1)
         return await batches.get(["fine"], 1)
@@ -283,8 +282,8 @@ def serve_in_process(server, work):
 
     async def call():
         stop = asyncio.Event()
-        listener = serving.listen("127.0.0.1", 0)
-        task = asyncio.create_task(serving.serve(server.app(), listener, stop=stop, grace_s=10))
+        listener = http.listen("127.0.0.1", 0)
+        task = asyncio.create_task(http.serve(server.app(), listener, stop=stop, grace_s=10))
         async with aiohttp.ClientSession() as session:
             try:
                 return await work(session, f"http://127.0.0.1:{listener.getsockname()[1]}", stop)
@@ -296,7 +295,7 @@ def serve_in_process(server, work):
 
 
 def test_until_the_index_is_there_the_server_is_alive_but_not_ready():
-    server = serve_retriever.Server(top_k=1)
+    server = retriever.Server(top_k=1)
 
     async def work(session, url, stop):
         found = []
@@ -314,7 +313,7 @@ def test_until_the_index_is_there_the_server_is_alive_but_not_ready():
 
 
 def test_requests_under_way_are_answered_when_the_server_is_ended():
-    server = serve_retriever.Server(top_k=1)
+    server = retriever.Server(top_k=1)
     index = SlowIndex(0.4)
     server.ready(1, index.find)
 
@@ -353,9 +352,9 @@ def test_a_port_in_use_is_one_sentence_before_the_corpus_is_read(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         result = start_and_fail("--corpus", tmp_path / "never-read.jsonl", "--port", port)
-    assert result.returncode == 1 and result.stdout == ""
+    assert result.returncode == 2 and result.stdout == ""
     problem = f"cannot listen on 127.0.0.1:{port}: Address already in use"
-    assert result.stderr == f"serve_retriever: {problem}; choose another --port, or stop the program that uses it\n"
+    assert result.stderr == f"error: {problem}; choose another --port, or stop the program that uses it\n"
 
 
 @pytest.mark.parametrize(
@@ -367,4 +366,4 @@ def test_a_corpus_that_cannot_be_served_is_one_line_that_names_the_file(tmp_path
     if text is not None:
         corpus.write_text(text)
     result = start_and_fail("--corpus", corpus, "--port", 0)
-    assert result.returncode == 1 and message in result.stderr and len(result.stderr.strip().splitlines()) == 1
+    assert result.returncode == 2 and message in result.stderr and len(result.stderr.strip().splitlines()) == 1

@@ -16,12 +16,12 @@ import search_server
 from aiohttp.test_utils import TestClient, TestServer
 from search_server import KEY, KEY_VARIABLE, in_turn, passages
 
-import serve_search
-from budgets import BudgetSpent, Ledger
 from igpo_megatron.search import http
 from igpo_megatron.search.client import SearchStatus, make_client
 from igpo_megatron.search.results import SearchStopped
 from igpo_megatron.search.settings import Search
+from igpo_megatron.serve import search as proxy_server
+from igpo_megatron.serve.budgets import BudgetSpent, Ledger
 
 TOKEN = "0123456789abcdef-token"
 TOKEN_VARIABLE = "PROXY_TEST_TOKEN"
@@ -37,14 +37,14 @@ def quick_backoff_and_keys(monkeypatch):
 
 def settings_of(provider, cache, *, budget=100, token=TOKEN, **changes):
     search = search_server.settings("serper", provider, cache=cache, **changes)
-    return serve_search.Settings(search, budget, token)
+    return proxy_server.Settings(search, budget, token)
 
 
 @asynccontextmanager
 async def proxy(tmp_path, fault=lambda asked: None, **settings):
     """(the provider, an HTTP client of a proxy in front of it)"""
     async with search_server.serving(fault) as provider:
-        app = serve_search.Proxy(settings_of(provider, tmp_path / "cache.sqlite", **settings)).app()
+        app = proxy_server.Proxy(settings_of(provider, tmp_path / "cache.sqlite", **settings)).app()
         async with TestClient(TestServer(app)) as client:
             yield provider, client
 
@@ -276,7 +276,7 @@ def test_metrics_tell_what_each_run_has_cost(tmp_path):
 # ---- the process
 
 
-COMMAND = [sys.executable, serve_search.__file__, "--port", "0", "--token-env", TOKEN_VARIABLE, "--budget", "5"]
+COMMAND = [sys.executable, "-m", "igpo_megatron", "serve", "search", "--port", "0", "--token-env", TOKEN_VARIABLE, "--budget", "5"]
 
 
 def environment(**changes):
@@ -298,7 +298,7 @@ def environment(**changes):
 def test_it_refuses_to_start_where_something_is_wrong(tmp_path, arguments, variables, message):
     command = [*COMMAND, "--cache", str(tmp_path / "c.sqlite"), *arguments, f"api_key_env={KEY_VARIABLE}"]
     result = subprocess.run(command, env=environment(**variables), capture_output=True, text=True, timeout=60)
-    assert result.returncode == 1 and result.stdout == "" and message in result.stderr, result.stderr
+    assert result.returncode == 2 and result.stdout == "" and message in result.stderr, result.stderr
     assert KEY not in result.stderr and "Traceback" not in result.stderr
 
 
@@ -336,4 +336,4 @@ def test_a_port_in_use_is_one_sentence(tmp_path):
         command = [*COMMAND, "--cache", str(tmp_path / "c.sqlite"), "backend=serper", f"api_key_env={KEY_VARIABLE}"]
         command[command.index("0")] = str(taken.getsockname()[1])
         result = subprocess.run(command, env=environment(**{KEY_VARIABLE: KEY}), capture_output=True, text=True, timeout=60)
-    assert result.returncode == 1 and "Address already in use; choose another --port" in result.stderr
+    assert result.returncode == 2 and "Address already in use; choose another --port" in result.stderr

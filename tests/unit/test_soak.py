@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import prepare_data
+import demo_data
 import soak
 import world_facts
 from igpo_megatron.config.load import load
@@ -23,7 +23,7 @@ STEPS = 4
 def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     folder = tmp_path_factory.mktemp("soak")
     questions = [question for question in world_facts.build().questions if question.split == "train"][:60]
-    prepare_data.write_questions(questions, folder / "train.parquet")
+    demo_data.write_questions(questions, folder / "train.parquet")
     overrides = [f"data.train=[{folder / 'train.parquet'}]", f"run.steps={STEPS}", "rollout.prompts_per_step=3"]
     return load(soak.ROOT / "examples/quickstart/igpo.yaml", overrides)
 

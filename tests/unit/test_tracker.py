@@ -152,12 +152,45 @@ def test_without_a_terminal_there_is_a_line_per_step_and_per_long_phase(tmp_path
         "demo: startup took 1:05 min",
         "demo: rollout: 45%",
         "demo: rollout: 95%",
-        "step 1/4  reward +0.500  gain -0.250  F1 0.125  1,234 tokens/s  20.0 s  ETA 4:15 min",
+        "step 1/4  reward +0.500  gain -0.250  F1 0.125  1,234 tok/s  20.0 s  ETA 4 min",
         "demo: rollout: 45%",
         "demo: rollout: 95%",
-        "step 2/4  reward +0.500  gain -0.250  F1 0.125  1,234 tokens/s  20.0 s  ETA 1:45 min",
+        "step 2/4  reward +0.500  gain -0.250  F1 0.125  1,234 tok/s  20.0 s  ETA 105 s",
         "step 2/4  held-out, sampled:  F1 0.310  EM 0.250  format 0.90",
     ]
+
+
+def test_lines_of_a_step_are_broken_between_figures_where_the_console_is_narrow(tmp_path, clock):
+    figures = {"reward": -0.5, "gain": 11.25, "f1": 0.125, "tokens_per_s": 1234567.0, "skipped": 12.0, "crashed": 0.25}
+    scores = {"f1": 0.31, "em": 0.25, "macro_f1": 0.3, "macro_em": 0.2, "format_ok": 0.9}
+    for width, lines in ((80, [2, 2]), (160, [1, 1])):
+        output = io.StringIO()
+        console = Console(file=output, width=width, highlight=False, _environ={})
+        tracker = Tracker(tmp_path / str(width), Track(), name="demo", total_steps=2000, console=console)
+        with tracker.phase("rollout"):
+            clock.now += 1000
+        tracker.log(1, figures)
+        tracker.log(1, {f"eval/greedy/{name}": value for name, value in scores.items()})
+        shown = [line for line in output.getvalue().splitlines() if not line.startswith("demo:")]
+        assert len(shown) == sum(lines) and max(map(len, shown)) <= width, shown
+        said = " ".join(output.getvalue().split())
+        assert "step 1/2000 reward -0.500 gain +11.250 F1 0.125 1,234,567 tok/s skipped 12 crashed 25.0% 1000.0 s ETA 555.3 h" in said
+        assert "step 1/2000 held-out, greedy: F1 0.310 EM 0.250 over sources F1 0.300 EM 0.200 format 0.90" in said
+
+
+def test_means_over_sources_that_are_those_over_questions_are_not_said_again(tmp_path):
+    tracker, output = open_tracker(tmp_path)
+    tracker.log(0, {f"eval/greedy/{name}": 0.5 for name in ("f1", "em", "macro_f1", "macro_em", "format_ok")})
+    assert output.getvalue() == "step 0/4  held-out, greedy:  F1 0.500  EM 0.500  format 0.50\n"
+
+
+def test_the_time_to_the_end_is_not_reckoned_from_start_up_and_the_first_evaluation(tmp_path, clock):
+    tracker, output = open_tracker(tmp_path)
+    clock.now += 1000
+    tracker.log(0, {"eval/greedy/f1": 0.5})
+    clock.now += 10
+    tracker.log(1, {"reward": 0.5})
+    assert output.getvalue().splitlines()[-1].endswith("ETA 30 s")
 
 
 def test_a_terminal_shows_phase_progress_numbers_and_eta_in_place(tmp_path, clock):
@@ -171,11 +204,14 @@ def test_a_terminal_shows_phase_progress_numbers_and_eta_in_place(tmp_path, cloc
             view = Console(file=io.StringIO(), width=120, highlight=False, _environ={})
             view.print(tracker._render())
         tracker.message("resuming from [step 1]")
+        with tracker.phase("startup"):
+            clock.now += 65
     first, second = view.file.getvalue().splitlines()
     assert first.startswith("demo") and first.rstrip().endswith("step 1/4 ETA 24 s")
     assert second.rstrip() == "rollout 50% 3.0 s  reward +0.500  F1 0.125"
     assert "step 1/4  reward +0.500" in output.getvalue() and "resuming from [step 1]" in output.getvalue()
-    assert "demo: startup" not in output.getvalue()
+    assert "demo: startup" not in output.getvalue() and "startup took 1:05 min" in output.getvalue()
+    assert "step 1/4  reward +0.500  F1 0.125  0.0 s\n" in output.getvalue(), "the live display has the ETA"
 
 
 def test_what_the_project_logs_is_printed_while_asked_for(tmp_path):

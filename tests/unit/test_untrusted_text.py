@@ -343,7 +343,7 @@ def test_untrusted_json_is_a_plain_value_or_bad_json(body: bytes) -> None:
 
 
 def test_untrusted_request_is_read_or_refused_with_422() -> None:
-    from serving import read_request
+    from igpo_megatron.serve.http import read_request
 
     loop = asyncio.new_event_loop()
 

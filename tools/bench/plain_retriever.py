@@ -2,12 +2,11 @@
 
     python tools/bench/plain_retriever.py --corpus FILE.jsonl --port PORT
 
-It reads the index that tools/serve_retriever.py keeps beside the corpus; tools/bench/search.py compares the two.
+It reads the index that `igpo serve retriever` keeps beside the corpus; tools/bench/search.py compares the two.
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,10 +14,8 @@ import typer
 import uvicorn
 from fastapi import FastAPI
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from serve_retriever import open_index
-from serving import Asked, base_url, document, listen
+from igpo_megatron.serve.http import Asked, base_url, document, listen
+from igpo_megatron.serve.retriever import open_index
 
 
 def main(

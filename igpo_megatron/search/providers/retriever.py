@@ -3,7 +3,7 @@
     POST url {"queries": [str, ...], "topk": int, "return_scores": true}
     200 {"result": [[hit, ...], ...]}      one list per query; hit = {"document": {"id", "contents"}, "score"} or {"id", "contents"}
 
-Search-R1's own retrieval server, its reranker and its proxies for web APIs, and tools/serve_retriever.py are such servers.
+Search-R1's own retrieval server, its reranker and its proxies for web APIs, and `igpo serve retriever` are such servers.
 """
 
 from __future__ import annotations

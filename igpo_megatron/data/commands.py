@@ -1,9 +1,10 @@
-"""The commands of prepare_data.py for files of your own: progress, counts, every problem with file, row and column."""
+"""`igpo data`: make files of questions and corpora, and check them. Shows progress, counts, and every problem with file, row and column."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -11,22 +12,32 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
 
+from igpo_megatron.chat.format import ChatFormat
+from igpo_megatron.chat.room import too_long
+from igpo_megatron.chat.tokenizer import load_tokenizer
+from igpo_megatron.config.load import load
+from igpo_megatron.config.schema import Config
 from igpo_megatron.data.corpora import CorpusCount, read_passages, total_bytes, write_passages
 from igpo_megatron.data.corpus import Passage, read_corpus
+from igpo_megatron.data.layouts import LAYOUTS
 from igpo_megatron.data.problems import Problem
+from igpo_megatron.data.question_files import Report, check_file
 from igpo_megatron.data.questions import FileCount, Refused, convert
-from igpo_megatron.data.whole import whole
 from igpo_megatron.search.local.bm25_build import build_index
 from igpo_megatron.search.local.index_place import Digest, bm25_settings, place
-from igpo_megatron.types import UserError
+from igpo_megatron.supervision.leftovers import whole
+from igpo_megatron.types import Prompt, UserError
 
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Make and check files of questions and corpora.")
 console = Console()
 
-SkipProblems = Annotated[bool, typer.Option(help="Write the good records although there are problems.")]
+SkipProblems = Annotated[bool, typer.Option(help="Write the good records even if others have problems.")]
 
 
-def questions(
+@app.command(epilog="Example: igpo data prepare hotpot_train_v1.1.json --out train.parquet")
+def prepare(
     files: Annotated[list[Path], typer.Argument(help="jsonl, json, tsv or parquet, the text formats also as .gz.")],
     out: Annotated[Path, typer.Option(help="Parquet file to write.")],
     source: Annotated[str | None, typer.Option(help="Name of the set, where files and their paths do not tell it.")] = None,
@@ -49,14 +60,14 @@ def questions(
                 on_bytes=advance,
             )
     except Refused as refused:
-        _print_questions(refused.args[1])
-        raise _stop(_refusal([problem for count in refused.args[1] for problem in count.problems], out)) from None
-    except UserError as error:
-        raise _stop(str(error)) from None
+        counts = refused.args[1]
+        _print_questions(counts)
+        raise _refusal([problem for count in counts for problem in count.problems], out) from None
     _print_questions(counts)
     console.print(f"{sum(count.written for count in counts)} questions in [bold]{escape(str(out))}[/bold]", soft_wrap=True)
 
 
+@app.command(epilog="Example: igpo data corpus wiki-18.jsonl.gz --out data/wiki-18.jsonl")
 def corpus(
     files: Annotated[list[Path], typer.Argument(help="wiki-18's jsonl, DPR's tsv, or parquet; the text formats also as .gz.")],
     out: Annotated[Path, typer.Option(help="JSON lines to write; the index is put into OUT.index beside it.")],
@@ -66,22 +77,19 @@ def corpus(
     """Read passages, however many, into a corpus and its BM25 index."""
     counts = [CorpusCount(path) for path in files]
     digest = Digest(*bm25_settings())
-    try:
-        with whole(out) as part:
-            with _progress(files) as advance:
-                passages = (passage for count in counts for passage in read_passages(count, advance))
-                total = sum(1 for _ in write_passages(digest.of(passages), part))
-            problems = [problem for count in counts for problem in count.problems]
-            _print_corpus(counts)
-            if not total or (problems and not skip_problems):
-                raise _stop(_refusal(problems, out))
-            if index:
-                # Beside the corpus and under this name serve_retriever.py looks for it.
-                folder = place(out, "bm25", digest.hex)
-                with whole(folder) as unfinished:
-                    _index(part, unfinished, total)
-    except UserError as error:
-        raise _stop(str(error)) from None
+    with whole(out) as part:
+        with _progress(files) as advance:
+            passages = (passage for count in counts for passage in read_passages(count, advance))
+            total = sum(1 for _ in write_passages(digest.of(passages), part))
+        problems = [problem for count in counts for problem in count.problems]
+        _print_corpus(counts)
+        if not total or (problems and not skip_problems):
+            raise _refusal(problems, out)
+        if index:
+            # Beside the corpus and under this name `igpo serve retriever` looks for it.
+            folder = place(out, "bm25", digest.hex)
+            with whole(folder) as unfinished:
+                _index(part, unfinished, total)
     console.print(f"{total} passages in [bold]{escape(str(out))}[/bold]", soft_wrap=True)
     if index:
         console.print(f"index in {escape(str(folder))}", soft_wrap=True)
@@ -137,12 +145,62 @@ def _print_problems(counts: Sequence[FileCount] | Sequence[CorpusCount]) -> None
             console.print(f"[red]{escape(str(count.path))}:[/red] {escape(str(problem))}", soft_wrap=True)
 
 
-def _refusal(problems: Sequence[Problem], out: Path) -> str:
+def _refusal(problems: Sequence[Problem], out: Path) -> UserError:
+    """To be raised: nothing was written, and why."""
     if not problems:
-        return f"nothing is left to write, so {out} was not written"
-    return f"{len(problems)} problem{'s' if len(problems) > 1 else ''}, so {out} was not written; mend the files, or use --skip-problems"
+        return UserError(f"nothing is left to write, so {out} was not written")
+    count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+    return UserError(f"{count}, so {out} was not written; mend the files, or use --skip-problems")
 
 
-def _stop(message: str) -> typer.Exit:
-    console.print(f"[red]error:[/red] {escape(message)}", soft_wrap=True)
-    return typer.Exit(1)
+@app.command(epilog="Example: igpo data check --config run.yaml")
+def check(
+    files: Annotated[list[Path] | None, typer.Argument(help="Parquet files of questions; default: those of --config.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file of a run: its layout, score, tokenizer, chat and rollout.max_context are used.")
+    ] = None,
+    layout: Annotated[str | None, typer.Option(help="auto, igpo, arpo or search_r1; default: data.layout of --config, or auto.")] = None,
+) -> None:
+    """Print rows per source and every problem; exit code 1 if a run would refuse a file or leave a row out."""
+    if layout is not None and layout not in ("auto", *LAYOUTS):
+        raise UserError(f"found --layout {layout}, expected auto, {', '.join(LAYOUTS)}")
+    settings = load(config) if config is not None else None
+    paths = files or ([*settings.data.train, *settings.data.eval] if settings else [])
+    if not paths:
+        raise UserError("no files to check: name parquet files, or a --config with data.train or data.eval")
+    checked = partial(
+        check_file,
+        layout=layout or (settings.data.layout if settings else "auto"),
+        outcome=settings.reward.outcome if settings else "f1",
+        too_long=_context_check(settings) if settings else lambda prompt: None,
+    )
+    reports = [checked(path) for path in paths]
+    for report in reports:
+        _print_report(report)
+    if any(problem.costs != "answer" for report in reports for problem in report.problems):
+        raise typer.Exit(1)
+
+
+def _context_check(config: Config) -> Callable[[Prompt], str | None]:
+    """Says of a question why the run's model would have no room for a turn behind it, if so."""
+    chat = ChatFormat(load_tokenizer(config.model.path), config.rollout, config.reward)
+    return partial(too_long, chat=chat, config=config.rollout)
+
+
+def _print_report(report: Report) -> None:
+    """One file: rows per source, then its problems."""
+    console.print(f"[bold]{escape(str(report.path))}[/bold] ({report.layout or 'unknown'} layout)", soft_wrap=True)
+    if report.sources:
+        table = Table("source", Column("rows", justify="right"))
+        for source, rows in sorted(report.sources.items()):
+            table.add_row(escape(source), str(rows))
+        console.print(table)
+    if report.problems:
+        problems = Table("row", Column("column", overflow="fold"), Column("problem", overflow="fold"), border_style="red")
+        for problem in report.problems:
+            row = "-" if problem.row is None else str(problem.row)
+            problems.add_row(row, escape(problem.column or "-"), escape(problem.message))
+        console.print(problems)
+    count = sum(problem.costs != "answer" for problem in report.problems)
+    verdict = f"[red]{count} problem{'s' if count > 1 else ''}[/red]" if count else "[green]no problems[/green]"
+    console.print(f"{sum(report.sources.values())} usable rows, {verdict}\n")

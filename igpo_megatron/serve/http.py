@@ -1,4 +1,4 @@
-"""What the servers beside search share: Search-R1's request, a port, one line per error, metrics, and an end that drops no request.
+"""What both servers share: Search-R1's request, a port, refusals as JSON, metrics, and an end that drops no request.
 
 signal ──> the port closes ──> requests under way are answered, for `grace_s` at most ──> the app's own clean-up
 """
@@ -12,14 +12,15 @@ import socket
 import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-import typer
 from aiohttp import web
 from pydantic import BaseModel, PositiveInt, Strict, ValidationError
 
 from igpo_megatron.data.corpus import Passage, join_contents
+from igpo_megatron.types import UserError
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -128,8 +129,11 @@ def quantile(values: deque[float], share: float) -> float:
 
 
 def addresses(host: str) -> list[str]:
-    """Numeric addresses of a host to listen on. OSError where it has none."""
-    return [str(found[4][0]) for found in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
+    """Numeric addresses of a host to listen on. UserError where it has none."""
+    try:
+        return [str(found[4][0]) for found in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
+    except OSError as error:
+        raise UserError(f"--host {host} has no address ({error.strerror}); name one of this machine's, or 127.0.0.1") from None
 
 
 def is_loopback(host: str) -> bool:
@@ -138,16 +142,18 @@ def is_loopback(host: str) -> bool:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes any free one. OSError where the address cannot be had."""
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    listener = socket.socket(family, kind, protocol)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind(address)
-        listener.listen(1024)
-    except OSError:
-        listener.close()
-        raise
+    """A listening socket; port 0 takes any free one. UserError where the address cannot be had."""
+    with ExitStack() as opened:
+        try:
+            family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            listener = opened.enter_context(socket.socket(family, kind, protocol))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(1024)
+        except OSError as error:
+            advice = "choose another --port, or stop the program that uses it"
+            raise UserError(f"cannot listen on {host}:{port}: {error.strerror}; {advice}") from None
+        opened.pop_all()
     return listener
 
 
@@ -172,9 +178,3 @@ async def serve(app: web.Application, listener: socket.socket, *, stop: asyncio.
         for number in signals:
             loop.remove_signal_handler(number)
         await runner.cleanup()
-
-
-def fail(tool: str, message: str) -> typer.Exit:
-    """One line on standard error; to be raised."""
-    typer.echo(f"{tool}: {message}", err=True)
-    return typer.Exit(1)

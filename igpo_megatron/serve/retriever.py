@@ -1,0 +1,254 @@
+"""Serve BM25 or dense search over a corpus with Search-R1's protocol.
+
+igpo serve retriever --corpus FILE.jsonl --port 8000
+igpo serve retriever --corpus FILE.jsonl --port 8000 --encoder intfloat/e5-base-v2
+
+POST /retrieve  {"queries": [str, ...], "topk": int or null, "return_scores": bool}
+                -> {"result": [[{"document": {"id", "contents"}, "score"}, ...], ...]}      with scores
+                -> {"result": [[{"id", "contents"}, ...], ...]}                             without
+GET  /health    -> {"status": "ok" or "loading", "passages": int or null}, always 200
+GET  /ready     -> the same; 503 until the index is there
+GET  /metrics   -> Prometheus' text format
+
+requests ── wait while a batch is under way ──> one call of the index in a worker thread ──> answers
+
+The index is kept in FILE.jsonl.index beside the corpus, under a name that says what it was made of: an unchanged corpus is not indexed
+again, a changed one is. Interrupted, the server answers what it has been asked and ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import astuple, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from aiohttp import web
+from rich.console import Console
+from rich.progress import track
+
+from igpo_megatron.data.corpus import Passage, read_corpus
+from igpo_megatron.search.local.bm25 import Bm25Index, Hits
+from igpo_megatron.search.local.dense import DenseIndex, sentence_transformer
+from igpo_megatron.search.local.index_place import bm25_settings, digest, place
+from igpo_megatron.serve.http import MOST_BYTES, Metrics, base_url, document, listen, read_request, refusal, serve
+from igpo_megatron.types import UserError
+
+BATCH = 256
+"""Queries that one call of the index answers, more only where one request has more."""
+
+GRACE_S = 30
+
+Find = Callable[[Sequence[str], int], list[Hits]]
+"""(queries, k) -> hits per query. Called in one worker thread."""
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Settings of dense search."""
+
+    encoder: str
+    query_prefix: str
+    passage_prefix: str
+
+
+def open_index(corpus: Path, dense: Dense | None, *, progress: bool) -> tuple[int, Find]:
+    """(number of passages, search) of a corpus; its index is read from beside it, or made and put there. ValueError says what is wrong."""
+    passages = tuple(read_corpus(corpus) if not progress else _track(corpus))
+    if dense is None:
+        index = Bm25Index(passages, folder=place(corpus, "bm25", digest(passages, *bm25_settings())), show_progress=progress)
+        return len(passages), lambda queries, k: [index.search(query, k) for query in queries]
+    vectors = place(corpus, "dense", digest(passages, *astuple(dense)) + ".npz")
+    nearest = DenseIndex(
+        passages,
+        sentence_transformer(dense.encoder),
+        query_prefix=dense.query_prefix,
+        passage_prefix=dense.passage_prefix,
+        vectors=vectors,
+        encoder=dense.encoder,
+    )
+    return len(passages), lambda queries, k: _with_words(nearest, queries, k)
+
+
+def _with_words(index: DenseIndex, queries: Sequence[str], k: int) -> list[Hits]:
+    """Something is nearest to a query without words, too, but it is no answer."""
+    asked = [query for query in queries if query.strip()]
+    found = dict(zip(asked, index.search(asked, k) if asked else [], strict=True))
+    return [found.get(query, ()) for query in queries]
+
+
+def _track(corpus: Path) -> Iterable[Passage]:
+    """The passages, under a progress bar where there is a file to read."""
+    lines = 0
+    if corpus.is_file():
+        with corpus.open("rb") as file:
+            while block := file.read(2**20):
+                lines += block.count(b"\n")
+    return track(read_corpus(corpus), description="reading the corpus", total=lines, transient=True, console=Console(stderr=True))
+
+
+@dataclass(eq=False)
+class Waiting:
+    """One request in front of the index."""
+
+    queries: list[str]
+    k: int
+    found: asyncio.Future[list[Hits]]
+
+
+@dataclass
+class Batches:
+    """Requests that come while the index is searched wait, and leave together in its next call."""
+
+    find: Find
+    metrics: Metrics
+    _waiting: deque[Waiting] = field(default_factory=deque)
+    _searching: asyncio.Task[None] | None = None
+    _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="index"))
+
+    async def get(self, queries: list[str], k: int) -> list[Hits]:
+        """Hits per query."""
+        waiting = Waiting(queries, k, asyncio.get_running_loop().create_future())
+        self._waiting.append(waiting)
+        if self._searching is None or self._searching.done():
+            self._searching = asyncio.create_task(self._search())
+        return await waiting.found
+
+    async def _search(self) -> None:
+        while self._waiting:
+            batch = self._next()
+            self.metrics.counts["batches_total"] += 1
+            call = asyncio.get_running_loop().run_in_executor(self._thread, self._answer, batch)
+            await asyncio.wait([call])
+            error = call.exception()
+            for number, waiting in enumerate(batch):
+                if waiting.found.done():  # given up meanwhile
+                    continue
+                if error is None:
+                    waiting.found.set_result(call.result()[number])
+                else:
+                    waiting.found.set_exception(error)
+
+    def _next(self) -> list[Waiting]:
+        """Requests of BATCH queries together, at least one, first come first served."""
+        batch: list[Waiting] = []
+        queries = 0
+        while self._waiting and (not batch or queries + len(self._waiting[0].queries) <= BATCH):
+            batch.append(self._waiting.popleft())
+            queries += len(batch[-1].queries)
+        return batch
+
+    def _answer(self, batch: list[Waiting]) -> list[list[Hits]]:
+        """In the worker thread. The same question of several requests is searched once."""
+        found: dict[tuple[str, int], Hits] = {}
+        for k in {waiting.k for waiting in batch}:
+            queries = list(dict.fromkeys(query for waiting in batch if waiting.k == k for query in waiting.queries))
+            found |= {(query, k): hits for query, hits in zip(queries, self.find(queries, k), strict=True)}
+        return [[found[query, waiting.k] for query in waiting.queries] for waiting in batch]
+
+
+class Server:
+    """The endpoints. There is nothing to search until `ready` is called."""
+
+    def __init__(self, top_k: int):
+        self.top_k = top_k
+        self.passages: int | None = None
+        self.metrics = Metrics("retriever")
+        self._batches: Batches | None = None
+
+    def app(self) -> web.Application:
+        """For aiohttp."""
+        app = web.Application(client_max_size=MOST_BYTES)
+        app.router.add_post("/retrieve", self.metrics.watch(self._retrieve))
+        app.router.add_get("/health", self._health)
+        app.router.add_get("/ready", self._ready)
+        app.router.add_get("/metrics", self.metrics.answer)
+        return app
+
+    def ready(self, passages: int, find: Find) -> None:
+        """From now on searches are answered."""
+        self.passages = passages
+        self._batches = Batches(find, self.metrics)
+
+    async def _retrieve(self, request: web.Request) -> web.Response:
+        asked = await read_request(request)
+        if self._batches is None:
+            raise refusal(503, "the index is being made or read; GET /ready says when it is there", {"Retry-After": "2"})
+        self.metrics.counts["queries_total"] += len(asked.queries)
+        found = await self._batches.get(asked.queries, asked.topk or self.top_k)
+        if asked.return_scores:
+            return web.json_response({"result": [[{"document": document(p), "score": score} for p, score in hits] for hits in found]})
+        return web.json_response({"result": [[document(passage) for passage, _ in hits] for hits in found]})
+
+    def _state(self) -> dict[str, Any]:
+        return {"status": "loading" if self.passages is None else "ok", "passages": self.passages}
+
+    async def _health(self, request: web.Request) -> web.Response:
+        return web.json_response(self._state())
+
+    async def _ready(self, request: web.Request) -> web.Response:
+        return web.json_response(self._state(), status=503 if self.passages is None else 200)
+
+
+async def run(server: Server, listener: socket.socket, load: Callable[[], tuple[int, Find]], announce: Callable[[], None]) -> None:
+    """Serve; the index is loaded meanwhile. Raises what `load` raises."""
+    stop = asyncio.Event()
+    serving = asyncio.create_task(serve(server.app(), listener, stop=stop, grace_s=GRACE_S))
+    loading = in_daemon_thread(load)
+    await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
+    if not loading.done():
+        loading.cancel()
+    elif loading.exception() is not None:
+        stop.set()
+    else:
+        server.ready(*loading.result())
+        announce()
+    await serving
+    if loading.done() and not loading.cancelled():
+        loading.result()
+
+
+def in_daemon_thread(work: Callable[[], Any]) -> asyncio.Future[Any]:
+    """What `work` returns or raises. Who interrupts a long build does not want to wait for its end, as other threads would."""
+    future: Future[Any] = Future()
+    future.set_running_or_notify_cancel()  # from here on nobody can cancel it under the thread's feet
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except Exception as error:  # noqa: BLE001 - raised where the future is waited for
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="load", daemon=True).start()
+    return asyncio.wrap_future(future)
+
+
+def retriever(
+    corpus: Annotated[Path, typer.Option(help="JSON lines of {id, title, text} or {id, contents}.")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")],
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every interface.")] = "127.0.0.1",
+    top_k: Annotated[int, typer.Option(min=1, help="Passages per query where the request does not say.")] = 3,
+    encoder: Annotated[str | None, typer.Option(help="sentence-transformers model: dense search instead of BM25.")] = None,
+    query_prefix: Annotated[str, typer.Option(help="Dense: put before a query.")] = "query: ",
+    passage_prefix: Annotated[str, typer.Option(help="Dense: put before a passage.")] = "passage: ",
+) -> None:
+    """Index a corpus, or read its index, and serve it until interrupted."""
+    # The port is taken before the corpus is read: a large index takes minutes, and the mistake should show at once.
+    listener = listen(host, port)
+    dense = None if encoder is None else Dense(encoder, query_prefix, passage_prefix)
+    server = Server(top_k)
+
+    def announce() -> None:
+        typer.echo(f"serving {server.passages} passages on {base_url(host, listener)}/retrieve")
+
+    try:
+        asyncio.run(run(server, listener, lambda: open_index(corpus, dense, progress=sys.stderr.isatty()), announce))
+    except (UserError, OSError) as error:
+        raise UserError(str(error) if str(corpus) in str(error) else f"{corpus}: {error}") from None
