@@ -22,8 +22,7 @@ from igpo_megatron.training.queue import staleness_metrics
 from igpo_megatron.types import RolloutGroup, UserError
 
 if TYPE_CHECKING:
-    from igpo_megatron.packing.experts import ExpertShape
-    from igpo_megatron.packing.tree import PackedRow
+    from igpo_megatron.packing.tree import ExpertShape, PackedRow
     from igpo_megatron.policy.policy import Policy, StepResult
     from igpo_megatron.policy.schedule import Objective
 
@@ -56,7 +55,7 @@ def score_tokens(policy: Policy, groups: Sequence[RolloutGroup]) -> None:
 
 def replayed_experts(policy: Policy) -> ExpertShape | None:
     """Shape of the engine's choices where the policy repeats them; None where its routers choose."""
-    from igpo_megatron.packing.experts import ExpertShape
+    from igpo_megatron.packing.tree import ExpertShape
 
     mixture = policy.shape.mixture
     return ExpertShape(policy.shape.num_layers, mixture.top_k) if mixture and policy.config.rollout.routing_replay else None

@@ -32,8 +32,6 @@ import pyarrow.parquet as pq
 import torch
 import typer
 import yaml
-from common import finish
-from models import random_policy
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = (1, 4, 16)
@@ -56,6 +54,9 @@ def measure(
     out: Annotated[Path | None, typer.Option(help="Result file; default: results/cpu/rows_travel.json.")] = None,
 ) -> None:
     """Measure this checkout, and the other where one is given."""
+    from common import finish  # it imports this version, which a rank of another must not
+    from models import random_policy
+
     versions = {"before": before} if before is not None else {}
     figures: dict[str, Any] = {"tokens": {str(size): _tokens(GROUPS * size) for size in SIZES}, "row_tokens": ROW_TOKENS}
     with TemporaryDirectory(prefix="igpo-bench-") as name, random_policy("demo", layers=1) as policy:
