@@ -2,7 +2,7 @@
 
     questions ──rollout──> groups ──score──> rewards, gains ──advantage──> turn advantages ──train──> weights ──sync──> engines
 
-The main rank talks to engines, files and people; all ranks score and train. They meet in `parallel.broadcast`.
+The main rank talks to engines, files and people, and has the groups; all ranks score and train the rows that it sends them.
 
 THE PATH from the command to the loss; tests/distributed/test_path.py compares it with a real call stack:
 
@@ -51,7 +51,7 @@ def run(config: Config) -> None:
             started = time.monotonic()
             metrics: dict[str, float] = {}
             with tracker.phase("rollout"):
-                groups = parallel.broadcast(parallel.on_main(policy.ranks, partial(collect, config, services, step)))
+                groups = parallel.on_main(policy.ranks, partial(collect, config, services, step)) or []
             if learns:
                 share.policy_returns(services.engines)
             if learns and config.loss.learns_from_rewards:

@@ -92,6 +92,16 @@ def test_an_action_of_no_tokens_alone_is_no_trained_trajectory():
     assert sum(len(row.targets) for row in pack_for_scoring([group], row_tokens=64)) == 2 + 2
 
 
+def test_a_rank_without_groups_asks_no_function_over_the_batch(monkeypatch):
+    """A user's own might take the mean of nothing."""
+    seen = []
+    entry = SimpleNamespace(function=lambda *_: None, over_batch=lambda groups: seen.append(len(groups)))
+    monkeypatch.setattr("igpo_megatron.algorithms.advantages.registry.entry_of", lambda config: entry)
+    for groups in ([], [group_of(1.0)]):
+        set_advantages(groups, None, 0.0)
+    assert seen == [1]
+
+
 @pytest.mark.parametrize("name", ADVANTAGES)
 def test_no_advantage_sees_a_trajectory_without_a_sampled_token(name):
     config = build({"model": {"path": "m"}}, [f"advantage.name={name}"]).advantage
