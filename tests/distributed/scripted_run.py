@@ -1,16 +1,18 @@
-"""`python scripted_run.py CONFIG.yaml [overrides]`: a whole run of one real Megatron rank whose engine says what a script says.
-
-The script is the environment variable SCRIPT: JSON, for each turn the texts that samples take in rotation. All else is the run's own.
-"""
+"""A whole run of real Megatron ranks whose engine says what a script says. All else is the run's own."""
 
 from __future__ import annotations
 
-import json
+import multiprocessing
 import os
+import socket
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+import torch
 
 from igpo_megatron.chat.tokenizer import load_tokenizer
 from igpo_megatron.config.schema import Config
@@ -18,13 +20,20 @@ from igpo_megatron.engines import factory
 from igpo_megatron.training.main import main
 from igpo_megatron.types import Canary, Completion, ProbeScore
 
+Script = Sequence[Sequence[str]]
+"""For each turn the texts that samples take in rotation."""
+
+STARTED = "the scripted engine has started"
+FORK = multiprocessing.get_context("fork")
+
 
 class ScriptedEngines:
-    """An `EngineService` that needs no model."""
+    """An `EngineService` that needs no model. It says so when it starts."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, script: Script, config: Config) -> None:
+        print(STARTED, flush=True)
+        self._script = script
         self._tokenizer = load_tokenizer(config.model.path)
-        self._script: list[list[str]] = json.loads(os.environ["SCRIPT"])
         self._version = 0
         self._asked: dict[tuple[str, int], int] = {}
 
@@ -61,6 +70,45 @@ class ScriptedEngines:
         return {}
 
 
-if __name__ == "__main__":
-    factory.open_engines = ScriptedEngines  # type: ignore[assignment]
-    sys.exit(main(sys.argv[1:]))
+
+def run(folder: Path, arguments: Sequence[str], script: Script, world: int = 1) -> tuple[list[int], str]:
+    """`igpo_megatron.training.main` with these arguments on every rank: the exit codes, and what was printed.
+
+    The ranks are forked, so that nothing is imported anew. They work in `folder`, which they can import from.
+    """
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    torch.set_num_threads(1)  # a pool of threads does not survive the fork, and a rank would wait for it
+    open_engines = partial(ScriptedEngines, script)
+    ranks = [FORK.Process(target=_rank, args=(rank, world, port, folder, arguments, open_engines)) for rank in range(world)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+        process.kill()
+        process.join()
+    return [process.exitcode or 0 for process in ranks], (folder / "printed.txt").read_text(encoding="utf-8")
+
+
+def print_to(path: Path) -> None:
+    """Let this process print to a file, with whatever it calls; pytest has both streams of Python."""
+    sys.stdout = sys.stderr = path.open("a", encoding="utf-8", buffering=1)
+    os.dup2(sys.stdout.fileno(), 1)
+    os.dup2(sys.stdout.fileno(), 2)
+
+
+def _rank(rank: int, world: int, port: int, folder: Path, arguments: Sequence[str], open_engines: Callable[[Config], Any]) -> None:
+    print_to(folder / "printed.txt")
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
+    if world > 1:
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+    factory.open_engines = open_engines  # type: ignore[assignment]
+    code = 99
+    try:
+        code = main(arguments)
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
