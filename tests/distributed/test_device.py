@@ -24,8 +24,7 @@ from test_layouts import ROW_TOKENS, with_off_policy_logprobs
 from igpo_megatron.algorithms.losses.registry import LOSSES, objective
 from igpo_megatron.algorithms.losses.tokens import Tokens
 from igpo_megatron.algorithms.settings import Aepo, Bapo, Cispo, Gspo, Hapo, Loss, Ppo, Sft
-from igpo_megatron.packing.experts import ExpertShape
-from igpo_megatron.packing.tree import pack_for_scoring, pack_for_training, step_counts
+from igpo_megatron.packing.tree import ExpertShape, pack_for_scoring, pack_for_training, step_counts
 from igpo_megatron.policy import attention, cpu, host_memory, schedule
 from igpo_megatron.policy.policy import Policy
 from igpo_megatron.types import EntropyStats, RolloutGroup
