@@ -25,7 +25,7 @@ from igpo_megatron.algorithms.losses.registry import LOSSES, objective
 from igpo_megatron.algorithms.losses.tokens import Tokens
 from igpo_megatron.algorithms.settings import Aepo, Bapo, Cispo, Gspo, Hapo, Loss, Ppo, Sft
 from igpo_megatron.packing.tree import ExpertShape, pack_for_scoring, pack_for_training, step_counts
-from igpo_megatron.policy import attention, cpu, schedule, upload
+from igpo_megatron.policy import attention, cpu, host_memory, schedule
 from igpo_megatron.policy.policy import Policy
 from igpo_megatron.types import EntropyStats, RolloutGroup
 
@@ -86,7 +86,7 @@ def valueless(policy: Policy) -> Iterator[tuple[Policy, Copies]]:
     copies = Copies()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu, "_CPU", META)
-        patch.setattr(upload, "_page_locked", copies.lock)
+        patch.setattr(host_memory, "_staging", copies.lock)
         patch.setattr(attention, "chain_attention", partial(attention.flex_tree_attention, attend=sdpa))
         found = Policy(policy.config, replace(policy.ranks, device=META))
         # Over the ranks, once the last row is done; gloo does not know the meta device.
