@@ -21,8 +21,6 @@ from typer.core import TyperGroup
 from typer.exceptions import TyperException
 from typer.main import get_group
 
-from igpo_megatron.algorithms.hooks import check_hooks
-from igpo_megatron.config.checks import require
 from igpo_megatron.config.load import explain, load
 from igpo_megatron.config.schema import Config
 from igpo_megatron.doctor.commands import app as doctor_app
@@ -171,8 +169,9 @@ def world_size(config: Config) -> int:
 @contextmanager
 def _launcher(settings: Config, ranks: int, max_restarts: int = 0) -> Iterator[Callable[..., object]]:
     """Call it with training.main's arguments: it starts all ranks of a run on this machine, and returns when they have ended."""
+    from igpo_megatron.training.checks import require
+
     require(_on_this_machine(settings), ranks)
-    check_hooks(settings.reward, settings.advantage, settings.loss)
     folder = folder_for(settings)
     with held(folder):
         pass  # that another run has it, or that it cannot be written, is said before anything heavy starts

@@ -21,7 +21,6 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,39 +41,14 @@ MAY_CHANGE = (
 """Settings that say how a run is executed, not what it computes: they may differ when it resumes."""
 
 
-@dataclass(frozen=True, slots=True)
 class RunFolder:
     """Paths of one run."""
 
-    root: Path
-
-    @property
-    def config(self) -> Path:
-        return self.root / "config.json"
-
-    @property
-    def rollouts(self) -> Path:
-        return self.root / "rollouts"
-
-    @property
-    def crashes(self) -> Path:
-        return self.root / FOLDER / "trajectories.txt"
-
-    @property
-    def eval(self) -> Path:
-        return self.root / "eval"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.root / "checkpoints"
-
-    @property
-    def summary(self) -> Path:
-        return self.root / "summary.json"
-
-    @property
-    def report(self) -> Path:
-        return self.root / "report.html"
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.config, self.summary, self.report = root / "config.json", root / "summary.json", root / "report.html"
+        self.rollouts, self.eval, self.checkpoints = root / "rollouts", root / "eval", root / "checkpoints"
+        self.crashes = root / FOLDER / "trajectories.txt"
 
 
 def folder_for(config: Config) -> RunFolder:

@@ -159,7 +159,7 @@ def refuse_shared_turns(groups: Sequence[RolloutGroup], loss: Loss) -> None:
 
 def group_metrics(groups: Sequence[RolloutGroup], config: Config, step: int) -> dict[str, float]:
     """What is reported of a step's groups; where they are learnt from, also their staleness and how far the engine is from the policy."""
-    metrics = rollout_metrics(groups, config.rollout.tool_name)
+    metrics = rollout_metrics(groups)
     if config.run.stop_after != "none":
         return metrics
     if config.run.replay is None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import test_ends
-import yaml
 from groups import random_groups
 from test_ends import Sink, run_ranks, settings
 
@@ -54,11 +53,11 @@ def test_functions_of_ones_own_train_two_steps(hf_folders: dict[str, Path], tmp_
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])  # inherited by the ranks, which are forked
     monkeypatch.setattr(test_ends, "open_services", open_services)
     path = settings(hf_folders["qwen2"], tmp_path, run__steps=2)
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    values = json.loads(path.read_text(encoding="utf-8"))
     values["advantage"] = {"name": "my_package.mine:best_only", "options": {"weight": 0.5}}
     values["loss"] = {"name": "my_package.mine:policy_gradient", "kl_coef": 0.01, "mismatch": "truncate"}
     values["reward"] = {"outcome": "my_package.mine:half_as_long", "gain": "none"}
-    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    path.write_text(json.dumps(values), encoding="utf-8")
     ending, printed = run_ranks(path, lambda rank: None)
     assert ending.kind == "done", (ending, printed)
     steps = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -180,7 +180,7 @@ def test_half_a_file_of_the_run_is_one_sentence(tmp_path: Path, content: str) ->
     config = build({"model": {"path": "m"}, "run": {"folder": str(tmp_path), "name": "x"}})
     folder = folder_for(config)
     set_up(folder, config)
-    assert open_folder(config) == folder and read_summary(folder) is None
+    assert open_folder(config).root == folder.root and read_summary(folder) is None
     assert not list(folder.root.glob("*.tmp"))
     folder.config.write_text(content)
     with pytest.raises(ConfigError, match=r"x/config\.json is damaged"):
