@@ -31,7 +31,7 @@ class ScriptedEngines:
     """An `EngineService` that needs no model. It says so when it starts."""
 
     def __init__(self, script: Script, config: Config) -> None:
-        print(STARTED, flush=True)
+        sys.stdout.write(STARTED)
         self._script = script
         self._tokenizer = load_tokenizer(config.model.path)
         self._version = 0
@@ -68,7 +68,6 @@ class ScriptedEngines:
             exported()
         self._version = version
         return {}
-
 
 
 def run(folder: Path, arguments: Sequence[str], script: Script, world: int = 1) -> tuple[list[int], str]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import re
 import runpy
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -15,9 +15,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from conftest import make_config, run_ranks
+from groups import random_groups
 from markdown_it import MarkdownIt
 from scripted_run import FORK, STARTED, Script, print_to, run
+from test_layouts import reference_logprobs, scored_nodes, worst
 
+from checkpoint_conversion import hf_config
+from checkpoint_conversion.architectures import ARCHITECTURES
 from igpo_megatron.observability.rollout_dump import read_rollouts
 from igpo_megatron.observability.tracker import read_metrics
 from igpo_megatron.types import RolloutGroup, Status, ToolCall
@@ -122,16 +127,17 @@ def test_an_advantage(tmp_path: Path) -> None:
             assert trajectory.turn_advantages == pytest.approx(expected) and len(expected) == 2
 
 
-def test_a_loss_on_two_ranks_beside_what_every_loss_gets(tmp_path: Path) -> None:
-    """Before the only optimizer step of a step every ratio is 1, so the loss is the mean advantage of a token, times -scale."""
-    done = trained(tmp_path, "loss", ((LOOK_UP,), ANSWERS), "loss.entropy_coef=0", world=2)
+def test_a_loss_on_two_ranks_with_what_every_loss_gets(tmp_path: Path) -> None:
+    """Before the only update of a step every ratio is 1, so a token's part is -scale x advantage x truncated weight, and the KL term."""
+    done = trained(tmp_path, "loss", ((LOOK_UP,), ANSWERS), "loss.mismatch=truncate", "loss.kl_coef=0.1", world=2)
     for number, row in enumerate(done.rows):
-        total = tokens = 0.0
+        terms = []
         for group in done.groups[2 * number : 2 * number + 2]:
             for trajectory in group.trajectories:
                 for node, advantage in zip(group.actions(trajectory), trajectory.turn_advantages, strict=True):
-                    total, tokens = total + advantage * len(node.token_ids), tokens + len(node.token_ids)
-        assert row["loss"] == pytest.approx(-0.5 * total / tokens, abs=1e-5) and abs(row["loss"]) > 1e-4
+                    pairs = zip(node.old_logprobs, node.behavior_logprobs, strict=True)
+                    terms += [-0.5 * advantage * min(math.exp(old - said), 2.0) for old, said in pairs]
+        assert row["loss"] == pytest.approx(sum(terms) / len(terms) + 0.1 * row["kl_ref"], abs=1e-5) and abs(row["loss"]) > 1e-3
         assert row["ratio"] == pytest.approx(1.0, abs=1e-5)
 
 
@@ -176,7 +182,11 @@ BROKEN = {
         ")",
         r"advantage\.name=my_package\.my_advantage:median_baseline has the signature .*expected a function of \(group, config, progress\)",
     ),
-    "loss": ("return total, {", "return tokens.logprobs, {", r"loss\.name=my_package\.my_loss:unclipped .*expected a tensor of one finite number"),
+    "loss": (
+        "return total, {",
+        "return tokens.logprobs, {",
+        r"loss\.name=my_package\.my_loss:unclipped .*expected a tensor of one finite number",
+    ),
     "reward": ("return float(", "return str(", r"reward\.outcome=my_package\.my_judge:contains returned 'True'.*expected a finite number"),
     "search back-end": ("async def search", "async def find", r"search\.backend: my_package\.my_search:Notes has no `async def search`"),
     "tool": ("    async def use", "    def use", r"rollout\.extra_tools: my_package\.my_tool:Calendar has no `async def use`"),
@@ -222,22 +232,30 @@ def test_a_model_family(tmp_path: Path) -> None:
     assert code == 0 and re.search(r"^27 tensors are equal$", printed, re.MULTILINE), printed
 
 
+def test_log_probs_of_that_family_are_those_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row is all that it takes."""
+    (tmp_path / "try_family.py").write_text(example("model family").code, encoding="utf-8")
+    monkeypatch.setitem(ARCHITECTURES, "seed_oss", None)  # so that the file's row is taken back
+    runpy.run_path(str(tmp_path / "try_family.py"))["tiny_model"](tmp_path / "hf")
+    groups = random_groups(1)
+    (scores,) = run_ranks(scored_nodes, make_config(tmp_path / "hf"), groups)
+    assert worst(scores, reference_logprobs(tmp_path / "hf", groups)) < 1e-4
+
+
 def test_the_page_says_what_a_model_family_is_refused_for(tmp_path: Path) -> None:
-    """Its keys that no rule knows; and that are no family's without a row."""
+    """Its keys that no rule knows, or not with the family's value."""
     lines = example("model family").code.splitlines(keepends=True)
     end = lines.index("def main() -> None:\n") - 2
     code, printed = run_file(tmp_path / "without_three_lines.py", "".join(lines[: end - 3] + lines[end:]))
     assert code == 1 and all(key in printed for key in ("attention_bias", "attention_out_bias", "residual_dropout")), printed
-    hf_config = importlib.import_module("checkpoint_conversion.hf_config")
-    assert hf_config._HARMLESS and hf_config._NEUTRAL and importlib.import_module("checkpoint_conversion.architectures").ARCHITECTURES
+    assert "residual_dropout" not in hf_config._HARMLESS and "attention_bias" in hf_config._NEUTRAL  # the tables that the page names
 
 
-def rows_of_the_page() -> Sequence[tuple[str, str, str]]:
-    return re.findall(r"^\| ([\w -]+) \| `([A-Z]+)` \| `([\w.]+)` \|", PAGE, re.MULTILINE)
-
-
-def test_every_registry_that_the_page_names_is_there() -> None:
-    found = rows_of_the_page()
-    assert [kind for kind, _, _ in found] == [*KINDS, "model family"]
-    for _, name, module in found:
-        assert len(getattr(importlib.import_module(module), name)) > 1
+def test_every_registry_that_the_page_names_has_the_row_that_it_shows() -> None:
+    found = re.findall(r"^\| ([\w -]+) \| `([A-Z]+)` \| `([\w/]+)\.py` \| `(?:\"(\w+)\": )?(.+)` \|", PAGE, re.MULTILINE)
+    assert [kind for kind, *_ in found] == [*KINDS, "model family"]
+    for _, name, path, key, value in found:
+        module = importlib.import_module(path.replace("/", "."))
+        registry = getattr(module, name)
+        row = eval(value, vars(module))
+        assert registry[key or row.provider] == row, name
