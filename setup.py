@@ -53,6 +53,7 @@ setup(
             "fastapi",
             "furo",
             "hypothesis",
+            "markdown-it-py",
             "mypy",
             "myst-parser",
             "pytest",

@@ -22,8 +22,6 @@ from typer.core import TyperGroup
 from typer.exceptions import TyperException
 from typer.main import get_group
 
-from igpo_megatron.algorithms.hooks import check_hooks
-from igpo_megatron.config.checks import require
 from igpo_megatron.config.load import explain, load
 from igpo_megatron.config.schema import Config
 from igpo_megatron.doctor.commands import app as doctor_app
@@ -158,9 +156,9 @@ def world_size(config: Config) -> int:
 def _launcher(settings: Config, ranks: int, max_restarts: int = 0) -> Iterator[Callable[..., object]]:
     """A function to call with training.main's arguments: it starts all ranks on this machine and returns when they have ended."""
     from igpo_megatron.policy.parallel import on_this_machine
+    from igpo_megatron.training.checks import require
 
     require(on_this_machine(settings), ranks)
-    check_hooks(settings.reward, settings.advantage, settings.loss)
     folder = folder_for(settings)
     with held(folder):
         pass  # a folder that is in use or cannot be written is reported before anything expensive starts

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
+import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -51,14 +53,29 @@ def ours_or_hooked(value: Any) -> str:
     return HOOKED if isinstance(name, str) and is_hook(name) else OURS
 
 
-def load_hook(key: str, name: str) -> Any:
-    """What setting `key` names as `package.module:name`. Raises UserError where it cannot be imported or called."""
+def unknown(key: str, name: str, known: Iterable[str]) -> str:
+    """What to say of a name that is neither one of ours nor a hook."""
+    near = difflib.get_close_matches(name, known := list(known), n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"{key}={name!r}: expected one of {', '.join(known)}, or package.module:function{hint}"
+
+
+def lacks(thing: Any, methods: Iterable[str]) -> list[str]:
+    """Which of these an object, or a class, does not have as `async def`."""
+    return [method for method in methods if not inspect.iscoroutinefunction(getattr(thing, method, None))]
+
+
+def load_hook(key: str, name: str, value: type | None = None) -> Any:
+    """What setting `key` names as `package.module:name`: a function or class or, where `value` is given, an instance of that.
+
+    Raises UserError where it cannot be imported, or is something else.
+    """
     module, _, attribute = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)
     except Exception as error:
         why = f"{type(error).__name__}: {error}"
         raise UserError(f"{key}={name} cannot be imported ({why}); expected package.module:function, installed or in PYTHONPATH") from error
-    if not callable(found):
-        raise UserError(f"{key}={name} is a {type(found).__name__}; expected a function")
+    if not callable(found) and not (value and isinstance(found, value)):
+        raise UserError(f"{key}={name} is a {type(found).__name__}; expected a function" + (f" or a {value.__name__}" if value else ""))
     return found

@@ -10,7 +10,7 @@ Tokens live on nodes, turns and rewards on trajectories. This module imports the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Literal, Protocol
 
@@ -78,13 +78,27 @@ class Status(StrEnum):
         return self in (Status.TOOL_FAILED, Status.ENGINE_FAILED, Status.CRASHED, Status.ENDED_BY_TOOL)
 
 
+SEARCH = "search"
+"""Name of the search tool everywhere but in what the policy reads and writes, where it is `rollout.tool_name`."""
+
+
 @dataclass(frozen=True, slots=True)
 class ToolCall:
     """A parsed tool call, e.g. `ToolCall("search", ("currency of Iran",))`."""
 
     name: str
+    """As we call the tool, whatever the policy calls it (`renamed`)."""
+
     queries: tuple[str, ...]
     """Queries of a search; the address of a page and, maybe, what to look for on it; a piece of code."""
+
+
+def renamed(name: str, search: str) -> str:
+    """A tool's name from the policy's spelling to ours, or back; `search` is what the policy calls search.
+
+    The two names of search change places, so a policy whose search is `web_search` and that calls `search` has called no tool.
+    """
+    return {search: SEARCH, SEARCH: search}.get(name, name)
 
 
 @dataclass(slots=True)
@@ -319,6 +333,13 @@ class RolloutGroup:
         paths = [end.path for end in self.trained]
         sampled = [index for path in paths for index in path if self.nodes[index].kind == "action"]
         return len(set(sampled)) < len(sampled)
+
+
+def rename_search(group: RolloutGroup, search: str) -> None:
+    """Give the calls of a group from before calls had our names of tools those names; `search` as for `renamed`."""
+    for node in group.nodes:
+        if node.call is not None:
+            node.call = replace(node.call, name=renamed(node.call.name, search))
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,10 +14,10 @@ from functools import cache, partial
 from typing import Any
 
 from demo_policy import CALL_CLOSING, CALL_OPENING, FINAL_THINK
-from igpo_megatron.agent.trajectory import render_results
 from igpo_megatron.chat.format import ChatFormat
 from igpo_megatron.config.schema import Config
 from igpo_megatron.search.client import make_client
+from igpo_megatron.tools.search_tool import render_results
 from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, ToolCall, Trajectory
 from world_facts import Question, World
 

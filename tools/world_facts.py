@@ -319,27 +319,31 @@ def questions(countries: Iterable[Country], cities: Iterable[City]) -> Iterator[
     countries = tuple(countries)
     users = Counter(country.currency for country in countries)
     for country in countries:
-        yield from _country_questions(country)
+        yield from _country_questions(country, country.name.text, country.iso)
         if users[country.currency] == 1:
             yield from _currency_questions(country)
     for city in cities:
         yield from _city_questions(city)
 
 
-def _country_questions(country: Country) -> Iterator[Question]:
-    name = country.name.text
+def _country_questions(country: Country, place: str, key: str, before: tuple[Hop, ...] = ()) -> Iterator[Question]:
+    """Questions about a country that they call `place`, to which the facts `before`, of one of its cities, lead."""
     texts = {
-        "capital": f"What is the capital of {name}?",
-        "currency": f"What is the currency of {name}?",
-        "language": f"What is the main language of {name}?",
-        "continent": f"On which continent is {name}?",
+        "capital": f"What is the capital of {place}?",
+        "currency": f"What is the currency of {place}?",
+        "language": f"What is the main language of {place}?",
+        "continent": f"On which continent is {place}?",
     }
+    hops_before, city = len(before), "city_" if before else ""
     for relation, text in texts.items():
+        if before and relation == "capital" and country.capital == before[0].entity:
+            continue
         hop, answer = _country_hop(country, relation)
-        yield _question(f"1hop_{relation}", country.iso, text, answer, (hop,), country)
+        yield _question(f"{hops_before + 1}hop_{city}{relation}", key, text, answer, (*before, hop), country)
     for relation, phrase in (("currency", "currency"), ("language", "main language")):
         hops, answer = _code_hops(country, relation)
-        yield _question(f"2hop_{relation}_code", country.iso, f"What is the code of the {phrase} of {name}?", answer, hops, country)
+        text = f"What is the code of the {phrase} of {place}?"
+        yield _question(f"{hops_before + 2}hop_{relation}_code", key, text, answer, (*before, *hops), country)
 
 
 def _currency_questions(country: Country) -> Iterator[Question]:
@@ -357,21 +361,7 @@ def _city_questions(city: City) -> Iterator[Question]:
     first = Hop(name, "country", country.name.text)
     key = str(city.geoname_id)
     yield _question("1hop_country", key, f"In which country is the city of {name}?", country.name, (first,), country)
-    texts = {
-        "capital": f"What is the capital of the country where {name} is located?",
-        "currency": f"What is the currency of the country where {name} is located?",
-        "language": f"What is the main language of the country where {name} is located?",
-        "continent": f"On which continent is the country where {name} is located?",
-    }
-    for relation, text in texts.items():
-        if relation == "capital" and country.capital == name:
-            continue
-        hop, answer = _country_hop(country, relation)
-        yield _question(f"2hop_city_{relation}", key, text, answer, (first, hop), country)
-    for relation, phrase in (("currency", "currency"), ("language", "main language")):
-        hops, answer = _code_hops(country, relation)
-        text = f"What is the code of the {phrase} of the country where {name} is located?"
-        yield _question(f"3hop_{relation}_code", key, text, answer, (first, *hops), country)
+    yield from _country_questions(country, f"the country where {name} is located", key, (first,))
 
 
 def _country_hop(country: Country, relation: str) -> tuple[Hop, Name]:

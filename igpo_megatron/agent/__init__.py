@@ -5,5 +5,5 @@ rollouter.py   many questions at once, with deadlines and a failure budget
 trees/         which paths fork, and where
 prober.py      probes of the ground truth, scored by engines during the rollout
 
-Imports chat, tools, search and the interfaces of engines; knows neither torch nor Ray.
+Imports chat, tools and the interfaces of engines; knows neither torch nor Ray.
 """

@@ -11,6 +11,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -18,17 +19,16 @@ from typing import Any, Self, TypeVar
 
 from igpo_megatron.agent.prober import Prober, RenderedProbe
 from igpo_megatron.agent.settings import GainBranching, NoBranching, Rollout
-from igpo_megatron.agent.trajectory import TurnWatch, counter_seed, run_trajectory
-from igpo_megatron.agent.trees.entropy import EntropyGrower
-from igpo_megatron.agent.trees.gain import GainGrower
+from igpo_megatron.agent.trajectory import Agent, PathPlan, TurnWatch, counter_seed, run_trajectory
+from igpo_megatron.agent.trees.entropy import EntropyTree
+from igpo_megatron.agent.trees.gain import GainTree
 from igpo_megatron.chat.format import ChatFormat
-from igpo_megatron.chat.room import probe_tokens, too_long
+from igpo_megatron.chat.room import too_long
 from igpo_megatron.engines.api import Engine, EngineError
-from igpo_megatron.search.results import SearchClient
 from igpo_megatron.supervision.failures import CrashLog
 from igpo_megatron.tools.base import Tool
-from igpo_megatron.tools.tally import Tally, TallyClient, TallyTool, search_tally
-from igpo_megatron.types import Node, Prompt, RolloutGroup, RunStopped, Status, Trajectory
+from igpo_megatron.tools.tally import Tally, TallyTool, new_tallies
+from igpo_megatron.types import SEARCH, Node, Prompt, RolloutGroup, RunStopped, Status, Trajectory
 from igpo_megatron.untrusted import clean_text
 
 logger = logging.getLogger(__name__)
@@ -46,24 +46,22 @@ class Rollouter:
     def __init__(
         self,
         engine: Engine,
-        search: SearchClient,
+        tools: Mapping[str, Tool],
         chat: ChatFormat,
         config: Rollout,
         *,
         seed: int,
         probes_of: Callable[[Prompt], Sequence[RenderedProbe]] | None = None,
-        tools: Mapping[str, Tool] | None = None,
         crashes: Path | None = None,
     ) -> None:
-        """`probes_of`: the probes of a question, where the engine is to score them during training rollouts.
+        """`tools`: by our names, search among them; closed when the rollouter is.
 
-        `tools`: those beside search, by name; closed, as `search` is, when the rollouter is.
+        `probes_of`: the probes of a question, where the engine is to score them during training rollouts.
 
         `crashes`: file for the tracebacks of trajectories that raise what nobody expected.
         """
-        self._engine, self._search, self._chat, self._config, self._seed = engine, search, chat, config, seed
-        self._probes_of = probes_of
-        self._tools = tools or {}
+        self._agent = Agent(engine, tools, chat, config)
+        self._config, self._seed, self._probes_of = config, seed, probes_of
         self._crashes = CrashLog(crashes)
         self._told_too_long = False
         self._loop = asyncio.new_event_loop()
@@ -84,14 +82,14 @@ class Rollouter:
         prompts: Sequence[Prompt],
         *,
         samples: int,
-        step: int,
+        salt: int | str,
         temperature: float | None,
         probe: bool = False,
         branch: bool = False,
         on_progress: Callable[[float], None] | None = None,
     ) -> list[RolloutGroup]:
         """`run`, waited for."""
-        work = self.run(prompts, samples=samples, step=step, temperature=temperature, probe=probe, branch=branch, on_progress=on_progress)
+        work = self.run(prompts, samples=samples, salt=salt, temperature=temperature, probe=probe, branch=branch, on_progress=on_progress)
         return self.start(work).result()
 
     def start(self, work: Coroutine[Any, Any, Result]) -> Future[Result]:
@@ -99,15 +97,15 @@ class Rollouter:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def tallies(self) -> dict[str, Tally]:
-        """Tool -> a new tally, for `run` to fill; search is called `search`, whatever the policy calls it."""
-        return {"search": search_tally(), **{name: Tally() for name in self._tools}}
+        """Tool -> a new tally, for `run` to fill."""
+        return new_tallies(self._agent.tools)
 
     async def run(
         self,
         prompts: Sequence[Prompt],
         *,
         samples: int,
-        step: int,
+        salt: int | str,
         temperature: float | None,
         probe: bool = False,
         branch: bool = False,
@@ -118,28 +116,30 @@ class Rollouter:
     ) -> list[RolloutGroup]:
         """One group of `samples` trajectories per prompt that fits the context; `temperature` None takes the configured one.
 
+        `salt`: the training step, or the kind of evaluation: another salt, other samples.
+
         With `probe` the engine scores the probes of every state, if this rollouter was given any; with `branch` groups grow as
         `rollout.branching` says; `close_at` trajectories of a group end it. What tools did is added to `tallies`.
 
         A question that comes again in a step is another group, sampled with seeds of its own. `asked` counts how often each was asked in
-        `step` before, and is counted on; None where this is the step's only call.
+        the step before, and is counted on; None where this is the step's only call.
 
         Raises RolloutFailure when more than `rollout.max_failed_fraction` of the trajectories or of the searches failed.
         """
         groups = [self._open(prompt) for prompt in prompts if self._has_room(prompt)]
         seeds = self._seeds(groups, Counter() if asked is None else asked)
-        probers = [Prober(self._engine, group, self._probes_of(group.prompt)) if probe and self._probes_of else None for group in groups]
+        engine = self._agent.engine
+        probers = [Prober(engine, group, self._probes_of(group.prompt)) if probe and self._probes_of else None for group in groups]
         tallies = self.tallies() if tallies is None else tallies
-        search = TallyClient(self._search, tallies["search"])
-        tools = {name: TallyTool(tool, tallies[name]) for name, tool in self._tools.items()}
+        agent = replace(self._agent, tools={name: TallyTool(tool, tallies[name]) for name, tool in self._agent.tools.items()})
+        chosen = self._config.temperature if temperature is None else temperature
         done = 0
 
         async def one(
             group: RolloutGroup, prober: Prober | None, seed: int, start: Sequence[int], sample: int | str, watch: TurnWatch | None = None
         ) -> Trajectory:
             nonlocal done
-            chosen = self._config.temperature if temperature is None else temperature
-            trajectory = await self._bounded(group, prober, search, tools, start, seed, sample, watch, step, chosen)
+            trajectory = await self._bounded(group, agent, PathPlan(sample, seed, salt, chosen, start, prober, watch))
             done += 1
             if on_progress:
                 on_progress(done / (len(groups) * samples))
@@ -151,14 +151,14 @@ class Rollouter:
                 return _first([one(group, prober, seed, [0], sample) for sample in range(samples)], close_at or samples)
 
             def uniform(*parts: object) -> float:
-                return counter_seed(seed, step, group.prompt.id, "branch", *parts) / 2**31
+                return counter_seed(seed, salt, group.prompt.id, "branch", *parts) / 2**31
 
             run_path = partial(one, group, prober, seed)
             if isinstance(branching, GainBranching):
                 assert prober is not None, "rollout.branching.name=gain needs probes that the engine scores"
-                return GainGrower(group, branching, samples, run_path=run_path, uniform=uniform, prober=prober).grow()
-            vocab = self._chat.vocab_size
-            return EntropyGrower(group, branching, samples, run_path=run_path, uniform=uniform, vocab_size=vocab).grow()
+                return GainTree(group, branching, samples, run_path=run_path, uniform=uniform, prober=prober).grow()
+            vocab = agent.chat.vocab_size
+            return EntropyTree(group, branching, samples, run_path=run_path, uniform=uniform, vocab_size=vocab).grow()
 
         try:
             parts = zip(groups, probers, seeds, strict=True)
@@ -167,7 +167,7 @@ class Rollouter:
             await asyncio.gather(*(prober.close() for prober in probers if prober is not None))
         for group, trajectories in zip(groups, ends, strict=True):
             group.trajectories = trajectories
-        _check_failures([end for trajectories in ends for end in trajectories], tallies["search"], self._config.max_failed_fraction)
+        _check_failures([end for trajectories in ends for end in trajectories], tallies[SEARCH], self._config.max_failed_fraction)
         return groups
 
     async def _close(self) -> None:
@@ -175,7 +175,7 @@ class Rollouter:
         for task in unfinished:
             task.cancel()
         await asyncio.gather(*unfinished, return_exceptions=True)
-        await asyncio.gather(self._search.close(), *(tool.close() for tool in self._tools.values()))
+        await asyncio.gather(*(tool.close() for tool in self._agent.tools.values()))
 
     def _seeds(self, groups: Sequence[RolloutGroup], asked: Counter[str]) -> list[int]:
         """What the sampling seeds of each group are derived from: the run's seed where its question is asked the first time in a step."""
@@ -188,50 +188,23 @@ class Rollouter:
 
     def _has_room(self, prompt: Prompt) -> bool:
         """Whether a question leaves room for a turn; the first that does not is logged."""
-        reason = too_long(prompt, self._chat, self._config)
+        reason = too_long(prompt, self._agent.chat, self._config)
         if reason is not None and not self._told_too_long:
             self._told_too_long = True
             logger.warning("question %s: %s. It is left out, as others like it will be", prompt.id, reason)
         return reason is None
 
     def _open(self, prompt: Prompt) -> RolloutGroup:
-        ids, text = self._chat.open(prompt.question)
+        ids, text = self._agent.chat.open(prompt.question)
         return RolloutGroup(prompt, [Node(None, "prompt", ids, text=text)])
 
-    async def _bounded(
-        self,
-        group: RolloutGroup,
-        prober: Prober | None,
-        search: SearchClient,
-        tools: Mapping[str, Tool],
-        start: Sequence[int],
-        seed: int,
-        sample: int | str,
-        watch: TurnWatch | None,
-        step: int,
-        temperature: float,
-    ) -> Trajectory:
+    async def _bounded(self, group: RolloutGroup, agent: Agent, plan: PathPlan) -> Trajectory:
         """A trajectory within its deadline; trouble of the engine, and whatever nobody expected, ends this one and no other."""
         try:
             async with asyncio.timeout(self._config.deadline_s) as deadline:
-                trajectory = await run_trajectory(
-                    group,
-                    engine=self._engine,
-                    search=search,
-                    tools=tools,
-                    chat=self._chat,
-                    config=self._config,
-                    prober=prober,
-                    temperature=temperature,
-                    probe_tokens=probe_tokens(group.prompt, self._chat),
-                    seed=seed,
-                    step=step,
-                    sample=sample,
-                    start=start,
-                    watch=watch,
-                )
-                if prober is not None:
-                    await prober.collect(trajectory.path)
+                trajectory = await run_trajectory(group, agent, plan)
+                if plan.prober is not None:
+                    await plan.prober.collect(trajectory.path)
                 return trajectory
         except EngineError as error:
             return Trajectory([0], Status.ENGINE_FAILED, reason=clean_text(str(error)))
@@ -240,7 +213,9 @@ class Rollouter:
         except Exception as error:  # noqa: BLE001  (one answer of a policy, a page or a peer must not take the whole step with it)
             if isinstance(error, TimeoutError) and deadline.expired():
                 return Trajectory([0], Status.ENGINE_FAILED, reason=f"not done within rollout.deadline_s={self._config.deadline_s:g}")
-            return Trajectory([0], Status.CRASHED, reason=self._crashes.record(f"sample {sample} of question {group.prompt.id}", error))
+            return Trajectory(
+                [0], Status.CRASHED, reason=self._crashes.record(f"sample {plan.sample} of question {group.prompt.id}", error)
+            )
 
     async def _alone(self, growing: Coroutine[Any, Any, list[Trajectory]], group: RolloutGroup, samples: int) -> list[Trajectory]:
         """A group's trajectories; where what decides on its forks raises what nobody expected, all of this group's have crashed."""

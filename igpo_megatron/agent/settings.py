@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -195,15 +195,20 @@ class Rollout(Section):
     """System message; null sends none. `{date}` becomes the date of the run's start. Where the chat template takes no system message, the
     text stands in the first user message."""
 
-    protocol: Literal["igpo", "search_r1", "arpo", "hermes"] = "igpo"
-    """How the policy writes calls and answers: IGPO's think + tool_call or answer, Search-R1's and ARPO's tags, or native tool calls of
-    Qwen and Hermes models."""
+    protocol: str = "igpo"
+    """How the policy writes calls and answers: `igpo` (think + tool_call or answer), `search_r1` and `arpo` (tags), `hermes` (native tool
+    calls of Qwen and Hermes models), or `package.module:name` of a ToolProtocol of yours, or of a function without arguments that gives
+    one."""
 
     tool_name: str = "web_search"
     """Name of the search tool in the prompt and in tool calls; protocols of tags (search_r1, arpo) always write `<search>`."""
 
-    extra_tools: tuple[Literal["visit", "python"], ...] = ()
-    """Tools beside search: `visit` reads web pages (section `visit`), `python` runs code (section `python`)."""
+    extra_tools: tuple[str, ...] = ()
+    """Tools beside search: `visit` reads web pages (section `visit`), `python` runs code (section `python`), and
+    `package.module:name` is a tool of yours."""
+
+    tool_options: dict[str, dict[str, Any]] = Field(default={})
+    """Name of a tool of yours -> what it is made with, e.g. `rollout.tool_options.calculator.digits=3`."""
 
     max_queries: PositiveInt = 3
     """Queries of one tool call that are used; further ones are dropped."""
@@ -256,12 +261,6 @@ class Rollout(Section):
 
     engine: Engine = Engine()
     """The engines."""
-
-    def problems(self) -> Iterator[str]:
-        if self.tool_name in ("visit", "python"):
-            yield f"rollout.tool_name={self.tool_name} is the name of another tool; search needs one of its own, such as search"
-        if len(set(self.extra_tools)) < len(self.extra_tools):
-            yield f"rollout.extra_tools={list(self.extra_tools)} names a tool more than once; name each once"
 
     def group_problems(self) -> Iterator[str]:
         """Why training groups cannot grow, close or be mended as they are asked to; evaluations draw independent samples."""

@@ -14,7 +14,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, ToolCall, Trajectory
+from igpo_megatron.types import SEARCH, Node, Prompt, RolloutGroup, Status, ToolCall, Trajectory, rename_search
+
+OUR_NAMES = "canonical_tool_names"
+"""Key in a stored group whose calls have our names of tools; older ones have the policy's spelling of search."""
 
 REPLAYED = "replayed"
 """Key in `RolloutGroup.metrics`: trajectories of the group that come from an earlier step."""
@@ -67,13 +70,17 @@ class SuccessBuffer:
 
     def state(self) -> str:
         """For a checkpoint: compressed JSON as text, a few bytes per token."""
-        rows = [asdict(group) for group in self.successes.values()]
+        rows = [{**asdict(group), OUR_NAMES: True} for group in self.successes.values()]
         return base64.b64encode(zlib.compress(json.dumps(rows, separators=(",", ":")).encode())).decode()
 
-    def load_state(self, state: str) -> None:
-        """Restore a `state`, with this buffer's own capacity."""
+    def load_state(self, state: str, *, search: str = SEARCH) -> None:
+        """Restore a `state`, with this buffer's own capacity. `search`: the name of search in states that are older than our names."""
         rows = json.loads(zlib.decompress(base64.b64decode(state)))
-        restored = [_group(row) for row in rows[max(len(rows) - self.capacity, 0) :]]
+        rows = rows[max(len(rows) - self.capacity, 0) :]
+        restored = [_group(row) for row in rows]
+        for row, group in zip(rows, restored, strict=True):
+            if OUR_NAMES not in row:
+                rename_search(group, search)
         self.successes = {group.prompt.id: group for group in restored}
 
 

@@ -18,12 +18,12 @@ from itertools import pairwise
 from pathlib import Path
 
 from igpo_megatron.algorithms.settings import Reward
-from igpo_megatron.chat.protocols.base import ToolProtocol
 from igpo_megatron.chat.protocols.igpo import well_formed_answer
-from igpo_megatron.chat.protocols.registry import PROTOCOLS
+from igpo_megatron.chat.protocols.registry import protocol_of
+from igpo_megatron.config.schema import Config
 from igpo_megatron.data.normalisation import normalise, normalise_squad
 from igpo_megatron.settings import is_hook, load_hook
-from igpo_megatron.types import RolloutGroup, Status, Trajectory, UserError
+from igpo_megatron.types import SEARCH, RolloutGroup, Status, Trajectory, UserError
 from igpo_megatron.untrusted import BadJson, json_loads_untrusted
 
 ALIAS_SEPARATOR = "<|answer_split|>"
@@ -166,27 +166,27 @@ def tools_that_returned(group: RolloutGroup, trajectory: Trajectory) -> set[str]
     return {before.call.name for before, after in pairwise(nodes) if before.call is not None and after.kind == "observation"}
 
 
-def score(group: RolloutGroup, config: Reward, protocol: ToolProtocol = PROTOCOLS["igpo"], search_tool: str = "search") -> None:
+def score(group: RolloutGroup, config: Config) -> None:
     """Fill `reward` and `reward_parts` of every trainable trajectory; the others keep 0 and no parts.
 
     Parts are format_ok, f1 and em by IGPO's rules, and the outcome under its own name where that is neither.
 
     Well-formed means: status FINISHED, and an answer by the protocol's own check of the model's own text. Anything else earns
-    `config.format_penalty`. `config.overlong` is added to either. `search_tool`: the search tool's name, for `config.tool_bonus`.
+    `reward.format_penalty`. `reward.overlong` is added to either.
     """
-    answers = group.prompt.answers
+    answers, reward, protocol = group.prompt.answers, config.reward, protocol_of(config.rollout)
     for trajectory in group.trajectories:
         if not trajectory.status.is_trainable:
             continue
         answer = protocol.final_answer(own_turns(group, trajectory)) if trajectory.status == Status.FINISHED else None
         if answer is None:
-            trajectory.reward = config.format_penalty
-            trajectory.reward_parts = {"f1": 0.0, "em": 0.0, config.outcome: 0.0, "format_ok": 0.0}
+            trajectory.reward = reward.format_penalty
+            trajectory.reward_parts = {"f1": 0.0, "em": 0.0, reward.outcome: 0.0, "format_ok": 0.0}
         else:
-            outcome = trajectory.reward = outcome_of(config)(answer, answers)
-            if trajectory.reward > 0 and {search_tool, "python"} <= tools_that_returned(group, trajectory):
-                trajectory.reward += config.tool_bonus
+            outcome = trajectory.reward = outcome_of(reward)(answer, answers)
+            if trajectory.reward > 0 and {SEARCH, "python"} <= tools_that_returned(group, trajectory):
+                trajectory.reward += reward.tool_bonus
             parts = {"f1": f1(answer, answers), "em": exact_match(answer, answers)}
-            trajectory.reward_parts = {**parts, config.outcome: outcome, "format_ok": 1.0}
-        if config.overlong is not None:
-            trajectory.reward += overlong_penalty(sum(len(node.token_ids) for node in group.actions(trajectory)), *config.overlong)
+            trajectory.reward_parts = {**parts, reward.outcome: outcome, "format_ok": 1.0}
+        if reward.overlong is not None:
+            trajectory.reward += overlong_penalty(sum(len(node.token_ids) for node in group.actions(trajectory)), *reward.overlong)

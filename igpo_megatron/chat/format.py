@@ -19,15 +19,15 @@ from typing import Any
 
 from igpo_megatron.agent.settings import Rollout
 from igpo_megatron.algorithms.settings import Reward
-from igpo_megatron.chat.protocols.base import ALL_TAGS, Action, Answer, Malformed, ToolSet
-from igpo_megatron.chat.protocols.igpo import parse_action
+from igpo_megatron.chat.protocols.base import ALL_TAGS, Action, Answer, Malformed
 from igpo_megatron.chat.protocols.json_calls import tool_instructions, tool_schemas
-from igpo_megatron.chat.protocols.registry import PROTOCOLS
+from igpo_megatron.chat.protocols.registry import protocol_of, tool_set
 from igpo_megatron.chat.template import USER, Frame, Message, Quoting, Template
 from igpo_megatron.chat.turn_ends import turn_ends
+from igpo_megatron.types import ToolCall
 from igpo_megatron.untrusted import clean_text
 
-__all__ = ["Action", "Answer", "ChatFormat", "Malformed", "parse_action"]
+__all__ = ["Action", "Answer", "ChatFormat", "Malformed"]
 
 FORCED_TEXT = "<think>"
 
@@ -40,8 +40,7 @@ class ChatFormat:
         now = now or datetime.now(UTC)
         self._tokenizer = tokenizer
         self._rollout, self._reward = rollout, reward
-        self.protocol = PROTOCOLS[rollout.protocol]
-        self._tools = ToolSet(rollout.tool_name, rollout.max_queries, rollout.extra_tools)
+        self.protocol, self._tools = protocol_of(rollout), tool_set(rollout)
         native = rollout.tool_in_prompt and self.protocol.tool_messages
         self.template = Template(tokenizer, tool_schemas(self._tools) if native else (), now, has_system=rollout.system_prompt is not None)
         self.turn_ends = turn_ends(tokenizer, self.template)
@@ -121,16 +120,6 @@ class ChatFormat:
         place = before.index(ended_by) if ended_by in self.turn_ends and ended_by in before else -1
         return before[place + 1 :] if not self._tokenizer.decode(before[: max(place, 0)]).strip() else before
 
-    @property
-    def forced_ids(self) -> list[int]:
-        """Ids of the first turn's opening."""
-        return self.opening(1)[0]
-
-    @property
-    def forced_text(self) -> str:
-        """Text of the first turn's opening."""
-        return self.opening(1)[1]
-
     def open(self, question: str) -> tuple[list[int], str]:
         """The prompt's ids and text: system message, tools, question, and the assistant's first message up to its opening."""
         text = self.template.open(self.messages(question))
@@ -167,13 +156,8 @@ class ChatFormat:
         length = bisect_right(range(1, len(text) + 1), room, key=lambda length: len(self._encode_foreign(self._quoting(text[:length]))))
         return self._encode_foreign(self._quoting(text[:length])), text[:length]
 
-    @property
-    def frame_tokens(self) -> int:
-        """Ids of an empty tool message."""
-        return self.frame_size(None)
-
-    def frame_size(self, ended_by: int | None) -> int:
-        """Ids of an empty tool message behind a turn that `ended_by` ended."""
+    def frame_size(self, ended_by: int | None = None) -> int:
+        """Ids of an empty tool message; `ended_by` as above."""
         return sum(map(len, self.frame_ids(ended_by)))
 
     def count_tokens(self, text: str) -> int:
@@ -219,6 +203,14 @@ class ChatFormat:
     def vocab_size(self) -> int:
         """One more than the last token that the policy can write."""
         return max(self._tokenizer.get_vocab().values()) + 1
+
+    def tool_name(self, name: str) -> str:
+        """What the policy calls a tool that we call `name`."""
+        return self._tools.renamed(name)
+
+    def write(self, thought: str, action: ToolCall | Answer) -> str:
+        """The turn that `parse` reads as that action. Raises ValueError as the protocol's `write`."""
+        return self.protocol.write(thought, action, self._tools)
 
     def parse(self, text: str) -> Action:
         """What a turn asks for; `text` includes the turn's opening. A turn that writes the template's own tokens forges a message."""

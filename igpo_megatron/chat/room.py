@@ -14,7 +14,7 @@ def probe_tokens(prompt: Prompt, chat: ChatFormat) -> int:
 
 def too_long(prompt: Prompt, chat: ChatFormat, config: Rollout) -> str | None:
     """Why not one token of a first turn fits behind a question; None where one does."""
-    asked = len(chat.open(prompt.question)[0]) + len(chat.forced_ids)
+    asked = len(chat.open(prompt.question)[0]) + len(chat.opening(1)[0])
     kept_free = probe_tokens(prompt, chat)
     if asked + kept_free < config.max_context:
         return None

@@ -13,17 +13,9 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from igpo_megatron.algorithms.settings import algorithm_problems
-from igpo_megatron.config.load import ConfigError
 from igpo_megatron.config.schema import Config
 from igpo_megatron.policy.settings import divisors, layout_problems, num_experts
 from igpo_megatron.settings import Section
-
-
-def require(config: Config, world_size: int | None, local_world_size: int | None = None) -> None:
-    """Raise ConfigError with every problem that `check` finds."""
-    problems = check(config, world_size=world_size, local_world_size=local_world_size)
-    if problems:
-        raise ConfigError(problems)
 
 
 def check(config: Config, *, world_size: int | None, local_world_size: int | None = None) -> list[str]:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from igpo_megatron.agent.trajectory import run_trajectory
+from igpo_megatron.agent.trajectory import Agent, PathPlan, run_trajectory
 from igpo_megatron.algorithms.info_gain import add_probes
 from igpo_megatron.chat.format import Answer, ChatFormat
 from igpo_megatron.chat.template import ASSISTANT, TOOL, TemplateProblem
@@ -22,7 +22,8 @@ from igpo_megatron.chat.tokenizer import load_tokenizer
 from igpo_megatron.config.schema import Config
 from igpo_megatron.data.corpus import Passage
 from igpo_megatron.search.results import SearchResult, SearchStatus
-from igpo_megatron.types import Completion, Node, ProbeScore, Prompt, RolloutGroup, ToolCall
+from igpo_megatron.tools.search_tool import SearchTool
+from igpo_megatron.types import SEARCH, Completion, Node, ProbeScore, Prompt, RolloutGroup, ToolCall
 
 Source = Literal["template", "instruction", "forced", "sampled", "result", "probe"]
 
@@ -62,16 +63,16 @@ class Piece:
 class ScriptedPolicy:
     """Searches in its first turn and answers in its second, as the protocol writes it."""
 
-    def __init__(self, chat: ChatFormat, tokenizer: Any, tool_name: str) -> None:
+    def __init__(self, chat: ChatFormat, tokenizer: Any) -> None:
         self._chat, self._tokenizer = chat, tokenizer
-        script: list[ToolCall | Answer] = [ToolCall(tool_name, ("author of Hamlet",)), Answer(ANSWER)]
+        script: list[ToolCall | Answer] = [ToolCall(SEARCH, ("author of Hamlet",)), Answer(ANSWER)]
         self._actions = iter(script)
         self._turn = 0
 
     async def generate(self, token_ids: list[int], **_: object) -> Completion:
         """The next turn, without its given opening."""
         self._turn += 1
-        text = self._chat.protocol.write("I think so.", next(self._actions))
+        text = self._chat.write("I think so.", next(self._actions))
         opening = self._chat.opening(self._turn)[1]
         ids = self._tokenizer.encode(text.removeprefix(opening.strip()), add_special_tokens=False)
         ended = bool(self._chat.protocol.stop) and text.endswith(self._chat.protocol.stop)
@@ -99,21 +100,9 @@ def converse(config: Config, chat: ChatFormat, tokenizer: Any) -> RolloutGroup:
     rollout = config.rollout.model_copy(update={"max_turns": 2, "max_context": 2**20, "max_tokens_per_turn": 2**10})
     ids, text = chat.open(QUESTION)
     group = RolloutGroup(Prompt("doctor-chat", QUESTION, (ANSWER,), "doctor"), [Node(None, "prompt", ids, text=text)])
-    grown = run_trajectory(
-        group,
-        engine=ScriptedPolicy(chat, tokenizer, rollout.tool_name),
-        search=ScriptedSearch(tokenizer.decode([chat.end_of_turn])),
-        tools={},
-        chat=chat,
-        config=rollout,
-        prober=None,
-        temperature=0.0,
-        probe_tokens=0,
-        seed=0,
-        step=0,
-        sample=0,
-    )
-    group.trajectories = [asyncio.run(grown)]
+    search = SearchTool(ScriptedSearch(tokenizer.decode([chat.end_of_turn])), chat.protocol.hit)
+    agent = Agent(ScriptedPolicy(chat, tokenizer), {SEARCH: search}, chat, rollout)
+    group.trajectories = [asyncio.run(run_trajectory(group, agent, PathPlan(0, seed=0, salt=0, temperature=0.0)))]
     add_probes(group, chat.render_probe, config.reward, chat.render_hidden_probe)
     return group
 

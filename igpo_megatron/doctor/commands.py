@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from checkpoint_conversion.commands import HfOption, MegatronOption
-from igpo_megatron.config.checks import require
 from igpo_megatron.config.load import load
 from igpo_megatron.supervision.offline import stay_offline
 
@@ -35,6 +34,7 @@ def probes(
     """Score the same ground-truth probes by every scorer (fold, batched, sequential, engine) and show that they agree."""
     from igpo_megatron.doctor import probes as probe_check
     from igpo_megatron.policy.parallel import on_this_machine
+    from igpo_megatron.training.checks import require
 
     stay_offline()
     settings = load(config, overrides or [])

@@ -21,11 +21,12 @@ from rich.table import Column, Table
 
 from igpo_megatron.config.schema import Config
 from igpo_megatron.data.question_files import read_prompts
-from igpo_megatron.search.client import CLIENTS
+from igpo_megatron.search.registry import backend_of, key_variable
 from igpo_megatron.search.results import SearchClient, SearchStatus, SearchStopped, normalise
 from igpo_megatron.search.settings import Search
 from igpo_megatron.tools.python.tool import PythonTool
-from igpo_megatron.tools.tally import Tally, TallyClient, TallyTool, percentile
+from igpo_megatron.tools.search_tool import SearchTool
+from igpo_megatron.tools.tally import Tally, TallyTool, percentile
 from igpo_megatron.tools.visit.reader import PageReader
 from igpo_megatron.types import UserError
 
@@ -35,18 +36,8 @@ PAGES = 8
 FEWEST = 4
 """Fewest calls per stage."""
 
-LOCAL = ("bm25", "dense")
-"""Back-ends inside this process: `search.max_concurrency` and `search.timeout_s` do not concern them."""
-
 _ASPECTS = (
-    "capital of",
-    "population of",
-    "history of",
-    "largest city in",
-    "currency of",
-    "highest mountain in",
-    "languages of",
-    "climate of",
+    *("capital of", "population of", "history of", "largest city in", "currency of", "highest mountain in", "languages of", "climate of"),
 )
 _PLACES = (
     *("Norway", "Peru", "Kenya", "Japan", "Iran", "Canada", "Chile", "India", "Ghana", "Greece", "Poland", "Cuba"),
@@ -174,7 +165,7 @@ async def check_search(
     pages: dict[str, None] = {}
 
     async def ask(tally: Tally, number: int) -> None:
-        for result in await TallyClient(client, tally).search([queries[number]]):
+        for result in (await TallyTool(SearchTool(client), tally).use([queries[number]])).results:
             pages.update(dict.fromkeys(p.doc_id for p in result.passages[:1] if p.doc_id.startswith(("http://", "https://"))))
 
     return await climb(stages, ask, on_call), list(pages)
@@ -182,7 +173,7 @@ async def check_search(
 
 def search_advice(config: Config, levels: Sequence[Level]) -> list[str]:
     """Recommendations for the settings of `search` from the measured levels."""
-    search, top = config.search, levels[-1]
+    search, top, local = config.search, levels[-1], backend_of(config.search).in_process
     clean = [level for level in levels if not level.fails]
     failures = top.tally.failures.most_common(1)
     if not clean:
@@ -198,7 +189,7 @@ def search_advice(config: Config, levels: Sequence[Level]) -> list[str]:
             said.append(
                 f"Or set search.rate_per_s to your plan's; {_rate(clean[-1].answers_per_s)} per second were answered without errors."
             )
-    elif search.backend in LOCAL:
+    elif local:
         said.append(f"{search.backend} runs in this process; nothing to set.")
     elif top.at_once < search.max_concurrency:
         needed = num_calls(plan(search.max_concurrency, 10**9))
@@ -209,12 +200,12 @@ def search_advice(config: Config, levels: Sequence[Level]) -> list[str]:
         said.append(f"search.max_concurrency={search.max_concurrency} is safe: no errors at {top.at_once} at once.")
     enough = next(level for level in clean if level.answers_per_s >= 0.9 * best.answers_per_s)
     last = clean[-1]
-    if search.backend not in LOCAL and 2 * enough.at_once < last.at_once:
+    if not local and 2 * enough.at_once < last.at_once:
         said.append(
             f"search.max_concurrency={enough.at_once} would be enough: {last.at_once} at once bring {_rate(last.answers_per_s)} answers "
             f"per second, {enough.at_once} bring {_rate(enough.answers_per_s)}."
         )
-    if search.backend not in LOCAL and last.p95_s > search.timeout_s / 2:
+    if not local and last.p95_s > search.timeout_s / 2:
         said.append(
             f"Raise search.timeout_s={search.timeout_s:g} to {3 * last.p95_s:.0f}: at {last.at_once} at once p95 is {last.p95_s:.1f} s, "
             "so slow answers would soon count as failures."
@@ -277,7 +268,7 @@ async def check(config: Config, budget: int, pages: Sequence[str], console: Cons
     console.print(announcement(config, stages), soft_wrap=True)
     with console.status(f"opening search.backend={config.search.backend}"):
         queries = questions(config, calls)
-        client = CLIENTS[config.search.backend](live(config.search, calls))
+        client = backend_of(config.search).open(live(config.search, calls))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
 
@@ -329,7 +320,8 @@ async def _python(config: Config, advancing: Callable[[str, int], Callable[[], N
 def announcement(config: Config, stages: Sequence[Stage]) -> str:
     """What will be queried; printed before the first query."""
     levels = ", ".join(str(stage.at_once) for stage in stages)
-    billed = f" Each counts at the provider of {config.search.key_variable}." if config.search.key_variable else ""
+    variable = key_variable(config.search)
+    billed = f" Each counts at the provider of {variable}." if variable else ""
     visits = f" At most {PAGES} pages are visited." if "visit" in config.rollout.extra_tools else ""
     return (
         f"search.backend={config.search.backend} gets at most {num_calls(stages)} queries, {levels} at once, past any cache; "

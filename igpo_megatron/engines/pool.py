@@ -20,7 +20,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
-from igpo_megatron.chat.protocols.registry import PROTOCOLS
+from igpo_megatron.chat.protocols.registry import protocol_of
 from igpo_megatron.chat.tokenizer import embedding_rows, load_tokenizer
 from igpo_megatron.chat.turn_ends import sampling_limits, stop_tokens
 from igpo_megatron.config.schema import Config
@@ -60,7 +60,7 @@ class EnginePool:
         embedding = embedding_rows(config.model.path)
         self._stop_tokens = stop_tokens(tokenizer, embedding)
         self._limits = sampling_limits(tokenizer, embedding)
-        self._stop_strings = PROTOCOLS[config.rollout.protocol].stop
+        self._stop_strings = protocol_of(config.rollout).stop
         self._cluster: RayCluster | None = None
         self._weights: SharedWeights | None = None
         self._fleet: Fleet | None = None

@@ -150,7 +150,8 @@ class _LinearLogprob(torch.autograd.Function):
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, call: _Call
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         local = local_targets(targets, call.vocab_start, call.valid)
-        record = call.partials(hidden, weight, local, call.valid, call.temperature, call.need_entropy, call.workspace)
+        shard = torch_chunked.Shard(hidden, weight, local, call.valid, call.temperature, call.workspace)
+        record = call.partials(shard, call.need_entropy)
         logp, entropy, lse = merge(record, call.need_entropy, call.tp_group)
         ignored = targets < 0
         ctx.save_for_backward(hidden, weight, local, ignored, lse, entropy)
@@ -168,8 +169,8 @@ class _LinearLogprob(torch.autograd.Function):
         coefficients = torch.stack((lse, g, e - g - h * entropy, h), -1)
         call = ctx.call
         need_hidden, need_weight = ctx.needs_input_grad[:2]
-        found = call.gradients(hidden, weight, local, call.valid, call.temperature, coefficients, need_hidden, need_weight, call.workspace)
-        return *found, None, None
+        shard = torch_chunked.Shard(hidden, weight, local, call.valid, call.temperature, call.workspace)
+        return *call.gradients(shard, coefficients, need_hidden, need_weight), None, None
 
 
 class _GatherRows(torch.autograd.Function):

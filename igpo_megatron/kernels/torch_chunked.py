@@ -15,71 +15,66 @@ Backward recomputes z. With upstream gradients g of logp, h of the entropy, e of
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 CHUNK_BYTES = 16 * 2**20
 """Most of one chunk of logits on CPU, where larger ones leave the caches; two are alive at a time."""
 
 
-def partials(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    local_targets: torch.Tensor,
-    valid: int,
-    temperature: float,
-    need_entropy: bool,
-    workspace: int,
-) -> torch.Tensor:
-    """Record (m, s, u, t) of this shard for every row.
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """N targets before one rank's rows of the vocabulary."""
 
-    Args:
-        hidden: [N, H].
-        weight: [v, H], the same dtype.
-        local_targets: [N] int64, row of `weight`; -1 where the target is not in this shard.
-        valid: number of leading rows of `weight` that are tokens; the others count as -inf.
-        temperature: logits are divided by it.
-        need_entropy: u is 0 without it.
-        workspace: bytes of one chunk of logits at most (on CPU also CHUNK_BYTES), at least one row's; two are alive at a time.
+    hidden: torch.Tensor
+    """[N, H]"""
 
-    Returns:
-        [N, 4] in `accumulator(hidden.dtype)`, nats.
-    """
+    weight: torch.Tensor
+    """[v, H], the same dtype."""
+
+    targets: torch.Tensor
+    """[N] int64, row of `weight`; -1 where the target is not in this shard."""
+
+    valid: int
+    """Number of leading rows of `weight` that are tokens; the others count as -inf."""
+
+    temperature: float
+    """Logits are divided by it."""
+
+    workspace: int
+    """Bytes of one chunk of logits at most (on CPU also CHUNK_BYTES), at least one row's; two are alive at a time."""
+
+
+def partials(shard: Shard, need_entropy: bool) -> torch.Tensor:
+    """Record (m, s, u, t) of this shard for every row, [N, 4] in `accumulator(hidden.dtype)`, nats; without `need_entropy` u is 0."""
+    hidden, valid = shard.hidden, shard.valid
     record = empty_records(hidden)
     if not valid:
         return record
-    used = widened(weight[:valid])
-    for part in _row_chunks(hidden, valid, workspace):
-        z = matmul(widened(hidden[part]), used.t()).div_(temperature)
-        record[part] = _records(z, local_targets[part], need_entropy)
+    used = widened(shard.weight[:valid])
+    for part in _row_chunks(hidden, valid, shard.workspace):
+        z = matmul(widened(hidden[part]), used.t()).div_(shard.temperature)
+        record[part] = _records(z, shard.targets[part], need_entropy)
     return record
 
 
 def gradients(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    local_targets: torch.Tensor,
-    valid: int,
-    temperature: float,
-    coefficients: torch.Tensor,
-    need_hidden: bool,
-    need_weight: bool,
-    workspace: int,
+    shard: Shard, coefficients: torch.Tensor, need_hidden: bool, need_weight: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """This shard's part of the gradient of `hidden` [N, H], and the gradient of `weight` [v, H]; None where not needed.
 
-    Args:
-        coefficients: [N, 4], per row (lse, g, a, h) of the formula above; the other arguments as in `partials`.
-
-    Both are accumulated in fp32 and returned in the inputs' dtype.
+    `coefficients` [N, 4]: per row (lse, g, a, h) of the formula above. Both are accumulated in fp32 and returned in the inputs' dtype.
     """
+    hidden, weight, valid = shard.hidden, shard.weight, shard.valid
     grad_hidden = torch.zeros_like(hidden) if need_hidden else None
     grad_weight = torch.zeros_like(weight, dtype=accumulator(weight.dtype)) if need_weight else None
     if valid and len(hidden):
         used = widened(weight[:valid])
-        for part in _row_chunks(hidden, valid, workspace):
+        for part in _row_chunks(hidden, valid, shard.workspace):
             rows = widened(hidden[part])
-            z = matmul(rows, used.t()).div_(temperature)
-            dz = _slopes(z, local_targets[part], coefficients[part]).div_(temperature).to(rows.dtype)
+            z = matmul(rows, used.t()).div_(shard.temperature)
+            dz = _slopes(z, shard.targets[part], coefficients[part]).div_(shard.temperature).to(rows.dtype)
             if grad_hidden is not None:
                 grad_hidden[part] = matmul(dz, used)
             if grad_weight is not None:

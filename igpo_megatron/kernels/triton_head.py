@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from igpo_megatron.kernels import triton_stream
-from igpo_megatron.kernels.torch_chunked import accumulate, empty_records, matmul
+from igpo_megatron.kernels.torch_chunked import Shard, accumulate, empty_records, matmul
 from igpo_megatron.kernels.triton_stream import MASKED
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -111,22 +111,15 @@ def _logits_to_dz(
     tl.store(dz + at, (slope * inverse_temperature).to(dz.dtype.element_ty), mask=mask)
 
 
-def chunked_partials(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    local_targets: torch.Tensor,
-    valid: int,
-    temperature: float,
-    need_entropy: bool,
-    workspace: int,
-) -> torch.Tensor:
+def chunked_partials(shard: Shard, need_entropy: bool) -> torch.Tensor:
     """`torch_chunked.partials` by GEMMs into chunks of FORWARD_BYTES or `workspace` bytes, whichever is less."""
+    hidden, valid = shard.hidden, shard.valid
     record = empty_records(hidden)
-    shape = _chunk_shape(len(hidden), valid, FORWARD_ROWS, min(workspace, FORWARD_BYTES))
+    shape = _chunk_shape(len(hidden), valid, FORWARD_ROWS, min(shard.workspace, FORWARD_BYTES))
     buffer = _workspace(hidden, shape, torch.float32)
     for rows, columns in _chunks(len(hidden), valid, shape):
-        logits = _matmul_into(buffer, hidden[rows], weight[columns].t())
-        _fold(logits, local_targets[rows], record[rows], columns.start, temperature, need_entropy)
+        logits = _matmul_into(buffer, hidden[rows], shard.weight[columns].t())
+        _fold(logits, shard.targets[rows], record[rows], columns.start, shard.temperature, need_entropy)
     return record
 
 
@@ -138,26 +131,19 @@ FORWARDS: dict[str, Callable[..., torch.Tensor]] = {
 
 
 def gradients(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    local_targets: torch.Tensor,
-    valid: int,
-    temperature: float,
-    coefficients: torch.Tensor,
-    need_hidden: bool,
-    need_weight: bool,
-    workspace: int,
+    shard: Shard, coefficients: torch.Tensor, need_hidden: bool, need_weight: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """`torch_chunked.gradients`, chunk by chunk of columns, so that a chunk of the weight's gradient is written once.
 
     Beside the `workspace` bytes of logits there are dz (in 16 bits half of that) and, where there are several blocks of rows, this chunk of
     the weight's gradient in fp32. One block is written as it is summed: of few rows a chunk has so many columns that it may be the whole.
     """
+    hidden, weight, valid = shard.hidden, shard.weight, shard.valid
     grad_hidden = hidden.new_zeros(hidden.shape, dtype=torch.float32) if need_hidden else None
     grad_weight = torch.empty_like(weight) if need_weight else None
     if grad_weight is not None:
         grad_weight[valid if len(hidden) else 0 :] = 0.0
-    shape = _chunk_shape(len(hidden), valid, ROW_BLOCK, workspace)
+    shape = _chunk_shape(len(hidden), valid, ROW_BLOCK, shard.workspace)
     buffer = _workspace(hidden, shape, torch.float32)
     narrow = None if hidden.dtype == torch.float32 else _workspace(hidden, shape, hidden.dtype)
     chunk: torch.Tensor | None = None
@@ -166,7 +152,9 @@ def gradients(
         count, width = logits.shape
         dz = logits if narrow is None else narrow[: count * width].view(count, width)
         grid = (triton.cdiv(count, BLOCK["BLOCK_R"]), triton.cdiv(width, BLOCK["BLOCK"]))
-        _logits_to_dz[grid](logits, dz, local_targets[rows], coefficients[rows], count, width, columns.start, 1.0 / temperature, **BLOCK)
+        _logits_to_dz[grid](
+            logits, dz, shard.targets[rows], coefficients[rows], count, width, columns.start, 1.0 / shard.temperature, **BLOCK
+        )
         if grad_hidden is not None:
             accumulate(grad_hidden[rows], dz, weight[columns])
         if grad_weight is not None and count == len(hidden):

@@ -34,7 +34,7 @@ import torch
 import triton
 import triton.language as tl
 
-from igpo_megatron.kernels.torch_chunked import empty_records
+from igpo_megatron.kernels.torch_chunked import Shard, empty_records
 
 logger = logging.getLogger(__name__)
 
@@ -265,20 +265,12 @@ def _fold_splits(records, record, rows, splits, BLOCK_R: tl.constexpr, SPLITS: t
     tl.store(out + 3, tl.max(picked, 0), mask=row < rows)
 
 
-def partials(
-    form: str,
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    local_targets: torch.Tensor,
-    valid: int,
-    temperature: float,
-    need_entropy: bool,
-    workspace: int,
-) -> torch.Tensor:
+def partials(form: str, shard: Shard, need_entropy: bool) -> torch.Tensor:
     """`torch_chunked.partials` in one of TILES' forms; scratch is [splits, N, 4], so `workspace` goes unused.
 
     Where TMA cannot serve these tensors, `fused` runs, and the log says why.
     """
+    hidden, weight, valid = shard.hidden, shard.weight, shard.valid
     rows = len(hidden)
     if not valid or not rows:
         return empty_records(hidden)
@@ -294,8 +286,8 @@ def partials(
     programs = tile.resident * _multiprocessors(hidden.device)
     tiles_per_split, splits = split_vocabulary(row_tiles, tiles, programs)
     records = hidden.new_empty((splits, rows, 4), dtype=torch.float32)
-    numbers = (rows, valid, hidden.stride(0), weight.stride(0), 1.0 / temperature, tiles_per_split, row_tiles, splits)
-    arguments = (hidden, weight, local_targets, records, *numbers, _group(hidden, tile), hidden.shape[1])
+    numbers = (rows, valid, hidden.stride(0), weight.stride(0), 1.0 / shard.temperature, tiles_per_split, row_tiles, splits)
+    arguments = (hidden, weight, shard.targets, records, *numbers, _group(hidden, tile), hidden.shape[1])
     constants = {"ENTROPY": need_entropy, "PRECISION": "ieee" if hidden.dtype == torch.float32 else "tf32"}
     if form == "fused":
         _stream[(row_tiles * splits,)](*arguments, **constants, EVEN=hidden.shape[1] % tile.k == 0, **tile.launch)

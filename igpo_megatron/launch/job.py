@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from igpo_megatron.config.checks import check
 from igpo_megatron.config.schema import Config
 from igpo_megatron.engines.ray_cluster import visible_devices
 from igpo_megatron.launch.agent import RANK_MODULE
@@ -28,6 +27,7 @@ from igpo_megatron.launch.preflight import Facts, busy_port, disagreements, fact
 from igpo_megatron.launch.processes import Child
 from igpo_megatron.policy.parallel import on_this_machine, wants_cuda
 from igpo_megatron.supervision.leftovers import claim, remove_abandoned
+from igpo_megatron.training.checks import check
 from igpo_megatron.types import UserError
 
 _TEMPORARY_PREFIX = "igpo-node-"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, pstdev
 from typing import Any, TypeVar
 
-from igpo_megatron.types import Node, RolloutGroup, Status, Trajectory
+from igpo_megatron.types import SEARCH, Node, RolloutGroup, Status, Trajectory
 
 _SAME = 1e-9
 _LARGEST_LOG_RATIO = 20.0
@@ -22,11 +22,8 @@ TOOL_CALLS = {"visits": "visit", "python_calls": "python"}
 """Metric -> tool whose calls it counts; absent without calls."""
 
 
-def rollout_metrics(groups: Sequence[RolloutGroup], tool_name: str) -> dict[str, float]:
-    """Means over trained trajectories, shares of all trajectories, or means over groups; what was not measured is absent.
-
-    `tool_name`: name of the search tool in the prompt.
-    """
+def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
+    """Means over trained trajectories, shares of all trajectories, or means over groups; what was not measured is absent."""
     ends = [trajectory for group in groups for trajectory in group.trajectories]
     trained = [(group, trajectory) for group in groups for trajectory in group.trained]
     scored = [trajectory for _, trajectory in trained]
@@ -48,7 +45,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup], tool_name: str) -> dict[str,
         metrics[part] = fmean(end.reward_parts.get(part, 0.0) for end in scored)
     actions = [group.actions(end) for group, end in trained]
     metrics["turns"] = fmean(len(nodes) for nodes in actions)
-    metrics["searches"] = fmean(num_calls(nodes, tool_name) for nodes in actions)
+    metrics["searches"] = fmean(num_calls(nodes, SEARCH) for nodes in actions)
     for name, tool in TOOL_CALLS.items():
         if calls := fmean(num_calls(nodes, tool) for nodes in actions):
             metrics[name] = calls

@@ -20,7 +20,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from igpo_megatron.supervision.leftovers import whole
-from igpo_megatron.types import BranchPoint, Node, Prompt, RolloutGroup, Status, ToolCall, Trajectory, UserError, ValuePoint
+from igpo_megatron.types import (
+    SEARCH,
+    BranchPoint,
+    Node,
+    Prompt,
+    RolloutGroup,
+    Status,
+    ToolCall,
+    Trajectory,
+    UserError,
+    ValuePoint,
+    rename_search,
+)
 
 Point = TypeVar("Point", BranchPoint, ValuePoint)
 
@@ -78,6 +90,9 @@ VALUE_POINTS = _points("value_points", ValuePoint)
 EXPERTS = pa.field("experts", pa.list_(pa.list_(pa.binary())))
 """One list per node, empty if it has none; the outer list is empty if no node has any."""
 
+OUR_NAMES = {b"tool_names": b"canonical"}
+"""Metadata of files whose calls have our names of tools; in older ones search has the policy's spelling."""
+
 LATER = (BRANCH_POINTS, VALUE_POINTS, EXPERTS)
 """Columns that older files lack."""
 
@@ -91,7 +106,8 @@ SCHEMA = pa.schema(
         BRANCH_POINTS,
         VALUE_POINTS,
         EXPERTS,
-    ]
+    ],
+    metadata=OUR_NAMES,
 )
 SPLIT_COLUMNS = [f"nodes.list.element.{name}.list.element" for name in ("behavior_logprobs", "old_logprobs", "ref_logprobs")]
 DICTIONARY_COLUMNS = [
@@ -111,13 +127,14 @@ def write_rollouts(path: Path, step: int, groups: Iterable[RolloutGroup]) -> Non
             writer.write_batch(_columns(step, chunk))
 
 
-def read_rollouts(path: Path, max_groups: int | None = None) -> Iterator[tuple[int, list[RolloutGroup]]]:
+def read_rollouts(path: Path, max_groups: int | None = None, *, search: str = SEARCH) -> Iterator[tuple[int, list[RolloutGroup]]]:
     """Yield `(step, groups)` in file order, decoding about a thousand groups at a time.
 
-    Consecutive groups of one step come together; with `max_groups`, in parts of at most that many. Raises UserError at once for a file
-    that is missing, not parquet, or not a rollout file, and while iterating for a damaged group.
+    Consecutive groups of one step come together; with `max_groups`, in parts of at most that many. `search`: the name of search in older
+    files, whose calls do not have our names (`rollout.tool_name`). Raises UserError at once for a file that is missing, not parquet, or
+    not a rollout file, and while iterating for a damaged group.
     """
-    return _steps(_rows(path, _open(path), min(ROWS, max_groups or ROWS)), max_groups)
+    return _steps(_rows(path, _open(path), min(ROWS, max_groups or ROWS), search), max_groups)
 
 
 def _steps(rows: Iterable[tuple[int, RolloutGroup]], max_groups: int | None) -> Iterator[tuple[int, list[RolloutGroup]]]:
@@ -126,8 +143,9 @@ def _steps(rows: Iterable[tuple[int, RolloutGroup]], max_groups: int | None) -> 
             yield step, part
 
 
-def _rows(path: Path, file: pq.ParquetFile, batch_size: int) -> Iterator[tuple[int, RolloutGroup]]:
+def _rows(path: Path, file: pq.ParquetFile, batch_size: int, search: str) -> Iterator[tuple[int, RolloutGroup]]:
     """(step, group) of every row."""
+    is_old = not OUR_NAMES.items() <= (file.schema_arrow.metadata or {}).items()
     names = [name for name in SCHEMA.names if name in file.schema_arrow.names]
     row = 0
     with file:
@@ -135,6 +153,8 @@ def _rows(path: Path, file: pq.ParquetFile, batch_size: int) -> Iterator[tuple[i
             for batch in file.iter_batches(batch_size=batch_size, columns=names):
                 for step, group in zip(batch.column("step").to_pylist(), _groups(batch), strict=True):
                     _check_tree(group)
+                    if is_old:
+                        rename_search(group, search)
                     yield step, group
                     row += 1
         except (pa.ArrowException, OSError, ValueError, TypeError, LookupError, AttributeError) as error:

@@ -46,13 +46,9 @@ class RunFolder:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.config = root / "config.json"
-        self.rollouts = root / "rollouts"
+        self.config, self.summary, self.report = root / "config.json", root / "summary.json", root / "report.html"
+        self.rollouts, self.eval, self.checkpoints = root / "rollouts", root / "eval", root / "checkpoints"
         self.crashes = root / FOLDER / "trajectories.txt"
-        self.eval = root / "eval"
-        self.checkpoints = root / "checkpoints"
-        self.summary = root / "summary.json"
-        self.report = root / "report.html"
 
 
 def folder_for(config: Config) -> RunFolder:

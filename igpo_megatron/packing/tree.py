@@ -14,16 +14,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
 from igpo_megatron.packing.batches import first_fit
-from igpo_megatron.packing.experts import ExpertShape, expert_rows
-from igpo_megatron.types import Node, RolloutGroup, StepCounts, Trajectory
+from igpo_megatron.types import Node, RolloutGroup, StepCounts, Trajectory, UserError
 
 ProbeScorer = Literal["fold", "sequential", "batched", "engine"]
 """Who computes the log-probs of ground-truth probes, and how."""
+
+
+class ExpertShape(NamedTuple):
+    """What a model's routers choose for one token."""
+
+    layers: int
+    top_k: int
 
 
 @dataclass(slots=True)
@@ -358,6 +364,28 @@ def _rows(
         for member in members:
             builder.add_piece(groups[pieces[member].group], pieces[member], wanted, token_weight)
         rows.append(builder.build(multiple, experts))
+    return rows
+
+
+def expert_rows(recorded: Sequence[bytes | None], num_tokens: int, shape: ExpertShape) -> torch.Tensor:
+    """`Node.experts` of a row's tokens -> [num_tokens, layers, top_k] int16; -1 for tokens without a record, and for padding.
+
+    Raises UserError for records of a model of another shape.
+    """
+    rows = torch.full((num_tokens, *shape), -1, dtype=torch.int16)
+    places = [place for place, experts in enumerate(recorded) if experts is not None]
+    if not places:
+        return rows
+    numbers = shape.layers * shape.top_k
+    sizes = {len(experts) for experts in recorded if experts is not None}
+    if not sizes < {numbers, 2 * numbers}:
+        raise UserError(
+            f"recorded experts take {sorted(sizes)} bytes per token, the model's {shape.layers} layers of {shape.top_k} experts each would "
+            f"take {numbers} or {2 * numbers}; they come from another model: record new rollouts, or set rollout.routing_replay=false"
+        )
+    joined = bytearray(b"".join(experts for experts in recorded if experts is not None))
+    dtype = torch.uint8 if sizes == {numbers} else torch.int16  # no model has experts enough for the sign bit
+    rows[places] = torch.frombuffer(joined, dtype=dtype).to(torch.int16).reshape(-1, *shape)
     return rows
 
 

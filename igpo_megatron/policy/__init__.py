@@ -3,7 +3,7 @@
 policy.py    the policy: log-probs, training steps, reference weights. Begin here.
 model.py     from a Hugging Face config to a GPTModel, whose mask is attention.py
 schedule.py  what passes over micro-batches are given to Megatron
-parallel.py  process groups
+parallel.py  process groups; rows.py gives every rank its rows
 checkpoint*.py, weight_sync.py  to disk, and to the engines
 
 Imports packing, kernels, supervision, checkpoint_conversion, and of algorithms what a loss is given.

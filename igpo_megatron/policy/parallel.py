@@ -25,7 +25,6 @@ class Ranks:
     """Where this process stands among the ranks."""
 
     rank: int
-    world: int
     data_rank: int
     data_size: int
     tensor_rank: int
@@ -33,10 +32,10 @@ class Ranks:
     pipeline_rank: int
     pipeline_size: int
     context_rank: int
-    context_size: int
-    expert_rank: int
     expert_size: int
     device: torch.device
+    part: dist.ProcessGroup | None
+    """The ranks that compute the same rows, its tensor, context and pipeline ranks; over gloo, None where there is no other."""
 
     @property
     def is_main(self) -> bool:
@@ -52,6 +51,11 @@ class Ranks:
     def reports(self) -> bool:
         """The one rank of those that share rows whose results are counted: others have none, or the same ones."""
         return self.is_last_stage and self.tensor_rank == 0 and self.context_rank == 0
+
+    @property
+    def leads_part(self) -> bool:
+        """The first of the ranks that share rows."""
+        return self.pipeline_rank == self.tensor_rank == self.context_rank == 0
 
 
 def wants_cuda(device: str) -> bool:
@@ -111,7 +115,6 @@ def init(config: Config) -> Ranks:
     tensor_parallel.model_parallel_cuda_manual_seed(config.run.seed + 1)
     return Ranks(
         rank=dist.get_rank(),
-        world=dist.get_world_size(),
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
@@ -119,11 +122,23 @@ def init(config: Config) -> Ranks:
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
         context_rank=parallel_state.get_context_parallel_rank(),
-        context_size=parallel_state.get_context_parallel_world_size(),
-        expert_rank=parallel_state.get_expert_model_parallel_rank(),
         expert_size=parallel_state.get_expert_model_parallel_world_size(),
         device=torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"),
+        part=_part_of_ranks(timeout),
     )
+
+
+def _part_of_ranks(timeout: timedelta) -> dist.ProcessGroup | None:
+    """A group of those that have this process's data-parallel rank, in the order of their ranks; None where there is no other."""
+    from megatron.core import parallel_state
+
+    parts: dict[int, list[int]] = {}
+    for rank, part in enumerate(gather(parallel_state.get_data_parallel_rank())):
+        parts.setdefault(part, []).append(rank)
+    if len(parts) == dist.get_world_size():
+        return None
+    group, _ = dist.new_subgroups_by_enumeration(list(parts.values()), timeout=timeout, backend="gloo")
+    return group
 
 
 def _meets_on_loopback() -> bool:
@@ -150,8 +165,8 @@ def shutdown() -> None:
 
 
 def broadcast(value: Any) -> Any:
-    """The main rank's value, on every rank. Others pass None."""
-    if dist.get_world_size() == 1:
+    """The main rank's value, on every rank, whatever the others pass."""
+    if _is_alone():
         return value
     box = [value]
     with waiting("a broadcast from rank 0", on="rank 0" if dist.get_rank() else "the other ranks"):
@@ -186,8 +201,22 @@ def barrier() -> None:
 
 def gather(value: Any) -> list[Any]:
     """Every rank's value, in rank order, on every rank."""
-    if dist.get_world_size() == 1:
+    if _is_alone():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def gather_on_main(value: Value) -> list[Value]:
+    """Every rank's value, in rank order, on the main rank; none on the others."""
+    if _is_alone():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size() if dist.get_rank() == 0 else []
+    dist.gather_object(value, values or None, dst=0)
+    return values
+
+
+def _is_alone() -> bool:
+    """A process outside all groups is a world of one, too."""
+    return not dist.is_initialized() or dist.get_world_size() == 1

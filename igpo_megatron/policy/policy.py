@@ -1,6 +1,6 @@
 """The policy: log-probs of packed rows, training steps, a reference copy. Owns the model, its gradients and its optimizer.
 
-Rows are given to every rank; each takes its data-parallel share, and results come back in the order of the rows.
+The main rank gives the rows and gets their results, in the same order; the other ranks give none, and are sent their data-parallel share.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from igpo_megatron.policy import parallel, schedule
 from igpo_megatron.policy.host_memory import kept_on_host
 from igpo_megatron.policy.model import PolicyModel, build_model, load_weights
 from igpo_megatron.policy.parallel import Ranks
+from igpo_megatron.policy.rows import Share, deal
 from igpo_megatron.policy.schedule import Objective
 from igpo_megatron.policy.settings import Optim
 from igpo_megatron.types import RunStopped
@@ -105,13 +106,15 @@ class Policy:
         return chunks * (layout.tensor if layout.sequence else 1)
 
     def log_probs(self, rows: Sequence[PackedRow], temperature: float | None = None, *, with_entropy: bool = False) -> list[torch.Tensor]:
-        """[N] log-probs per row, on every rank, in the order of `rows`.
+        """[N] log-probs per row of the main rank, there, in the order of `rows`; nothing on the other ranks, whose `rows` are ignored.
 
         temperature None: as they were sampled, at `rollout.temperature` among `sampled_vocab`, and of probes at `reward.probe_temperature`.
         A temperature given is that of all targets, each among all rows of the embedding.
         `with_entropy`: [N, 2], log-probs and entropies.
         """
-        mine, share = self._share(rows)
+        mine, places = self._share(rows)
+        if not mine:
+            return []
         of_probes = 1.0 if temperature is None and self.config.reward.probe_temperature == 1 else None
         vocab = self.sampled_vocab if temperature is None else None
         temperature = temperature or self.config.rollout.temperature or 1.0
@@ -124,9 +127,10 @@ class Policy:
             device=self.ranks.device,
             with_entropy=with_entropy,
         )
-        found = {index: result for index, result in zip(share, results, strict=True) if index >= 0} if self.ranks.reports else {}
-        merged = {index: result for part in parallel.gather(found) for index, result in part.items()}
-        return [merged[index] for index in range(len(rows))]
+        # Copies, because a view is sent with all that it is a view of.
+        found = {place: result.clone() for place, result in zip(places, results, strict=True) if place >= 0} if self.ranks.reports else {}
+        merged = {place: result for part in parallel.gather_on_main(found) for place, result in part.items()}
+        return [merged[place] for place in sorted(merged)]
 
     @contextlib.contextmanager
     def as_reference(self) -> Iterator[None]:
@@ -196,18 +200,21 @@ class Policy:
         return StepResult(loss=value, grad_norm=grad_norm, skipped=not finite, metrics=metrics)
 
     def _share(self, rows: Sequence[PackedRow]) -> tuple[list[PackedRow], list[int]]:
-        """This data-parallel rank's rows and their indices; -1 marks a blank row."""
-        if not rows:
-            raise RunStopped("no rows to run: every trajectory of the step ended in a tool or engine failure")
+        """This rank's rows of those that the main rank gives, and their places among them, -1 for a blank row. Collective."""
+        share = deal(self._shares(rows) if self.ranks.is_main else [], self.ranks)
+        return share.rows, share.places
+
+    def _shares(self, rows: Sequence[PackedRow]) -> list[Share]:
+        """The rows of each data-parallel rank, equally many; blank ones fill up."""
         shape = self.shape
         width = shape.num_heads * shape.head_dim
         per_token = 2.0 * shape.num_layers * (2 * shape.hidden_size * width + 3 * shape.hidden_size * shape.active_ffn_size)
         costs = [row_cost(row.num_tokens, 2 * shape.num_layers * width, per_token) for row in rows]
-        share = balance(costs, self.ranks.data_size)[self.ranks.data_rank]
+        parts = balance(costs, self.ranks.data_size) if rows else [[] for _ in range(self.ranks.data_size)]
         if self.config.parallel.virtual_pipeline > 1:
             # The interleaved schedule takes rows in groups of one per stage.
-            share = [*share, *[-1] * (-len(share) % self.ranks.pipeline_size)]
-        return [rows[index] if index >= 0 else blank_row(self.row_multiple) for index in share], share
+            parts = [[*part, *[-1] * (-len(part) % self.ranks.pipeline_size)] for part in parts]
+        return [Share([rows[place] if place >= 0 else blank_row(self.row_multiple) for place in part], part) for part in parts]
 
     def _sum_metrics(self, sums: dict[str, float]) -> dict[str, float]:
         """Over all ranks whose results count."""

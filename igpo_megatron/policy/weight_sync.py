@@ -200,8 +200,9 @@ def scoring_group(tokens: list[int]) -> RolloutGroup:
     return RolloutGroup(Prompt("canary", "", (), "canary"), nodes, [Trajectory([0, 1], Status.FINISHED)])
 
 
-def make_canary(policy: Policy, num_tokens: int, seed: int, max_gap: float) -> Canary:
-    """Fixed tokens, and the policy's raw log-probs (temperature 1) of them; collective, the same on every rank."""
+def make_canary(policy: Policy, num_tokens: int, seed: int, max_gap: float) -> Canary | None:
+    """Fixed tokens, and the policy's raw log-probs (temperature 1) of them, on the main rank; None on the others. Collective."""
     group = canary_group(policy.shape.vocab_size, num_tokens, seed)
     rows = pack_for_scoring([group], row_tokens=len(group.context(1)), multiple=policy.row_multiple)
-    return Canary(tuple(group.context(1)), tuple(policy.log_probs(rows, temperature=1.0)[0].tolist()), max_gap)
+    found = policy.log_probs(rows, temperature=1.0)
+    return Canary(tuple(group.context(1)), tuple(found[0].tolist()), max_gap) if found else None

@@ -38,7 +38,7 @@ CREATE TABLE IF NOT EXISTS answers (
 
 
 @dataclass(frozen=True, slots=True)
-class Shelf:
+class CacheNamespace:
     """The part of the file that belongs to one way of searching."""
 
     backend: str
@@ -46,7 +46,7 @@ class Shelf:
     """JSON of everything besides the query that decides an answer; never a key."""
 
     @classmethod
-    def of(cls, backend: str, parameters: Mapping[str, Any]) -> Shelf:
+    def of(cls, backend: str, parameters: Mapping[str, Any]) -> CacheNamespace:
         """The same for the same parameters, in whatever order."""
         return cls(backend, json.dumps(parameters, sort_keys=True))
 
@@ -69,21 +69,23 @@ class Store:
                 f"search.cache={path}: {error}; name a SQLite file of this project, or a new one, in a writable folder"
             ) from None
 
-    async def get(self, shelf: Shelf, queries: Iterable[str], max_age_s: Mapping[SearchStatus, float | None]) -> dict[str, SearchResult]:
+    async def get(
+        self, namespace: CacheNamespace, queries: Iterable[str], max_age_s: Mapping[SearchStatus, float | None]
+    ) -> dict[str, SearchResult]:
         """What is stored for normalised queries and is not older than its status allows (None: any age); latency is 0."""
-        return await self._in_thread(partial(self._get, shelf, list(queries), max_age_s))
+        return await self._in_thread(partial(self._get, namespace, list(queries), max_age_s))
 
-    async def put(self, shelf: Shelf, results: Iterable[SearchResult], *, replace: bool) -> None:
+    async def put(self, namespace: CacheNamespace, results: Iterable[SearchResult], *, replace: bool) -> None:
         """Store results under their (normalised) queries; `replace` False leaves what is there. Failed ones are a mistake of the caller."""
         rows = [
-            (shelf.backend, shelf.parameters, result.query, result.status.value, json.dumps([astuple(p) for p in result.passages]))
+            (namespace.backend, namespace.parameters, result.query, result.status.value, json.dumps([astuple(p) for p in result.passages]))
             for result in results
         ]
         await self._in_thread(partial(self._put, rows, "REPLACE" if replace else "IGNORE"))
 
-    async def other_parameters(self, shelf: Shelf) -> list[str]:
+    async def other_parameters(self, namespace: CacheNamespace) -> list[str]:
         """Parameters with which the same back-end was recorded."""
-        return await self._in_thread(partial(self._other_parameters, shelf))
+        return await self._in_thread(partial(self._other_parameters, namespace))
 
     async def close(self) -> None:
         """Close the file; what waits to be written is written first."""
@@ -96,13 +98,15 @@ class Store:
         except sqlite3.Error as error:
             raise SearchStopped(f"search.cache={self.path} cannot be used any longer: {error}; is the disk full?") from error
 
-    def _get(self, shelf: Shelf, queries: list[str], max_age_s: Mapping[SearchStatus, float | None]) -> dict[str, SearchResult]:
+    def _get(
+        self, namespace: CacheNamespace, queries: list[str], max_age_s: Mapping[SearchStatus, float | None]
+    ) -> dict[str, SearchResult]:
         now = time.time()
         found = {}
         for query in queries:
             row = self._database.execute(
                 "SELECT status, passages, stored_at FROM answers WHERE backend = ? AND parameters = ? AND query = ?",
-                (shelf.backend, shelf.parameters, query),
+                (namespace.backend, namespace.parameters, query),
             ).fetchone()
             if row is None:
                 continue
@@ -113,7 +117,7 @@ class Store:
             status, passages, stored_at = answer
             allowed_s = max_age_s[status]
             if allowed_s is None or now - stored_at < allowed_s:
-                found[query] = SearchResult(query, status, shelf.backend, passages, cached=True)
+                found[query] = SearchResult(query, status, namespace.backend, passages, cached=True)
         return found
 
     def _put(self, rows: Sequence[tuple[str, ...]], conflict: str) -> None:
@@ -122,9 +126,9 @@ class Store:
             self._database.execute("BEGIN IMMEDIATE")
             self._database.executemany(f"INSERT OR {conflict} INTO answers VALUES (?, ?, ?, ?, ?, ?)", [(*row, stored_at) for row in rows])
 
-    def _other_parameters(self, shelf: Shelf) -> list[str]:
+    def _other_parameters(self, namespace: CacheNamespace) -> list[str]:
         rows = self._database.execute(
-            "SELECT DISTINCT parameters FROM answers WHERE backend = ? AND parameters != ?", (shelf.backend, shelf.parameters)
+            "SELECT DISTINCT parameters FROM answers WHERE backend = ? AND parameters != ?", (namespace.backend, namespace.parameters)
         )
         return [row[0] for row in rows]
 
@@ -150,9 +154,8 @@ ANY_AGE: dict[SearchStatus, float | None] = {SearchStatus.OK: None, SearchStatus
 class CachedClient:
     """SearchClient that asks another one only for what is not stored, and never twice at once for the same."""
 
-    def __init__(self, inner: SearchClient, store: Store, shelf: Shelf, max_age_s: Mapping[SearchStatus, float | None]):
-        self.inner, self.store, self.shelf, self.max_age_s = inner, store, shelf, max_age_s
-        self.searches = self.misses = 0
+    def __init__(self, inner: SearchClient, store: Store, namespace: CacheNamespace, max_age_s: Mapping[SearchStatus, float | None]):
+        self.inner, self.store, self.namespace, self.max_age_s = inner, store, namespace, max_age_s
         # Around the store as well: whoever comes while an answer is on its way into the store waits for it.
         self._flights = SingleFlight(self._find, None)
 
@@ -161,7 +164,6 @@ class CachedClient:
         start = time.perf_counter()
         wanted = [normalise(query) for query in queries]
         found = await self._flights.get(wanted)
-        self.searches += len(wanted)
         took = time.perf_counter() - start
         return [replace(found[key], query=query, latency_s=took) for key, query in zip(wanted, queries, strict=True)]
 
@@ -173,9 +175,8 @@ class CachedClient:
 
     async def _find(self, queries: Sequence[str]) -> dict[str, SearchResult]:
         """What is stored for distinct normalised queries, else what the other client says, stored if it is an answer."""
-        found = await self.store.get(self.shelf, queries, self.max_age_s)
+        found = await self.store.get(self.namespace, queries, self.max_age_s)
         missing = [query for query in queries if query not in found]
-        self.misses += len(missing)
         if missing:
             asked = await self.inner.search(missing)
             answers = [result for result in asked if result.status.is_answer]
@@ -185,34 +186,34 @@ class CachedClient:
     async def _keep(self, answers: list[SearchResult]) -> dict[str, SearchResult]:
         """Store answers; those that count instead of them, if any."""
         if answers:
-            await self.store.put(self.shelf, answers, replace=True)
+            await self.store.put(self.namespace, answers, replace=True)
         return {}
 
 
 class RecordingClient(CachedClient):
     """CachedClient for which the first answer to a query is the only one, so that a replay finds every answer that was used."""
 
-    def __init__(self, inner: SearchClient, store: Store, shelf: Shelf):
-        super().__init__(inner, store, shelf, ANY_AGE)
+    def __init__(self, inner: SearchClient, store: Store, namespace: CacheNamespace):
+        super().__init__(inner, store, namespace, ANY_AGE)
 
     async def _keep(self, answers: list[SearchResult]) -> dict[str, SearchResult]:
         if answers:
-            await self.store.put(self.shelf, answers, replace=False)
+            await self.store.put(self.namespace, answers, replace=False)
         # Another run may have been first.
-        kept = await self.store.get(self.shelf, [answer.query for answer in answers], ANY_AGE)
+        kept = await self.store.get(self.namespace, [answer.query for answer in answers], ANY_AGE)
         return {query: replace(result, cached=False) for query, result in kept.items()}
 
 
 class ReplayClient:
     """SearchClient that answers from a record alone: the same results every time, in no time."""
 
-    def __init__(self, store: Store, shelf: Shelf):
-        self.store, self.shelf = store, shelf
+    def __init__(self, store: Store, namespace: CacheNamespace):
+        self.store, self.namespace = store, namespace
 
     async def search(self, queries: Sequence[str]) -> list[SearchResult]:
         """One result per query, latency 0. Raises SearchStopped where the record has no answer."""
         wanted = [normalise(query) for query in queries]
-        found = await self.store.get(self.shelf, set(wanted), ANY_AGE)
+        found = await self.store.get(self.namespace, set(wanted), ANY_AGE)
         for query in wanted:
             if query not in found:
                 raise SearchStopped(await self._missing(query))
@@ -223,9 +224,10 @@ class ReplayClient:
         await self.store.close()
 
     async def _missing(self, query: str) -> str:
-        others = await self.store.other_parameters(self.shelf)
+        others = await self.store.other_parameters(self.namespace)
         hint = f"this back-end was recorded with {' and '.join(others)}; " if others else ""
+        asked = f"{self.namespace.backend} with {self.namespace.parameters}"
         return (
-            f"search.mode=replay: {self.store.path} has no answer of {self.shelf.backend} with {self.shelf.parameters} to {query!r}; "
+            f"search.mode=replay: {self.store.path} has no answer of {asked} to {query!r}; "
             f"{hint}record it with search.mode=record (searches that fail are not recorded)"
         )

@@ -13,16 +13,19 @@ import email.utils
 import json
 import re
 import time
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
+from typing import Any, ClassVar, Self
 
 import aiohttp
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, stop_before_delay, wait_exponential_jitter
 
+from igpo_megatron.search.backend import SearchBackend, require
 from igpo_megatron.search.flights import SingleFlight
 from igpo_megatron.search.limits import AdaptiveLimit, Blocked, Gate
-from igpo_megatron.search.providers.base import Backend, Meaning, Passages, Unreadable, blot
+from igpo_megatron.search.providers.base import Meaning, Passages, Request, Secret, Sign, Unreadable, blot
 from igpo_megatron.search.results import SearchResult, SearchStatus, SearchStopped, normalise
 from igpo_megatron.search.settings import Search
 from igpo_megatron.untrusted import BadJson, clean_text, json_loads_untrusted
@@ -53,7 +56,7 @@ class RequestFailed(Exception):
 class HttpClient:
     """SearchClient over HTTP."""
 
-    def __init__(self, backend: Backend, config: Search):
+    def __init__(self, backend: HttpBackend, config: Search):
         """Of `config` only the times and limits count; `backend` knows the rest."""
         self.backend = backend
         self.provider = backend.provider
@@ -215,6 +218,51 @@ class HttpClient:
         passing = status >= 500 or status in (408, 425)
         after = parse_retry_after(headers.get("Retry-After")) if passing else None
         return RequestFailed(SearchStatus.ERROR, what, passing=passing, retry_after_s=after)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HttpBackend(SearchBackend):
+    """A back-end that is asked over HTTP: a request to build, an answer to read, refusals to recognise.
+
+    The fields of a subclass besides these are settings of section `search`, by their names.
+    """
+
+    url: str
+    """Its address, without parameters."""
+
+    key: Secret | None = None
+    """Kept out of everything that is shown or stored."""
+
+    top_k: int
+
+    official: ClassVar[str | None] = None
+    """The provider's own address; None where it has none."""
+
+    batch: ClassVar[int | None] = None
+    """Queries that one request may carry; None for any number."""
+
+    signs: ClassVar[tuple[Sign, ...]] = ()
+    """Its own refusals; the first that fits counts, before what the HTTP status says."""
+
+    @classmethod
+    def open(cls, search: Search) -> HttpClient:
+        return HttpClient(cls.from_config(search), search)
+
+    @classmethod
+    def from_config(cls, search: Search) -> Self:
+        """Raises UserError where a setting or the key's variable is missing."""
+        key = Secret.from_config(search, cls.key_variable)
+        require(cls, search)
+        own = {field.name: getattr(search, field.name) for field in fields(cls) if field.name in Search.model_fields}
+        return cls(**{**own, "url": search.url or cls.official, "key": key})
+
+    @abstractmethod
+    def request(self, queries: Sequence[str]) -> Request:
+        """The request for at most `batch` queries."""
+
+    @abstractmethod
+    def read(self, answer: Any, num_queries: int) -> list[Passages]:
+        """Decoded body -> passages per query, at most `top_k` each. Raises Unreadable."""
 
 
 def usual_meaning(status: int) -> Meaning | None:

@@ -105,11 +105,6 @@ class Gate:
 
         self._closed = asyncio.Event()
 
-    @property
-    def is_open(self) -> bool:
-        """True while the circuit breaker holds requests back."""
-        return self._open_until is not None
-
     async def enter(self, deadline: float) -> None:
         """Wait until a request may leave. `deadline` by the event loop's clock; raises Blocked if the wait would pass it."""
         now = asyncio.get_running_loop().time

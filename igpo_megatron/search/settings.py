@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from igpo_megatron.settings import Section
-
-KEY_VARIABLES = {
-    "serper": "SERPER_API_KEY",
-    "brightdata": "BRIGHTDATA_API_KEY",
-    "azure_bing": "AZURE_BING_API_KEY",
-    "serpapi": "SERPAPI_API_KEY",
-    "google_cse": "GOOGLE_API_KEY",
-    "tavily": "TAVILY_API_KEY",
-    "brave": "BRAVE_API_KEY",
-}
-"""Search back-end that needs a key -> the environment variable it is read from unless `search.api_key_env` names another."""
-
-MOST_RESULTS = {"azure_bing": 50, "google_cse": 10, "tavily": 20, "brave": 20}
-"""Results that a web API gives per query at most."""
 
 
 class Chaos(Section):
@@ -46,12 +30,14 @@ class Chaos(Section):
 class Search(Section):
     """The tool the policy calls."""
 
-    backend: Literal["bm25", "dense", "retriever", "serper", "brightdata", "azure_bing", "serpapi", "google_cse", "tavily", "brave"] = (
-        "bm25"
-    )
+    backend: str = "bm25"
     """Local over `corpus`: `bm25`, `dense` (embeddings). A server of yours: `retriever` (Search-R1's POST /retrieve). Web APIs:
     `serper` (Google), `brightdata` (Bing), `serpapi` and `google_cse` (Google), `tavily`, `brave`; `azure_bing` is Bing's v7 format only:
-    Microsoft retired the service, so it needs the `url` of something that still speaks it."""
+    Microsoft retired the service, so it needs the `url` of something that still speaks it. `package.module:name` is one of yours: called
+    with this section, it gives a SearchClient."""
+
+    options: dict[str, Any] = Field(default={})
+    """Whatever a back-end of yours wants to know; it is not looked at."""
 
     corpus: Path | None = None
     """bm25, dense: JSON lines of {id, title, text} or {id, contents}."""
@@ -131,11 +117,6 @@ class Search(Section):
     chaos: Chaos = Chaos()
     """Faults of `mode: chaos`."""
 
-    @property
-    def key_variable(self) -> str | None:
-        """The environment variable that holds the key; None where none is needed."""
-        return self.api_key_env or KEY_VARIABLES.get(self.backend)
-
     def problems(self) -> Iterator[str]:
         if self.mode in ("record", "replay") and self.cache is None:
             yield f"search.mode={self.mode} needs search.cache, the SQLite file of recorded answers"
@@ -143,39 +124,3 @@ class Search(Section):
             yield f"search.cache={self.cache}: no such file; search.mode=replay needs a record, made with search.mode=record"
         if self.deadline_s < self.timeout_s:
             yield f"search.deadline_s={self.deadline_s:g} is less than one attempt (search.timeout_s={self.timeout_s:g}); raise it"
-        yield from backend_problems(self)
-
-
-def backend_problems(search: Search) -> Iterator[str]:
-    """What the chosen back-end lacks. A replay asks no provider, so it needs no key."""
-    match search.backend:
-        case "bm25" | "dense" if search.corpus is None:
-            yield f"search.backend={search.backend} needs search.corpus, a file of JSON lines {{id, title, text}}"
-        case "bm25" | "dense" if search.corpus is not None and not search.corpus.is_file():
-            yield f"search.corpus={search.corpus}: no such file; expected JSON lines {{id, title, text}}"
-        case "retriever" if not (search.url or "").startswith(("http://", "https://")):
-            yield f"search.backend=retriever needs search.url, such as http://127.0.0.1:8000/retrieve; found {search.url!r}"
-        case "azure_bing" if search.url is None:
-            yield "search.backend=azure_bing needs search.url: Microsoft retired Bing Search v7; name a server that speaks its format"
-        case "brightdata" if search.zone is None:
-            yield "search.backend=brightdata needs search.zone, the name of your SERP zone"
-        case "google_cse" if search.engine_id is None:
-            yield "search.backend=google_cse needs search.engine_id, the cx of your programmable search engine"
-    if search.backend == "dense" and search.encoder is None:
-        yield "search.backend=dense needs search.encoder, a sentence-transformers model such as intfloat/e5-base-v2"
-    if search.backend == "dense" and search.mode != "replay" and find_spec("sentence_transformers") is None:
-        yield "search.backend=dense needs sentence-transformers, which is not installed; install igpo-megatron[dense]"
-    if search.url is not None and search.backend != "retriever" and not search.url.startswith(("http://", "https://")):
-        yield f"search.url={search.url!r}: expected an address that begins with http:// or https://"
-    if "@" in (search.url or "").partition("://")[2].partition("/")[0]:
-        yield "search.url holds a user name or password; addresses are logged, so name its variable by search.api_key_env instead"
-    most = MOST_RESULTS.get(search.backend, search.top_k)
-    if search.top_k > most:
-        yield f"search.top_k={search.top_k}: {search.backend} gives at most {most} results per query; use {most}"
-    variable = search.key_variable
-    if search.mode == "replay" or variable is None or os.environ.get(variable):
-        return
-    if search.api_key_env is None:
-        yield f"search.backend={search.backend} needs a key in {variable}: that environment variable is not set; export it"
-    else:
-        yield f"search.api_key_env={variable}: that environment variable is not set; export it, or set search.api_key_env=null"

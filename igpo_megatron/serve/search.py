@@ -39,8 +39,9 @@ from yarl import URL
 
 from igpo_megatron.config.load import build
 from igpo_megatron.search.cache import CachedClient, Store
-from igpo_megatron.search.client import make_client, shelf
-from igpo_megatron.search.providers.web import WEB_APIS
+from igpo_megatron.search.client import make_client, namespace
+from igpo_megatron.search.providers.web import WebApi
+from igpo_megatron.search.registry import BACKENDS
 from igpo_megatron.search.results import SearchClient, SearchResult, SearchStatus, SearchStopped
 from igpo_megatron.search.settings import Search
 from igpo_megatron.serve.budgets import Ledger, Metered
@@ -138,7 +139,7 @@ class Proxy:
             search = self.settings.search
             ages = {SearchStatus.OK: search.cache_ttl_s, SearchStatus.EMPTY: search.cache_empty_ttl_s}
             metered = Metered(self._provider, self._ledger, run, self.settings.budget)
-            self._runs[run] = CachedClient(metered, self._store, shelf(search), ages)
+            self._runs[run] = CachedClient(metered, self._store, namespace(search), ages)
         return self._runs[run]
 
     async def _spent(self, request: web.Request) -> web.Response:
@@ -186,9 +187,10 @@ def read_settings(cache: Path, budget: int, token_variable: str, host: str, sett
     """Raises ValueError with one sentence about what is wrong, such as no token on a host that others can reach."""
     # A configuration must name a model; other sections are not used here.
     search = build({"model": {"path": "."}}, [f"search.{setting}" for setting in settings]).search.model_copy(update={"cache": cache})
-    if search.backend not in WEB_APIS:
+    web_apis = [name for name, backend in BACKENDS.items() if issubclass(backend, WebApi)]
+    if search.backend not in web_apis:
         raise UserError(
-            f"backend={search.backend} is no web API; expected backend=NAME with one of {', '.join(WEB_APIS)} "
+            f"backend={search.backend} is no web API; expected backend=NAME with one of {', '.join(web_apis)} "
             "(`igpo serve retriever` serves a corpus)"
         )
     if search.mode != "live":

@@ -1,7 +1,7 @@
 """Named waits: who waits for whom, since when, and a record when a wait takes too long.
 
     rank 1 ──"a broadcast from rank 0"──> rank 0 ──"the groups of step 3"──> the rollouts ──"turn 2 of ..."──> the engines
-                                          ──"a turn"──> engine 1
+                                                           ──"a turn"──> engine 1
 
     with waiting("the groups of step 3", on=ROLLOUTS, deadline_s=1800): ...
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from igpo_megatron.data.corpus import Passage
-from igpo_megatron.search.cache import Shelf
+from igpo_megatron.search.cache import CacheNamespace
 from igpo_megatron.search.results import SearchClient, SearchResult, SearchStatus
 from igpo_megatron.search.settings import Search
 from igpo_megatron.tools.base import Observed, Tool
@@ -63,11 +63,11 @@ class StoredTool:
         await self.client.close()
 
 
-def visit_shelf(config: Visit) -> Shelf:
+def visit_namespace(config: Visit) -> CacheNamespace:
     """Where pages read under these settings are stored: those that decide what is shown."""
     names = ("content", "max_tokens", "max_page_kib", "allow_hosts")
     summary = {name: getattr(config.summary, name) for name in ("model", "max_tokens")} if config.summary.url else None
-    return Shelf.of("visit", {**{name: getattr(config, name) for name in names}, "summary": summary})
+    return CacheNamespace.of("visit", {**{name: getattr(config, name) for name in names}, "summary": summary})
 
 
 def keeps(config: Search) -> bool:

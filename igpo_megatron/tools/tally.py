@@ -1,20 +1,19 @@
 """Counting how the calls of a step's tools end: for the metrics, and so that a provider that fails too often can be named.
 
-search ──TallyClient──┐
-visit  ──TallyTool────┼──> Tally per tool ──metrics──> {"search/ok": 61.0, "search/p95_s": 0.4, "visit/calls": 7.0, ...}
-python ──TallyTool────┘
+tool ──TallyTool──> Tally of that tool ──metrics──> {"search/ok": 61.0, "search/p95_s": 0.4, "visit/calls": 7.0, ...}
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import quantiles
 
-from igpo_megatron.search.results import SearchClient, SearchResult, SearchStatus
+from igpo_megatron.search.results import SearchResult, SearchStatus
 from igpo_megatron.tools.base import Observed, Tool
+from igpo_megatron.types import SEARCH
 
 
 @dataclass(slots=True)
@@ -58,32 +57,15 @@ def tally_metrics(tallies: Mapping[str, Tally]) -> dict[str, float]:
     return {name: value for tool, tally in tallies.items() for name, value in tally.metrics(tool).items()}
 
 
-def search_tally() -> Tally:
-    """A tally in which every status of a search is there from the start: none of a kind is a count, too."""
-    return Tally(Counter({status.value: 0 for status in SearchStatus}))
+def new_tallies(tools: Iterable[str]) -> dict[str, Tally]:
+    """A tally for each tool. Every status of a search is there from the start: none of a kind is a count, too."""
+    statuses = [status.value for status in SearchStatus]
+    return {tool: Tally(Counter(dict.fromkeys(statuses if tool == SEARCH else (), 0))) for tool in tools}
 
 
 def percentile(values: Sequence[float], percent: int) -> float:
     """`percentile([1, 2, 3, 4], 50) == 2.5`; between neighbours it interpolates."""
     return quantiles(values, n=100, method="inclusive")[percent - 1] if len(values) > 1 else values[0]
-
-
-class TallyClient:
-    """SearchClient that counts what another one gives back; it does not own it."""
-
-    def __init__(self, inner: SearchClient, tally: Tally):
-        self.inner, self.tally = inner, tally
-
-    async def search(self, queries: Sequence[str]) -> list[SearchResult]:
-        """The other client's results."""
-        results = await self.inner.search(queries)
-        for result in results:
-            failure = None if result.status.is_answer else why_failed(result)
-            self.tally.add(result.status.value, result.latency_s, cached=result.cached, failure=failure)
-        return results
-
-    async def close(self) -> None:
-        """The other client stays open."""
 
 
 class TallyTool:
@@ -96,7 +78,11 @@ class TallyTool:
         """What the other tool shows."""
         start = time.perf_counter()
         observed = await self.inner.use(arguments)
-        self.tally.add(observed.status, time.perf_counter() - start, cached=observed.cached, failure=observed.failure)
+        for result in observed.results:
+            failure = None if result.status.is_answer else why_failed(result)
+            self.tally.add(result.status.value, result.latency_s, cached=result.cached, failure=failure)
+        if not observed.results:
+            self.tally.add(observed.status, time.perf_counter() - start, cached=observed.cached, failure=observed.failure)
         return observed
 
     async def close(self) -> None:

@@ -15,26 +15,32 @@ from statistics import fmean, stdev
 from typing import Any, Protocol
 
 from igpo_megatron.algorithms.rewards import score
-from igpo_megatron.chat.protocols.registry import PROTOCOLS
 from igpo_megatron.config.schema import Config
 from igpo_megatron.data.question_files import read_prompts
 from igpo_megatron.observability.metrics import num_calls, status_counts
 from igpo_megatron.observability.rollout_dump import write_rollouts
 from igpo_megatron.observability.run_folder import write_whole
 from igpo_megatron.supervision.failures import FOLDER as FAILURES
-from igpo_megatron.types import Prompt, RolloutGroup, UserError
+from igpo_megatron.types import SEARCH, Prompt, RolloutGroup, UserError
 
 logger = logging.getLogger(__name__)
 
-GREEDY_STEP, SAMPLED_STEP = -1, -2
-"""Step numbers that keep evaluation's sampling seeds apart from training's."""
+SALTS = {"sampled": "-2", "greedy": "-1"}
+"""What keeps the sampling seeds of an evaluation apart from training's, whose salts are the steps from 1 on. Another spelling would be
+other samples, not comparable question by question with those of earlier runs."""
 
 
 class RunsRollouts(Protocol):
     """What evaluation needs of a Rollouter."""
 
     def run_sync(
-        self, prompts: Sequence[Prompt], *, samples: int, step: int, temperature: float | None, on_progress: Callable[[float], None] | None
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        samples: int,
+        salt: int | str,
+        temperature: float | None,
+        on_progress: Callable[[float], None] | None,
     ) -> list[RolloutGroup]: ...
 
 
@@ -63,10 +69,10 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score the current weights; writes `<folder>/step_NNNNNN.json` and the rollouts behind it, and returns the JSON's content."""
     report: dict[str, Any] = {"step": step}
-    runs = [("sampled", config.eval.samples, None, SAMPLED_STEP), ("greedy", int(config.eval.greedy), 0.0, GREEDY_STEP)]
-    total = sum(samples for _, samples, _, _ in runs)
+    runs = [("sampled", config.eval.samples, None), ("greedy", int(config.eval.greedy), 0.0)]
+    total = sum(samples for _, samples, _ in runs)
     done = 0
-    for name, samples, temperature, seed_step in runs:
+    for name, samples, temperature in runs:
         if not samples:
             continue
 
@@ -74,10 +80,10 @@ def evaluate(
             if on_progress:
                 on_progress((done + fraction * samples) / total)
 
-        groups = rollouter.run_sync(prompts, samples=samples, step=seed_step, temperature=temperature, on_progress=advance)
+        groups = rollouter.run_sync(prompts, samples=samples, salt=SALTS[name], temperature=temperature, on_progress=advance)
         done += samples
         for group in groups:
-            score(group, config.reward, PROTOCOLS[config.rollout.protocol], config.rollout.tool_name)
+            score(group, config)
         write_rollouts(folder / f"step_{step:06d}_{name}.parquet", step, groups)
         report[name] = summarise(groups, config)
         report[name]["too_long"] = len(prompts) - len(groups)
@@ -150,7 +156,7 @@ def _scores(groups: Sequence[RolloutGroup], config: Config) -> dict[str, float]:
         row["f1_with_penalty"] = fmean(end.reward_parts["f1"] if end.reward_parts["format_ok"] else penalty for end in ends)
         actions = [group.actions(end) for end in ends]
         row["turns"] = fmean(len(nodes) for nodes in actions)
-        row["searches"] = fmean(num_calls(nodes, config.rollout.tool_name) for nodes in actions)
+        row["searches"] = fmean(num_calls(nodes, SEARCH) for nodes in actions)
         rows.append(row)
     result = {name: fmean(row[name] for row in rows) for name in rows[0]} if rows else {}
     result["questions"] = len(rows)
@@ -182,14 +188,12 @@ def evaluate_checkpoint(config: Config, model: Path | None, out: Path) -> dict[s
     from rich.progress import Progress
 
     from igpo_megatron.agent.rollouter import Rollouter
-    from igpo_megatron.algorithms.hooks import check_hooks
     from igpo_megatron.chat.format import ChatFormat
     from igpo_megatron.chat.tokenizer import load_tokenizer
-    from igpo_megatron.config.checks import require
     from igpo_megatron.engines.factory import open_engines
     from igpo_megatron.policy.parallel import on_this_machine
-    from igpo_megatron.search.client import make_client
-    from igpo_megatron.tools.factory import make_tools
+    from igpo_megatron.tools.registry import make_tools
+    from igpo_megatron.training.checks import require
 
     if not config.data.eval:
         raise UserError("no questions to evaluate: give --data FILE.parquet or set data.eval")
@@ -203,7 +207,6 @@ def evaluate_checkpoint(config: Config, model: Path | None, out: Path) -> dict[s
             folder = converted
         config = config.model_copy(update={"model": config.model.model_copy(update={"path": folder})})
         require(on_this_machine(config), None)
-        check_hooks(config.reward, config.advantage, config.loss)
         out.mkdir(parents=True, exist_ok=True)
         chat = ChatFormat(load_tokenizer(folder), config.rollout, config.reward)
         for note in chat.notes:
@@ -211,10 +214,10 @@ def evaluate_checkpoint(config: Config, model: Path | None, out: Path) -> dict[s
         prompts = questions(config)
         progress = stack.enter_context(Progress(transient=True))
         task = progress.add_task("starting engines", total=1.0)
-        search, tools = make_client(config.search), make_tools(config, chat.count_tokens)
+        tools = make_tools(config, chat.count_tokens, chat.protocol.hit)
         engines = stack.enter_context(open_engines(config))
         rollouter = stack.enter_context(
-            Rollouter(engines, search, chat, config.rollout, seed=config.run.seed, tools=tools, crashes=out / FAILURES / "trajectories.txt")
+            Rollouter(engines, tools, chat, config.rollout, seed=config.run.seed, crashes=out / FAILURES / "trajectories.txt")
         )
         progress.update(task, description=f"answering {len(prompts)} questions")
         return evaluate(rollouter, prompts, config, step=0, folder=out, on_progress=lambda share: progress.update(task, completed=share))

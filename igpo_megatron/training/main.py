@@ -2,7 +2,7 @@
 
     questions ──rollout──> groups ──score──> rewards, gains ──advantage──> turn advantages ──train──> weights ──sync──> engines
 
-The main rank talks to engines, files and people; all ranks score and train. They meet in `parallel.broadcast`.
+The main rank talks to engines, files and people, and has the groups; all ranks score and train the rows that it sends them.
 
 THE PATH from the command to the loss; tests/distributed/test_path.py compares it with a real call stack:
 
@@ -23,8 +23,6 @@ import time
 from collections.abc import Sequence
 from functools import partial
 
-from igpo_megatron.algorithms.hooks import check_hooks
-from igpo_megatron.config.checks import require
 from igpo_megatron.config.load import load
 from igpo_megatron.config.schema import Config
 from igpo_megatron.observability.memory_ledger import worst_rank
@@ -33,6 +31,7 @@ from igpo_megatron.observability.run_folder import folder_for
 from igpo_megatron.supervision.endings import Ended, end_process, reason_left
 from igpo_megatron.supervision.leftovers import end_with_parent
 from igpo_megatron.supervision.library_log import LOGS, libraries_logged
+from igpo_megatron.training.checks import require
 from igpo_megatron.training.services import collect, evaluate_if_due, is_due, opened, queue_state, sync_weights
 from igpo_megatron.training.step import assign_advantages, group_metrics, minibatches, routing_metrics, score_tokens, update_metrics
 
@@ -52,7 +51,7 @@ def run(config: Config) -> None:
             started = time.monotonic()
             metrics: dict[str, float] = {}
             with tracker.phase("rollout"):
-                groups = parallel.broadcast(parallel.on_main(policy.ranks, partial(collect, config, services, step)))
+                groups = parallel.on_main(policy.ranks, partial(collect, config, services, step)) or []
             if learns:
                 share.policy_returns(services.engines)
             if learns and config.loss.learns_from_rewards:
@@ -103,7 +102,6 @@ def main(arguments: Sequence[str]) -> int:
             from igpo_megatron.policy.parallel import on_this_machine
 
             require(on_this_machine(config), int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-            check_hooks(config.reward, config.advantage, config.loss)
             run(config)
     except Ended as end:
         return end.ending.code

@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING
 from igpo_megatron.algorithms.advantages.outcome import GREEDY_REWARD
 from igpo_megatron.algorithms.replay import SuccessBuffer
 from igpo_megatron.algorithms.rewards import score
-from igpo_megatron.chat.protocols.registry import PROTOCOLS
 from igpo_megatron.config.schema import Config
 from igpo_megatron.tools.tally import Tally, tally_metrics
 from igpo_megatron.types import Prompt, RolloutGroup, RunStopped
@@ -125,7 +124,7 @@ class RolloutQueue:
         """New trajectories with their rewards; with `rollout.resample` groups of equal rewards are replaced (DAPO, arXiv 2503.14476)."""
         rollout = self._config.rollout
         sample = partial(
-            self._rollouter.run, step=batch.step, tallies=batch.tallies, asked=batch.asked, on_progress=partial(self._show, batch)
+            self._rollouter.run, salt=batch.step, tallies=batch.tallies, asked=batch.asked, on_progress=partial(self._show, batch)
         )
         kept: list[RolloutGroup] = []
         spare: list[RolloutGroup] = []
@@ -182,9 +181,8 @@ class RolloutQueue:
         return reason is None
 
     def _score(self, groups: Sequence[RolloutGroup]) -> None:
-        rollout = self._config.rollout
         for group in groups:
-            score(group, self._config.reward, PROTOCOLS[rollout.protocol], rollout.tool_name)
+            score(group, self._config)
 
     def _show(self, batch: Batch, share: float) -> None:
         """Progress is that of the batch that is waited for."""

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from igpo_megatron.algorithms.info_gain import add_probes, rendered_probes
 from igpo_megatron.algorithms.rewards import score
-from igpo_megatron.chat.protocols.registry import PROTOCOLS
 from igpo_megatron.config.schema import Config
 from igpo_megatron.data.prompts import PromptStream
 from igpo_megatron.observability.memory_ledger import MemoryLedger
@@ -137,8 +136,7 @@ def open_services(
     from igpo_megatron.agent.rollouter import Rollouter
     from igpo_megatron.chat.room import too_long
     from igpo_megatron.engines.factory import open_engines
-    from igpo_megatron.search.client import make_client
-    from igpo_megatron.tools.factory import make_tools
+    from igpo_megatron.tools.registry import make_tools
 
     assert services.chat is not None
     # What can be wrong with the user's files shows before an engine is started.
@@ -153,8 +151,7 @@ def open_services(
     if state and state["prompts"]:
         stream.load_state(state["prompts"])
     services.held_out = evaluate.questions(config)
-    search = make_client(config.search)
-    tools = make_tools(config, services.chat.count_tokens)
+    tools = make_tools(config, services.chat.count_tokens, services.chat.protocol.hit)
     tracker.progress("starting rollout engines")
     with waiting("the engines to start", on=config.rollout.engine.backend):
         services.engines = stack.enter_context(open_engines(config))
@@ -162,12 +159,11 @@ def open_services(
     services.rollouter = stack.enter_context(
         Rollouter(
             services.engines,
-            search,
+            tools,
             services.chat,
             config.rollout,
             seed=config.run.seed,
             probes_of=probes_of,
-            tools=tools,
             crashes=folder.crashes,
         )
     )
@@ -182,7 +178,7 @@ def open_services(
         too_long=partial(too_long, chat=chat, config=config.rollout),
     )
     if state and state.get("successes"):  # absent from checkpoints written before successes were replayed
-        services.queue.successes.load_state(state["successes"])
+        services.queue.successes.load_state(state["successes"], search=config.rollout.tool_name)
     return services
 
 
@@ -201,7 +197,7 @@ def replayed(path: Path, config: Config, first_step: int, vocab_size: int | None
 
     def endless() -> Iterator[list[RolloutGroup]]:
         while True:
-            for _, groups in read_rollouts(path, size):
+            for _, groups in read_rollouts(path, size, search=config.rollout.tool_name):
                 sampled = (token for group in groups for node in group.nodes if node.kind == "action" for token in node.token_ids)
                 if vocab_size is not None and (last := max(sampled, default=0)) >= vocab_size:
                     raise UserError(
@@ -218,7 +214,7 @@ def collect(config: Config, services: Services, step: int) -> list[RolloutGroup]
         groups = next(services.replay)
         if config.loss.learns_from_rewards:
             for group in groups:
-                score(group, config.reward, PROTOCOLS[config.rollout.protocol], config.rollout.tool_name)
+                score(group, config)
     else:
         assert services.queue is not None
         with waiting(f"the groups of step {step}", on=ROLLOUTS, deadline_s=config.parallel.timeout_s):

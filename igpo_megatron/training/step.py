@@ -22,8 +22,7 @@ from igpo_megatron.training.queue import staleness_metrics
 from igpo_megatron.types import RolloutGroup, UserError
 
 if TYPE_CHECKING:
-    from igpo_megatron.packing.experts import ExpertShape
-    from igpo_megatron.packing.tree import PackedRow
+    from igpo_megatron.packing.tree import ExpertShape, PackedRow
     from igpo_megatron.policy.policy import Policy, StepResult
     from igpo_megatron.policy.schedule import Objective
 
@@ -40,21 +39,23 @@ def score_tokens(policy: Policy, groups: Sequence[RolloutGroup]) -> None:
             for node in group.nodes:
                 if node.kind == "action":
                     node.old_logprobs = list(node.behavior_logprobs)
-    elif rows := pack(scorer=config.reward.scorer, experts=experts):  # there are none where every trajectory failed and that was allowed
+    else:
+        rows = pack(scorer=config.reward.scorer, experts=experts)
         if config.loss.uses_old_entropies:
             pairs = policy.log_probs(rows, with_entropy=True)
             scatter(rows, [pair[:, 0] for pair in pairs], groups, "old_logprobs")
             scatter(rows, [pair[:, 1] for pair in pairs], groups, "old_entropies")
         else:
             scatter(rows, policy.log_probs(rows), groups, "old_logprobs")
-    if policy.has_reference and (rows := pack(scorer=None)):
+    if policy.has_reference:
+        rows = pack(scorer=None)
         with policy.as_reference():
             scatter(rows, policy.log_probs(rows), groups, "ref_logprobs")
 
 
 def replayed_experts(policy: Policy) -> ExpertShape | None:
     """Shape of the engine's choices where the policy repeats them; None where its routers choose."""
-    from igpo_megatron.packing.experts import ExpertShape
+    from igpo_megatron.packing.tree import ExpertShape
 
     mixture = policy.shape.mixture
     return ExpertShape(policy.shape.num_layers, mixture.top_k) if mixture and policy.config.rollout.routing_replay else None
@@ -74,8 +75,8 @@ def routing_metrics(policy: Policy, groups: Sequence[RolloutGroup], step: int) -
     if not every or (step - 1) % every or config.loss.skips_old_logprobs:
         return metrics
     copies = [replace(group, nodes=[replace(node) for node in group.nodes]) for group in groups]
-    if rows := pack_for_scoring(copies, row_tokens=config.packing.row_tokens, multiple=policy.row_multiple, scorer=None):
-        scatter(rows, policy.log_probs(rows), copies, "old_logprobs")
+    rows = pack_for_scoring(copies, row_tokens=config.packing.row_tokens, multiple=policy.row_multiple, scorer=None)
+    scatter(rows, policy.log_probs(rows), copies, "old_logprobs")
     return metrics | {f"{name}_free": value for name, value in logprob_gap(copies).items()}
 
 
@@ -94,12 +95,16 @@ def minibatches(policy: Policy, groups: list[RolloutGroup]) -> Iterator[tuple[li
     """
     from igpo_megatron.algorithms.losses.registry import objective, token_weight
     from igpo_megatron.packing.tree import pack_for_training, step_counts
+    from igpo_megatron.policy import parallel
 
     config = policy.config
     loss = config.loss
     refuse_shared_turns(groups, loss)
     for part in shuffled_parts(groups, config.optim.minibatches, key=f"{config.run.seed} {policy.steps_taken}"):
         counts = step_counts(part)
+        if loss.entropy_share is not None and counts.trained_tokens:
+            counts = replace(counts, entropy=entropy_stats(part, loss.entropy_share))
+        counts = parallel.broadcast(counts)
         if not counts.trained_tokens:
             policy.steps_taken += 1
             continue
@@ -110,8 +115,6 @@ def minibatches(policy: Policy, groups: list[RolloutGroup]) -> Iterator[tuple[li
             token_weight=partial(token_weight, loss.aggregation),
             experts=replayed_experts(policy),
         )
-        if loss.entropy_share is not None:
-            counts = replace(counts, entropy=entropy_stats(part, loss.entropy_share))
         counts = replace(counts, bounds=bounds_of_step(policy, rows, loss))
         yield rows, partial(objective, counts=counts, config=loss)
 
@@ -122,13 +125,16 @@ def bounds_of_step(policy: Policy, rows: Sequence[PackedRow], loss: Loss) -> tup
     They balance the advantages that the loss will train, so those after `loss.mismatch`. It takes one more forward pass.
     """
     from igpo_megatron.algorithms.losses.registry import entry_of, trained_advantages
+    from igpo_megatron.policy import parallel
     from igpo_megatron.policy.schedule import tokens_of
 
     find = entry_of(loss).bounds
     if find is None:
         return None
     tokens = [tokens_of(row, now) for now, row in zip(policy.log_probs(rows), rows, strict=True)]
-    return find([one.log_ratio for one in tokens], [trained_advantages(one, loss) for one in tokens], loss)
+    ratios, advantages = [one.log_ratio for one in tokens], [trained_advantages(one, loss) for one in tokens]
+    bounds: tuple[float, float] = parallel.broadcast(find(ratios, advantages, loss) if tokens else None)
+    return bounds
 
 
 def shuffled_parts(groups: Sequence[RolloutGroup], count: int, key: str) -> list[list[RolloutGroup]]:
@@ -153,7 +159,7 @@ def refuse_shared_turns(groups: Sequence[RolloutGroup], loss: Loss) -> None:
 
 def group_metrics(groups: Sequence[RolloutGroup], config: Config, step: int) -> dict[str, float]:
     """What is reported of a step's groups; where they are learnt from, also their staleness and how far the engine is from the policy."""
-    metrics = rollout_metrics(groups, config.rollout.tool_name)
+    metrics = rollout_metrics(groups)
     if config.run.stop_after != "none":
         return metrics
     if config.run.replay is None:

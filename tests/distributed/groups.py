@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from conftest import VOCAB
 
+from igpo_megatron.policy.policy import Policy
 from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, Trajectory
 
 
@@ -59,6 +60,11 @@ def branched_groups(seed: int, count: int = 2) -> list[RolloutGroup]:
         assert group.is_branched
         groups.append(group)
     return groups
+
+
+def held(policy: Policy, groups: list[RolloutGroup]) -> list[RolloutGroup]:
+    """The groups where a run has them: on the main rank alone."""
+    return groups if policy.ranks.is_main else []
 
 
 def flattened(groups: list[RolloutGroup]) -> list[RolloutGroup]:

@@ -42,8 +42,8 @@ def test_four_ranks_score_and_train_as_transformers_does(hf_folders: dict[str, P
     trained = with_off_policy_logprobs(random_groups(seed=2, probes=False))
     if flat:
         scored, trained = flattened(scored), flattened(trained)
-    for found in run_ranks(scored_nodes, make_config(folder, **FOUR), scored):
-        assert worst(found, reference_logprobs(folder, scored)) < 1e-4
+    found, *others = run_ranks(scored_nodes, make_config(folder, **FOUR), scored)
+    assert worst(found, reference_logprobs(folder, scored)) < 1e-4 and others == [[]] * 3
     expected, loss = hf_step(folder, trained)
     for found, value, *_ in run_ranks(one_step, make_config(folder, **FOUR), trained):
         assert value == pytest.approx(loss, abs=1e-5)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from conftest import make_config, run_ranks_for_each
-from groups import load_hf, random_groups
+from groups import held, load_hf, random_groups
 
 from igpo_megatron.packing.tree import pack_for_scoring, pack_for_training, scatter
 from igpo_megatron.policy import checkpoint
@@ -59,7 +59,8 @@ def test_weight_decay_spares_norms_and_biases_also_after_a_resume(hf_folders: di
 
 
 def scored(policy: Policy, groups: list[RolloutGroup]) -> dict[str, list[list[float]]]:
-    """Scorer -> log-probs of every action and probe node."""
+    """Scorer -> log-probs of every action and probe node, on the main rank."""
+    groups = held(policy, groups)
     found = {}
     for scorer in ("fold", "batched", "sequential"):
         rows = pack_for_scoring(groups, row_tokens=60, multiple=policy.row_multiple, scorer=scorer)
@@ -111,6 +112,7 @@ SAMPLED = 100
 def scored_among(policy: Policy, groups: list[RolloutGroup]) -> list[Any]:
     """As sampled, and the actions again at a temperature that is given."""
     policy.sampled_vocab = SAMPLED
+    groups = held(policy, groups)
     found = scored(policy, groups)["fold"]
     rows = pack_for_scoring(groups, row_tokens=60, multiple=policy.row_multiple, scorer=None)
     scatter(rows, policy.log_probs(rows, temperature=0.7), groups, "old_logprobs")

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import MIXTURES, make_config, run_ranks
-from groups import branched_groups, flattened, hf_logprobs, load_hf, random_groups
+from groups import branched_groups, flattened, held, hf_logprobs, load_hf, random_groups
 from megatron.core import parallel_state
 
 from checkpoint_conversion.architectures import rules_for
@@ -64,7 +64,8 @@ BF16_BOUND = 0.15
 
 
 def scored_nodes(policy: Policy, groups: list[RolloutGroup], scorer: ProbeScorer = "fold") -> list[list[float]]:
-    """Log-probs of every action and probe node."""
+    """Log-probs of every action and probe node, on the main rank."""
+    groups = held(policy, groups)
     rows = pack_for_scoring(groups, row_tokens=ROW_TOKENS, multiple=policy.row_multiple, scorer=scorer)
     scatter(rows, policy.log_probs(rows), groups, "old_logprobs")
     return [node.old_logprobs for group in groups for node in group.nodes]
@@ -348,6 +349,7 @@ def test_entropies_before_the_step_are_those_of_the_model(hf_folders: dict[str, 
 
 
 def entropies_of(policy: Policy, groups: list[RolloutGroup]) -> list[list[float]]:
+    groups = held(policy, groups)
     rows = pack_for_scoring(groups, row_tokens=ROW_TOKENS)
     scatter(rows, [pair[:, 1] for pair in policy.log_probs(rows, with_entropy=True)], groups, "old_entropies")
-    return [node.old_entropies for node in groups[0].nodes]
+    return [node.old_entropies for group in groups for node in group.nodes]

@@ -88,7 +88,7 @@ def test_the_command_calls_torchruns_launcher_itself_and_a_rank_calls_main(monke
             started.append((calls(sys._getframe(1)), command))
 
     monkeypatch.setattr(api, "elastic_launch", Launcher)
-    monkeypatch.setattr(cli, "require", lambda *_: None)
+    monkeypatch.setattr("igpo_megatron.training.checks.require", lambda *_: None)
     file = tmp_path / "run.yaml"
     file.write_text(f"model: {{path: m}}\nrun: {{folder: {tmp_path}, name: run, device: cpu}}\n", encoding="utf-8")
     result = CliRunner().invoke(cli.app, ["train", str(file), "run.steps=2"])

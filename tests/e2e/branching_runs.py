@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from itertools import groupby
 
-from igpo_megatron.config.checks import require
 from igpo_megatron.config.load import load
 from igpo_megatron.config.schema import Config
 from igpo_megatron.engines import pool as engines
+from igpo_megatron.training.checks import require
 from igpo_megatron.training.main import run
 
 

@@ -24,11 +24,12 @@ from igpo_megatron.chat.tokenizer import load_tokenizer
 from igpo_megatron.config.load import build, load
 from igpo_megatron.engines import fleet
 from igpo_megatron.engines.actor import engine_environment, engine_options
-from igpo_megatron.engines.api import EnginesEnded, EngineService, open_engines
+from igpo_megatron.engines.api import EnginesEnded, EngineService
+from igpo_megatron.engines.factory import open_engines
 from igpo_megatron.engines.fleet import EngineState
 from igpo_megatron.engines.pool import EnginePool
 from igpo_megatron.observability.rollout_dump import write_rollouts
-from igpo_megatron.search.client import make_client
+from igpo_megatron.tools.registry import make_tools
 from igpo_megatron.training import evaluate
 from igpo_megatron.types import Canary, Completion, SyncError
 from igpo_megatron.weights.send import check_canary
@@ -304,8 +305,9 @@ def test_both_backends_write_the_same_greedy_rollouts_and_score_alike(pool: Engi
             send(engine, 25, 1.0)
             chat = ChatFormat(load_tokenizer(POLICY), config.rollout, config.reward)
             probes_of = partial(rendered_probes, render_probe=chat.render_probe, config=config.reward)
-            with Rollouter(engine, make_client(config.search), chat, config.rollout, seed=1, probes_of=probes_of) as rollouter:
-                groups = rollouter.run_sync(prompts, samples=1, step=1, temperature=0.0, probe=True)
+            tools = make_tools(config, chat.count_tokens, chat.protocol.hit)
+            with Rollouter(engine, tools, chat, config.rollout, seed=1, probes_of=probes_of) as rollouter:
+                groups = rollouter.run_sync(prompts, samples=1, salt=1, temperature=0.0, probe=True)
             write_rollouts(tmp_path / f"{name}.parquet", 1, groups)
             tables[name] = pq.read_table(tmp_path / f"{name}.parquet").to_pylist()
             scores[name] = [group.probe_scores for group in groups]

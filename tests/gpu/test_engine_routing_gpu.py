@@ -27,6 +27,7 @@ from igpo_megatron.observability.metrics import logprob_gap
 from igpo_megatron.observability.rollout_dump import read_rollouts, write_rollouts
 from igpo_megatron.policy.policy import Policy
 from igpo_megatron.search.results import SearchResult, SearchStatus
+from igpo_megatron.tools.search_tool import SearchTool
 from igpo_megatron.training.step import routing_metrics, score_tokens
 from igpo_megatron.types import Completion, Prompt, RolloutGroup, ToolCall
 
@@ -54,13 +55,13 @@ class OnePassage:
 def roll_out(config: Config, monkeypatch: pytest.MonkeyPatch) -> list[RolloutGroup]:
     """Branching groups of trajectories of two turns, sampled by a real engine; whatever a turn says calls the search tool."""
     form = ChatFormat(AutoTokenizer.from_pretrained(POLICY), config.rollout, Reward())
-    monkeypatch.setattr(form, "parse", lambda text: ToolCall(config.rollout.tool_name, ("capital",)))
+    monkeypatch.setattr(form, "parse", lambda text: ToolCall("search", ("capital",)))
     prompts = [Prompt(name, f"What is the capital of {name}?", ("Rome",), "test") for name in ("Italy", "Latium")]
     with (
         EnginePool(config) as pool,
-        Rollouter(Talkative(pool), OnePassage(), form, config.rollout, seed=0) as rollouter,  # type: ignore[arg-type]
+        Rollouter(Talkative(pool), {"search": SearchTool(OnePassage())}, form, config.rollout, seed=0) as rollouter,  # type: ignore[arg-type]
     ):
-        return rollouter.run_sync(prompts, samples=4, step=1, temperature=1.0, branch=True)
+        return rollouter.run_sync(prompts, samples=4, salt=1, temperature=1.0, branch=True)
 
 
 def chosen_by_transformers(folder: Path, token_ids: list[int]) -> torch.Tensor:

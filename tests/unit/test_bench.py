@@ -304,6 +304,28 @@ def test_the_stated_bounds_hold_in_the_committed_results_of_the_cpu():
     assert abs(exact["f1_sampled"] - stale["f1_sampled"]) <= 2 * (exact["f1_sampled_se"] ** 2 + stale["f1_sampled_se"] ** 2) ** 0.5
 
 
+def test_ranks_receive_and_hold_their_own_rows_alone_in_the_committed_result():
+    """What rank 1 receives and holds grows with its share of the batch; before it grew with the batch, and faster."""
+    result = json.loads((BENCH / "results" / "cpu" / "rows_travel.json").read_text(encoding="utf-8"))
+    before, after, share = result["figures"]["before"], result["figures"]["after"], result["floors"]["rows_mib"]
+    assert share.keys() == {"2_ranks", "4_ranks"} and share["2_ranks"].keys() == {"1", "4", "16"}
+
+    def growth(found: dict, of: str) -> float:
+        return found["16"][of] - found["1"][of]
+
+    for ranks, sizes in share.items():
+        for size, mib in sizes.items():
+            assert after[ranks][size]["groups_mib"] == 0 < before[ranks][size]["groups_mib"]
+            assert after[ranks][size]["rows_mib"] == pytest.approx(mib, abs=0.01)
+            assert before[ranks][size]["rows_mib"] == pytest.approx(mib * int(ranks[0]), rel=0.01), "all rows, on every rank"
+        # A row is sent twice, to be scored and to be trained, each time as few bytes.
+        assert 0 < growth(after[ranks], "received_mib") <= 0.25 * (sizes["16"] - sizes["1"])
+        assert growth(before[ranks], "received_mib") >= 20 * growth(after[ranks], "received_mib")
+        assert growth(before[ranks], "highest_mib") >= 5 * growth(after[ranks], "highest_mib")
+    half = growth(after["4_ranks"], "received_mib") / growth(after["2_ranks"], "received_mib")
+    assert half == pytest.approx(0.5, abs=0.02), "half the share on twice the ranks"
+
+
 def test_the_stated_bounds_hold_in_the_committed_result_of_search():
     figures = json.loads((BENCH / "results" / "cpu" / "search.json").read_text(encoding="utf-8"))["figures"]
     assert figures["passages"] >= 100_000 and figures["in_flight"] == 64 and figures["batches_per_turn"] >= 4

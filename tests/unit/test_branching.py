@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from test_rollouts import ANSWER, SEARCH, SETTINGS, WORDS, ScriptedSearch, completion
+from test_rollouts import ANSWER, SEARCH, SETTINGS, WORDS, ScriptedSearch, completion, searching
 
 from igpo_megatron.agent.rollouter import Rollouter
 from igpo_megatron.agent.settings import AepoBranching, ArpoBranching, Rollout
@@ -57,8 +57,8 @@ def grow(
 ) -> list[RolloutGroup]:
     config = Rollout(**{**SETTINGS, "max_failed_fraction": 1.0, "branching": branching, **changes})  # type: ignore[arg-type]
     questions = [Prompt(f"q{number}", "What is the capital of Italy?", ("Rome",), "test") for number in range(prompts)]
-    with Rollouter(engine, ScriptedSearch(), ChatFormat(WORDS, config, Reward()), config, seed=seed) as rollouter:  # type: ignore[arg-type]
-        return rollouter.run_sync(questions, samples=samples, step=1, temperature=None, branch=True)
+    with Rollouter(engine, searching(ScriptedSearch()), ChatFormat(WORDS, config, Reward()), config, seed=seed) as rollouter:  # type: ignore[arg-type]
+        return rollouter.run_sync(questions, samples=samples, salt=1, temperature=None, branch=True)
 
 
 THRESHOLD = {"initial_rollouts": 2, "entropy_tokens": 4, "decision": "threshold", "threshold": 0.5}
@@ -209,13 +209,13 @@ def test_nothing_is_left_over_from_one_question_or_step_to_the_next() -> None:
     config = Rollout(**{**SETTINGS, "branching": ArpoBranching(**THRESHOLD)})  # type: ignore[arg-type]
     engine = UnsureEngine(CALM, UNSURE)
     question = [Prompt("q", "What is the capital of Italy?", ("Rome",), "test")]
-    with Rollouter(engine, ScriptedSearch(), ChatFormat(WORDS, config, Reward()), config, seed=1) as rollouter:  # type: ignore[arg-type]
+    with Rollouter(engine, searching(ScriptedSearch()), ChatFormat(WORDS, config, Reward()), config, seed=1) as rollouter:  # type: ignore[arg-type]
         found = []
         for nats in ((CALM, UNSURE), (UNSURE, UNSURE), (CALM, UNSURE)):
             engine.nats = nats
-            (group,) = rollouter.run_sync(question, samples=4, step=1, temperature=None, branch=True)
+            (group,) = rollouter.run_sync(question, samples=4, salt=1, temperature=None, branch=True)
             found.append(group.branch_points)
-        (plain,) = rollouter.run_sync(question, samples=4, step=1, temperature=None)
+        (plain,) = rollouter.run_sync(question, samples=4, salt=1, temperature=None)
     assert found[0] == found[2] and all(not point.children for point in found[1])
     assert not plain.branch_points and not plain.is_branched, "evaluations draw independent samples"
 
@@ -309,7 +309,7 @@ def test_the_picture_of_a_group_by_hand(tmp_path: Path) -> None:
 def test_metrics_of_branching_by_hand() -> None:
     """Four trajectories of a search and an answer; two of the four searches are shared."""
     groups = grow(UnsureEngine(CALM, UNSURE), ArpoBranching(**THRESHOLD), samples=4)  # type: ignore[arg-type]
-    metrics = rollout_metrics(groups, "search")
+    metrics = rollout_metrics(groups)
     search, answer = (len(completion(text).token_ids) for text in (SEARCH, ANSWER))
     assert (
         metrics["branched"] == 1.0
@@ -317,4 +317,4 @@ def test_metrics_of_branching_by_hand() -> None:
         and metrics["shared_tokens"] == pytest.approx(2 * search / (4 * search + 4 * answer))
     )
     calm = grow(UnsureEngine(CALM), ArpoBranching(**THRESHOLD), samples=2, max_turns=1)  # type: ignore[arg-type]
-    assert "branched" not in rollout_metrics(calm, "search")
+    assert "branched" not in rollout_metrics(calm)

@@ -9,7 +9,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from igpo_megatron.agent.settings import Rollout
 from igpo_megatron.algorithms.settings import Reward
-from igpo_megatron.chat.format import Answer, ChatFormat, Malformed, parse_action
+from igpo_megatron.chat.format import Answer, ChatFormat, Malformed
+from igpo_megatron.chat.protocols.base import ToolSet
+from igpo_megatron.chat.protocols.igpo import parse
 from igpo_megatron.types import ToolCall
 
 POLICY = Path(__file__).parents[2] / "examples/quickstart/policy"
@@ -74,12 +76,12 @@ def test_control_tokens_inside_tool_text_are_plain_characters() -> None:
 
 def test_a_long_result_is_cut_by_tokens_and_its_closing_kept() -> None:
     form, words = chat(), tokenizer()
-    ids, shown = form.observation("Rome is a city. " * 50, form.frame_tokens + 10)
-    assert len(ids) == form.frame_tokens + 10
+    ids, shown = form.observation("Rome is a city. " * 50, form.frame_size() + 10)
+    assert len(ids) == form.frame_size() + 10
     assert words.decode(ids).endswith("</tool_response><|im_end|>\n<|im_start|>assistant\n")
     assert shown != "Rome is a city. " * 50 and ("Rome is a city. " * 50).startswith(shown)
     with pytest.raises(ValueError, match="frame"):
-        form.observation("x", form.frame_tokens - 1)
+        form.observation("x", form.frame_size() - 1)
 
 
 def test_only_the_answers_tokens_of_a_probe_are_scored() -> None:
@@ -107,8 +109,8 @@ def test_a_long_answer_is_cut_and_an_empty_one_refused() -> None:
 
 def test_the_forced_opening_is_part_of_what_is_parsed_but_not_of_what_is_sampled() -> None:
     form = chat(force_think=True)
-    assert tokenizer().decode(form.forced_ids) == form.forced_text == "<think>"
-    assert form.parse(form.forced_text + "x</think><answer>Rome</answer>") == Answer("Rome")
+    assert tokenizer().decode(form.opening(1)[0]) == form.opening(1)[1] == "<think>"
+    assert form.parse(form.opening(1)[1] + "x</think><answer>Rome</answer>") == Answer("Rome")
 
 
 CALL = '<think>a</think>\n<tool_call>{"name": "search", "arguments": {"query": %s}}</tool_call>'
@@ -124,7 +126,7 @@ CALL = '<think>a</think>\n<tool_call>{"name": "search", "arguments": {"query": %
     ],
 )
 def test_actions(text: str, action: Answer | ToolCall) -> None:
-    assert parse_action(text, max_queries=2) == action
+    assert parse(text, ToolSet(max_queries=2)) == action
 
 
 @pytest.mark.parametrize(
@@ -140,7 +142,7 @@ def test_actions(text: str, action: Answer | ToolCall) -> None:
     ],
 )
 def test_everything_else_is_malformed_with_a_reason(text: str, reason: str) -> None:
-    found = parse_action(text, max_queries=3)
+    found = parse(text, ToolSet())
     assert isinstance(found, Malformed) and reason in found.reason
 
 

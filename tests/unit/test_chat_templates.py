@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 from igpo_megatron import cli
 from igpo_megatron.agent.settings import Rollout
-from igpo_megatron.agent.trajectory import run_trajectory
+from igpo_megatron.agent.trajectory import Agent, PathPlan, run_trajectory
 from igpo_megatron.algorithms.rewards import own_turns, score
 from igpo_megatron.algorithms.settings import Reward
 from igpo_megatron.chat.format import ChatFormat
@@ -36,6 +36,7 @@ from igpo_megatron.config.load import build
 from igpo_megatron.doctor import chat as chat_check
 from igpo_megatron.doctor import commands
 from igpo_megatron.engines.pool import EnginePool
+from igpo_megatron.tools.search_tool import SearchTool
 from igpo_megatron.types import Completion, Node, Prompt, RolloutGroup, Status, ToolCall, Trajectory, UserError
 
 NOW = datetime(2026, 3, 4, 5, 6, 7, 89, UTC)
@@ -262,9 +263,9 @@ def test_a_quoted_template_result_is_cut_between_characters_and_its_quotation_cl
     words = family("llama3.1")
     form = form_of(words)
     for room in range(1, 40):
-        ids, cut = form.observation('a "b" \\ \n' * 20, form.frame_tokens + room)
+        ids, cut = form.observation('a "b" \\ \n' * 20, form.frame_size() + room)
         body = decode(words, ids).split("<|end_header_id|>\n\n")[1].split("<|eot_id|>")[0]
-        assert len(ids) <= form.frame_tokens + room and json.loads(body) == cut and ('a "b" \\ \n' * 20).startswith(cut)
+        assert len(ids) <= form.frame_size() + room and json.loads(body) == cut and ('a "b" \\ \n' * 20).startswith(cut)
 
 
 # ---- ends
@@ -367,10 +368,10 @@ def test_a_trajectory_ended_by_another_eos_goes_on_in_a_whole_template_frame(tmp
     engine = Lines(words, lines)
     ids, text = form.open("Where?")
     group = RolloutGroup(Prompt("q", "Where?", ("Oslo",), "t"), [Node(None, "prompt", ids, text=text)])
-    found = chat_check.ScriptedSearch("<|im_end|>")
+    found = SearchTool(chat_check.ScriptedSearch("<|im_end|>"), form.protocol.hit)
     rollout = Rollout(protocol=protocol, tool_name="search", max_context=2000)  # type: ignore[arg-type]
-    options = {"prober": None, "temperature": 1.0, "probe_tokens": 0, "seed": 0, "step": 0, "sample": 0}
-    end = asyncio.run(run_trajectory(group, engine=engine, search=found, tools={}, chat=form, config=rollout, **options))  # type: ignore[arg-type]
+    agent = Agent(engine, {"search": found}, form, rollout)  # type: ignore[arg-type]
+    end = asyncio.run(run_trajectory(group, agent, PathPlan(0, seed=0, salt=0, temperature=1.0)))
     assert (end.status, end.answer) == (Status.FINISHED, "Oslo")
     call, observation = group.nodes[end.path[1]], group.nodes[end.path[2]]
     assert call.token_ids[-1] == 0 and observation.token_ids[:1] == [2] and "<|endoftext|>" not in call.text
@@ -412,18 +413,18 @@ def test_an_end_that_opens_the_next_template_message_is_not_written_twice() -> N
 @pytest.mark.parametrize("protocol", ["igpo", "hermes"])
 def test_llamas_parameters_are_arguments(protocol: str) -> None:
     body = '{"name": "web_search", "parameters": {"query": ["x"]}}'
-    assert PROTOCOLS[protocol].parse(f"<think>t</think><tool_call>{body}</tool_call>", TOOLS) == ToolCall("web_search", ("x",))
+    assert PROTOCOLS[protocol].parse(f"<think>t</think><tool_call>{body}</tool_call>", TOOLS) == ToolCall("search", ("x",))
     both = '{"name": "web_search", "arguments": {"query": "a"}, "parameters": {"query": "b"}}'
-    assert PROTOCOLS[protocol].parse(f"<think>t</think><tool_call>{both}</tool_call>", TOOLS) == ToolCall("web_search", ("a",))
+    assert PROTOCOLS[protocol].parse(f"<think>t</think><tool_call>{both}</tool_call>", TOOLS) == ToolCall("search", ("a",))
 
 
 @pytest.mark.parametrize(
     ("text", "action"),
     [
-        ('{"name": "web_search", "parameters": {"query": ["x"]}}', ToolCall("web_search", ("x",))),
+        ('{"name": "web_search", "parameters": {"query": ["x"]}}', ToolCall("search", ("x",))),
         ('<think>t</think>\n <|python_tag|>{"type": "function", "name": "f", "parameters": {"query": "x"}}\n', ToolCall("f", ("x",))),
-        ('{"name": "web_search", "parameters": {"query": "x"}}<|eom_id|>', ToolCall("web_search", ("x",))),
-        ('[TOOL_CALLS] [{"name": "web_search", "arguments": {"query": "x"}, "id": "abcdefghi"}]', ToolCall("web_search", ("x",))),
+        ('{"name": "web_search", "parameters": {"query": "x"}}<|eom_id|>', ToolCall("search", ("x",))),
+        ('[TOOL_CALLS] [{"name": "web_search", "arguments": {"query": "x"}, "id": "abcdefghi"}]', ToolCall("search", ("x",))),
         (
             '[{"name": "f", "arguments": {"query": "x"}}, {"name": "f", "parameters": {"query": "y"}}]',
             ToolCall("f", ("x", "y")),
@@ -523,7 +524,7 @@ def test_doctor_chat_shows_every_token_of_a_template_conversation_with_its_sourc
     group = chat_check.converse(config, form, words)
     end: Trajectory = group.trajectories[0]
     assert (end.status, end.answer) == (Status.FINISHED, "Shakespeare"), end
-    score(group, config.reward, form.protocol)
+    score(group, config)
     assert end.reward == 1.0, own_turns(group, end)
     shown = list(chat_check.pieces(group, form, words))
     trained = [token for piece in shown if piece.is_trained for token in piece.tokens]

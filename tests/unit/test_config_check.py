@@ -7,13 +7,13 @@ import pytest
 
 from igpo_megatron.algorithms.settings import Ppo
 from igpo_megatron.cli import world_size
-from igpo_megatron.config.checks import check, require
 from igpo_megatron.config.load import ConfigError, build
 from igpo_megatron.config.schema import Config
 from igpo_megatron.engines.settings import Engine
 from igpo_megatron.kernels.linear_logprob import FORMS, WORKSPACE
 from igpo_megatron.plan.types import Settings
 from igpo_megatron.policy.settings import Model, divisors, stage_layers
+from igpo_megatron.training.checks import check, require
 
 SHAPE = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 6, "max_position_embeddings": 1024}
 
@@ -155,6 +155,9 @@ def test_layouts_that_experts_cannot_have_are_refused(mixture, overrides, world_
         (["search.mode=replay", "search.cache=gone.sqlite"], 1, "search.cache=gone.sqlite: no such file"),
         (["search.timeout_s=60", "search.deadline_s=50"], 1, "search.deadline_s=50 is less than one attempt (search.timeout_s=60)"),
         (["rollout.deadline_s=100"], 1, "search.deadline_s=180 is more than a complete trajectory has (rollout.deadline_s=100)"),
+        (["search.backend=serpr"], 1, "search.backend='serpr': expected one of bm25"),
+        (["rollout.protocol=igop"], 1, "rollout.protocol='igop': expected one of igpo"),
+        (["rollout.extra_tools=[vist]"], 1, "rollout.extra_tools='vist': expected one of visit, python"),
         (["rollout.tool_name=python"], 1, "rollout.tool_name=python is the name of another tool"),
         (["rollout.extra_tools=[visit,visit]"], 1, "names a tool more than once"),
         (
@@ -225,13 +228,13 @@ def test_a_web_api_needs_its_usual_variable_unless_it_is_replayed(sound, monkeyp
 
 
 def test_dense_retrieval_names_what_is_not_installed_and_not_set(sound, monkeypatch):
-    monkeypatch.setattr("igpo_megatron.search.settings.find_spec", lambda name: None)
+    monkeypatch.setattr("igpo_megatron.search.local.dense.find_spec", lambda name: None)
     found = problems(sound, "search.backend=dense")
     assert [problem.split(", ")[0] for problem in found] == [
         "search.backend=dense needs search.encoder",
         "search.backend=dense needs sentence-transformers",
     ]
-    monkeypatch.setattr("igpo_megatron.search.settings.find_spec", lambda name: name)
+    monkeypatch.setattr("igpo_megatron.search.local.dense.find_spec", lambda name: name)
     assert problems(sound, "search.backend=dense", "search.encoder=e5") == []
 
 
@@ -307,7 +310,7 @@ def test_an_evaluation_asks_for_questions_engines_and_search_only(sound):
     ]
     assert problems(sound, *training_only, world_size=None) == []
     found = problems(sound, "data.eval=[]", "search.corpus=null", "rollout.engine.tensor=3", "model.path=nowhere", world_size=None)
-    assert [problem.split(" ")[0].split("=")[0] for problem in found] == ["model.path", "search.backend", "data.eval"]
+    assert [problem.split(" ")[0].split("=")[0] for problem in found] == ["model.path", "data.eval", "search.backend"]
     (problem,) = problems(sound, "rollout.engine.tensor=3", world_size=None)
     assert "rollout.engine.tensor=3 does not divide" in problem
 

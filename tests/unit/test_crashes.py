@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from test_branching import CALM, THRESHOLD, UNSURE, UnsureEngine
 from test_gain_branching import REWARD, KnowingEngine
-from test_rollouts import ANSWER, SEARCH, SETTINGS, WORDS, ScriptedEngine, ScriptedSearch
+from test_rollouts import ANSWER, SEARCH, SETTINGS, WORDS, ScriptedEngine, ScriptedSearch, searching
 
 from igpo_megatron.agent.rollouter import Rollouter, RolloutFailure
 from igpo_megatron.agent.settings import ArpoBranching, GainBranching, Rollout
@@ -51,7 +51,7 @@ def rollouter(engine: object, crashes: Path | None, search: object = None, rewar
     config = Rollout(**{"max_failed_fraction": 0.5, **SETTINGS, **changes})  # type: ignore[arg-type]
     form = ChatFormat(WORDS, config, reward or Reward())
     probes_of = partial(rendered_probes, render_probe=form.render_probe, config=reward or Reward())
-    return Rollouter(engine, search or ScriptedSearch(), form, config, seed=1, probes_of=probes_of, crashes=crashes)  # type: ignore[arg-type]
+    return Rollouter(engine, searching(search or ScriptedSearch()), form, config, seed=1, probes_of=probes_of, crashes=crashes)  # type: ignore[arg-type]
 
 
 def run(
@@ -59,7 +59,7 @@ def run(
 ) -> list[RolloutGroup]:
     questions = [Prompt(f"q{number}", "What is the capital of Italy?", ("Rome",), "test") for number in range(prompts)]
     with rollouter(engine, crashes, **changes) as rollouts:  # type: ignore[arg-type]
-        return rollouts.run_sync(questions, samples=samples, step=1, temperature=None, probe=branch, branch=branch)
+        return rollouts.run_sync(questions, samples=samples, salt=1, temperature=None, probe=branch, branch=branch)
 
 
 def statuses(group: RolloutGroup) -> list[Status]:
@@ -72,7 +72,7 @@ def test_a_crash_ends_one_trajectory_is_counted_and_leaves_its_traceback(tmp_pat
     end = group.trajectories[0]
     assert end.reason.startswith("ZeroDivisionError: nobody expected \ufffd this") and "crashes.log" in end.reason
     assert not end.status.is_trainable and end.status.is_failure
-    metrics = rollout_metrics([group], "search")
+    metrics = rollout_metrics([group])
     assert metrics["crashed"] == metrics["failed"] == 0.25
     kept = (tmp_path / "new" / "crashes.log").read_text(encoding="utf-8")
     assert "sample 0 of question q0" in kept and "raise ZeroDivisionError(BOOM)" in kept and kept.count("Traceback") == 1
@@ -103,7 +103,7 @@ def test_what_is_cancelled_has_not_crashed(tmp_path: Path) -> None:
 
     engine = Never(ANSWER)
     with rollouter(engine, tmp_path / "crashes.log") as rollouts:
-        work = rollouts.start(rollouts.run([Prompt("q", "?", ("a",), "t")], samples=2, step=1, temperature=None))
+        work = rollouts.start(rollouts.run([Prompt("q", "?", ("a",), "t")], samples=2, salt=1, temperature=None))
         while len(engine.calls) < 2:
             time.sleep(0.001)
         work.cancel()

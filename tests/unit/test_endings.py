@@ -247,7 +247,7 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None
 
 
 def test_a_read_only_folder_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "require", lambda *_: None)
+    monkeypatch.setattr("igpo_megatron.training.checks.require", lambda *_: None)
     closed = tmp_path / "closed"
     closed.mkdir()
     is_root = os.geteuid() == 0

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from igpo_megatron.algorithms.settings import Igpo, Ppo
-from igpo_megatron.config.checks import check
 from igpo_megatron.config.load import load
+from igpo_megatron.training.checks import check
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 CONFIGS = sorted(EXAMPLES.rglob("*.yaml"))

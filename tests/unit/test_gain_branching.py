@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from test_rollouts import ANSWER, SETTINGS, WORDS, ScriptedSearch, completion
+from test_rollouts import ANSWER, SETTINGS, WORDS, ScriptedSearch, completion, searching
 
 from igpo_megatron.agent.rollouter import Rollouter
 from igpo_megatron.agent.settings import GainBranching, Rollout
@@ -18,7 +18,7 @@ from igpo_megatron.algorithms.info_gain import add_probes, rendered_probes, turn
 from igpo_megatron.algorithms.rewards import score
 from igpo_megatron.algorithms.settings import Reward
 from igpo_megatron.chat.format import ChatFormat
-from igpo_megatron.chat.protocols.registry import PROTOCOLS
+from igpo_megatron.config.load import build
 from igpo_megatron.engines.api import EngineError
 from igpo_megatron.observability.metrics import rollout_metrics
 from igpo_megatron.observability.report.page import write_report
@@ -86,8 +86,8 @@ def grow(
     form = ChatFormat(WORDS, config, reward)
     probes_of = partial(rendered_probes, render_probe=form.render_probe, config=reward)
     questions = [Prompt("q", "What is the capital of Italy?", ("Rome",), "test")]
-    with Rollouter(engine, ScriptedSearch(), form, config, seed=seed, probes_of=probes_of) as rollouter:  # type: ignore[arg-type]
-        (group,) = rollouter.run_sync(questions, samples=samples, step=1, temperature=None, probe=True, branch=True)
+    with Rollouter(engine, searching(ScriptedSearch()), form, config, seed=seed, probes_of=probes_of) as rollouter:  # type: ignore[arg-type]
+        (group,) = rollouter.run_sync(questions, samples=samples, salt=1, temperature=None, probe=True, branch=True)
     return group
 
 
@@ -167,9 +167,9 @@ def test_a_saturated_path_is_asked_for_its_answer_and_what_it_says_is_its_answer
         (4, 1.0, True),
     ]
     assert group.value_points[-1].change == pytest.approx(0.01) and group.value_points[-1].probability is None
-    score(group, REWARD, PROTOCOLS["igpo"])
+    score(group, build({"model": {"path": "m"}, "reward": REWARD.model_dump()}))
     assert end.reward == 1.0 and end.reward_parts["format_ok"] == 1.0, "the forced text opens the answer that the policy closes"
-    assert rollout_metrics([group], "search")["stopped"] == 1.0
+    assert rollout_metrics([group])["stopped"] == 1.0
 
 
 def test_gains_of_a_stopped_path_are_those_of_its_states_before_it_was_asked() -> None:

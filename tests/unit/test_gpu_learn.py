@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from igpo_megatron.config.checks import check
 from igpo_megatron.config.load import load
+from igpo_megatron.training.checks import check
 from igpo_megatron.types import RunStopped, UserError
 
 SCRIPT = Path(__file__).parents[2] / "tools/gpu/learn.py"

@@ -15,7 +15,6 @@ import torch
 from typer.testing import CliRunner
 
 from igpo_megatron import cli
-from igpo_megatron.config.checks import check
 from igpo_megatron.config.load import build
 from igpo_megatron.config.schema import Config
 from igpo_megatron.engines.actor import EngineActor, engine_options
@@ -23,6 +22,7 @@ from igpo_megatron.engines.ray_cluster import RayCluster, visible_devices
 from igpo_megatron.launch import job
 from igpo_megatron.launch.node import Node
 from igpo_megatron.policy.parallel import on_this_machine
+from igpo_megatron.training.checks import check
 from igpo_megatron.types import UserError
 from igpo_megatron.weights.transfer import WorkerExtension
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from typer.testing import CliRunner
 
 from igpo_megatron.algorithms.advantages.registry import set_advantages
@@ -108,7 +107,7 @@ def checked(*overrides: str) -> None:
 
 def test_hooks_are_named_in_a_file_or_on_the_command_line_and_come_back_from_a_run_folder(tmp_path: Path) -> None:
     values = {"model": {"path": "m"}, "advantage": {"name": "my_package.mine:centred", "options": {"scale": 2.0}}}
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    (tmp_path / "run.yaml").write_text(json.dumps(values), encoding="utf-8")
     overrides = ["loss.name=my_package.mine:policy_gradient", "loss.kl_coef=0", "reward.outcome=my_package.mine:length"]
     config = load(tmp_path / "run.yaml", overrides)
     assert isinstance(config.advantage, HookedAdvantage) and config.advantage.options == {"scale": 2.0}
@@ -181,7 +180,7 @@ def test_a_reward_of_ones_own_is_the_outcome_and_stands_beside_f1_under_its_name
     for node in (node for node in group.nodes if node.kind == "action"):
         node.text = "<think>x</think>\n<answer>Paris</answer>"
     name = "my_package.mine:length"
-    score(group, config_of(f"reward.outcome={name}").reward)
+    score(group, config_of(f"reward.outcome={name}"))
     assert (
         group.trajectories[1].reward == group.trajectories[1].reward_parts[name] == 0.5 and group.trajectories[1].reward_parts["f1"] == 0.0
     )
@@ -232,7 +231,7 @@ def test_a_hook_that_cannot_be_used_is_told_before_anything_starts(overrides: tu
 def test_the_command_refuses_it_before_a_rank_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from igpo_megatron import cli
 
-    monkeypatch.setattr(cli, "require", lambda *_: None)
+    monkeypatch.setattr("igpo_megatron.training.checks.check", lambda *_, **__: [])
     monkeypatch.setattr(cli, "_torchrun", lambda *_: pytest.fail("the ranks were started"))
     (tmp_path / "run.yaml").write_text(f"model: {{path: m}}\nrun: {{folder: {tmp_path}/runs, device: cpu}}\n", encoding="utf-8")
     result = CliRunner().invoke(app, ["train", str(tmp_path / "run.yaml"), "advantage.name=my_package.mine:one_too_few"])

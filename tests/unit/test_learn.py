@@ -13,13 +13,13 @@ from igpo_megatron.algorithms.info_gain import add_probes, turn_gains
 from igpo_megatron.algorithms.losses.registry import LOSSES, LossEntry, denominator, objective
 from igpo_megatron.algorithms.replay import SuccessBuffer
 from igpo_megatron.algorithms.settings import Bapo, Reward
-from igpo_megatron.config.checks import check
 from igpo_megatron.config.load import build
 from igpo_megatron.observability.metrics import rollout_metrics
 from igpo_megatron.packing.tree import pack_for_scoring, pack_for_training, step_counts
 from igpo_megatron.policy.policy import StepResult, learning_rate
 from igpo_megatron.policy.schedule import tokens_of
 from igpo_megatron.policy.settings import Optim
+from igpo_megatron.training.checks import check
 from igpo_megatron.training.queue import has_equal_rewards
 from igpo_megatron.training.step import bounds_of_step, minibatches, shuffled_parts, update_metrics
 from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, StepCounts, Trajectory
@@ -92,6 +92,16 @@ def test_an_action_of_no_tokens_alone_is_no_trained_trajectory():
     assert sum(len(row.targets) for row in pack_for_scoring([group], row_tokens=64)) == 2 + 2
 
 
+def test_a_rank_without_groups_asks_no_function_over_the_batch(monkeypatch):
+    """A user's own might take the mean of nothing."""
+    seen = []
+    entry = SimpleNamespace(function=lambda *_: None, over_batch=lambda groups: seen.append(len(groups)))
+    monkeypatch.setattr("igpo_megatron.algorithms.advantages.registry.entry_of", lambda config: entry)
+    for groups in ([], [group_of(1.0)]):
+        set_advantages(groups, None, 0.0)
+    assert seen == [1]
+
+
 @pytest.mark.parametrize("name", ADVANTAGES)
 def test_no_advantage_sees_a_trajectory_without_a_sampled_token(name):
     config = build({"model": {"path": "m"}}, [f"advantage.name={name}"]).advantage
@@ -124,7 +134,7 @@ def test_over_batch_statistics_are_those_of_the_formulas():
 
 def test_metrics_and_resampling_leave_out_trajectories_without_a_sampled_token():
     group = group_of(1.0, 0.5, empty=2)
-    found = rollout_metrics([group], "search")
+    found = rollout_metrics([group])
     assert (found["reward"], found["f1"], found["turns"], found["response_tokens"]) == (0.75, 0.75, 1.0, 2.0)
     assert found["truncated"] == 0.5
     assert has_equal_rewards(group_of(1.0, empty=2)) and not has_equal_rewards(group)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
-from typing import Literal
+from dataclasses import fields
+from typing import Any, Literal
 
 import pytest
 import torch
 
 from igpo_megatron.packing.batches import balance, first_fit
 from igpo_megatron.packing.tree import PackedRow, blank_row, pack_for_scoring, pack_for_training, scatter, step_counts
+from igpo_megatron.packing.wire import from_bytes, to_bytes
 from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, Trajectory
 
 
@@ -193,3 +195,56 @@ def test_a_shared_turn_is_seen_unless_the_other_trajectory_is_not_trained() -> N
     assert group.is_branched
     group.trajectories[-1].status = Status.TOOL_FAILED
     assert not group.is_branched
+
+
+# ---- rows as bytes
+
+
+def same_rows(left: list[PackedRow], right: list[PackedRow]) -> bool:
+    """Every field but `origin`, bit for bit and with its dtype."""
+
+    def same(a: Any, b: Any) -> bool:
+        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+            return a.dtype == b.dtype and a.shape == b.shape and a.contiguous().numpy().tobytes() == b.contiguous().numpy().tobytes()
+        return a == b
+
+    names = [field.name for field in fields(PackedRow) if field.name != "origin"]
+    return len(left) == len(right) and all(
+        same(getattr(a, name), getattr(b, name)) for a, b in zip(left, right, strict=True) for name in names
+    )
+
+
+def recorded_rows() -> list[PackedRow]:
+    """Rows with every optional field in some of them, a blank one, and numbers that a careless encoding would change."""
+    groups = [small_group(), small_group()]
+    rows = [*pack_for_scoring(groups, row_tokens=8), *pack_for_training(groups, row_tokens=12, token_weight=lambda n: 1 / n), blank_row(4)]
+    generator = torch.Generator().manual_seed(0)
+    for number, row in enumerate(rows):
+        row.behavior_logprobs = torch.randn(len(row.targets), generator=generator)
+        row.token_ids = row.token_ids + 2**33 * (number % 2)
+        row.experts = torch.randint(-1, 300, (row.num_tokens, 3, 2), generator=generator).short() if number % 3 else None
+    rows[0].old_logprobs = torch.full_like(rows[0].old_logprobs, torch.nan)
+    rows[1].old_logprobs = torch.full_like(rows[1].old_logprobs, -0.0)
+    rows[2].old_logprobs = torch.full_like(rows[2].old_logprobs, -torch.inf)
+    return rows
+
+
+def test_rows_come_back_from_their_bytes_bit_for_bit() -> None:
+    rows = recorded_rows()
+    assert same_rows(from_bytes(to_bytes(rows)), rows) and from_bytes(to_bytes([])) == []
+    assert same_rows(from_bytes(to_bytes(rows[-1:])), rows[-1:]), "a blank row alone"
+    assert all(row.origin == [] for row in from_bytes(to_bytes(rows)))
+    assert not same_rows(from_bytes(to_bytes(rows[:-1])), [*rows[1:-1], rows[0]])
+
+
+def test_bytes_of_rows_are_little_more_than_what_cannot_be_derived() -> None:
+    """Of a sampled token its id, twice (it is a target), and two log-probs; of any other its id alone."""
+    rng = random.Random(0)
+    group = RolloutGroup(Prompt("q", "?", ("a",), "test"), [Node(None, "prompt", [rng.randrange(10**5) for _ in range(2000)])])
+    sampled = [rng.randrange(10**5) for _ in range(2000)]
+    logprobs = [[-rng.random() for _ in sampled] for _ in range(2)]
+    group.add(Node(0, "action", sampled, 1, behavior_logprobs=logprobs[0], old_logprobs=logprobs[1]))
+    group.trajectories = [Trajectory([0, 1], Status.FINISHED, turn_advantages=[0.5])]
+    rows = pack_for_training([group], row_tokens=4000, token_weight=lambda n: 1 / n)
+    derivable = len(to_bytes(rows)) - 2000 * 4 - 2000 * (4 + 4 + 4 + 4)
+    assert 0 < derivable < 4000

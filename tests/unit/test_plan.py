@@ -9,7 +9,6 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from igpo_megatron.cli import app
-from igpo_megatron.config.checks import check
 from igpo_megatron.config.load import load, parse
 from igpo_megatron.plan import machines
 from igpo_megatron.plan.command import plan_run
@@ -22,6 +21,7 @@ from igpo_megatron.plan.rollout_time import serve
 from igpo_megatron.plan.search import ASLEEP, HEADROOM, estimate, search
 from igpo_megatron.plan.train_time import pass_time, row_time
 from igpo_megatron.plan.types import Layout, Row, Settings, Workload
+from igpo_megatron.training.checks import check
 
 SIZES = Path(__file__).resolve().parents[2] / "examples" / "sizes"
 WORLD = {

@@ -15,7 +15,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import yaml
 from previous_version import PREVIOUS, unpack_stopped_run
 from rich.console import Console
 from test_report import Page
@@ -25,8 +24,7 @@ from checkpoint_conversion.hf_folder import HfReader
 from igpo_megatron.algorithms.replay import SuccessBuffer
 from igpo_megatron.algorithms.rewards import score
 from igpo_megatron.algorithms.settings import Ppo
-from igpo_megatron.chat.protocols.registry import PROTOCOLS
-from igpo_megatron.config.load import ConfigError, build, load, to_json
+from igpo_megatron.config.load import ConfigError, build, load, parse, to_json
 from igpo_megatron.config.schema import Config
 from igpo_megatron.data.corpus import Passage
 from igpo_megatron.observability.metrics import rollout_metrics
@@ -39,7 +37,7 @@ from igpo_megatron.search.client import make_client
 from igpo_megatron.search.local.dense import DenseIndex
 from igpo_megatron.search.local.index_place import digest, place
 from igpo_megatron.search.results import SearchStatus, SearchStopped
-from igpo_megatron.tools.factory import make_tools
+from igpo_megatron.tools.registry import make_tools
 from igpo_megatron.training.step import assign_advantages
 from igpo_megatron.types import BranchPoint, Prompt, RolloutGroup, Status, Trajectory, UserError, ValuePoint
 
@@ -53,8 +51,8 @@ NAMED = (("advantage",), ("loss",), ("rollout", "branching"))
 """Sections whose keys depend on their name."""
 
 
-def groups_of(path: Path) -> tuple[int, list[RolloutGroup]]:
-    ((step, groups),) = read_rollouts(path)
+def groups_of(path: Path, search: str = "search") -> tuple[int, list[RolloutGroup]]:
+    ((step, groups),) = read_rollouts(path, search=search)
     return step, groups
 
 
@@ -115,11 +113,11 @@ def test_every_way_of_ending_is_known():
 
 
 def test_calls_of_the_search_tool_count_as_searches_whatever_the_policy_called_it():
-    _, (igpo, *_) = groups_of(ROLLOUTS)
+    _, (igpo, *_) = groups_of(ROLLOUTS, "web_search")
     calls = [node.call for node in igpo.nodes if node.call]
-    assert [call.name for call in calls][1:] == ["visit", "python"]
+    assert [call.name for call in calls] == ["search", "visit", "python"]
     assert [call.queries for call in calls] == [("currency of Iran", "Rial"), ("http://example.org/rial", "currency"), ("print(1)",)]
-    assert rollout_metrics([igpo], "web_search")["searches"] == 1.0
+    assert rollout_metrics([igpo])["searches"] == 1.0
 
 
 def test_a_file_that_is_written_again_holds_the_same(tmp_path):
@@ -135,7 +133,7 @@ def test_recorded_steps_teach_what_they_taught():
         step, groups = groups_of(FINISHED / f"rollouts/step_{number:06d}.parquet")
         before = [[(end.reward, end.gains, end.turn_advantages) for end in group.trajectories] for group in groups]
         for group in groups:
-            score(group, config.reward, PROTOCOLS[config.rollout.protocol], config.rollout.tool_name)
+            score(group, config)
             for end in group.trajectories:
                 end.gains, end.turn_advantages = [], []
         assign_advantages(groups, config, progress=0.0)
@@ -159,11 +157,11 @@ def test_a_file_whose_columns_are_named_otherwise_is_refused_with_their_names(tm
 
 def test_successes_in_a_checkpoint_can_be_replayed():
     kept = SuccessBuffer(4, 0.5)
-    kept.load_state((PREVIOUS / "successes.txt").read_text(encoding="utf-8"))
+    kept.load_state((PREVIOUS / "successes.txt").read_text(encoding="utf-8"), search="web_search")
     success = kept.successes["train-17"]
     assert success.prompt == Prompt("train-17", "Währung von Iran?", ("Iranian Rial", "Rial"), "world")
     assert [(node.kind, node.token_ids) for node in success.nodes][:3] == [("prompt", [1, 2, 3]), ("forced", [4]), ("action", [5, 6])]
-    assert [node.call.name for node in success.nodes if node.call][1:] == ["visit", "python"]
+    assert [node.call.name for node in success.nodes if node.call] == ["search", "visit", "python"]
     assert (success.trajectories[0].status, success.trajectories[0].gains) == (Status.FINISHED, [0.875, 0.0, -0.25, None])
     failed = RolloutGroup(success.prompt, success.nodes[:3], [Trajectory([0, 1, 2], Status.BAD_FORMAT, reward=-2.0)])
     (exchanged,) = kept.exchange([failed], step=2)
@@ -193,14 +191,9 @@ def of_then(found: Any, stored: Any) -> Any:
 DEFAULTS = leaves(json.loads((PREVIOUS / "configs/defaults.json").read_text(encoding="utf-8")))
 
 
-def as_read(value: Any) -> Any:
-    """What YAML 1.1 takes for text and the project for a number."""
-    return float(value) if isinstance(value, str) and value[:1].isdigit() and "e-" in value else value
-
-
 @pytest.mark.parametrize("path", EXAMPLES, ids=[str(path.relative_to(PREVIOUS)) for path in EXAMPLES])
 def test_an_example_of_then_means_what_it_meant(path):
-    given = {key: as_read(value) for key, value in leaves(yaml.safe_load(path.read_text(encoding="utf-8"))).items()}
+    given = leaves(parse(path.read_text(encoding="utf-8")))
     found = leaves(resolved(load(path)))
     assert {key: found.get(key) for key in given} == given
     kept = [key for key in DEFAULTS if key not in given and not any(key[: len(section)] == section for section in NAMED)]
@@ -431,7 +424,7 @@ def test_stored_visits_answer_a_replay(tmp_path):
     config = tools_of(tmp_path)
 
     async def use(*arguments: str) -> Any:
-        visit = make_tools(config, len)["visit"]
+        visit = make_tools(config, len, "{text}")["visit"]
         try:
             return await visit.use(arguments)
         finally:

@@ -1,6 +1,8 @@
 """Replay of successes: what is kept, what it replaces, and that a checkpoint and a resumed run agree."""
 
+import base64
 import json
+import zlib
 
 import pytest
 
@@ -114,3 +116,17 @@ def test_a_checkpoint_brings_back_every_success_exactly():
     assert restored.successes == buffer.successes and list(smaller.successes) == ["b", "c"]
     failed = group_of("a", [0.0] * 3)
     assert restored.exchange([failed], 5) == buffer.exchange([failed], 5)
+
+
+def test_successes_of_an_older_checkpoint_get_our_name_of_search():
+    buffer, restored, renamed = (SuccessBuffer(8, 0.5) for _ in range(3))
+    group = group_of("a", [1.0])
+    group.nodes[1].call = ToolCall("look_up", ("x",))
+    buffer.exchange([group], 1)
+    rows = json.loads(zlib.decompress(base64.b64decode(buffer.state())))
+    for row in rows:
+        del row["canonical_tool_names"]
+    renamed.load_state(base64.b64encode(zlib.compress(json.dumps(rows).encode())).decode(), search="look_up")
+    restored.load_state(buffer.state(), search="look_up")
+    calls = [[node.call.name for node in kept.successes["a"].nodes if node.call] for kept in (renamed, restored)]
+    assert calls == [["search"], ["look_up"]]

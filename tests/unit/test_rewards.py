@@ -24,9 +24,9 @@ from igpo_megatron.algorithms.rewards import (
     score,
     score_lines,
 )
-from igpo_megatron.algorithms.settings import BuiltinOutcome, Reward
+from igpo_megatron.algorithms.settings import BuiltinOutcome
 from igpo_megatron.chat.protocols.igpo import tags_balanced
-from igpo_megatron.chat.protocols.registry import PROTOCOLS
+from igpo_megatron.config.load import build
 from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, ToolCall, Trajectory
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden" / "outcome_scores.json"
@@ -50,8 +50,13 @@ def finished_group(*, observation="Rome was a city.", last=ANSWER, status=Status
     return RolloutGroup(question, nodes, [Trajectory(path=list(range(len(nodes))), status=status)])
 
 
+def scoring(protocol="igpo", **reward):
+    """A configuration that scores by these settings of section `reward`."""
+    return build({"model": {"path": "m"}, "rollout": {"protocol": protocol}, "reward": reward})
+
+
 def scored(group, **settings):
-    score(group, Reward(**settings))
+    score(group, scoring(**settings))
     return group.trajectories[0]
 
 
@@ -225,18 +230,18 @@ def arpo_group(*calls, observed=True, page="Rome."):
     ],
 )
 def test_the_tool_bonus_is_for_tools_that_ran_and_not_for_tags_in_a_text(group, reward):
-    settings = Reward(outcome="f1_multiset", format_penalty=-1.0, tool_bonus=0.1)
-    score(group, settings, PROTOCOLS["arpo"])
+    settings = scoring("arpo", outcome="f1_multiset", format_penalty=-1.0, tool_bonus=0.1)
+    score(group, settings)
     assert group.trajectories[0].reward == pytest.approx(reward)
 
 
 def test_arpos_reward_is_zero_for_a_wrong_answer_with_both_tools_and_minus_one_without_a_box():
-    settings = Reward(outcome="f1_multiset", format_penalty=-1.0, tool_bonus=0.1)
+    settings = scoring("arpo", outcome="f1_multiset", format_penalty=-1.0, tool_bonus=0.1)
     wrong, unboxed = arpo_group("search", "python"), arpo_group("search", "python")
     wrong.nodes[-1].text = "<think>x</think><answer>\\boxed{Paris}</answer>"
     unboxed.nodes[-1].text = "<think>x</think><answer>Rome</answer>"
     for group in (wrong, unboxed):
-        score(group, settings, PROTOCOLS["arpo"])
+        score(group, settings)
     assert (wrong.trajectories[0].reward, unboxed.trajectories[0].reward) == (0.0, -1.0)
 
 

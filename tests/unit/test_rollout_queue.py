@@ -21,7 +21,7 @@ from igpo_megatron.observability.metrics import logprob_gap, rollout_metrics
 from igpo_megatron.training.queue import RolloutQueue, check_staleness, staleness_metrics
 from igpo_megatron.training.services import queue_state
 from igpo_megatron.types import Completion, Node, Prompt, RolloutGroup, RunStopped, Status, ToolCall, Trajectory
-from tests.unit.test_rollouts import SETTINGS, WORDS, ScriptedSearch
+from tests.unit.test_rollouts import SETTINGS, WORDS, ScriptedSearch, searching
 from tests.unit.test_rollouts import completion as said
 
 ANSWER = "<think>I know.</think>\n<answer>{}</answer>"
@@ -96,13 +96,15 @@ def ids(groups: list[RolloutGroup]) -> list[str]:
 # ---- what a batch is made of
 
 
-def test_the_tool_bonus_knows_the_search_tool_by_the_name_that_the_policy_knows() -> None:
+def test_the_tool_bonus_is_for_search_whatever_the_policy_calls_it() -> None:
     class BothTools(AtOnce):
+        search = "search"
+
         async def run(self, prompts: list[Prompt], **_: object) -> list[RolloutGroup]:
             groups = []
             for prompt in prompts:
                 group = RolloutGroup(prompt, [Node(None, "prompt", [1])])
-                for name in ("look_up", "python"):
+                for name in (self.search, "python"):
                     last = len(group.nodes) - 1
                     group.add(Node(last, "action", [2], 1, "<think>x</think>", weight_version=0, call=ToolCall(name, ("y",))))
                     group.add(Node(last + 1, "observation", [3], 1))
@@ -111,9 +113,11 @@ def test_the_tool_bonus_knows_the_search_tool_by_the_name_that_the_policy_knows(
                 groups.append(group)
             return groups
 
-    for name, reward in (("look_up", 1.1), ("search", 1.0)):
-        settings = ["reward.tool_bonus=0.1", f"rollout.tool_name={name}", "rollout.extra_tools=[python]", "rollout.protocol=search_r1"]
-        groups = queue_of(BothTools([True]), *settings).take(1)
+    settings = ["reward.tool_bonus=0.1", "rollout.tool_name=look_up", "rollout.extra_tools=[python]", "rollout.protocol=search_r1"]
+    for called, reward in (("search", 1.1), ("look_up", 1.0)):
+        rollouts = BothTools([True])
+        rollouts.search = called
+        groups = queue_of(rollouts, *settings).take(1)
         assert [end.reward for group in groups for end in group.trajectories] == [reward] * 2
 
 
@@ -165,7 +169,7 @@ def test_successes_are_replayed_into_later_groups_that_failed() -> None:
     rollouts.hits, rollouts.version = [False, False], 1
     groups = queue.take(2)
     assert [sum(end.reward for end in group.trajectories) for group in groups] == [1.0, 0.0]
-    assert rollout_metrics(groups, "search")["replayed"] == 1.0 and staleness_metrics(groups, 2)["staleness_max"] == 0.0
+    assert rollout_metrics(groups)["replayed"] == 1.0 and staleness_metrics(groups, 2)["staleness_max"] == 0.0
 
     resumed = queue_of(rollouts, *settings, questions=OneQuestion(), first_step=2)
     resumed.successes.load_state(json.loads(json.dumps(queue_state(queue)))["successes"])
@@ -317,7 +321,7 @@ def test_a_batch_ahead_goes_on_while_another_is_trained_and_its_failure_waits_fo
 
     engine = Failing("nothing")
     config = Rollout(**SETTINGS)  # type: ignore[arg-type]
-    with Rollouter(engine, ScriptedSearch(), ChatFormat(WORDS, config, Reward()), config, seed=0) as rollouter:  # type: ignore[arg-type]
+    with Rollouter(engine, searching(ScriptedSearch()), ChatFormat(WORDS, config, Reward()), config, seed=0) as rollouter:  # type: ignore[arg-type]
         settings = ["rollout.max_staleness=1", "rollout.samples_per_prompt=1", "run.steps=2"]
         queue = queue_of(rollouter, *settings, questions=Named())
         queue.weights_arrived(0)
@@ -331,7 +335,7 @@ def test_a_batch_ahead_goes_on_while_another_is_trained_and_its_failure_waits_fo
 def test_leaving_the_rollouter_ends_what_is_under_way() -> None:
     engine = Held("capital")
     config = Rollout(**SETTINGS)  # type: ignore[arg-type]
-    with Rollouter(engine, ScriptedSearch(), ChatFormat(WORDS, config, Reward()), config, seed=0) as rollouter:  # type: ignore[arg-type]
+    with Rollouter(engine, searching(ScriptedSearch()), ChatFormat(WORDS, config, Reward()), config, seed=0) as rollouter:  # type: ignore[arg-type]
         queue = queue_of(rollouter, "rollout.max_staleness=1", "rollout.samples_per_prompt=1", questions=Named())
         queue.weights_arrived(0)
         queue.take(1)
@@ -352,12 +356,12 @@ def test_a_group_closes_when_enough_have_ended_and_gives_up_the_others() -> None
 
     engine = Straggler("")
     config = Rollout(**SETTINGS)  # type: ignore[arg-type]
-    with Rollouter(engine, ScriptedSearch(), ChatFormat(WORDS, config, Reward()), config, seed=0) as rollouter:  # type: ignore[arg-type]
-        work = rollouter.run([Prompt("q", "Italy", ("Rome",), "t")], samples=5, step=1, temperature=None, close_at=3)
+    with Rollouter(engine, searching(ScriptedSearch()), ChatFormat(WORDS, config, Reward()), config, seed=0) as rollouter:  # type: ignore[arg-type]
+        work = rollouter.run([Prompt("q", "Italy", ("Rome",), "t")], samples=5, salt=1, temperature=None, close_at=3)
         (group,) = rollouter.start(work).result(timeout=60)
     ends = [end.status for end in group.trajectories]
     assert ends == [Status.FINISHED, Status.LATE, Status.FINISHED, Status.LATE, Status.FINISHED]
-    metrics = rollout_metrics([group], "search")
+    metrics = rollout_metrics([group])
     assert metrics["late"] == 0.4 and metrics["failed"] == 0.0
 
 
@@ -379,7 +383,7 @@ def texts(groups: list[RolloutGroup]) -> list[list[str]]:
 def test_the_queue_gives_what_rolling_out_step_by_step_gives(ahead: int) -> None:
     config = Rollout(**SETTINGS)  # type: ignore[arg-type]
     search, chat = ScriptedSearch(), ChatFormat(WORDS, config, Reward())
-    with Rollouter(Seeded(), search, chat, config, seed=3) as rollouter:  # type: ignore[arg-type]
+    with Rollouter(Seeded(), searching(search), chat, config, seed=3) as rollouter:  # type: ignore[arg-type]
         queue = queue_of(
             rollouter, f"rollout.max_staleness={ahead}", "rollout.samples_per_prompt=4", "run.steps=4", "run.stop_after=rollout"
         )
@@ -387,7 +391,7 @@ def test_the_queue_gives_what_rolling_out_step_by_step_gives(ahead: int) -> None
             queue.weights_arrived(step - 1)
             groups = queue.take(step)
             prompts = [Questions().question(ordinal) for ordinal in (2 * step - 2, 2 * step - 1)]
-            alone = rollouter.run_sync(prompts, samples=4, step=step, temperature=None)
+            alone = rollouter.run_sync(prompts, samples=4, salt=step, temperature=None)
             assert texts(groups) == texts(alone)
             assert len({text for path in texts(groups) for text in path}) > 2, "samples differ"
             queue.done(step)

@@ -16,7 +16,7 @@ from test_chat import tokenizer
 
 from igpo_megatron.agent.rollouter import Rollouter, RolloutFailure
 from igpo_megatron.agent.settings import Rollout
-from igpo_megatron.agent.trajectory import counter_seed, render_results
+from igpo_megatron.agent.trajectory import counter_seed
 from igpo_megatron.algorithms.info_gain import add_probes, rendered_probes
 from igpo_megatron.algorithms.rewards import score
 from igpo_megatron.algorithms.settings import Reward
@@ -27,7 +27,9 @@ from igpo_megatron.engines.api import EngineError, EnginesEnded
 from igpo_megatron.observability.metrics import rollout_metrics
 from igpo_megatron.search import http
 from igpo_megatron.search.client import make_client
-from igpo_megatron.search.results import SearchResult, SearchStatus, SearchStopped
+from igpo_megatron.search.results import SearchClient, SearchResult, SearchStatus, SearchStopped
+from igpo_megatron.tools.base import HIT, Tool
+from igpo_megatron.tools.search_tool import SearchTool, render_results
 from igpo_megatron.training.evaluate import evaluate
 from igpo_megatron.types import Completion, ProbeScore, Prompt, RolloutGroup, Status
 
@@ -77,6 +79,11 @@ class ScriptedEngine:
         return line if isinstance(line, Completion) else completion(line)
 
 
+def searching(client: SearchClient, hit: str = HIT) -> dict[str, Tool]:
+    """Search alone, over that client."""
+    return {"search": SearchTool(client, hit)}
+
+
 class ScriptedSearch:
     def __init__(self, status: SearchStatus = SearchStatus.OK, text: str = "Rome is the capital of Italy.") -> None:
         self.status, self.text = status, text
@@ -104,8 +111,8 @@ def run(
     form = ChatFormat(WORDS, config, reward or Reward())
     probes_of = partial(rendered_probes, render_probe=form.render_probe, config=reward or Reward())
     questions = [Prompt(f"q{number}", "What is the capital of Italy?", ("Rome",), "test") for number in range(prompts)]
-    with Rollouter(engine, search or ScriptedSearch(), form, config, seed=1, probes_of=probes_of) as rollouter:  # type: ignore[arg-type]
-        return rollouter.run_sync(questions, samples=samples, step=1, temperature=None, probe=probe)
+    with Rollouter(engine, searching(search or ScriptedSearch()), form, config, seed=1, probes_of=probes_of) as rollouter:  # type: ignore[arg-type]
+        return rollouter.run_sync(questions, samples=samples, salt=1, temperature=None, probe=probe)
 
 
 def test_what_ends_every_engine_stops_the_rollout_by_its_own_sentence() -> None:
@@ -157,8 +164,8 @@ def test_a_failed_search_may_end_its_trajectory_as_it_stands() -> None:
     (group,) = run(ScriptedEngine(SEARCH, ANSWER), ScriptedSearch(SearchStatus.TIMEOUT), failed_search="end")
     (end,) = group.trajectories
     assert end.status is Status.ENDED_BY_TOOL and end.status.is_trainable and end.status.is_failure and end.answer is None
-    score(group, Reward(format_penalty=-2.0))
-    assert end.reward == -2.0 and rollout_metrics([group], "search")["failed"] == 1.0
+    score(group, build({"model": {"path": "m"}}, ["reward.format_penalty=-2"]))
+    assert end.reward == -2.0 and rollout_metrics([group])["failed"] == 1.0
 
 
 def test_an_empty_result_is_shown_as_one() -> None:
@@ -194,7 +201,7 @@ def test_a_question_without_room_for_one_token_of_a_turn_is_left_out_and_said_on
     reward = Reward(probe_template="<answer>{answer}</answer>")
     form = ChatFormat(WORDS, Rollout(**{**SETTINGS, "force_think": force_think}), reward)  # type: ignore[arg-type]
     question = "What is the capital of Italy?"
-    filled = len(form.open(question)[0]) + len(form.forced_ids) + len(form.render_probe("Rome")[0])
+    filled = len(form.open(question)[0]) + len(form.opening(1)[0]) + len(form.render_probe("Rome")[0])
     engine = ScriptedEngine(ANSWER)
     assert run(engine, prompts=2, max_context=filled, reward=reward, force_think=force_think) == [] and engine.calls == []
     (warning,) = caplog.records
@@ -207,7 +214,7 @@ def test_an_evaluation_counts_the_questions_that_leave_no_room_for_a_turn_and_sc
     config = build({"model": {"path": "m"}, "rollout": SETTINGS}, ["rollout.max_failed_fraction=1"])
     form = ChatFormat(WORDS, config.rollout, config.reward)
     short, long = (Prompt(str(words), "What is it? " * words, ("Rome",), "test") for words in (1, 400))
-    with Rollouter(ScriptedEngine(ANSWER), ScriptedSearch(), form, config.rollout, seed=1) as rollouter:  # type: ignore[arg-type]
+    with Rollouter(ScriptedEngine(ANSWER), searching(ScriptedSearch()), form, config.rollout, seed=1) as rollouter:  # type: ignore[arg-type]
         greedy = evaluate(rollouter, [short, long], config, step=0, folder=tmp_path)["greedy"]
         assert (greedy["too_long"], greedy["questions"], greedy["em"]) == (1, 1, 1.0)
         nothing = evaluate(rollouter, [long], config, step=1, folder=tmp_path)["greedy"]
@@ -237,11 +244,11 @@ def test_a_question_that_comes_again_in_a_step_is_sampled_with_other_seeds() -> 
 
     def seeds(*steps: tuple[int, list[list[Prompt]]]) -> list[int]:
         engine = ScriptedEngine(ANSWER)
-        with Rollouter(engine, ScriptedSearch(), form, Rollout(**SETTINGS), seed=1) as rollouter:  # type: ignore[arg-type]
+        with Rollouter(engine, searching(ScriptedSearch()), form, Rollout(**SETTINGS), seed=1) as rollouter:  # type: ignore[arg-type]
             for step, calls in steps:
                 asked: Counter[str] = Counter()
                 for prompts in calls:
-                    work = rollouter.run(prompts, samples=2, step=step, temperature=None, asked=asked)
+                    work = rollouter.run(prompts, samples=2, salt=step, temperature=None, asked=asked)
                     rollouter.start(work).result()
         return [seed for _, _, seed in engine.calls]
 
@@ -252,9 +259,9 @@ def test_a_question_that_comes_again_in_a_step_is_sampled_with_other_seeds() -> 
     again = seeds((1, [[question, other], [question]]))
     assert set(again) == set(twice), "in place of a group of the same step it counts as the second, too; a resumed run repeats it"
     assert len(set(seeds((1, [[question] * 3]), (2, [[question] * 3])))) == 12
-    with Rollouter(ScriptedEngine(ANSWER), ScriptedSearch(), form, Rollout(**SETTINGS), seed=1) as rollouter:  # type: ignore[arg-type]
-        rollouter.run_sync([question, question], samples=1, step=-2, temperature=None)
-        calls = rollouter._engine.calls  # type: ignore[attr-defined]
+    with Rollouter(ScriptedEngine(ANSWER), searching(ScriptedSearch()), form, Rollout(**SETTINGS), seed=1) as rollouter:  # type: ignore[arg-type]
+        rollouter.run_sync([question, question], samples=1, salt=-2, temperature=None)
+        calls = rollouter._agent.engine.calls  # type: ignore[attr-defined]
     assert len({seed for _, _, seed in calls}) == 2, "so it is in an evaluation of a file that holds a question twice"
 
 
@@ -318,10 +325,10 @@ def test_a_search_that_only_a_person_can_help_stops_the_run_and_leaves_nothing_r
 
     async def call() -> int:
         config = Rollout(**SETTINGS)  # type: ignore[arg-type]
-        rollouter = Rollouter(ScriptedEngine(SEARCH), Refused(), ChatFormat(WORDS, config, Reward()), config, seed=0)
+        rollouter = Rollouter(ScriptedEngine(SEARCH), searching(Refused()), ChatFormat(WORDS, config, Reward()), config, seed=0)
         rollouter._loop.close()
         with pytest.raises(SearchStopped, match="SERPER_API_KEY"):
-            await rollouter.run([Prompt("q", "?", ("a",), "t")], samples=4, step=1, temperature=None)
+            await rollouter.run([Prompt("q", "?", ("a",), "t")], samples=4, salt=1, temperature=None)
         return len(asyncio.all_tasks())
 
     assert asyncio.run(call()) == 1, "the caller alone"
@@ -346,10 +353,10 @@ def test_200_trajectories_end_in_time_while_the_provider_fails_every_third_reque
         config = Rollout(**{**SETTINGS, "max_turns": 4, "max_failed_fraction": 0.5, "deadline_s": 30.0})  # type: ignore[arg-type]
         async with serving(fault) as server:
             search = make_client(settings("serper", server, attempts=2, timeout_s=1.5, top_k=1))
-            rollouter = Rollouter(Curious(), search, ChatFormat(WORDS, config, Reward()), config, seed=0)
+            rollouter = Rollouter(Curious(), searching(search), ChatFormat(WORDS, config, Reward()), config, seed=0)
             rollouter._loop.close()
             questions = [Prompt(f"q{number}", "?", ("Rome",), "test") for number in range(25)]
-            groups = await rollouter.run(questions, samples=8, step=1, temperature=None)
+            groups = await rollouter.run(questions, samples=8, salt=1, temperature=None)
             await search.close()
             return groups
 
@@ -377,9 +384,9 @@ def test_a_replayed_step_has_the_same_trajectories_without_the_provider(tmp_path
         config = Rollout(**SETTINGS)  # type: ignore[arg-type]
         async with serving() as server:
             search = make_client(settings("serper", server, mode=mode, cache=tmp_path / "record.sqlite", top_k=1))
-            rollouter = Rollouter(Choosy(), search, ChatFormat(WORDS, config, Reward()), config, seed=3)
+            rollouter = Rollouter(Choosy(), searching(search), ChatFormat(WORDS, config, Reward()), config, seed=3)
             rollouter._loop.close()
-            groups = await rollouter.run([Prompt("q", "?", ("Rome",), "test")], samples=32, step=1, temperature=None)
+            groups = await rollouter.run([Prompt("q", "?", ("Rome",), "test")], samples=32, salt=1, temperature=None)
             await search.close()
             return groups, len(server.asked)
 
@@ -394,8 +401,8 @@ def test_progress_reaches_the_end() -> None:
     seen: list[float] = []
     report: Callable[[float], None] = seen.append
     config = Rollout(**SETTINGS)  # type: ignore[arg-type]
-    with Rollouter(ScriptedEngine(ANSWER), ScriptedSearch(), ChatFormat(WORDS, config, Reward()), config, seed=0) as rollouter:
-        rollouter.run_sync([Prompt("q", "?", ("a",), "t")], samples=4, step=1, temperature=None, on_progress=report)
+    with Rollouter(ScriptedEngine(ANSWER), searching(ScriptedSearch()), ChatFormat(WORDS, config, Reward()), config, seed=0) as rollouter:
+        rollouter.run_sync([Prompt("q", "?", ("a",), "t")], samples=4, salt=1, temperature=None, on_progress=report)
     assert seen == [0.25, 0.5, 0.75, 1.0]
 
 

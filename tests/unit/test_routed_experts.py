@@ -14,8 +14,7 @@ from test_rollouts import ANSWER, SEARCH, ScriptedEngine, completion, run
 from igpo_megatron.engines.recorded_experts import first_unrouted, record_experts, routed_experts
 from igpo_megatron.observability.metrics import routed_share
 from igpo_megatron.observability.rollout_dump import read_rollouts, write_rollouts
-from igpo_megatron.packing.experts import ExpertShape, expert_rows
-from igpo_megatron.packing.tree import pack_for_scoring, pack_for_training
+from igpo_megatron.packing.tree import ExpertShape, expert_rows, pack_for_scoring, pack_for_training
 from igpo_megatron.types import Completion, Node, Prompt, RolloutGroup, Status, Trajectory
 
 SHAPE = ExpertShape(layers=2, top_k=2)

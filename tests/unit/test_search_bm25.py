@@ -9,9 +9,10 @@ import sys
 import pytest
 
 from igpo_megatron.data.corpus import Passage
-from igpo_megatron.search.client import SearchStatus, make_client
+from igpo_megatron.search.client import make_client
 from igpo_megatron.search.local import bm25
 from igpo_megatron.search.local.bm25 import Bm25Index
+from igpo_megatron.search.results import SearchStatus
 from igpo_megatron.search.settings import Search
 
 IRAN = Passage("1", "Iran", "The currency of Iran is the Iranian Rial.")

@@ -12,8 +12,9 @@ from aiohttp import web
 
 from igpo_megatron.data.corpus import Passage
 from igpo_megatron.search import http
-from igpo_megatron.search.client import SearchStatus, SearchStopped, make_client
+from igpo_megatron.search.client import make_client
 from igpo_megatron.search.http import parse_retry_after
+from igpo_megatron.search.results import SearchStatus, SearchStopped
 from igpo_megatron.search.settings import Search
 
 IRAN = Passage("1", "Iran", "In Asia.")

@@ -21,7 +21,8 @@ import requests
 from aiohttp import web
 
 from igpo_megatron.data.corpus import Passage
-from igpo_megatron.search.client import SearchStatus, make_client
+from igpo_megatron.search.client import make_client
+from igpo_megatron.search.results import SearchStatus
 from igpo_megatron.search.settings import Search
 from igpo_megatron.serve import http, retriever
 

@@ -17,8 +17,8 @@ from aiohttp.test_utils import TestClient, TestServer
 from search_server import KEY, KEY_VARIABLE, in_turn, passages
 
 from igpo_megatron.search import http
-from igpo_megatron.search.client import SearchStatus, make_client
-from igpo_megatron.search.results import SearchStopped
+from igpo_megatron.search.client import make_client
+from igpo_megatron.search.results import SearchStatus, SearchStopped
 from igpo_megatron.search.settings import Search
 from igpo_megatron.serve import search as proxy_server
 from igpo_megatron.serve.budgets import BudgetSpent, Ledger

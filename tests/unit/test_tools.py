@@ -10,7 +10,8 @@ import pytest
 from test_page_reader import FAST, Server, serve
 from test_protocols import SETTINGS, WORDS, Lines
 from test_python_tool import isolated
-from test_rollouts import ScriptedSearch
+from test_rewards import scoring
+from test_rollouts import ScriptedSearch, searching
 
 from igpo_megatron.agent.rollouter import Rollouter
 from igpo_megatron.algorithms.rewards import score
@@ -23,22 +24,28 @@ from igpo_megatron.config.schema import Config
 from igpo_megatron.data.corpus import Passage
 from igpo_megatron.observability.metrics import rollout_metrics
 from igpo_megatron.search.results import SearchResult, SearchStatus, SearchStopped
-from igpo_megatron.tools.base import Observed
-from igpo_megatron.tools.factory import make_tools
+from igpo_megatron.tools.base import HIT, Observed, Tool
 from igpo_megatron.tools.python.tool import PythonTool
+from igpo_megatron.tools.registry import TOOLS, make_tools
 from igpo_megatron.tools.tally import percentile, tally_metrics
 from igpo_megatron.training.evaluate import summarise
 from igpo_megatron.types import Prompt, Status, ToolCall
 
+NEVER_ASKED = {"backend": "retriever", "url": "http://127.0.0.1:9/retrieve"}
+
 
 def config(**rollout: object) -> Config:
-    values = {"model": {"path": "nowhere"}, "rollout": {**SETTINGS, "protocol": "arpo", **rollout}, "visit": FAST}
+    values = {"model": {"path": "nowhere"}, "rollout": {**SETTINGS, "protocol": "arpo", **rollout}, "visit": FAST, "search": NEVER_ASKED}
     return build(values, [])
 
 
+def make(settings: Config) -> dict[str, Tool]:
+    return make_tools(settings, len, HIT)
+
+
 def test_only_what_is_configured_is_made() -> None:
-    assert make_tools(config(extra_tools=()), len) == {}
-    assert list(make_tools(config(extra_tools=("visit",)), len)) == ["visit"]
+    assert list(make(config(extra_tools=()))) == ["search"]
+    assert list(make(config(extra_tools=("visit",)))) == ["search", "visit"]
 
 
 def test_a_tool_that_cannot_work_stops_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,7 +54,7 @@ def test_a_tool_that_cannot_work_stops_before_anything_starts(monkeypatch: pytes
 
     monkeypatch.setattr(PythonTool, "from_config", refuse)
     with pytest.raises(ValueError, match="cannot isolate"):
-        make_tools(config(extra_tools=("python",)), len)
+        make(config(extra_tools=("python",)))
 
 
 @isolated
@@ -59,11 +66,11 @@ def test_a_trajectory_visits_a_page_computes_and_answers() -> None:
         engine = Lines("arpo", [arpo.write("t", action) for action in (*calls, Answer("788"))])
         settings = config()
         chat = ChatFormat(WORDS, settings.rollout, Reward())
-        tools = make_tools(settings, chat.count_tokens)
+        tools = {**make(settings), **searching(ScriptedSearch())}
 
         def play() -> None:
-            with Rollouter(engine, ScriptedSearch(), chat, settings.rollout, seed=0, tools=tools) as rollouter:  # type: ignore[arg-type]
-                (group,) = rollouter.run_sync([Prompt("q", "?", ("788",), "t")], samples=1, step=1, temperature=None)
+            with Rollouter(engine, tools, chat, settings.rollout, seed=0) as rollouter:  # type: ignore[arg-type]
+                (group,) = rollouter.run_sync([Prompt("q", "?", ("788",), "t")], samples=1, salt=1, temperature=None)
             (end,) = group.trajectories
             assert (end.status, end.answer) == (Status.FINISHED, "788"), end.reason
             page, output = [node.text for node in group.nodes if node.kind == "observation"]
@@ -96,9 +103,9 @@ def test_the_metrics_of_a_step_count_searches_by_status_and_other_tools_apart() 
 
         async def close(self) -> None: ...
 
-    with Rollouter(engine, Search(), chat, settings.rollout, seed=0, tools={"visit": Visit()}) as rollouter:  # type: ignore[arg-type]
+    with Rollouter(engine, {**searching(Search()), "visit": Visit()}, chat, settings.rollout, seed=0) as rollouter:
         tallies = rollouter.tallies()
-        work = rollouter.run([Prompt("q", "?", ("788",), "t")], samples=1, step=1, temperature=None, tallies=tallies)
+        work = rollouter.run([Prompt("q", "?", ("788",), "t")], samples=1, salt=1, temperature=None, tallies=tallies)
         (group,) = rollouter.start(work).result()
         metrics = tally_metrics(tallies)
     assert 0 <= metrics.pop("visit/p50_s") <= metrics.pop("visit/p95_s") < 1
@@ -107,8 +114,8 @@ def test_the_metrics_of_a_step_count_searches_by_status_and_other_tools_apart() 
         **{"search/cached": 1, "search/p50_s": 0.25, "search/p95_s": 0.25},
         **{"visit/calls": 1, "visit/unreadable": 1, "visit/cached": 0},
     }
-    score(group, Reward(), arpo)
-    means = rollout_metrics([group], "search")
+    score(group, scoring("arpo"))
+    means = rollout_metrics([group])
     assert (means["searches"], means["visits"]) == (2.0, 1.0) and "python_calls" not in means
     assert summarise([group], settings)["searches"] == 2.0
 
@@ -121,7 +128,7 @@ def visits(cache: Path, mode: str, address: str, *urls: str, **visit: object) ->
     settings = config(extra_tools=("visit",))
     search = settings.search.model_copy(update={"mode": mode, "cache": cache})
     own = settings.visit.model_copy(update=visit)
-    tool = make_tools(settings.model_copy(update={"search": search, "visit": own}), len)["visit"]
+    tool = TOOLS["visit"].make(settings.model_copy(update={"search": search, "visit": own}), len)
 
     async def use() -> list[Observed]:
         try:

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from checkpoint_conversion.hf_folder import HfReader
 from igpo_megatron.config.load import build
-from igpo_megatron.engines.api import EngineError, EnginesEnded, open_engines
+from igpo_megatron.engines.api import EngineError, EnginesEnded
+from igpo_megatron.engines.factory import open_engines
 from igpo_megatron.engines.torch_engine import engine as torch_engine
 from igpo_megatron.engines.torch_engine.cache import SlotLayer
 from igpo_megatron.engines.torch_engine.engine import TorchEngine, _Turn

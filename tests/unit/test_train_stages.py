@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from igpo_megatron.algorithms.settings import Gspo, Ppo
 from igpo_megatron.config.load import build
+from igpo_megatron.observability.rollout_dump import write_rollouts
 from igpo_megatron.observability.run_folder import RunFolder
-from igpo_megatron.training.services import Services, collect
+from igpo_megatron.training.services import Services, collect, replayed
 from igpo_megatron.training.step import refuse_shared_turns
 from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, ToolCall, Trajectory
 
@@ -34,7 +36,7 @@ def test_losses_on_sequences_refuse_trajectories_that_share_turns():
 
 
 @pytest.mark.parametrize(("name", "reward"), [("look_up", 1.1), ("search", 1.0)])
-def test_a_replay_gives_the_tool_bonus_by_the_name_that_the_policy_knows(name: str, reward: float, tmp_path: Path):
+def test_a_replay_of_an_older_file_gives_the_tool_bonus_by_the_name_that_the_policy_knew(name: str, reward: float, tmp_path: Path):
     group = RolloutGroup(Prompt("q", "?", ("Rome",), "t"), [Node(None, "prompt", [1])])
     for tool in ("look_up", "python"):
         called = group.add(Node(len(group.nodes) - 1, "action", [2], 1, "<think>x</think>", call=ToolCall(tool, ("y",))))
@@ -43,5 +45,11 @@ def test_a_replay_gives_the_tool_bonus_by_the_name_that_the_policy_knows(name: s
     group.trajectories = [Trajectory(list(range(last + 1)), Status.FINISHED)]
     settings = ["advantage.name=grpo", "reward.gain=none", "reward.tool_bonus=0.1", "rollout.protocol=search_r1"]
     config = build({"model": {"path": "m"}}, [*settings, f"rollout.tool_name={name}"])
-    collect(config, Services(RunFolder(tmp_path), replay=iter([[group]])), step=1)
-    assert group.trajectories[0].reward == pytest.approx(reward)
+    for file, expected in (("old", reward), ("new", 1.0)):
+        path = tmp_path / f"{file}.parquet"
+        write_rollouts(path, 1, [group])
+        if file == "old":  # from before calls had our names of tools
+            pq.write_table(pq.read_table(path).replace_schema_metadata(None), path)
+        (read,) = collect(config, Services(RunFolder(tmp_path), replay=replayed(path, config, 1)), step=1)
+        assert read.trajectories[0].reward == pytest.approx(expected)
+        assert [node.call.name for node in read.nodes if node.call] == ["search" if expected == 1.1 else "look_up", "python"]

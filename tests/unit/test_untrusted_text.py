@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from search_server import KEY, KEY_VARIABLE, PROVIDERS
 from test_page_reader import pdf
 
-from igpo_megatron.chat.protocols.base import Answer, Malformed, ToolSet
+from igpo_megatron.chat.protocols.base import BUILT_IN, Answer, Malformed, ToolSet
 from igpo_megatron.chat.protocols.registry import PROTOCOLS
 from igpo_megatron.search.cache import _read_row
-from igpo_megatron.search.client import CLIENTS
 from igpo_megatron.search.http import LONGEST_PAUSE_S, HttpClient, parse_retry_after
+from igpo_megatron.search.registry import BACKENDS
 from igpo_megatron.search.results import SearchStatus, SearchStopped
 from igpo_megatron.search.settings import Search
 from igpo_megatron.tools.python.runner import _outcome
@@ -102,7 +102,7 @@ PIECES = (
 )
 WRAPS = ["%s", "<think>a</think><tool_call>%s</tool_call>", "<think>a</think><search>%s</search>", "<think>a</think><answer>%s</answer>"]
 TURNS = st.builds(lambda wrap, pieces: wrap % "".join(pieces), st.sampled_from(WRAPS), st.lists(PIECES, min_size=1, max_size=5))
-TOOLS = ToolSet("search", 3, ("visit", "python"))
+TOOLS = BUILT_IN
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -148,7 +148,7 @@ def test_untrusted_call_that_is_no_json_is_told_why(protocol: str, query: str, w
 def backend(provider: str) -> HttpClient:
     own = {"brightdata": {"zone": "z"}, "google_cse": {"engine_id": "c"}}.get(provider, {})
     quick = {"attempts": 1, "url": "http://127.0.0.1:9/", "api_key_env": KEY_VARIABLE, "deadline_s": 5.0}
-    client = CLIENTS[provider](Search(**{"backend": provider, "top_k": 3, **quick, **own}))
+    client = BACKENDS[provider].open(Search(**{"backend": provider, "top_k": 3, **quick, **own}))
     assert isinstance(client, HttpClient)
     return client
 

@@ -8,8 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from igpo_megatron.packing.experts import ExpertShape
-from igpo_megatron.packing.tree import PackedRow, pack_for_scoring
+from igpo_megatron.packing.tree import ExpertShape, PackedRow, pack_for_scoring
 from igpo_megatron.policy import host_memory as module
 from igpo_megatron.policy.context import part_of
 from igpo_megatron.policy.host_memory import ALIGNMENT, rounded, upload

@@ -24,8 +24,8 @@ from igpo_megatron.chat.format import ChatFormat
 from igpo_megatron.chat.tokenizer import load_tokenizer
 from igpo_megatron.config.load import load
 from igpo_megatron.engines.factory import open_engines
-from igpo_megatron.search.client import make_client
 from igpo_megatron.supervision.endings import one_sentence
+from igpo_megatron.tools.registry import make_tools
 from igpo_megatron.training import evaluate
 
 DEMO = Path("examples/quickstart/igpo.yaml")
@@ -48,13 +48,13 @@ def main(
             started[backend], sampled[backend] = time.perf_counter() - began, []
             chat = ChatFormat(load_tokenizer(config.model.path), config.rollout, config.reward)
             rollouters[backend] = stack.enter_context(
-                Rollouter(engines, make_client(config.search), chat, config.rollout, seed=config.run.seed)
+                Rollouter(engines, make_tools(config, len, chat.protocol.hit), chat, config.rollout, seed=config.run.seed)
             )
         prompts = evaluate.questions(config)[:QUESTIONS]
 
         def roll_out(backend: str) -> None:
             step = len(sampled[backend])
-            groups = rollouters[backend].run_sync(prompts, samples=SAMPLES, step=step, temperature=1.0)
+            groups = rollouters[backend].run_sync(prompts, samples=SAMPLES, salt=step, temperature=1.0)
             sampled[backend].append(sum(len(node.token_ids) for group in groups for node in group.nodes if node.kind == "action"))
 
         seconds = interleaved({backend: partial(roll_out, backend) for backend in rollouters}, repeats)

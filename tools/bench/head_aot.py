@@ -110,18 +110,20 @@ def launch(form: str | None, rows: int, dtype: torch.dtype, hidden: int, *, entr
     """Forward in one form, or with `form=None` all that backward and token_loss launch, on tensors without storage."""
     from igpo_megatron.kernels import triton_head
     from igpo_megatron.kernels.linear_logprob import WORKSPACE
+    from igpo_megatron.kernels.torch_chunked import Shard
 
     states = torch.empty(rows, hidden, device="meta", dtype=dtype)
     weight = torch.empty(VOCAB, hidden, device="meta", dtype=dtype)
     targets = torch.empty(rows, device="meta", dtype=torch.int64)
+    shard = Shard(states, weight, targets, VOCAB, 1.0, WORKSPACE)
     if form is None:
         coefficients = torch.empty(rows, 4, device="meta")
-        triton_head.gradients(states, weight, targets, VOCAB, 1.0, coefficients, True, True, WORKSPACE)
+        triton_head.gradients(shard, coefficients, True, True)
         logits = torch.empty(rows, VOCAB, device="meta")
         triton_head.block_records(logits, targets, 1.0, entropy)
         triton_head.block_dz(logits, targets, 1.0, coefficients, dtype)
     else:
-        triton_head.FORWARDS[form](states, weight, targets, VOCAB, 1.0, entropy, WORKSPACE)
+        triton_head.FORWARDS[form](shard, entropy)
 
 
 @contextlib.contextmanager

@@ -44,7 +44,8 @@ from igpo_megatron.engines.api import Engine
 from igpo_megatron.engines.pool import EnginePool
 from igpo_megatron.search.local.bm25 import Bm25Client
 from igpo_megatron.search.results import SearchClient, SearchResult
-from igpo_megatron.types import Completion, ProbeScore, Prompt
+from igpo_megatron.tools.search_tool import SearchTool
+from igpo_megatron.types import SEARCH, Completion, ProbeScore, Prompt
 
 ROOT = Path(__file__).resolve().parents[2]
 CONSOLE = Console(stderr=True)
@@ -209,7 +210,7 @@ def compare_loops(folder: Path, rounds: int, batches: int) -> dict[str, Any]:
     found: dict[str, list[float]] = {"agent_loop": [], "barrier": []}
     with EnginePool(config) as engines:
         # After the engine's start: bm25s brings numba, which vLLM does not bear.
-        search = SlowSearch(Bm25Client.from_config(config.search))
+        search = SlowSearch(Bm25Client.open(config.search))
         for _ in track(range(rounds), description="agent loops", transient=True, console=CONSOLE):
             found["agent_loop"].append(asyncio.run(refilled(one_by(engines, search, chat, config), jobs, batches)))
             found["barrier"].append(asyncio.run(with_barrier(engines, search, chat, config, list(itertools.islice(jobs, IN_FLIGHT)))))
@@ -247,8 +248,9 @@ class SlowSearch:
 
 def one_by(engine: Engine, search: SearchClient, chat: ChatFormat, config: Config) -> Callable[[Job], Awaitable[Any]]:
     """Runs a single trajectory."""
-    rollouter = Rollouter(engine, search, chat, config.rollout, seed=config.run.seed)
-    return lambda job: rollouter.run([job[1]], samples=1, step=job[0], temperature=None)
+    tools = {SEARCH: SearchTool(search, chat.protocol.hit)}
+    rollouter = Rollouter(engine, tools, chat, config.rollout, seed=config.run.seed)
+    return lambda job: rollouter.run([job[1]], samples=1, salt=job[0], temperature=None)
 
 
 async def refilled(one: Callable[[Job], Awaitable[Any]], jobs: Iterator[Job], batches: int) -> float:

@@ -6,7 +6,7 @@
 
 What a path samples, and what it draws to decide, are functions of its label alone ("3" is the fourth sample, "3.2.0" the first fork of it
 behind its second result), so a resumed run repeats them. Only where more forks are wanted than the group has room for, the first comes.
-All state lives in one `Grower` per group: nothing outlives a step. When to fork is the matter of `branching` and `gain_branching`.
+All state lives in one `TreeRollout` per group: nothing outlives a step. When to fork is the matter of `branching` and `gain_branching`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Uniform = Callable[[str, int, "int | str"], float]
 Watch = TypeVar("Watch", bound=TurnWatch)
 
 
-class Grower(ABC, Generic[Watch]):
+class TreeRollout(ABC, Generic[Watch]):
     """Starts the paths of one group."""
 
     def __init__(self, group: RolloutGroup, samples: int, *, run_path: RunPath, uniform: Uniform) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from igpo_megatron.agent.settings import AepoBranching, ArpoBranching
-from igpo_megatron.agent.trees.base import INITIAL_ROLLOUTS, Grower, RunPath, Uniform
+from igpo_megatron.agent.trees.base import INITIAL_ROLLOUTS, RunPath, TreeRollout, Uniform
 from igpo_megatron.types import BranchPoint, RolloutGroup
 
 
@@ -57,9 +57,9 @@ def initial_rollouts(root: float, tools: Sequence[float], samples: int, config: 
 
 @dataclass(slots=True)
 class EntropyWatch:
-    """One path as its group's grower sees it; told by `run_trajectory` of the first tokens of every turn."""
+    """One path as its group's tree sees it; told by `run_trajectory` of the first tokens of every turn."""
 
-    grower: EntropyGrower
+    tree: EntropyTree
     number: int
     """Of the trajectory."""
 
@@ -76,12 +76,12 @@ class EntropyWatch:
     @property
     def tokens(self) -> int:
         """Tokens to measure."""
-        return self.grower.config.entropy_tokens
+        return self.tree.config.entropy_tokens
 
     @property
     def top_logprobs(self) -> int:
         """Likeliest tokens that entropies are computed over; -1 means all."""
-        return self.grower.config.top_logprobs
+        return self.tree.config.top_logprobs
 
     async def begins(self, path: Sequence[int], turn: int) -> bool:
         """No path is asked for its answer early."""
@@ -89,10 +89,10 @@ class EntropyWatch:
 
     async def measured(self, path: Sequence[int], turn: int, entropies: Sequence[float]) -> None:
         """The first tokens behind `path` are there: the place to fork, if at all, is before them."""
-        await self.grower.measured(self, list(path), turn, entropies)
+        await self.tree.measured(self, list(path), turn, entropies)
 
 
-class EntropyGrower(Grower[EntropyWatch]):
+class EntropyTree(TreeRollout[EntropyWatch]):
     """Forks paths as `rollout.branching.name=arpo` or `aepo` says."""
 
     def __init__(

@@ -18,7 +18,7 @@ from statistics import pstdev
 
 from igpo_megatron.agent.prober import Prober, StateValue
 from igpo_megatron.agent.settings import GainBranching
-from igpo_megatron.agent.trees.base import INITIAL_ROLLOUTS, Grower, RunPath, Uniform
+from igpo_megatron.agent.trees.base import INITIAL_ROLLOUTS, RunPath, TreeRollout, Uniform
 from igpo_megatron.engines.api import EngineError
 from igpo_megatron.types import RolloutGroup, RunStopped, ValuePoint
 
@@ -50,9 +50,9 @@ def stop_probability(values: Sequence[float], config: GainBranching) -> float:
 
 @dataclass(slots=True)
 class GainWatch:
-    """One path as its group's grower sees it; told by `run_trajectory` before every turn."""
+    """One path as its group's tree sees it; told by `run_trajectory` before every turn."""
 
-    grower: GainGrower
+    tree: GainTree
     number: int
     """Of the trajectory."""
 
@@ -74,13 +74,13 @@ class GainWatch:
 
     async def begins(self, path: Sequence[int], turn: int) -> bool:
         """Decide what becomes of the state that turn `turn` is about to continue."""
-        return await self.grower.begins(self, list(path), turn)
+        return await self.tree.begins(self, list(path), turn)
 
     async def measured(self, path: Sequence[int], turn: int, entropies: Sequence[float]) -> None:
         """Never called: no token is measured."""
 
 
-class GainGrower(Grower[GainWatch]):
+class GainTree(TreeRollout[GainWatch]):
     """Forks and stops paths as `rollout.branching.name=gain` says."""
 
     def __init__(

@@ -67,5 +67,5 @@ def set_advantages(groups: Sequence[RolloutGroup], config: Advantage, progress: 
         for trajectory in group.trajectories:
             trajectory.turn_advantages = [0.0] * len(group.actions(trajectory))
         entry.function(group, config, progress)
-    if entry.over_batch:
+    if entry.over_batch and groups:  # only the main rank has any
         entry.over_batch(groups)

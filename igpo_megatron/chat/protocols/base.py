@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
-from igpo_megatron.types import ToolCall
+from igpo_megatron.tools.base import HIT, Description
+from igpo_megatron.tools.registry import TOOLS
+from igpo_megatron.types import SEARCH, ToolCall, renamed
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +35,34 @@ ALL_TAGS = ("think", "tool_call", "tool_response", "answer", "code", "search", "
 class ToolSet:
     """The tools that a policy may call."""
 
-    search: str
-    """Name of the search tool, e.g. `web_search`; tags of tagged protocols are always `search`."""
+    search: str = SEARCH
+    """What the policy calls search, e.g. `web_search`; tags of tagged protocols are always `search`."""
 
-    max_queries: int
+    max_queries: int = 3
     """Queries of one search that are used; further ones are dropped."""
 
-    extra: tuple[str, ...] = ()
-    """Of `visit` and `python`."""
+    extra: tuple[Description, ...] = ()
+    """The others."""
+
+    def renamed(self, name: str) -> str:
+        """A tool's name from the policy's spelling to ours, or back."""
+        return renamed(name, self.search)
+
+    def named(self, name: str) -> Description | None:
+        """The tool of that name; None for search and where there is none."""
+        return next((tool for tool in self.extra if tool.name == name), None)
+
+
+BUILT_IN = ToolSet(extra=tuple(entry.description for entry in TOOLS.values()))
+"""All tools of ours."""
+
+
+class Write(Protocol):
+    """How a turn is written."""
+
+    def __call__(self, thought: str, action: ToolCall | Answer, tools: ToolSet = BUILT_IN) -> str:
+        """The turn that `parse` reads as that action. Raises ValueError where a text holds the very tag that would end it."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +70,10 @@ class ToolProtocol:
     """One way to write calls and answers, and to show results."""
 
     parse: Callable[[str, ToolSet], Action]
-    """What a turn asks for, whatever its text, which includes a forced opening; never raises."""
+    """What a turn asks for, whatever its text, which includes a forced opening; never raises. Calls have our names of tools."""
 
-    write: Callable[[str, ToolCall | Answer], str]
-    """(thought, call or answer) -> the turn that `parse` reads as that; for demonstrations. Raises ValueError where a text holds the
-    very tag that would end it."""
+    write: Write
+    """The inverse, for demonstrations and checks."""
 
     final_answer: Callable[[Sequence[str]], str | None]
     """All turns of a trajectory -> the answer that is scored; None where the format check fails."""
@@ -70,10 +91,13 @@ class ToolProtocol:
     stop: tuple[str, ...] = ()
     """Strings that end a turn besides the end-of-turn token; they stay in the text."""
 
+    call_tags: bool = False
+    """A call is the text between tags of its tool's name and ends the turn, so tools of the user's add their closing tags to `stop`."""
+
     result: tuple[str, str] = ("", "")
     """Texts before and after a result, where it is no message of its own."""
 
-    hit: str = "({rank}) {text}"
+    hit: str = HIT
     """One passage of a search result: rank (from 1), title, text."""
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from igpo_megatron.chat.protocols.base import Action, Answer, Malformed, ToolProtocol, ToolSet, balanced, between
+from igpo_megatron.chat.protocols.base import BUILT_IN, Action, Answer, Malformed, ToolProtocol, ToolSet, balanced, between
 from igpo_megatron.chat.protocols.igpo import refuse_tags
 from igpo_megatron.chat.protocols.json_calls import bare_calls, call_json, parse_call
 from igpo_megatron.types import ToolCall
@@ -55,7 +55,7 @@ def _one_call(calls: Sequence[ToolCall | Malformed], tools: ToolSet) -> ToolCall
         if isinstance(call, Malformed):
             return call
     names = {call.name for call in good}
-    if len(good) > 1 and (len(names) > 1 or names & set(tools.extra)):
+    if len(good) > 1 and (len(names) > 1 or any(map(tools.named, names))):
         return Malformed(f"{len(good)} calls of {' and '.join(sorted(names))} in one turn; only searches can go together")
     if len(good) == 1:
         return good[0]
@@ -66,16 +66,16 @@ def final_answer(turns: Sequence[str]) -> str | None:
     """The last turn's answer, if tags are balanced in every turn and no turn wrote a tool's result itself."""
     if not turns or any("tool_response>" in turn or not balanced(turn, TAGS) for turn in turns):
         return None
-    action = parse(turns[-1], ToolSet("search", 1))
+    action = parse(turns[-1], ToolSet())
     return action.text if isinstance(action, Answer) else None
 
 
-def write(thought: str, action: ToolCall | Answer) -> str:
+def write(thought: str, action: ToolCall | Answer, tools: ToolSet = BUILT_IN) -> str:
     """One turn; an empty thought writes no think block."""
     refuse_tags(thought, "think")
     opening = f"<think>\n{thought}\n</think>\n\n" if thought else ""
     if isinstance(action, ToolCall):
-        return f"{opening}<tool_call>\n{call_json(action)}\n</tool_call>"
+        return f"{opening}<tool_call>\n{call_json(action, tools)}\n</tool_call>"
     refuse_tags(action.text, *TAGS, "tool_response")
     return f"{opening}<answer>{action.text}</answer>"
 

@@ -8,18 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from igpo_megatron.chat.protocols.base import Action, Answer, Malformed, ToolProtocol, ToolSet, balanced, between
+from igpo_megatron.chat.protocols.base import BUILT_IN, Action, Answer, Malformed, ToolProtocol, ToolSet, balanced, between
 from igpo_megatron.chat.protocols.json_calls import call_json, parse_call
 from igpo_megatron.types import ToolCall
 from igpo_megatron.untrusted import clean_text
 
 TAGS = ("code", "tool_call", "think", "answer")
 """Tags that the published format check counts."""
-
-
-def parse_action(text: str, max_queries: int) -> Action:
-    """`parse` where search is the only tool, under whatever name."""
-    return parse(text, ToolSet("search", max_queries))
 
 
 def parse(text: str, tools: ToolSet) -> Action:
@@ -53,11 +48,11 @@ def final_answer(turns: Sequence[str]) -> str | None:
     return well_formed_answer("".join(turns))
 
 
-def write(thought: str, action: ToolCall | Answer) -> str:
+def write(thought: str, action: ToolCall | Answer, tools: ToolSet = BUILT_IN) -> str:
     """One turn."""
     refuse_tags(thought, "think", "answer", "tool_call")
     if isinstance(action, ToolCall):
-        return f"<think>{thought}</think>\n<tool_call>{call_json(action)}</tool_call>"
+        return f"<think>{thought}</think>\n<tool_call>{call_json(action, tools)}</tool_call>"
     refuse_tags(action.text, *TAGS)
     return f"<think>{thought}</think>\n<answer>{action.text}</answer>"
 

@@ -6,15 +6,12 @@ Llama 3 calls its arguments `parameters`, and writes a call without tags; Mistra
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from typing import Any
 
 from igpo_megatron.chat.protocols.base import Malformed, ToolSet
-from igpo_megatron.types import ToolCall
+from igpo_megatron.tools.base import Description
+from igpo_megatron.types import SEARCH, ToolCall
 from igpo_megatron.untrusted import BadJson, json_loads_untrusted
-
-ARGUMENTS = {"visit": ("url", "goal"), "python": ("code",)}
-"""Extra tool -> its arguments in the order of `ToolCall.queries`; the first is required."""
 
 ARGUMENT_KEYS = ("arguments", "parameters")
 """Where a call holds its arguments; the first that is there counts."""
@@ -32,9 +29,9 @@ def _call(call: Any, tools: ToolSet) -> ToolCall | Malformed:
     keys = [key for key in ARGUMENT_KEYS if key in call] if isinstance(call, dict) else []
     if not keys or not isinstance(call.get("name"), str) or not call["name"]:
         return Malformed("the tool call needs a name and arguments")
-    name, arguments = call["name"], call[keys[0]]
-    if name in tools.extra:
-        return _extra_call(name, arguments)
+    name, arguments = tools.renamed(call["name"]), call[keys[0]]
+    if (tool := tools.named(name)) is not None:
+        return _extra_call(tool, arguments)
     given = arguments.get("query") if isinstance(arguments, dict) else None
     queries = [given] if isinstance(given, str) else given if isinstance(given, list) else []
     texts = [query.strip() for query in queries if isinstance(query, str) and query.strip()]
@@ -60,32 +57,27 @@ def _is_call(value: Any) -> bool:
     return isinstance(value, dict) and isinstance(value.get("name"), str) and any(isinstance(value.get(key), dict) for key in ARGUMENT_KEYS)
 
 
-def _extra_call(name: str, arguments: Any) -> ToolCall | Malformed:
-    required, *optional = ARGUMENTS[name]
-    values = [arguments.get(key) for key in (required, *optional)] if isinstance(arguments, dict) else [None]
+def _extra_call(tool: Description, arguments: Any) -> ToolCall | Malformed:
+    values = [arguments.get(key) for key in tool.arguments] if isinstance(arguments, dict) else [None]
     if not isinstance(values[0], str) or not values[0].strip():
-        return Malformed(f"the call of {name} has no {required}")
-    # Code keeps its spaces: the first line may be indented for a reason.
-    texts = [value if name == "python" else value.strip() for value in values if isinstance(value, str) and value.strip()]
-    return ToolCall(name, tuple(texts))
+        return Malformed(f"the call of {tool.name} has no {next(iter(tool.arguments))}")
+    texts = [value if tool.verbatim else value.strip() for value in values if isinstance(value, str) and value.strip()]
+    return ToolCall(tool.name, tuple(texts))
 
 
-def call_json(call: ToolCall) -> str:
+def call_json(call: ToolCall, tools: ToolSet) -> str:
     """The inverse of `parse_call`. Angle brackets are escaped, so no argument can close the tags around the call."""
-    keys = ARGUMENTS.get(call.name)
-    arguments: dict[str, Any] = dict(zip(keys, call.queries, strict=False)) if keys else {"query": list(call.queries)}
-    return json.dumps({"name": call.name, "arguments": arguments}, ensure_ascii=False).replace("<", "\\u003c")
-
-
-def tool_schema(name: str) -> dict[str, Any]:
-    """The search tool as chat templates want it."""
-    query = {"type": "array", "items": {"type": "string"}, "description": "One to three search queries."}
-    return _schema(name, "Search for passages that help to answer the question.", {"query": query}, ["query"])
+    tool = tools.named(call.name)
+    arguments: dict[str, Any] = dict(zip(tool.arguments, call.queries, strict=False)) if tool else {"query": list(call.queries)}
+    return json.dumps({"name": tools.renamed(call.name), "arguments": arguments}, ensure_ascii=False).replace("<", "\\u003c")
 
 
 def tool_schemas(tools: ToolSet) -> list[dict[str, Any]]:
     """All tools as chat templates want them."""
-    return [tool_schema(tools.search), *(EXTRA_SCHEMAS[name] for name in tools.extra)]
+    query = {"type": "array", "items": {"type": "string"}, "description": "One to three search queries."}
+    search = _schema(tools.renamed(SEARCH), "Search for passages that help to answer the question.", {"query": query})
+    texts = [{key: {"type": "string", "description": said} for key, said in tool.arguments.items()} for tool in tools.extra]
+    return [search, *(_schema(tool.name, tool.purpose, properties) for tool, properties in zip(tools.extra, texts, strict=True))]
 
 
 def tool_instructions(tools: ToolSet) -> str:
@@ -100,27 +92,6 @@ def tool_instructions(tools: ToolSet) -> str:
     )
 
 
-def _schema(name: str, description: str, properties: dict[str, Any], required: Sequence[str]) -> dict[str, Any]:
-    parameters = {"type": "object", "properties": properties, "required": list(required)}
+def _schema(name: str, description: str, properties: dict[str, Any]) -> dict[str, Any]:
+    parameters = {"type": "object", "properties": properties, "required": [next(iter(properties))]}
     return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
-
-
-def _text(description: str) -> dict[str, str]:
-    return {"type": "string", "description": description}
-
-
-EXTRA_SCHEMAS = {
-    "visit": _schema(
-        "visit",
-        "Read a web page.",
-        {"url": _text("Address of the page."), "goal": _text("What to look for on it.")},
-        ["url"],
-    ),
-    "python": _schema(
-        "python",
-        "Run Python code once and see what it prints and the value of its last line. Nothing is kept between calls.",
-        {"code": _text("The code.")},
-        ["code"],
-    ),
-}
-"""Extra tool -> its description."""

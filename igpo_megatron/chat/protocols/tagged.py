@@ -13,21 +13,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from igpo_megatron.chat.protocols.base import Action, Answer, Malformed, ToolProtocol, ToolSet, balanced
+from igpo_megatron.chat.protocols.base import BUILT_IN, Action, Answer, Malformed, ToolProtocol, ToolSet, balanced
 from igpo_megatron.chat.protocols.igpo import refuse_tags
-from igpo_megatron.types import ToolCall
+from igpo_megatron.tools.base import Description
+from igpo_megatron.types import SEARCH, ToolCall
 from igpo_megatron.untrusted import clean_text
 
-CALL_TAGS = ("search", "visit", "python")
+CALL_TAGS = (SEARCH, *(tool.name for tool in BUILT_IN.extra))
+"""Tags that are known for calls whatever tools there are: a call of one that is not there is told so."""
+
+STOP = tuple(f"</{tag}>" for tag in CALL_TAGS)
 BOX = "\\boxed{"
 
 
 def parse(text: str, tools: ToolSet) -> Action:
     """The first tag that closes decides; what counts is the text since its last opening, so a tag named in a thought is harmless."""
     text = clean_text(text)
-    ends = [(position, tag) for tag in (*CALL_TAGS, "answer") if (position := text.find(f"</{tag}>")) >= 0]
+    tags = _tags(tools)
+    ends = [(position, tag) for tag in (*tags, "answer") if (position := text.find(f"</{tag}>")) >= 0]
     if not ends:
-        return Malformed(f"no closed tag of {', '.join(CALL_TAGS)} or answer")
+        return Malformed(f"no closed tag of {', '.join(tags)} or answer")
     end, tag = min(ends)
     start = text.rfind(f"<{tag}>", 0, end)
     if start < 0:
@@ -37,23 +42,30 @@ def parse(text: str, tools: ToolSet) -> Action:
         return Answer(boxed(content) or content.strip())
     if not content.strip():
         return Malformed(f"<{tag}> is empty")
-    if tag == "search":
-        return ToolCall(tools.search, (content.strip(),))
-    return ToolCall(tag, (content.strip("\n"),) if tag == "python" else tuple(content.split(None, 1)))
+    tool = tools.named(tag) or BUILT_IN.named(tag)
+    if tool is not None and tool.verbatim:
+        return ToolCall(tag, (content.strip("\n"),))
+    return ToolCall(tag, tuple(content.split(None, len(tool.arguments) - 1)) if tool and len(tool.arguments) > 1 else (content.strip(),))
 
 
-def write(thought: str, action: ToolCall | Answer, box: bool) -> str:
+def _tags(tools: ToolSet) -> list[str]:
+    """Of all calls."""
+    return list(dict.fromkeys([*CALL_TAGS, *(tool.name for tool in tools.extra)]))
+
+
+def write(thought: str, action: ToolCall | Answer, tools: ToolSet = BUILT_IN, *, box: bool) -> str:
     """One turn."""
-    refuse_tags(thought, "think", *CALL_TAGS, "answer")
+    tags = (*_tags(tools), "answer")
+    refuse_tags(thought, "think", *tags)
     if isinstance(action, Answer):
-        refuse_tags(action.text, *CALL_TAGS, "answer", "think")
+        refuse_tags(action.text, *tags, "think")
         inner = f"{BOX}{action.text}}}" if box else action.text
         return f"<think>{thought}</think>\n<answer>{inner}</answer>"
-    tag = action.name if action.name in ("visit", "python") else "search"
-    if tag == "search" and len(action.queries) != 1:
+    tag = action.name if tools.named(action.name) else SEARCH
+    if tag == SEARCH and len(action.queries) != 1:
         raise ValueError(f"{len(action.queries)} queries in one call; this protocol writes one")
     content = " ".join(action.queries)
-    refuse_tags(content, *CALL_TAGS, "answer")
+    refuse_tags(content, *tags)
     return f"<think>{thought}</think>\n<{tag}>{content}</{tag}>"
 
 
@@ -88,16 +100,14 @@ def _answer(text: str) -> str | None:
     return text.partition("<answer>")[2].partition("</answer>")[0].strip()
 
 
-TOOL_LINES = {
-    "search": "- <search>a query</search> searches for passages",
-    "visit": "- <visit>an address, then what to look for</visit> reads a web page",
-    "python": "- <python>code</python> runs Python code once; print what you want to see",
-}
+def _line(tool: Description) -> str:
+    inside, does = tool.tag or (", then ".join(tool.arguments), tool.purpose)
+    return f"- <{tool.name}>{inside}</{tool.name}> {does}"
 
 
 def instructions(tools: ToolSet, result: str, ending: str) -> str:
     """What the policy is told of tags; `result` names the tag of results."""
-    lines = "\n".join(TOOL_LINES[name] for name in ("search", *tools.extra))
+    lines = "\n".join(["- <search>a query</search> searches for passages", *map(_line, tools.extra)])
     return (
         "Answer the question. Reason first, between <think> and </think>, and again whenever you have learnt something. "
         f"Where knowledge is missing, use a tool, as often as you need:\n{lines}\n"
@@ -116,7 +126,8 @@ SEARCH_R1 = ToolProtocol(
         ending="When you know the answer, write it between <answer> and </answer>, as short as it can be.",
     ),
     instructions_in="user",
-    stop=("</search>", "</visit>", "</python>", "</answer>"),
+    stop=(*STOP, "</answer>"),
+    call_tags=True,
     result=("\n\n<information>", "</information>\n\n"),
     hit="Doc {rank}(Title: {title}) {text}",
 )
@@ -131,7 +142,8 @@ ARPO = ToolProtocol(
         result="result",
         ending=f"When you know the answer, write it between <answer> and </answer>, the exact answer in {BOX}}} at its end.",
     ),
-    stop=("</search>", "</visit>", "</python>"),
+    stop=STOP,
+    call_tags=True,
     result=(" <result>\n", "\n</result>"),
     hit="Page {rank}: {text}",
 )

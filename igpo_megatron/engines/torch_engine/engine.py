@@ -25,7 +25,7 @@ from typing import Any, Literal, Self, TypeVar
 
 import torch
 
-from igpo_megatron.chat.protocols.registry import PROTOCOLS
+from igpo_megatron.chat.protocols.registry import protocol_of
 from igpo_megatron.chat.tokenizer import embedding_rows, load_tokenizer
 from igpo_megatron.chat.turn_ends import barred_rows, stop_tokens
 from igpo_megatron.config.schema import Config
@@ -80,12 +80,12 @@ class _Probe:
 
 
 class TorchEngine:
-    """The policy in transformers on the main rank's device (`rollout.service.EngineService`)."""
+    """The policy in transformers on the main rank's device (`engines.api.EngineService`)."""
 
     def __init__(self, config: Config) -> None:
         self._config, self._engine = config, config.rollout.engine
         self._tokenizer = load_tokenizer(config.model.path)
-        self._stop_strings = PROTOCOLS[config.rollout.protocol].stop
+        self._stop_strings = protocol_of(config.rollout).stop
         # Every token is at least one byte, so a text that ends in the newest token began at most so many tokens ago.
         self._stop_window = max((len(stop.encode()) for stop in self._stop_strings), default=0)
         rows = embedding_rows(config.model.path)

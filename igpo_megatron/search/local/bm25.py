@@ -12,15 +12,16 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from igpo_megatron.data.corpus import Passage, read_corpus
+from igpo_megatron.search.backend import SearchBackend, require
 from igpo_megatron.search.results import SearchResult, SearchStatus
 from igpo_megatron.search.settings import Search
 from igpo_megatron.types import UserError
@@ -133,28 +134,43 @@ def _read(folder: Path, num_passages: int) -> Any:
     return scorer
 
 
-class Bm25Client:
+class CorpusClient(SearchBackend):
+    """SearchClient over the passages of `search.corpus`, in this process."""
+
+    needs: ClassVar[tuple[tuple[str, str], ...]] = (("corpus", ", a file of JSON lines {id, title, text}"),)
+    in_process = True
+
+    @classmethod
+    def problems(cls, search: Search) -> Iterator[str]:
+        """What is missing, the file among it."""
+        yield from super().problems(search)
+        if search.corpus is not None and not search.corpus.is_file():
+            yield f"search.corpus={search.corpus}: no such file; expected JSON lines {{id, title, text}}"
+
+    async def close(self) -> None:
+        """Nothing to give back."""
+
+
+class Bm25Client(CorpusClient):
     """SearchClient over a `Bm25Index`."""
 
     provider = "bm25"
+    decides = ("corpus", "top_k")
 
     def __init__(self, index: Bm25Index, top_k: int):
         self.index = index
         self.top_k = top_k
 
     @classmethod
-    def from_config(cls, config: Search) -> Bm25Client:
-        """Read and index `search.corpus`. UserError names the line at fault."""
-        if config.corpus is None:
-            raise UserError("search.backend=bm25 needs search.corpus, a file of JSON lines {id, title, text}")
-        return cls(Bm25Index(read_corpus(config.corpus)), config.top_k)
+    def open(cls, search: Search) -> Bm25Client:
+        """Read and index the corpus. UserError names the line at fault."""
+        require(cls, search)
+        assert search.corpus is not None
+        return cls(Bm25Index(read_corpus(search.corpus)), search.top_k)
 
     async def search(self, queries: Sequence[str]) -> list[SearchResult]:
         """One result per query: ok or empty."""
         return [await self._one(query) for query in queries]
-
-    async def close(self) -> None:
-        """Nothing to give back."""
 
     async def _one(self, query: str) -> SearchResult:
         start = time.perf_counter()

@@ -11,7 +11,8 @@ import asyncio
 import hashlib
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from igpo_megatron.data.corpus import Passage, join_contents, read_corpus
+from igpo_megatron.search.backend import require
+from igpo_megatron.search.local.bm25 import CorpusClient
 from igpo_megatron.search.results import SearchResult, SearchStatus
 from igpo_megatron.search.settings import Search
 from igpo_megatron.types import UserError
@@ -130,20 +133,29 @@ def _kept(path: Path, encoder: str, texts: list[str], encode: Encoder) -> Vector
         return kept["vectors"]
 
 
-class DenseClient:
+class DenseClient(CorpusClient):
     """SearchClient over a `DenseIndex`."""
 
     provider = "dense"
+    decides = ("corpus", "encoder", "query_prefix", "passage_prefix", "top_k")
+    needs = (*CorpusClient.needs, ("encoder", ", a sentence-transformers model such as intfloat/e5-base-v2"))
+
+    @classmethod
+    def problems(cls, search: Search) -> Iterator[str]:
+        """What is missing, the library among it. A replay encodes nothing."""
+        yield from super().problems(search)
+        if search.mode != "replay" and find_spec("sentence_transformers") is None:
+            yield "search.backend=dense needs sentence-transformers, which is not installed; install igpo-megatron[dense]"
 
     def __init__(self, index: DenseIndex, top_k: int):
         self.index = index
         self.top_k = top_k
 
     @classmethod
-    def from_config(cls, config: Search) -> DenseClient:
+    def open(cls, config: Search) -> DenseClient:
         """Load the encoder, read and embed `search.corpus`. UserError where something is missing."""
-        if config.corpus is None or config.encoder is None:
-            raise UserError("search.backend=dense needs search.corpus (JSON lines) and search.encoder (a sentence-transformers model)")
+        require(cls, config)
+        assert config.corpus is not None and config.encoder is not None
         index = DenseIndex(
             read_corpus(config.corpus),
             sentence_transformer(config.encoder),
@@ -171,6 +183,3 @@ class DenseClient:
             )
             for query in queries
         ]
-
-    async def close(self) -> None:
-        """Nothing to give back."""

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from igpo_megatron.data.corpus import Passage
 from igpo_megatron.search.settings import Search
@@ -34,9 +34,12 @@ class Secret:
     value: str = field(repr=False)
 
     @classmethod
-    def from_config(cls, config: Search) -> Secret | None:
-        """The back-end's key; None where it needs none. Raises UserError where its variable is not set."""
-        variable = config.key_variable
+    def from_config(cls, config: Search, usual: str | None) -> Secret | None:
+        """The back-end's key, in the variable `usual` unless the settings name one; None where it needs none.
+
+        Raises UserError where its variable is not set.
+        """
+        variable = config.api_key_env or usual
         if variable is None:
             return None
         value = os.environ.get(variable, "").strip()
@@ -81,40 +84,3 @@ class Sign:
     def fits(self, status: int, body: str) -> bool:
         """True if this refusal is meant."""
         return self.status in (None, status) and re.search(self.words, body, re.IGNORECASE) is not None
-
-
-class Backend(Protocol):
-    """One provider."""
-
-    @property
-    def provider(self) -> str:
-        """Its name, e.g. `serper`."""
-        ...
-
-    @property
-    def url(self) -> str:
-        """Its address, without parameters."""
-        ...
-
-    @property
-    def key(self) -> Secret | None:
-        """Kept out of everything that is shown or stored."""
-        ...
-
-    @property
-    def batch(self) -> int | None:
-        """Queries that one request may carry; None for any number."""
-        ...
-
-    @property
-    def signs(self) -> Sequence[Sign]:
-        """Its own refusals; the first that fits counts, before what the HTTP status says."""
-        ...
-
-    def request(self, queries: Sequence[str]) -> Request:
-        """The request for at most `batch` queries."""
-        ...
-
-    def read(self, answer: Any, num_queries: int) -> list[Passages]:
-        """Decoded body -> passages per query. Raises Unreadable."""
-        ...

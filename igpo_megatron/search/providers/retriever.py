@@ -9,45 +9,39 @@ Search-R1's own retrieval server, its reranker and its proxies for web APIs, and
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from igpo_megatron.data.corpus import Passage, split_contents
-from igpo_megatron.search.providers.base import Passages, Request, Secret, Sign, Unreadable
+from igpo_megatron.search.http import HttpBackend
+from igpo_megatron.search.providers.base import Passages, Request, Unreadable
 from igpo_megatron.search.settings import Search
-from igpo_megatron.types import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Retriever:
+class Retriever(HttpBackend):
     """Back-end of all queries of a search in one request."""
 
-    url: str
-    top_k: int
-    key: Secret | None = None
     return_scores: bool = True
     """Either form of answer is read. Search-R1's stock server breaks when asked for none."""
 
-    provider: ClassVar[str] = "retriever"
-    batch: ClassVar[None] = None
-    signs: ClassVar[tuple[Sign, ...]] = ()
+    provider = "retriever"
+    decides = ("url", "top_k")
+    needs = (("url", ", such as http://127.0.0.1:8000/retrieve"),)
 
     @classmethod
-    def from_config(cls, config: Search) -> Retriever:
-        """UserError where the address or the key's environment variable is missing."""
-        if config.url is None:
-            raise UserError("search.backend=retriever needs search.url, such as http://127.0.0.1:8000/retrieve")
-        return cls(url=config.url, top_k=config.top_k, key=Secret.from_config(config))
+    def problems(cls, search: Search) -> Iterator[str]:
+        """The address is missing, or none."""
+        if not (search.url or "").startswith(("http://", "https://")):
+            yield f"search.backend=retriever needs search.url, such as http://127.0.0.1:8000/retrieve; found {search.url!r}"
 
     def request(self, queries: Sequence[str]) -> Request:
-        """One request for all queries."""
         headers = {"Authorization": f"Bearer {self.key.value}"} if self.key else {}
         body = {"queries": list(queries), "topk": self.top_k, "return_scores": self.return_scores}
         return Request("POST", self.url, headers=headers, body=body)
 
     def read(self, answer: Any, num_queries: int) -> list[Passages]:
-        """Passages per query, at most `top_k` each. Raises Unreadable where the answer has another shape."""
         lists = answer.get("result") if isinstance(answer, dict) else None
         if not isinstance(lists, list) or len(lists) != num_queries or not all(isinstance(hits, list) for hits in lists):
             raise Unreadable(f'expected {{"result": [...]}} with {num_queries} lists')

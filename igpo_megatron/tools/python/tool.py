@@ -39,10 +39,18 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from igpo_megatron.tools.base import Observed
+from igpo_megatron.tools.base import Description, Observed
 from igpo_megatron.tools.settings import Python
 from igpo_megatron.types import UserError
 from igpo_megatron.untrusted import BadJson, json_loads_untrusted
+
+PYTHON = Description(
+    name="python",
+    purpose="Run Python code once and see what it prints and the value of its last line. Nothing is kept between calls.",
+    arguments={"code": "The code."},
+    tag=("code", "runs Python code once; print what you want to see"),
+    verbatim=True,
+)
 
 ROOT = Path(__file__).resolve().parents[3]
 START = "import sys; sys.path.insert(0, sys.argv[1]); from igpo_megatron.tools.python import runner; del sys.path[0]; runner.main()"

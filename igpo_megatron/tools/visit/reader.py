@@ -15,12 +15,19 @@ from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait
 
 from igpo_megatron.data.corpus import Passage
 from igpo_megatron.search.local.bm25 import Bm25Index
-from igpo_megatron.tools.base import Observed
+from igpo_megatron.tools.base import Description, Observed
 from igpo_megatron.tools.settings import Visit
 from igpo_megatron.tools.visit.extract import ExtractionFailed, Extractor, kind_of
 from igpo_megatron.tools.visit.fetch import Fetched, Fetcher, FetchFailed, Lookup, PageStatus, system_lookup
 from igpo_megatron.tools.visit.summary import Summariser, SummaryFailed
 from igpo_megatron.untrusted import clean_text
+
+VISIT = Description(
+    name="visit",
+    purpose="Read a web page.",
+    arguments={"url": "Address of the page.", "goal": "What to look for on it."},
+    tag=("an address, then what to look for", "reads a web page"),
+)
 
 PASSAGE_WORDS = 100
 """Size of the passages that are ranked, as in Search-R1's corpora."""

@@ -1,0 +1,31 @@
+"""All that can be wrong with a run, said at once before any process starts: its settings, and the parts that they name."""
+
+from __future__ import annotations
+
+from igpo_megatron.algorithms.hooks import check_hooks
+from igpo_megatron.chat.protocols import registry as protocols
+from igpo_megatron.config import checks
+from igpo_megatron.config.load import ConfigError
+from igpo_megatron.config.schema import Config
+from igpo_megatron.search import registry as search
+from igpo_megatron.tools import registry as tools
+
+
+def require(config: Config, world_size: int | None, local_world_size: int | None = None) -> None:
+    """Raise ConfigError with every problem that `check` finds, or UserError where a reward, advantage or loss of the user's is none."""
+    problems = check(config, world_size=world_size, local_world_size=local_world_size)
+    if problems:
+        raise ConfigError(problems)
+    check_hooks(config.reward, config.advantage, config.loss)
+
+
+def check(config: Config, *, world_size: int | None, local_world_size: int | None = None) -> list[str]:
+    """Every problem of `config.checks.check`, whose arguments these are, and of search back-end, tools and protocol, the user's too."""
+    asks = world_size is None or checks.needs_engines(config)
+    of_tools = list(tools.problems(config.rollout))
+    return [
+        *checks.check(config, world_size=world_size, local_world_size=local_world_size),
+        *(search.problems(config.search) if asks else ()),
+        # A protocol is given the tools, so what is wrong with those is said once.
+        *(of_tools or protocols.problems(config.rollout)),
+    ]
