@@ -134,7 +134,7 @@ def verify(hf: str | Path, megatron: str | Path) -> Verification:
 
     This needs no model; igpo_megatron compares log-probs.
     """
-    rules, reader = _open_megatron(*_find_megatron(Path(megatron), Path(hf)))
+    rules, reader = open_megatron(Path(megatron), Path(hf))
     source = HfReader(hf)
     check_total(rules, hf_names=source.names())
     differences: dict[str, str] = {}
@@ -158,6 +158,11 @@ def verify(hf: str | Path, megatron: str | Path) -> Verification:
     worst = max(sorted(sizes), key=lambda hf_name: (sizes[hf_name] != sizes[hf_name], sizes[hf_name], hf_name in differences))
     hf_sha256, megatron_sha256 = (hashlib.sha256(b"".join(digests[name][side] for name in sorted(digests))).hexdigest() for side in (0, 1))
     return Verification(len(digests), differences, worst, sizes[worst], hf_sha256, megatron_sha256)
+
+
+def open_megatron(folder: Path, config: Path) -> tuple[dict[str, Rule], MegatronReader | ClassicReader]:
+    """The rules and the reader of a Megatron folder; `config` is an HF folder, for a Megatron folder that has none of its own."""
+    return _open_megatron(*_find_megatron(folder, config))
 
 
 def write_metadata(folder: Path, *, model_type: str, vocab_multiple: int) -> None:
