@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import yaml
 from conftest import make_config, run_ranks
 from groups import random_groups
 from markdown_it import MarkdownIt
@@ -23,6 +22,7 @@ from test_layouts import reference_logprobs, scored_nodes, worst
 
 from checkpoint_conversion import hf_config
 from checkpoint_conversion.architectures import ARCHITECTURES
+from igpo_megatron.config.load import parse
 from igpo_megatron.observability.rollout_dump import read_rollouts
 from igpo_megatron.observability.tracker import read_metrics
 from igpo_megatron.types import RolloutGroup, Status, ToolCall
@@ -55,7 +55,7 @@ def example(kind: str) -> Example:
     assert named, f"the file of a {kind} has no name in front of it"
     blocks = [token.content for token in tokens[place:] if token.type == "fence" and token.info == "yaml"]
     assert len(blocks) == (kind != "model family")
-    return Example(named[1], tokens[place].content, yaml.safe_load(blocks[0]) if blocks else {})
+    return Example(named[1], tokens[place].content, parse(blocks[0]) if blocks else {})
 
 
 def train(folder: Path, shown: Example | None, script: Script, *overrides: str, world: int = 1) -> tuple[list[int], str]:
@@ -63,7 +63,7 @@ def train(folder: Path, shown: Example | None, script: Script, *overrides: str, 
     asked = {"prompt": [{"role": "user", "content": "What is the capital of Italy?"}], "reward_model": {"ground_truth": ["Rome"]}}
     pq.write_table(pa.Table.from_pylist([{"data_source": "test", **asked} for _ in range(4)]), folder / "questions.parquet")
     (folder / "corpus.jsonl").write_text(json.dumps({"id": "1", "title": "Italy", "text": "Rome is the capital of Italy."}) + "\n")
-    values = yaml.safe_load((ROOT / "examples/quickstart/igpo.yaml").read_text(encoding="utf-8"))
+    values = parse((ROOT / "examples/quickstart/igpo.yaml").read_text(encoding="utf-8"))
     if shown is not None:
         (folder / "my_package").mkdir()
         (folder / "my_package/__init__.py").touch()
@@ -71,7 +71,7 @@ def train(folder: Path, shown: Example | None, script: Script, *overrides: str, 
         for section, settings in shown.settings.items():
             # `name` of an advantage or loss says whose settings the section has.
             values[section] = settings if "name" in settings else values.get(section, {}) | settings
-    (folder / "my.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    (folder / "my.yaml").write_text(json.dumps(values), encoding="utf-8")
     arguments = [
         *("my.yaml", "run.name=run", f"run.folder={folder}", f"model.path={ROOT / 'examples/quickstart/policy'}", "run.steps=2"),
         *("search.corpus=corpus.jsonl", "data.train=[questions.parquet]", "data.eval=[]", "eval.at_ends=false", "data.balance=none"),
