@@ -2,8 +2,8 @@
 
 folder/config.json --read_shape--> ModelShape --rules_for--> {Megatron name: Rule} --check_total--> nothing forgotten, nothing twice
 
-The tables use the names of Megatron's local layers and say beside them what TransformerEngine's layers call the same tensors: it
-fuses a norm into the linear layer behind it, and the experts of a layer into one module.
+The tables use the names of Megatron's local layers, and give the names in TransformerEngine's layers where they differ: it fuses a
+norm into the linear layer after it, and the experts of a layer into one module.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ MLP = Block(
 
 
 def _mixture(module: str, gate: str, up: str, down: str) -> Block:
-    """A mixture of experts that the HF model keeps in `module`. The norm in front stays apart in TransformerEngine's layers, too."""
+    """A mixture of experts that the HF model keeps in `module`. The norm in front is separate in TransformerEngine's layers as well."""
     expert = f"{module}.experts.{{e}}"
     return Block(
         {
@@ -125,7 +125,7 @@ WHY_NOT = {
     "qwen2_moe": "its shared expert has a gate of its own",
     "qwen3_next": "most of its layers are linear attention",
 }
-"""Families that people ask for, and what keeps them out."""
+"""Unsupported families that users ask for, and the reason."""
 
 _LAYER_NAME = re.compile(r"(decoder\.layers\.)(\d+)(\..+)")
 _LOCAL_EXPERT = re.compile(r"(.+\.local_experts\.)(\d+)(\..+)")
@@ -134,7 +134,7 @@ _LOCAL_NAMES = {te: local for architecture in ARCHITECTURES.values() for local, 
 # Buffers that old checkpoints carry and every implementation recomputes from the config.
 _DERIVED = re.compile(r"model\.(?:layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
-# What quantized formats keep beside a weight, or in its place.
+# Endings of tensors that quantized formats store beside a weight, or in its place.
 _SCALES = ("_scale_inv", ".weight_scale", ".input_scale", ".qweight", ".scales", ".absmax", ".qzeros", ".weight_packed")
 
 
@@ -153,7 +153,7 @@ class Mixture:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What config.json says of a model, in one spelling for all versions of the format."""
+    """The contents of config.json that matter here, in one spelling for all versions of the format."""
 
     model_type: str
     num_layers: int
@@ -173,7 +173,7 @@ class ModelShape:
     norm_eps: float
     max_positions: int
     dtype: str | None
-    """Such as "bfloat16"; None where config.json does not say."""
+    """Such as "bfloat16"; None where config.json has none."""
     mixture: Mixture | None
     """None for a dense model."""
 
@@ -186,7 +186,7 @@ class ModelShape:
 def read_shape(folder: str | Path) -> ModelShape:
     """The shape of the model in an HF folder.
 
-    Raises ConversionError with everything that is wrong or unsupported: no folder, no config.json, half a config.json, an unknown
+    Raises ConversionError with everything that is wrong or unsupported: no folder, no config.json, a truncated config.json, an unknown
     architecture, a value of the wrong kind, a key that changes what the model computes and has no rule.
     """
     return shape_of(read_config(folder), where=str(Path(folder) / "config.json"))
@@ -251,7 +251,7 @@ def rules_for(shape: ModelShape, vocab_multiple: int) -> dict[str, Rule]:
         for name, (kind, hf) in architecture.layer.items():
             te_name = architecture.te_names.get(name, name)
             for expert in range(experts) if "{e}" in name else (None,):
-                local, te, *hf_names = (_fill(part, expert) for part in (name, te_name, *hf))
+                local, te, *hf_names = (part.replace("{e}", str(expert)) for part in (name, te_name, *hf))
                 rules.append(
                     _bind(
                         kind,
@@ -264,10 +264,6 @@ def rules_for(shape: ModelShape, vocab_multiple: int) -> dict[str, Rule]:
                     )
                 )
     return {rule.megatron_name: rule for rule in rules}
-
-
-def _fill(name: str, expert: int | None) -> str:
-    return name if expert is None else name.replace("{e}", str(expert))
 
 
 def _bind(kind: type[Rule], name: str, hf_names: tuple[str, ...], shape: ModelShape, vocab_multiple: int, **more: Any) -> Rule:
@@ -301,13 +297,13 @@ def check_total(rules: Mapping[str, Rule], *, hf_names: Iterable[str] | None = N
         counts = Counter(local_name(name) for name in megatron_names if not name.endswith("._extra_state"))
         problems += [f"{name}: in the Megatron model, but no rule claims it" for name in sorted(set(counts) - set(rules))]
         problems += [f"{name}: expected by the table, but not in the Megatron model" for name in sorted(set(rules) - tied - set(counts))]
-        problems += [f"{name}: there {count} times in the Megatron model" for name, count in sorted(counts.items()) if count > 1]
+        problems += [f"{name}: {count} times in the Megatron model" for name, count in sorted(counts.items()) if count > 1]
     if problems:
         raise ConversionError(f"the tables do not cover this model ({len(problems)} tensors):\n  " + "\n  ".join(problems))
 
 
 def _one_cause(found: Collection[str], claims: Collection[str]) -> str | None:
-    """What makes all names differ at once, where one thing does."""
+    """The cause, if a single one makes all names differ."""
     if scale := next((name for name in found if name.endswith(_SCALES)), None):
         return f"{scale} belongs to quantized weights; convert the unquantized model"
     ending = "norm.weight"  # the one norm outside the layers

@@ -5,8 +5,8 @@
         mp_rank_00_000/model_optim_rng.pt  tensor-parallel rank 0, pipeline stage 0; a third number is the expert-parallel rank
         mp_rank_01_000/model_optim_rng.pt  "model" in it is the rank's state dict: layers and experts numbered from 0 on each rank
 
-Writing holds one rank's part in memory. Reading maps the files, and builds none of the Python objects that they are full of (training
-arguments and the like), so that a file can run no code.
+Writing holds one rank's part in memory. Reading maps the files and builds none of the other Python objects in them (training arguments
+and the like), so that a file can run no code.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _SKIPPED = ("_extra_state", "inv_freq")
 
 @dataclass(frozen=True)
 class Grid:
-    """Into how many parts a model is cut."""
+    """The number of parts into which a model is cut."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -73,7 +73,7 @@ def write_classic(
     """Write one file per rank; `te_names`: for TransformerEngine's layers, else for Megatron's local ones.
 
     Files that are there already are those of an interrupted call and are kept: give (a part of) the folder of `new_folder`. The grid
-    must divide the model (`check_grid`). `on_bytes` hears of progress, in bytes written.
+    must divide the model (`check_grid`). `on_bytes` gets the progress, in bytes written.
     """
     release = folder / "release"
     make = {unit.rule.megatron_name: unit for unit in units}
@@ -100,7 +100,7 @@ def write_classic(
 
 
 def total_bytes(units: Sequence[Unit], rules: Mapping[str, Rule], shape: ModelShape, grid: Grid) -> int:
-    """What `write_classic` reports by `on_bytes` in all."""
+    """Sum of all that `write_classic` reports by `on_bytes`."""
     return sum(_bytes_on(rank, units, rules, shape, grid) for rank in grid.ranks())
 
 
@@ -115,7 +115,7 @@ def _bytes_on(rank: tuple[int, int, int], units: Sequence[Unit], rules: Mapping[
 
 
 def check_grid(shape: ModelShape, grid: Grid) -> None:
-    """Raise ConversionError with everything that the grid does not divide."""
+    """Raise ConversionError with every size of the model that the grid does not divide."""
     experts = shape.mixture.num_experts if shape.mixture else 1
     problems = []
     if shape.num_layers % grid.pipeline:
@@ -125,11 +125,11 @@ def check_grid(shape: ModelShape, grid: Grid) -> None:
     if experts % grid.expert:
         problems.append(f"expert {grid.expert} does not divide its {experts if shape.mixture else 'missing'} experts")
     if problems:
-        raise ConversionError("this model cannot be cut so: " + "; ".join(problems))
+        raise ConversionError("this model cannot be cut like this: " + "; ".join(problems))
 
 
 def _name_on(rank: tuple[int, int, int], rule: Rule, shape: ModelShape, grid: Grid, te_names: bool) -> str | None:
-    """What rank (tensor, pipeline, expert) calls a tensor; None if it has no part of it."""
+    """Name of a tensor on rank (tensor, pipeline, expert); None if the rank has no part of it."""
     _, pipeline, expert = rank
     name = rule.te_name if te_names else rule.megatron_name
     layer = _LAYER.match(name)
@@ -178,7 +178,7 @@ def _arguments(shape: ModelShape, grid: Grid, state: Mapping[str, Tensor]) -> ar
 
 
 class ClassicReader(Reader):
-    """The model's tensors in per-rank files, put together one by one. Names are global local-layer names.
+    """The model's tensors, put together one by one from per-rank files. Names are global local-layer names.
 
     Any tensor, (virtual) pipeline and expert parallelism, also with uneven stages; experts whole or cut by tensor parallelism.
     Opening reads every file's index: a missing rank, a damaged file or a model of another kind is a ConversionError.
@@ -192,7 +192,11 @@ class ClassicReader(Reader):
         states = {rank: load_mapped(path) for rank, path in files.items()}
         chunks = {rank: list(_chunks(state, files[rank])) for rank, state in states.items()}
         self.grid, chunks = _grid_of(chunks)
-        self._check_ranks(chunks)
+        # Expert ranks may lie along the tensor-parallel ones, so that not every pair of them has a file.
+        missing = sorted({(t, p) for t, p, _ in self.grid.ranks()} - {(t, p) for t, p, _ in chunks})
+        if missing:
+            lacking = ", ".join(f"mp_rank_{tensor:02d}_{pipeline:03d}" for tensor, pipeline in missing)
+            raise ConversionError(f"{self.folder} lacks the files of ranks {lacking}; copy the checkpoint again")
         first_layers = _first_layers(chunks)
         for (tensor, pipeline, expert), models in chunks.items():
             for number, model in enumerate(models):
@@ -230,15 +234,6 @@ class ClassicReader(Reader):
         if rule.expert is None or self._shape.mixture is None or rule.split_dim is None:
             return False
         return part.shape[rule.split_dim] == self._shape.mixture.ffn_size * len(rule.hf_names)
-
-    def _check_ranks(self, chunks: Mapping[tuple[int, int, int], object]) -> None:
-        # Expert ranks may lie along the tensor-parallel ones, so that not every pair of them has a file.
-        missing = [
-            f"mp_rank_{tensor:02d}_{pipeline:03d}"
-            for tensor, pipeline in {(t, p) for t, p, _ in self.grid.ranks()} - {(t, p) for t, p, _ in chunks}
-        ]
-        if missing:
-            raise ConversionError(f"{self.folder} lacks the files of ranks {', '.join(sorted(missing))}; copy the checkpoint again")
 
 
 _Ranks = dict[tuple[int, int, int], list[dict[str, Tensor]]]

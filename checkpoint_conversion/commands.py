@@ -29,14 +29,14 @@ ShardOption = Annotated[float, typer.Option("--max-shard-gb", help="Largest file
 
 @contextmanager
 def _one_sentence_errors() -> Iterator[None]:
-    """The command line's boundary: the user's mistakes and the disk's refusals end as a sentence, ours as a traceback.
+    """Print mistakes of the user and errors of the disk as one sentence; our own mistakes stay tracebacks.
 
-    The exit code is 2 for the user's mistakes, 1 for the disk's refusals, and 128 + N for signal N, which a KeyboardInterrupt may name.
+    The exit code is 2 for mistakes of the user, 1 for errors of the disk, and 128 + N for signal N, which a KeyboardInterrupt may name.
     """
     try:
         yield
     except BrokenPipeError:
-        raise  # who reads has enough
+        raise  # the reader of the output has closed it
     except (ConversionError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2 if isinstance(error, ConversionError) else 1) from error
@@ -119,7 +119,7 @@ def inspect_command(
     folder: Annotated[Path, typer.Argument(help="Any folder: Hugging Face, Megatron, or an unfinished conversion.")],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
 ) -> None:
-    """Say what a folder is and holds."""
+    """Describe a folder and its contents."""
     from checkpoint_conversion.inspection import inspect
 
     with _one_sentence_errors():

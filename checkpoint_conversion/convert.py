@@ -33,7 +33,7 @@ from checkpoint_conversion.units import MAX_SHARD_BYTES, to_hf, to_megatron
 
 FORMAT = "igpo-megatron"
 VOCAB_MULTIPLE = 128
-"""Megatron's customary padding of the vocabulary. A model padded otherwise loads the checkpoint all the same."""
+"""Megatron's customary padding of the vocabulary. A model with other padding loads the checkpoint as well."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -132,7 +132,7 @@ class Verification:
 def verify(hf: str | Path, megatron: str | Path) -> Verification:
     """Compare names, shapes, dtypes and every bit. Names that are on one side only raise ConversionError with the list.
 
-    This half needs no model; comparing log-probs is for the packages above.
+    This needs no model; igpo_megatron compares log-probs.
     """
     rules, reader = open_megatron(Path(megatron), Path(hf))
     source = HfReader(hf)
@@ -166,13 +166,13 @@ def open_megatron(folder: Path, config: Path) -> tuple[dict[str, Rule], Megatron
 
 
 def write_metadata(folder: Path, *, model_type: str, vocab_multiple: int) -> None:
-    """Say what a Megatron folder is, beside its model/ and hf/."""
+    """Write metadata.json, which describes a Megatron folder, beside its model/ and hf/."""
     content = {"format": FORMAT, "version": 1, "model_type": model_type, "vocab_multiple": vocab_multiple}
     (folder / "metadata.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def find_weights(folder: Path) -> Path | None:
-    """Where Megatron's files lie in a folder of the layout above, or in one that Megatron itself wrote; None if there are none."""
+    """The folder of Megatron's files, in the layout above or in one that Megatron itself wrote; None if there is none."""
     for place in (folder / "model", folder):
         tracker = place / TRACKER
         if tracker.is_file():
@@ -208,7 +208,7 @@ def _open_megatron(hf: Path, weights: Path) -> tuple[dict[str, Rule], MegatronRe
 
 
 def _check_copy_of_embedding(reader: HfReader, rules: Mapping[str, Rule]) -> None:
-    """A tied model's folder may repeat the embedding as lm_head.weight, but must not hold something else there."""
+    """A tied model's folder may repeat the embedding as lm_head.weight. Raises ConversionError for anything else there."""
     if rules["output_layer.weight"].exports or "lm_head.weight" not in reader.names():
         return
     embedding = "model.embed_tokens.weight"

@@ -1,4 +1,4 @@
-"""What a conversion raises; apart, so that who only catches it loads no torch."""
+"""The error of all conversions, in a file of its own, so that catching it does not import torch."""
 
 
 class ConversionError(ValueError):

@@ -3,7 +3,7 @@
 .NAME.partial/      what is finished so far, with a description of the job; one process at a time
     |  every file in it is written as *.tmp and renamed when it is on the disk
     v
-NAME/               there only when all of it is
+NAME/               exists only when it is complete
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def partial_of(folder: Path) -> Path:
 def new_folder(folder: Path, job: Mapping[str, Any]) -> Iterator[Path]:
     """A folder to write into, which becomes `folder` when the block ends well.
 
-    `job` (JSON-able) says what is made of what: a block that was interrupted, or stopped by the disk, is resumed by one with
-    the same job, which finds the files finished so far; another job starts from nothing. Raises ConversionError if `folder`
-    exists, if another process writes it, or if the disk refuses; one that the block raises leaves nothing behind.
+    `job` (JSON-able) describes source and result. A block that was interrupted, or stopped by the disk, is resumed by one with the
+    same job, which finds the finished files; another job starts from nothing. Raises ConversionError if `folder` exists, if another
+    process writes it, or if the disk refuses. A ConversionError of the block itself leaves nothing behind.
     """
     partial = partial_of(folder)
     try:
@@ -66,7 +66,7 @@ def new_folder(folder: Path, job: Mapping[str, Any]) -> Iterator[Path]:
         except OSError as error:
             raise ConversionError(
                 f"{folder} could not be written: {error}. What is finished is kept in {partial}: "
-                "free space or mend the disk and give the same command to go on, or remove that folder"
+                "free space or repair the disk and give the same command to go on, or remove that folder"
             ) from error
 
 
@@ -85,7 +85,7 @@ def _begin(partial: Path, job: str) -> None:
 
 @contextmanager
 def complete_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that is there under its name only when all of it is on the disk."""
+    """A file to write, which gets its name only when it is completely on the disk."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:
@@ -99,13 +99,13 @@ def complete_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def sync(folder: Path) -> None:
-    """Have the disk hold everything in `folder`."""
+    """Flush everything in `folder` to the disk."""
     for path in [*folder.rglob("*"), folder]:
         sync_one(path)
 
 
 def sync_one(path: Path) -> None:
-    """Have the disk hold a file, or the names in a folder."""
+    """Flush a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -114,13 +114,13 @@ def sync_one(path: Path) -> None:
 
 
 def describe(folder: Path, files: Iterable[Path]) -> dict[str, Any]:
-    """What a job remembers of its source, so that it is not resumed with another: path, and size and time of each file."""
+    """A job's source, so that it is not resumed with another one: path, and size and time of each file."""
     stats = {str(path.relative_to(folder)): path.stat() for path in sorted(files)}
     return {"folder": str(folder.resolve()), "files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}}
 
 
 def copy_config(source: Path, target: Path) -> None:
-    """Copy what travels with a model's weights unchanged: config, generation config, tokenizer, chat templates, licence."""
+    """Copy the other files of a model unchanged: config, generation config, tokenizer, chat templates, licence."""
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.iterdir()):
         is_weight = path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")

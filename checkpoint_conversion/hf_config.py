@@ -2,7 +2,7 @@
 
 config.json --keys it may have--> transformers' config class (defaults of the family) --what must hold--> its object
 
-A key is used, or known to leave the forward pass alone, or has the value at which it does; every other one is refused by its name.
+Each key is used, or is known not to change the forward pass, or has a value at which it does not; any other key is refused by name.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _HARMLESS = {
     *("output_hidden_states", "output_attentions", "return_dict", "use_return_dict", "id2label", "label2id", "num_labels"),
     *("problem_type", "finetuning_task", "task_specific_params", "prefix", "is_decoder", "tie_encoder_decoder", "tf_legacy_loss"),
     *("cross_attention_hidden_size", "remove_invalid_values"),
-    # Tokens and lengths that the tokenizer and the caller watch over. Those of generation_config.json are known to transformers.
+    # Tokens and lengths that the tokenizer and the caller handle. Those of generation_config.json are known to transformers.
     *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id", "mask_token_id", "decoder_start_token_id"),
     *("max_sequence_length", "max_seq_len", "seq_length", "model_max_length", "tokenizer_model_max_length", "tokenizer_padding_side"),
 }
@@ -78,18 +78,18 @@ _NEUTRAL: dict[str, tuple[Any, str]] = {
     "is_encoder_decoder": (False, "the model is a decoder"),
     "add_cross_attention": (False, "the model is a decoder"),
 }
-"""Key -> (value at which it changes nothing, what is built whatever it says)."""
+"""Key -> (value at which it changes nothing, what is built in any case)."""
 
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
 MOST_LAYERS = 10_000
-"""transformers makes a list as long as there are layers: a number of them without bound would fill the memory."""
+"""transformers makes a list with an item per layer: an unbounded number of layers would fill the memory."""
 
 # Megatron-Core's rope_scaling is Llama 3's with these three written into its code.
 _LLAMA3 = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """What config.json of an HF folder says. Raises ConversionError where there is no folder, no file, or no object in it."""
+    """The parsed config.json of an HF folder. Raises ConversionError where there is no folder, no file, or no object in it."""
     path = Path(folder) / "config.json"
     if not Path(folder).is_dir():
         raise ConversionError(f"model folder {folder} does not exist; give a folder with config.json and *.safetensors")
@@ -107,10 +107,10 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def with_defaults(config: Mapping[str, Any], where: str, *, mixture: bool, built: Mapping[str, bool]) -> Any:
-    """transformers' object for a config.json, which knows its family's default of every key that is absent.
+    """transformers' object for a config.json, with the family's default for every absent key.
 
-    `mixture`: the family is a mixture of experts. `built`: keys that can only repeat what the family has, and what that is.
-    Raises ConversionError with all that is wrong or unsupported.
+    `mixture`: the family is a mixture of experts. `built`: keys that the family fixes, with their values.
+    Raises ConversionError with everything that is wrong or unsupported.
     """
     missing = [key for key in _SIZES if not _is_size(config.get(key))]
     if missing:
@@ -131,10 +131,10 @@ def _family(config: Mapping[str, Any], where: str) -> Any:
     try:
         return AutoConfig.for_model(config["model_type"], **known)
     except Exception as error:
-        said = textwrap.shorten(str(error).rsplit("Error: ", 1)[-1], 200, placeholder="...")
-        key = next((key for key in known if f"'{key}'" in said), None)
+        reason = textwrap.shorten(str(error).rsplit("Error: ", 1)[-1], 200, placeholder="...")
+        key = next((key for key in known if f"'{key}'" in reason), None)
         value = f"{key} is {_show(known[key])}, which" if key else "a setting that"
-        raise ConversionError(f"{where}: {value} transformers does not take ({said}); give what the model was trained with") from error
+        raise ConversionError(f"{where}: {value} transformers does not take ({reason}); give what the model was trained with") from error
 
 
 def _refuse(where: str, problems: list[str]) -> None:
@@ -143,7 +143,7 @@ def _refuse(where: str, problems: list[str]) -> None:
 
 
 def _unknown(config: Mapping[str, Any], built: Mapping[str, bool]) -> Iterator[str]:
-    """Keys of which nobody can say that they change nothing, and values that no engine takes."""
+    """Keys that may change the model, and values that no engine accepts."""
     from transformers import GenerationConfig
 
     harmless = _USED | _HARMLESS | set(GenerationConfig().to_dict())

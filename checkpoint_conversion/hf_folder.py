@@ -42,8 +42,8 @@ _PIECE = 2**24
 class HfReader(Reader):
     """The tensors of an HF folder (one safetensors file, or shards with an index), read one by one.
 
-    Opening reads every file's header, so that a missing shard, a truncated file, or an index that names what its files do not
-    hold is a ConversionError before the first tensor is converted. Files are memory-mapped.
+    Opening reads every file's header, so that a missing shard, a truncated file, or an index that does not match its files is a
+    ConversionError before the first tensor is converted. Files are memory-mapped.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -51,7 +51,7 @@ class HfReader(Reader):
         index = self._index()
         self._files = {file: self._open(file) for file in sorted(set(index.values()))}
         held = {name: file for file, handle in self._files.items() for name in handle.keys()}  # noqa: SIM118 (not a dict)
-        problems = [f"{name}: not in {file}, where the index says" for name, file in sorted(index.items()) if held.get(name) != file]
+        problems = [f"{name}: not in {file}, although the index says so" for name, file in sorted(index.items()) if held.get(name) != file]
         problems += [f"{name}: in {file}, but not in the index" for name, file in sorted(held.items()) if name not in index]
         if problems:
             raise ConversionError(f"{self.folder / HF_INDEX} does not match its files; download again:\n  " + "\n  ".join(problems))
@@ -67,10 +67,10 @@ class HfReader(Reader):
         return [*(self.folder / file for file in self._files), *([index] if index.is_file() else [])]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._slice(name).get_shape())
+        return tuple(self._handle(name).get_slice(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
-        found = self._slice(name).get_dtype()
+        found = self._handle(name).get_slice(name).get_dtype()
         if found.startswith(("F8", "F4", "F6")):
             raise ConversionError(f"{name} in {self.folder} has dtype {found}: quantized weights; convert the unquantized model")
         if found not in _TORCH_DTYPES:
@@ -80,9 +80,6 @@ class HfReader(Reader):
     def get(self, name: str) -> Tensor:
         """The tensor, on CPU."""
         return self._handle(name).get_tensor(name)
-
-    def _slice(self, name: str) -> Any:
-        return self._handle(name).get_slice(name)
 
     def _handle(self, name: str) -> Any:
         if name not in self._file_of:
@@ -137,7 +134,7 @@ def write_hf(
     """Write the units' tensors (cast to `dtype` where given) as safetensors shards beside `source`'s config and tokenizer.
 
     One tensor is in memory at a time. Shards that are there already are those of an interrupted call and are kept: give the folder of
-    `new_folder`. config.json travels unchanged, except that its dtype follows `dtype`. `on_bytes` hears of progress, in source bytes.
+    `new_folder`. config.json is copied unchanged, except that its dtype follows `dtype`. `on_bytes` gets the progress, in source bytes.
     """
     copy_config(source, folder)
     if dtype is not None:
@@ -161,7 +158,7 @@ def write_hf(
 
 
 def _write_shard(path: Path, units: Sequence[Unit], infos: Sequence[TensorInfo], on_bytes: Callable[[int], None]) -> None:
-    """One safetensors file: length of the header, header, tensors one behind the other."""
+    """One safetensors file: length of the header, header, tensors one after the other."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for info in infos:

@@ -1,4 +1,4 @@
-"""Say what a folder is and holds, for people: one line per fact, problems last."""
+"""Describe a folder for users: one line per fact, problems last."""
 
 from __future__ import annotations
 
@@ -28,9 +28,8 @@ def inspect(folder: Path, list_tensors: bool = False) -> Iterator[str]:
     weights = find_weights(folder)
     if (folder / "job.json").is_file():
         yield "kind: unfinished conversion; the command that began it resumes it"
-        yield from (
-            f"finished: {path.relative_to(folder)}" for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix in _DATA
-        )
+        finished = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix in (".safetensors", ".distcp", ".pt"))
+        yield from (f"finished: {path.relative_to(folder)}" for path in finished)
     elif weights is not None:
         config = folder / "hf"
         shape = read_shape(config) if config.is_dir() else None
@@ -44,9 +43,6 @@ def inspect(folder: Path, list_tensors: bool = False) -> Iterator[str]:
         )
 
 
-_DATA = {".safetensors", ".distcp", ".pt"}
-
-
 def _hf(folder: Path, list_tensors: bool) -> Iterator[str]:
     yield "kind: Hugging Face"
     shape = None
@@ -55,11 +51,8 @@ def _hf(folder: Path, list_tensors: bool) -> Iterator[str]:
         yield from _model(shape)
     except ConversionError as error:
         yield f"problem: {error}"
-    for what, pattern in (
-        ("tokenizer", "tokenizer*"),
-        ("chat template", "*chat_template*"),
-        ("generation config", "generation_config.json"),
-    ):
+    parts = {"tokenizer": "tokenizer*", "chat template": "*chat_template*", "generation config": "generation_config.json"}
+    for what, pattern in parts.items():
         yield f"{what}: {', '.join(sorted(path.name for path in folder.glob(pattern))) or 'none'}"
     try:
         reader = HfReader(folder)

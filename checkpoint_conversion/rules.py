@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from checkpoint_conversion.errors import ConversionError as ConversionError  # to be imported from here by all that convert
+from checkpoint_conversion.errors import ConversionError as ConversionError  # all converters import it from here
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Rule:
     """The same name in TransformerEngine's layers; equal to `megatron_name` for most tensors."""
 
     expert: int | None = field(default=None, kw_only=True)
-    """Which expert of its layer it belongs to: expert parallelism gives each rank a range of them, tensor parallelism no part."""
+    """Its expert's number in the layer. Expert parallelism gives each rank a range of experts; tensor parallelism does not cut them."""
 
     split_dim: ClassVar[int | None] = None
     """The dimension that tensor parallelism cuts; None where every rank holds the whole tensor."""
@@ -169,7 +169,7 @@ class PadVocab(Column):
         return joined([tensor, tensor.new_zeros(padding, *tensor.shape[1:])], 0) if padding else tensor
 
     def to_hf(self, full: Tensor) -> list[Tensor]:
-        # Whatever the padding was: a checkpoint saved with another multiple exports, too.
+        # With any padding: a checkpoint saved with another multiple can be exported as well.
         if full.shape[0] < self.vocab_size:
             raise ConversionError(f"{self.megatron_name} has {full.shape[0]} rows, fewer than config.json's vocab_size={self.vocab_size}")
         return [full[: self.vocab_size]]

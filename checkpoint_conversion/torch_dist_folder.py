@@ -2,12 +2,12 @@
 
 folder --MegatronReader--> name, tensor            units --write_megatron--> folder that loads at any parallel layout
 
-The format is torch's distributed checkpoint (tensors one behind the other in *.distcp, one index in .metadata) with Megatron's keys: a
+The format is torch's distributed checkpoint (tensors one after the other in *.distcp, one index in .metadata) with Megatron's keys: a
 layer's tensors are stored under one key for all layers, with the layer as an extra first axis (and the expert as a second), and under
 the names of TransformerEngine's layers. So torch alone reads and writes it here, tensor by tensor, where Megatron's own `save` wants
 the whole model in memory and a running process group.
 
-`.metadata` is a pickle, as torch writes it; of what it holds only the classes of the format are built, so it runs no code.
+`.metadata` is a pickle, as torch writes it. Only the classes of the format are built from it, so it runs no code.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-# The index of every torch_dist checkpoint pickles this class by this name: it is part of the format, whatever its underscore says.
+# The index of every torch_dist checkpoint pickles this class by this name: it is part of the format in spite of its underscore.
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -46,12 +46,10 @@ _LAYER_KEY = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _EXPERT_KEY = re.compile(r"(.+\.experts)\.local_experts\.(\d+)\.(.+)")
 _STORED_EXPERT = ".experts.experts."
 _MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
-# Megatron's local linear layers store an empty object each and miss it on load, because TransformerEngine keeps fp8 state there.
-_ALIGNMENT = 64
-"""Inside its archives torch.save aligns tensors so; where each archive begins so, too, tensors can be used where they lie."""
-
+# Megatron's local linear layers store an empty object each and expect it when loading, because TransformerEngine keeps fp8 state there.
 _LINEAR_WEIGHT = re.compile(r"(decoder\.layers\..*linear_(?:qkv|proj|fc1|fc2)\.)weight")
-
+_ALIGNMENT = 64
+"""torch.save aligns tensors to this inside its archives. If each archive begins at a multiple too, tensors can be used in place."""
 
 _DAMAGED_PICKLE = (pickle.UnpicklingError, EOFError, ValueError, LookupError, AttributeError, TypeError, RuntimeError, MemoryError)
 
@@ -76,7 +74,7 @@ def place_of(rule: Rule) -> Place:
 
 
 class MegatronReader(Reader):
-    """The model's tensors in a `torch_dist` checkpoint, whole whatever parallel layout saved it, read one by one.
+    """The model's tensors in a `torch_dist` checkpoint, complete for any parallel layout that saved it, read one by one.
 
     Optimizer, scheduler and RNG entries beside them are left alone. Names are global local-layer names. Opening checks that every
     file is there and as long as the index says.
@@ -101,7 +99,7 @@ class MegatronReader(Reader):
         return list(self._place)
 
     def other_keys(self) -> list[str]:
-        """What is stored beside the model: optimizer state, RNG state and the like."""
+        """Keys stored beside the model: optimizer state, RNG state and the like."""
         return [key for key in self._metadata.state_dict_metadata if not key.startswith(_MODEL_KEYS)]
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -147,7 +145,7 @@ class MegatronReader(Reader):
     def _mapped(self, file: str) -> mmap.mmap:
         if file not in self._files:
             with (self.folder / file).open("rb") as stream:
-                # A private mapping: torch wants memory that it may write to, and nobody does.
+                # A private mapping, because torch requires writable memory; nothing is written to it.
                 self._files[file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
         return self._files[file]
 
@@ -194,7 +192,7 @@ def write_megatron(
     """Write the units' full tensors as a checkpoint that a GPTModel of any parallel layout loads.
 
     One tensor is in memory at a time. Files that are there already are those of an interrupted call and are kept: give (a part of)
-    the folder of `new_folder`. The index is written last. `on_bytes` hears of progress.
+    the folder of `new_folder`. The index is written last. `on_bytes` gets the progress.
     """
     folder.mkdir(parents=True, exist_ok=True)
     entries, places = _index_of(units), {unit.rule.megatron_name: place_of(unit.rule) for unit in units}
@@ -225,7 +223,7 @@ def write_megatron(
 
 
 def _index_of(units: Sequence[Unit]) -> dict[str, TensorStorageMetadata | BytesStorageMetadata]:
-    """What is stored under each key; raises where layers or experts that share a key differ in dtype or shape."""
+    """The entry of each key. Raises ConversionError where layers or experts that share a key differ in dtype or shape."""
     sizes: dict[str, tuple[int, ...]] = {}
     for unit in units:
         place = place_of(unit.rule)
@@ -248,7 +246,7 @@ def _index_of(units: Sequence[Unit]) -> dict[str, TensorStorageMetadata | BytesS
 
 
 def _write_units(path: Path, spans: Path, units: Sequence[Unit], places: dict[str, Place], on_bytes: Callable[[int], None]) -> None:
-    """One file of tensors, and beside it where each begins and how long it is, which only writing tells."""
+    """One file of tensors, and beside it the start and length of each, which are known only after writing."""
     found = []
     with complete_file(path) as file:
         for unit in units:
@@ -258,7 +256,7 @@ def _write_units(path: Path, spans: Path, units: Sequence[Unit], places: dict[st
             found.append(_append(file, _compact(tensor.detach().cpu().reshape([1] * len(index) + list(tensor.shape)))))
             del tensor
             on_bytes(unit.nbytes)
-        with complete_file(spans) as beside:  # before the file has its name, so that it never is there without them
+        with complete_file(spans) as beside:  # before the file gets its name, so that it never exists without them
             beside.write(json.dumps(found).encode())
 
 
@@ -278,7 +276,7 @@ def _append(file: BinaryIO, content: Any) -> tuple[int, int]:
     """Save one object at the end of the file; (where it begins, its length)."""
     file.write(bytes(-file.tell() % _ALIGNMENT))
     start = file.tell()
-    # Nothing ever compares these checksums when loading, and they cost more than writing.
+    # Nothing compares these checksums when loading, and they cost more time than writing.
     checksums = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
@@ -289,7 +287,7 @@ def _append(file: BinaryIO, content: Any) -> tuple[int, int]:
 
 
 def _compact(tensor: Tensor) -> Tensor:
-    """The tensor with a storage of just its size: saving a view saves all of the storage it looks into."""
+    """The tensor with a storage of exactly its size, because saving a view saves all of its storage."""
     tensor = tensor.contiguous()
     if tensor.untyped_storage().nbytes() == tensor.nbytes or not tensor.numel():
         return tensor

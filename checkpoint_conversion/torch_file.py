@@ -1,5 +1,4 @@
-"""Files of torch.save: written with errors that say what happened, and read without building Python objects that a file may ask for
-and without reading its tensors.
+"""Write files of torch.save with clear errors. Read them without building arbitrary Python objects, and without reading their tensors.
 
 torch.save writes a zip archive, not compressed: `NAME/data.pkl` describes the object, `NAME/data/0` and so on are the bytes of its tensors.
 """
@@ -21,11 +20,11 @@ from torch import Tensor
 from checkpoint_conversion.rules import ConversionError
 
 _LOCAL_HEADER = struct.Struct("<26xHH")
-"""Of a zip archive's entry: length of its name and of its extra field at the end of 30 bytes."""
+"""Local header of a zip archive's entry, 30 bytes: the lengths of its name and of its extra field come last."""
 
 
 def append_archive(file: BinaryIO, content: Any) -> None:
-    """torch.save at the end of an open file. What the disk refuses is an OSError, which torch.save may replace by a RuntimeError."""
+    """torch.save at the end of an open file. Raises OSError when the disk refuses, where torch.save may raise a RuntimeError."""
     tail = _Tail(file)
     try:
         torch.save(content, tail)
@@ -56,16 +55,16 @@ class _Tail(io.RawIOBase):
 def load_mapped(path: Path) -> Any:
     """What `torch.save` wrote, its tensors mapped from the file; only tensors and plain values are built, the rest are stand-ins.
 
-    Raises ConversionError if the file is not whole.
+    Raises ConversionError if the file is not complete.
     """
     try:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=False, pickle_module=_INERT)
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise ConversionError(f"{path} is not a whole file of torch.save ({error}); copy the checkpoint again") from error
+        raise ConversionError(f"{path} is not a complete file of torch.save ({error}); copy the checkpoint again") from error
 
 
 def map_tensor(file: mmap.mmap, start: int, length: int) -> Tensor:
-    """The one tensor of an archive that lies inside a larger file, mapped where it lies.
+    """The one tensor of an archive inside a larger file, mapped in place.
 
     Raises ValueError if there is no archive of one tensor.
     """

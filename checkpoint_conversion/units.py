@@ -1,4 +1,4 @@
-"""Work in pieces that fit in memory: which tensors a conversion makes, known before the first is read, and how to make each.
+"""Conversions in pieces that fit in memory: the tensors to make, known before the first is read, and how to make each.
 
 Names, dtypes and shapes come from running the rules on tensors without data ("meta"), so that every mismatch between a config and
 its weights is an error before anything is written, and files can be laid out, and resumed, shard by shard.
@@ -14,13 +14,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from checkpoint_conversion import MAX_SHARD_BYTES as MAX_SHARD_BYTES  # to be imported from here by those that write
+from checkpoint_conversion import MAX_SHARD_BYTES as MAX_SHARD_BYTES  # writers import it from here
 from checkpoint_conversion.rules import Rule
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor before it is there."""
+    """Description of a tensor before it exists."""
 
     name: str
     dtype: torch.dtype
@@ -33,7 +33,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Unit:
-    """Tensors that are made together, of one rule."""
+    """Tensors that one rule makes together."""
 
     rule: Rule
     tensors: tuple[TensorInfo, ...]

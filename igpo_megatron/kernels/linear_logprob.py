@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 Implementation = Literal["auto", "torch", "triton"]
 Form = Literal["auto", "fused", "tma", "chunks", "specialised"]
 FORMS: tuple[Form, ...] = get_args(Form)[1:]
-"""Of the Triton forward (triton_stream, triton_head). The riskiest last: whoever tries all of them in this order has the results of the
-others by then."""
+"""Of the Triton forward (triton_stream, triton_head). The riskiest comes last, so that a trial of all forms in this order has the results
+of the others by then."""
 
 FORM_TABLE = Path(__file__).with_name("head_forms.json")
 """{"NVIDIA H100 80GB HBM3": {"source": "measured: ...", "rules": [{"max_rows": 256, "form": "fused"}, ...]}, "default": ...}
@@ -66,10 +66,10 @@ def linear_logprob(
         vocab_size: number of real tokens; columns from there on are padding and count as -inf. None: no padding.
         temperature: logits are divided by it, > 0.
         tp_group: ranks that share the vocabulary; None for one rank.
-        need_entropy: without it the entropy is not computed: zeros that carry no gradient.
+        need_entropy: if false, the entropies are zeros without a gradient.
         implementation: `auto` is triton on CUDA where it is importable, else torch.
         form: how triton runs forward: `fused`, `tma` and `specialised` stream the weight through one kernel (triton_stream.py), `chunks`
-            lets cuBLAS write chunks of logits. `auto` asks head_forms.json. Without meaning for torch.
+            lets cuBLAS write chunks of logits. `auto` asks head_forms.json. Ignored by torch.
         workspace: bytes of fp32 logits at a time, at most.
 
     Returns:
@@ -98,7 +98,7 @@ def check_inputs(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tens
 
 
 def valid_columns(weight: torch.Tensor, vocab_start: int, vocab_size: int | None) -> int:
-    """How many of this shard's columns are tokens: the first so many."""
+    """Number of this shard's leading columns that are tokens."""
     return len(weight) if vocab_size is None else max(0, min(len(weight), vocab_size - vocab_start))
 
 
@@ -117,9 +117,19 @@ def merge(record: torch.Tensor, need_entropy: bool, tp_group: dist.ProcessGroup 
     return picked - lse, entropy, lse
 
 
+@functools.cache
 def resolve(implementation: str, device: torch.device) -> str:
-    """`torch` or `triton` for tensors on `device`; logged once per process. ValueError where triton is asked for and cannot run."""
-    return _resolve(implementation, device.type)
+    """`torch` or `triton` for tensors on `device`; logged once per process. UserError where triton is demanded and cannot run."""
+    if implementation not in ("auto", "torch", "triton"):
+        raise UserError(f"model.head={implementation}: expected auto, torch or triton")
+    # The interpreter also runs on CPU, but only if it is demanded by name.
+    wanted = implementation == "triton" or (implementation == "auto" and device.type == "cuda")
+    problem = _why_no_triton(device.type) if wanted else None
+    if implementation == "triton" and problem:
+        raise UserError(f"model.head=triton on {device.type}: {problem}; use auto or torch")
+    chosen = "triton" if wanted and not problem else "torch"
+    logger.info("log-probs (model.head=%s) on %s: %s", implementation, device.type, chosen)
+    return chosen
 
 
 def gather_rows(hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -130,7 +140,7 @@ def gather_rows(hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """What one call's forward and backward share besides tensors."""
+    """Arguments, other than tensors, that forward and backward of one call share."""
 
     partials: Callable[..., torch.Tensor]
     gradients: Callable[..., tuple[torch.Tensor | None, torch.Tensor | None]]
@@ -224,20 +234,6 @@ def choose_form(device_name: str, rows: int, hidden: int, vocab: int, table: dic
 def _table() -> dict[str, Any]:
     """The committed table."""
     return json.loads(FORM_TABLE.read_text(encoding="utf-8"))
-
-
-@functools.cache
-def _resolve(implementation: str, device_type: str) -> str:
-    if implementation not in ("auto", "torch", "triton"):
-        raise UserError(f"model.head={implementation}: expected auto, torch or triton")
-    # The interpreter runs on CPU too, but only for who asks for it by name.
-    wanted = implementation == "triton" or (implementation == "auto" and device_type == "cuda")
-    problem = _why_no_triton(device_type) if wanted else None
-    if implementation == "triton" and problem:
-        raise UserError(f"model.head=triton on {device_type}: {problem}; use auto or torch")
-    chosen = "triton" if wanted and not problem else "torch"
-    logger.info("log-probs (model.head=%s) on %s: %s", implementation, device_type, chosen)
-    return chosen
 
 
 def _why_no_triton(device_type: str) -> str | None:

@@ -1,16 +1,16 @@
 """`linear_logprob` for a loss on tokens: gradients are formed in the forward pass, by 6NHv operations in all instead of 8NHv.
 
-What such a loss sends back to a token depends on its own log-prob and entropy and on constants, so a block of rows is finished at once:
+The gradient of such a loss at a token depends only on its own log-prob and entropy and on constants, so a block of rows is done at once:
 
     block of hidden [b, H] ──> logits [b, v] ──> record [b, 4] ──one all-gather──> logp, entropy ──the loss──> g, h [b]
                                logits, g, h ──> dz [b, v] ──> grad_hidden[block] = dz . weight,   grad_weight += dz^T . hidden[block]
 
-chunk by chunk of columns, so that a GPU folds logits and multiplies dz while they are in L2. Backward has only to hand on what is there.
+chunk by chunk of columns, so that a GPU folds logits and multiplies dz while they are in L2. Backward only returns what was computed.
 Formulas are in torch_chunked.
 
-Memory beyond the gradients that any head returns: a block's logits (`workspace`), dz of one chunk, and grad_weight in fp32, 4vH bytes. That
-and grad_hidden live from the forward pass to the backward pass, which is next on a last stage.
-Every block reads and writes grad_weight, 8vH bytes against 6bHv operations, so that a GPU wants blocks of about 1,000 rows.
+Memory beyond the gradients that any head returns: a block's logits (`workspace`), dz of one chunk, and grad_weight in fp32, 4vH bytes. It
+and grad_hidden exist from the forward pass to the backward pass, which comes next on the last stage.
+Every block reads and writes grad_weight, 8vH bytes for 6bHv operations, so a GPU needs blocks of about 1,000 rows.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def linear_logprob_with_gradients(
         workspace = min(workspace, torch_chunked.CHUNK_BYTES)
     call = _Call(
         upstream=upstream,
-        shard=_shard(resolve(implementation, hidden.device)),
+        shard=_shard(implementation, hidden.device),
         vocab_start=vocab_start,
         valid=valid_columns(weight, vocab_start, vocab_size),
         temperature=float(temperature),
@@ -80,7 +80,7 @@ def linear_logprob_with_gradients(
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """What is not a tensor."""
+    """The arguments that are no tensors."""
 
     upstream: Upstream
     shard: ModuleType
@@ -142,7 +142,7 @@ class _WithGradients(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if ctx.gradients is None:
-            raise RuntimeError("the gradients of this forward pass have been sent back; they can be sent back once")
+            raise RuntimeError("the gradients of this forward pass were already returned; backward can run only once")
         (grad_hidden, grad_weight, dtype), ctx.gradients = ctx.gradients, None
         scale = grads[-1]
         if scale is None:
@@ -156,8 +156,8 @@ class _WithGradients(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None
 
 
-def _shard(implementation: str) -> ModuleType:
-    if implementation == "torch":
+def _shard(implementation: Implementation, device: torch.device) -> ModuleType:
+    if resolve(implementation, device) == "torch":
         return torch_chunked
     from igpo_megatron.kernels import triton_head
 

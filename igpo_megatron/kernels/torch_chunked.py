@@ -20,12 +20,12 @@ from dataclasses import dataclass
 import torch
 
 CHUNK_BYTES = 16 * 2**20
-"""Most of one chunk of logits on CPU, where larger ones leave the caches; two are alive at a time."""
+"""Largest chunk of logits on CPU; larger ones do not fit the caches. Two are alive at a time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """N targets before one rank's rows of the vocabulary."""
+    """N targets and one rank's rows of the vocabulary."""
 
     hidden: torch.Tensor
     """[N, H]"""
@@ -97,7 +97,7 @@ def block_dz(
 def fold(records: torch.Tensor) -> torch.Tensor:
     """Records of disjoint columns, [R, N, 4], as one record [N, 4]; an empty one is (-inf, 0, 0, -inf)."""
     if len(records) == 1:
-        return records[0]  # what follows would change nothing, by thirteen kernels of a GPU
+        return records[0]  # the lines below would change nothing, with thirteen kernels on a GPU
     tops, sums, products, picked = records.unbind(-1)
     top = tops.amax(0)
     shift = torch.where(sums > 0, tops - top, 0.0)

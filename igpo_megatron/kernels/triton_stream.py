@@ -42,7 +42,7 @@ INTERPRETED = not isinstance(tl.max, triton.JITFunction)
 """Whether TRITON_INTERPRET was set when triton was imported; later it has no effect."""
 
 INTERPRETER_PROGRAMS = 4
-"""What the interpreter pretends the number of multiprocessors to be."""
+"""Number of multiprocessors that the interpreter assumes."""
 
 GROUP_BYTES = 16 * 2**20
 """Hidden states of one group of rows. An H100's L2 is two parts of 25 MB, and what both parts' programs read may be in both: 16 MiB leave
@@ -52,7 +52,7 @@ MOST_SPLITS = 256
 """Records of a row that `_fold_splits` has in registers at once."""
 
 START = 0.25
-"""What a program spends before and after its vocabulary tiles, in such tiles: an assumption, so that runs are not needlessly short."""
+"""Time of a program before and after its vocabulary tiles, in units of a tile. Assumed, so that runs are not needlessly short."""
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -62,7 +62,7 @@ MASKED = tl.constexpr(-1e30)
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """What a program multiplies at a time, m rows x v columns in steps of k, and how."""
+    """The tile that a program multiplies at a time, m rows x v columns in steps of k, and its launch options."""
 
     m: int
     v: int
@@ -133,7 +133,7 @@ def _write(records, split, row, rows, top, total, product, picked):
     tl.store(at + 3, picked * LN2, mask=row < rows)
 
 
-# Numbers that change from call to call do not make variants: a kernel is compiled once per tile, and H counts by what divides it.
+# Numbers that change from call to call do not make variants: a kernel is compiled once per tile, and of H only its divisors matter.
 _UNSPECIALISED = ["rows", "valid", "tiles_per_split", "row_tiles", "splits", "group"]
 
 
@@ -268,7 +268,7 @@ def _fold_splits(records, record, rows, splits, BLOCK_R: tl.constexpr, SPLITS: t
 def partials(form: str, shard: Shard, need_entropy: bool) -> torch.Tensor:
     """`torch_chunked.partials` in one of TILES' forms; scratch is [splits, N, 4], so `workspace` goes unused.
 
-    Where TMA cannot serve these tensors, `fused` runs, and the log says why.
+    Where TMA cannot be used for these tensors, `fused` runs, and the reason is logged.
     """
     hidden, weight, valid = shard.hidden, shard.weight, shard.valid
     rows = len(hidden)
@@ -309,13 +309,13 @@ def tile_of(form: str, rows: int, dtype: torch.dtype) -> Tile:
 
 
 def why_no_tma(hidden: torch.Tensor, weight: torch.Tensor) -> str | None:
-    """None where TMA can read both tensors [., H], whose rows are contiguous, and is of use."""
+    """None where TMA can read both tensors [., H], whose rows are contiguous, and is useful."""
     if hidden.is_cuda and (capability := torch.cuda.get_device_capability(hidden.device))[0] != 9:
         # Before it there is no TMA; after it Triton 3.6.0 does not compile `specialised`, and RTX cards lack the shared memory.
         name = torch.cuda.get_device_name(hidden.device)
         return f"its tiles are for Hopper, compute capability 9.0, and {name} has {'.'.join(map(str, capability))}"
     if hidden.dtype == torch.float32 and not INTERPRETED:
-        return "fp32 is multiplied without tensor cores, whose feeding is all that TMA is for"
+        return "fp32 is multiplied without tensor cores, and TMA only serves to feed those"
     for name, tensor in (("hidden", hidden), ("weight", weight)):
         apart = tensor.stride(0) * tensor.element_size()
         if apart % 16 or tensor.data_ptr() % 16:

@@ -1,1 +1,1 @@
-"""Trees of tokens laid out in rows for the policy, and rows as bytes that travel (wire.py). Begin with tree.py. Imports types only."""
+"""Trees of tokens laid out in rows for the policy, and rows as bytes to send (wire.py). Begin with tree.py. Imports types only."""

@@ -90,7 +90,7 @@ class PackedRow:
         return len(self.token_ids)
 
     def with_targets(self, which: slice | torch.Tensor) -> PackedRow:
-        """The row with some of its targets only, as a loss on tokens may be given it; `origin` stays behind."""
+        """The row with only some of its targets, for a loss on tokens; without `origin`."""
         per_target = ("predictor", "targets", "weight", "advantages", "old_logprobs", "ref_logprobs", "behavior_logprobs", "sequence")
         parts = {name: getattr(self, name)[which] for name in per_target}
         entropies = self.old_entropies[which] if len(self.old_entropies) else self.old_entropies
@@ -197,7 +197,7 @@ def _ancestors(group: RolloutGroup, number: int) -> list[int]:
 
 
 def _pieces(index: int, group: RolloutGroup, row_tokens: int, *, with_probes: bool) -> Iterable[Piece]:
-    """Cut a group into trees under the budget, repeating the path to each cut; a single longer trajectory stays whole."""
+    """Cut a group into trees within the budget, repeating the path to each cut; a single longer trajectory is not cut."""
     probes: dict[int, list[int]] = {}
     for number, node in enumerate(group.nodes):
         if with_probes and node.kind == "probe" and node.parent is not None:
@@ -206,7 +206,7 @@ def _pieces(index: int, group: RolloutGroup, row_tokens: int, *, with_probes: bo
     chosen: dict[int, None] = {}
     members: list[Trajectory] = []
     tokens = 0
-    # In the order of their paths those that share most stand side by side, and a cut repeats least.
+    # Sorted by path, the trajectories that share most are neighbours, and a cut repeats least.
     for trajectory in sorted(group.trained, key=lambda trajectory: trajectory.path):
         whole = [*trajectory.path, *(probe for number in trajectory.path for probe in probes.get(number, []))]
         new = [number for number in whole if number not in chosen and number not in done]
@@ -241,6 +241,10 @@ def _depth_first(group: RolloutGroup, chosen: Iterable[int]) -> list[int]:
     return order
 
 
+_MEASURED = ("old_logprobs", "ref_logprobs", "behavior_logprobs", "old_entropies")
+"""Numbers per target that a node and a row hold under the same name."""
+
+
 class _RowBuilder:
     """Collects one row's tokens and targets as plain lists."""
 
@@ -252,12 +256,9 @@ class _RowBuilder:
         self.targets: list[int] = []
         self.weight: list[float] = []
         self.advantages: list[tuple[float, float]] = []
-        self.old_logprobs: list[float] = []
-        self.ref_logprobs: list[float] = []
-        self.behavior_logprobs: list[float] = []
+        self.measured: dict[str, list[float]] = {name: [] for name in _MEASURED}
         self.sequence: list[int] = []
         self.trajectories = 0
-        self.old_entropies: list[float] = []
         self.probed: list[bool] = []
         self.experts: list[bytes | None] = []
         self.origin: list[tuple[int, int, int, int]] = []
@@ -306,10 +307,8 @@ class _RowBuilder:
         weight, positive, negative = share
         self.weight += [weight] * length
         self.advantages += [(positive, negative)] * length
-        self.old_logprobs += node.old_logprobs or [0.0] * length
-        self.ref_logprobs += node.ref_logprobs or [0.0] * length
-        self.behavior_logprobs += node.behavior_logprobs or [0.0] * length
-        self.old_entropies += node.old_entropies or [0.0] * length
+        for name, numbers in self.measured.items():
+            numbers += getattr(node, name) or [0.0] * length
         self.probed += [node.kind == "probe"] * length
         self.origin.append((group, number, first, first + length))
 
@@ -324,12 +323,9 @@ class _RowBuilder:
             targets=torch.tensor(self.targets, dtype=torch.int64),
             weight=torch.tensor(self.weight, dtype=torch.float32),
             advantages=torch.tensor(self.advantages, dtype=torch.float32).reshape(-1, 2),
-            old_logprobs=torch.tensor(self.old_logprobs, dtype=torch.float32),
-            ref_logprobs=torch.tensor(self.ref_logprobs, dtype=torch.float32),
-            behavior_logprobs=torch.tensor(self.behavior_logprobs, dtype=torch.float32),
+            **{name: torch.tensor(numbers, dtype=torch.float32) for name, numbers in self.measured.items()},
             sequence=torch.tensor(self.sequence, dtype=torch.int64),
             sequences=self.trajectories,
-            old_entropies=torch.tensor(self.old_entropies, dtype=torch.float32),
             experts=None if experts is None else expert_rows(self.experts, total, experts),
             probed=torch.tensor(self.probed) if any(self.probed) else None,
             origin=self.origin,

@@ -1,9 +1,9 @@
-"""Rows as few bytes, for the ranks that compute them.
+"""Rows in few bytes, to be sent to the ranks that compute them.
 
-    rows ──field by field, one row behind the other──> columns ──runs, or the narrowest dtype──> bytes
+    rows ──field by field, one row after the other──> columns ──runs, or the narrowest dtype──> bytes
 
-Most of a row's numbers continue one another: positions count up, the mask's ends and a trajectory's advantages stay the same. So a column
-is kept as its runs where that is shorter; token ids and log-probs as they are.
+Most numbers of a row continue the ones before: positions count up, the mask's ends and a trajectory's advantages stay the same. So a column
+is stored as runs where that is shorter. Token ids and log-probs are stored as they are.
 """
 
 from __future__ import annotations
@@ -44,28 +44,20 @@ class _Column:
 
 def to_bytes(rows: Sequence[PackedRow]) -> bytes:
     """The rows without `origin`."""
-    kept = {name: [getattr(row, name) for row in rows] for name in _names()}
-    return pickle.dumps({name: _column(values) if _has_tensors(values) else values for name, values in kept.items()})
+    kept = {field.name: [getattr(row, field.name) for row in rows] for field in fields(PackedRow) if field.name != "origin"}
+    return pickle.dumps({name: _column(vs) if any(isinstance(v, torch.Tensor) for v in vs) else vs for name, vs in kept.items()})
 
 
 def from_bytes(data: bytes) -> list[PackedRow]:
-    """What `to_bytes` was given, bit for bit."""
+    """The rows that `to_bytes` was given, bit for bit."""
     kept: dict[str, Any] = pickle.loads(data)
     columns = {name: _values(column) if isinstance(column, _Column) else column for name, column in kept.items()}
     return [PackedRow(**dict(zip(columns, values, strict=True))) for values in zip(*columns.values(), strict=True)]
 
 
-def _names() -> list[str]:
-    return [field.name for field in fields(PackedRow) if field.name != "origin"]
-
-
-def _has_tensors(values: Sequence[Any]) -> bool:
-    return any(isinstance(value, torch.Tensor) for value in values)
-
-
 def _column(values: Sequence[torch.Tensor | None]) -> _Column:
     whole = torch.cat([value for value in values if value is not None])
-    # Columns of a matrix one behind the other: within each numbers continue.
+    # The columns of a matrix one after the other, because numbers continue within a column.
     flat = whole.flatten(1).T.flatten() if whole.dim() > 1 else whole
     bits = (flat.view(torch.int32) if flat.dtype == torch.float32 else flat).long()
     places = torch.arange(len(bits))
@@ -92,7 +84,7 @@ def _values(column: _Column) -> list[torch.Tensor | None]:
 
 
 def _narrow(numbers: torch.Tensor) -> torch.Tensor:
-    """In the smallest dtype that has room for them."""
+    """In the smallest dtype that holds them all."""
     if not len(numbers):
         return numbers
     low, high = int(numbers.min()), int(numbers.max())

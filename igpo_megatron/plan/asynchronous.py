@@ -1,4 +1,4 @@
-"""Discrete-event simulation of a run: engines that decode, tools that answer, a trainer that may lag, in order and with bounded staleness.
+"""Discrete-event simulation of a run: engines decode, tools answer, and the trainer follows in order, with bounded staleness.
 
     batch s starts   when the weights of step s - 1 - k are installed (and batch s - 1 has started)
     training s starts when batch s has ended and step s - 1 is done;  its weights are installed `install` seconds after it ends
@@ -39,7 +39,7 @@ class Setup:
     staleness: int
     steps: int
     warm_up: int
-    """Steps at the beginning that no figure counts."""
+    """Steps at the beginning that are left out of all figures."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,8 @@ class Outcome:
 
 @dataclass(slots=True)
 class _Engine:
-    """One engine on a clock of tokens: a change of how many decode changes the clock's rate and nobody's remaining length."""
+    """One engine on a clock of tokens. When the number of decoding trajectories changes, only the rate of the clock changes, not the
+    remaining lengths."""
 
     decoding: list[tuple[float, int, int]] = field(default_factory=list)
     """(token clock at the turn's end, order, trajectory)"""

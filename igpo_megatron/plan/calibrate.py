@@ -1,7 +1,7 @@
 """Measure this machine: matmul, attention and memory rates of one rank, the cost of a call, and two ranks' collectives (gloo, or NCCL).
 
-Each figure is the best of several repetitions, because whatever else runs can only make it slower; collectives on CPU, where ranks wait
-for the slower, are a mean. Under a minute on two cores.
+Each figure is the best of several repetitions, because other programs can only slow it down. Collectives on CPU are a mean, because a
+rank waits for the slower one. Takes less than a minute on two cores.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import socket
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from pathlib import Path
 
+import psutil
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -51,7 +51,7 @@ def calibrate(threads: int = 1, *, links: bool = True) -> Machine:
     return Machine(
         name=name,
         device="cuda" if cuda else "cpu",
-        memory=float(torch.cuda.get_device_properties(0).total_memory if cuda else _host_memory() / cores),
+        memory=float(torch.cuda.get_device_properties(0).total_memory if cuda else psutil.virtual_memory().available / cores),
         matmul=tuple(sorted(_matmul(shape, device, dtype) for shape in (CUDA_MATMULS if cuda else MATMULS))),
         attention=_attention(device, dtype),
         stream=_stream(device, dtype),
@@ -72,7 +72,7 @@ def calibrate(threads: int = 1, *, links: bool = True) -> Machine:
 def best_of(call: Callable[[], object], device: torch.device, repeats: int = REPEATS, inner: int = 1, wall: bool = False) -> float:
     """Least seconds of a call, of `repeats` times `inner` of them."""
     call()
-    # On CPU what other programs take of the core is left out; a collective, which waits, is timed by the clock on the wall.
+    # On CPU, time that other programs take of the core is not counted; a collective waits, so it is timed by wall clock.
     clock = time.perf_counter if wall or device.type == "cuda" else time.process_time
     times = []
     for _ in range(repeats):
@@ -112,7 +112,7 @@ def _stream(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _call(device: torch.device, dtype: torch.dtype) -> float:
-    """Half of it is Python's and autograd's: an operation on few numbers, forward and backward."""
+    """Seconds of one operation on a few numbers, forward and backward; half of it is spent in Python and autograd."""
     x = torch.randn(4, 8, device=device, dtype=dtype, requires_grad=True)
 
     def chain() -> None:
@@ -190,7 +190,7 @@ def _halves(elements: int, device: torch.device) -> float:
 
 
 def _mean(call: Callable[[], object], repeats: int = 100) -> float:
-    """Mean seconds of a call by the clock on the wall, both ranks beginning together."""
+    """Mean wall-clock seconds of a call; both ranks begin together."""
     call()
     dist.barrier()
     started = time.perf_counter()
@@ -203,7 +203,7 @@ def _crowd(rank: int, device: torch.device) -> float:
     """A rank's computing time while another computes, over its time alone: cores may share caches, memory and execution units."""
 
     def work() -> float:
-        # Each repetition lasts a tenth of a second, so that the other rank is at it all the time.
+        # Each repetition lasts a tenth of a second, so that the other rank computes during all of it.
         a, b = torch.randn(512, 256), torch.randn(256, 1024)
         x = torch.randn(STREAM_ELEMENTS)
         return best_of(lambda: (a @ b, x * x), device, REPEATS, 60)
@@ -213,8 +213,3 @@ def _crowd(rank: int, device: torch.device) -> float:
     together = work()
     dist.barrier()
     return max(1.0, together / alone) if rank == 0 else 1.0
-
-
-def _host_memory() -> int:
-    line = next(line for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines() if line.startswith("MemAvailable:"))
-    return int(line.split()[1]) * 1024

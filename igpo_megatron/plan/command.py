@@ -1,4 +1,4 @@
-"""`igpo plan`: from the command line's words to a table and a file."""
+"""`igpo plan`: from the options of the command line to a table and a file."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def plan_run(
     console: Console | None = None,
     shown_out: str | None = None,
 ) -> int:
-    """Plan, print, write; the exit code: 0 where something fits, 1 where nothing does. Raises UserError for the user's mistakes.
+    """Plan, print and write. Returns the exit code: 0 where something fits, 1 where nothing does. Raises UserError.
 
-    `shown_out`: what the file says of its own place, `out` by default.
+    `shown_out`: the path that the file names in its own --out, `out` by default.
     """
     name, shape = find_shape(model)
     workload = workload or Workload()
@@ -46,7 +46,7 @@ def plan_run(
     machine = machines.read(calibration) if calibration else machines.gpu(gpu)
     settings = Settings(dtype_bytes=2 if machine.device == "cuda" else 4, reference=reference)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of libraries that a GPU would want; nothing is computed here
+        warnings.simplefilter("ignore")  # about libraries that are missing for a GPU; nothing is computed here
         plan = search(name, shape, machine, workload, gpus, settings, staleness, placement)
     show(plan, console or Console(), rows)
     if not plan.fits:
@@ -57,7 +57,10 @@ def plan_run(
         options = f" --staleness {staleness}" * bool(staleness) + f" --placement {placement}" * (placement is not None)
         command = f"igpo plan --model {shlex.quote(model)} --gpus {gpus} {where}{options} --out {shown_out or out}"
         text = launch_yaml(plan, plan.fits[0], command, path)
-        _loads(text)
+        try:
+            build(parse(text))
+        except ConfigError as error:
+            raise AssertionError(f"the planner wrote a file that does not load: {error}") from error
         machines.write_asked(out, text, "--out")
         (console or Console()).print(f"wrote {out}")
     return 0
@@ -66,7 +69,7 @@ def plan_run(
 def predict_run(
     path: Path, model: str | None, gpu: str, calibration: Path | None, workload: Workload, rollouts: tuple[Path, ...], console: Console
 ) -> int:
-    """What a configuration of one's own will take, layout as it stands; the exit code: 0 where it fits. Raises UserError."""
+    """Predict memory and time of a configuration with the layout that it has. Returns the exit code: 0 where it fits. Raises UserError."""
     config = load(path)
     name, shape = find_shape(model or str(config.model.path))
     if rollouts:
@@ -77,10 +80,3 @@ def predict_run(
         plan = plan_config(config, name, shape, machine, workload)
     show_run(plan, console)
     return 0 if plan.fits else 1
-
-
-def _loads(text: str) -> None:
-    try:
-        build(parse(text))
-    except ConfigError as error:
-        raise AssertionError(f"the planner wrote a file that does not load: {error}") from error

@@ -1,4 +1,4 @@
-"""The options of `igpo plan`. What it needs is imported when they have been read."""
+"""The options of `igpo plan`. Everything else is imported after they have been read."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from igpo_megatron.types import UserError
 _workload = partial(typer.Option, rich_help_panel="Workload")
 
 _NOT_WITH_RUN = ("gpus", "out", "prompts", "samples", "max-context", "staleness", "placement", "reference", "rows")
-"""Options of `igpo plan` that look for a layout, or say what a configuration says itself."""
+"""Options that search for a layout, or that a configuration already decides."""
 
 
-def _require_none_of(options: tuple[str, ...], context: typer.Context) -> None:
-    """Raises UserError where some are on the command line beside --run, be it with their defaults."""
-    sources = {option: context.get_parameter_source(option.replace("-", "_")) for option in options}
+def _check_beside_run(context: typer.Context) -> None:
+    """Raises UserError where options of _NOT_WITH_RUN are on the command line, even with their defaults."""
+    sources = {option: context.get_parameter_source(option.replace("-", "_")) for option in _NOT_WITH_RUN}
     given = [f"--{option}" for option, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
     if given:
         raise UserError(f"--run predicts a configuration as it stands; leave {', '.join(given)} out, or plan without --run")
@@ -57,7 +57,7 @@ def plan(
     reference: Annotated[bool, typer.Option(help="Keep the first weights for a KL term (loss.kl_coef above 0).")] = True,
     rows: Annotated[int, typer.Option(min=1, help="Rows of the tables.")] = 10,
 ) -> None:
-    """Say how to lay a model out on N devices: what fits, how long a step takes, what does not fit and why."""
+    """Find layouts of a model on N devices: what fits, how long a step takes, what does not fit and why."""
     if calibrate:
         from igpo_megatron.plan import machines
         from igpo_megatron.plan.calibrate import calibrate as measure
@@ -84,7 +84,7 @@ def plan(
     )
     files = tuple(rollouts or ())
     if run is not None:
-        _require_none_of(_NOT_WITH_RUN, context)
+        _check_beside_run(context)
         from rich.console import Console
 
         raise typer.Exit(predict_run(run, model, gpu, calibration, workload, files, Console()))

@@ -1,4 +1,4 @@
-"""FLOPs that a model asks for, whoever computes them and how: what a rate of training is a share of (MFU), and the least that a plan costs.
+"""FLOPs that a model needs however they are computed: the base of MFU, and the least that a plan costs.
 
     forward   2 per weight of a linear layer and token, 2 per weight of the head and target, 4 per width of the queries and pair
     backward  twice as many (PaLM, arXiv:2204.02311, appendix B: 6 N per token in all)
@@ -34,5 +34,5 @@ def head_flops(shape: ModelShape, row: Row, *, backward: bool) -> float:
 
 
 def model_flops(shape: ModelShape, row: Row, *, backward: bool) -> float:
-    """Of the whole model, over a row."""
+    """Of the complete model, over a row."""
     return shape.num_layers * layer_flops(shape, row, backward=backward) + head_flops(shape, row, backward=backward)

@@ -1,4 +1,4 @@
-"""The YAML that launches a planned run: a whole configuration of this project, with the planner's numbers beside what they decided."""
+"""The YAML that launches a planned run: a complete configuration, with the planner's figures beside the settings that they decided."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ from igpo_megatron.plan.parts import total_parameters
 from igpo_megatron.plan.search import UTILISATION, Plan
 from igpo_megatron.plan.types import Estimate, Layout
 
+_OFF_AT_ONE = ("pipeline", "virtual_pipeline", "context", "expert")
+"""Sizes that are left out where they are 1, the default."""
+
 
 def launch_yaml(plan: Plan, one: Estimate, command: str, model_path: str) -> str:
-    """A configuration for `one`'s ranks and engines; `command` is what it says it was made by."""
+    """A configuration for `one`'s ranks and engines; its first lines name `command` as the one that made it."""
     assert one.engines is not None
     layout, engines, workload = one.layout, one.engines, plan.workload
-    per_node = plan.machine.ranks_per_node
+    per_node, colocated = plan.machine.ranks_per_node, one.placement == "colocated"
     nodes = -(-plan.gpus // per_node)
     if plan.machine.device == "cpu":
         place = f"    kv_cache_mib: {max(64, round(engines.cache_bytes / 2**20))}"
         start = "igpo train THIS_FILE"
-    elif nodes == 1 and one.placement == "colocated":
-        place = ""
-        start = f"examples/train_1node.sh THIS_FILE    (RANKS={layout.ranks})"
     elif nodes == 1:
-        place = f"    gpu_ids: {list(range(layout.ranks, layout.ranks + engines.count * engines.tensor))}"
+        own = list(range(layout.ranks, layout.ranks + engines.count * engines.tensor))
+        place = "" if colocated else f"    gpu_ids: {own}"
         start = f"examples/train_1node.sh THIS_FILE    (RANKS={layout.ranks})"
     else:
         place = "    ray_address: head:29401              # `igpo launch` puts its own here"
@@ -29,7 +30,6 @@ def launch_yaml(plan: Plan, one: Estimate, command: str, model_path: str) -> str
         others = "" if train == nodes else f"; NODE_ROLE=train on the first {train}, NODE_ROLE=rollout on the others"
         start = f"NNODES={nodes} NODE_RANK=.. IGPO_HEAD=.. RANKS={per_node} examples/launch.sh THIS_FILE    (on every node{others})"
     place += "\n" if place else ""
-    colocated = one.placement == "colocated"
     by_turns = " by turns on the same devices" if colocated else ""
     placement = "\nplacement:\n  mode: colocated\n" if colocated else ""
     staleness = f"  max_staleness: {plan.staleness}\n" if plan.staleness else ""
@@ -95,15 +95,9 @@ eval:
 
 def _sizes(layout: Layout) -> list[str]:
     """Lines of the section `parallel`."""
-    sizes = [f"  tensor: {layout.tensor}", *_if(layout.pipeline > 1, f"  pipeline: {layout.pipeline}")]
-    sizes += _if(layout.virtual > 1, f"  virtual_pipeline: {layout.virtual}")
+    sizes = {"tensor": layout.tensor, "pipeline": layout.pipeline, "virtual_pipeline": layout.virtual}
     if len(set(layout.stages)) > 1:
-        sizes += [f"  first_stage_layers: {layout.stages[0]}", f"  last_stage_layers: {layout.stages[-1]}"]
-    sizes += _if(layout.context > 1, f"  context: {layout.context}")
-    sizes += _if(layout.expert > 1, f"  expert: {layout.expert}")
-    sizes += [f"  data: {layout.data}", *_if(layout.sequence, "  sequence: true")]
-    return sizes
-
-
-def _if(condition: bool, line: str) -> list[str]:
-    return [line] if condition else []
+        sizes |= {"first_stage_layers": layout.stages[0], "last_stage_layers": layout.stages[-1]}
+    sizes |= {"context": layout.context, "expert": layout.expert, "data": layout.data}
+    shown = [f"  {name}: {size}" for name, size in sizes.items() if size > 1 or name not in _OFF_AT_ONE]
+    return [*shown, "  sequence: true"] if layout.sequence else shown

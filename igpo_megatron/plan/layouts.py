@@ -6,6 +6,7 @@ The rules are those of policy/settings.py.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 
 from checkpoint_conversion.architectures import ModelShape
 from igpo_megatron.plan.types import Layout, Machine, Recompute
@@ -15,11 +16,11 @@ RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
 VIRTUAL = (1, 2, 4)
 CONTEXT = (1, 2, 4, 8)
 MOST_STAGES = 16
-"""Deeper pipelines are not tried: rows of one step would hardly fill them."""
+"""Deeper pipelines are not tried: the rows of one step would hardly fill them."""
 
 
 def stages_of(layers: int, pipeline: int, virtual: int) -> tuple[int, ...] | None:
-    """Layers of each stage, as even as the trainer can share them, the ends (embedding, head) lighter; None if it cannot."""
+    """Layers of each stage, as even as the trainer allows, fewer at the ends (embedding, head); None if it allows none."""
     even = stage_layers(layers, pipeline, None, None)
     if even is not None:
         return tuple(even) if not any(number % virtual for number in even) else None
@@ -41,22 +42,14 @@ def tensor_sizes(shape: ModelShape, ranks: int, per_node: int) -> list[int]:
 def train_layouts(shape: ModelShape, ranks: int, machine: Machine, row_sizes: tuple[int, ...]) -> Iterator[Layout]:
     """All layouts that use exactly `ranks` ranks."""
     experts = shape.mixture.num_experts if shape.mixture else None
-    for tensor in tensor_sizes(shape, ranks, machine.ranks_per_node):
-        for pipeline in (size for size in divisors(ranks // tensor) if ranks % tensor == 0 and size <= min(MOST_STAGES, shape.num_layers)):
-            for virtual in VIRTUAL if pipeline > 1 else (1,):
-                stages = stages_of(shape.num_layers, pipeline, virtual)
-                if stages is None:
-                    continue
-                for context in CONTEXT:
-                    if ranks % (tensor * pipeline * context):
-                        continue
-                    data = ranks // (tensor * pipeline * context)
-                    for expert in _expert_sizes(experts, tensor, ranks // pipeline):
-                        for recompute in RECOMPUTE:
-                            for row_tokens in row_sizes:
-                                yield Layout(
-                                    tensor, pipeline, virtual, context, expert, data, recompute, row_tokens, stages, sequence=tensor > 1
-                                )
+    tensors, pipelines = tensor_sizes(shape, ranks, machine.ranks_per_node), range(1, min(MOST_STAGES, shape.num_layers) + 1)
+    for tensor, pipeline, virtual, context in product(tensors, pipelines, VIRTUAL, CONTEXT):
+        data, left = divmod(ranks, tensor * pipeline * context)
+        stages = stages_of(shape.num_layers, pipeline, virtual)
+        if left or (pipeline == 1 and virtual > 1) or stages is None:
+            continue
+        for expert, recompute, row_tokens in product(_expert_sizes(experts, tensor, ranks // pipeline), RECOMPUTE, row_sizes):
+            yield Layout(tensor, pipeline, virtual, context, expert, data, recompute, row_tokens, stages, sequence=tensor > 1)
 
 
 def _expert_sizes(experts: int | None, tensor: int, stage_ranks: int) -> list[int]:
@@ -66,7 +59,7 @@ def _expert_sizes(experts: int | None, tensor: int, stage_ranks: int) -> list[in
 
 
 def splits(gpus: int, per_node: int) -> list[int]:
-    """How many of `gpus` train, the others serving rollouts: any number on one machine, whole machines on several."""
+    """How many of `gpus` may train while the others serve rollouts: any number on one machine, complete machines on several."""
     if gpus <= per_node:
         return list(range(1, gpus))
     nodes = gpus // per_node

@@ -17,7 +17,7 @@ from igpo_megatron.types import UserError
 
 GIB = 2**30
 MATMUL_SHARE, ATTENTION_SHARE, STREAM_SHARE, LINK_SHARE = 0.6, 0.45, 0.8, 0.7
-"""Share of the data sheet's figure that is reckoned with: assumed, until `--calibrate` has measured the machine."""
+"""Share of the data sheet's figure that programs reach. Assumed; `--calibrate` measures it."""
 
 POSITIVE = tuple(field.name for field in fields(Machine) if field.name not in ("name", "device", "matmul", "cores", "source"))
 """Fields of a measured machine that must be positive numbers."""
@@ -93,7 +93,7 @@ def read(path: Path) -> Machine:
 
 
 def _machine(values: Any) -> Machine:
-    """Raises OverflowError, TypeError or ValueError for anything else than a machine as `write` writes it; factors may be missing."""
+    """A machine as `write` writes it, with or without the factors. Raises OverflowError, TypeError or ValueError for anything else."""
     known = {field.name for field in fields(Machine)}
     needed = known - {"score_factor", "train_factor"}
     if not isinstance(values, dict) or not needed <= set(values) <= known:

@@ -18,8 +18,8 @@ CHUNK = 16 * 2**20
 16 bits half of that again (kernels/triton_head.py)."""
 
 LIBRARIES = 10 * 2**20
-"""Bytes that a rank's libraries take in its first step on a CPU, whatever the model: gloo's buffers, primitives, threads, modules; measured
-by tools/bench/plan.py. A GPU's are within `search.HEADROOM`."""
+"""Bytes that libraries take on a CPU rank in its first step, for any model: gloo's buffers, primitives, threads, modules. Measured
+by tools/bench/plan.py. On a GPU `search.HEADROOM` covers them."""
 
 
 def layer_activations(shape: ModelShape, layout: Layout, tokens: int, settings: Settings, *, fused_norm: bool) -> float:
@@ -64,7 +64,7 @@ def _widths(shape: ModelShape, layout: Layout) -> tuple[float, float, float]:
 
 
 def layer_kept(shape: ModelShape, layout: Layout, tokens: int, settings: Settings, *, fused_norm: bool) -> float:
-    """Bytes of a layer that stay from its forward to its backward pass, recomputation considered."""
+    """Bytes of a layer that are kept from its forward to its backward pass, with recomputation taken into account."""
     whole = layer_activations(shape, layout, tokens, settings, fused_norm=fused_norm)
     if layout.recompute == "none":
         return whole
@@ -108,7 +108,7 @@ def stage_memory(
     moments = [
         _backward(shape, parts, layout, settings, row, rows, stage, cuda=cuda),
         {"optimizer step": 4.0 * state if cuda and not settings.fused_optimizer else 8.0 * _largest(parts, first, last)},
-        {"export": _exported(_largest(parts, first, last), layout, settings)},
+        {"export": export_bytes(parts, layout, settings, first, last)},
     ]
     if settings.reference:
         forward = layer_activations(shape, layout, row.tokens, settings, fused_norm=cuda) / 2
@@ -140,8 +140,7 @@ def _backward(
     work = 2 * hidden + 2 * tokens * ffn * e + 4.0 * parts.largest
     if layout.recompute == "full":
         work += layer_activations(shape, layout, row.tokens, settings, fused_norm=cuda) + branches
-    head = 0.0
-    always_head = 0.0
+    head = always_head = 0.0
     if last:
         targets = row.targets / layout.context
         held += outer * shape.hidden_size * (e if cuda else 8) + targets * shape.hidden_size * e  # the last norm, and the chosen rows
@@ -159,13 +158,9 @@ def head_workspace(settings: Settings, *, cuda: bool) -> int:
     return settings.head_workspace if cuda else min(CHUNK, settings.head_workspace)
 
 
-def export_bytes(parts: PartSizes, layout: Layout, settings: Settings) -> float:
-    """Bytes of the buffers in which a rank gathers and converts the largest tensor of all stages for the engines."""
-    return _exported(_largest(parts, True, True), layout, settings)
-
-
-def _exported(elements: int, layout: Layout, settings: Settings) -> float:
-    return 2.0 * settings.dtype_bytes * layout.tensor * elements
+def export_bytes(parts: PartSizes, layout: Layout, settings: Settings, first: bool = True, last: bool = True) -> float:
+    """Bytes of the buffers in which a rank gathers and converts the largest tensor of a stage for the engines; by default of all stages."""
+    return 2.0 * settings.dtype_bytes * layout.tensor * _largest(parts, first, last)
 
 
 def _largest(parts: PartSizes, first: bool, last: bool) -> int:

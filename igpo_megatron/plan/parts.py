@@ -1,41 +1,31 @@
-"""What a rank holds of each part of the model, counted once for each cut of a layer over tensor- and expert-parallel ranks.
+"""Parameters that a rank holds of each part of the model, counted once per tensor- and expert-parallel size.
 
-All layers of a supported model are alike, so one of them, built on the meta device, stands for any stage of any pipeline.
+All layers of a supported model are alike. One layer, built on the meta device, therefore stands for any stage of any pipeline.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
 
 from checkpoint_conversion.architectures import ModelShape
 from igpo_megatron.plan.types import PartSizes
 from igpo_megatron.policy.settings import Parallel
 
+_COUNTED: dict[str, PartSizes] = {}
+"""By the text of (shape, tensor, expert): a shape may hold a dictionary, which cannot be hashed."""
+
 
 def count_parts(shape: ModelShape, tensor: int, expert: int) -> PartSizes:
     """Parameters per rank of the embedding, a layer, its experts, and the head."""
-    return _count(_Key(shape, tensor, expert))
+    key = repr((shape, tensor, expert))
+    if key not in _COUNTED:
+        _COUNTED[key] = _count(shape, tensor, expert)
+    return _COUNTED[key]
 
 
-class _Key:
-    """Hashable stand-in for (shape, tensor, expert): a shape may hold a dictionary."""
-
-    def __init__(self, shape: ModelShape, tensor: int, expert: int) -> None:
-        self.parts = (shape, tensor, expert)
-
-    def __hash__(self) -> int:
-        return hash(repr(self.parts))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Key) and self.parts == other.parts
-
-
-@lru_cache(maxsize=256)
-def _count(key: _Key) -> PartSizes:
+def _count(shape: ModelShape, tensor: int, expert: int) -> PartSizes:
     from igpo_megatron.policy.meta import rank_parameters
 
-    shape, tensor, expert = key.parts
     one_layer = replace(shape, num_layers=1)
     layout = Parallel(tensor=tensor, expert=expert, sequence=tensor > 1)
     sizes = dict(rank_parameters(one_layer, layout, world=max(tensor, expert)))

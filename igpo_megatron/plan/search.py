@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from checkpoint_conversion.architectures import ModelShape
 from igpo_megatron.config.schema import Config
 from igpo_megatron.plan.layouts import splits, train_layouts
+from igpo_megatron.plan.machines import GIB
 from igpo_megatron.plan.memory import export_bytes, fullest_stage
 from igpo_megatron.plan.parts import count_parts, total_parameters
 from igpo_megatron.plan.rollout_time import serve
@@ -20,7 +21,7 @@ HEADROOM = 0.92
 """Share of a device's memory that a plan may fill: the rest is for the allocator's fragments, NCCL's buffers and the CUDA context."""
 
 ASLEEP = 2.5 * 2**30
-"""Bytes that a sleeping engine keeps on its device (context, kernels, graphs): assumed, not measured."""
+"""Bytes that a sleeping engine keeps on its device (context, kernels, graphs). Assumed, not measured."""
 
 UTILISATION = 0.85
 """rollout.engine.gpu_memory_utilization of planned runs."""
@@ -70,22 +71,26 @@ def search(
             plan.tried += 1
             found = estimate(plan, layout, engines if training == gpus else None)
             if isinstance(found, Misfit):
-                key = f"TP{layout.tensor} PP{layout.pipeline} EP{layout.expert}"
+                key = _cut(layout)
                 if key not in misses or found.peak < misses[key].peak:
                     misses[key] = found
-                continue
-            plan.fits.append(_with_engines(found, engines, staleness))
+            else:
+                plan.fits.append(_with_engines(found, engines, staleness))
     plan.fits.sort(key=lambda one: (one.step, one.peak))
-    fitting = {f"TP{one.layout.tensor} PP{one.layout.pipeline} EP{one.layout.expert}" for one in plan.fits}
+    fitting = {_cut(one.layout) for one in plan.fits}
     plan.misfits = sorted((miss for key, miss in misses.items() if key not in fitting), key=lambda miss: miss.peak)
     return plan
 
 
-def plan_config(config: Config, model: str, shape: ModelShape, machine: Machine, workload: Workload) -> Plan:
-    """A plan of the one layout that a configuration has: in `fits`, or in `misfits` with the reason.
+def _cut(layout: Layout) -> str:
+    return f"TP{layout.tensor} PP{layout.pipeline} EP{layout.expert}"
 
-    `workload`: lengths; how many trajectories there are and how long they may get is the configuration's. Raises UserError for stages
-    that cannot be, and for engines that are not modelled.
+
+def plan_config(config: Config, model: str, shape: ModelShape, machine: Machine, workload: Workload) -> Plan:
+    """A plan of the one layout of a configuration: in `fits`, or in `misfits` with the reason.
+
+    `workload` gives the lengths; the configuration gives the number of trajectories and their limits. Raises UserError for stages that
+    cannot share the layers, and for engines that are not modelled.
     """
     parallel, engine = config.parallel, config.rollout.engine
     if engine.backend == "torch":
@@ -188,7 +193,7 @@ def _best_engines(plan: Plan, gpus: int, misses: dict[str, Misfit]) -> Engines |
     for tensor in (1, 2, 4, 8, 16):
         if tensor > gpus or tensor > plan.machine.ranks_per_node or gpus % tensor or plan.shape.num_heads % tensor:
             continue
-        found = _served(plan, gpus // tensor, tensor)
+        found = serve(plan.shape, plan.machine, plan.workload, gpus // tensor, tensor, UTILISATION, plan.settings.dtype_bytes)
         if isinstance(found, str):
             misses.setdefault(f"engine TP{tensor}", Misfit(Layout(), found))
         elif best is None or found.seconds < best.seconds:
@@ -196,12 +201,7 @@ def _best_engines(plan: Plan, gpus: int, misses: dict[str, Misfit]) -> Engines |
     return best
 
 
-def _served(plan: Plan, count: int, tensor: int) -> Engines | str:
-    return serve(plan.shape, plan.machine, plan.workload, count, tensor, UTILISATION, plan.settings.dtype_bytes)
-
-
 def _why(memory: Memory, limit: float, layout: Layout) -> str:
-    gib = 2**30
     name, size = max(memory.items(), key=lambda item: item[1])
     total = sum(memory.values())
     advice = {
@@ -210,8 +210,8 @@ def _why(memory: Memory, limit: float, layout: Layout) -> str:
         "working set": "raise TP, which cuts vocabulary and layers",
         "engine's weights": "give the engines devices of their own",
     }.get(name, "raise TP or PP (of experts: EP), which share the weights")
-    others = ", ".join(f"{term} {value / gib:.1f}" for term, value in sorted(memory.items(), key=lambda item: -item[1])[1:4])
-    return f"needs {total / gib:.1f} GiB of {limit / gib:.1f}: {name} {size / gib:.1f} GiB ({others}); {advice}"
+    others = ", ".join(f"{term} {value / GIB:.1f}" for term, value in sorted(memory.items(), key=lambda item: -item[1])[1:4])
+    return f"needs {total / GIB:.1f} GiB of {limit / GIB:.1f}: {name} {size / GIB:.1f} GiB ({others}); {advice}"
 
 
 def _check(gpus: int, machine: Machine, workload: Workload, shape: ModelShape, staleness: int, placement: Placement | None) -> None:
@@ -225,7 +225,8 @@ def _check(gpus: int, machine: Machine, workload: Workload, shape: ModelShape, s
     if gpus > machine.ranks_per_node and gpus % machine.ranks_per_node:
         below = gpus // machine.ranks_per_node * machine.ranks_per_node
         raise UserError(
-            f"--gpus {gpus}: several machines of {machine.ranks_per_node} must be whole; use {below} or {below + machine.ranks_per_node}"
+            f"--gpus {gpus}: several machines are used with all {machine.ranks_per_node} devices each; use {below} or "
+            f"{below + machine.ranks_per_node}"
         )
     if workload.max_context > shape.max_positions:
         raise UserError(f"--max-context {workload.max_context}: the model has {shape.max_positions} positions; use at most that")

@@ -76,7 +76,7 @@ def ranked_table(plan: Plan, rows: int) -> Table:
 
 
 def distinct(fits: list[Estimate]) -> list[Estimate]:
-    """The fastest of each cut and split: the same with other recomputation or rows is no news."""
+    """The fastest estimate of each cut and split; the same with other recomputation or rows is left out."""
     seen: set[tuple[object, ...]] = set()
     kept = []
     for one in fits:

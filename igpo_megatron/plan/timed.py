@@ -21,7 +21,7 @@ from igpo_megatron.plan.train_time import pass_time, update_time
 from igpo_megatron.plan.types import Direction, Layout, Machine, Recompute, Row, Settings
 
 SLACK = 1.25
-"""A pass may reach this much more than the fastest matmul of the same file: clocks vary. More is a mistake in the file."""
+"""A pass may be this many times as fast as the fastest matmul of the same file, since clocks vary. More is a mistake in the file."""
 
 MOST_WRONG = 20.0
 """A factor beyond this, either way, is no property of the machine."""
@@ -40,7 +40,7 @@ class Timed:
 
     @property
     def flops(self) -> float:
-        """That the model asks for."""
+        """Operations that the model itself needs."""
         return sum(model_flops(self.shape, row, backward=self.direction == "train") for row in self.rows)
 
 
@@ -70,7 +70,7 @@ def timed_from(figures: Mapping[str, Any]) -> list[Timed]:
 
 
 def modelled(one: Timed, machine: Machine) -> float:
-    """Seconds that the planner reckons for a pass on this machine."""
+    """Seconds that the planner predicts for a pass on this machine."""
     train = one.direction == "train"
     layout = Layout(recompute=one.recompute, row_tokens=max(row.tokens for row in one.rows), stages=(one.shape.num_layers,))
     settings = Settings(dtype_bytes=one.dtype_bytes, reference=False)
@@ -87,7 +87,7 @@ def corrected(machine: Machine, passes: Sequence[Timed]) -> Machine:
     """
     plain = replace(machine, score_factor=1.0, train_factor=1.0)
     factors: dict[str, float] = dict.fromkeys(get_args(Direction), 1.0)
-    said = []
+    notes = []
     for direction in get_args(Direction):
         of_direction = [one for one in passes if one.direction == direction]
         for one in of_direction:
@@ -97,13 +97,13 @@ def corrected(machine: Machine, passes: Sequence[Timed]) -> Machine:
                     f"a pass of {one.seconds:.4g} s ({direction}) would reach {reached:.4g} TFLOP/s, the fastest matmul {most:.4g}"
                 )
         if not of_direction:
-            said.append(f"{direction} not timed")
+            notes.append(f"{direction} not timed")
             continue
         ratios = [one.seconds / modelled(one, plain) for one in of_direction]
         factor = median(ratios)
         if not 1 / MOST_WRONG < factor < MOST_WRONG:
             raise ValueError(f"passes ({direction}) take {factor:.3g} times as long as modelled; is it the same machine?")
         factors[direction] = factor
-        said.append(f"{direction} x{factor:.2f} ({min(ratios):.2f} to {max(ratios):.2f}, {len(ratios)} passes)")
-    source = f"{machine.source}; modelled times corrected by timed passes: {', '.join(said)}"
+        notes.append(f"{direction} x{factor:.2f} ({min(ratios):.2f} to {max(ratios):.2f}, {len(ratios)} passes)")
+    source = f"{machine.source}; modelled times corrected by timed passes: {', '.join(notes)}"
     return replace(plain, score_factor=factors["score"], train_factor=factors["train"], source=source)

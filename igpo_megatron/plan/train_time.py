@@ -9,7 +9,6 @@ less than all ranks' work over the cores.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import ceil
 
 from checkpoint_conversion.architectures import ModelShape
@@ -37,20 +36,8 @@ ADAM_TRAFFIC = 80
 """Bytes moved per parameter by the norm, the clip and Adam without fusion."""
 
 
-@dataclass(frozen=True, slots=True)
-class RowTime:
-    """One stage's seconds for one row: `own` computes, `waiting` is for collectives, which on a CPU keeps the core busy, too."""
-
-    own: float
-    waiting: float
-
-    @property
-    def total(self) -> float:
-        return self.own + self.waiting
-
-
-def row_time(shape: ModelShape, layout: Layout, settings: Settings, machine: Machine, row: Row, stage: int, *, backward: bool) -> RowTime:
-    """Forward pass (and backward, with its recomputation) of one row on one stage."""
+def row_time(shape: ModelShape, layout: Layout, settings: Settings, machine: Machine, row: Row, stage: int, *, backward: bool) -> float:
+    """Seconds of the forward pass (and backward, with its recomputation) of one row on one stage, collectives included."""
     layers = layout.stages[stage]
     tokens, tensor = row.tokens / layout.context, layout.tensor
     # Experts share a row's tokens, so each call is smaller than their sum.
@@ -78,7 +65,7 @@ def row_time(shape: ModelShape, layout: Layout, settings: Settings, machine: Mac
         least += head_flops(shape, row, backward=backward)
     factor = machine.train_factor if backward else machine.score_factor
     own = max(own * factor, least / tensor / layout.context / machine.ceiling)
-    return RowTime(own * crowd, layers * _collectives(shape, layout, settings, machine, tokens, backward=backward))
+    return own * crowd + layers * _collectives(shape, layout, settings, machine, tokens, backward=backward)
 
 
 def _head_time(shape: ModelShape, layout: Layout, settings: Settings, machine: Machine, row: Row, *, backward: bool) -> float:
@@ -142,8 +129,8 @@ def pass_time(
             kind: [row_time(shape, layout, settings, machine, row, stage, backward=backward) for row in rows]
             for kind, stage in kinds.items()
         }
-        busiest = max(sum(time.total for time in of_kind) for of_kind in times.values())
-        longest = max(max((time.total for time in of_kind), default=0.0) for of_kind in times.values())
+        busiest = max(map(sum, times.values()))
+        longest = max(max(of_kind, default=0.0) for of_kind in times.values())
         hand_over = 0.0
         if layout.pipeline > 1:
             mean = sum(row.tokens for row in rows) / max(1, len(rows))
@@ -152,11 +139,9 @@ def pass_time(
         bubble = (layout.pipeline - 1) / layout.virtual * longest
         slowest = max(slowest, busiest + bubble + hand_over)
         for stage, layers in enumerate(layout.stages):
-            # Who waits in a collective of gloo keeps its core busy.
-            work += layout.tensor * layout.context * sum(time.total for time in times[layers, stage == layout.pipeline - 1])
-    if machine.cores is None:
-        return slowest
-    return max(slowest, work / machine.cores)
+            # A rank that waits in a collective of gloo keeps its core busy.
+            work += layout.tensor * layout.context * sum(times[layers, stage == layout.pipeline - 1])
+    return slowest if machine.cores is None else max(slowest, work / machine.cores)
 
 
 def update_time(parts: PartSizes, layout: Layout, settings: Settings, machine: Machine, rows: int) -> float:

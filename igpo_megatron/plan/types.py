@@ -1,4 +1,4 @@
-"""What the planner reckons with: machines, workloads, layouts, and what it says of each.
+"""The planner's data: machines, workloads, layouts, and the estimate of each.
 
     model_shape ─┐
     machines ────┼──layouts──> Layout ──memory, train_time, rollout_time──> Estimate ──search──> ranked ──show, launch──> table, YAML
@@ -21,7 +21,7 @@ Direction = Literal["score", "train"]
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What one rank may count on; rates are what programs reach, not what a data sheet promises."""
+    """What one rank has to itself. Rates are those that programs reach, not those of a data sheet."""
 
     name: str
     device: Literal["cpu", "cuda"]
@@ -166,7 +166,7 @@ class Layout:
         return self.tensor * self.pipeline * self.context * self.data
 
     def describe(self) -> str:
-        """`TP4 PP2 DP2`, what is 1 left out."""
+        """`TP4 PP2 DP2`; sizes of 1 are left out."""
         sizes = (("TP", self.tensor), ("PP", self.pipeline), ("VPP", self.virtual), ("CP", self.context), ("EP", self.expert))
         return " ".join([*(f"{name}{size}" for name, size in sizes if size > 1), f"DP{self.data}"])
 
@@ -201,7 +201,7 @@ class PartSizes:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What the run asks of training beyond its layout."""
+    """Settings of training beside the layout."""
 
     dtype_bytes: int = 2
     """Of parameters and activations."""

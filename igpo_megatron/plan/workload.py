@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -60,24 +60,17 @@ def draw(workload: Workload) -> tuple[Draw, ...]:
 
 @lru_cache(maxsize=64)
 def rows_of(workload: Workload, row_tokens: int) -> tuple[Row, ...]:
-    """The rows of a training pass: groups share their prompt, and are cut where they pass the budget."""
+    """The rows of a training pass: a group shares its prompt, and is cut where it exceeds the budget."""
     from igpo_megatron.packing.batches import first_fit
 
     trajectories = draw(workload)
     pieces: list[Row] = []
-    for start in range(0, len(trajectories), workload.samples):
-        tokens, pairs, targets = workload.prompt_tokens, workload.prompt_tokens**2 / 2, 0
-        empty = True
-        for one in trajectories[start : start + workload.samples]:
-            own = one.tokens - one.prompt
-            if not empty and tokens + own > row_tokens:
-                pieces.append(Row(tokens, pairs, targets))
-                tokens, pairs, targets = workload.prompt_tokens, workload.prompt_tokens**2 / 2, 0
-            tokens += own
-            pairs += own * (one.prompt + own / 2)
-            targets += sum(one.sampled)
-            empty = False
-        pieces.append(Row(tokens, pairs, targets))
+    for number, one in enumerate(trajectories):
+        own = one.tokens - one.prompt
+        if number % workload.samples == 0 or pieces[-1].tokens + own > row_tokens:
+            pieces.append(Row(workload.prompt_tokens, workload.prompt_tokens**2 / 2, 0))
+        last = pieces[-1]
+        pieces[-1] = Row(last.tokens + own, last.pairs + own * (one.prompt + own / 2), last.targets + sum(one.sampled))
     bins = first_fit([piece.tokens for piece in pieces], row_tokens)
     return tuple(
         Row(sum(pieces[i].tokens for i in part), sum(pieces[i].pairs for i in part), sum(pieces[i].targets for i in part)) for part in bins
@@ -118,12 +111,8 @@ def from_rollouts(paths: Sequence[Path], like: Workload) -> Workload:
         turns=fmean(turns),
         max_turns=max(turns),
         turn_tokens=fmean(sampled),
-        turn_sigma=pstdev(_logs(sampled)),
+        turn_sigma=pstdev(map(math.log, sampled)),
         observation_tokens=fmean(observed) if observed else 1.0,
         max_context=max(longest, like.max_context),
         source=f"measured: {len(turns)} trajectories of {len(paths)} files (tool latency assumed)",
     )
-
-
-def _logs(lengths: Iterable[int]) -> list[float]:
-    return [math.log(length) for length in lengths]

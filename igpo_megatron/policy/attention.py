@@ -26,7 +26,7 @@ BLOCK = 128
 """Tokens per side of a block of the block mask."""
 
 GRAPHS = 256
-"""Compiled forms of FlexAttention that one process may hold: a form for every bucket of queries and of keys, with and without gradients."""
+"""Most compiled forms of FlexAttention in one process: one for every bucket of queries and of keys, with and without gradients."""
 
 FlexAttention = Callable[..., torch.Tensor]
 """Called as torch's `flex_attention`."""
@@ -124,9 +124,9 @@ def flex_tree_attention(
     held: tuple[Range, ...] | None = None,
     attend: FlexAttention | None = None,
 ) -> torch.Tensor:
-    """The same by one FlexAttention, padded to one of a few lengths so that few kernels are compiled.
+    """The same by one call of FlexAttention, padded to one of a few lengths so that few kernels are compiled.
 
-    `attend`: what runs it; None: compiled on CUDA, uncompiled on CPU.
+    `attend`: the function that runs it; None: compiled on CUDA, uncompiled on CPU.
     """
     length = len(q)
     mask = _block_mask(subtree_end.to("cpu", torch.int64).numpy().tobytes(), held, q.device)
@@ -142,9 +142,9 @@ def _padded(tokens: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def bucket(length: int) -> int:
-    """Smallest of the allowed lengths that holds `length` tokens: multiples of BLOCK, at most two to each doubling.
+    """Smallest allowed length that holds `length` tokens: multiples of BLOCK, at most two to each doubling.
 
-    Each length is a kernel to compile. What is padded costs little, since it attends to nothing but itself (`padded_row`).
+    Each length is a kernel to compile. Padding costs little, since it attends to nothing but itself (`padded_row`).
     """
     step = max(BLOCK, 1 << max((length - 1).bit_length() - 2, 0))
     return -(-length // step) * step
@@ -212,10 +212,10 @@ def _block_mask(subtree_end: bytes, held: tuple[Range, ...] | None, device: torc
 def compiled_flex_attention(backend: str | Callable[..., Any] = "inductor") -> FlexAttention:
     """FlexAttention, compiled anew for every bucket; raises torch's FailOnRecompileLimitHit beyond GRAPHS of them.
 
-    Left to itself dynamo stops at 8 and runs the rest uncompiled with only a line in the log: [heads, S, S] in fp32, 30 GB at 16k x 28.
-    `fullgraph` makes it raise. `dynamic=True` would need one graph, but inductor takes a length that it does not know for no multiple of
-    128, and its kernels then check the edges of every block (IS_DIVISIBLE). The limit holds around our calls alone, so that Megatron's own
-    compiled functions keep theirs.
+    By default dynamo stops at 8 and runs the rest uncompiled with only a line in the log: [heads, S, S] in fp32, 30 GB at 16k x 28.
+    `fullgraph` makes it raise. `dynamic=True` would need one graph, but inductor assumes that an unknown length is no multiple of 128,
+    and its kernels then check the edges of every block (IS_DIVISIBLE). The limit is set for our calls only, so that Megatron's own compiled
+    functions keep theirs.
     """
     compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True, backend=backend)
 

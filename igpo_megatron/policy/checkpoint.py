@@ -1,16 +1,16 @@
-"""Training checkpoints: Megatron's resharding format plus what a run needs to go on, complete or absent, never half.
+"""Training checkpoints: Megatron's resharding format and the state of the run. A checkpoint is complete or absent, never partial.
 
     <run>/checkpoints/step_000010/
         model/          dist_checkpointing: weights, optimizer, RNG state; loads at any TP x PP x CP x EP x DP
         hf/             config, tokenizer and chat template of the policy
-        metadata.json   what this folder is (read by checkpoint_conversion)
+        metadata.json   format and model of this folder (read by checkpoint_conversion)
         state.json      step, prompt stream, optimizer steps
         checksums.json  size and sum of every file; written last
 
 A save goes to a `.partial` folder that is renamed when all ranks are done, so a killed save never hurts the last good one.
 
-With `checkpoint.in_background` a save copies the state and returns; a thread of each rank writes the copy, and the ranks meet to complete
-the folder in the next call of `finish` that finds all of them done. Only that thread works beside training: it does no collectives.
+With `checkpoint.in_background` a save copies the state and returns, and a thread of each rank writes the copy. The ranks complete the
+folder together in the next call of `finish` that finds all of them done. The threads that run beside training do no collectives.
 """
 
 from __future__ import annotations
@@ -57,11 +57,6 @@ def own_writer(save: Callable[..., Any]) -> dict[str, str]:
 WRITER = own_writer(dist_checkpointing.save)
 
 
-def folder_of(checkpoints: Path, step: int) -> Path:
-    """Folder of the checkpoint taken after `step` steps."""
-    return checkpoints / f"step_{step:06d}"
-
-
 def complete(checkpoints: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     return sorted(folder for folder in checkpoints.glob("step_??????") if (folder / "state.json").is_file())
@@ -69,7 +64,7 @@ def complete(checkpoints: Path) -> list[Path]:
 
 @dataclass(slots=True)
 class Pending:
-    """A save of which all is planned, and this rank's part is being written."""
+    """A save that is planned, and whose part of this rank is being written."""
 
     final: Path
     keep: int
@@ -85,10 +80,10 @@ class Pending:
 def save(policy: Policy, checkpoints: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     """Write a checkpoint from all ranks and remove all but the newest `keep`. `state` is JSON-able and the same on every rank.
 
-    In the background with `checkpoint.in_background`: then the folder is complete after a `finish`, which the next save begins with.
+    With `checkpoint.in_background` it is written in the background, and complete after a `finish`, with which the next save begins.
     """
     finish(policy, wait=True)
-    final = folder_of(checkpoints, step)
+    final = checkpoints / f"step_{step:06d}"
     partial = final.with_suffix(".partial")
     if policy.ranks.is_main:
         for stale in checkpoints.glob("*.partial"):
@@ -114,7 +109,7 @@ def save(policy: Policy, checkpoints: Path, step: int, state: dict[str, Any], ke
 def finish(policy: Policy, *, wait: bool) -> bool:
     """Complete the save that is under way if every rank has written its part; True when none is left. Collective while one is under way.
 
-    `wait`: stay until it is. Raises RunStopped on every rank where one could not write.
+    `wait`: wait until all parts are written. Raises RunStopped on every rank if one of them could not write.
     """
     pending = policy.pending_save
     if pending is None:
@@ -135,15 +130,15 @@ def finish(policy: Policy, *, wait: bool) -> bool:
 
 @contextmanager
 def _failures_named(final: Path) -> Iterator[None]:
-    """What Megatron raises on every rank when one of them could not write, of which only the main rank knows more, as RunStopped."""
+    """Turn what Megatron raises on every rank, when one could not write, into RunStopped. Only the main rank knows the reason."""
     try:
         yield
     except CheckpointException as error:
         if not error.failures:
-            raise PeerStopped(f"{final.name} could not be written; rank 0 says why") from None
+            raise PeerStopped(f"{final.name} could not be written; the reason is in the log of rank 0") from None
         rank, (problem, _) = min(error.failures.items())
         why = str(problem).removeprefix("Worker failure: ")
-        # All that torch, and Megatron-Core 0.19, say of a file system that takes no more.
+        # All that torch and Megatron-Core 0.19 report when a file system is full.
         if any(sign in why for sign in ("inline_container", "PytorchStreamWriter", "<class 'OSError'>")):
             free = shutil.disk_usage(final.parent).free
             why = f"a file was cut short; {final.parent} has {free:,} bytes free (otherwise a quota, or `ulimit -f`)"
@@ -151,7 +146,7 @@ def _failures_named(final: Path) -> Iterator[None]:
 
 
 def _complete(policy: Policy, final: Path, state: dict[str, Any], own: dict[str, Any], keep: int, sums: Sums) -> None:
-    """What makes a folder whole: the policy's description, the run's state, the sums of all files, then the name. Collective."""
+    """Add the policy's description, the run's state and the sums of all files to a folder, then rename it. Collective."""
     partial = final.with_suffix(".partial")
     everyones = parallel.gather(sums)
     if policy.ranks.is_main:
@@ -192,7 +187,7 @@ def load(policy: Policy, folder: Path) -> tuple[int, dict[str, Any]]:
 def _sharded_state(policy: Policy, *, loading: bool, with_rng: bool = True) -> dict[str, Any]:
     megatron_fixes.prime(policy.optimizer)  # before the first step there are no moments, which Megatron does not expect
     metadata = {**SHARDING, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    # What is stored goes by the tensors' names in the whole model; the chunks are this rank's.
+    # The stored names are those of the complete model; the chunks are only keys of this rank.
     chunks = {f"chunk{number}": chunk.sharded_state_dict(metadata=metadata) for number, chunk in enumerate(policy.chunks)}
     state: dict[str, Any] = {"model": chunks}
     state["optimizer"] = policy.optimizer.sharded_state_dict(state["model"], is_loading=loading, metadata=metadata)

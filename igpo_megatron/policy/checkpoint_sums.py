@@ -1,10 +1,10 @@
-"""Whether a checkpoint's files are what was written: sizes and CRC-32 sums, kept beside them and compared before a run resumes.
+"""Check that a checkpoint's files are unchanged: their sizes and CRC-32 sums are stored beside them and compared before a run resumes.
 
 save      every rank: the files it wrote --of_rank--> sums      main rank: all sums, and those of the other files --> checksums.json
-resume    newest folder first: every rank compares a share of the files --damage--> what is wrong, together
+resume    newest folder first: every rank compares a share of the files --damage--> the problems that all ranks found
 
 CRC-32 finds accidents (a cut or lost file, flipped bytes), not forgery. A core sums 1 to 2.5 GB/s of what was just written, several
-times what its disk takes, and lets other threads run: behind training the thread that wrote a file sums it.
+times the speed of its disk, and lets other threads run. In the background, the thread that wrote a file also sums it.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ def write(folder: Path, known: Mapping[str, tuple[int, str]]) -> None:
 
 
 def damage(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
-    """What is wrong with a checkpoint, file by file, looking at every `parts`-th file from `part` on; the first part reads the indices.
+    """Problems of a checkpoint, file by file. Looks at every `parts`-th file from `part` on; part 0 also reads the indices.
 
-    A checkpoint without sums was written before there were any: of it the first part checks that every file is there and long enough.
+    Checkpoints of earlier versions have no sums: for them part 0 checks that every file is there and long enough.
     """
     try:
         sums = json.loads((folder / NAME).read_text(encoding="utf-8")) if (folder / NAME).is_file() else None
@@ -73,13 +73,13 @@ class Found:
     """None for a run that has none yet."""
 
     passed_over: dict[Path, str] = field(default_factory=dict)
-    """Newer ones, with what is wrong with each."""
+    """Newer ones, with the first problem of each."""
 
 
 def newest_whole(checkpoints: Path) -> Found:
     """The newest checkpoint whose files are all as they were written. Collective: the ranks share the reading, and agree.
 
-    Raises UserError on every rank where there are checkpoints and none is whole.
+    Raises UserError on every rank if there are checkpoints and none is intact.
     """
     rank, world = parallel.place()
     folders = parallel.broadcast(sorted(checkpoints.glob("step_??????"), reverse=True) if rank == 0 else None)
@@ -93,15 +93,15 @@ def newest_whole(checkpoints: Path) -> Found:
     if passed_over:
         named = "; ".join(f"{folder.name}: {problem}" for folder, problem in passed_over.items())
         raise UserError(
-            f"no checkpoint in {checkpoints} is whole ({named}); bring one back from a copy, on a disk that every machine sees, "
+            f"no checkpoint in {checkpoints} is intact ({named}); restore one from a copy, on a disk that every machine sees, "
             "or choose another run.name to start again"
         )
     return Found()
 
 
 def set_aside(found: Found) -> list[str]:
-    """Rename the damaged checkpoints, so that neither counts as the newest one kept; a sentence for each. Main rank only."""
-    said = []
+    """Rename the damaged checkpoints, so that none counts as the newest one kept; a sentence for each. Main rank only."""
+    sentences = []
     for folder, problem in found.passed_over.items():
         number = 1
         while (aside := folder.with_name(f"{folder.name}.damaged{f'-{number}' if number > 1 else ''}")).exists():
@@ -110,8 +110,8 @@ def set_aside(found: Found) -> list[str]:
             folder.rename(aside)
         except OSError as error:
             raise UserError(f"{folder} is damaged ({problem}) and cannot be renamed to {aside.name}: {error.strerror}; move it") from error
-        said.append(f"{folder} is damaged ({problem}): it is kept as {aside.name}, and the run goes on from {found.folder}")
-    return said
+        sentences.append(f"{folder} is damaged ({problem}): it is kept as {aside.name}, and the run goes on from {found.folder}")
+    return sentences
 
 
 def _sum(path: Path) -> tuple[int, str]:
@@ -145,7 +145,7 @@ def _differing(folder: Path, sums: Mapping[str, tuple[int, str]]) -> list[str]:
 
 
 def _unlisted(folder: Path, sums: Mapping[str, tuple[int, str]]) -> list[str]:
-    """What every checkpoint has and every shard in it, as far as they have no sum. Other files may be there: of a person, of NFS."""
+    """Required files and shards that have no sum. Other files are allowed: a user or NFS may have put them there."""
     shards = (path.relative_to(folder).as_posix() for path in (folder / "model").glob("*.distcp"))
     return [f"{NAME} does not give {name}" for name in sorted({*_ALWAYS, *shards} - sums.keys())]
 

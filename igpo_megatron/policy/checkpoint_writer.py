@@ -1,7 +1,7 @@
-"""Write what Megatron planned for an asynchronous save by a thread of this process.
+"""Write an asynchronous save that Megatron planned, in a thread of this process.
 
 Megatron's own callers fork a process that must not see the state change: on a GPU the state is copied to the host first, on CPU the fork
-itself is the copy. A rank that also runs Ray's threads had better not fork while it trains, so here the state is copied, then written.
+itself is the copy. A rank that also runs Ray's threads should not fork while it trains, so here the state is copied, then written.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 
 
 def write_in_thread(request: AsyncRequest, afterwards: Callable[[], None]) -> threading.Thread | None:
-    """Copy this rank's part of a save to host memory, then write it by a thread; None where it has no part.
+    """Copy this rank's part of a save to host memory, then write it in a thread; None where it has no part.
 
-    The thread ends with `afterwards`. What it raises reaches every rank when the request is finalized.
+    The thread calls `afterwards` at its end. Its errors reach every rank when the request is finalized.
     """
     if request.async_fn is None:
         return None
@@ -35,7 +35,7 @@ def write_in_thread(request: AsyncRequest, afterwards: Callable[[], None]) -> th
 
 
 def _own(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy that training does not change. Megatron's staging copies only what lies on a GPU, and the copy is then pinned."""
+    """A copy that training does not change. Megatron itself copies only tensors on a GPU, and those copies are pinned."""
     return tensor if tensor.is_pinned() else tensor.clone()
 
 
@@ -44,7 +44,7 @@ def _write(transforms: list[Any], buckets: list[Any], results: Any, afterwards: 
     for number, bucket in enumerate(buckets):
         answers: queue.Queue[tuple[int, Any]] = queue.Queue()
         tokens: queue.Queue[int] = queue.Queue()
-        tokens.put(number)  # taken back by the writer, which was made for several processes
+        tokens.put(number)  # the writer, made for several processes, takes it back
         FileSystemWriterAsync.write_preloaded_data(transforms, number, bucket, answers, tokens, use_fsync=True)
         _, answer = answers.get()
         if isinstance(answer, Exception):

@@ -4,7 +4,7 @@
                                                            ──> attention: own queries; keys and values of the row, gathered
     log-probs of own targets ──gathered──> [N] on every rank ──> loss of the whole row, gradient of own targets
 
-A late token sees more keys than an early one, so everybody gets an early and a late chunk. Keys and values are gathered in each layer
+A late token sees more keys than an early one, so each rank gets an early and a late chunk. Keys and values are gathered in each layer
 (backward: their gradients are summed and scattered), so the mask stays the row's `subtree_end` and trees are as exact as flat rows.
 """
 
@@ -22,7 +22,7 @@ from igpo_megatron.policy.tree_plan import Range
 
 @dataclass(frozen=True, slots=True)
 class Merge:
-    """How rows that the ranks of a group hold come into one order: each rank's padded to `most`, gathered, and picked by `slot`."""
+    """How rows of several ranks are put into one order: those of each rank are padded to `most`, gathered, and picked by `slot`."""
 
     most: int
     slot: torch.Tensor
@@ -31,7 +31,7 @@ class Merge:
 
 @dataclass(frozen=True, slots=True)
 class RowPart:
-    """What one rank of a context-parallel group puts into the model: t = T / n of a row's tokens, and the targets they predict."""
+    """Model input of one rank in a context-parallel group: t = T / n of a row's tokens, and the targets they predict."""
 
     token_ids: torch.Tensor
     """[t] int64"""
@@ -59,7 +59,7 @@ class RowPart:
 
 
 def part_of(row: PackedRow, rank: int, size: int) -> RowPart:
-    """What `rank` of the `size` ranks that share a row runs; to be called on the host, where counting keeps no device waiting."""
+    """The part of a row for `rank` of the `size` ranks that share it. Call it on the host, where counting keeps no device waiting."""
     if size == 1:
         return RowPart(row.token_ids, row.position_ids, row.experts, row.predictor, row.targets, row.probed, None, None)
     tokens = torch.cat([torch.arange(start, stop) for start, stop in zigzag(row.num_tokens, rank, size)])
@@ -79,7 +79,7 @@ def part_of(row: PackedRow, rank: int, size: int) -> RowPart:
 
 
 def merge_of(owner: torch.Tensor, size: int) -> Merge:
-    """Of rows in whose order rank `owner` [N] holds each, every rank its own in this order."""
+    """The merge of N rows of which rank `owner[n]` holds row n; every rank holds its rows in this order."""
     counts = torch.bincount(owner, minlength=size)
     most = max(int(counts.max()), 1)
     # Row n is the k-th of its owner's: find k by counting earlier rows of the same owner.
@@ -98,7 +98,7 @@ def zigzag(length: int, rank: int, size: int) -> tuple[Range, Range]:
 
 
 def gather_tokens(tokens: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """Everybody's tokens in the order of the row: [t, ...] -> [T, ...]; every rank's gradients reach the rank a token came from."""
+    """The tokens of all ranks in the order of the row: [t, ...] -> [T, ...]. Gradients of all ranks reach the rank a token came from."""
     gathered = tensor_parallel.gather_from_sequence_parallel_region(tokens, tensor_parallel_output_grad=True, group=group)
     return in_row_order(gathered, group.size())
 

@@ -1,9 +1,9 @@
-"""Keep Megatron-Core off CUDA: the one file that knows how, scoped to Megatron's own modules.
+"""Run Megatron-Core without CUDA. Only this file knows how, and only Megatron's own modules are changed.
 
 Megatron names device "cuda" in many places. Every `megatron.core` module gets a stand-in for its global name `torch` that
 answers for the CPU; torch itself is not touched, because a global patch is invisible to torch's device contexts and silently
-corrupts the weights that transformers loads in the same process. Works on a host that has GPUs, too: what decides is
-`run.device`, not what the host has.
+corrupts the weights that transformers loads in the same process. It also works on a host that has GPUs: `run.device`
+decides, not the hardware.
 
     install()            # before or after megatron.core is imported; once per process, not undone
 """
@@ -29,7 +29,7 @@ _FACTORIES_LIKE = ("zeros_like", "empty_like", "ones_like", "full_like")
 
 
 class _Done:
-    """A CUDA stream or event: whatever is on it has happened at once."""
+    """A CUDA stream or event on which everything happens at once."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
     def record(self, *args: Any) -> None: ...
@@ -168,7 +168,7 @@ def _give(module: ModuleType, stand_in: _Torch) -> None:
 
 
 def is_installed() -> bool:
-    """Megatron runs on CPU in this process, for good."""
+    """Whether Megatron runs on CPU in this process, which cannot be undone."""
     return any(isinstance(finder, _Finder) for finder in sys.meta_path)
 
 
@@ -193,7 +193,7 @@ def install() -> None:
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
 
-    # The dispatcher of experts asks for its split sizes as numpy, which Megatron makes of tensors from a GPU only.
+    # The dispatcher of experts needs its split sizes as numpy arrays, which Megatron makes only from tensors on a GPU.
     moe_utils.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu = _on_host
 
 

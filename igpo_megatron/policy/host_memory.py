@@ -1,11 +1,11 @@
-"""Host memory that a GPU copies from and to by itself: page-locked, for a run or for a moment.
+"""Page-locked host memory, from and to which a GPU copies by itself: for a run, or for a moment.
 
-    for a run      `page_locked`, `kept_on_host`: no larger than what it holds
+    for a run      `page_locked`, `kept_on_host`: no larger than its contents
     for a moment   `upload`: a record's tensors ──side by side──> one buffer ──one copy that the host does not wait for──> the device
 
-From ordinary memory a copy holds up the host, and with it the launch of the next kernels. Torch keeps the buffer of an upload until the
-copy is done and gives it to a later one, so no more is locked than twice what the records in flight hold: its own pinned memory is rounded
-up to a power of two, tensor by tensor, and never given back. Of a model's weights that would be up to twice as much.
+A copy from ordinary memory holds up the host, and with it the launch of the next kernels. Torch keeps the buffer of an upload until the
+copy is done and then reuses it. It rounds each pinned buffer up to a power of two and never gives it back: for uploads
+at most twice the size of the records in flight. For a model's weights that could double the memory, so they use `page_locked`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ ALIGNMENT = 512
 
 
 def page_locked(size: int) -> torch.Tensor:
-    """`size` bytes, locked until no tensor looks at them any more. Raises RuntimeError where the system allows no more."""
-    # Pages of its own: one that two buffers share could be locked for one of them only.
+    """`size` bytes, locked as long as a tensor refers to them. Raises RuntimeError where the system refuses."""
+    # It has its own pages: a page that two buffers share could be locked for only one of them.
     pages = numpy.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), numpy.uint8)
     host = torch.from_numpy(pages)
     driver = torch.cuda.cudart()
@@ -70,7 +70,7 @@ Record = TypeVar("Record")
 def upload(record: Record, device: torch.device) -> Record:
     """A tensor, or a dataclass or tuple of them at any depth, with its tensors on `device`, each copied once however often it occurs.
 
-    The copies are in order with what is launched next, on the current stream. On CPU the record itself.
+    The copies are queued on the current stream, before anything that is launched later. On CPU it returns the record itself.
     """
     if device.type == "cpu":
         return record

@@ -1,11 +1,11 @@
-"""Corrections to Megatron-Core 0.16.1 that its torch-Adam path needs on every device when neither TransformerEngine nor Apex is there.
+"""Corrections to Megatron-Core 0.16.1, whose torch-Adam path needs them on every device without TransformerEngine and Apex.
 
 1. Loading a distributed optimizer looks for Adam's `step` among the sharded tensors, where it never is (KeyError).
 2. After loading, one `step` tensor is shared by all parameters, so torch's Adam counts it up once per parameter: the first
    resumed loss is right and every later one silently wrong.
 3. A fresh optimizer has no state to load into (AssertionError); `prime` gives it one.
 4. Every checkpoint save starts a spawned Manager process, which costs seconds and re-runs an unguarded `__main__`.
-5. A router of experts asks for a name that only TransformerEngine's import would have made (NameError).
+5. A router of experts uses a name that only an import of TransformerEngine defines (NameError).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def install() -> None:
     optimizer._set_main_param_and_optimizer_states = set_states_with_step
     optimizer.load_state_dict = load_state_dict_with_own_steps
     optimizer._igpo_fixed = True
-    # A save is waited for, or written by a thread of this process: a queue inside it does what the Manager's would.
+    # A save is waited for, or written by a thread of this process, so a queue of this process replaces the Manager's.
     filesystem_async._results_queue = queue.Queue()
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None

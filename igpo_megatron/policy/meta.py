@@ -1,8 +1,8 @@
-"""How many parameters a rank of any job holds, counted in the real model built on the meta device: no memory, no other ranks.
+"""Parameters that a rank of any job holds, counted in the real model on the meta device: without memory and other ranks.
 
     with_rank(world, rank) ──> build_model on "meta" ──> named parameters
 
-torch's fake process group answers for the other ranks. It sits in a private module of torch, so only this file knows it.
+torch's fake process group answers for the other ranks. It is in a private module of torch, so only this file uses it.
 """
 
 from __future__ import annotations

@@ -70,9 +70,9 @@ def split_of(probed: torch.Tensor) -> Split:
 
 @dataclass(slots=True)
 class HeadInputs:
-    """What the last stage computes: log-probs of `targets`, each predicted by hidden row `predictor`.
+    """Input of the last stage: the log-probs to compute, of `targets`, each predicted by hidden row `predictor`.
 
-    All that depends on what tensors hold, such as how many of them a rank has, was worked out on the host.
+    Everything that depends on the values of tensors, such as how many of them a rank has, was computed on the host.
     """
 
     predictor: torch.Tensor
@@ -279,7 +279,7 @@ def transformer_config(shape: ModelShape, config: Config) -> TransformerConfig:
 
 
 def fuses_gradients(cuda: bool) -> bool:
-    """Whether weight gradients are added to their fp32 sums inside the matmul: by NVIDIA Apex's kernel, where it is built."""
+    """Whether weight gradients are added to their fp32 sums inside the matmul, by NVIDIA Apex's kernel, where it is installed."""
     return cuda and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
@@ -302,7 +302,7 @@ def layer_spec(config: TransformerConfig, backend: str, chunk: int | None = None
 
 
 def resolve_backend(backend: str, cuda: bool) -> str:
-    """`auto` takes TransformerEngine on CUDA when it is importable; asking for it where it is not is an error."""
+    """`auto` takes TransformerEngine on CUDA where it can be imported. Raises UserError for `te` where it cannot."""
     available = importlib.util.find_spec("transformer_engine") is not None
     if backend == "te" and not available:
         raise UserError("model.backend=te, but transformer_engine is not importable; install the [te] extra or use model.backend=local")
@@ -357,7 +357,7 @@ def global_names(chunks: Sequence[PolicyModel]) -> list[tuple[str, torch.nn.Para
 
 
 def tensor_shards(rule: Rule) -> int:
-    """How many tensor-parallel ranks a tensor is cut over; experts are whole on each."""
+    """How many tensor-parallel ranks a tensor is cut over; experts are not cut."""
     return 1 if rule.split_dim is None or rule.expert is not None else parallel_state.get_tensor_model_parallel_world_size()
 
 

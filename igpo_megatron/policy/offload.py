@@ -1,7 +1,7 @@
-"""Give the device to the engines while they roll out: the policy's memory waits in host memory and comes back bit for bit.
+"""Give the device to the engines while they roll out: the policy moves to host memory and comes back bit for bit.
 
 Tensors stay where they are and keep their shapes and views; only the storage behind them is emptied. Megatron's main parameters may be
-views of the model's own, its gradients are views of one buffer: moving such tensors one by one would part them, without an error.
+views of the model's own, and its gradients are views of one buffer: moving such tensors one by one would separate them without an error.
 
 On the host they lie side by side in one buffer of just their size, page-locked once and used again (host_memory.py).
 """
@@ -65,10 +65,10 @@ class Offload:
             self._host = None
 
     def _room(self, size: int) -> torch.Tensor:
-        """At least `size` bytes of host memory: those of last time where they suffice, since locking pages takes long."""
+        """At least `size` bytes of host memory: the last buffer where it is large enough, since locking pages takes long."""
         if self._host is not None and len(self._host) >= size:
             return self._host
-        self._host = None  # before the next is there
+        self._host = None  # freed before the next is made
         self._host = page_locked(size) if self._page_locks else torch.empty(size, dtype=torch.uint8)
         return self._host
 
@@ -80,7 +80,7 @@ def _gradients(policy: Policy) -> Iterator[torch.UntypedStorage]:
 
 
 def _kept(policy: Policy) -> Iterator[torch.UntypedStorage]:
-    """Storages whose contents matter: weights, main parameters, moments."""
+    """Storages whose contents must be kept: weights, main parameters, moments."""
     device = policy.ranks.device.type
     tensors = [parameter for chunk in policy.chunks for parameter in chunk.parameters()]
     for part in getattr(policy.optimizer, "chained_optimizers", [policy.optimizer]):
@@ -92,7 +92,7 @@ def _kept(policy: Policy) -> Iterator[torch.UntypedStorage]:
 
 
 def _distinct(*sources: Iterator[torch.UntypedStorage]) -> list[torch.UntypedStorage]:
-    """Every storage once, however many tensors look at it; empty ones hold nothing to move."""
+    """Every storage once, however many tensors refer to it; without empty ones."""
     found = {storage.data_ptr(): storage for source in sources for storage in source if storage.nbytes()}
     return list(found.values())
 

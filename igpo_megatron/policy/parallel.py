@@ -43,14 +43,9 @@ class Ranks:
         return self.rank == 0
 
     @property
-    def is_last_stage(self) -> bool:
-        """Holds the output layer."""
-        return self.pipeline_rank == self.pipeline_size - 1
-
-    @property
     def reports(self) -> bool:
-        """The one rank of those that share rows whose results are counted: others have none, or the same ones."""
-        return self.is_last_stage and self.tensor_rank == 0 and self.context_rank == 0
+        """Among the ranks that share rows, the one whose results are counted: the others have none, or the same ones."""
+        return self.pipeline_rank == self.pipeline_size - 1 and self.tensor_rank == self.context_rank == 0
 
     @property
     def leads_part(self) -> bool:
@@ -129,7 +124,7 @@ def init(config: Config) -> Ranks:
 
 
 def _part_of_ranks(timeout: timedelta) -> dist.ProcessGroup | None:
-    """A group of those that have this process's data-parallel rank, in the order of their ranks; None where there is no other."""
+    """The group of ranks with this process's data-parallel rank, in rank order; None where there is no other."""
     from megatron.core import parallel_state
 
     parts: dict[int, list[int]] = {}
@@ -142,12 +137,12 @@ def _part_of_ranks(timeout: timedelta) -> dist.ProcessGroup | None:
 
 
 def _meets_on_loopback() -> bool:
-    """The ranks share one machine and no launcher's store is there to join."""
+    """Whether the ranks share one machine and there is no launcher's store to join."""
     return os.environ["MASTER_ADDR"].startswith("127.") and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
 
 def _loopback_store(rank: int, timeout: timedelta) -> dist.TCPStore:
-    """The ranks' meeting point, listening on loopback alone; left to itself torch listens on every interface."""
+    """The ranks' meeting point, listening on loopback only; by default torch listens on every interface."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if rank > 0:
         return dist.TCPStore(host, port, is_master=False, timeout=timeout)
@@ -165,7 +160,7 @@ def shutdown() -> None:
 
 
 def broadcast(value: Any) -> Any:
-    """The main rank's value, on every rank, whatever the others pass."""
+    """The main rank's value, on every rank; the others' values are ignored."""
     if _is_alone():
         return value
     box = [value]
@@ -175,14 +170,14 @@ def broadcast(value: Any) -> Any:
 
 
 def on_main(ranks: Ranks, work: Callable[[], Value]) -> Value | None:
-    """Do `work` on the main rank while the others wait. What it raises ends the main rank, and its end that of the others."""
+    """Do `work` on the main rank while the others wait. An error in it ends the main rank, and thereby the others."""
     value = work() if ranks.is_main else None
     broadcast(None)
     return value
 
 
 def memory_in_use(device: torch.device) -> int:
-    """Bytes: of the whole GPU, whoever has them, or of this process on CPU."""
+    """Bytes in use on the GPU by any process, or by this process on CPU."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return total - free
@@ -218,5 +213,5 @@ def gather_on_main(value: Value) -> list[Value]:
 
 
 def _is_alone() -> bool:
-    """A process outside all groups is a world of one, too."""
+    """A process outside all groups is a world of one as well."""
     return not dist.is_initialized() or dist.get_world_size() == 1

@@ -79,10 +79,10 @@ class Policy:
         load_weights(self.chunks, self.shape, config.model.path, config.model.vocab_multiple)
         self.wrapped, self.optimizer = _for_training(self.chunks, config)
         self.steps_taken = 0
-        """Optimizer steps since the run's start, those skipped among them; the learning-rate schedule is a function of it."""
+        """Optimizer steps since the run's start, skipped ones included; the learning-rate schedule is a function of it."""
 
         self.sampled_vocab: int | None = None
-        """Rows of the embedding that engines can sample, the first so many; those behind them pad it. None for all."""
+        """Number of leading rows of the embedding that engines can sample; the others are padding. None for all."""
 
         self.pending_save: Any = None
         """What checkpoint.py is writing in the background."""
@@ -108,8 +108,8 @@ class Policy:
     def log_probs(self, rows: Sequence[PackedRow], temperature: float | None = None, *, with_entropy: bool = False) -> list[torch.Tensor]:
         """[N] log-probs per row of the main rank, there, in the order of `rows`; nothing on the other ranks, whose `rows` are ignored.
 
-        temperature None: as they were sampled, at `rollout.temperature` among `sampled_vocab`, and of probes at `reward.probe_temperature`.
-        A temperature given is that of all targets, each among all rows of the embedding.
+        temperature None: sampled tokens at `rollout.temperature` among `sampled_vocab`, probes at `reward.probe_temperature`.
+        A given temperature holds for all targets, each among all rows of the embedding.
         `with_entropy`: [N, 2], log-probs and entropies.
         """
         mine, places = self._share(rows)
@@ -127,14 +127,14 @@ class Policy:
             device=self.ranks.device,
             with_entropy=with_entropy,
         )
-        # Copies, because a view is sent with all that it is a view of.
+        # Copies, because sending a view sends all of its storage.
         found = {place: result.clone() for place, result in zip(places, results, strict=True) if place >= 0} if self.ranks.reports else {}
         merged = {place: result for part in parallel.gather_on_main(found) for place, result in part.items()}
         return [merged[place] for place in sorted(merged)]
 
     @contextlib.contextmanager
     def as_reference(self) -> Iterator[None]:
-        """Inside, the model has the weights the run began with."""
+        """Within the block the model has the weights that the run began with."""
         assert self._reference is not None, "no reference was kept: loss.kl_coef is 0"
         current = [p.detach().clone() for p in _parameters(self.chunks)]
         _copy_weights(self.chunks, self._reference)
@@ -144,7 +144,7 @@ class Policy:
             _copy_weights(self.chunks, current)
 
     def forward_backward(self, rows: Sequence[PackedRow], objective: Objective) -> dict[str, float]:
-        """Gradients of all rows in place of those there were; this rank's sums of `loss` and the objective's metrics.
+        """Replace the gradients by those of all rows; returns this rank's sums of `loss` and of the objective's metrics.
 
         With `model.head_backward=in_forward` the head forms its gradients in the forward pass (kernels/token_loss.py): the objective must
         be a sum over tokens, of which each depends on its own log-prob and entropy alone.
@@ -261,10 +261,10 @@ def _for_training(chunks: Sequence[PolicyModel], config: Config) -> tuple[list[D
 
 
 def _set_rates(optimizer: Any, rate: float, weight_decay: float) -> None:
-    """What Megatron's OptimizerParamScheduler, which is not used, does before a step: rate and decay of every group of parameters.
+    """Set rate and decay of every group of parameters, in place of Megatron's OptimizerParamScheduler.
 
-    Megatron gives norms and biases a `wd_mult` of 0. Done before every step, as a checkpoint brings values of its own. The groups' `max_lr`
-    and `min_lr` are those of the schedule, because nothing overrides them.
+    Megatron gives norms and biases a `wd_mult` of 0. Done before every step, because a checkpoint brings its own values. The groups'
+    `max_lr` and `min_lr` are those of the schedule, because nothing overrides them.
     """
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_mult"]

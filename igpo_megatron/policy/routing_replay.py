@@ -17,14 +17,14 @@ from igpo_megatron.policy.model import PolicyModel
 
 
 class GivenExperts:
-    """What Megatron's router asks for its choice, in place of its own RouterReplay, which keeps one global list for all rows."""
+    """Megatron's router asks this for its choice, in place of its own RouterReplay, which keeps one global list for all rows."""
 
     def __init__(self) -> None:
         self.experts: torch.Tensor | None = None
         """[tokens of this rank, top_k] for the next forward pass, negative where the router chooses; None leaves it all choices."""
 
         self.recomputes = False
-        """The layer is computed again in its backward pass, when a pipeline has long gone on to other rows."""
+        """Whether the layer is computed again in its backward pass, when a pipeline has already moved on to other rows."""
 
         # Rows go backward in the order in which they went forward, at every stage and in every chunk of a virtual pipeline.
         self.waiting: deque[torch.Tensor | None] = deque()
@@ -65,7 +65,7 @@ def replay(chunk: PolicyModel, experts: torch.Tensor | None) -> None:
     recomputes = chunk.training and chunk.config.recompute_granularity == "full"
     for layer in chunk.decoder.layers:
         router = layer.mlp.router
-        # Also where the router chooses: a row without experts has its place in the order of those that are computed again.
+        # Needed even if the router chooses: a row without experts has its place in the order of those that are computed again.
         if not isinstance(router.router_replay, GivenExperts):
             router.router_replay = GivenExperts()
         given = router.router_replay

@@ -1,4 +1,4 @@
-"""Rows leave the main rank, which alone holds the batch: every data-parallel part of the ranks gets its own.
+"""Send rows from the main rank, which alone holds the batch: every data-parallel part of the ranks gets its own.
 
     main rank ──a part's rows──> first rank of the part ──the same──> its tensor, context and pipeline ranks
 
@@ -25,7 +25,7 @@ from igpo_megatron.supervision.waits import waiting
 
 @dataclass(slots=True)
 class Share:
-    """What one data-parallel part of the ranks computes."""
+    """The rows that one data-parallel part of the ranks computes."""
 
     rows: list[PackedRow]
     places: list[int]
@@ -35,7 +35,7 @@ class Share:
 def deal(shares: Sequence[Share], ranks: Ranks) -> Share:
     """This rank's share of those that the main rank gives, one per data-parallel part; the other ranks give none. Collective.
 
-    Rows that have travelled come without `origin`: results are carried back to their nodes on the main rank.
+    Rows that were sent come without `origin`: results are assigned to their nodes on the main rank.
     """
     share, message = (shares[0] if ranks.is_main else Share([], [])), torch.empty(0)
     with waiting(*("the others to take their rows", "the other ranks") if ranks.is_main else ("its rows", "rank 0")):

@@ -1,6 +1,6 @@
 """Run packed rows through Megatron's pipeline schedules: one row is one micro-batch.
 
-Every rank of a data-parallel part is given the same rows: those of a context-parallel group run a share of each, and only the last
+Every rank of a data-parallel part has the same rows. The ranks of a context-parallel group run a share of each row, and only the last
 pipeline stage computes log-probs and losses. A rank holds one model, or the chunks of a virtual pipeline, which take the rows in turn.
 
 Results stay on the device until the last row is done and are copied to the host once: a copy waits for the device, which then stands
@@ -26,11 +26,11 @@ from igpo_megatron.policy.model import HeadInputs, split_of
 from igpo_megatron.policy.routing_replay import replay
 
 Objective = Callable[[Tokens], tuple[torch.Tensor, dict[str, torch.Tensor]]]
-"""What is trained, of one row: (loss scalar, metric sums); both add up over rows and ranks."""
+"""The training objective of one row: (loss scalar, metric sums); both add up over rows and ranks."""
 
 
 def tokens_of(row: PackedRow, logprobs: torch.Tensor, entropy: torch.Tensor | None = None) -> Tokens:
-    """A row's targets as a loss is given them."""
+    """A row's targets as the input of a loss."""
     return Tokens(
         logprobs=logprobs,
         weight=row.weight,
@@ -80,7 +80,7 @@ def derivatives(
     logprobs: torch.Tensor,
     entropy: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of a loss on tokens by the log-probs [n] and by the entropies [n] of some targets of the row: `which`, counted among `numbers`."""
+    """Derivatives of a loss on tokens by the log-probs [n] and entropies [n] of some targets: `which` of the row's targets `numbers`."""
     part = row.with_targets(which if numbers is None else numbers[which])
     with torch.enable_grad():
         leaves = (logprobs.detach().requires_grad_(), entropy.detach().requires_grad_())

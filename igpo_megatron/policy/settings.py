@@ -14,7 +14,7 @@ from igpo_megatron.settings import Section
 
 
 class Model(Section):
-    """The policy."""
+    """The policy's model."""
 
     path: Path
     """Hugging Face folder with config.json, safetensors and tokenizer."""
@@ -26,7 +26,7 @@ class Model(Section):
     """Layer implementation: Megatron's local layers, or TransformerEngine; `auto` takes te on CUDA when importable."""
 
     head: Literal["auto", "torch", "triton"] = "auto"
-    """What turns hidden states into log-probs; `auto` takes the Triton kernels on CUDA where triton is importable."""
+    """Implementation that turns hidden states into log-probs; `auto` takes the Triton kernels on CUDA where triton is importable."""
 
     head_form: Literal["auto", "fused", "tma", "chunks", "specialised"] = "auto"
     """How the Triton forward runs: one kernel with plain loads (fused), with Hopper's TMA (tma), or also with warps specialised in loading;
@@ -48,7 +48,7 @@ class Model(Section):
     """Vocabulary rows are padded to a multiple of this, so that every tensor-parallel degree up to it can share them."""
 
     def shape(self) -> dict[str, Any]:
-        """config.json of the model; empty where it cannot be read, which `problems` says."""
+        """config.json of the model; empty where it cannot be read, which `problems` reports."""
         try:
             values = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
@@ -161,7 +161,7 @@ class Optim(Section):
 
 
 class Checkpoint(Section):
-    """Saving."""
+    """When and how checkpoints are saved."""
 
     every: NonNegativeInt = 10
     """Steps between checkpoints; 0 saves only at the end."""
@@ -170,7 +170,7 @@ class Checkpoint(Section):
     """Newest checkpoints kept."""
 
     in_background: bool = False
-    """Training goes on from a copy of the state in host memory while it is written; the folder counts once all of it is."""
+    """Write a copy of the state in host memory while training goes on; incomplete folders are ignored."""
 
 
 def layout_problems(model: Model, layout: Parallel, world_size: int) -> Iterator[str]:

@@ -6,9 +6,10 @@
          └ probe │             chain 1:  prefix trunk[:a]    causal over itself, all of the prefix
                  └ probe       chain 2:  prefix trunk[:b]    ...
 
-Every token is in one chain, so attention costs the sum of each chain times what it sees: a trunk with probes costs what the trunk
-alone costs, and the probes what they read. Short chains that read much the same are attended to in one call (`grouped`): a call
-and the keys gathered for it cost more than some masked pairs. Where a rank holds only part of a row, its calls are those of its tokens.
+Every token is in one chain, so attention costs the sum over chains of their length times the tokens they see: a trunk costs the same
+with and without probes, and each probe costs the tokens it reads. Short chains that read almost the same tokens share one call
+(`grouped`), because a call and the keys gathered for it cost more than some masked pairs.
+Where a rank holds only part of a row, its calls are those of its tokens.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ PLANS = 16
 """Plans kept: more than the micro-batches in flight in any pipeline, so that recomputation finds the plan of its row."""
 
 CALL_COST, KEY_COST = 8000, 32
-"""A call of SDPA and a key gathered for it, in pairs of a query and a key; measured on a CPU at 4 heads of 32."""
+"""Cost of a call of SDPA, and of a key gathered for it, in pairs of a query and a key; measured on a CPU at 4 heads of 32."""
 
 NEXT_BONUS = 2 * KEY_COST
 """Tokens by which a child that follows its parent directly may be lighter and still continue the chain, which then is a slice."""

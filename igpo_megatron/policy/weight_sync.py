@@ -1,4 +1,4 @@
-"""Carry the policy's weights to whoever serves them, and prove after every transfer that they arrived.
+"""Send the policy's weights to the engines, and check after every transfer that they arrived.
 
     Megatron shards ──gather over TP (experts: EP)──> full tensor ──PP stages in turn──> rule backwards, HF names ──> WeightSink
 
@@ -25,9 +25,9 @@ from igpo_megatron.types import Canary, Node, Prompt, RolloutGroup, Status, Sync
 
 @torch.no_grad()
 def named_weights(policy: Policy) -> Iterator[tuple[str, torch.Tensor]]:
-    """All weights under their Hugging Face names, one at a time; collective: every rank iterates, the main rank gets the tensors.
+    """All weights under their Hugging Face names, one at a time. Collective: every rank iterates, the main rank gets the tensors.
 
-    Other ranks receive the same names with tensors that only they hold; use the main rank's.
+    Other ranks receive the same names with tensors that only they hold; use those of the main rank.
     """
     ranks = policy.ranks
     rules = rules_for(policy.shape, policy.config.model.vocab_multiple)
@@ -55,7 +55,8 @@ def named_weights(policy: Policy) -> Iterator[tuple[str, torch.Tensor]]:
 def batches(rules: Sequence[Rule], sizes: Mapping[str, int], most_bytes: int) -> Iterator[list[Rule]]:
     """Rules whose tensors travel together, each rule once: experts of one layer and kind in batches of `most_bytes`, others alone.
 
-    `sizes`: bytes of each rule's tensor. A mixture has tens of thousands of experts' tensors: a collective for each would be all waiting.
+    `sizes`: bytes of each rule's tensor. A mixture has tens of thousands of experts' tensors: one collective for each would spend all
+    its time waiting.
     """
     alike: dict[str, list[Rule]] = {}
     for rule in rules:
@@ -77,20 +78,15 @@ def _full_tensors(
         group = parallel_state.get_tensor_model_parallel_group()
         yield [first], None if parameters is None else first.unshard(_gather(parameters[0], tensor_shards(first), group))[None]
         return
-    # Every rank holds a range of as many experts: these and their like on the other ranks travel together.
+    # Every rank holds a range of equally many experts. A batch and its counterparts on the other ranks travel together.
     assert policy.shape.mixture is not None
     ranks = policy.ranks
     held = policy.shape.mixture.num_experts // ranks.expert_size
     group = parallel_state.get_expert_model_parallel_group()
     gathered = None if parameters is None else _gather(torch.stack([part.detach() for part in parameters]), ranks.expert_size, group)
     for rank in range(ranks.expert_size):
-        owned = [rules[_of_expert(rule, rank * held + _number(rule) % held)] for rule in batch]
+        owned = [rules[_of_expert(rule, rank * held + (rule.expert or 0) % held)] for rule in batch]
         yield owned, None if gathered is None else gathered[rank]
-
-
-def _number(rule: Rule) -> int:
-    assert rule.expert is not None
-    return rule.expert
 
 
 def _of_expert(rule: Rule, expert: int) -> str:
@@ -148,7 +144,9 @@ def push(
 
     metrics: dict[str, float] = {}
     if sink is not None:
-        metrics = dict(sink.update_weights(_whole(policy, weights, version), version, canary, all_left))
+        dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[policy.config.model.dtype]
+        complete = checked(weights, expected_tensors(policy), dtype, version)
+        metrics = dict(sink.update_weights(complete, version, canary, all_left))
     for _ in weights:  # other ranks walk along; on the main rank the sink has consumed everything
         pass
     all_left()
@@ -156,13 +154,8 @@ def push(
     return metrics
 
 
-def _whole(policy: Policy, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> Iterator[tuple[str, torch.Tensor]]:
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[policy.config.model.dtype]
-    return checked(weights, expected_tensors(policy), dtype, version)
-
-
 def expected_tensors(policy: Policy) -> dict[str, tuple[int, ...]]:
-    """What a complete export consists of: HF name -> shape, by the conversion rules and the headers of the model's folder."""
+    """HF name -> shape of all tensors of a complete export, by the conversion rules and the headers of the model's folder."""
     reader = HfReader(policy.config.model.path)
     rules = rules_for(policy.shape, policy.config.model.vocab_multiple)
     return {name: reader.shape(name) for rule in rules.values() for name in rule.exports}
@@ -171,7 +164,7 @@ def expected_tensors(policy: Policy) -> dict[str, tuple[int, ...]]:
 def checked(
     named_tensors: Iterable[tuple[str, torch.Tensor]], expected: Mapping[str, tuple[int, ...]], dtype: torch.dtype, version: int
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The same tensors, if they are a whole model: every expected name once, in its shape, as `dtype`. Raises SyncError."""
+    """The same tensors, checked to be a complete model: every expected name once, in its shape, as `dtype`. Raises SyncError."""
     missing = dict(expected)
     for name, tensor in named_tensors:
         if name not in missing:
@@ -190,8 +183,7 @@ def checked(
 def canary_group(vocab_size: int, num_tokens: int, seed: int) -> RolloutGroup:
     """A fixed pseudo-random sequence as a rollout group: one prompt token, then the tokens that are scored."""
     generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(0, vocab_size, (num_tokens + 1,), generator=generator).tolist()
-    return scoring_group(tokens)
+    return scoring_group(torch.randint(0, vocab_size, (num_tokens + 1,), generator=generator).tolist())
 
 
 def scoring_group(tokens: list[int]) -> RolloutGroup:

@@ -1,4 +1,4 @@
-"""All that can be wrong with a run, said at once before any process starts: its settings, and the parts that they name."""
+"""Report everything that is wrong with a run at once, before any process starts: its settings, and the parts that they name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from igpo_megatron.tools import registry as tools
 
 
 def require(config: Config, world_size: int | None, local_world_size: int | None = None) -> None:
-    """Raise ConfigError with every problem that `check` finds, or UserError where a reward, advantage or loss of the user's is none."""
+    """Raise ConfigError with every problem that `check` finds, or UserError where a user's own reward, advantage or loss is unusable."""
     problems = check(config, world_size=world_size, local_world_size=local_world_size)
     if problems:
         raise ConfigError(problems)
@@ -20,12 +20,12 @@ def require(config: Config, world_size: int | None, local_world_size: int | None
 
 
 def check(config: Config, *, world_size: int | None, local_world_size: int | None = None) -> list[str]:
-    """Every problem of `config.checks.check`, whose arguments these are, and of search back-end, tools and protocol, the user's too."""
+    """Every problem that `config.checks.check` (same arguments) finds, and those of search back-end, tools and protocol."""
     asks = world_size is None or checks.needs_engines(config)
     of_tools = list(tools.problems(config.rollout))
     return [
         *checks.check(config, world_size=world_size, local_world_size=local_world_size),
         *(search.problems(config.search) if asks else ()),
-        # A protocol is given the tools, so what is wrong with those is said once.
+        # A protocol is given the tools, so problems of the tools are reported only once.
         *(of_tools or protocols.problems(config.rollout)),
     ]

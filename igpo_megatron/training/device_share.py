@@ -1,4 +1,4 @@
-"""Who has the devices: the policy or the engines. They take turns where `placement.mode=colocated`; elsewhere there is nothing to do.
+"""Whether the policy or the engines have the devices. They take turns with `placement.mode=colocated`; otherwise nothing is done here.
 
     policy   train ─ export ┐ away ....................... back ┌ score, train ─ export ┐ away
     engines  asleep ─ weights ┘ kv cache ─ canary ─ rollouts ─ asleep                 weights ┘ kv cache ─ ...

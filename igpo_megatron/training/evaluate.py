@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from igpo_megatron.algorithms.rewards import score
 from igpo_megatron.config.schema import Config
@@ -23,25 +23,14 @@ from igpo_megatron.observability.run_folder import write_whole
 from igpo_megatron.supervision.failures import FOLDER as FAILURES
 from igpo_megatron.types import SEARCH, Prompt, RolloutGroup, UserError
 
+if TYPE_CHECKING:
+    from igpo_megatron.agent.rollouter import Rollouter
+
 logger = logging.getLogger(__name__)
 
 SALTS = {"sampled": "-2", "greedy": "-1"}
-"""What keeps the sampling seeds of an evaluation apart from training's, whose salts are the steps from 1 on. Another spelling would be
-other samples, not comparable question by question with those of earlier runs."""
-
-
-class RunsRollouts(Protocol):
-    """What evaluation needs of a Rollouter."""
-
-    def run_sync(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        samples: int,
-        salt: int | str,
-        temperature: float | None,
-        on_progress: Callable[[float], None] | None,
-    ) -> list[RolloutGroup]: ...
+"""Keep the sampling seeds of an evaluation apart from those of training, whose salts are the steps from 1 on. Other values would give
+other samples, which could not be compared question by question with those of earlier runs."""
 
 
 def questions(config: Config) -> list[Prompt]:
@@ -59,7 +48,7 @@ def questions(config: Config) -> list[Prompt]:
 
 
 def evaluate(
-    rollouter: RunsRollouts,
+    rollouter: Rollouter,
     prompts: Sequence[Prompt],
     config: Config,
     *,
@@ -67,7 +56,7 @@ def evaluate(
     folder: Path,
     on_progress: Callable[[float], None] | None = None,
 ) -> dict[str, Any]:
-    """Score the current weights; writes `<folder>/step_NNNNNN.json` and the rollouts behind it, and returns the JSON's content."""
+    """Score the current weights. Writes `<folder>/step_NNNNNN.json` and its rollouts, and returns the content of the JSON file."""
     report: dict[str, Any] = {"step": step}
     runs = [("sampled", config.eval.samples, None), ("greedy", int(config.eval.greedy), 0.0)]
     total = sum(samples for _, samples, _ in runs)
@@ -95,7 +84,7 @@ def summarise(groups: Sequence[RolloutGroup], config: Config) -> dict[str, Any]:
     """Averages over questions of averages over samples; failed trajectories are left out and counted.
 
     `f1` counts a malformed answer as 0, `f1_with_penalty` as `reward.format_penalty`; `f1_se` is the standard error over questions.
-    `macro` holds the means over sources of what `per_source` says, each source counting once: the "Avg" of published tables.
+    `macro` holds the means of `per_source` over sources, each of which counts once: the "Avg" of published tables.
     """
     result: dict[str, Any] = {**_scores(groups, config)}
     sources = sorted({group.prompt.source for group in groups})
@@ -117,9 +106,11 @@ def pass_at_k(correct: Sequence[bool], k: int) -> float:
 def _pass_at_powers(correct: Sequence[Sequence[bool]], samples: int) -> dict[str, dict[str, float]]:
     """`pass_at_k`, k -> mean over questions, and `pass_at_k_questions`, k -> how many those are, for k = 1, 2, 4, ... `samples`.
 
-    A question with fewer than k samples that did not fail has no unbiased estimate: it is left out of that k, and a k of no question is.
+    A question with fewer than k samples that did not fail has no unbiased estimate and is left out of that k; a k without questions is
+    left out entirely.
     """
-    found = {str(k): [pass_at_k(right, k) for right in correct if len(right) >= k] for k in _powers_of_two(samples)}
+    powers = [2**power for power in range(samples.bit_length())]
+    found = {str(k): [pass_at_k(right, k) for right in correct if len(right) >= k] for k in powers}
     return {
         "pass_at_k": {k: fmean(values) for k, values in found.items() if values},
         "pass_at_k_questions": {k: len(values) for k, values in found.items() if values},
@@ -139,10 +130,6 @@ def _macro(per_source: Sequence[Mapping[str, float]]) -> dict[str, float]:
     counts = ("questions", "samples", "f1_se")
     means = {name: fmean(scores[name] for scores in per_source) for name in per_source[0] if name not in counts}
     return {**means, "sources": len(per_source), "f1_se": math.hypot(*(scores["f1_se"] for scores in per_source)) / len(per_source)}
-
-
-def _powers_of_two(limit: int) -> list[int]:
-    return [2**power for power in range(limit.bit_length()) if 2**power <= limit]
 
 
 def _scores(groups: Sequence[RolloutGroup], config: Config) -> dict[str, float]:

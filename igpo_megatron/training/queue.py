@@ -43,7 +43,7 @@ MOST_DRAWS = 100
 
 @dataclass(slots=True)
 class Batch:
-    """The questions of one training step, and what becomes of them."""
+    """The questions of one training step and their rollouts."""
 
     step: int
     ordinals: list[int]
@@ -54,7 +54,7 @@ class Batch:
     """Question id -> groups of it that were begun for this step: a question that comes again is sampled with other seeds."""
 
     too_long: int = 0
-    """Questions drawn for it that do not fit the context: not asked, and not drawn again before the next epoch."""
+    """Number of questions drawn that do not fit the context. They are not asked, and not drawn again before the next epoch."""
 
     progress: float = 0.0
     rollouts: Future[list[RolloutGroup]] = field(default_factory=Future)
@@ -73,8 +73,8 @@ class RolloutQueue:
         on_progress: Callable[[float], None] | None = None,
         too_long: Callable[[Prompt], str | None] = lambda prompt: None,
     ) -> None:
-        """`too_long`: why a question leaves no room for a turn, if so: the next one takes its place. Called by one thread at a time."""
-        self._too_long, self._told_too_long = too_long, False
+        """`too_long`: why a question leaves no room for a turn, or None. The next question takes its place. Called by one thread."""
+        self._too_long, self._logged_too_long = too_long, False
         self._config, self._stream, self._rollouter, self._on_progress = config, stream, rollouter, on_progress
         self._batches: dict[int, Batch] = {}
         self._newest = first_step - 1
@@ -89,7 +89,7 @@ class RolloutQueue:
             self._open_through(version + 1 + ahead)
 
     def take(self, step: int) -> list[RolloutGroup]:
-        """The scored groups of a step, waited for. Raises RunStopped where a rollout of it did, or a token is too old to be trained."""
+        """Wait for the scored groups of a step. Raises RunStopped where a rollout did, or where a token is too old to be trained."""
         self._open_through(step)
         batch = self._batches[step]
         self._awaited = step
@@ -101,14 +101,14 @@ class RolloutQueue:
         return self.successes.exchange(groups, step)
 
     def done(self, step: int) -> dict[str, float]:
-        """The groups of `step` were trained, or written for later: their questions need not be asked again. Metrics of their tools."""
+        """Call when the groups of `step` are trained or written: their questions are not asked again. Returns metrics of their tools."""
         batch = self._batches.pop(step)
         with self._drawing:
             self._stream.done(batch.ordinals)
         return tally_metrics(batch.tallies) | {"questions_too_long": float(batch.too_long)}
 
     def state(self) -> StreamState:
-        """For a checkpoint: a resumed run asks again what is under way or was not trained, and nothing else."""
+        """State for a checkpoint: a resumed run asks the questions again that are under way or untrained, and no others."""
         with self._drawing:
             return self._stream.state()
 
@@ -139,9 +139,8 @@ class RolloutQueue:
                 close_at=rollout.close_at,
             )
             self._score(groups)
-            replaceable = [rollout.resample > 0 and has_equal_rewards(group) for group in groups]
-            kept += [group for group, equal in zip(groups, replaceable, strict=True) if not equal]
-            spare += [group for group, equal in zip(groups, replaceable, strict=True) if equal]
+            for group in groups:
+                (spare if rollout.resample > 0 and has_equal_rewards(group) else kept).append(group)
             if len(kept) >= rollout.prompts_per_step or not left:
                 break
             ordinals = self._draw(batch)
@@ -175,9 +174,9 @@ class RolloutQueue:
     def _has_room(self, prompt: Prompt) -> bool:
         """Whether a question leaves room for a turn; the first that does not is logged."""
         reason = self._too_long(prompt)
-        if reason is not None and not self._told_too_long:
-            self._told_too_long = True
-            logger.warning("question %s: %s. The next one takes its place; the metric questions_too_long counts such", prompt.id, reason)
+        if reason is not None and not self._logged_too_long:
+            self._logged_too_long = True
+            logger.warning("question %s: %s. The next one takes its place; the metric questions_too_long counts them", prompt.id, reason)
         return reason is None
 
     def _score(self, groups: Sequence[RolloutGroup]) -> None:
@@ -185,14 +184,14 @@ class RolloutQueue:
             score(group, self._config)
 
     def _show(self, batch: Batch, share: float) -> None:
-        """Progress is that of the batch that is waited for."""
+        """Report the progress of the batch that is waited for."""
         batch.progress = share
         if self._on_progress and batch.step == self._awaited:
             self._on_progress(share)
 
 
 def has_equal_rewards(group: RolloutGroup) -> bool:
-    """No trained trajectory did better than another, so outcomes teach nothing."""
+    """Whether all trained trajectories have the same reward, so that outcomes teach nothing."""
     return len({trajectory.reward for trajectory in group.trained}) < 2
 
 

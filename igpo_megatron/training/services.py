@@ -1,4 +1,4 @@
-"""What a run opens before its first step and uses in every one: policy and files on each rank, engines and questions on the main one.
+"""What a run opens before its first step and uses in every step: policy and files on all ranks, engines and questions on the main rank.
 
 opened(config) ──> Session ──> collect ──> groups;   sync_weights ──> engines;   evaluate_if_due ──> scores
 """
@@ -67,7 +67,7 @@ class Session:
 
 @contextmanager
 def opened(config: Config) -> Iterator[Session]:
-    """Start one rank, or resume it, and finish the run behind the block. What ends it early raises `Ended`, when all is closed."""
+    """Start or resume one rank; finish the run after the block. An early end raises `Ended` after everything is closed."""
     from igpo_megatron.policy import checkpoint, checkpoint_sums, parallel
     from igpo_megatron.policy.policy import Policy
 
@@ -139,7 +139,7 @@ def open_services(
     from igpo_megatron.tools.registry import make_tools
 
     assert services.chat is not None
-    # What can be wrong with the user's files shows before an engine is started.
+    # Problems of the user's files are found before an engine is started.
     stream = PromptStream(
         config.data.train,
         seed=config.run.seed,
@@ -157,15 +157,7 @@ def open_services(
         services.engines = stack.enter_context(open_engines(config))
     probes_of = partial(rendered_probes, render_probe=services.chat.render_probe, config=config.reward) if engine_scores(config) else None
     services.rollouter = stack.enter_context(
-        Rollouter(
-            services.engines,
-            tools,
-            services.chat,
-            config.rollout,
-            seed=config.run.seed,
-            probes_of=probes_of,
-            crashes=folder.crashes,
-        )
+        Rollouter(services.engines, tools, services.chat, config.rollout, seed=config.run.seed, probes_of=probes_of, crashes=folder.crashes)
     )
     # A tokenizer serves one thread at a time, and questions are drawn while rollouts use theirs.
     chat = copy.deepcopy(services.chat)
@@ -189,9 +181,9 @@ def engine_scores(config: Config) -> bool:
 
 
 def replayed(path: Path, config: Config, first_step: int, vocab_size: int | None = None) -> Iterator[list[RolloutGroup]]:
-    """Groups of each step from `first_step` on: recorded steps whole, demonstrations by `prompts_per_step`, over and over.
+    """Groups of each step from `first_step` on, in an endless loop: recorded steps as they are, demonstrations by `prompts_per_step`.
 
-    `vocab_size`: tokens that engines can sample. Raises UserError on the way where others were.
+    `vocab_size`: number of tokens that engines can sample. Raises UserError where a recorded token is beyond it.
     """
     size = config.rollout.prompts_per_step if config.loss.name == "sft" else None
 
@@ -227,12 +219,12 @@ def collect(config: Config, services: Services, step: int) -> list[RolloutGroup]
 
 
 def queue_state(queue: RolloutQueue | None) -> dict[str, Any]:
-    """What a checkpoint keeps of the questions and of the successes to be replayed; None where rollouts are replayed from a file."""
+    """Questions and successes to replay, for a checkpoint; None where rollouts are replayed from a file."""
     return {"prompts": queue.state() if queue else None, "successes": queue.successes.state() if queue else None}
 
 
 def sync_weights(session: Session, version: int) -> dict[str, float]:
-    """Send the weights to the engines, which serve them once fingerprints and canary have proved that they arrived."""
+    """Send the weights to the engines, which serve them after fingerprints and canary have confirmed their arrival."""
     from igpo_megatron.policy import weight_sync
 
     policy, services, tracker = session.policy, session.services, session.tracker
@@ -246,7 +238,7 @@ def sync_weights(session: Session, version: int) -> dict[str, float]:
 
 
 def evaluate_if_due(session: Session, step: int) -> None:
-    """On the main rank: evaluate on the held-out questions behind `step`, if that is due and was not done before an interruption."""
+    """On the main rank: evaluate on the held-out questions after `step`, if that is due and was not done before an interruption."""
     config, services, tracker = session.policy.config, session.services, session.tracker
     at_end = step in (0, config.run.steps) and config.eval.at_ends
     due = at_end or (step > 0 and is_due(config.eval.every, step))
@@ -260,5 +252,5 @@ def evaluate_if_due(session: Session, step: int) -> None:
 
 
 def is_due(interval: int, step: int) -> bool:
-    """Whether what is done every `interval` steps is done behind this one; 0 is never."""
+    """Whether something done every `interval` steps is due after this one; 0 means never."""
     return bool(interval) and step % interval == 0

@@ -1,4 +1,4 @@
-"""Settings of a run, of its evaluations, and of what shares the devices."""
+"""Settings of a run, of its evaluations, and of who shares the devices."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from igpo_megatron.settings import Section
 
 
 class Run(Section):
-    """Where a run lives and how long it goes on."""
+    """Folder, seed, length and device of a run."""
 
     name: str = "run"
     """Name of the run; its folder is `<folder>/<name>`."""
@@ -49,7 +49,7 @@ class Run(Section):
 
 
 class Placement(Section):
-    """Whether engines and ranks share devices. How many devices each have is said by `parallel` and by `rollout.engine`."""
+    """Whether engines and ranks share devices. `parallel` and `rollout.engine` set how many devices each has."""
 
     mode: Literal["disaggregated", "colocated"] = "disaggregated"
     """`disaggregated`: the engines have devices, or nodes, of their own. `colocated`: they take turns with the ranks on the same GPUs; the
@@ -66,7 +66,7 @@ class Eval(Section):
     """Held-out evaluation."""
 
     every: NonNegativeInt = 0
-    """Steps between evaluations; 0 evaluates only where `at_ends` says so."""
+    """Steps between evaluations; 0 evaluates only with `at_ends`."""
 
     at_ends: bool = False
     """Evaluate before the first and after the last step."""

@@ -54,7 +54,7 @@ def score_tokens(policy: Policy, groups: Sequence[RolloutGroup]) -> None:
 
 
 def replayed_experts(policy: Policy) -> ExpertShape | None:
-    """Shape of the engine's choices where the policy repeats them; None where its routers choose."""
+    """Shape of the engine's choice of experts where the policy replays it; None where its own routers choose."""
     from igpo_megatron.packing.tree import ExpertShape
 
     mixture = policy.shape.mixture
@@ -64,7 +64,7 @@ def replayed_experts(policy: Policy) -> ExpertShape | None:
 def routing_metrics(policy: Policy, groups: Sequence[RolloutGroup], step: int) -> dict[str, float]:
     """With routing replay: `routed_tokens`, and every few steps `logprob_gap`'s names with `_free`, as they would be without replay.
 
-    To be called after `score_tokens`, whose log-probs stay as they are.
+    Call it after `score_tokens`, whose log-probs it leaves unchanged.
     """
     from igpo_megatron.packing.tree import pack_for_scoring, scatter
 
@@ -89,9 +89,9 @@ def assign_advantages(groups: Sequence[RolloutGroup], config: Config, progress: 
 
 
 def minibatches(policy: Policy, groups: list[RolloutGroup]) -> Iterator[tuple[list[PackedRow], Objective]]:
-    """Rows and objective of each of the step's `optim.minibatches` optimizer steps, as the policy comes to it.
+    """Rows and objective of each of the step's `optim.minibatches` optimizer steps, one after the other.
 
-    A part of which nothing is trained is no step of the optimizer, but one of the schedule, which ends with the run whatever was skipped.
+    A part without trained tokens takes no optimizer step, but it counts in the learning-rate schedule, which ends with the run in any case.
     """
     from igpo_megatron.algorithms.losses.registry import objective, token_weight
     from igpo_megatron.packing.tree import pack_for_training, step_counts
@@ -120,9 +120,9 @@ def minibatches(policy: Policy, groups: list[RolloutGroup]) -> Iterator[tuple[li
 
 
 def bounds_of_step(policy: Policy, rows: Sequence[PackedRow], loss: Loss) -> tuple[float, float] | None:
-    """`StepCounts.bounds` where the loss finds them, from the whole optimizer step, so that packing cannot change them; else None.
+    """`StepCounts.bounds` for a loss that needs them, from all rows of the optimizer step, so that packing cannot change them; else None.
 
-    They balance the advantages that the loss will train, so those after `loss.mismatch`. It takes one more forward pass.
+    They balance the advantages that the loss trains, that is, those after `loss.mismatch`. This costs one more forward pass.
     """
     from igpo_megatron.algorithms.losses.registry import entry_of, trained_advantages
     from igpo_megatron.policy import parallel
@@ -140,8 +140,8 @@ def bounds_of_step(policy: Policy, rows: Sequence[PackedRow], loss: Loss) -> tup
 def shuffled_parts(groups: Sequence[RolloutGroup], count: int, key: str) -> list[list[RolloutGroup]]:
     """Exactly `count` parts whose sizes differ by one at most, empty ones where there are fewer groups.
 
-    Groups come in an order that tells something of them: those that were sampled in place of others are the last. So they are shuffled
-    first, by `key` alone: a resumed run repeats it.
+    The order of the groups is not random: those that were sampled in place of others come last. So they are shuffled first. The shuffle
+    depends on `key` alone, so a resumed run repeats it.
     """
     shuffled = random.Random(key).sample(groups, len(groups))
     ends = [len(groups) * number // count for number in range(count + 1)]
@@ -158,7 +158,7 @@ def refuse_shared_turns(groups: Sequence[RolloutGroup], loss: Loss) -> None:
 
 
 def group_metrics(groups: Sequence[RolloutGroup], config: Config, step: int) -> dict[str, float]:
-    """What is reported of a step's groups; where they are learnt from, also their staleness and how far the engine is from the policy."""
+    """Metrics of a step's groups; if they are trained on, also their staleness and the gap between engine and policy."""
     metrics = rollout_metrics(groups)
     if config.run.stop_after != "none":
         return metrics
@@ -168,7 +168,7 @@ def group_metrics(groups: Sequence[RolloutGroup], config: Config, step: int) -> 
 
 
 def update_metrics(policy: Policy, results: Sequence[StepResult]) -> dict[str, float]:
-    """Means over the optimizer steps of one step, and over their tokens; the rate is that of the first."""
+    """Means over the optimizer steps of one step, and over their tokens; the learning rate is that of the first."""
     from igpo_megatron.policy.policy import learning_rate
 
     optim = policy.config.optim

@@ -194,7 +194,7 @@ def test_all_ranks_go_back_to_the_same_whole_checkpoint(hf_folders: dict[str, Pa
         "(2, {'saved': 2}) past ['step_000003']",
         "(1, {'saved': 1}) past ['step_000003', 'step_000002']",
     ]
-    assert left[3].startswith(f"no checkpoint in {tmp_path} is whole (step_000003: model/__1_0.distcp does not hold what was written")
+    assert left[3].startswith(f"no checkpoint in {tmp_path} is intact (step_000003: model/__1_0.distcp does not hold what was written")
 
 
 def test_newer_megatron_is_told_to_write_by_itself() -> None:

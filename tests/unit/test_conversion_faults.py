@@ -376,7 +376,7 @@ def test_damaged_classic_folders_are_clear_errors(tmp_path):
     folder = release("cut")
     path = folder / "mp_rank_01_001" / FILE
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(ConversionError, match=r"mp_rank_01_001.*is not a whole file of torch.save"):
+    with pytest.raises(ConversionError, match=r"mp_rank_01_001.*is not a complete file of torch.save"):
         ClassicReader(folder, rules, shape)
     path.unlink()
     with pytest.raises(ConversionError, match="lacks the files of ranks mp_rank_01_001"):

@@ -307,7 +307,7 @@ def test_the_committed_table_covers_everything_and_says_where_it_comes_from() ->
 
 
 def test_auto_is_torch_on_cpu_and_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    module._resolve.cache_clear()
+    module.resolve.cache_clear()
     with caplog.at_level(logging.INFO, logger=module.__name__):
         assert [resolve("auto", torch.device("cpu")) for _ in range(3)] == ["torch"] * 3
     assert [record.message for record in caplog.records] == ["log-probs (model.head=auto) on cpu: torch"]
@@ -318,12 +318,12 @@ def test_asking_for_kernels_that_cannot_run_is_an_error(monkeypatch: pytest.Monk
     if HAS_TRITON and not INTERPRETED:
         with pytest.raises(ValueError, match=r"model\.head=triton on cpu: .* set TRITON_INTERPRET=1"):
             linear_logprob(given.hidden, given.weight, given.targets, implementation="triton")
-    module._resolve.cache_clear()
+    module.resolve.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"model\.head=triton on cuda: triton is not importable; use auto or torch"):
         resolve("triton", torch.device("cuda"))
     assert resolve("auto", torch.device("cuda")) == "torch"
-    module._resolve.cache_clear()
+    module.resolve.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def test_a_pipelines_bubble_is_its_depth_less_one_over_the_chunks(rows, pipeline
     machine = replace(gpu("h100"), link=1e30, network=1e30, link_latency=0.0, network_latency=0.0, call=0.0)
     layout = Layout(pipeline=pipeline, virtual=virtual, stages=(28 // pipeline,) * pipeline)
     row = Row(4096, 4096**2 / 2, 0)
-    one = row_time(shape, layout, Settings(), machine, row, 0, backward=True).total
+    one = row_time(shape, layout, Settings(), machine, row, 0, backward=True)
     whole = pass_time(shape, layout, Settings(), machine, [[row] * rows], backward=True)
     assert whole == pytest.approx(one * (rows + (pipeline - 1) / virtual))
 
@@ -107,7 +107,7 @@ def test_gradients_of_the_head_in_forward_save_a_matmul_and_cost_the_weights_gra
 
     def seconds(*, backward: bool = True, matmul: float = 1e15, stream: float = 1e30, **settings: object) -> float:
         machine = replace(gpu("h100"), matmul=((1.0, matmul),), stream=stream)
-        return row_time(shape, layout, replace(Settings(), **settings), machine, row, 0, backward=backward).total
+        return row_time(shape, layout, replace(Settings(), **settings), machine, row, 0, backward=backward)
 
     one = 2 * 2000 * shape.hidden_size * shape.vocab_size / 2 / 1e15
     assert seconds() - seconds(head_in_forward=True) == pytest.approx(one)
@@ -242,7 +242,7 @@ def test_an_engine_needs_room_for_one_whole_trajectory():
     [
         (["--model", "Qwen2.5-71B", "--gpus", "8"], "did you mean Qwen2.5-7"),
         (["--model", "GPT-9", "--gpus", "8"], "neither a folder nor a known name"),
-        (["--model", "Qwen2.5-7B", "--gpus", "12"], "must be whole; use 8 or 16"),
+        (["--model", "Qwen2.5-7B", "--gpus", "12"], "all 8 devices each; use 8 or 16"),
         (["--model", "Qwen2.5-7B", "--gpus", "1", "--placement", "disaggregated"], "use 2 or more"),
         (["--model", "Qwen2.5-7B", "--gpus", "8", "--placement", "colocated", "--staleness", "1"], "take turns, which --staleness 1"),
         (["--model", "Qwen2.5-7B", "--gpus", "8", "--placement", "beside"], "'beside' is not one of"),

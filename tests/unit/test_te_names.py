@@ -64,7 +64,7 @@ def test_a_missing_a_foreign_and_a_doubled_parameter_are_listed(kind: str) -> No
     assert "(3 tensors)" in message
     assert "decoder.layers.0.input_layernorm.weight: expected by the table, but not in the Megatron model" in message
     assert f"{other}: in the Megatron model, but no rule claims it" in message
-    assert "decoder.layers.1.input_layernorm.weight: there 2 times in the Megatron model" in message
+    assert "decoder.layers.1.input_layernorm.weight: 2 times in the Megatron model" in message
 
 
 @pytest.mark.parametrize("kind", ["qwen2_tied", "qwen3", "qwen3_moe"])
