@@ -26,7 +26,7 @@ _OURS = ("igpo_megatron", "checkpoint_conversion")
 class _Keeper(logging.Handler):
     """Appends to a file what libraries say. Ours is shown as if no handler were there, unless it has one of its own."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None) -> None:
         super().__init__(logging.WARNING)
         self._path = path
         self.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s: %(message)s"))
@@ -40,6 +40,8 @@ class _Keeper(logging.Handler):
 
     def keep(self, text: str) -> None:
         """Where the file is full or cannot be written, nothing is kept: no run ends for this."""
+        if self._path is None:
+            return
         with suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a", encoding="utf-8", errors="backslashreplace") as file:
@@ -48,8 +50,11 @@ class _Keeper(logging.Handler):
 
 
 @contextmanager
-def libraries_logged(path: Path) -> Iterator[None]:
-    """Inside, what libraries warn of is appended to `path`, once for each place; what our files warn of is shown as before."""
+def libraries_logged(path: Path | None) -> Iterator[None]:
+    """Inside, what libraries warn of is appended to `path`, once for each place; what our files warn of is shown as before.
+
+    A command that writes no folder passes None: then nothing is kept.
+    """
     keeper, show = _Keeper(path), warnings.showwarning
 
     def keep(
