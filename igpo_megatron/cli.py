@@ -188,7 +188,7 @@ def _torchrun(ranks: int, max_restarts: int = 0) -> Iterator[Callable[..., objec
     from igpo_megatron.launch.agent import RanksFailed, launcher
 
     stay_offline()
-    # One agent meets nobody: a file serves it, and the ranks make their own store (actor.parallel), where the server that
+    # One agent meets nobody: a file serves it, and the ranks make their own store (policy.parallel), where the server that
     # torch would start for both listens on every interface.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     remove_abandoned(Path(tempfile.gettempdir()), _RENDEZVOUS_PREFIX)
