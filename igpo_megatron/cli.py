@@ -1,4 +1,4 @@
-"""The `igpo` command: a thin front door over the modules.
+"""The `igpo` command: a thin layer over the modules.
 
 igpo train | launch | eval | score | report | plan | config | doctor | data | serve | convert
 """
@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,31 +39,23 @@ def _convert() -> typer.Typer:
     from checkpoint_conversion.commands import app as converter
     from igpo_megatron.doctor.commands import verify
 
-    # The converter's own `verify` knows no models.
+    # The converter's own `verify` does not compare log-probs.
     room = typer.Typer(no_args_is_help=True, help="Move checkpoints between Hugging Face and Megatron formats.")
     room.registered_commands = [command for command in converter.registered_commands if command.name != "verify"]
     room.command("verify", epilog="Example: igpo convert verify --hf models/qwen --megatron models/qwen-mcore")(verify)
     return room
 
 
-def _data() -> typer.Typer:
-    from igpo_megatron.data.commands import app as data_app
-
-    return data_app
-
-
-def _serve() -> typer.Typer:
-    from igpo_megatron.serve.commands import app as serve_app
-
-    return serve_app
-
-
-_ROOMS = {"data": _data, "serve": _serve, "convert": _convert}
-"""Groups of commands that are imported when they are asked for: no other command waits for what they need."""
+_ROOMS: dict[str, Callable[[], typer.Typer]] = {
+    "data": lambda: import_module("igpo_megatron.data.commands").app,
+    "serve": lambda: import_module("igpo_megatron.serve.commands").app,
+    "convert": _convert,
+}
+"""Groups of commands that are imported on demand: other commands do not wait for their imports."""
 
 
 class _FrontDoor(TyperGroup):
-    """Every command, and those of the rooms, ends with one sentence where it does not end well."""
+    """Reports a failure of any command in one sentence."""
 
     def invoke(self, ctx: Any) -> Any:
         with _one_sentence():
@@ -103,7 +96,7 @@ def train(config: Annotated[Path, typer.Argument(help="YAML file of the run.")],
 
 
 def _is_finished(settings: Config) -> bool:
-    """The run is finished, and this has been said. Raises ConfigError where its folder was made with other settings."""
+    """Whether the run is finished; prints its summary if so. Raises ConfigError if its folder was made with other settings."""
     folder = open_folder(settings)
     summary = read_summary(folder)
     if summary is None:
@@ -127,11 +120,11 @@ def launch(
     address: Annotated[str | None, typer.Option(envvar="NODE_IP", help="Address by which the others reach this machine.")] = None,
     rendezvous: Annotated[str, typer.Option(help="How torchrun's agents meet: c10d or static.")] = "c10d",
     max_restarts: Annotated[int, typer.Option(min=0, help="Times that torchrun restarts ranks that died.")] = 0,
-    deadline_s: Annotated[float, typer.Option(min=1, help="The nodes agree within this time, or each says in a sentence why not.")] = 120,
-    lost_after_s: Annotated[float, typer.Option(min=2, help="A node that is silent for this long ends the job on all.")] = 20,
+    deadline_s: Annotated[float, typer.Option(min=1, help="Seconds for all nodes to agree; else each reports why not.")] = 120,
+    lost_after_s: Annotated[float, typer.Option(min=2, help="A node that is silent for this long ends the job on all nodes.")] = 20,
 ) -> None:
-    """Run on this machine its part of a job of one or many: the same command on each, resumed by the same command."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch: a node that is not there yet is no warning
+    """Run this machine's part of a job of one or more machines. Start and resume it by the same command on each."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch is imported: a node that is not up yet is no reason for a warning
     from igpo_megatron.launch.job import Options, run_node
     from igpo_megatron.launch.node import place
 
@@ -152,13 +145,6 @@ def launch(
         raise typer.Exit(run_node(node, settings, arguments, options))
 
 
-def _on_this_machine(config: Config) -> Config:
-    """What is checked: `run.device=auto` is decided."""
-    from igpo_megatron.policy.parallel import on_this_machine
-
-    return on_this_machine(config)
-
-
 def world_size(config: Config) -> int:
     """Ranks of a run that is started on one machine."""
     layout = config.parallel
@@ -168,13 +154,14 @@ def world_size(config: Config) -> int:
 
 @contextmanager
 def _launcher(settings: Config, ranks: int, max_restarts: int = 0) -> Iterator[Callable[..., object]]:
-    """Call it with training.main's arguments: it starts all ranks of a run on this machine, and returns when they have ended."""
+    """A function to call with training.main's arguments: it starts all ranks on this machine and returns when they have ended."""
+    from igpo_megatron.policy.parallel import on_this_machine
     from igpo_megatron.training.checks import require
 
-    require(_on_this_machine(settings), ranks)
+    require(on_this_machine(settings), ranks)
     folder = folder_for(settings)
     with held(folder):
-        pass  # that another run has it, or that it cannot be written, is said before anything heavy starts
+        pass  # a folder that is in use or cannot be written is reported before anything expensive starts
     typer.echo(f"starting {ranks} rank{'s' if ranks > 1 else ''} of {folder.root}: they import torch and Megatron-Core first")
     with _one_sentence(folder.root), _torchrun(ranks, max_restarts) as start:
         yield start
@@ -188,8 +175,8 @@ def _torchrun(ranks: int, max_restarts: int = 0) -> Iterator[Callable[..., objec
     from igpo_megatron.launch.agent import RanksFailed, launcher
 
     stay_offline()
-    # One agent meets nobody: a file serves it, and the ranks make their own store (policy.parallel), where the server that
-    # torch would start for both listens on every interface.
+    # A file is enough for a single agent, and the ranks make their own store (policy/parallel.py): the server that torch would start
+    # for both listens on every interface.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     remove_abandoned(Path(tempfile.gettempdir()), _RENDEZVOUS_PREFIX)
     with tempfile.TemporaryDirectory(prefix=_RENDEZVOUS_PREFIX) as meeting:
@@ -236,7 +223,7 @@ def eval_command(
 
 @app.command("score", epilog="Example: igpo score answers.jsonl")
 def score_command(file: Annotated[Path, typer.Argument(help='JSON lines of {"solution", "ground_truth"}.')]) -> None:
-    """Apply the published outcome rule to whole texts; prints one JSON line each with f1, em, format_ok and reward."""
+    """Apply the published outcome rule to complete texts; prints one JSON line each with f1, em, format_ok and reward."""
     from igpo_megatron.algorithms.rewards import score_lines
 
     for row in score_lines(file):

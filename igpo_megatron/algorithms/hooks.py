@@ -1,4 +1,4 @@
-"""Functions of the user's own in place of a reward, an advantage or a loss: tried on a tiny example before anything heavy starts."""
+"""Try a user's own reward, advantage or loss function on a tiny example before anything expensive starts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, Trajectory, 
 
 
 def check_hooks(reward: Reward, advantage: Advantage, loss: Loss) -> None:
-    """Raise UserError where a hook cannot be imported, called or used: the setting, what was found and what was expected."""
+    """Raise UserError if a hook cannot be imported, called or used, with the setting, what was found and what was expected."""
     if is_hook(reward.outcome):
         _check_reward(reward.outcome)
     if isinstance(advantage, HookedAdvantage) and loss.learns_from_rewards:
@@ -31,20 +31,20 @@ def check_hooks(reward: Reward, advantage: Advantage, loss: Loss) -> None:
 
 
 def loaded(key: str, name: str, expected: str) -> Callable[..., Any]:
-    """The function that setting `key` names, which can be called with the arguments `expected`, named and separated by commas."""
+    """The function that setting `key` names. Raises UserError if it does not take the arguments `expected`, e.g. `answer, truths`."""
     function: Callable[..., Any] = load_hook(key, name)
     try:
         signature = inspect.signature(function)
         signature.bind(*expected.split(", "))
     except ValueError:
-        pass  # some that are written in C do not tell
+        pass  # some functions written in C have no signature
     except TypeError as error:
         raise UserError(f"{key}={name} has the signature {signature}: {error}; expected a function of ({expected})") from None
     return function
 
 
 def tried(setting: str, example: str, call: Callable[[], Any]) -> Any:
-    """What the call returns. Raises UserError where it raises."""
+    """What the call returns. Raises UserError if it raises."""
     try:
         return call()
     except Exception as error:

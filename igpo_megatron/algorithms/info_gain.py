@@ -34,11 +34,11 @@ NONFINITE_GAINS = "nonfinite_gains"
 def add_probes(group: RolloutGroup, render_probe: RenderProbe, config: Reward, render_hidden: RenderHidden | None = None) -> None:
     """Hang probe leaves at the parent of every action of every trained trajectory: one per parent and probed alias.
 
-    With `config.evidence` a second one hangs at every action that another follows, rendered by `render_hidden`: the frame of a tool
-    result with nothing in it, then the probe. It sees what the policy knew and wrote, but not what the tool returned.
+    With `config.evidence` a second one hangs at every action but the last, rendered by `render_hidden`: an empty tool result, then the
+    probe. It sees what the policy knew and wrote, but not what the tool returned.
 
-    What an engine has scored during the rollout is filled in. Probes already there, as in a group read back from a rollout file, are
-    replaced: policy and settings may have changed since. `config.gain == "none"` leaves none.
+    Scores by an engine during the rollout are filled in. Existing probes, as in a group read from a rollout file, are replaced: policy
+    and settings may have changed since. `config.gain == "none"` leaves none.
     """
     _drop_probes(group)
     if config.gain == "none":
@@ -121,7 +121,7 @@ def _drop_probes(group: RolloutGroup) -> None:
 def _action_parents(group: RolloutGroup, trajectory: Trajectory) -> Iterator[int]:
     """Index of the node each action of a trajectory continues, in turn order. [num_turns]
 
-    Text that asks a stopped path for its answer does not count: the state, and what is probed, is what stands before it.
+    Text that asks a stopped path for its answer does not count: the probed state is the one before it.
     """
     for action in group.actions(trajectory):
         parent = action.parent
@@ -142,7 +142,7 @@ def rendered_probes(prompt: Prompt, render_probe: RenderProbe, config: Reward) -
         assert 0 <= start < stop <= len(token_ids), f"probe of {alias!r} scores [{start}, {stop}) of {len(token_ids)} tokens"
     if config.probe_alias == "shortest":
         rendered = [min(rendered, key=lambda probe: probe[2][1] - probe[2][0])]
-    # What closes the template comes after the answer and cannot change its log-probs.
+    # The template's end comes after the answer and cannot change its log-probs.
     return [(alias, token_ids[:stop], (start, stop)) for alias, token_ids, (start, stop) in rendered]
 
 

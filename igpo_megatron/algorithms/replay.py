@@ -1,7 +1,7 @@
 """Replay of successes: a group in which every trajectory failed gets its question's latest success in place of one of them.
 
 step 3:  question 7 ── 1, 0, 0, 0                     its success is kept
-step 9:  question 7 ── 0, 0, 0, 0  ──> 0, 0, 1, 0     rewards differ again, so the group teaches something
+step 9:  question 7 ── 0, 0, 0, 0  ──> 0, 0, 1, 0     rewards differ again, so the group has a training signal
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class SuccessBuffer:
     """The latest success of each question (ARPO for GUI agents, arXiv 2505.16282; RAPO, arXiv 2509.24107, section 2.4)."""
 
     capacity: int
-    """Questions kept at most; those whose success is oldest go first."""
+    """At most so many questions are kept; those with the oldest success are dropped first."""
 
     success_above: float
     """A trajectory whose reward is above this is a success; a group without one has failed."""
@@ -39,7 +39,7 @@ class SuccessBuffer:
     def exchange(self, groups: Sequence[RolloutGroup], step: int) -> list[RolloutGroup]:
         """Keep the successes of a step and put earlier ones into its failed groups, each in place of a trajectory drawn at random.
 
-        What is replaced depends on step and question alone, so a resumed run repeats it. Every group comes back, in order.
+        The choice depends only on step and question, so a resumed run repeats it. Returns every group, in order.
         """
         return [self._exchange(group, step) for group in groups] if self.capacity else list(groups)
 
@@ -51,7 +51,7 @@ class SuccessBuffer:
             self._keep(group, won[-1])
             return group
         success = self.successes.get(group.prompt.id)
-        # A prompt that is rendered otherwise, as with a new date, is another state: its success is none here.
+        # A prompt that is rendered differently, e.g. with a new date, is another state, where the success does not apply.
         if not trained or success is None or success.nodes[0].token_ids != group.nodes[0].token_ids:
             return group
         paths = [(group, trajectory) for trajectory in group.trajectories]
@@ -61,7 +61,7 @@ class SuccessBuffer:
     def _keep(self, group: RolloutGroup, number: int) -> None:
         kept = of_paths(group.prompt, [(group, group.trajectories[number])])
         for node in kept.nodes:
-            # It is of no version that a later step could ask for; log-probs of the trainer and probes are that step's to compute.
+            # No later step asks for this weight version; that step computes log-probs of the trainer and probes anew.
             node.weight_version, node.old_logprobs, node.ref_logprobs, node.old_entropies = None, [], [], []
         self.successes.pop(group.prompt.id, None)
         self.successes[group.prompt.id] = kept
@@ -74,7 +74,7 @@ class SuccessBuffer:
         return base64.b64encode(zlib.compress(json.dumps(rows, separators=(",", ":")).encode())).decode()
 
     def load_state(self, state: str, *, search: str = SEARCH) -> None:
-        """Go on from a `state`, with this buffer's own capacity. `search`: what search is called in states from before our names."""
+        """Restore a `state`, with this buffer's own capacity. `search`: the name of search in states that are older than our names."""
         rows = json.loads(zlib.decompress(base64.b64decode(state)))
         rows = rows[max(len(rows) - self.capacity, 0) :]
         restored = [_group(row) for row in rows]
@@ -85,7 +85,7 @@ class SuccessBuffer:
 
 
 def of_paths(prompt: Prompt, paths: Sequence[tuple[RolloutGroup, Trajectory]]) -> RolloutGroup:
-    """A group of trajectories of several groups of one question, and of nothing else; the prompt is shared, nodes are copies."""
+    """A group of only these trajectories, from several groups of one question; the prompt is shared, other nodes are copied."""
     merged = RolloutGroup(prompt, [])
     numbers: dict[tuple[int, int], int] = {}
     for group, trajectory in paths:
@@ -101,7 +101,7 @@ def of_paths(prompt: Prompt, paths: Sequence[tuple[RolloutGroup, Trajectory]]) -
 
 
 def _group(row: dict[str, Any]) -> RolloutGroup:
-    """A group of one trajectory from what `asdict` and JSON have left of it."""
+    """A group of one trajectory from its JSON form, made by `asdict`."""
     nodes = []
     for node in row["nodes"]:
         call = node["call"] and ToolCall(node["call"]["name"], tuple(node["call"]["queries"]))

@@ -3,7 +3,7 @@
 The rules are those of the published IGPO code: set F1 on words, exact match after normalisation, tags that open as often as they close.
 One difference in training: the format check reads the model's own text only, so a tool result that contains a tag is harmless.
 
-Search-R1's (arXiv 2503.09516) is `reward.outcome=em_squad`, in which articles do not count as they do in IGPO's `em`.
+Search-R1's (arXiv 2503.09516) is `reward.outcome=em_squad`, in which articles are ignored, unlike in IGPO's `em`.
 ARPO's (arXiv 2507.19849) are `reward.outcome=f1_multiset` and `reward.tool_bonus`, with `rollout.protocol=arpo` for the boxed answer and
 `reward.format_penalty=-1`. Its code looks for tags in the whole text, tool results included; here the bonus is for tools that ran.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -34,7 +34,7 @@ PUBLISHED_FORMAT_PENALTY = -2.0
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """1.0 if the prediction equals any alias after `normalise`, else 0.0 (IGPO; an article more is another answer)."""
+    """1.0 if the prediction equals any alias after `normalise`, else 0.0 (IGPO; articles count)."""
     return float(normalise(prediction) in {normalise(answer) for answer in answers})
 
 
@@ -82,7 +82,7 @@ REWARDS: dict[str, Callable[[str, Sequence[str]], float]] = {
 
 
 def outcome_of(config: Reward) -> Callable[[str, Sequence[str]], float]:
-    """The function that `reward.outcome` names, one of the user's own imported. Raises UserError where it cannot be."""
+    """The function that `reward.outcome` names; a user's own one is imported. Raises UserError if that fails."""
     return load_hook("reward.outcome", config.outcome) if is_hook(config.outcome) else REWARDS[config.outcome]
 
 
@@ -114,14 +114,13 @@ def published_score(text: str, ground_truth: str) -> Score:
 def score_lines(path: str | Path) -> Iterator[dict[str, float | bool]]:
     """Score a JSON-lines file of `{"solution", "ground_truth"}`: one dict of f1, em, format_ok and reward per line, blank lines skipped.
 
-    Raises UserError where the file cannot be read, or naming the line that is not a JSON object with both strings.
+    Raises UserError if the file cannot be read, or, with its number, for a line that is not a JSON object with both strings.
     """
     try:
         with Path(path).open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    score = published_score(*_solution_and_truth(line, where=f"{path}, line {number}"))
-                    yield {"f1": score.f1, "em": score.em, "format_ok": score.format_ok, "reward": score.reward}
+                    yield asdict(published_score(*_solution_and_truth(line, where=f"{path}, line {number}")))
     except OSError as error:
         raise UserError(f"{path}: {os.strerror(error.errno or 0).lower()}; expected a file of JSON lines") from None
 
@@ -134,11 +133,10 @@ def _solution_and_truth(line: bytes, where: str) -> tuple[str, str]:
         raise UserError(f"{where}: not JSON ({error}); {expected}") from None
     if not isinstance(row, dict):
         raise UserError(f"{where}: found a JSON {type(row).__name__}; {expected}")
-    problems = [f"{key!r} is missing" for key in ("solution", "ground_truth") if key not in row]
-    problems += [
-        f"{key!r} is a {type(row[key]).__name__}, not a string"
+    problems = [
+        f"{key!r} is a {type(row[key]).__name__}, not a string" if key in row else f"{key!r} is missing"
         for key in ("solution", "ground_truth")
-        if key in row and not isinstance(row[key], str)
+        if not isinstance(row.get(key), str)
     ]
     if problems:
         raise UserError(f"{where}: {' and '.join(problems)}; {expected}")
@@ -163,7 +161,7 @@ def own_turns(group: RolloutGroup, trajectory: Trajectory) -> list[str]:
 
 
 def tools_that_returned(group: RolloutGroup, trajectory: Trajectory) -> set[str]:
-    """Names of the tools whose results stand in a trajectory: what happened, whatever any text says."""
+    """Names of the tools whose results are in a trajectory, judged by its nodes and not by any text."""
     nodes = [group.nodes[index] for index in trajectory.path]
     return {before.call.name for before, after in pairwise(nodes) if before.call is not None and after.kind == "observation"}
 

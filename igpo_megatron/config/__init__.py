@@ -1,8 +1,8 @@
-"""From YAML and command line to one checked `Config`.
+"""Turn YAML and the command line into one checked `Config`.
 
-schema.py  all sections together; each lives in the settings.py of its room, with what can be wrong in it. Begin here.
-load.py    reads, explains, and names what is wrong
-checks.py  asks every section, and what is between them
+schema.py  all sections together; each is defined, with its own checks, in the settings.py of its room. Begin here.
+load.py    reads and explains settings, and describes mistakes
+checks.py  runs the checks of every section, and those across sections
 
 Imports the settings.py of every room, and no other code of theirs.
 """

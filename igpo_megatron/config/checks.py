@@ -1,9 +1,9 @@
-"""Checks across rooms: what no section can know alone, looked at before any process starts. Imports no torch.
+"""Checks that involve several rooms, made before any process starts. Imports no torch.
 
 Config + world size + config.json of the model ──check──> every problem at once, each saying what was found and what to change
 
-What concerns one section is said by its `problems`, what concerns one room by the room's settings.py; only the policy knows which
-architectures it builds.
+Checks of one section are in its `problems`, checks of one room in the room's settings.py; only the policy knows which architectures it
+builds.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from igpo_megatron.settings import Section
 def check(config: Config, *, world_size: int | None, local_world_size: int | None = None) -> list[str]:
     """Every problem between settings, files and machine; empty when the run may start.
 
-    `world_size`: ranks that train; None where none do (evaluation), which asks only for what engines, search and questions need.
+    `world_size`: ranks that train; None for an evaluation, which checks only engines, search and questions.
     `local_world_size`: ranks on this machine, `world_size` if None.
     """
     if world_size is None:
@@ -44,17 +44,17 @@ def check(config: Config, *, world_size: int | None, local_world_size: int | Non
 
 
 def needs_engines(config: Config) -> bool:
-    """Rollouts are made, not replayed from a file."""
+    """Whether rollouts are generated, not replayed from a file."""
     return config.run.replay is None
 
 
 def evaluates(config: Config) -> bool:
-    """A replay starts no engines, so it evaluates nothing."""
+    """Whether the run evaluates; a replay starts no engines, so it does not."""
     return needs_engines(config) and config.eval.wanted
 
 
 def _sections(config: Config, *, trains: bool) -> Iterator[Section]:
-    """The sections that a run uses."""
+    """The sections that the run uses."""
     unused = {"visit", "python"} - set(config.rollout.extra_tools)
     if not trains:
         unused |= {"parallel", "reward", "advantage", "loss", "optim", "eval"}
@@ -64,7 +64,7 @@ def _sections(config: Config, *, trains: bool) -> Iterator[Section]:
 
 
 def _own(section: Section) -> Iterator[str]:
-    """What the section says of itself, and those in it."""
+    """Problems of a section and of the sections in it."""
     yield from section.problems()
     for _, value in section:
         if isinstance(value, Section):
@@ -72,7 +72,7 @@ def _own(section: Section) -> Iterator[str]:
 
 
 def _questions(config: Config) -> Iterator[str]:
-    """What training and its evaluations read is there."""
+    """The files of training and evaluation exist."""
     if needs_engines(config):
         yield from config.data.missing("train")
     if evaluates(config) and not config.data.eval:
@@ -82,7 +82,7 @@ def _questions(config: Config) -> Iterator[str]:
 
 
 def _engines(config: Config, shape: dict[str, Any]) -> Iterator[str]:
-    """Engines fit their model, and a question and a turn its context."""
+    """Engines fit the model, and a question and a turn fit its context."""
     rollout, engine = config.rollout, config.rollout.engine
     heads, longest = shape.get("num_attention_heads"), shape.get("max_position_embeddings")
     if isinstance(heads, int) and heads % engine.tensor:
@@ -117,13 +117,13 @@ def _tools(config: Config) -> Iterator[str]:
     rollout, search, visit = config.rollout, config.search, config.visit
     if search.deadline_s > rollout.deadline_s:
         yield (
-            f"search.deadline_s={search.deadline_s:g} is more than a whole trajectory has (rollout.deadline_s="
+            f"search.deadline_s={search.deadline_s:g} is more than a complete trajectory has (rollout.deadline_s="
             f"{rollout.deadline_s:g}); lower it, or raise rollout.deadline_s"
         )
     if "visit" in rollout.extra_tools and visit.summary.url is None and visit.max_tokens > rollout.max_observation_tokens:
         yield (
             f"visit.max_tokens={visit.max_tokens} is more than rollout.max_observation_tokens={rollout.max_observation_tokens}, "
-            "so the end of what was chosen from a page would be cut off; lower the first or raise the second"
+            "so the end of a page's excerpt would be cut off; lower the first or raise the second"
         )
 
 
@@ -147,7 +147,7 @@ def _routing(config: Config, shape: dict[str, Any]) -> Iterator[str]:
 
 
 def _devices(config: Config, local_ranks: int) -> Iterator[str]:
-    """Ranks and engines have devices, and reach each other."""
+    """Ranks and engines have devices, and can reach each other."""
     engine, transport = config.rollout.engine, config.sync.transport
     if config.run.device == "cpu" and transport in ("nccl", "ipc"):
         yield f"sync.transport={transport} goes from GPU to GPU, run.device=cpu; use auto"
@@ -200,7 +200,7 @@ def _colocated(config: Config, local_ranks: int) -> Iterator[str]:
 
 
 def _algorithm(config: Config) -> Iterator[str]:
-    """The loss can learn from what the run brings it."""
+    """The run provides what the loss needs."""
     reward, loss = config.reward, config.loss
     if config.model.head_backward == "in_forward" and (setting := loss.looks_beyond_a_token):
         yield (

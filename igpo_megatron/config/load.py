@@ -1,4 +1,4 @@
-"""YAML file + dotted overrides -> Config; every mistake named at once, with the nearest valid name.
+"""YAML file + dotted overrides -> Config; reports all mistakes at once, with the nearest valid name.
 
 load("run.yaml", ["optim.lr=1e-5", "advantage.name=grpo"])
 """
@@ -46,7 +46,7 @@ def parse(text: str) -> Any:
         return YAML(typ="safe", pure=True).load(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        # Of a key that is given twice it goes on with both values, which may be whole sections.
+        # For a repeated key the message would continue with both values, which may be complete sections.
         problem = str(error.problem).partition(" with value ")[0]
         raise ValueError(f"line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark else str(error)) from None
     except (YAMLError, LookupError, RecursionError) as error:  # LookupError: of values such as `!!bool maybe`
@@ -58,7 +58,7 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
-        # YAML takes the two halves of an emoji in JSON for two characters.
+        # As YAML, the two halves of an escaped emoji would be two characters.
         values = (json.loads(text) if path.suffix == ".json" else parse(text)) or {}
     except FileNotFoundError:
         raise ConfigError([f"{path}: no such configuration file; the examples/ folder has complete ones"]) from None
@@ -72,7 +72,7 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
 
 
 def build(values: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
-    """Validate nested values after applying dotted overrides; `values` itself is left alone. Raises ConfigError."""
+    """Validate nested values after applying dotted overrides; `values` is not modified. Raises ConfigError."""
     # A section whose lines are all commented out reads as null and means its defaults.
     values = {key: {} if value is None else copy.deepcopy(value) for key, value in values.items()}
     problems = [problem for override in overrides if (problem := _apply(values, override))]
@@ -142,7 +142,7 @@ def _apply(values: dict[str, Any], override: str) -> str | None:
         if not isinstance(inner, dict):
             return f"override {override!r}: {part} is a value, not a section"
         values = inner
-    # Choosing another algorithm must not inherit the settings of the one named in the file.
+    # Another algorithm must not inherit the settings of the one named in the file.
     section = ".".join(sections)
     if name == "name" and section in ALGORITHMS and values.get("name", ALGORITHMS[section]) != value:
         values.clear()
@@ -199,7 +199,7 @@ def _describe_unknown(shown: list[str], model: type[BaseModel] | None) -> str:
 def _walk(location: Sequence[str]) -> tuple[list[str], type[BaseModel] | None]:
     """pydantic's location -> (keys as written in the file, model class that holds the last key).
 
-    The location of (advantage, grpo, gama) has the algorithm's name in it, which the file's key advantage.gama has not.
+    A location such as (advantage, grpo, gama) contains the algorithm's name, which the file's key advantage.gama lacks.
     """
     shown: list[str] = []
     holder: type[BaseModel] | None = None
@@ -220,8 +220,7 @@ def _walk(location: Sequence[str]) -> tuple[list[str], type[BaseModel] | None]:
 
 
 def _nearest(name: str, known: Iterable[str]) -> str | None:
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return near[0] if near else None
+    return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
 
 
 def _sections_at(keys: Sequence[str]) -> list[type[BaseModel]]:
@@ -264,7 +263,7 @@ def _section_summary(section: str) -> str:
 
 
 def _name_of(model: type[BaseModel]) -> str:
-    """What chooses a section: its name, or how a hook is written."""
+    """The `name` that selects a section, or the form of a hook."""
     return HOOKED if issubclass(model, Hooked) else str(model.model_fields["name"].default)
 
 

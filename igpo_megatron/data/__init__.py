@@ -1,9 +1,9 @@
-"""Questions and corpora, as files and as streams.
+"""Questions and corpora: files, and the stream that a run draws from.
 
 prompts.py         the stream of questions that a run trains on. Begin here.
-question_files.py  parquet files of questions, in any of the layouts known
+question_files.py  parquet files of questions, in any known layout
 corpus.py          passages to search in
-questions.py, corpora.py  make such files of published ones; records.py reads these. commands.py is `igpo data`
+questions.py, corpora.py  make such files from published ones, read by records.py. commands.py is `igpo data`
 
 Imports types and supervision; commands.py may import any room below.
 """

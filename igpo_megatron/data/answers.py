@@ -1,12 +1,12 @@
-"""Whatever stands where answers are expected, as answers. Every reader of questions goes through here.
+"""Read answers from the forms in which data sets store them. Every reader of questions uses this.
 
     None                             no answer
     "Rhine"                          one answer, never its letters
-    '["Rhine", "the Rhine"]'         JSON text of a string, a list or an object: what it says
-    ["Rhine", "the Rhine"]           each; one that is JSON text of a list of strings is what it says
+    '["Rhine", "the Rhine"]'         JSON text of a string, a list or an object: its value
+    ["Rhine", "the Rhine"]           each; an item that is JSON text of a list of strings is read as that list
     {"target": ["Rhine"]}            Search-R1's, SQuAD's {"text": [...]}, TriviaQA's {"Value": ..., "Aliases": [...]}
 
-What could be one answer as well as several, or is no text at all, is refused.
+Values that could be one answer or several, or are not text, are refused.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from igpo_megatron.data.problems import shown
 from igpo_megatron.untrusted import BadJson, json_loads_untrusted
 
 MAIN = ("target", "value", "text")
-"""Names of an object's main answers, letter case aside; the first that is there counts."""
+"""Names of an object's main answers, in any letter case; the first that exists counts."""
 
 ALIASES = ("aliases", "humananswers")
-"""Names of its further answers. Normalised copies are not among them: they are the same answers in worse spelling."""
+"""Names of further answers. Normalised copies are ignored: they are the same answers, spelled worse."""
 
 _PYTHON = re.compile(r"""(\[\s*['"].*\]|\{\s*'.*\}|array\(\[.*\).*)""", re.DOTALL)
-"""`str(["a", 'b'])`, `str({"target": ["a"]})` and `repr` of an array of NumPy, which are no JSON."""
+"""`str(["a", 'b'])`, `str({"target": ["a"]})` and `repr` of a NumPy array, which are not JSON."""
 
 
 class NotAnswers(ValueError):
-    """What was found and what was expected."""
+    """The value does not hold answers; the message says what was found and what was expected."""
 
 
 def as_answers(value: Any) -> tuple[str, ...]:
@@ -61,13 +61,13 @@ def _of_text(text: str) -> tuple[str, ...]:
         return (text,)
     if isinstance(value, list) and value and not any(isinstance(item, str) for item in value):
         if len(value) == 1 and isinstance(value[0], int | float):
-            return (text,)  # the same words with brackets and without
+            return (text,)  # a number in brackets, e.g. [1984], is a plain answer
         raise NotAnswers(f"found {shown(text)}, which may be one answer or several; write a list of strings")
     return as_answers(value)
 
 
 def _listed(answer: str) -> tuple[str, ...]:
-    """The answers of one item of a list: itself, but for JSON text of a list of strings, which no question is answered with."""
+    """The answers in one item of a list: the item itself, or, for JSON text of a list of strings, which is never an answer, its items."""
     if not answer.lstrip().startswith("["):
         return (answer,)
     try:

@@ -1,4 +1,4 @@
-"""`igpo data`: make files of questions and corpora, and check them. Shows progress, counts, and every problem with file, row and column."""
+"""`igpo data`: make and check files of questions and corpora. Prints progress, counts, and every problem with file, row and column."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ SkipProblems = Annotated[bool, typer.Option(help="Write the good records even if
 def prepare(
     files: Annotated[list[Path], typer.Argument(help="jsonl, json, tsv or parquet, the text formats also as .gz.")],
     out: Annotated[Path, typer.Option(help="Parquet file to write.")],
-    source: Annotated[str | None, typer.Option(help="Name of the set, where files and their paths do not tell it.")] = None,
-    split: Annotated[str | None, typer.Option(help="train, dev or test, where names of files do not tell it.")] = None,
+    source: Annotated[str | None, typer.Option(help="Name of the set, if neither the files nor their paths give it.")] = None,
+    split: Annotated[str | None, typer.Option(help="train, dev or test, if file names do not give it.")] = None,
     aliases: Annotated[Path | None, typer.Option(help="id_aliases.json of 2WikiMultihopQA: more aliases for its answers.")] = None,
     exclude: Annotated[list[Path] | None, typer.Option(help="Parquet file whose questions are left out; may be repeated.")] = None,
     skip_problems: SkipProblems = False,
@@ -74,7 +74,7 @@ def corpus(
     index: Annotated[bool, typer.Option(help="Build the BM25 index, too.")] = True,
     skip_problems: SkipProblems = False,
 ) -> None:
-    """Read passages, however many, into a corpus and its BM25 index."""
+    """Read passages of any number into a corpus, and build its BM25 index."""
     counts = [CorpusCount(path) for path in files]
     digest = Digest(*bm25_settings())
     with whole(out) as part:
@@ -86,7 +86,7 @@ def corpus(
         if not total or (problems and not skip_problems):
             raise _refusal(problems, out)
         if index:
-            # Beside the corpus and under this name `igpo serve retriever` looks for it.
+            # `igpo serve retriever` looks for it beside the corpus, under this name.
             folder = place(out, "bm25", digest.hex)
             with whole(folder) as unfinished:
                 _index(part, unfinished, total)
@@ -146,11 +146,11 @@ def _print_problems(counts: Sequence[FileCount] | Sequence[CorpusCount]) -> None
 
 
 def _refusal(problems: Sequence[Problem], out: Path) -> UserError:
-    """To be raised: nothing was written, and why."""
+    """The error to raise when nothing was written, with the reason."""
     if not problems:
         return UserError(f"nothing is left to write, so {out} was not written")
     count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-    return UserError(f"{count}, so {out} was not written; mend the files, or use --skip-problems")
+    return UserError(f"{count}, so {out} was not written; correct the files, or use --skip-problems")
 
 
 @app.command(epilog="Example: igpo data check --config run.yaml")
@@ -182,7 +182,7 @@ def check(
 
 
 def _context_check(config: Config) -> Callable[[Prompt], str | None]:
-    """Says of a question why the run's model would have no room for a turn behind it, if so."""
+    """Question -> why the run's model has no room for a turn after it, or None."""
     chat = ChatFormat(load_tokenizer(config.model.path), config.rollout, config.reward)
     return partial(too_long, chat=chat, config=config.rollout)
 

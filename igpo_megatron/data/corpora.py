@@ -1,4 +1,4 @@
-"""Write a corpus of any size as JSON lines {id, title, text}, from the forms in which passages are published.
+"""Write a corpus of any size as JSON lines {id, title, text}, from the published formats.
 
 JSON lines {id, contents} (wiki-18)   ┐
 DPR's TSV (id, text, title)           ├──records──> Passage | Problem, one at a time ──> callers
@@ -15,11 +15,9 @@ from typing import Any
 
 from igpo_megatron.data.corpus import Passage, split_contents
 from igpo_megatron.data.problems import Problem, shown
-from igpo_megatron.data.records import read_records
+from igpo_megatron.data.records import good_records
 
 IDS = ("id", "_id", "docid")
-MOST_PROBLEMS = 1000
-"""A file with more is not read to its end."""
 
 
 @dataclass(slots=True)
@@ -32,12 +30,9 @@ class CorpusCount:
 
 
 def read_passages(count: CorpusCount, on_bytes: Callable[[int], None] = lambda count: None) -> Iterator[Passage]:
-    """The good passages of a file, one at a time; what is wrong with the others is noted in `count`."""
-    for row, record in read_records(count.path, on_bytes):
-        if len(count.problems) >= MOST_PROBLEMS:
-            count.problems.append(Problem(f"not read further: already {MOST_PROBLEMS} problems"))
-            return
-        found = record if isinstance(record, Problem) else to_passage(record, row)
+    """The valid passages of a file, one at a time; problems with the others are added to `count`."""
+    for row, record in good_records(count.path, count.problems, on_bytes):
+        found = to_passage(record, row)
         if isinstance(found, Problem):
             count.problems.append(found)
         else:
@@ -48,7 +43,7 @@ def read_passages(count: CorpusCount, on_bytes: Callable[[int], None] = lambda c
 
 
 def to_passage(record: Mapping[str, Any], row: int) -> Passage | Problem:
-    """One record: an id (`id`, `_id` or `docid`), and `contents` or `text`, the latter with a `title` or without."""
+    """One record: an id (`id`, `_id` or `docid`), and `contents` or `text`, with or without a `title`."""
     name = next((name for name in IDS if name in record), None)
     body = next((name for name in ("contents", "text") if name in record), None)
     if name is None or body is None:
@@ -67,7 +62,7 @@ def to_passage(record: Mapping[str, Any], row: int) -> Passage | Problem:
 
 
 def write_passages(passages: Iterator[Passage], path: Path) -> Iterator[Passage]:
-    """Write JSON lines of {id, title, text} while the passages pass on to whoever reads."""
+    """Write passages as JSON lines of {id, title, text}, and yield each after writing it."""
     with path.open("w", encoding="utf-8") as file:
         for passage in passages:
             file.write(json.dumps({"id": passage.doc_id, "title": passage.title, "text": passage.text}) + "\n")
@@ -75,5 +70,5 @@ def write_passages(passages: Iterator[Passage], path: Path) -> Iterator[Passage]
 
 
 def total_bytes(paths: Sequence[Path]) -> int:
-    """For a progress bar."""
+    """Size of all files together, for a progress bar; missing ones count as empty."""
     return sum(path.stat().st_size for path in paths if path.is_file())

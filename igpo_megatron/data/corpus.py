@@ -24,7 +24,7 @@ class Passage:
     """One retrievable text."""
 
     doc_id: str
-    """Identifier within its corpus; a web result uses its address."""
+    """Identifier within its corpus; the address for a web result."""
 
     title: str
     text: str
@@ -33,7 +33,7 @@ class Passage:
 def read_corpus(path: Path | str) -> Iterator[Passage]:
     """Yield every passage of a JSON-lines file; blank lines are skipped.
 
-    ValueError names file and line where the file is missing, a line is no JSON object, or fields are absent or not strings.
+    Raises UserError, with file and line, if the file is missing, a line is not a JSON object, or fields are missing or not strings.
     """
     path = Path(path)
     if not path.is_file():
@@ -78,7 +78,7 @@ def _string(record: dict[str, Any], field: str, place: str) -> str:
 
 
 def split_contents(contents: str) -> tuple[str, str]:
-    """Search-R1 `"Title"\\nbody` -> (title, body); contents of one line are all body, without a title."""
+    """Search-R1 `"Title"\\nbody` -> (title, body); contents of one line have no title."""
     first, newline, body = contents.partition("\n")
     return (first.strip().strip('"'), body) if newline else ("", contents)
 

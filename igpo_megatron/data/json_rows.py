@@ -1,4 +1,4 @@
-"""Read records of JSON files: a bad number or a repeated field is a flaw of its record, and the next record is read all the same."""
+"""Read records of JSON files: a record with a bad number or a repeated field is reported, and reading continues with the next."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Records = Iterator[tuple[int, dict[str, Any] | Problem]]
 
 CHUNK = 2**16
 _LIST = re.compile(r"\s*(?:\{\s*\"data\"\s*:\s*)?\[", re.IGNORECASE)
-"""A list, or an object whose first value is one under the name `Data`, as in TriviaQA's files."""
+"""Start of a list, or of an object whose first field is a list named `Data`, as in TriviaQA's files."""
 
 _BETWEEN = re.compile(r"[\s,]*")
 
 BOM = "\ufeff"
-"""Byte order mark, which some programs write before the first character."""
+"""Byte order mark, which some programs put at the start of a file."""
 
 
 class Flaw(ValueError):
@@ -33,14 +33,14 @@ class Flaw(ValueError):
 
 
 class _LongNumber:
-    """Stands for an integer that is too long to be one."""
+    """Placeholder for an integer with too many digits."""
 
     def __repr__(self) -> str:
         return f"a number of more than {MAX_DIGITS} digits"
 
 
 class RecordDecoder:
-    """`json.loads` that raises json.JSONDecodeError where the text is no JSON, Flaw where it is and must not be used, and nothing else."""
+    """`json.loads` that raises only json.JSONDecodeError, for text that is not JSON, and Flaw, for JSON that must not be used."""
 
     def __init__(self) -> None:
         self._decoder = json.JSONDecoder(parse_int=self._integer, object_pairs_hook=self._object)
@@ -58,7 +58,7 @@ class RecordDecoder:
         return value
 
     def raw_decode(self, text: str, start: int) -> tuple[Any, int]:
-        """(value, where it ends); its flaws are kept for `check`, so that the reader knows where the next record begins."""
+        """(value, where it ends). Flaws are kept for `check`, so that the reader can continue after a flawed record."""
         self._long, self._repeated = [], []
         try:
             return self._decoder.raw_decode(text, start)
@@ -66,12 +66,12 @@ class RecordDecoder:
             raise json.JSONDecodeError("nested too deeply", text, start) from None
 
     def check(self, record: Any) -> None:
-        """Raises Flaw for what was wrong with the value decoded last."""
+        """Raises Flaw if the value decoded last has one."""
         if self._long:
             column = next((name for name, field in record.items() if _holds_long(field)), None) if isinstance(record, dict) else None
             raise Flaw(f"found a number of {self._long[0]:,} digits, expected at most {MAX_DIGITS}; write it as a string", column)
         if self._repeated:
-            raise Flaw("the field is there twice in one object; keep one", self._repeated[0])
+            raise Flaw("the field occurs twice in one object; keep one", self._repeated[0])
 
     def _integer(self, digits: str) -> Any:
         if len(digits) <= MAX_DIGITS:
@@ -99,8 +99,8 @@ def _holds_long(value: Any) -> bool:
 
 
 def read_json(stream: Any, may_be_list: bool) -> Records:
-    """Records of JSON lines, or of one list where there may be one. Raises UnicodeDecodeError."""
-    # Only a .json is looked into: it may be either, and a .jsonl's first line may be megabytes long.
+    """Records of JSON lines, or of one list if `may_be_list`. Raises UnicodeDecodeError."""
+    # Only a .json file is examined: it may be either, while the first line of a .jsonl file may be megabytes long.
     if may_be_list and _LIST.match(stream.peek(CHUNK)[:CHUNK].decode("utf-8-sig", errors="replace")):
         return _list(stream)
     return _lines(stream)
@@ -143,9 +143,9 @@ def _list(stream: IO[bytes]) -> Records:
             more = stream.read(size) if cut else b""
             if not more:
                 where = text[position : position + 60]
-                yield row, Problem(f"not JSON, or cut off, in record {row} ({error.msg}): {where!r}; fetch the file again")
+                yield row, Problem(f"not JSON, or cut off, in record {row} ({error.msg}): {where!r}; download the file again")
                 return
-            # Twice as much each time: a long record is not decoded from its start again and again.
+            # The size doubles each time, so that a long record is decoded from its start only a few times.
             text, position, size = text[position:] + characters.decode(more), 0, 2 * size
             continue
         try:

@@ -1,10 +1,10 @@
-"""The published layouts of question files, told apart by what they certainly are.
+"""The published layouts of question files, and how to recognise each.
 
     IGPO        reward_model.ground_truth "alias<|answer_split|>alias" or a list, question in the one user message
     ARPO        reward_model.ground_truth one string, question in extra_info.question
     Search-R1   reward_model.ground_truth {"target": [alias, ...]}, question after "Question:" in the user message
 
-Aliases keep their order and are never rewritten; a system prompt in the data is not used.
+Aliases keep their order and are never rewritten; system prompts in the data are ignored.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ ALIAS_SEPARATOR = "<|answer_split|>"
 LayoutName = Literal["auto", "igpo", "arpo", "search_r1"]
 
 Row = dict[str, Any]
-"""data_source, prompt [{role, content}], reward_model {ground_truth}, extra_info {...}: dicts, however the file wrote the last two."""
+"""data_source, prompt [{role, content}], reward_model {ground_truth}, extra_info {...}: dicts, however the file stores the last two."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """One published way to lay out questions."""
+    """One published layout of questions."""
 
     name: str
     question: Callable[[Row], str]
@@ -50,7 +50,7 @@ def user_message(row: Row) -> str:
 
 
 def own_question(row: Row) -> str | None:
-    """`extra_info.question`, where it is a text."""
+    """`extra_info.question` if it is text, else None."""
     question = row["extra_info"].get("question")
     return question if isinstance(question, str) else None
 
@@ -60,12 +60,12 @@ def ground_truth(row: Row) -> Any:
 
 
 def _asked(row: Row) -> str:
-    """Search-R1: its own question column where the file kept it, else what follows the instruction."""
+    """Search-R1: the question column if the file has one, else the text after the instruction."""
     return row["question"] if isinstance(row.get("question"), str) else user_message(row).rpartition("Question:")[2].strip()
 
 
 def igpo_truth(answers: Sequence[str]) -> str:
-    """`ground_truth` that IGPO's layout reads as these aliases: joined, or a JSON list where a lone one would be read as JSON itself."""
+    """`ground_truth` that IGPO's layout reads as these aliases: joined, or a JSON list if a single one would itself be read as JSON."""
     joined = ALIAS_SEPARATOR.join(answers)
     try:
         is_read_so = tuple(_igpo_answers(joined)) == tuple(answers)
@@ -75,13 +75,13 @@ def igpo_truth(answers: Sequence[str]) -> str:
 
 
 def _igpo_answers(truth: Any) -> Sequence[str]:
-    # A text in quotes is JSON, too, but here it is an alias as it was published.
+    # Text in quotes is JSON, too, but here it is an alias as published.
     is_plain = isinstance(truth, str) and (ALIAS_SEPARATOR in truth or truth.lstrip().startswith('"'))
     return truth.split(ALIAS_SEPARATOR) if is_plain else as_answers(truth)
 
 
 def _arpo_answers(truth: Any) -> Sequence[str]:
-    # Answers to mathematics, where [0, 1] is one answer.
+    # Answers to mathematical questions, where [0, 1] is one answer.
     return (truth,) if isinstance(truth, str) else as_answers(truth)
 
 
@@ -93,7 +93,7 @@ LAYOUTS: dict[LayoutName, Layout] = {
 
 
 def recognise(rows: Sequence[Row]) -> Layout:
-    """The layout of a file by all of its good rows. Raises Ambiguous."""
+    """The layout of a file, judged by all of its valid rows. Raises Ambiguous."""
     truths = [ground_truth(row) for row in rows]
     if any(map(_has_target, truths)):
         return LAYOUTS["search_r1"]
@@ -125,7 +125,7 @@ def _has_target(truth: Any) -> bool:
 
 
 def as_mapping(value: Any) -> dict[str, Any]:
-    """A struct, a map or JSON text of an object as a dict; nothing is an empty one. Raises NotAnswers for anything else."""
+    """A struct, a map or JSON text of an object as a dict, empty for null and blank text. Raises NotAnswers for anything else."""
     if value is None or (isinstance(value, str) and not value.strip()):
         return {}
     if isinstance(value, str):

@@ -1,6 +1,6 @@
-"""How answers are compared: the two published normal forms of a text. Rewards and the reading of questions share them.
+"""The two published normal forms in which answers are compared, for rewards and for reading questions.
 
-A text whose normal form is empty cannot be scored: it equals an empty answer, and shares no word with itself.
+Text with an empty normal form cannot be scored: it equals an empty answer and has no words to share.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def normalise(text: str) -> str:
 def normalise_squad(text: str) -> str:
     """Lower case, ASCII punctuation deleted, a/an/the left out, whitespace collapsed: `"The U.S.A."` -> `"usa"` (SQuAD, ARPO, Search-R1).
 
-    As in SQuAD's own script an article ends at whatever is no letter, digit or underscore, a dash or quote beyond ASCII among them.
+    As in SQuAD's own script an article ends at any character but a letter, digit or underscore, including dashes and quotes beyond ASCII.
     """
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_WITHOUT_PUNCTUATION)).split())
 

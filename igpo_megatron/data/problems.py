@@ -1,4 +1,4 @@
-"""What is wrong in a file of questions or passages, and how a value is shown in a message."""
+"""Problems in a file of questions or passages, and how messages show a value."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ SHOWN_CHARACTERS = 60
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something wrong in a file."""
+    """One thing that is wrong in a file."""
 
     message: str
     """What was found and what was expected."""
 
     row: int | None = None
-    """Counted from 0; None where it concerns the whole file."""
+    """Counted from 0; None if it concerns the complete file."""
 
     column: str | None = None
-    """Dotted for nested fields, e.g. `reward_model.ground_truth`; None where it concerns the whole file."""
+    """Dotted for nested fields, e.g. `reward_model.ground_truth`; None if it concerns no single column."""
 
     costs: Literal["file", "row", "answer"] = "file"
-    """What a run does about it: it refuses the file, or it leaves out the row or this one of several answers."""
+    """What a run gives up because of it: it refuses the file, or leaves out the row, or one of several answers."""
 
     def __str__(self) -> str:
         row = [] if self.row is None else [f"row {self.row}"]
@@ -31,7 +31,7 @@ class Problem:
 
 
 def shown(value: Any) -> str:
-    """`repr` cut to a length that fits into a sentence; never raises."""
+    """`repr`, shortened to fit into a sentence; never raises."""
     try:
         text = repr(value)
     except (RecursionError, ValueError):  # too deep, or a number with too many digits

@@ -1,4 +1,4 @@
-"""Draw questions in an order that can be resumed to the row.
+"""Draw questions in an order that can be resumed at the exact row.
 
 Prompts + (seed, number drawn) -> next Prompts
 """
@@ -33,8 +33,8 @@ class PromptStream:
     balance="none": epochs over all rows. balance="source": rounds in which every source gives one question, in an order that changes
     from round to round; each source runs through epochs of its own.
 
-    A place in that order is an ordinal, from 0. What was drawn stays open until it is said to be done, and a resumed stream draws what
-    was open first: so no question is lost or used twice, however many are under way when a checkpoint is taken.
+    A place in that order is an ordinal, from 0. Drawn questions stay open until `done`, and a resumed stream draws the open ones first:
+    no question is lost or used twice, however many are in progress when a checkpoint is taken.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class PromptStream:
         return len(self.prompts)
 
     def draw(self, n: int) -> list[int]:
-        """The next `n` ordinals, those first that were open when a resumed run was stopped."""
+        """The next `n` ordinals; a resumed run first gets those that were open when it stopped."""
         returned, self._returned = self._returned[:n], self._returned[n:]
         new = n - len(returned)
         ordinals = [*returned, *range(self.drawn, self.drawn + new)]
@@ -77,11 +77,11 @@ class PromptStream:
         return ordinals
 
     def done(self, ordinals: Iterable[int]) -> None:
-        """These were trained, or dropped for good."""
+        """Mark ordinals as finished: trained, or dropped for good."""
         self._open.difference_update(ordinals)
 
     def state(self) -> StreamState:
-        """Everything needed to go on from here, as JSON values."""
+        """Everything needed to continue from here, as JSON values."""
         return StreamState(
             drawn=self.drawn,
             open=sorted({*self._open, *self._returned}),
@@ -93,7 +93,7 @@ class PromptStream:
         )
 
     def load_state(self, state: StreamState) -> None:
-        """Go on where `state` was taken. UserError where questions or order are not those of the state."""
+        """Continue where `state` was taken. Raises UserError if questions or order differ from the state's."""
         problems = []
         if state["fingerprint"] != self._fingerprint:
             problems.append(
@@ -122,19 +122,19 @@ class PromptStream:
         return self.prompts[rows[self._order(f"source {source}", epoch, len(rows))[place]]]
 
     def _order(self, name: str, epoch: int, count: int) -> list[int]:
-        """Order of `count` things in one epoch; the last one asked for is kept."""
+        """Order of `count` items in one epoch; the latest order per name is cached."""
         if self._orders.get(name, (None,))[0] != epoch:
             self._orders[name] = epoch, permutation(count, f"{self.seed}/{name}/{epoch}") if self.shuffle else list(range(count))
         return self._orders[name][1]
 
 
 def permutation(count: int, key: str) -> list[int]:
-    """Shuffle of range(count) by hashing: the same on every machine and Python version, without a generator to carry."""
+    """Shuffle range(count) by hashing: the same on every machine and Python version, without a generator's state."""
     return sorted(range(count), key=lambda number: hashlib.blake2b(f"{key}/{number}".encode(), digest_size=8).digest())
 
 
 def _fingerprint(prompts: Sequence[Prompt]) -> str:
-    """Hash of all questions in order; where the files lie does not matter."""
+    """Hash of all questions in order, independent of the files' paths."""
     digest = hashlib.sha256()
     for prompt in prompts:
         digest.update(repr((prompt.id, prompt.question, prompt.answers, prompt.source)).encode())

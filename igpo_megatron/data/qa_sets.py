@@ -1,4 +1,4 @@
-"""The public question sets people train on, each as it is published, read into questions with all their aliases.
+"""Read public question sets, each in its published form, into questions with all their aliases.
 
 record ──layout, recognised by its fields──> Question | None (no short answer) | Unusable
 
@@ -21,7 +21,7 @@ Row = Mapping[str, Any]
 
 
 class Unusable(ValueError):
-    """A record that is no question; the message says what was found and what was expected."""
+    """A record that is not a usable question; the message says what was found and what was expected."""
 
     def __init__(self, column: str, message: str):
         super().__init__(message)
@@ -42,15 +42,15 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class QaLayout:
-    """One published way to lay out a set."""
+    """One published layout of a set."""
 
     name: str
     source: str | None
-    """Its set's name in this project's data; None where many sets are laid out so."""
+    """Name of its set in this project's data; None if several sets use this layout."""
 
     fits: Callable[[Row], bool]
     question: str
-    """Field of the question, dotted where it is nested."""
+    """Field of the question, dotted if nested."""
 
     answers: Callable[[Row], Iterable[Any]]
     answer_column: str
@@ -58,7 +58,7 @@ class QaLayout:
     """Field of the id."""
 
     def read(self, row: Row, aliases: Mapping[str, list[str]]) -> Question | None:
-        """None where the record has no (short) answer by design. Raises Unusable. `aliases`: of 2WikiMultihopQA, by entity."""
+        """None if the record has no (short) answer by design. `aliases`: of 2WikiMultihopQA, by entity. Raises Unusable."""
         text = _field(row, self.question)
         if not isinstance(text, str) or not text.strip():
             raise Unusable(self.question, f"found {shown(text)}, expected the question")
@@ -79,7 +79,7 @@ class QaLayout:
         if not answers:
             raise Unusable(self.answer_column, "found no answer, expected at least one (published test files have none)")
         if any("\ud800" <= character <= "\udfff" for character in text + "".join(answers)):
-            raise Unusable(self.question, "found half a surrogate pair, which JSON can spell and no file takes; mend the record")
+            raise Unusable(self.question, "found half a surrogate pair, which JSON can hold but UTF-8 cannot; correct the record")
         own = row.get(self.own_id) if self.own_id else None
         if not isinstance(own, str | int | float | None):
             raise Unusable(self.own_id or "", f"found {shown(own)}, expected a string or a number")
@@ -92,7 +92,7 @@ def has(*fields: str) -> Callable[[Row], bool]:
 
 
 def _plain(row: Row) -> list[str]:
-    """`answer` or `answers`, then aliases under their usual names."""
+    """`answer` or `answers`, then the fields that usually hold aliases."""
     given = row["answers"] if "answers" in row else row["answer"]
     return [answer for value in (given, row.get("answer_aliases"), row.get("aliases")) for answer in as_answers(value)]
 
@@ -172,12 +172,12 @@ _SPLIT = re.compile(rf"(?<![a-z])({'|'.join(SPLITS)})(?![a-z])")
 
 
 def recognise(row: Row) -> QaLayout | None:
-    """The layout of a file by one of its records; None for an unknown one."""
+    """The layout of a file, recognised by one of its records; None if unknown."""
     return next((layout for layout in LAYOUTS if layout.fits(row)), None)
 
 
 def source_of(path: Path) -> str | None:
-    """The set that a file's name, or its folder's, speaks of: `hotpotqa/dev.jsonl` -> `hotpotqa`."""
+    """The set named in a file's name, or in its folder's: `hotpotqa/dev.jsonl` -> `hotpotqa`."""
     for name in (path.name.lower(), path.parent.name.lower()):
         for source, pattern in SOURCES.items():
             if re.search(pattern, name):
@@ -186,7 +186,7 @@ def source_of(path: Path) -> str | None:
 
 
 def split_of(path: Path) -> str | None:
-    """`train`, `dev` or `test`, if the file's name or its folder's says so."""
+    """`train`, `dev` or `test`, if the name of the file or its folder contains it."""
     for name in (path.name.lower(), path.parent.name.lower()):
         if found := _SPLIT.search(name):
             return SPLITS[found.group(1)]

@@ -2,7 +2,7 @@
 
     parquet -> rows -> layout (named, or recognised by the rows) -> Prompt or Problem, row by row
 
-Broken \\boxed of ARPO's files is repaired with a warning. A question that no answer could score is left out with a warning.
+A broken \\boxed, as in ARPO's files, is repaired with a warning. A question that no answer could score is left out with a warning.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ USED = ("data_source", "prompt", "reward_model", "extra_info", "question")
 
 @dataclass(slots=True)
 class Inspection:
-    """What is in a file."""
+    """Everything found in a file."""
 
     layout: Layout | None = None
-    """None where it cannot be told."""
+    """None if it cannot be determined."""
 
     questions: list[tuple[int, Prompt]] = field(default_factory=list)
     """(row, question) of everything that a run would use."""
@@ -67,7 +67,7 @@ class Report:
 
     path: Path
     layout: str | None
-    """IGPO, ARPO or Search-R1; None where it cannot be told."""
+    """IGPO, ARPO or Search-R1; None if it cannot be determined."""
 
     sources: dict[str, int]
     """Usable rows per source."""
@@ -77,9 +77,9 @@ class Report:
 
 
 def read_prompts(path: Path | str, layout: LayoutName = "auto", outcome: str = "f1") -> list[Prompt]:
-    """All questions of a parquet file, in row order. UserError names file, row and column of the problems, if there are any.
+    """All questions of a parquet file, in row order. Raises UserError with file, row and column of every problem.
 
-    `outcome`: the `reward.outcome` that must be able to score them; rows that it cannot score are left out, which is logged.
+    `outcome`: the `reward.outcome` that scores them; rows that it cannot score are left out, which is logged.
     """
     path = Path(path)
     found = inspect(path, layout, outcome)
@@ -90,15 +90,15 @@ def read_prompts(path: Path | str, layout: LayoutName = "auto", outcome: str = "
         raise UserError("\n".join([f"{path}: cannot be used as questions:", *listed]))
     left_out = [problem for problem in found.problems if problem.costs == "row"]
     if left_out:
-        said = f"{path}: {len(left_out)} of {len(left_out) + len(found.questions)} questions are left out; the first: {left_out[0]}"
+        notice = f"{path}: {len(left_out)} of {len(left_out) + len(found.questions)} questions are left out; the first: {left_out[0]}"
         if not found.questions:
-            raise UserError(said)
-        logger.warning("%s", said)
+            raise UserError(notice)
+        logger.warning("%s", notice)
     return [prompt for _, prompt in found.questions]
 
 
 def inspect(path: Path, layout: LayoutName = "auto", outcome: str = "f1") -> Inspection:
-    """Every question and every problem of a parquet file; never raises for what is in it."""
+    """Every question and every problem of a parquet file; never raises because of its contents."""
     if not path.is_file():
         return Inspection(problems=[Problem("no such file; expected a parquet file of questions")])
     try:
@@ -126,7 +126,7 @@ def check_file(
     outcome: str = "f1",
     too_long: Callable[[Prompt], str | None] = lambda prompt: None,
 ) -> Report:
-    """Read a parquet file of questions; never raises for what is in it. `too_long`: why a question does not fit the context, if so."""
+    """Check a parquet file of questions; its contents never raise. `too_long`: why a question does not fit the context, or None."""
     path = Path(path)
     found = inspect(path, layout, outcome)
     reasons = {row: reason for row, prompt in found.questions if (reason := too_long(prompt)) is not None}
@@ -147,7 +147,7 @@ def _inspect_rows(rows: Sequence[Row | Problem], layout_name: LayoutName, outcom
     for number, (row, name) in enumerate(zip(rows, _ids(rows), strict=True)):
         problems = bad[number]
         if isinstance(row, dict):
-            # A row without its one user message has no question to look at, but its answers are looked at all the same.
+            # A row without exactly one user message has no question to check, but its answers are still checked.
             if not any(problem.column == "prompt" for problem in problems):
                 problems += _question_problems(row, number, layout)
             answers, wrong = _answers(row, number, layout, outcome)
@@ -180,7 +180,7 @@ def _is_strings(kind: pa.DataType) -> bool:
 
 
 def _struct_field(kind: pa.DataType, name: str) -> pa.DataType | None:
-    """Type of a struct's field; None where it is no struct or has no such field."""
+    """Type of a struct's field; None if `kind` is not a struct or lacks the field."""
     return kind.field(name).type if pa.types.is_struct(kind) and kind.get_field_index(name) >= 0 else None
 
 
@@ -196,10 +196,10 @@ def _is_mapping(kind: pa.DataType) -> bool:
 
 
 def _schema_problems(schema: pa.Schema) -> Iterator[tuple[str, str]]:
-    """(column, message) for every column that no layout could be read without."""
+    """(column, message) for every column that no layout can read."""
     used = pa.schema([field for field in schema if field.name in USED])
     if repeated := repeated_fields(used):
-        yield from ((name, "it is there twice; keep one") for name in repeated)
+        yield from ((name, "it occurs twice; keep one") for name in repeated)
         return
     expected: dict[str, tuple[str, Callable[[pa.DataType], bool]]] = {
         "data_source": ("string", _is_string),
@@ -211,12 +211,9 @@ def _schema_problems(schema: pa.Schema) -> Iterator[tuple[str, str]]:
             yield column, f"column is missing (found {', '.join(schema.names) or 'none'}); expected {description}"
         elif not fits(used.field(column).type):
             yield column, f"found type {used.field(column).type}, expected {description}"
-    if "extra_info" in used.names and not _is_mapping(used.field("extra_info").type):
-        found = used.field("extra_info").type
-        yield (
-            "extra_info",
-            f"found type {found}, expected a struct, a map or the JSON text of an object; drop the column if it is not needed",
-        )
+    if "extra_info" in used.names and not _is_mapping(found := used.field("extra_info").type):
+        description = "a struct, a map or the JSON text of an object; drop the column if it is not needed"
+        yield "extra_info", f"found type {found}, expected {description}"
     truth = _struct_field(used.field("reward_model").type, "ground_truth") if "reward_model" in used.names else None
     if truth is not None and not _is_truth(truth):
         description = "a string (IGPO, ARPO), a list of strings, or a struct with a list of strings `target` (Search-R1)"
@@ -256,7 +253,7 @@ def _with_boxes(rows: Sequence[Row | Problem], path: Path) -> list[Row | Problem
 
 
 def _repaired(value: Any) -> Any:
-    """The same nested value with every broken \\boxed made whole."""
+    """The same nested value with every broken \\boxed repaired."""
     if isinstance(value, str):
         return value.replace(BROKEN_BOX, BOX)
     if isinstance(value, list):
@@ -265,7 +262,7 @@ def _repaired(value: Any) -> Any:
 
 
 def _shape_problems(row: Row, number: int) -> Iterator[Problem]:
-    """What keeps a row from being read in any layout."""
+    """Problems that keep a row from being read in any layout."""
     if not (row["data_source"] or "").strip():
         yield Problem(f"found {row['data_source']!r}, expected the name of a benchmark", number, "data_source")
     messages = row["prompt"] or []
@@ -283,7 +280,7 @@ def _question_problems(row: Row, number: int, layout: Layout) -> Iterator[Proble
 
 
 def _answers(row: Row, number: int, layout: Layout, outcome: str) -> tuple[tuple[str, ...], list[Problem]]:
-    """The aliases that can be scored, and what is wrong with the others."""
+    """The aliases that can be scored, and the problems with the others."""
     column = "reward_model.ground_truth"
     try:
         answers = layout.answers(ground_truth(row))
@@ -306,8 +303,8 @@ def _answers(row: Row, number: int, layout: Layout, outcome: str) -> tuple[tuple
 
 
 def _ids(rows: Sequence[Row | Problem]) -> list[str]:
-    """One id per row: `extra_info.index`, after split and source where it is a mere number; made unique by the row number where it is
-    absent or repeated (merged files repeat it)."""
+    """One id per row: `extra_info.index`, preceded by source and split if it is a number; made unique by the row number if it is missing or
+    repeated (as in merged files)."""
     names = []
     for row in rows:
         if isinstance(row, Problem) or (index := row["extra_info"].get("index")) is None or index == "":

@@ -1,4 +1,4 @@
-"""Write question sets into one parquet file in the published IGPO layout: every question once, ids that do not depend on the order.
+"""Write question sets into one parquet file in the published IGPO layout: every question once, with ids independent of the order.
 
 files ──records, layouts──> Question | Problem ──once per question, not among the excluded──> FILE.part ──> FILE
 """
@@ -19,15 +19,12 @@ from igpo_megatron.data.layouts import igpo_truth
 from igpo_megatron.data.problems import Problem
 from igpo_megatron.data.qa_sets import QaLayout, Question, Unusable, recognise, source_of, split_of
 from igpo_megatron.data.question_files import read_prompts
-from igpo_megatron.data.records import read_records
+from igpo_megatron.data.records import good_records, read_records
 from igpo_megatron.supervision.leftovers import whole
 from igpo_megatron.types import UserError
 
 ROWS = 4096
 """Rows written at once."""
-
-MOST_PROBLEMS = 1000
-"""A file with more is not read to its end."""
 
 
 @dataclass(slots=True)
@@ -40,7 +37,7 @@ class FileCount:
     split: str = ""
     written: int = 0
     repeated: int = 0
-    """Asked before, in this file or another, letter case aside."""
+    """Already present in this file or another, in any letter case."""
 
     excluded: int = 0
     without_answer: int = 0
@@ -50,7 +47,7 @@ class FileCount:
 
 
 class Refused(UserError):
-    """There were problems, so nothing was written."""
+    """Nothing was written because of problems, or because no question was left."""
 
 
 def convert(
@@ -64,10 +61,10 @@ def convert(
     skip_problems: bool = False,
     on_bytes: Callable[[int], None] = lambda count: None,
 ) -> list[FileCount]:
-    """Read `paths` and write `out`; one count per file. `source` and `split` where names of files do not tell them.
+    """Read `paths` and write `out`; one count per file. `source` and `split`: needed if file names do not give them.
 
     `aliases`: 2WikiMultihopQA's id_aliases.json. `exclude`: parquet files whose questions are left out, e.g. the test set.
-    Raises Refused, with the counts in its second argument, where there are problems and they are not to be skipped.
+    Raises Refused, with the counts as its second argument, if there are problems that may not be skipped, or no questions.
     """
     counts = [FileCount(path) for path in paths]
     known = {_key(prompt.question) for path in exclude for prompt in read_prompts(path)}
@@ -100,16 +97,10 @@ def convert(
 def _questions(
     count: FileCount, source: str | None, split: str | None, aliases: Mapping[str, list[str]], on_bytes: Callable[[int], None]
 ) -> Iterator[Question]:
-    """The good records of a file; the others are noted in `count`."""
+    """The questions of a file; all other records are counted in `count`."""
     count.source, count.split = source or "", split or split_of(count.path) or ""
     layout: QaLayout | None = None
-    for row, record in read_records(count.path, on_bytes):
-        if len(count.problems) >= MOST_PROBLEMS:
-            count.problems.append(Problem(f"not read further: already {MOST_PROBLEMS} problems"))
-            return
-        if isinstance(record, Problem):
-            count.problems.append(record)
-            continue
+    for row, record in good_records(count.path, count.problems, on_bytes):
         if layout is None:
             layout = recognise(record)
             count.problems += _file_problems(count, layout, record)
@@ -130,30 +121,30 @@ def _questions(
 
 
 def _file_problems(count: FileCount, layout: QaLayout | None, record: Mapping[str, Any]) -> Iterator[Problem]:
-    """What concerns the whole file; also settles its source."""
+    """Problems of the complete file; also sets its source."""
     if layout is None:
         found = ", ".join(record) or "no fields"
         yield Problem(f"found a record with {found}; expected the fields question and answer (or answers), or those of a published set")
         return
     count.source = count.source or layout.source or source_of(count.path) or ""
     if not count.source:
-        yield Problem(f"the name of the set is neither in the file nor in its path ({layout.name} layout); say it with --source")
+        yield Problem(f"the name of the set is neither in the file nor in its path ({layout.name} layout); give it with --source")
     if not count.split:
-        yield Problem("neither the file's name nor its folder's says train, dev or test; say it with --split")
+        yield Problem("neither the file's name nor its folder's says train, dev or test; give it with --split")
 
 
 def _row(question: Question, count: FileCount, names: set[str]) -> dict[str, Any]:
     digest = _key(question.text).hex()[:16]
     own = (question.own_id or digest).removeprefix(f"{count.split}_")
     name = f"{count.source}-{count.split}-{own}"
-    if name in names:  # merged files count from 0 again
+    if name in names:  # ids repeat in merged files
         name = f"{name}-{digest}"
     names.add(name)
     return igpo_row(count.source, question.text, question.answers, index=name, split=count.split)
 
 
 def igpo_schema(*extra: str) -> pa.Schema:
-    """The published IGPO layout, with further fields of text in `extra_info`."""
+    """The published IGPO layout, with `extra` text fields in `extra_info`."""
     return pa.schema(
         {
             "data_source": pa.string(),
@@ -177,14 +168,14 @@ def igpo_row(source: str, question: str, answers: Sequence[str], **extra: str) -
 
 
 def _key(question: str) -> bytes:
-    """Equal for questions that differ in letter case and spaces alone, or in a final question mark, which some copies drop."""
+    """The same for questions that differ only in letter case, spaces, or a final question mark, which some copies drop."""
     return hashlib.blake2b(" ".join(question.casefold().split()).rstrip(" ?").encode(), digest_size=16).digest()
 
 
 def _read_aliases(path: Path) -> dict[str, list[str]]:
     """2WikiMultihopQA's JSON lines {Q_id, aliases, demonyms} -> names of each entity."""
     found: dict[str, list[str]] = {}
-    # JSON lines in spite of its name.
+    # JSON lines, in spite of the file's name.
     for row, record in read_records(path):
         if isinstance(record, Problem) or "Q_id" not in record or "aliases" not in record:
             raise UserError(f"{path}: {record if isinstance(record, Problem) else Problem('expected Q_id and aliases', row)}")

@@ -19,7 +19,7 @@ class Data(Section):
     """Parquet files of held-out questions."""
 
     layout: Literal["auto", "igpo", "arpo", "search_r1"] = "auto"
-    """Layout of all these files. `auto` tells each file's by what it certainly is, and refuses a file that two layouts read differently."""
+    """Layout of all these files. `auto` recognises each file's, and refuses a file that two layouts read differently."""
 
     shuffle: bool = True
     """Shuffle each epoch with `run.seed`; the order depends on seed and epoch only."""

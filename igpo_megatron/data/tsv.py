@@ -1,6 +1,6 @@
 """Rows of a TSV, as DPR publishes its passages: quotes around a field are optional, and a quoted field may run over lines.
 
-A quote that never closes is a character like any other: it must not swallow the rows behind it.
+A quote that never closes is an ordinary character: it must not swallow the following rows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MOST_LINES = 100
 """A quoted field runs over at most this many lines."""
 
 _FIELD_LIMIT = 2**31 - 1
-"""The csv module's own limit on a field is shorter than some articles."""
+"""Replaces the csv module's own limit, which some articles exceed."""
 
 
 class _Lines:
@@ -30,11 +30,11 @@ class _Lines:
         self._waiting: deque[str] = deque()
 
     def next(self) -> str | None:
-        """None behind the last one."""
+        """The next line; None after the last."""
         return self._waiting.popleft() if self._waiting else next(self._lines, None)
 
     def next_row(self) -> str | None:
-        """As `next`, past blank lines."""
+        """As `next`, but skips blank lines."""
         while (line := self.next()) is not None and not line.strip():
             pass
         return line
@@ -55,7 +55,7 @@ def read_table(stream: IO[bytes]) -> Iterator[tuple[int, dict[str, Any] | Proble
         names = DPR_COLUMNS
         lines.put_back([first])
     if repeated := [name for name in names if names.count(name) > 1]:
-        yield 0, Problem("the column is there twice; keep one", column=repeated[0])
+        yield 0, Problem("the column occurs twice; keep one", column=repeated[0])
         return
     while (line := lines.next_row()) is not None:
         fields = _row(line, len(names), lines)
@@ -68,8 +68,7 @@ def read_table(stream: IO[bytes]) -> Iterator[tuple[int, dict[str, Any] | Proble
 
 def _row(line: str, width: int, lines: _Lines) -> list[str]:
     """Fields of the row that begins with `line`."""
-    fields = _fields(line)
-    if fields is not None:
+    if (fields := _fields(line)) is not None:
         return fields
     joined, looked_at = line, list[str]()
     while len(looked_at) < MOST_LINES and (more := lines.next()) is not None:
@@ -80,13 +79,13 @@ def _row(line: str, width: int, lines: _Lines) -> list[str]:
             return fields
         whole = _fields(more)
         if whole is not None and len(whole) == width:
-            break  # a row of its own: the quote does not reach as far
+            break  # a row of its own: the quote does not extend to it
     lines.put_back(looked_at)
     return line.split("\t")
 
 
 def _fields(line: str) -> list[str] | None:
-    """Fields of a whole row; None where a quote is open at its end, or closes in the middle of a field."""
+    """Fields of a complete row; None if a quote is open at its end, or closes in the middle of a field."""
     if '"' not in line:
         return line.split("\t")
     try:

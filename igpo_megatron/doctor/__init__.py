@@ -1,9 +1,9 @@
-"""What this machine, model, tools and probes can do: everything behind `igpo doctor`, and `igpo convert verify`.
+"""Checks of machine, model, tools and probes: the code of `igpo doctor` and `igpo convert verify`.
 
 machine.py   packages, devices, memory
-probes.py    engine and policy score probes alike
+probes.py    engine and policy score probes with the same result
 tools.py     every tool answers
-chat.py      the model's chat template is understood
+chat.py      how the model's chat template is used
 verify.py    converted weights give the same log-probs
 commands.py  the command line
 

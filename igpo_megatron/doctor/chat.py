@@ -35,7 +35,7 @@ SOURCES: dict[Source, tuple[str, str]] = {
     "result": ("blue", "by a tool; control tokens in it are plain characters"),
     "probe": ("magenta", "reward.probe_template with the true answer: its underlined tokens are scored, none is trained"),
 }
-"""Source of a token -> its colour, and what it is."""
+"""Source of a token -> its colour and its meaning."""
 
 BETWEEN = "\u00b7"
 QUESTION, ANSWER = "Who wrote Hamlet?", "Shakespeare"
@@ -43,10 +43,10 @@ QUESTION, ANSWER = "Who wrote Hamlet?", "Shakespeare"
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Tokens in a row from one source."""
+    """Successive tokens from one source."""
 
     turn: int
-    """The turn it belongs to, or is probed before; 0 for the prompt."""
+    """The turn it belongs to, or that follows the probe; 0 for the prompt."""
 
     source: Source
     tokens: tuple[str, ...]
@@ -70,7 +70,7 @@ class ScriptedPolicy:
         self._turn = 0
 
     async def generate(self, token_ids: list[int], **_: object) -> Completion:
-        """The next turn, without the opening that it was given."""
+        """The next turn, without its given opening."""
         self._turn += 1
         text = self._chat.write("I think so.", next(self._actions))
         opening = self._chat.opening(self._turn)[1]
@@ -96,7 +96,7 @@ class ScriptedSearch:
 
 
 def converse(config: Config, chat: ChatFormat, tokenizer: Any) -> RolloutGroup:
-    """The conversation as a run would grow it, with its probes."""
+    """The conversation as a run would generate it, with its probes."""
     rollout = config.rollout.model_copy(update={"max_turns": 2, "max_context": 2**20, "max_tokens_per_turn": 2**10})
     ids, text = chat.open(QUESTION)
     group = RolloutGroup(Prompt("doctor-chat", QUESTION, (ANSWER,), "doctor"), [Node(None, "prompt", ids, text=text)])
@@ -108,7 +108,7 @@ def converse(config: Config, chat: ChatFormat, tokenizer: Any) -> RolloutGroup:
 
 
 def pieces(group: RolloutGroup, chat: ChatFormat, tokenizer: Any) -> Iterator[Piece]:
-    """The conversation in order, each probe behind what it continues."""
+    """The conversation in order, each probe after the node that it continues."""
 
     def piece(node: Node, source: Source, ids: Sequence[int], scored: tuple[int, int] = (0, 0)) -> Iterator[Piece]:
         if ids:
@@ -148,7 +148,7 @@ def _prompt_pieces(node: Node, chat: ChatFormat, tokenizer: Any) -> Iterator[Pie
 
 
 def rewritten_from(group: RolloutGroup, chat: ChatFormat, tokenizer: Any) -> str | None:
-    """Where the template would write the same conversation otherwise, from there on; None where it would not.
+    """The template's own text from where it would write the same conversation differently; None if it would not.
 
     The run keeps what was sampled; a template that drops earlier thoughts would not. Protocols of tags are one message: None.
     """
@@ -178,7 +178,7 @@ def _filled(message: dict[str, Any], mark: str, text: str) -> dict[str, Any]:
 
 
 def facts(config: Config, chat: ChatFormat, tokenizer: Any) -> Iterator[tuple[str, str]]:
-    """What the template was found to do."""
+    """Findings about the template."""
     names = [f"{tokenizer.decode([token])} ({token})" for token in chat.turn_ends]
     yield "a turn ends with", names[0] + (f"; also with {', '.join(names[1:])}" if names[1:] else "")
     first, later = (chat.opening(turn)[1] for turn in (1, 2))
@@ -203,7 +203,7 @@ def show(console: Console, config: Config, chat: ChatFormat, tokenizer: Any) -> 
     for note in chat.notes:
         console.print(Text(f"  note: {note}"), soft_wrap=True)
     if (other := rewritten_from(group, chat, tokenizer)) is not None:
-        note = f"  note: rendered anew, the template would write otherwise from {other!r} on; the run keeps what was sampled"
+        note = f"  note: rendered again, the template would write the text differently from {other!r} on; the run keeps what was sampled"
         console.print(Text(note), soft_wrap=True)
     table = Table("turn", "source", "trained", "tokens")
     table.add_column(f"text, tokens apart by {BETWEEN}", overflow="fold")

@@ -1,4 +1,4 @@
-"""`igpo doctor`, and `igpo convert verify`. What they need is imported when one is asked for."""
+"""`igpo doctor`, and `igpo convert verify`. Each imports what it needs when it is called."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ def chat(
 
 @app.command("tools", epilog="Example: igpo doctor tools run.yaml --queries 20")
 def tools(
-    config: Annotated[Path, typer.Argument(help="YAML file that says what is searched with.")],
+    config: Annotated[Path, typer.Argument(help="YAML file that configures the search.")],
     queries: Annotated[int, typer.Option(min=1, help="Queries that may be sent at most.")] = 100,
     page: Annotated[list[str] | None, typer.Option(help="Page for the visit tool; may be repeated. Default: what searches find.")] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Send real queries to the configured search (and tools): latency, errors, how many at once; says what to set. Never the cache."""
+    """Send real queries to the configured search (and tools): latency, errors, concurrency, and what to set. Bypasses the cache."""
     from igpo_megatron.doctor import tools as tool_check
 
     raise typer.Exit(tool_check.main(load(config, overrides or []), queries, page or []))

@@ -1,6 +1,6 @@
-"""What this machine offers a run: versions, optional parts, processor, memory, network; and advice where something is missing.
+"""What this machine offers a run: versions, optional parts, processor, memory, network; with advice where something is missing.
 
-Every look is a small function that returns rows and imports nothing heavy: versions come from package metadata.
+Every check is a small function that returns rows and imports nothing large: versions come from package metadata.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ Verdict = Literal["ok", "warn", "fail"]
 
 REQUIRED = ("torch", "megatron-core", "transformers", "ray", "pydantic", "pyarrow", "safetensors", "bm25s", "wandb")
 MIN_MEMORY_GIB = 6.0
-"""The quickstart holds two ranks, one engine of three processes and Ray: about 5 GiB resident."""
+"""The quickstart runs two ranks, one engine of three processes and Ray: about 5 GiB resident."""
 MIN_SHM_GIB = 0.5
-"""Weights reach CPU engines, and Ray's objects live, in shared memory."""
+"""Shared memory holds Ray's objects and the weights on their way to CPU engines."""
 APEX_ADVICE = "optional: build NVIDIA's Apex from its repository (github.com/NVIDIA/apex) with its C++ and CUDA extensions"
 COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
@@ -40,7 +40,7 @@ class Row:
     verdict: Verdict
     found: str
     advice: str = ""
-    """What to do; empty where all is well."""
+    """What to do; empty if all is well."""
 
 
 def examine() -> list[Row]:
@@ -111,7 +111,7 @@ def vllm_build() -> list[Row]:
 
 
 def gpu_names() -> list[str]:
-    """One line per GPU as NVIDIA's driver tells; empty where there is none."""
+    """One line per GPU from NVIDIA's driver; empty without GPUs."""
     command = shutil.which("nvidia-smi")
     if command is None:
         return []
@@ -150,7 +150,7 @@ def accelerations() -> list[Row]:
 
 
 def _active(transformer_engine: bool) -> list[Row]:
-    """Which implementations a run on this machine takes, in the order in which Megatron-Core looks for them."""
+    """Which implementations a run on this machine uses, in Megatron-Core's order of preference."""
     gpu = has_gpu()
     apex = importlib.util.find_spec("apex") is not None and importlib.util.find_spec("amp_C") is not None
     fuses = gpu and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
@@ -169,7 +169,7 @@ def _active(transformer_engine: bool) -> list[Row]:
 
 
 def processor() -> list[Row]:
-    """Cores this process may use, and the instructions that CPU engines profit from."""
+    """Cores this process may use, and instruction sets that speed up CPU engines."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     flags = cpu_flags(Path("/proc/cpuinfo"))
     useful = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
@@ -204,7 +204,7 @@ def memory() -> list[Row]:
 
 
 def available_gib(meminfo: Path, cgroup: Path) -> float | None:
-    """GiB of `MemAvailable`, capped by the control group's limit less its use; None where the kernel does not say."""
+    """GiB of `MemAvailable`, capped by the control group's limit minus its use; None if the kernel does not report it."""
     if not meminfo.is_file():
         return None
     kib = next(
@@ -230,14 +230,14 @@ def shared_memory(folder: Path = Path("/dev/shm")) -> list[Row]:
 
 
 def loopback() -> list[Row]:
-    """`localhost` must lead back here, and a local port must be open to connect to: ranks and Ray meet there."""
+    """`localhost` must be this machine, and a local port must accept connections: ranks and Ray meet there."""
     rows = []
     try:
         addresses = sorted({str(entry[4][0]) for entry in socket.getaddrinfo("localhost", None)})
     except socket.gaierror as error:
         return [Row("loopback", "fail", f"localhost: {error}", "add `127.0.0.1 localhost` to /etc/hosts")]
     outside = [address for address in addresses if not address.startswith("127.") and address != "::1"]
-    advice = "localhost must mean 127.0.0.1 (and ::1): mend /etc/hosts"
+    advice = "localhost must mean 127.0.0.1 (and ::1): correct /etc/hosts"
     rows.append(Row("localhost", "fail" if outside else "ok", ", ".join(addresses), advice if outside else ""))
     try:
         with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname(), timeout=5):

@@ -38,7 +38,7 @@ class Result:
 
     scorer: str
     tokens: int
-    """Tokens forwarded for the probes alone; with an engine, those it did not find in its cache are not known and all are counted."""
+    """Tokens forwarded for the probes alone; for an engine all are counted, because its cache hits are unknown."""
 
     seconds: float
     gap: float
@@ -131,7 +131,7 @@ def gap(found: Sequence[float], expected: Sequence[float]) -> float:
 
 
 def relative_gap(found: Sequence[float], expected: Sequence[float]) -> float:
-    """The same, each difference divided by the expected log-prob where that is larger than a nat: so do its roundings grow."""
+    """As `gap`, but relative to expected log-probs beyond one nat, with which rounding errors grow."""
     scale = [max(1.0, abs(value)) for value in expected]
     if len(found) != len(expected):
         return float("inf")

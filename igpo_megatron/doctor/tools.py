@@ -1,9 +1,9 @@
-"""`igpo doctor tools`: ask what is configured a few real things, live, and say what to set.
+"""`igpo doctor tools`: send a few real queries to the configured tools, and recommend settings.
 
 plan: 1, 2, 4, ... at once within a budget ──announce──> climb until calls fail ──> a Level each ──> table, sentences with config keys
 
-Cache, record, replay and chaos are left out, and nothing is tried twice: this is about what the provider does. A refused key or a
-used-up quota ends it.
+Cache, record, replay and chaos are disabled, and nothing is retried: the provider itself is measured. A refused key or an exhausted quota
+ends the check.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from igpo_megatron.tools.visit.reader import PageReader
 from igpo_megatron.types import UserError
 
 PAGES = 8
-"""Pages visited, each once: they belong to strangers."""
+"""Pages visited, once each: they belong to other people."""
 
 FEWEST = 4
-"""Calls per stage at least."""
+"""Fewest calls per stage."""
 
 _ASPECTS = (
     *("capital of", "population of", "history of", "largest city in", "currency of", "highest mountain in", "languages of", "climate of"),
@@ -44,12 +44,12 @@ _PLACES = (
     *("Vietnam", "Mali", "Iceland", "Turkey", "Nepal", "Brazil", "Egypt", "Mexico", "Ireland", "Jordan", "Fiji", "Spain"),
 )
 BUILT_IN = tuple(f"{aspect} {place}" for place, aspect in product(_PLACES, _ASPECTS))
-"""Asked where the configuration names no file of questions."""
+"""Queries if the configuration has too few questions."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Part of a plan."""
+    """One step of a plan."""
 
     at_once: int
     calls: int
@@ -57,7 +57,7 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """What came of a stage."""
+    """Result of a stage."""
 
     at_once: int
     tally: Tally
@@ -69,7 +69,7 @@ class Level:
 
     @property
     def fails(self) -> bool:
-        """True if more fails than a stray call."""
+        """True if more than an occasional call fails."""
         return self.failed >= max(min(2, self.tally.calls), self.tally.calls / 10)
 
     @property
@@ -120,7 +120,7 @@ def questions(config: Config, count: int) -> list[str]:
 
 
 def _distinct(texts: Iterable[str]) -> Iterator[str]:
-    """Each once as a provider sees it: a repeated query would share the answer of the first."""
+    """Without texts that are the same to a provider: a repeated query would share the first one's answer."""
     seen: set[str] = set()
     for text in texts:
         if normalise(text) not in seen:
@@ -172,7 +172,7 @@ async def check_search(
 
 
 def search_advice(config: Config, levels: Sequence[Level]) -> list[str]:
-    """What the measured levels say about the settings of `search`."""
+    """Recommendations for the settings of `search` from the measured levels."""
     search, top, local = config.search, levels[-1], backend_of(config.search).in_process
     clean = [level for level in levels if not level.fails]
     failures = top.tally.failures.most_common(1)
@@ -187,7 +187,7 @@ def search_advice(config: Config, levels: Sequence[Level]) -> list[str]:
         )
         if top.tally.status[SearchStatus.RATE_LIMITED] and search.rate_per_s is None:
             said.append(
-                f"Or set search.rate_per_s to your plan's; {_rate(clean[-1].answers_per_s)} per second were answered without complaint."
+                f"Or set search.rate_per_s to your plan's; {_rate(clean[-1].answers_per_s)} per second were answered without errors."
             )
     elif local:
         said.append(f"{search.backend} runs in this process; nothing to set.")
@@ -208,7 +208,7 @@ def search_advice(config: Config, levels: Sequence[Level]) -> list[str]:
     if not local and last.p95_s > search.timeout_s / 2:
         said.append(
             f"Raise search.timeout_s={search.timeout_s:g} to {3 * last.p95_s:.0f}: at {last.at_once} at once p95 is {last.p95_s:.1f} s, "
-            "so a slow minute would count as failures."
+            "so slow answers would soon count as failures."
         )
     empty, answered = (
         sum(level.tally.status[status] for level in clean for status in kinds) for kinds in ((SearchStatus.EMPTY,), _ANSWERS)
@@ -232,7 +232,7 @@ _ANSWERS = tuple(status for status in SearchStatus if status.is_answer)
 
 
 def visit_advice(config: Config, level: Level) -> list[str]:
-    """What the visits say about the settings of `visit`."""
+    """Recommendations for the settings of `visit`."""
     said, visit, status = [], config.visit, level.tally.status
     if refused := status["refused"]:
         said.append(f"{refused} pages may not be visited; name their hosts in visit.allow_hosts if they are yours.")
@@ -245,11 +245,11 @@ def visit_advice(config: Config, level: Level) -> list[str]:
             f"{level.failed} of {level.tally.calls} visits failed, which ends a trajectory each; visit.show_failures=true would tell the "
             f"policy instead. Most often: {level.tally.failures.most_common(1)[0][0]}."
         )
-    return said or [f"{level.tally.calls} pages were answered for; nothing to set."]
+    return said or [f"{level.tally.calls} visits got an answer; nothing to set."]
 
 
 def python_advice(config: Config, levels: Sequence[Level]) -> list[str]:
-    """What the runs say about the settings of `python`."""
+    """Recommendations for the settings of `python`."""
     top, most = levels[-1], config.python.max_concurrency
     if top.failed:
         return [f"{top.failed} of {top.tally.calls} runs failed at {top.at_once} at once: {top.tally.failures.most_common(1)[0][0]}."]
@@ -262,7 +262,7 @@ def python_advice(config: Config, levels: Sequence[Level]) -> list[str]:
 
 
 async def check(config: Config, budget: int, pages: Sequence[str], console: Console, found: list[Finding]) -> None:
-    """Measure every tool and add it to `found`, so that what was measured before a stop is not lost. Raises SearchStopped."""
+    """Measure every tool and add it to `found`, so that earlier results survive a stop. Raises SearchStopped."""
     stages = plan(config.search.max_concurrency, budget)
     calls = num_calls(stages)
     console.print(announcement(config, stages), soft_wrap=True)
@@ -318,7 +318,7 @@ async def _python(config: Config, advancing: Callable[[str, int], Callable[[], N
 
 
 def announcement(config: Config, stages: Sequence[Stage]) -> str:
-    """What is about to be asked, before anything is."""
+    """What will be queried; printed before the first query."""
     levels = ", ".join(str(stage.at_once) for stage in stages)
     variable = key_variable(config.search)
     billed = f" Each counts at the provider of {variable}." if variable else ""

@@ -30,7 +30,7 @@ MAX_GAP = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class LogProbGap:
-    """How the log-probs of one text differ."""
+    """Differences of the log-probs of one text."""
 
     num_tokens: int
     worst: float
@@ -47,7 +47,7 @@ class LogProbGap:
 
 
 def log_prob_gap(hf: Path, megatron: Path) -> LogProbGap:
-    """Score `TEXT` by both, in fp32 on the CPU, one after the other. Makes and leaves a process group of one."""
+    """Score `TEXT` by both, in fp32 on the CPU, one after the other. Opens and closes a process group of one rank."""
     tokens = text_tokens(hf)
     expected = transformers_log_probs(hf, tokens)
     return compare(expected, megatron_log_probs(hf, megatron, tokens))
@@ -61,7 +61,7 @@ def compare(expected: torch.Tensor, found: torch.Tensor) -> LogProbGap:
 
 
 def text_tokens(folder: Path) -> list[int]:
-    """`TEXT` by the folder's tokenizer; tokens spread over the vocabulary where it has none."""
+    """`TEXT` by the folder's tokenizer; random tokens if it has none."""
     shape = read_shape(folder)
     if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         from igpo_megatron.chat.tokenizer import load_tokenizer
@@ -98,7 +98,7 @@ def megatron_log_probs(hf: Path, megatron: Path, tokens: list[int]) -> torch.Ten
 
         rules, reader = convert.open_megatron(megatron, hf)
         (model,) = build_model(read_shape(hf), config, ranks.device)
-        # By way of the HF tensors, whose vocabulary is unpadded: the checkpoint may be padded otherwise than the model.
+        # Through the HF tensors, whose vocabulary is unpadded: checkpoint and model may be padded differently.
         fill_weights([model], rules, lambda rule: rule.to_megatron(rule.to_hf(reader.get(rule.megatron_name))))
         rows = pack_for_scoring([scoring_group(tokens)], row_tokens=len(tokens), multiple=1)
         (found,) = schedule.forward_only([model], rows, temperature=1.0, device=ranks.device)

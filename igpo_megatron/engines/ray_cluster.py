@@ -19,8 +19,9 @@ import torch
 from igpo_megatron.config.schema import Config
 from igpo_megatron.engines.api import EngineError
 from igpo_megatron.supervision.blotting import blot_environment
+from igpo_megatron.supervision.failures import MOST_BYTES
 from igpo_megatron.supervision.leftovers import claim, is_alive, remove_abandoned
-from igpo_megatron.supervision.library_log import LOGS, MOST_BYTES
+from igpo_megatron.supervision.library_log import LOGS
 from igpo_megatron.types import UserError
 from igpo_megatron.weights.send import cause
 

@@ -1,7 +1,7 @@
 """The ranks of one node, by torchrun's own launcher; how they ended becomes one sentence.
 
 `python -m igpo_megatron.launch.agent SPEC`: SPEC is JSON with `launch` (arguments of LaunchConfig), `arguments` (of
-igpo_megatron.training.main), and `outcome`, the file that says how it ended.
+igpo_megatron.training.main), and `outcome`, the file to which it writes its ending.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 RANK_MODULE = "igpo_megatron.launch.rank"
 
 _PATIENCE_S = 20.0
-"""torchrun kills a rank that has not ended this long (30 s) after it was asked to: so late a kill is no cause."""
+"""torchrun kills a rank that has not ended this long (30 s) after SIGTERM: a kill that late is not a cause."""
 
 
 class RanksFailed(Exception):
@@ -47,7 +47,7 @@ def launcher(launch: LaunchConfig) -> Iterator[Callable[..., object]]:
     from torch.distributed.launcher.api import elastic_launch
 
     for name in list(logging.root.manager.loggerDict):
-        if name.startswith("torch.distributed.elastic"):  # each has a level of its own; the ending says what happened
+        if name.startswith("torch.distributed.elastic"):  # each logger has its own level; the ending reports what happened
             logging.getLogger(name).setLevel(logging.CRITICAL)
     os.environ[LAUNCHED] = "1"
     try:
@@ -60,8 +60,8 @@ def launcher(launch: LaunchConfig) -> Iterator[Callable[..., object]]:
 
 
 def ending_of_ranks(failures: Mapping[int, ProcessFailure]) -> Ending:
-    """The cause among the ranks that failed, by global rank: a kill; an error; what others made happen (a lost peer, torchrun's own
-    SIGTERM). Of the same kind the first."""
+    """The cause among the failed ranks, by global rank: first kills, then errors, then consequences (a lost peer, torchrun's own
+    SIGTERM); among the same kind the earliest."""
     endings = [_ending(rank, failure) for rank, failure in failures.items()]
     errors = [one.time for one in endings if one.kind == "error"]
 
@@ -75,7 +75,7 @@ def ending_of_ranks(failures: Mapping[int, ProcessFailure]) -> Ending:
 
 
 def _ending(rank: int, failure: ProcessFailure) -> Ending:
-    """What a rank left, or what its exit code says."""
+    """The ending that a rank wrote, or one made from its exit code."""
     left = read(failure.error_file_data)
     if left is not None:
         return left
@@ -87,13 +87,13 @@ def _ending(rank: int, failure: ProcessFailure) -> Ending:
 
 
 def main(spec: dict[str, Any]) -> int:
-    """Run the ranks that a launcher asked for and leave the outcome where it looks."""
+    """Run the ranks of a launcher, and write their ending to the file that it reads."""
     from torch.distributed.elastic.rendezvous.api import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig
 
     end_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal, which sends it to all: the launcher ends this agent
-    # One store of the agents for every attempt would still hold the addresses of the ranks that died, and new ones would knock there.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all processes: the launcher ends this agent
+    # With one store for all attempts, new ranks would connect to the addresses of ranks that died.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     ending = Ending("done", 0)
     try:

@@ -1,7 +1,7 @@
-"""One node's place at the meeting on node 0: facts before the start, heartbeats and a report after it, one verdict at the end.
+"""One node's side of the meeting on node 0: facts before the start, then heartbeats and a report, and one verdict at the end.
 
-A thread does all of a node's talking, so a cut link blocks that thread and never the node. Times are each node's own: nothing here
-compares the clocks of two machines, except the order of reports of one kind.
+A thread does all communication, so a broken link blocks that thread and never the node. Every node uses its own clock; clocks of two
+machines are compared only to order reports of one kind.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from igpo_megatron.types import UserError
 
 Ask = Callable[[Said], Awaitable[Answer]]
 Judge = Callable[[list[Facts]], list[str]]
-"""What is wrong between nodes, a sentence each."""
+"""Facts of all nodes -> their disagreements, one sentence each."""
 
 _POLL_S = 0.2
 _LEAVE_S = 20.0
-_HEAD_SPARES_S = 5.0  # what node 0 says must reach the others before their deadline is over
+_HEAD_SPARES_S = 5.0  # node 0 decides this early, so that the others hear it before their deadline
 
 
 class PreflightFailed(UserError):
@@ -36,7 +36,7 @@ class PreflightFailed(UserError):
 
 
 class Board:
-    """One node's place. Raises PreflightFailed where there is no secret that all nodes share."""
+    """One node's side of the meeting. Raises PreflightFailed if it has no shared secret."""
 
     def __init__(self, node: Node, secret: str | None, *, lost_after_s: float) -> None:
         if not secret:
@@ -66,7 +66,7 @@ class Board:
 
     @property
     def verdict(self) -> Verdict | None:
-        """How the job ended; None while it goes on. A node that node 0 no longer answers decides for itself."""
+        """How the job ended; None while it runs. A node that gets no answer from node 0 any more decides for itself."""
         silent = time.monotonic() - self._heard
         if self._verdict is None and not self.node.is_head and silent > self._lost_after_s:
             head = next(one.name for one in self._facts if one.rank == 0)
@@ -74,7 +74,7 @@ class Board:
         return self._verdict
 
     def report(self, kind: Kind, sentence: str, code: int) -> None:
-        """Say once how this node's part ended."""
+        """Report how this node's part ended; only the first call counts."""
         if self._report is None:
             self._report = Report(self.node.rank, kind, clean_sentence(sentence), min(max(code, 0), 255), time.time())
 
@@ -83,11 +83,11 @@ class Board:
         self._ready.add(flag)
 
     def has(self, flag: str) -> bool:
-        """Some node has posted it. Known within a few polls."""
+        """Whether some node has posted it; known after a few polls."""
         return flag in self._posted
 
     def leave(self) -> None:
-        """Say that this node has stopped; node 0 stays until all others did, or are lost."""
+        """Report that this node has stopped; node 0 waits until all others have stopped or are lost."""
         self._left = True
         until = time.monotonic() + (_LEAVE_S if self.node.is_head else 2.0)
         while time.monotonic() < until and not self._ended.is_set():
@@ -96,7 +96,7 @@ class Board:
     # ---- the thread
 
     async def _live(self, own: Facts, deadline_s: float, judge: Judge, met: Future[list[Facts]]) -> None:
-        """Meet, then talk until the node has left."""
+        """Meet, then exchange messages until the node has left."""
         try:
             async with self._way() as ask:
                 self._facts = await self._meet(ask, own, deadline_s, judge)
@@ -112,7 +112,7 @@ class Board:
 
     @asynccontextmanager
     async def _way(self) -> AsyncIterator[Ask]:
-        """To node 0, which is this node or another one. Raises PreflightFailed where it cannot have its port."""
+        """A way to ask node 0, which may be this node. Raises PreflightFailed if its port is taken."""
         if not self.node.is_head:
             async with Line(self._key, self.node.head, self.node.port, self.node.nodes) as line:
                 yield line.ask
@@ -139,7 +139,10 @@ class Board:
                 async with asyncio.timeout(until - time.monotonic()):
                     answer = await ask(Said(self._launcher, facts=own))
             except WrongSecret:
-                raise PreflightFailed(self._other_secret()) from None
+                raise PreflightFailed(
+                    f"{self.node.name} has another RAY_AUTH_TOKEN than the `igpo launch` at {self.node.head}:{self.node.port}: "
+                    "set it to the same secret on every node"
+                ) from None
             except (Unanswered, TimeoutError):
                 await asyncio.sleep(_POLL_S)
                 continue
@@ -165,7 +168,7 @@ class Board:
             said = Said(self._launcher, report=self._report, flags=sorted(self._ready), left=self._left)
             try:
                 answer = await ask(said)
-            except (Unanswered, WrongSecret):  # node 0 ended, or the link did: `verdict` says so once it has lasted
+            except (Unanswered, WrongSecret):  # node 0 or the link failed: `verdict` reports it once that has lasted
                 pass
             else:
                 self._heard = time.monotonic()
@@ -182,10 +185,4 @@ class Board:
         return (
             f"no `igpo launch` of node 0 answered at {self.node.head}:{self.node.port} within {deadline_s:g} s: start it there, open the "
             "firewall between the nodes, or, if something else listens on that port, give every node another --head port"
-        )
-
-    def _other_secret(self) -> str:
-        return (
-            f"{self.node.name} has another RAY_AUTH_TOKEN than the `igpo launch` at {self.node.head}:{self.node.port}: "
-            "set it to the same secret on every node"
         )

@@ -1,7 +1,7 @@
 """The network between the launchers: node 0's HTTP server, and the other nodes' way to it. Both sides prove the secret (seal.py).
 
-The server listens on the address by which the nodes reach node 0. Whoever has not proved the secret gets a challenge or a refusal,
-may send as much as a message is long, and is cut off after a few seconds; where too many of them come, the oldest goes first.
+The server listens on the address by which the nodes reach node 0. A client that has not proved the secret gets only a challenge or a
+refusal, may send at most one message's length, and is disconnected after a few seconds; of too many the oldest goes first.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from igpo_megatron.launch.messages import MAX_MESSAGE, Answer, BadMessage, Greet
 from igpo_megatron.launch.seal import Challenges, is_mac, mac, new_nonce, session_key
 
 STRANGER_S = 5.0
-"""A connection that has not proved the secret lives this long."""
+"""A connection that has not proved the secret is closed after this time."""
 
 MAX_STRANGERS = 64
 REQUEST_S = 5.0
 MAX_NAMED = 4
-"""Addresses of strangers that a sentence names."""
+"""At most so many addresses of strangers appear in a message."""
 
 _SWEEP_S = 0.5
 _SESSIONS_PER_NODE = 64
 _PROOF, _NODE, _HEAD = "proof of node 0", "node", "node 0"
 
-_silent = logging.getLogger(f"{__name__}.server")  # strangers fill no log
+_silent = logging.getLogger(f"{__name__}.server")  # strangers must not fill a log
 _silent.disabled = True
 
 
@@ -43,11 +43,11 @@ class Unanswered(Exception):
 
 
 class WrongSecret(Exception):
-    """Whoever answers does not know this node's secret."""
+    """The server does not know this node's secret."""
 
 
 class Doorway:
-    """Node 0's server. `hear` gets what nodes say once they have proved the secret."""
+    """Node 0's server. `hear` gets the messages of nodes that have proved the secret."""
 
     def __init__(self, key: bytes, nodes: int, hear: Callable[[Said], Answer]) -> None:
         self._key, self._hear = key, hear
@@ -95,7 +95,7 @@ class Doorway:
         if last is None and len(self._numbers) >= self._max_sessions:
             raise web.HTTPForbidden(text="too many sessions")
         if last is not None and sealed.number <= last:
-            raise web.HTTPForbidden(text="said before")
+            raise web.HTTPForbidden(text="repeated message number")
         self._numbers[sealed.challenge] = sealed.number
         self._proved.add(request.protocol)
         self.strangers.discard(request.remote or "")
@@ -104,10 +104,11 @@ class Doorway:
         except BadMessage as problem:
             answer = Answer(refused=f"node 0 cannot read what this node says ({problem}): run the same version on every node")
         body = write(answer)
-        return web.Response(text=write(Sealed(sealed.nonce, sealed.challenge, sealed.number, body, _sealed(session, sealed.number, body))))
+        seal = mac(session, _HEAD, str(sealed.number), body)
+        return web.Response(text=write(Sealed(sealed.nonce, sealed.challenge, sealed.number, body, seal)))
 
     async def _sweep(self, runner: web.AppRunner) -> None:
-        """Cut off strangers that stay too long, or are too many."""
+        """Disconnect strangers that stay too long, or are too many."""
         while True:
             await asyncio.sleep(_SWEEP_S)
             now = time.monotonic()
@@ -121,17 +122,13 @@ class Doorway:
 
 
 def _note(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Of faults in no handler: strangers cause those of the system, such as too many open files, after which asyncio tries again."""
+    """Handle errors outside handlers: OSErrors, such as too many open files, come from strangers, and asyncio retries after them."""
     if not isinstance(context.get("exception"), OSError):
         loop.default_exception_handler(context)
 
 
-def _sealed(session: bytes, number: int, body: str) -> str:
-    return mac(session, _HEAD, str(number), body)
-
-
 async def _received(kind: type[Any], request: web.Request) -> Any:
-    """What a request holds; refused where it is too long, too slow or something else."""
+    """The message in a request; refused if it is too long, too slow or malformed."""
     try:
         async with asyncio.timeout(REQUEST_S):
             return read(kind, await request.read())
@@ -149,13 +146,13 @@ class Line:
         self._max_answer = MAX_MESSAGE + nodes * 4096
         self._numbers = itertools.count()
         self._greeted: tuple[str, str] | None = None
-        """Nonce and challenge of the session; None before it, and where node 0 no longer knows it."""
+        """Nonce and challenge of the session; None before it, and after node 0 has forgotten it."""
 
         self._http: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
         timeout = aiohttp.ClientTimeout(total=REQUEST_S)
-        # One connection, and no proxy: the environment's is for the world outside.
+        # One connection, and no proxy: the environment's proxy is for outside addresses.
         connector = aiohttp.TCPConnector(limit=1)
         self._http = aiohttp.ClientSession(connector=connector, timeout=timeout, trust_env=False, auto_decompress=False)
         return self
@@ -165,7 +162,7 @@ class Line:
         await self._http.close()
 
     async def ask(self, said: Said) -> Answer:
-        """Say something and hear the answer. Raises Unanswered, WrongSecret."""
+        """Send a message and return the answer. Raises Unanswered, WrongSecret."""
         if self._greeted is None:
             self._greeted = await self._greet()
         nonce, challenge = self._greeted
@@ -187,7 +184,7 @@ class Line:
         assert self._http is not None
         try:
             async with self._http.post(f"{self._place}/{path}", data=write(message).encode(), allow_redirects=False) as response:
-                if response.status == 403:  # another launcher of node 0 than the one that knew this node
+                if response.status == 403:  # node 0's launcher was restarted and does not know this session
                     self._greeted = None
                 text = bytearray()
                 async for part in response.content.iter_chunked(2**16):

@@ -1,4 +1,4 @@
-"""Node 0's side of the meeting: who has come, whether the job starts, how it ends. Knows no sockets; times are its own clock's."""
+"""Node 0's side of the meeting: which nodes are present, whether the job starts, how it ends. Uses no sockets, and only its own clock."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from igpo_megatron.launch.node import Node
 from igpo_megatron.launch.preflight import Facts, missing
 
 _SETTLE_S = 2.0
-"""One fault makes many reports: this long after the first the earliest cause is chosen."""
+"""One fault causes many reports: the earliest cause is chosen this long after the first report."""
 
 _SPARE_SEATS = 8
 _CAUSES: tuple[Kind, ...] = ("interrupted", "ray", "signal", "error", "peer")
 
 
 def earliest_cause(reports: Sequence[Report]) -> Report:
-    """The report that names the cause. A killed process or a lost Ray makes others fail, never the other way round; then the earliest."""
+    """The report that names the cause. A killed process or a lost Ray makes others fail, not vice versa; among equals the earliest."""
     return min(reports, key=lambda report: (_CAUSES.index(report.kind), report.time))
 
 
@@ -28,7 +28,7 @@ def decide(
     failed = [report for report in reports if report.kind != "done"]
     if failed:
         cause = earliest_cause(failed)
-        # Whose launcher was killed says nothing: its silence is the cause, and takes its time to be one.
+        # A killed launcher sends no report: its silence is the cause, and takes `lost_after_s` to be noticed.
         if since_first_s >= (lost_after_s + _SETTLE_S if cause.kind == "peer" else _SETTLE_S):
             return Verdict(cause.code, cause.sentence)
     lost = [f"{name} has not been heard of for {age:.0f} s: it is down or cut off" for name, age in silent_s.items() if age > lost_after_s]
@@ -41,7 +41,7 @@ def decide(
 
 @dataclass(slots=True)
 class _Seat:
-    """What one launcher has said."""
+    """State of one launcher."""
 
     facts: Facts
     heard: float
@@ -50,7 +50,7 @@ class _Seat:
 
 
 class Head:
-    """The one place that decides. `hear` is given what came through the door (doorway.py), already proved and read."""
+    """Takes all decisions. `hear` gets messages that doorway.py has already authenticated and parsed."""
 
     def __init__(self, node: Node, *, lost_after_s: float) -> None:
         self._node, self._lost_after_s = node, lost_after_s
@@ -64,7 +64,7 @@ class Head:
         self._verdict: Verdict | None = None
 
     def hear(self, said: Said, now: float) -> Answer:
-        """Note what a launcher says, and answer. Nothing it can say raises, or takes back what was decided."""
+        """Record a launcher's message and answer it. No message makes this raise, or reverses a decision."""
         seat = self._seats.get(said.launcher)
         if seat is None:
             if said.facts is None:
@@ -78,7 +78,7 @@ class Head:
         seat.heard = now
         if self._starts:
             if seat.report is None and said.report is not None:
-                seat.report = replace(said.report, rank=seat.facts.rank)  # nobody reports for another
+                seat.report = replace(said.report, rank=seat.facts.rank)  # a node reports only for itself
             seat.left |= said.left
             self._flags |= set(said.flags[: MAX_FLAGS - len(self._flags)])
         nodes_known = [_place(one.facts) for one in self._seats.values()] if self._starts and said.facts is not None else None
@@ -88,21 +88,21 @@ class Head:
 
     @property
     def facts(self) -> list[Facts]:
-        """Of those who are here."""
+        """Facts of all nodes that are present."""
         return [seat.facts for seat in self._seats.values()]
 
     def forget_silent(self, now: float) -> None:
-        """A launcher that came and ended before the start frees its place."""
+        """Free the places of launchers that ended before the start."""
         self._seats = {key: seat for key, seat in self._seats.items() if now - seat.heard <= self._lost_after_s}
 
     def conclude(self, facts: list[Facts], problems: list[str], waited_s: float, *, overdue: bool, strangers: Collection[str]) -> None:
-        """Let all start, or stop, or wait on. `problems`: what is wrong between `facts`, who may not be all any more."""
+        """Start, stop, or keep waiting. `problems`: disagreements between `facts`, which may be out of date by now."""
         if facts != self.facts:
             return
         absent = missing(facts, self._node.nodes, waited_s)
         if absent and strangers:
             absent += f"; {', '.join(sorted(strangers))} asked and did not show that it has the same RAY_AUTH_TOKEN"
-        # What is wrong already will not become right by waiting for more nodes.
+        # Waiting for more nodes does not resolve a disagreement.
         problems = problems if absent is None or len(facts) > 1 else []
         if problems or (absent and overdue):
             self._stop = clean_sentence("; ".join(problems or [absent or ""]))
@@ -112,7 +112,7 @@ class Head:
     # ---- after the start
 
     def look(self, now: float) -> bool:
-        """Decide when there is something to decide; True when no other node is left to hear of it."""
+        """Decide if possible; True when no other node is left to be informed."""
         silent = {seat.facts.name: now - seat.heard for seat in self._seats.values()}
         if self._verdict is None:
             reports = [seat.report for seat in self._seats.values() if seat.report]

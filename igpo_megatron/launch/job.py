@@ -1,4 +1,4 @@
-"""The life of one node of many: meet, start Ray, start the ranks, watch, stop what was started, end with the sentence of all nodes."""
+"""One node's part of a job: meet, start Ray and the ranks, watch them, stop what was started, and report the same end as every node."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _RAY_SERVERS = ("gcs_server", "raylet")
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How a job is supervised; the same on every node. Raises UserError for a rendezvous that does not exist or cannot do it."""
+    """How a job is supervised; the same on every node. Raises UserError for an unknown rendezvous, or one that cannot restart."""
 
     rendezvous: str
     max_restarts: int
@@ -54,7 +54,7 @@ class Options:
 
 
 def run_node(node: Node, config: Config, arguments: list[str], options: Options) -> int:
-    """One node's part of the job; the exit code: 0 finished, 2 a mistake of the user's, others as the cause had it."""
+    """Run one node's part of the job. Exit code: 0 finished, 2 a user's mistake, otherwise that of the cause."""
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     with_ray = config.run.replay is None
 
@@ -82,7 +82,7 @@ def run_node(node: Node, config: Config, arguments: list[str], options: Options)
 
 
 class _Job:
-    """What one node has running, in the order in which it is started; stopped in the reverse order."""
+    """The processes of one node, started in this order and stopped in reverse."""
 
     def __init__(self, node: Node, config: Config, arguments: list[str], options: Options, board: Board, facts: list[Facts]) -> None:
         self.node, self.config, self.arguments, self.options, self.board = node, config, arguments, options, board
@@ -90,12 +90,12 @@ class _Job:
         self.ray: Child | None = None
         self.agent: Child | None = None
         self.store: object = None
-        """torchrun's, while it is there."""
+        """torchrun's store, while it is open."""
 
         self.signal: int | None = None
 
     def run(self) -> Verdict:
-        """Until there is a verdict."""
+        """Start everything, wait for the verdict, stop everything; returns the verdict."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self._note_signal)
         with ExitStack() as stack:
@@ -109,7 +109,7 @@ class _Job:
                 self._watch(folder)
                 time.sleep(_POLL_S)
             if verdict.code not in (0, 2) and self.agent:
-                # Ranks write down whom they wait for (waits.py): what a hang leaves to be read.
+                # Ranks then record what they are waiting for (waits.py), to explain a hang.
                 self.agent.signal_descendants(signal.SIGUSR1, RANK_MODULE)
                 time.sleep(_POLL_S)
         self.board.leave()
@@ -129,7 +129,7 @@ class _Job:
             token = ray_token()
             assert token is not None, "preflight has seen a token"
             environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "RAY_USAGE_STATS_ENABLED": "0"}
-            # Ray's own limit of 30 s for a node to register would speak first.
+            # Otherwise Ray's own limit of 30 s for a node to register would apply.
             environment["RAY_raylet_start_wait_time_s"] = str(round(self.options.deadline_s))
             os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token)
             try:
@@ -149,9 +149,10 @@ class _Job:
                 except OSError:
                     self.board.report("error", busy_port(self.node.rendezvous_port, self.node.name), 1)
                     return
+            ray_override = [f"rollout.engine.ray_address={self.node.head}:{self.node.ray_port}"] if self.ray else []
             spec = {
                 "launch": launch_arguments(self.node, self.trainers, self.options),
-                "arguments": [*self.arguments, *self._ray_override()],
+                "arguments": [*self.arguments, *ray_override],
                 "outcome": str(folder / "outcome.json"),
             }
             interface = interface_of(self.node.address) or ""
@@ -160,7 +161,7 @@ class _Job:
             self.agent = Child([sys.executable, "-m", "igpo_megatron.launch.agent", json.dumps(spec)], environment)
 
     def _until(self, happened: Callable[[], bool], problem: str, folder: Path) -> bool:
-        """Wait for a part of the start; False when there is a verdict first, which a passed deadline makes."""
+        """Wait for a step of the start; False if there is a verdict first, which a passed deadline causes."""
         deadline = time.monotonic() + self.options.deadline_s
         while not happened():
             if self.board.verdict is not None:
@@ -172,10 +173,10 @@ class _Job:
         return True
 
     def _watch(self, folder: Path) -> None:
-        """Report what ended here."""
+        """Report a process that ended on this node."""
         if self.signal is not None:
             self.board.report("interrupted", f"{self.node.name} was interrupted by {signal.Signals(self.signal).name}", 128 + self.signal)
-        # `ray start` itself waits for its raylet until its deadline, also for one that is dead.
+        # `ray start` waits for its raylet until its deadline, even for a dead one.
         if self.ray and (self.ray.poll() is not None or self.ray.ended(_RAY_SERVERS)):
             server = self.ray.ended(_RAY_SERVERS)
             which = f": its {server} died" if server else ""
@@ -188,9 +189,9 @@ class _Job:
         if not outcome.is_file():
             self.board.report("signal", f"torchrun's agent ended with code {code} on {self.node.name}", 1)
             return
-        said = json.loads(outcome.read_text(encoding="utf-8"))
-        place = f" on {self.node.name}" if said["kind"] in ("signal", "interrupted") else f" ({self.node.name})"
-        self.board.report(said["kind"], said["sentence"] + place, said["code"])
+        ended = json.loads(outcome.read_text(encoding="utf-8"))
+        place = f" on {self.node.name}" if ended["kind"] in ("signal", "interrupted") else f" ({self.node.name})"
+        self.board.report(ended["kind"], ended["sentence"] + place, ended["code"])
 
     def _stop(self) -> None:
         for child in (self.agent, self.ray):
@@ -198,30 +199,27 @@ class _Job:
                 child.stop(_PATIENCE_S)
         self.store = None
 
-    def _ray_override(self) -> list[str]:
-        return [f"rollout.engine.ray_address={self.node.head}:{self.node.ray_port}"] if self.ray else []
-
     def _ray_devices(self) -> dict[str, str]:
         gpus = engine_gpus(self.node, self.config) if wants_cuda(self.config.run.device) else None
         return {} if gpus is None else {"CUDA_VISIBLE_DEVICES": visible_devices(gpus)}
 
 
 def open_store(node: Node) -> object:
-    """torchrun's own store on node 0, in which its agents meet, open until nothing refers to it. Raises OSError where the port is taken.
+    """torchrun's own store on node 0, in which its agents meet; it closes when nothing refers to it. Raises OSError if the port is taken.
 
-    It asks nobody for a secret and its readers unpickle what they find. So it is open only while ranks run, on a port of its own, on the
-    address by which the nodes reach node 0; a firewall must do the rest.
+    It requires no secret, and its readers unpickle its contents. So it is open only while ranks run, on its own port, on the address by
+    which the nodes reach node 0; otherwise a firewall must protect it.
     """
     import torch.distributed as dist
 
-    # Our own socket: left to itself torch listens on every interface.
+    # Our own socket: by default torch listens on every interface.
     listener = socket.create_server((node.address, node.rendezvous_port), backlog=1024)
     place = node.address, node.rendezvous_port
     return dist.TCPStore(*place, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
 def engine_gpus(node: Node, config: Config) -> Sequence[int] | None:
-    """The GPUs of a node that Ray may see; None for all that it has."""
+    """The GPUs of a node that Ray may see; None for all of them."""
     if node.role == "rollout":
         return config.rollout.engine.gpu_ids or None
     if config.placement.mode == "colocated":
@@ -230,15 +228,15 @@ def engine_gpus(node: Node, config: Config) -> Sequence[int] | None:
 
 
 def ray_command(node: Node, config: Config, folder: Path) -> list[str]:
-    """`ray start` for this node. A training node takes part without room for engines: rank 0 joins Ray where it runs."""
+    """`ray start` for this node. A training node joins without room for engines: rank 0 connects to Ray on its own node."""
     engine = config.rollout.engine
-    room = 0 if node.role == "train" else engine.count + 1  # logical: what an engine really uses is its `threads`
+    room = 0 if node.role == "train" else engine.count + 1  # logical CPUs: an engine really uses its `threads`
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
     command += ["--node-ip-address", node.address, "--num-cpus", str(room)]
     gpus = engine_gpus(node, config) if wants_cuda(config.run.device) else ()
     if gpus is not None:
         command += ["--num-gpus", str(len(gpus))]
-    # By default all nodes' sockets lie in a folder named as the head's, where two nodes that share a disk take the same names.
+    # By default every node puts its sockets in a folder named after the head's, so two nodes that share a disk would collide.
     command += ["--temp-dir", str(folder / "ray")]
     if node.is_head:
         return [*command, "--head", "--port", str(node.ray_port), "--include-dashboard", "false"]
@@ -247,7 +245,12 @@ def ray_command(node: Node, config: Config, folder: Path) -> list[str]:
 
 def launch_arguments(node: Node, trainers: list[int], options: Options) -> dict[str, Any]:
     """Arguments of torchrun's LaunchConfig for this node. c10d meets in the store of node 0's launcher, static in one of its agent's."""
-    common = {
+    rendezvous: dict[str, Any]
+    if options.rendezvous == "static":
+        rendezvous = {"rank": trainers.index(node.rank), "timeout": options.deadline_s}
+    else:
+        rendezvous = {"is_host": "false", "join_timeout": int(options.deadline_s)}
+    return {
         "min_nodes": len(trainers),
         "max_nodes": len(trainers),
         "nproc_per_node": node.ranks,
@@ -257,9 +260,5 @@ def launch_arguments(node: Node, trainers: list[int], options: Options) -> dict[
         "monitor_interval": 0.2,
         "rdzv_backend": options.rendezvous,
         "rdzv_endpoint": f"{node.head}:{node.rendezvous_port}",
+        "rdzv_configs": rendezvous,
     }
-    if options.rendezvous == "static":
-        place = {"rank": trainers.index(node.rank), "timeout": options.deadline_s}
-        return {**common, "rdzv_configs": place}
-    meeting = {"is_host": "false", "join_timeout": int(options.deadline_s)}
-    return {**common, "rdzv_configs": meeting}

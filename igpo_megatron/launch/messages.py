@@ -1,4 +1,4 @@
-"""What nodes say to node 0 and hear from it: JSON with a schema, bounded and cleaned. What does not fit is refused and never acted on."""
+"""Messages between the nodes and node 0: JSON with a schema, bounded and cleaned. Anything else is refused and never acted on."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from igpo_megatron.launch.preflight import Facts, Strict
 from igpo_megatron.untrusted import BadJson, clean_text, json_loads_untrusted
 
 MAX_MESSAGE = 2**19
-"""Bytes of a sealed message; a resolved configuration, the longest part, has about 5,000."""
+"""Bytes of a sealed message; its longest part, a resolved configuration, has about 5,000."""
 
 MAX_SENTENCE = 8_000
-"""Characters; the longest quote the end of a log."""
+"""Characters; the longest sentences quote the end of a log."""
 
 MAX_FLAGS = 16
 
@@ -25,11 +25,11 @@ Message = TypeVar("Message")
 
 
 class BadMessage(ValueError):
-    """It is no JSON, or not what the schema asks for; the message says what is wrong, in a few words."""
+    """Not JSON, or not as the schema requires; the message says briefly what is wrong."""
 
 
 def clean_sentence(text: str) -> str:
-    """As a terminal may show it: no control characters but line ends, and not without end."""
+    """`text` made safe for a terminal: no control characters but line ends, and at most MAX_SENTENCE characters."""
     if len(text) > MAX_SENTENCE:
         text = text[: MAX_SENTENCE - 2] + " …"
     return "".join(one if one.isprintable() or one == "\n" else "\ufffd" for one in clean_text(text))
@@ -56,7 +56,7 @@ class Report(Strict):
 
 @dataclass(frozen=True, slots=True)
 class Verdict(Strict):
-    """How the job ended, for every node alike."""
+    """How the job ended; the same for every node."""
 
     code: Code
     sentence: Sentence
@@ -64,10 +64,10 @@ class Verdict(Strict):
 
 @dataclass(frozen=True, slots=True)
 class Said(Strict):
-    """All that a node has to say, every time anew: a message that is lost or comes twice changes nothing."""
+    """A node's complete state in every message: one that is lost or arrives twice changes nothing."""
 
     launcher: Nonce
-    """Which launcher speaks: a second one for the same node is another."""
+    """Identifies the launcher: a second one on the same node has another."""
 
     facts: Facts | None = None
     """Before the start only."""
@@ -82,7 +82,7 @@ class Said(Strict):
 
 @dataclass(frozen=True, slots=True)
 class Answer(Strict):
-    """All that node 0 has to say to a node."""
+    """Node 0's answer to a node."""
 
     refused: Sentence = ""
     """Why this launcher has no place in the job."""
@@ -91,17 +91,17 @@ class Answer(Strict):
     """Why the job cannot start."""
 
     nodes: list[Facts] | None = None
-    """The nodes of the job, once it starts; only what a node needs to know of others."""
+    """The nodes of the job, once it starts, without the facts that other nodes do not need."""
 
     flags: Flags = field(default_factory=list)
-    """What any node has said is ready."""
+    """What some node has reported as ready."""
 
     verdict: Verdict | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Hello(Strict):
-    """The first words of a node, and all that is heard of one that has not proved anything."""
+    """A node's first message, the only one accepted before it has proved the secret."""
 
     nonce: Nonce
 

@@ -32,7 +32,7 @@ class Node:
     """Ranks on this node; 0 on a rollout node."""
 
     host: str
-    """Name of this machine, for people."""
+    """Name of this machine, for messages."""
 
     address: str
     """IP address by which the other nodes reach this one."""
@@ -62,14 +62,14 @@ class Node:
 
 
 def named(rank: int, host: str, address: str) -> str:
-    """A node as sentences call it."""
+    """A node's name in messages."""
     return f"node {rank} ({host}, {address})"
 
 
 def place(*, rank: int | None, nodes: int, head: str | None, role: str, ranks: int | None, world: int, address: str | None = None) -> Node:
     """This machine's node from its command line; `world` are the ranks that the configuration asks for.
 
-    Raises UserError with one sentence: what was given, what is needed.
+    Raises UserError that says what was given and what is needed.
     """
     if role not in get_args(Role):
         raise UserError(f"--role {role}: expected one of {', '.join(get_args(Role))}")
@@ -90,7 +90,7 @@ def place(*, rank: int | None, nodes: int, head: str | None, role: str, ranks: i
         if left or not ranks:
             raise UserError(f"the layout has {world} ranks, which {nodes} nodes cannot share evenly; say on each node --ranks N")
     host = socket.gethostname()
-    if nodes == 1:  # nobody else is there to reach it
+    if nodes == 1:  # no other node has to reach it
         return Node(rank, nodes, cast(Role, role), ranks, host, "127.0.0.1", "127.0.0.1", HEAD_PORT)
     if head is None:
         raise UserError(f"--nodes {nodes} needs --head HOST[:PORT], the address of node 0 (or MASTER_ADDR)")
@@ -133,7 +133,7 @@ def interface_of(address: str) -> str | None:
 
 
 def busy_ports(address: str, ports: Iterable[int]) -> list[int]:
-    """Those that cannot be listened on."""
+    """The ports that are already taken."""
     busy = []
     for port in ports:
         with socket.socket() as probe:
@@ -146,7 +146,7 @@ def busy_ports(address: str, ports: Iterable[int]) -> list[int]:
 
 
 def reachable(address: str, port: int, timeout_s: float) -> bool:
-    """Somebody accepts connections there."""
+    """Whether a server accepts connections there."""
     try:
         socket.create_connection((address, port), timeout_s).close()
     except OSError:

@@ -1,4 +1,4 @@
-"""What every node says about itself before anything is started, and what is wrong between nodes: plain data, compared by one function."""
+"""Facts that every node sends before anything is started, as plain data, and one function that finds their disagreements."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,7 +27,7 @@ _MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
 
 
 class Strict:
-    """Base of what comes over the network: a field that the schema does not name is refused."""
+    """Base of all network messages: unknown fields are refused."""
 
     __slots__ = ()
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -34,7 +35,7 @@ class Strict:
 
 @dataclass(frozen=True, slots=True)
 class Facts(Strict):
-    """One node's half of the agreement. Holds no secrets."""
+    """What one node contributes to the comparison. Holds no secrets."""
 
     rank: Annotated[int, Field(ge=0)]
     nodes: Annotated[int, Field(ge=1, le=_MAX_NODES)]
@@ -52,10 +53,10 @@ class Facts(Strict):
     """Hash of the model folder's small files."""
 
     busy: Annotated[list[Annotated[int, Field(ge=0, lt=2**16)]], Field(max_length=16)] = field(default_factory=list)
-    """Ports that the node needs and cannot have."""
+    """Ports that the node needs but that are taken."""
 
     options: dict[str, Any] = field(default_factory=dict)
-    """Command-line options that every node must give alike."""
+    """Command-line options that must be the same on every node."""
 
     @property
     def name(self) -> str:
@@ -81,11 +82,9 @@ def facts_of(node: Node, config: Config, options: dict[str, Any], *, with_ray: b
 
 
 def disagreements(facts: list[Facts]) -> list[str]:
-    """What is wrong between nodes, each with what was found on which node; empty when the job may start."""
+    """Disagreements between nodes, each naming the nodes and what was found on them; empty if the job may start."""
     first = min(facts, key=lambda one: one.rank)
-    problems = []
-    for one in facts:
-        problems += [busy_port(port, one.name) for port in one.busy]
+    problems = [busy_port(port, one.name) for one in facts for port in one.busy]
     seen: dict[int, Facts] = {}
     for one in facts:
         if one.rank in seen:
@@ -94,15 +93,13 @@ def disagreements(facts: list[Facts]) -> list[str]:
     for one in facts:
         if one.nodes != first.nodes:
             problems.append(f"{first.name} expects {first.nodes} nodes and {one.name} expects {one.nodes}: give both the same --nodes")
-        if one.options != first.options:
-            rows = differing_keys(first.options, one.options)
-            problems.append(f"{first.name} and {one.name} were started with other options: {'; '.join(rows)}")
-        packages = differing_keys(first.packages, one.packages)
-        if packages:
-            problems.append(f"{first.name} and {one.name} have other versions: {'; '.join(packages)}")
-        settings = differing_keys(first.config, one.config)
-        if settings:
-            problems.append(f"{first.name} and {one.name} have other settings: {'; '.join(settings)}")
+        for what, left, right in (
+            ("were started with other options", first.options, one.options),
+            ("have other versions", first.packages, one.packages),
+            ("have other settings", first.config, one.config),
+        ):
+            if rows := differing_keys(left, right):
+                problems.append(f"{first.name} and {one.name} {what}: {'; '.join(rows)}")
         if one.model != first.model:
             problems.append(f"the model folder on {one.name} is another than on {first.name}")
     return problems
@@ -114,7 +111,7 @@ def busy_port(port: int, name: str) -> str:
 
 
 def missing(facts: list[Facts], nodes: int, waited_s: float) -> str | None:
-    """The sentence about nodes that did not come; None when all are there."""
+    """A sentence about nodes that are missing; None if all are present."""
     absent = sorted(set(range(nodes)) - {one.rank for one in facts})
     if not absent:
         return None
@@ -133,18 +130,12 @@ def ray_token() -> str | None:
 
 
 def _packages() -> dict[str, str]:
-    found = {"python": platform.python_version(), "source": _source()}
+    source = Path(__file__).resolve().parents[1].rglob("*.py")
+    found = {"python": platform.python_version(), "source": _digest(sorted(source))}
     for name in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found
-
-
-def _source() -> str:
-    folder = Path(__file__).resolve().parents[1]
-    return _digest(sorted(folder.rglob("*.py")))
 
 
 def _digest(paths: Any) -> str:

@@ -1,4 +1,4 @@
-"""Children of a launcher: started with their log, watched with everything below them, and all ended, whoever of them is left."""
+"""Child processes of a launcher: started with a log, watched and ended together with all their descendants."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LOG_LINES = 6
 
 
 class Child:
-    """A process and all its descendants, those included whose parent has already ended."""
+    """A process and all its descendants, including those whose parent has already ended."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path | None = None) -> None:
         self.log = log
@@ -32,7 +32,7 @@ class Child:
         self.poll()
 
     def poll(self) -> int | None:
-        """Exit code, None while it runs; remembers what it has started meanwhile."""
+        """Exit code, None while it runs; also notes new descendants."""
         code = self._process.poll()
         if code is None:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -44,33 +44,26 @@ class Child:
         return code
 
     def ended(self, names: Collection[str]) -> str | None:
-        """The name of one that has ended, of those of these names that the child itself started and `poll` saw; None where all run."""
+        """The name, among `names`, of a direct child of this process that `poll` saw and that has ended; None if all run."""
         living = {one.pid for one in self._living()}
         return next((name for pid, name in self._names.items() if name in names and pid not in living), None)
 
-    def signal_descendants(self, number: int, command_part: str) -> int:
-        """Send a signal to every descendant whose command line holds a text; how many there were."""
-        count = 0
+    def signal_descendants(self, number: int, command_part: str) -> None:
+        """Send a signal to every descendant whose command line has `command_part` as an argument."""
         for process in self._living():
-            try:
+            with contextlib.suppress(psutil.NoSuchProcess):
                 if command_part in process.cmdline():
                     process.send_signal(number)
-                    count += 1
-            except psutil.NoSuchProcess:
-                continue
-        return count
 
     def stop(self, patience_s: float) -> None:
-        """SIGTERM to the child, `patience_s` to end, then SIGKILL to whoever is left of the family."""
+        """Send SIGTERM to the child, wait `patience_s`, then send SIGKILL to all that still run."""
         self.poll()
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
         psutil.wait_procs(self._living(), timeout=patience_s)
         for process in self._living():
-            try:
+            with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-            except psutil.NoSuchProcess:
-                continue
         psutil.wait_procs(self._living(), timeout=5)
         self._process.poll()
 
@@ -84,6 +77,6 @@ class Child:
         return self.log is not None and text in self.log.read_text(errors="replace")
 
     def _living(self) -> list[psutil.Process]:
-        # psutil compares the time of birth: a process that took over a number is not ours.
+        # psutil compares start times, so a process that reuses a number is not taken for ours.
         self._family = {pid: one for pid, one in self._family.items() if is_alive(one)}
         return list(self._family.values())

@@ -1,5 +1,4 @@
-"""The process of one rank below a launcher of ours. While it imports what training needs, an interruption ends it without a word: the
-launcher has one."""
+"""The process of one rank below our launcher. An interruption while it imports ends it silently: the launcher reports it."""
 
 from __future__ import annotations
 

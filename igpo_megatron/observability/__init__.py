@@ -1,6 +1,6 @@
-"""What a run writes, and how people look at it.
+"""What a run writes, and the reports made of it.
 
-run_folder.py    where everything lies. Begin here.
+run_folder.py    layout of a run's folder. Begin here.
 tracker.py       metrics to console, JSON lines and wandb
 rollout_dump.py  rollouts as parquet, enough to replay a step
 report/          one HTML page per run

@@ -1,4 +1,4 @@
-"""What memory each phase of a step leaves in use, and an alarm where that grows from step to step."""
+"""Memory in use after each phase of a step, and a warning when it grows from step to step."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class MemoryLedger:
     """Bytes in use at the end of every phase of this rank."""
 
     def __init__(self, read: Callable[[], int], leak_mib: float) -> None:
-        """`read`: bytes in use now. More than `leak_mib` of growth over `LEAK_STEPS` steps in a row, at one phase's end, is a leak."""
+        """`read`: bytes in use. More than `leak_mib` of growth over `LEAK_STEPS` successive steps, after one phase, is a leak."""
         self._read, self._leak_mib = read, leak_mib
         self._now: dict[str, float] = {}
         self._earlier: dict[str, deque[float]] = {}
 
     def note(self, phase: str) -> None:
-        """The phase has ended."""
+        """Record the memory in use when a phase has ended."""
         self._now[phase] = self._read() / _MIB
 
     def step_ended(self) -> dict[str, float]:
@@ -32,19 +32,19 @@ class MemoryLedger:
         return now
 
     def leaks(self) -> list[str]:
-        """One sentence for every phase whose memory grew in each of the last steps, by more than is allowed in all."""
+        """One sentence for every phase whose memory grew in each of the last steps, and by more than allowed in total."""
         found = []
         for phase, seen in self._earlier.items():
             grows = len(seen) > LEAK_STEPS and all(before < after for before, after in zip(seen, list(seen)[1:], strict=False))
             if grows and seen[-1] - seen[0] > self._leak_mib:
                 found.append(
                     f"memory in use after the phase {phase} grew from {seen[0]:,.0f} to {seen[-1]:,.0f} MiB in {LEAK_STEPS} steps, "
-                    f"more than placement.leak_mib={self._leak_mib:g}: something is not given back"
+                    f"more than placement.leak_mib={self._leak_mib:g}: something is not released"
                 )
         return found
 
 
 def worst_rank(ledgers: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """`memory/PHASE_mib` of the rank that uses most."""
+    """`memory/PHASE_mib` of the rank that uses the most."""
     phases = dict.fromkeys(phase for ledger in ledgers for phase in ledger)
     return {f"memory/{phase}_mib": max(ledger[phase] for ledger in ledgers if phase in ledger) for phase in phases}

@@ -1,4 +1,4 @@
-"""One step's rollouts as numbers: plain floats that the tracker, the report and people read."""
+"""One step's rollouts as numbers: plain floats for the tracker and the report."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ LOST_GAINS = ("nonfinite_gains", "mixed_version_gains")
 
 
 TOOL_CALLS = {"visits": "visit", "python_calls": "python"}
-"""Metric -> tool whose calls it counts, where there are any."""
+"""Metric -> tool whose calls it counts; absent without calls."""
 
 
 def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
-    """Means over trained trajectories, shares of all of them, or means over groups; a name is absent where nothing was measured."""
+    """Means over trained trajectories, shares of all trajectories, or means over groups; what was not measured is absent."""
     ends = [trajectory for group in groups for trajectory in group.trajectories]
     trained = [(group, trajectory) for group in groups for trajectory in group.trained]
     scored = [trajectory for _, trajectory in trained]
@@ -34,7 +34,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
         "truncated": _share(ends, lambda end: end.status.value.startswith("truncated")),
         "zero_std_groups": fmean(float(_identical(group)) for group in groups) if groups else 0.0,
         "prompt_questions": float(len(groups)),
-        # What the step has cost: by nodes, so a turn that trajectories share counts once.
+        # The step's cost, summed over nodes: a turn that trajectories share counts once.
         "generated_tokens": float(sum(len(node.token_ids) for group in groups for node in group.nodes if node.kind == "action")),
         "tool_calls": float(sum(node.kind == "observation" for group in groups for node in group.nodes)),
     }
@@ -82,15 +82,15 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
 
 
 def num_calls(actions: Sequence[Node], tool: str) -> int:
-    """Turns in which a tool was called, run or not."""
+    """Turns in which a tool was called, whether or not it ran."""
     return sum(node.call is not None and node.call.name == tool for node in actions)
 
 
 def logprob_gap(groups: Sequence[RolloutGroup], version: int | None = None) -> dict[str, float]:
     """|engine - trainer| over sampled tokens that both scored with the same weights: `logprob_gap_mean` and `logprob_gap_max`.
 
-    `version`: of the weights that the trainer scored with; None takes all turns for theirs. Turns of older weights, where both differ by
-    what was learned since, give `stale_gap_mean` and `importance_ess` instead: the effective share of their tokens under
+    `version`: weights that the trainer scored with; None takes all turns as sampled with them. Turns of older weights, where the two also
+    differ by what was learned since, give `stale_gap_mean` and `importance_ess` instead: the effective share of their tokens under
     importance sampling, (sum w)^2 / (n sum w^2) with w = exp(trainer - engine). Names are absent where there is nothing to compare.
     """
     turns = {
@@ -115,7 +115,7 @@ def logprob_gap(groups: Sequence[RolloutGroup], version: int | None = None) -> d
 
 
 def max_gap(rows: Sequence[Mapping[str, Any]]) -> float | None:
-    """Largest gap between engine and trainer in a run's metric rows, that of the canary included; None where none was measured."""
+    """Largest gap between engine and trainer in a run's metric rows, including the canary's; None where none was measured."""
     return max((row[name] for row in rows for name in ("logprob_gap_max", "canary_gap") if row.get(name) is not None), default=None)
 
 
@@ -131,7 +131,7 @@ def routed_share(groups: Sequence[RolloutGroup]) -> dict[str, float]:
 
 
 def status_counts(groups: Sequence[RolloutGroup]) -> dict[str, int]:
-    """Trajectories per way of ending."""
+    """Trajectories per status; statuses without any are absent."""
     return {
         status.value: count
         for status in Status
@@ -140,7 +140,7 @@ def status_counts(groups: Sequence[RolloutGroup]) -> dict[str, int]:
 
 
 def _first_probes(groups: Sequence[RolloutGroup]) -> list[Node]:
-    """Scored probes that stand before the first turn."""
+    """Scored probes before the first turn."""
     return [node for group in groups for node in group.nodes if node.kind == "probe" and node.turn == 0 and node.old_logprobs]
 
 
@@ -156,7 +156,7 @@ def _identical(group: RolloutGroup) -> bool:
 
 
 def _shared_tokens(groups: Sequence[RolloutGroup]) -> float:
-    """Share of all sampled tokens, counted along trajectories, that branches did not have to sample again."""
+    """Share of all sampled tokens, counted along trajectories, that branching saved from being sampled again."""
     along = [(number, index) for number, group in enumerate(groups) for end in group.trajectories for index in end.path]
     tokens = [len(groups[number].nodes[index].token_ids) * (groups[number].nodes[index].kind == "action") for number, index in along]
     once = sum(dict(zip(along, tokens, strict=True)).values())
@@ -171,7 +171,7 @@ def headline(report: dict[str, Any]) -> dict[str, Any]:
     """The few numbers that a run's summary quotes from an evaluation; None for what was not run."""
     sampled, greedy = report.get("sampled", {}), report.get("greedy", {})
     shown = sampled or greedy
-    macro = {"sampled": differing_macro(sampled), "greedy": differing_macro(greedy)}
+    sampled_macro, greedy_macro = differing_macro(sampled), differing_macro(greedy)
     return {
         "f1_sampled": sampled.get("f1"),
         "f1_greedy": greedy.get("f1"),
@@ -180,14 +180,14 @@ def headline(report: dict[str, Any]) -> dict[str, Any]:
         "searches_per_question": shown.get("searches"),
         "questions": shown.get("questions"),
         "f1_sampled_se": sampled.get("f1_se"),
-        "f1_sampled_macro": macro["sampled"].get("f1"),
-        "f1_sampled_macro_se": macro["sampled"].get("f1_se"),
-        "f1_greedy_macro": macro["greedy"].get("f1"),
-        "em_greedy_macro": macro["greedy"].get("em"),
+        "f1_sampled_macro": sampled_macro.get("f1"),
+        "f1_sampled_macro_se": sampled_macro.get("f1_se"),
+        "f1_greedy_macro": greedy_macro.get("f1"),
+        "em_greedy_macro": greedy_macro.get("em"),
     }
 
 
 def differing_macro(scores: Mapping[str, Any]) -> Mapping[str, float]:
-    """Means over sources; empty for one source and for sources of equal size, of which they are the means over questions again."""
+    """Means over sources; empty for one source or sources of equal size, where they would repeat the means over questions."""
     sizes = {source["questions"] for source in scores.get("per_source", {}).values() if source["questions"]}
     return scores.get("macro", {}) if len(sizes) > 1 else {}  # evaluations of earlier versions have none

@@ -1,25 +1,25 @@
-"""Rollout groups as parquet: one row per group, everything kept, so that a file can be looked at or trained from again.
+"""Rollout groups as parquet: one complete row per group, to look at or to train from again.
 
     step | prompt {id, ...} | nodes [{parent, kind, token_ids, ...}] | trajectories [{path, status, gains, ...}] | metrics {name: value}
          | branch_points [{node, entropy, ...}], value_points [{node, value, ...}] |
-           experts [[bytes of a token, ...] of a node, ...]: the last three are absent in files from before them
+           experts [[bytes of a token, ...] of a node, ...]: older files lack the last three
 
-Both directions work on columns: a file of 30 thousand demonstrations is written or read in seconds.
+Reading and writing work on columns: a file of 30 thousand demonstrations takes seconds.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, fields
-from itertools import islice, pairwise
-from operator import attrgetter
+from itertools import accumulate, groupby, islice, pairwise
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from igpo_megatron.supervision.leftovers import whole
 from igpo_megatron.types import (
     SEARCH,
     BranchPoint,
@@ -37,11 +37,11 @@ from igpo_megatron.types import (
 Point = TypeVar("Point", BranchPoint, ValuePoint)
 
 ROWS = 1024
-"""Groups per row group: what a writer holds in memory as columns, and what a reader decodes at once."""
+"""Groups per row group: as many are encoded or decoded at once."""
 
 PROMPT = pa.struct([("id", pa.string()), ("question", pa.string()), ("answers", pa.list_(pa.string())), ("source", pa.string())])
 CALL = pa.struct([("name", pa.string()), ("queries", pa.list_(pa.string()))])
-# Log-probs are Python floats: 64 bits keep them exactly, and byte-stream-split makes the zero bits of a former float32 free.
+# Log-probs are Python floats, which 64 bits store exactly; byte-stream-split compresses away the zero bits of a former float32.
 LOGPROBS = pa.list_(pa.float64())
 NUMBERS = pa.map_(pa.string(), pa.float64())
 
@@ -77,18 +77,18 @@ _OF_POINTS = {
     **{"int": pa.int32(), "float": pa.float64(), "str": pa.string(), "bool": pa.bool_()},
     "tuple[int, ...]": pa.list_(pa.int32()),
 }
-"""Annotation of a field -> its type in a file."""
+"""Annotation of a dataclass field -> its type in a file."""
 
 
 def _points(name: str, kind: type[BranchPoint] | type[ValuePoint]) -> pa.Field:
-    """The column of a group's decisions, whose fields are those of the class."""
+    """The column of a group's decisions, with the fields of their class."""
     return pa.field(name, pa.list_(pa.struct([(one.name, _OF_POINTS[str(one.type).removesuffix(" | None")]) for one in fields(kind)])))
 
 
 BRANCH_POINTS = _points("branch_points", BranchPoint)
 VALUE_POINTS = _points("value_points", ValuePoint)
 EXPERTS = pa.field("experts", pa.list_(pa.list_(pa.binary())))
-"""Of every node: absent ones are empty, and so is the whole where no node has any."""
+"""One list per node, empty if it has none; the outer list is empty if no node has any."""
 
 OUR_NAMES = {b"tool_names": b"canonical"}
 """Metadata of files whose calls have our names of tools; in older ones search has the policy's spelling."""
@@ -119,42 +119,28 @@ DICTIONARY_COLUMNS = [
 
 
 def write_rollouts(path: Path, step: int, groups: Iterable[RolloutGroup]) -> None:
-    """Write all groups of a step. `path` appears complete or not at all: a killed write leaves only a `.tmp` file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Write all groups of a step. `path` appears complete or not at all: a killed write leaves only a `.part` file."""
     remaining = iter(groups)
-    try:
-        with pq.ParquetWriter(
-            temporary, SCHEMA, compression="zstd", use_dictionary=DICTIONARY_COLUMNS, use_byte_stream_split=SPLIT_COLUMNS
-        ) as writer:
-            while chunk := list(islice(remaining, ROWS)):
-                writer.write_batch(_columns(step, chunk))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    options: dict[str, Any] = {"use_dictionary": DICTIONARY_COLUMNS, "use_byte_stream_split": SPLIT_COLUMNS}
+    with whole(path) as part, pq.ParquetWriter(part, SCHEMA, compression="zstd", **options) as writer:
+        while chunk := list(islice(remaining, ROWS)):
+            writer.write_batch(_columns(step, chunk))
 
 
 def read_rollouts(path: Path, max_groups: int | None = None, *, search: str = SEARCH) -> Iterator[tuple[int, list[RolloutGroup]]]:
     """Yield `(step, groups)` in file order, decoding about a thousand groups at a time.
 
-    Consecutive groups of one step come together; with `max_groups`, in parts of at most that many. `search`: what search is called in
-    files from before calls had our names (`rollout.tool_name`).
-    Raises UserError at once for a file that is missing, not parquet, or not a rollout file, and on the way for a damaged group.
+    Consecutive groups of one step come together; with `max_groups`, in parts of at most that many. `search`: the name of search in older
+    files, whose calls do not have our names (`rollout.tool_name`). Raises UserError at once for a file that is missing, not parquet, or
+    not a rollout file, and while iterating for a damaged group.
     """
     return _steps(_rows(path, _open(path), min(ROWS, max_groups or ROWS), search), max_groups)
 
 
 def _steps(rows: Iterable[tuple[int, RolloutGroup]], max_groups: int | None) -> Iterator[tuple[int, list[RolloutGroup]]]:
-    step: int | None = None
-    ready: list[RolloutGroup] = []
-    for row_step, group in rows:
-        if step is not None and (row_step != step or len(ready) == max_groups):
-            yield step, ready
-            ready = []
-        step = row_step
-        ready.append(group)
-    if step is not None:
-        yield step, ready
+    for step, pairs in groupby(rows, key=itemgetter(0)):
+        while part := [group for _, group in islice(pairs, max_groups)]:
+            yield step, part
 
 
 def _rows(path: Path, file: pq.ParquetFile, batch_size: int, search: str) -> Iterator[tuple[int, RolloutGroup]]:
@@ -179,7 +165,7 @@ def _rows(path: Path, file: pq.ParquetFile, batch_size: int, search: str) -> Ite
 
 
 def _check_tree(group: RolloutGroup) -> None:
-    """ValueError where a node's parent does not come before it, or a path leads to no node."""
+    """Raises ValueError if a node's parent does not precede it, or a path names a node that does not exist."""
     for index, node in enumerate(group.nodes):
         if node.parent is not None and not 0 <= node.parent < index:
             raise ValueError(f"node {index} has the parent {node.parent}")
@@ -195,7 +181,7 @@ def count_groups(path: Path) -> int:
 
 
 def _open(path: Path) -> pq.ParquetFile:
-    """Open a parquet file and check that it is one of ours."""
+    """Open a parquet file and check that it is a rollout file."""
     if not path.is_file():
         raise UserError(f"{path}: no such rollout file; training writes them to <run>/rollouts/step_*.parquet")
     try:
@@ -271,10 +257,7 @@ def _struct(kind: pa.StructType, rows: Sequence[tuple[Any, ...]]) -> pa.StructAr
 
 def _nested(lengths: Sequence[int], values: pa.Array) -> pa.ListArray:
     """Cut `values` into consecutive lists of the given lengths."""
-    offsets = [0]
-    for length in lengths:
-        offsets.append(offsets[-1] + length)
-    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values)
+    return pa.ListArray.from_arrays(pa.array(accumulate(lengths, initial=0), pa.int32()), values)
 
 
 # ---- columns -> groups
@@ -296,7 +279,7 @@ def _groups(batch: pa.RecordBatch) -> Iterator[RolloutGroup]:
 
 
 def _decisions(batch: pa.RecordBatch, column: pa.Field, kind: Callable[..., Point]) -> list[list[Point]]:
-    """The decisions of every group; none where the file has no such column."""
+    """The decisions of every group; empty if the file has no such column."""
     rows = batch.column(column.name).to_pylist() if column.name in batch.schema.names else [[]] * batch.num_rows
     return [[kind(**{**point, "children": tuple(point["children"])}) for point in row] for row in rows]
 

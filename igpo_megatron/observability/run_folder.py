@@ -1,11 +1,11 @@
-"""A run's folder: where everything lies, and whether a run may start, resume or is already finished.
+"""A run's folder: its layout, and whether a run may start or resume, or is already finished.
 
 runs/<name>/
-    lock             held by the main rank as long as the run goes on
+    lock             held by the main rank while the run is active
     config.json      resolved configuration (no secrets)
     metrics.jsonl    one line per step
-    failures/        tracebacks of what nobody expected: rank0.txt ..., and trajectories.txt of those that ended as `crashed`
-    logs/            what libraries warned of, on each rank (rank0.txt ...) and in the engines
+    failures/        tracebacks of unexpected errors: rank0.txt ..., and trajectories.txt of those that ended as `crashed`
+    logs/            warnings of libraries, on each rank (rank0.txt ...) and in the engines
     rollouts/        step_000001.parquet ...    everything needed to replay a step
     eval/            step_000000.json and the rollouts behind each
     checkpoints/     step_000010/ ...
@@ -34,11 +34,11 @@ from igpo_megatron.types import UserError
 
 MAY_CHANGE = (
     *("parallel.", "rollout.engine.", "run.threads", "run.resume", "track.", "checkpoint.keep", "checkpoint.in_background"),
-    # A run that its search provider stopped goes on with another key, slower, or through a proxy.
+    # A run that its search provider stopped may resume with another key, more slowly, or through a proxy.
     *("search.api_key_env", "search.attempts", "search.breaker_", "search.cache", "search.deadline_s", "search.max_concurrency"),
     *("search.rate_per_s", "search.timeout_s", "search.use_proxy", "search.vectors"),
 )
-"""Settings that say how a run is executed, not what it computes: they may differ when it resumes."""
+"""Settings of how a run is executed, not of what it computes: they may differ when it resumes."""
 
 
 class RunFolder:
@@ -59,15 +59,15 @@ def folder_for(config: Config) -> RunFolder:
 def open_folder(config: Config) -> RunFolder:
     """Check that the run may start or resume in its folder. Raises ConfigError. Writes nothing.
 
-    A folder made with other settings is refused with the keys that differ; with `run.resume=never` any used folder is. A key that the
-    folder's settings lack, because they are older than the key, has its default there.
+    A folder made with other settings is refused, naming the keys that differ; with `run.resume=never` every used folder is refused. A key
+    that is missing in the folder's settings, because it is newer, counts as its default.
     """
     folder = folder_for(config)
     try:
         os.stat(folder.config)
     except (FileNotFoundError, NotADirectoryError):
         return folder
-    except (OSError, ValueError) as error:  # a name that is too long, or has a zero byte
+    except (OSError, ValueError) as error:  # the name is too long, or has a zero byte
         raise ConfigError([f"run.folder and run.name: {str(folder.root)[:200]!r} cannot be a folder ({in_short(error)[:80]})"]) from None
     how = f"choose another run.name, or remove {folder.root} to start again"
     if config.run.resume == "never":
@@ -85,9 +85,9 @@ def open_folder(config: Config) -> RunFolder:
 
 @contextmanager
 def held(folder: RunFolder) -> Iterator[None]:
-    """The folder, made where it is missing, is this process's alone until the block or the process ends.
+    """Lock the folder, which is made if missing, for this process until the block or the process ends.
 
-    Raises UserError where another run has it, on this machine or on one that shares the disk, or where it cannot be written.
+    Raises UserError if another run holds it, on this machine or on one that shares the disk, or if it cannot be written.
     """
     path = folder.root / "lock"
     try:
@@ -105,7 +105,7 @@ def held(folder: RunFolder) -> Iterator[None]:
             raise UserError(f"{folder.root} is in use by {holder}: wait for its end, stop it, or choose another run.name") from None
         except OSError:
             pass  # a file system without locks
-        with suppress(OSError):  # a full disk says so when there is something to save
+        with suppress(OSError):  # a full disk is reported when there is something to save
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
@@ -120,7 +120,7 @@ def set_up(folder: RunFolder, config: Config) -> None:
 
 
 def forget_after(folder: RunFolder, step: int) -> None:
-    """Remove rollouts and evaluations of steps after `step`: the run is back there, and will train and score those steps anew."""
+    """Remove rollouts and evaluations of steps after `step`: the run resumes there and will repeat those steps."""
     for path in (*folder.rollouts.glob("step_??????*"), *folder.eval.glob("step_??????*")):
         number = path.name[len("step_") :][:6]
         if number.isdecimal() and int(number) > step:
@@ -128,24 +128,24 @@ def forget_after(folder: RunFolder, step: int) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there as a whole or, where the disk is full, as it was before."""
+    """Write a file completely, or, if the disk is full, leave it as it was."""
     with whole(path) as part:
         part.write_text(text, encoding="utf-8")
 
 
 def read_summary(folder: RunFolder) -> dict[str, Any] | None:
-    """The finished run's summary; None while it is not finished."""
+    """The summary of a finished run; None while it is not finished."""
     return _read(folder.summary, "remove it, and the same command writes it again") if folder.summary.is_file() else None
 
 
 def _read(path: Path, what_to_do: str) -> dict[str, Any]:
-    """The object in a file of ours. Raises ConfigError with `what_to_do` where the file is damaged."""
+    """The object in a JSON file of the run. Raises ConfigError with `what_to_do` if the file is damaged."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ConfigError([f"{path} is damaged ({error}); {what_to_do}"]) from error
     if not isinstance(value, dict):
-        raise ConfigError([f"{path} is damaged (it holds no object); {what_to_do}"])
+        raise ConfigError([f"{path} is damaged (it does not hold an object); {what_to_do}"])
     return value
 
 

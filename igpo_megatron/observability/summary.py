@@ -1,4 +1,4 @@
-"""The end of a run: summary.json, the report, and the table a person sees."""
+"""The end of a run: summary.json, the report, and the table on the console."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run is doing and how well: one JSON line per step, a live console, Weights & Biases, and where the time went.
+"""Progress and metrics of a run: one JSON line per step, a live console, Weights & Biases, and time by phase.
 
 with Tracker(folder, config.track, name=config.run.name, total_steps=40) as tracker:
     with tracker.phase("startup"):
@@ -32,6 +32,7 @@ from rich.text import Text
 
 from igpo_megatron.observability.memory_ledger import MemoryLedger
 from igpo_megatron.observability.settings import Track
+from igpo_megatron.supervision.leftovers import whole
 from igpo_megatron.types import UserError
 
 Phase = Literal["startup", "rollout", "score", "advantage", "train", "sync", "eval", "checkpoint"]
@@ -39,10 +40,10 @@ PHASES: tuple[Phase, ...] = get_args(Phase)
 """In the order in which a run meets them."""
 
 ANNOUNCED: tuple[Phase, ...] = ("startup", "eval", "checkpoint")
-"""Phases outside the rhythm of steps: without a terminal their start is worth a line."""
+"""Phases outside of steps: without a terminal their start and end are printed."""
 
 STEP_PHASES: tuple[Phase, ...] = ("rollout", "score", "advantage", "train", "sync")
-"""What a step's printed seconds are made of."""
+"""Phases that count in a step's printed seconds."""
 
 PROGRESS_LINE_S = 10.0
 """Without a terminal a fraction is printed at most this often."""
@@ -68,8 +69,8 @@ class Tracker:
     ):
         """Continue `folder/metrics.jsonl` after `resumed_step`, the last step that the loaded checkpoint contains (0: a new run).
 
-        Rows of later steps are dropped, since these steps will be run again. `quiet` keeps timers only: no file, no console, no wandb.
-        `memory` is told of the end of every phase.
+        Rows of later steps are dropped, since these steps will run again. `quiet` keeps timers only: no file, no console, no wandb.
+        `memory` records the end of every phase.
         """
         self.folder = folder
         self.name = name
@@ -87,7 +88,7 @@ class Tracker:
         self._row: dict[str, Any] | None = None
         self._row_offset = 0
         self._unshown_s = 0.0
-        """Time of steps that no printed line has counted yet."""
+        """Time of steps that no printed line has included yet."""
 
         self._step_ends: deque[tuple[int, float]] = deque(maxlen=RATE_STEPS + 1)
         self._console = console or Console(highlight=False)
@@ -105,7 +106,7 @@ class Tracker:
 
     @contextmanager
     def phase(self, name: Phase) -> Iterator[None]:
-        """Time what happens inside. Phases may nest; time counts for the innermost one only, so that phases add up to wall time."""
+        """Time the block. Phases may nest; time counts for the innermost one only, so that phases add up to wall time."""
         self._charge()
         self._stack.append(name)
         self._enter_phase()
@@ -126,7 +127,7 @@ class Tracker:
                 self.message(f"startup took {_duration(time.monotonic() - started)}")
 
     def progress(self, state: float | str) -> None:
-        """Say how far the current phase is: a fraction in [0, 1] or what is being done, e.g. "starting engine"."""
+        """Report progress within the current phase: a fraction in [0, 1], or what is being done, e.g. "starting engine"."""
         assert self._stack, "progress belongs inside a phase"
         if isinstance(state, str) and state != self._detail:
             self._plain_line(f"{self._stack[-1]}: {state}")
@@ -136,7 +137,7 @@ class Tracker:
         self._detail = state
 
     def memory(self) -> dict[str, float]:
-        """Phase -> MiB that this rank had in use at its end, since the last call; a leak is said aloud. Empty where nobody looks."""
+        """Phase -> MiB that this rank had in use at its end, since the last call; leaks are printed. Empty without a ledger."""
         if self._memory is None:
             return {}
         found = self._memory.step_ended()
@@ -145,13 +146,13 @@ class Tracker:
         return found
 
     def phases_total(self) -> dict[str, float]:
-        """Seconds per phase over the whole run, the part before a resume included."""
+        """Seconds per phase over the complete run, including the part before a resume."""
         self._charge()
         names = [name for name in PHASES if name in self._totals or name in self._times]
         return {name: self._totals.get(name, 0.0) + self._times.get(name, 0.0) for name in names}
 
     def _charge(self) -> None:
-        """Give the time since the last call to the innermost phase."""
+        """Add the time since the last call to the innermost phase."""
         now = time.monotonic()
         if self._stack:
             name = self._stack[-1]
@@ -179,7 +180,7 @@ class Tracker:
         if self.quiet:
             return
         if step == self._step_ends[-1][0]:
-            self._step_ends.pop()  # its evaluation has ended by now: the first step's pace is not that of the start
+            self._step_ends.pop()  # now its evaluation has ended, too, whose time must not count as that of the next step
         self._step_ends.append((step, time.monotonic()))
         self._write(step, metrics, times)
         self._unshown_s += sum(seconds for name, seconds in times.items() if name in STEP_PHASES)
@@ -189,13 +190,13 @@ class Tracker:
             self._console.print(line, soft_wrap=True)
 
     def message(self, text: str) -> None:
-        """Print a line for people, above the live display."""
+        """Print a line above the live display."""
         if not self.quiet:
             self._console.print(Text(text), soft_wrap=True)
 
     @contextmanager
     def shows_log(self, name: str) -> Iterator[None]:
-        """Inside, what this logger and those below it say from INFO on is printed like a message."""
+        """Inside, records of this logger and its children from INFO on are printed like messages."""
         handler = logging.Handler()
         handler.emit = lambda record: self.message(record.getMessage())  # type: ignore[method-assign]
         logger = logging.getLogger(name)
@@ -209,7 +210,7 @@ class Tracker:
             logger.setLevel(level)
 
     def _write(self, step: int, metrics: Mapping[str, float], times: Mapping[str, float]) -> None:
-        """Append the step's row, or replace the last row when it is the same step's."""
+        """Append the step's row, or replace the last row if it belongs to the same step."""
         row: dict[str, Any] = {"step": step, "time": round(time.time(), 3), "phases_s": {}}
         with self._path.open("r+b") as file:
             if self._row is not None and self._row["step"] == step:
@@ -230,12 +231,11 @@ class Tracker:
         return self.folder / "metrics.jsonl"
 
     def _continue_file(self, resumed_step: int) -> None:
-        """Keep the rows of steps up to `resumed_step`, in a file that is replaced as a whole."""
+        """Keep the rows of steps up to `resumed_step`; the file is replaced in one go."""
         rows = read_metrics(self._path) if self._path.exists() else []
         kept = [row for row in rows if row["step"] <= resumed_step]
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_bytes(b"".join(_line(row) for row in kept))
-        os.replace(temporary, self._path)
+        with whole(self._path) as part:
+            part.write_bytes(b"".join(map(_line, kept)))
         if kept:
             self._row = kept[-1]
             self._row_offset = self._path.stat().st_size - len(_line(kept[-1]))
@@ -262,12 +262,12 @@ class Tracker:
             self._wandb = None
 
     def _plain_line(self, text: str) -> None:
-        """A line for a log file; the live display shows the same in place."""
+        """Print a line where there is no live display, which shows the same in place."""
         if not self.quiet and not self._console.is_terminal:
             self._console.print(Text(f"{self.name}: {text}"), soft_wrap=True)
 
     def _summaries(self, step: int, metrics: Mapping[str, float]) -> list[Text]:
-        """What is printed for a step: a line for training, one for each way of evaluating; broken between figures where it is too long."""
+        """Lines printed for a step: one for training and one per kind of evaluation, broken between figures where too long."""
         found = []
         head = f"step {step:>{len(str(self.total_steps))}}/{self.total_steps}"
         training = [text for key, form in SHOWN.items() if (text := _shown(metrics, key, form))]
@@ -287,7 +287,7 @@ class Tracker:
         return found
 
     def _eta_s(self) -> float | None:
-        """Seconds to the last step at the recent pace; None before the first step and after the last."""
+        """Seconds to the last step at the recent pace; None before the first step or after the last."""
         (first, start), (last, end) = self._step_ends[0], self._step_ends[-1]
         if last == first or last >= self.total_steps:
             return None
@@ -323,10 +323,10 @@ SHOWN = {
     "skipped": "skipped {:.0f}",
     "crashed": "crashed {:.1%}",
 }
-"""Metrics of a step that the console shows, where they were measured."""
+"""Metrics of a step that the console shows, if measured."""
 
 TROUBLE = ("skipped", "crashed")
-"""Those of them that are shown only where they are not zero."""
+"""Those of them that are shown only if not zero."""
 
 SHOWN_EVAL = {
     "f1": "F1 {:.3f}",
@@ -338,7 +338,7 @@ SHOWN_EVAL = {
 
 
 def _shown(metrics: Mapping[str, Any], key: str, form: str) -> str | None:
-    """A metric for the console; None where it is absent, and for zero of what is only told where it happens."""
+    """A metric for the console; None if absent, or a zero among TROUBLE."""
     value = metrics.get(key)
     if value is None or (key in TROUBLE and value == 0):
         return None
@@ -346,7 +346,7 @@ def _shown(metrics: Mapping[str, Any], key: str, form: str) -> str | None:
 
 
 def _broken(head: str, parts: Sequence[str], width: int) -> str:
-    """`head` and parts in a line, or in as many as keep each within `width`."""
+    """`head` and parts in one line, or in several that fit `width`."""
     lines = [head]
     for part in parts:
         if len(lines[-1]) + 2 + len(part) > width:
@@ -358,7 +358,7 @@ def _broken(head: str, parts: Sequence[str], width: int) -> str:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics file, in order: {"step": int, "time": unix seconds, "phases_s": {phase: seconds}, metric: float or None}.
 
-    A last line without its end, left by a killed run, is ignored. Raises UserError for any other line that is not a row.
+    An incomplete last line, left by a killed run, is ignored. Raises UserError for any other line that is not a row.
     """
     rows = []
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
@@ -383,9 +383,9 @@ def sum_phases(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def public_config(values: Any, key: str = "") -> Any:
-    """A configuration fit to be shown: values of keys that hold a secret and credentials inside URLs become `***`.
+    """A configuration fit to be shown: values of secret keys and credentials inside URLs become `***`.
 
-    The schema stores no secret, only names of environment variables (`*_env`), which stay; this is the net below it.
+    The schema stores no secrets, only names of environment variables (`*_env`), which stay; this is a second safeguard.
     """
     if isinstance(values, dict):
         return {name: public_config(value, name) for name, value in values.items()}
@@ -418,13 +418,13 @@ def _duration(seconds: float) -> str:
 
 
 def _roughly(seconds: float) -> str:
-    """Of what is only estimated: 90 s, 4 min, 2.5 h."""
+    """An estimate: 90 s, 4 min, 2.5 h."""
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _start_wandb(folder: Path, config: Track, name: str) -> Any:
-    """A wandb run inside the run folder. Only with a key does anything leave: metrics and the public configuration."""
-    # Read by wandb when it is imported: its caches stay in the run folder, and crash reports stay home.
+    """A wandb run inside the run folder. Only with a key is anything uploaded: metrics and the public configuration."""
+    # wandb reads these at import: its caches stay in the run folder, and crash reports are not sent.
     for variable, value in {
         "WANDB_DIR": str(folder),
         "WANDB_CACHE_DIR": str(folder / "wandb" / "cache"),

@@ -1,4 +1,4 @@
-"""Where to draw a branched group: sampled turns by their number from left to right, one row per trajectory, decisions between turns."""
+"""Layout of the drawing of a branched group: sampled turns from left to right, one row per trajectory, decisions between turns."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from igpo_megatron.types import BranchPoint, RolloutGroup, Trajectory, ValuePoin
 
 
 def tree_picture(group: RolloutGroup, trajectories: Sequence[Trajectory]) -> dict[str, Any] | None:
-    """Plain data for a drawing in units of turns (x, the prompt at 0) and rows (y); None where nobody decided to branch or not.
+    """Plain data for a drawing in units of turns (x, the prompt at 0) and rows (y); None for a group without branching decisions.
 
     nodes   {x, y, from: [x, y], tokens, samples}    sampled turns; `from` is the turn before, or the prompt
-    forks   {x, y, samples, entropy or value, ...}   decisions, half a turn behind the turn whose result they follow
+    forks   {x, y, samples, entropy or value, ...}   decisions, half a turn after the turn whose result they follow
     leaves  {x, y, sample}                           the end of each trajectory, whose number counts from 0
     """
     points: list[BranchPoint | ValuePoint] = [*group.branch_points, *group.value_points]
     if not points:
         return None
-    # In the order of their paths those that share most stand side by side, so lines do not cross.
+    # Sorted by path, trajectories that share most are neighbours, so lines do not cross.
     order = sorted(range(len(trajectories)), key=lambda number: (trajectories[number].path, number))
     turns = [[index for index in end.path if group.nodes[index].kind == "action"] for end in trajectories]
     rows: dict[int, list[int]] = {}
@@ -72,7 +72,7 @@ def _by_entropy(point: BranchPoint) -> dict[str, Any]:
 
 
 def _by_value(point: ValuePoint) -> dict[str, Any]:
-    """What is absent stays None."""
+    """Absent numbers stay None."""
     numbers = {name: getattr(point, name) for name in ("value", "spread", "probability", "change", "stop_probability")}
     rounded = {name: None if number is None else round(number, 4) for name, number in numbers.items()}
     return {**rounded, "siblings": point.siblings, "stopped": point.stopped}

@@ -2,7 +2,7 @@
 
 retriever.py  a corpus and its index. Begin here.
 search.py     a paid API behind a cache, with the budgets of budgets.py
-http.py       what both share
+http.py       code that both share
 
-Imports search, and what search imports; no torch.
+Imports search and its imports; no torch.
 """

@@ -1,4 +1,4 @@
-"""How many paid searches each run has used, kept in SQLite so that a restart of the server forgets none.
+"""Count the paid searches of each run, in SQLite, so that a restart of the server loses no counts.
 
 cache miss of a run --charge--> ledger: enough left? ──> the provider
 """
@@ -15,14 +15,14 @@ SCHEMA = "CREATE TABLE IF NOT EXISTS spent (run TEXT PRIMARY KEY, queries INTEGE
 
 
 class BudgetSpent(SearchStopped):
-    """The run has not enough searches left for what it asks."""
+    """The run has too few searches left for its request."""
 
 
 class Ledger:
     """Run -> paid queries so far. Several servers may share the file."""
 
     def __init__(self, path: Path):
-        """Open or make the table; the file may hold other things."""
+        """Open or make the table; the file may hold other tables."""
         self._database = sqlite3.connect(path, timeout=30, isolation_level=None)
         self._database.execute(SCHEMA)
 
@@ -44,7 +44,7 @@ class Ledger:
         return row[0] if row else 0
 
     def all(self) -> dict[str, int]:
-        """Every run that has used something."""
+        """Run -> paid queries, for every run that has used any."""
         return dict(self._database.execute("SELECT run, queries FROM spent ORDER BY run"))
 
     def close(self) -> None:
@@ -53,16 +53,16 @@ class Ledger:
 
 
 class Metered:
-    """SearchClient that charges a run before it asks another one, which it does not own.
+    """SearchClient that charges a run before it calls another client, which it does not own.
 
-    A query counts once, however many attempts it takes and however it ends: what a provider charges for a failure is not known here.
+    A query counts once, however many attempts it takes and however it ends: whether a provider charges for failures is unknown here.
     """
 
     def __init__(self, inner: SearchClient, ledger: Ledger, run: str, budget: int):
         self.inner, self.ledger, self.run, self.budget = inner, ledger, run, budget
 
     async def search(self, queries: Sequence[str]) -> list[SearchResult]:
-        """The other client's results. Raises BudgetSpent before anything is asked."""
+        """The other client's results. Raises BudgetSpent before any query is sent."""
         self.ledger.charge(self.run, sum(bool(query.strip()) for query in queries), self.budget)
         return await self.inner.search(queries)
 

@@ -1,6 +1,6 @@
-"""What both servers share: Search-R1's request, a port, refusals as JSON, metrics, and an end that drops no request.
+"""Code of both servers: Search-R1's request, the port, refusals as JSON, metrics, and a shutdown that drops no request.
 
-signal ──> the port closes ──> requests under way are answered, for `grace_s` at most ──> the app's own clean-up
+signal ──> the port closes ──> pending requests are answered, for `grace_s` at most ──> the app's own clean-up
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from igpo_megatron.types import UserError
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 MOST_BYTES = 64 * 2**20
-"""Of a request; Search-R1's client sends the queries of a whole batch at once."""
+"""Size limit of a request; Search-R1's client sends the queries of a complete batch at once."""
 
 RECENT = 4096
-"""Requests whose latencies the quantiles are of."""
+"""The quantiles are of this many latest requests."""
 
 
 class Asked(BaseModel):
@@ -36,13 +36,13 @@ class Asked(BaseModel):
 
     queries: list[str]
     topk: Annotated[PositiveInt, Strict()] | None = None
-    """Passages per query, a whole number, which `true` is not; null takes the server's own."""
+    """Passages per query, a whole number, which `true` is not; null takes the server's default."""
 
     return_scores: bool = False
 
 
 async def read_request(request: web.Request) -> Asked:
-    """The body, whatever its content type says. Raises 422 in FastAPI's form where it has another shape."""
+    """The body, whatever its content type. Raises 422 in FastAPI's form for any other shape."""
     try:
         return Asked.model_validate_json(await request.read())
     except ValidationError as error:
@@ -56,7 +56,7 @@ def document(passage: Passage) -> dict[str, str]:
 
 
 class _Refusal(web.HTTPException):
-    """aiohttp has no class for some statuses; this one takes any."""
+    """An HTTP error of any status; aiohttp lacks classes for some."""
 
     def __init__(self, status: int, **arguments: Any):
         self.status_code = status
@@ -64,7 +64,7 @@ class _Refusal(web.HTTPException):
 
 
 def refusal(status: int, detail: Any, headers: Mapping[str, str] | None = None) -> web.HTTPException:
-    """To be raised: an answer of `status` whose JSON body says why."""
+    """The error to raise for an answer of `status` with a JSON body that gives the reason."""
     text = web.json_response({"detail": detail}).text
     return _Refusal(status, text=text, content_type="application/json", headers=headers)
 
@@ -74,7 +74,7 @@ class Metrics:
     """Counts since the start and recent latencies, in Prometheus' text format."""
 
     prefix: str
-    """Of every name, e.g. `retriever`."""
+    """First part of every name, e.g. `retriever`."""
 
     counts: Counter[str] = field(default_factory=Counter)
     """Name without prefix, labels included, e.g. `requests_total{status="200"}`."""
@@ -84,7 +84,7 @@ class Metrics:
     total_s: float = 0.0
 
     def watch(self, handler: Handler) -> Handler:
-        """The same handler, measured."""
+        """`handler`, with requests counted and timed."""
 
         async def watched(request: web.Request) -> web.StreamResponse:
             start = time.perf_counter()
@@ -123,13 +123,13 @@ class Metrics:
 
 
 def quantile(values: deque[float], share: float) -> float:
-    """The smallest value that `share` of all do not exceed; NaN where there is none."""
+    """The smallest value that a `share` of all values do not exceed; NaN without values."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else float("nan")
 
 
 def addresses(host: str) -> list[str]:
-    """Numeric addresses of a host to listen on. UserError where it has none."""
+    """Numeric addresses of a host to listen on. Raises UserError if it has none."""
     try:
         return [str(found[4][0]) for found in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
     except OSError as error:
@@ -142,7 +142,7 @@ def is_loopback(host: str) -> bool:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes any free one. UserError where the address cannot be had."""
+    """A listening socket; port 0 takes any free one. Raises UserError if the address is not available."""
     with ExitStack() as opened:
         try:
             family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -166,7 +166,7 @@ async def serve(app: web.Application, listener: socket.socket, *, stop: asyncio.
     """Answer until SIGINT, SIGTERM or `stop`, then end gracefully. A second signal ends the process at once."""
     loop = asyncio.get_running_loop()
     signals = (signal.SIGINT, signal.SIGTERM)
-    # No access log: addresses may name runs, and a line per search helps nobody.
+    # No access log: paths may contain run names, and a line per search is of no use.
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=grace_s)
     await runner.setup()
     await web.SockSite(runner, listener, backlog=1024).start()

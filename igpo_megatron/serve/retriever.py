@@ -7,13 +7,13 @@ POST /retrieve  {"queries": [str, ...], "topk": int or null, "return_scores": bo
                 -> {"result": [[{"document": {"id", "contents"}, "score"}, ...], ...]}      with scores
                 -> {"result": [[{"id", "contents"}, ...], ...]}                             without
 GET  /health    -> {"status": "ok" or "loading", "passages": int or null}, always 200
-GET  /ready     -> the same; 503 until the index is there
+GET  /ready     -> the same; 503 until the index is ready
 GET  /metrics   -> Prometheus' text format
 
-requests ── wait while a batch is under way ──> one call of the index in a worker thread ──> answers
+requests ── wait while a batch is being searched ──> one call of the index in a worker thread ──> answers
 
-The index is kept in FILE.jsonl.index beside the corpus, under a name that says what it was made of: an unchanged corpus is not indexed
-again, a changed one is. Interrupted, the server answers what it has been asked and ends.
+The index is kept in FILE.jsonl.index beside the corpus, under a name derived from its contents: an unchanged corpus is not indexed
+again, a changed one is. When interrupted, the server answers pending requests and exits.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from igpo_megatron.serve.http import MOST_BYTES, Metrics, base_url, document, li
 from igpo_megatron.types import UserError
 
 BATCH = 256
-"""Queries that one call of the index answers, more only where one request has more."""
+"""Queries per call of the index; more only if a single request has more."""
 
 GRACE_S = 30
 
@@ -60,7 +60,7 @@ class Dense:
 
 
 def open_index(corpus: Path, dense: Dense | None, *, progress: bool) -> tuple[int, Find]:
-    """(number of passages, search) of a corpus; its index is read from beside it, or made and put there. ValueError says what is wrong."""
+    """(number of passages, search) of a corpus; its index is read from beside it, or made and stored there. Raises ValueError."""
     passages = tuple(read_corpus(corpus) if not progress else _track(corpus))
     if dense is None:
         index = Bm25Index(passages, folder=place(corpus, "bm25", digest(passages, *bm25_settings())), show_progress=progress)
@@ -78,14 +78,14 @@ def open_index(corpus: Path, dense: Dense | None, *, progress: bool) -> tuple[in
 
 
 def _with_words(index: DenseIndex, queries: Sequence[str], k: int) -> list[Hits]:
-    """Something is nearest to a query without words, too, but it is no answer."""
+    """Search, but find nothing for queries without words, which also have nearest passages."""
     asked = [query for query in queries if query.strip()]
     found = dict(zip(asked, index.search(asked, k) if asked else [], strict=True))
     return [found.get(query, ()) for query in queries]
 
 
 def _track(corpus: Path) -> Iterable[Passage]:
-    """The passages, under a progress bar where there is a file to read."""
+    """The passages, with a progress bar over the lines of the file, if it exists."""
     lines = 0
     if corpus.is_file():
         with corpus.open("rb") as file:
@@ -96,7 +96,7 @@ def _track(corpus: Path) -> Iterable[Passage]:
 
 @dataclass(eq=False)
 class Waiting:
-    """One request in front of the index."""
+    """One request that waits for the index."""
 
     queries: list[str]
     k: int
@@ -105,7 +105,7 @@ class Waiting:
 
 @dataclass
 class Batches:
-    """Requests that come while the index is searched wait, and leave together in its next call."""
+    """Requests that arrive during a search wait, and are searched together in the next call."""
 
     find: Find
     metrics: Metrics
@@ -129,7 +129,7 @@ class Batches:
             await asyncio.wait([call])
             error = call.exception()
             for number, waiting in enumerate(batch):
-                if waiting.found.done():  # given up meanwhile
+                if waiting.found.done():  # the client has given up
                     continue
                 if error is None:
                     waiting.found.set_result(call.result()[number])
@@ -146,7 +146,7 @@ class Batches:
         return batch
 
     def _answer(self, batch: list[Waiting]) -> list[list[Hits]]:
-        """In the worker thread. The same question of several requests is searched once."""
+        """Runs in the worker thread. A query that several requests share is searched once."""
         found: dict[tuple[str, int], Hits] = {}
         for k in {waiting.k for waiting in batch}:
             queries = list(dict.fromkeys(query for waiting in batch if waiting.k == k for query in waiting.queries))
@@ -155,7 +155,7 @@ class Batches:
 
 
 class Server:
-    """The endpoints. There is nothing to search until `ready` is called."""
+    """The endpoints. Searches are refused until `ready` is called."""
 
     def __init__(self, top_k: int):
         self.top_k = top_k
@@ -167,38 +167,34 @@ class Server:
         """For aiohttp."""
         app = web.Application(client_max_size=MOST_BYTES)
         app.router.add_post("/retrieve", self.metrics.watch(self._retrieve))
-        app.router.add_get("/health", self._health)
-        app.router.add_get("/ready", self._ready)
+        for path in ("/health", "/ready"):
+            app.router.add_get(path, self._state)
         app.router.add_get("/metrics", self.metrics.answer)
         return app
 
     def ready(self, passages: int, find: Find) -> None:
-        """From now on searches are answered."""
+        """Answer searches from now on."""
         self.passages = passages
         self._batches = Batches(find, self.metrics)
 
     async def _retrieve(self, request: web.Request) -> web.Response:
         asked = await read_request(request)
         if self._batches is None:
-            raise refusal(503, "the index is being made or read; GET /ready says when it is there", {"Retry-After": "2"})
+            raise refusal(503, "the index is being made or read; GET /ready tells when it is ready", {"Retry-After": "2"})
         self.metrics.counts["queries_total"] += len(asked.queries)
         found = await self._batches.get(asked.queries, asked.topk or self.top_k)
         if asked.return_scores:
             return web.json_response({"result": [[{"document": document(p), "score": score} for p, score in hits] for hits in found]})
         return web.json_response({"result": [[document(passage) for passage, _ in hits] for hits in found]})
 
-    def _state(self) -> dict[str, Any]:
-        return {"status": "loading" if self.passages is None else "ok", "passages": self.passages}
-
-    async def _health(self, request: web.Request) -> web.Response:
-        return web.json_response(self._state())
-
-    async def _ready(self, request: web.Request) -> web.Response:
-        return web.json_response(self._state(), status=503 if self.passages is None else 200)
+    async def _state(self, request: web.Request) -> web.Response:
+        loading = self.passages is None
+        state = {"status": "loading" if loading else "ok", "passages": self.passages}
+        return web.json_response(state, status=503 if loading and request.path == "/ready" else 200)
 
 
 async def run(server: Server, listener: socket.socket, load: Callable[[], tuple[int, Find]], announce: Callable[[], None]) -> None:
-    """Serve; the index is loaded meanwhile. Raises what `load` raises."""
+    """Serve while the index is loaded in the background. Raises what `load` raises."""
     stop = asyncio.Event()
     serving = asyncio.create_task(serve(server.app(), listener, stop=stop, grace_s=GRACE_S))
     loading = in_daemon_thread(load)
@@ -216,9 +212,9 @@ async def run(server: Server, listener: socket.socket, load: Callable[[], tuple[
 
 
 def in_daemon_thread(work: Callable[[], Any]) -> asyncio.Future[Any]:
-    """What `work` returns or raises. Who interrupts a long build does not want to wait for its end, as other threads would."""
+    """What `work` returns or raises. Unlike other threads it does not delay the exit when a long build is interrupted."""
     future: Future[Any] = Future()
-    future.set_running_or_notify_cancel()  # from here on nobody can cancel it under the thread's feet
+    future.set_running_or_notify_cancel()  # from here on it cannot be cancelled while the thread runs
 
     def run() -> None:
         try:
@@ -240,7 +236,7 @@ def retriever(
     passage_prefix: Annotated[str, typer.Option(help="Dense: put before a passage.")] = "passage: ",
 ) -> None:
     """Index a corpus, or read its index, and serve it until interrupted."""
-    # The port is taken before the corpus is read: a large index takes minutes, and the mistake should show at once.
+    # The port is opened before the corpus is read: a large index takes minutes, and a busy port should be reported at once.
     listener = listen(host, port)
     dense = None if encoder is None else Dense(encoder, query_prefix, passage_prefix)
     server = Server(top_k)

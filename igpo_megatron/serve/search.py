@@ -3,7 +3,7 @@
 export SERPER_API_KEY=... SEARCH_PROXY_TOKEN=$(openssl rand -hex 32)
 igpo serve search --port 8001 --cache search.sqlite --budget 20000 backend=serper top_k=10 rate_per_s=50
 
-What follows the options are settings of section `search`; `igpo config search` explains them. A run asks it with
+The arguments after the options are settings of section `search`; `igpo config search` explains them. A run asks it with
 
     search.backend=retriever search.url=http://HOST:8001/runs/RUN/retrieve search.api_key_env=SEARCH_PROXY_TOKEN
 
@@ -17,9 +17,9 @@ GET  /health, /ready     {"status": "ok"}, without a token
 
 token? ── run's cache ── budget ── igpo_megatron.search's HTTP engine ── provider
 
-A failed search is never an empty result: 401 no token, 402 budget spent or the provider refuses for good (our client stops the run), 422
-another shape, 429 too fast, 502 and 504 trouble of the provider. Then the whole request counts as failed; what was found is in the cache.
-No address in a request is ever connected to. Clients' `search.timeout_s` should be more than `deadline_s` here.
+A failed search is never an empty result: 401 no token, 402 budget spent or a permanent refusal by the provider (our client stops the run),
+422 wrong shape, 429 too fast, 502 and 504 the provider failed. Then the complete request fails; what was found stays in the cache.
+The server never connects to an address in a request. Clients' `search.timeout_s` should be more than `deadline_s` here.
 """
 
 from __future__ import annotations
@@ -51,35 +51,35 @@ from igpo_megatron.types import UserError
 
 RUN = "{run:[A-Za-z0-9._-]{1,64}}"
 OPEN = ("/health", "/ready")
-"""Paths that need no token: they say nothing."""
+"""Paths that need no token: they reveal nothing."""
 
 SHORTEST_TOKEN = 16
 MOST_BYTES = 2**20
 """Of a request: hundreds of queries."""
 
 GRACE_S = 5
-"""Seconds beyond `search.deadline_s` that requests under way have when the server ends."""
+"""Seconds beyond `search.deadline_s` for pending requests when the server ends."""
 
 STATUSES = {SearchStatus.RATE_LIMITED: 429, SearchStatus.ERROR: 502, SearchStatus.TIMEOUT: 504}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command line says."""
+    """Settings from the command line."""
 
     search: Search
     budget: int
     """Paid searches per run."""
 
     token: str | None = field(repr=False)
-    """None lets everybody on this machine ask."""
+    """None accepts everybody on this machine."""
 
 
 class Proxy:
     """The endpoints over one provider, one cache and one ledger. Used from one event loop."""
 
     def __init__(self, settings: Settings):
-        """ValueError where the back-end's settings, its key or the cache file are wrong."""
+        """Raises ValueError if the back-end's settings, its key or the cache file are wrong."""
         search = settings.search
         assert search.cache is not None, "the cache is a required option"
         self.settings = settings
@@ -103,7 +103,7 @@ class Proxy:
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Nobody without the token; where there is none, nobody who was sent here by a name that is not this machine's (a web page)."""
+        """Refuse requests without the token; if there is none, requests to a name that is not this machine's (from a web page)."""
         if request.path in OPEN:
             return await handler(request)
         if self.settings.token is None:
@@ -115,7 +115,7 @@ class Proxy:
         return await handler(request)
 
     async def _retrieve(self, request: web.Request) -> web.Response:
-        if request.content_type != "application/json":  # no web page may send that to another host unasked
+        if request.content_type != "application/json":  # a web page may not send that to another host without permission
             raise refusal(415, f"Content-Type is {request.content_type}, expected application/json")
         asked = await read_request(request)
         most = self.settings.search.top_k
@@ -134,7 +134,7 @@ class Proxy:
         return web.json_response({"result": documents})
 
     def _client(self, run: str) -> CachedClient:
-        """A run's own way to the shared cache and the shared provider."""
+        """A run's client for the shared cache and provider."""
         if run not in self._runs:
             search = self.settings.search
             ages = {SearchStatus.OK: search.cache_ttl_s, SearchStatus.EMPTY: search.cache_empty_ttl_s}
@@ -168,7 +168,7 @@ def _raise_failure(results: Sequence[SearchResult]) -> None:
 
 
 def _holds(header: str, token: str) -> bool:
-    """True if an Authorization header holds the token; takes as long for a near miss as for any other of that length."""
+    """True if an Authorization header holds the token; the time does not depend on how much matches."""
     scheme, _, value = header.partition(" ")
     right = hmac.compare_digest(value.strip().encode(errors="surrogateescape"), token.encode())
     return right and scheme.lower() == "bearer"
@@ -184,8 +184,8 @@ def _is_local(host: str) -> bool:
 
 
 def read_settings(cache: Path, budget: int, token_variable: str, host: str, settings: Sequence[str]) -> Settings:
-    """ValueError with one sentence about what is wrong, the absence of a token where others can reach the host among it."""
-    # A configuration must name a model; no other section counts here.
+    """Raises ValueError with one sentence about what is wrong, such as no token on a host that others can reach."""
+    # A configuration must name a model; other sections are not used here.
     search = build({"model": {"path": "."}}, [f"search.{setting}" for setting in settings]).search.model_copy(update={"cache": cache})
     web_apis = [name for name, backend in BACKENDS.items() if issubclass(backend, WebApi)]
     if search.backend not in web_apis:

@@ -1,4 +1,4 @@
-"""Secrets in text that is shown or stored: each becomes `***`, in any of the forms in which it is sent."""
+"""Replace secrets in text that is shown or stored by `***`, in every form in which they are sent."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from urllib.parse import quote, quote_plus
 
 SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
-"""Environment variables whose values are shown nowhere."""
+"""Names of environment variables whose values are never shown."""
 
 _SHORTEST, _SHORTEST_UNASKED = 4, 8
-"""Characters. So short a word is no secret, and is in every text; more so where only its name says that it is one."""
+"""Characters. Shorter values are not secrets and occur in any text; the second limit is for values known as secrets by their name only."""
 
 
 def blot_value(text: str, value: str) -> str:
@@ -27,6 +27,6 @@ def blot_value(text: str, value: str) -> str:
 def blot_environment(text: str, environment: Mapping[str, str] = os.environ) -> str:
     """`text` without the values of environment variables that are named like secrets."""
     secrets = [value for name, value in environment.items() if SECRET_NAME.search(name) and len(value) >= _SHORTEST_UNASKED]
-    for value in sorted(secrets, key=len, reverse=True):  # one may be the beginning of another
+    for value in sorted(secrets, key=len, reverse=True):  # one may be a prefix of another
         text = blot_value(text, value.encode("utf-8", "replace").decode())
     return text

@@ -1,15 +1,15 @@
-"""How a command or a rank ends: every end has its reason, one sentence on the console, and an exit code.
+"""How a command or a rank ends: with one sentence on the console that gives the reason, and an exit code.
 
     what was raised             sentence                                            exit code
-    UserError, ConversionError  its own                                             2
-    RunStopped                  its own                                             1
-    no room, no permission      what the file system refused                        1
+    UserError, ConversionError  its message                                         2
+    RunStopped                  its message                                         1
+    disk full, no permission    what the file system refused                        1
     KeyboardInterrupt           the signal's name                                   128 + its number
     output that nobody reads    none                                                128 + SIGPIPE
-    anything else               what it is, and the file with its traceback         1
+    anything else               type and message, and the file with its traceback   1
 
-A rank that a launcher started leaves its `Ending` where torchrun's agent looks; the launcher tells the one that was the cause
-(launch/agent.py). Where nobody would, the process says it itself.
+A rank that a launcher started writes its `Ending` to the file that torchrun's agent reads; the launcher reports the one that was the
+cause (launch/agent.py). Without such a launcher the process prints it itself.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from igpo_megatron.supervision.failures import in_short, keep_failure
 from igpo_megatron.types import PeerStopped, RunStopped, UserError
 
 Kind = Literal["done", "interrupted", "signal", "error", "peer"]
-"""`interrupted`: it was asked to end; `signal`: it was ended by one; `error`: it ended itself; `peer`: it lost another rank, which is never
+"""`interrupted`: it was asked to end; `signal`: a signal killed it; `error`: it ended itself; `peer`: it lost another rank, which is never
 the cause."""
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -41,6 +41,7 @@ _FORBIDDEN = {errno.EACCES, errno.EPERM}
 _FULL_BYTES = 2**12
 _INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+"""Parts of the message when a collective fails because another rank is gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +53,14 @@ class Ending:
     """Exit code for the shell."""
 
     sentence: str = ""
-    """What a person needs to know; empty where all went well."""
+    """The reason, for the user; empty after success."""
 
     time: float = 0.0
-    """When it was known, seconds since the epoch; 0 where nobody noted it."""
+    """When it was noticed, seconds since the epoch; 0 if unknown."""
 
     @property
     def text(self) -> str:
-        """The line of a run's launcher. What was saved can be gone on from, except after a user's mistake."""
+        """The line that a run's launcher prints. The run can be resumed, except after a user's mistake."""
         if self.code == 2:
             return f"error: {self.sentence}\n"
         again = "the same command resumes from the last checkpoint"
@@ -67,7 +68,7 @@ class Ending:
 
 
 def ending_of(error: BaseException, who: str, folder: Path | None) -> Ending:
-    """What `error` says to a person, told by `who`, e.g. `rank 1`. A traceback that says more is kept in `folder` (see `keep_failure`)."""
+    """The ending that `error` caused in `who`, e.g. `rank 1`; `folder` keeps the traceback of an unexpected one (see `keep_failure`)."""
     now = time.time()
     if isinstance(error, (UserError, ConversionError)):
         return Ending("error", 2, str(error), now)
@@ -75,7 +76,7 @@ def ending_of(error: BaseException, who: str, folder: Path | None) -> Ending:
         return Ending("peer" if isinstance(error, PeerStopped) else "error", 1, str(error), now)
     if (number := _signal_of(error)) is not None:
         return Ending("interrupted", 128 + number, f"{who} was interrupted by {number.name}".removeprefix(" was "), now)
-    if _is_lost_peer(error):
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST_PEER):
         return Ending("peer", 1, f"{who} lost its connection to another rank", now)
     if (refusal := _refusal(error, folder)) is not None:
         return Ending("error", 1, refusal, now)
@@ -84,16 +85,16 @@ def ending_of(error: BaseException, who: str, folder: Path | None) -> Ending:
 
 
 def _signal_of(error: BaseException) -> signal.Signals | None:
-    """The signal behind a KeyboardInterrupt, or behind the SystemExit that Ray, once it is there, makes of a SIGTERM."""
+    """The signal behind a KeyboardInterrupt, or behind the SystemExit into which Ray, once imported, turns a SIGTERM."""
     if isinstance(error, KeyboardInterrupt):
         return signal.Signals[str(error)] if str(error) in signal.Signals.__members__ else signal.SIGINT
     return signal.SIGTERM if isinstance(error, SystemExit) and error.code == signal.SIGTERM else None
 
 
 def _refusal(error: BaseException, folder: Path | None) -> str | None:
-    """What the file system refused, where that is behind `error`: a full disk also makes libraries raise what says nothing of it.
+    """What the file system refused, if that caused `error`: on a full disk libraries also raise errors that do not mention it.
 
-    A permission that was missed on the way may have been done without: it is the reason only where `error` is that, or says so (`from`).
+    A missing permission earlier in the chain may have been handled: it is the reason only if `error` is that error or names it (`from`).
     """
     link: BaseException | None = error
     reasons = _FULL | _FORBIDDEN | {errno.EROFS}
@@ -116,16 +117,11 @@ def _refused(number: int | None, place: Any) -> str:
     return f"{where}{os.strerror(number or 0).lower()}; {advice}"
 
 
-def _is_lost_peer(error: BaseException) -> bool:
-    """A collective failed because a rank at its other end is gone."""
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST_PEER)
-
-
 # ---- ranks
 
 
 class Ended(Exception):
-    """The reason of this process's end has been left; what is open is closed behind it."""
+    """The reason for this process's end has been written; open resources are closed as this propagates."""
 
     def __init__(self, ending: Ending) -> None:
         super().__init__(ending.sentence)
@@ -134,7 +130,7 @@ class Ended(Exception):
 
 @contextmanager
 def reason_left(who: str, folder: Path | None) -> Iterator[None]:
-    """What ends the block is left for the launcher, and `Ended` raised in its place. The first reason counts, not one of closing."""
+    """Write for the launcher what ended the block, and raise `Ended` instead. The first reason counts, not errors while closing."""
     try:
         yield
     except BaseException as error:
@@ -148,11 +144,11 @@ def _first(error: BaseException | None) -> Ending | None:
 
 
 def leave(ending: Ending) -> Ending:
-    """Put it where torchrun's agent looks (`read`); say it where no launcher of ours does."""
+    """Write it to the file that torchrun's agent reads (`read`); print it where no launcher of ours does."""
     path, written = os.environ.get("TORCHELASTIC_ERROR_FILE"), False
     if path:
         values = {"message": ending.sentence, "timestamp": int(ending.time), "ending": asdict(ending)}
-        with suppress(OSError):  # the temporary folder, too, may be full
+        with suppress(OSError):  # the temporary folder may be full, too
             Path(path).write_text(json.dumps(values), encoding="utf-8")
             written = True
     if not (written and os.environ.get(LAUNCHED)) and ending.kind != "peer":
@@ -162,17 +158,17 @@ def leave(ending: Ending) -> Ending:
 
 
 LAUNCHED = "IGPO_LAUNCHED"
-"""Set for ranks whose launcher tells how they ended."""
+"""Environment variable that is set for ranks whose launcher reports how they ended."""
 
 
 def read(error_file: dict[str, Any]) -> Ending | None:
-    """What `leave` wrote; None where a rank left nothing."""
+    """What `leave` wrote; None if a rank wrote nothing."""
     values = error_file.get("ending")
     return Ending(**values) if values is not None else None
 
 
 def end_process(code: int) -> NoReturn:
-    """Exit. A rank that failed does so at once: groups that lost a rank cannot be left in order."""
+    """Exit. A failed rank does so at once: process groups that lost a rank cannot be closed cleanly."""
     if code:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -182,7 +178,7 @@ def end_process(code: int) -> NoReturn:
 
 @contextmanager
 def signals_restored() -> Iterator[None]:
-    """Behind the block the signals that end a process do what they did before it."""
+    """Restore the handlers of the signals that end a process when the block ends."""
     before = {number: signal.getsignal(number) for number in (*_INTERRUPTS, signal.SIGQUIT)}
     try:
         yield
@@ -193,7 +189,7 @@ def signals_restored() -> Iterator[None]:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """What interrupts a process raises KeyboardInterrupt inside, once; behind the block it is ignored, so that closing is not cut short."""
+    """Inside, the first interrupting signal raises KeyboardInterrupt; later ones are ignored, so that closing is not cut short."""
     try:
         for number in _INTERRUPTS:
             signal.signal(number, _interrupt)
@@ -216,20 +212,20 @@ def _ignore_interrupts() -> None:
 
 
 def sigterm_interrupts() -> None:
-    """A command that is asked to end closes what it opened, as after Ctrl-C."""
+    """Let a command close what it opened on SIGTERM, as it does after Ctrl-C."""
     signal.signal(signal.SIGTERM, _interrupt)
 
 
 @contextmanager
 def one_sentence(folder: Path | None = None, passing: tuple[type[BaseException], ...] = ()) -> Iterator[None]:
-    """What ends a command is said in one sentence on standard error, and is its exit code. `passing`: what is no end, or said elsewhere."""
+    """Report an error that ends a command in one sentence on standard error, and exit with its code. `passing`: types left to others."""
     try:
         yield
     except BaseException as error:
         if isinstance(error, (*passing, SystemExit)):
             raise
         if isinstance(error, BrokenPipeError) and _reader_left():
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still to be flushed
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is still buffered
             raise SystemExit(128 + signal.SIGPIPE) from None
         ending = ending_of(error, "", folder)
         sys.stderr.write(f"{ending.sentence}\n" if ending.kind == "interrupted" else f"error: {ending.sentence}\n")
@@ -237,7 +233,7 @@ def one_sentence(folder: Path | None = None, passing: tuple[type[BaseException],
 
 
 def _reader_left() -> bool:
-    """Nobody reads standard output any more, e.g. behind `| head -1`."""
+    """Nobody reads standard output any more, e.g. after `| head -1`."""
     output = select.poll()
     output.register(1, 0)
     return any(event & select.POLLERR for _, event in output.poll(0))

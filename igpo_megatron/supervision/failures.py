@@ -1,7 +1,7 @@
-"""What nobody expected keeps its traceback: in `failures/` of the run's folder, bounded and without the secrets of the environment.
+"""Keep the tracebacks of unexpected errors in `failures/` of the run's folder, bounded and without the environment's secrets.
 
 runs/NAME/failures/
-    rank1.txt           of a process; one traceback after the other, each under the time at which it was raised
+    rank1.txt           of one process: its tracebacks in order, each under the time at which it was raised
     trajectories.txt    of trajectories that ended as `crashed`
 """
 
@@ -23,40 +23,40 @@ logger = logging.getLogger(__name__)
 FOLDER = "failures"
 
 MOST_BYTES = 2**20
-"""Of a file; it takes no traceback beyond them."""
+"""Per file; what would exceed them is not written."""
 
 MOST_CHARS = 16_000
-"""Of one traceback: its beginning and its end."""
+"""Per traceback; of a longer one the beginning and the end are kept."""
 
 SHOWN_CHARS = 300
-"""Of a message in a sentence."""
+"""Per error message that a sentence quotes."""
 
 
 def keep_failure(folder: Path | None, name: str, error: BaseException) -> str:
-    """Append the traceback of `error` to `folder`/failures/NAME.txt; the sentence that says what was raised and where the traceback is.
+    """Append the traceback of `error` to `folder`/failures/NAME.txt; return a sentence with the error and where its traceback is.
 
-    Where the folder is not known (None), or its file is full or cannot be written, a temporary file takes it, and standard error where
-    that cannot either. Raises nothing, whatever the error holds.
+    Where the folder is unknown (None), or its file is full or cannot be written, the traceback goes to a temporary file, and failing
+    that to standard error. Never raises, whatever the error holds.
     """
-    path = folder / FOLDER / f"{name}.txt" if folder is not None else None
-    if path is None or not kept(path, name, error):
-        path = Path(tempfile.gettempdir()) / f"igpo-failure-{os.getpid()}.txt"
-        if not kept(path, name, error):
-            path = None
-            sys.stderr.write(_entry(name, error))
-    return f"{in_short(error)} (traceback: {path or 'above'})"
+    entry = _entry(name, error)
+    paths = [folder / FOLDER / f"{name}.txt"] if folder is not None else []
+    for path in (*paths, Path(tempfile.gettempdir()) / f"igpo-failure-{os.getpid()}.txt"):
+        if appended(path, entry):
+            return f"{in_short(error)} (traceback: {path})"
+    sys.stderr.write(entry)
+    return f"{in_short(error)} (traceback: above)"
 
 
-def kept(path: Path, what: str, error: BaseException) -> bool:
-    """Append the traceback of `error`, which ended `what`, to a file; False where that is full or cannot be written."""
-    entry = _entry(what, error).encode()
+def appended(path: Path, text: str) -> bool:
+    """Append `text` to a file, which may be missing; False if the file would exceed MOST_BYTES or cannot be written."""
+    entry = text.encode(errors="backslashreplace")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab") as file:
             if file.tell() + len(entry) > MOST_BYTES:
                 return False
             file.write(entry)
-    except (OSError, ValueError):  # a ValueError by a zero byte in the name
+    except (OSError, ValueError):  # ValueError: a zero byte in the name
         return False
     return True
 
@@ -65,7 +65,7 @@ def in_short(error: BaseException) -> str:
     """`ValueError: the first line of its message`."""
     try:
         lines = _shown(str(error)).splitlines()
-    except Exception:  # noqa: BLE001  (a __str__ of anybody's)
+    except Exception:  # noqa: BLE001  (any class may define __str__)
         lines = []
     first = next((line.strip() for line in lines if line.strip()), "")
     shown = first if len(first) <= SHOWN_CHARS else f"{first[:SHOWN_CHARS]} ..."
@@ -73,7 +73,7 @@ def in_short(error: BaseException) -> str:
 
 
 class CrashLog:
-    """Trajectories that raised what nobody expected: counted, each with its traceback in one file. Used from one event loop."""
+    """Counts trajectories that ended by an unexpected error, and keeps their tracebacks in one file. Used from one event loop."""
 
     def __init__(self, path: Path | None):
         """`path` None keeps no tracebacks."""
@@ -81,9 +81,9 @@ class CrashLog:
         self.count = 0
 
     def record(self, what: str, error: Exception) -> str:
-        """Keep the traceback of `error`, which ended `what`; one sentence about it. Raises nothing, whatever the error holds."""
+        """Keep the traceback of `error`, which ended `what`; return one sentence about it. Never raises, whatever the error holds."""
         sentence = in_short(error)
-        if self._path is not None and kept(self._path, what, error):
+        if self._path is not None and appended(self._path, _entry(what, error)):
             sentence += f"; its traceback is in {self._path}"
         self.count += 1
         if self.count == 1:

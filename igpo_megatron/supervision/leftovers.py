@@ -1,7 +1,7 @@
-"""What a killed process leaves behind, and who may remove it.
+"""Remove what killed processes left behind, and nothing that is still in use.
 
-In shared memory and in the temporary folder a file lock says whose run is alive. Other files and folders are written under a name of
-their own first (`whole`): they are there as a whole or not at all.
+In shared memory and in the temporary folder a file lock shows that the owner is alive. Other files and folders are first written under
+a temporary name (`whole`), so they are either complete or absent.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import psutil
 
 _PR_SET_PDEATHSIG = 1
 _YOUNG_S = 2.0
-"""Younger paths are never removed: their owner may not have claimed them yet."""
+"""Younger paths are kept: their owner may not have claimed them yet."""
 
 
 def claim(path: Path) -> int:
@@ -56,7 +56,7 @@ def whole(path: Path) -> Iterator[Path]:
     """A name beside `path` to write a file or folder under; it becomes `path` when the block ends, and is removed if the block fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    _remove(part)  # of a run that was killed
+    _remove(part)  # left by a killed run
     try:
         yield part
         if path.is_dir():
@@ -80,7 +80,7 @@ def end_with_parent() -> None:
 
 
 def is_alive(process: psutil.Process) -> bool:
-    """It runs; one that has ended and was not waited for does not."""
+    """Whether it runs; a zombie does not."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

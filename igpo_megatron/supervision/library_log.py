@@ -1,4 +1,4 @@
-"""What libraries warn of is kept in the run's folder; the console shows what concerns the run.
+"""Keep warnings of libraries in the run's folder, so that the console shows only what concerns the run.
 
 runs/NAME/logs/
     rank0.txt    warnings and log records of the libraries that a rank uses
@@ -10,21 +10,19 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from igpo_megatron.supervision.blotting import blot_environment
+from igpo_megatron.supervision.failures import appended
 
 LOGS = "logs"
-MOST_BYTES = 2**20
-"""Of a file; it takes nothing beyond them."""
-
 _OURS = ("igpo_megatron", "checkpoint_conversion")
 
 
 class _Keeper(logging.Handler):
-    """Appends to a file what libraries say. Ours is shown as if no handler were there, unless it has one of its own."""
+    """Appends the records of libraries to a file. Our records are shown as without a handler, unless our logger has one."""
 
     def __init__(self, path: Path | None) -> None:
         super().__init__(logging.WARNING)
@@ -39,19 +37,14 @@ class _Keeper(logging.Handler):
             logging.lastResort.handle(record)
 
     def keep(self, text: str) -> None:
-        """Where the file is full or cannot be written, nothing is kept: no run ends for this."""
-        if self._path is None:
-            return
-        with suppress(OSError):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-                if file.tell() + len(text) < MOST_BYTES:
-                    file.write(blot_environment(text))
+        """If the file is full or cannot be written, nothing is kept: no run ends for this."""
+        if self._path is not None:
+            appended(self._path, blot_environment(text))
 
 
 @contextmanager
 def libraries_logged(path: Path | None) -> Iterator[None]:
-    """Inside, what libraries warn of is appended to `path`, once for each place; what our files warn of is shown as before.
+    """Inside, warnings of libraries are appended to `path`, once for each place; warnings of our own files are shown as before.
 
     A command that writes no folder passes None: then nothing is kept.
     """

@@ -1,4 +1,4 @@
-"""Nothing a run starts looks anything up or reports anywhere, unless its environment says otherwise."""
+"""Keep everything that a run starts from going online or sending usage reports, unless the environment says otherwise."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ OFFLINE = {
     "TOKENIZERS_PARALLELISM": "false",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
-"""The last of them: no rank that lost another says so in C++."""
+"""The last keeps C++ log lines about lost ranks off the console."""
 
 
 def stay_offline() -> None:
-    """For this process and those it starts, on one machine."""
+    """Set this for this process and those it starts, all on one machine."""
     loopback = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
     for name, value in {**OFFLINE, **loopback, "OMP_NUM_THREADS": "1"}.items():
         os.environ.setdefault(name, value)

@@ -1,16 +1,16 @@
-"""Named waits: who waits for whom, since when, and a record of it when a wait lasts too long.
+"""Named waits: who waits for whom, since when, and a record when a wait takes too long.
 
     rank 1 ──"a broadcast from rank 0"──> rank 0 ──"the groups of step 3"──> the rollouts ──"turn 2 of ..."──> the engines
                                                            ──"a turn"──> engine 1
 
     with waiting("the groups of step 3", on=ROLLOUTS, deadline_s=1800): ...
 
-A thread looks at the waits once a second. One that lasts is posted in the run's folder, where the other ranks' records find it; one that
-passes its deadline writes a record, names the culprit in one sentence and ends the wait by an exception, or, where nothing can be
-interrupted, the process. SIGUSR1 writes the record without ending anything.
+A thread checks the waits once a second. A long one is posted in the run's folder, where other ranks' records include it. One that
+passes its deadline writes a record, names the culprit in one sentence and ends the wait by an exception, or the process if the wait
+cannot be interrupted. SIGUSR1 writes the record without ending anything.
 
     runs/NAME/waits/
-        rank_0.json                  what this rank waits for now, if it has for some seconds
+        rank_0.json                  what this rank is waiting for, once that has taken some seconds
         record_rank_0_1.txt          the sentence, the graph of all ranks' waits, the stacks of this rank's threads
 """
 
@@ -27,21 +27,22 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, TextIO
 
+from igpo_megatron.supervision.leftovers import whole
 from igpo_megatron.types import RunStopped
 
 ROLLOUTS = "the rollouts"
-"""Trajectories wait under this name, and the main rank waits on it."""
+"""The name under which trajectories wait; the main rank waits on it."""
 
 ENGINES = "the engines"
-"""Requests to engines wait under this name, each on the engine that has it, and trajectories wait on it."""
+"""The name under which requests wait, each on its own engine; trajectories wait on it."""
 
 _LOOK_S = 1.0
 _POSTED_AFTER_S = 5.0
 _UNINTERRUPTED_S = 20.0
-"""A process that has not left a wait this long after its deadline ends itself."""
+"""A process still in a wait this long after its deadline exits."""
 
 
 class WaitExpired(RunStopped):
@@ -69,12 +70,10 @@ class Wait:
 
 
 def culprit(waits: Sequence[Wait], start: Wait) -> str:
-    """Who keeps `start` waiting: the end of the chain of waits that begins there, or its circle."""
+    """Who keeps `start` waiting: the end of the chain of waits that begins there, or the circle in it."""
     chain = [start.who]
     on = start.on
-    oldest: dict[str, Wait] = {}
-    for wait in sorted(waits, key=lambda wait: wait.since):
-        oldest.setdefault(wait.who, wait)
+    oldest = {wait.who: wait for wait in sorted(waits, key=attrgetter("since"), reverse=True)}
     while on not in chain:
         chain.append(on)
         if on not in oldest:
@@ -84,9 +83,9 @@ def culprit(waits: Sequence[Wait], start: Wait) -> str:
 
 
 def oldest(waits: Iterable[Wait]) -> list[Wait]:
-    """Of the waits of the same on the same, the one that has lasted longest: hundreds of requests make one edge."""
+    """The longest wait of each pair (who, on): hundreds of requests make one edge."""
     edges: dict[tuple[str, str], Wait] = {}
-    for wait in sorted(waits, key=lambda wait: wait.since):
+    for wait in sorted(waits, key=attrgetter("since")):
         edges.setdefault((wait.who, wait.on), wait)
     return list(edges.values())
 
@@ -98,10 +97,10 @@ class _Open:
     deadline_s: float | None
     thread: int
     sentence: str = ""
-    """Of the record, once the deadline has passed."""
+    """First line of the record, once the deadline has passed."""
 
     expired: WaitExpired | None = None
-    """Still to be raised."""
+    """Still to be raised in the waiting thread."""
 
 
 class Recorder:
@@ -116,7 +115,7 @@ class Recorder:
         posted_after_s: float = _POSTED_AFTER_S,
         last_words: Callable[[WaitExpired], object] = lambda expired: None,
     ) -> None:
-        """`last_words` are said where an expired wait cannot be interrupted, before this process ends itself."""
+        """`last_words` is called before this process exits because an expired wait could not be interrupted."""
         self._last_words = last_words
         self._who, self._folder, self._look_s, self._posted_after_s = who, folder, look_s, posted_after_s
         self._file = who.replace(" ", "_")
@@ -136,22 +135,23 @@ class Recorder:
             yield
         finally:
             del self._open[number]
-        if entry.expired is not None:  # it ended by itself in the moment in which it expired
+        if entry.expired is not None:  # the wait ended at the moment it expired
             raise entry.expired
 
     def record(self, start: Wait | None = None) -> str:
-        """Write the record; its sentence. `start`: the wait that expired, otherwise this process's oldest."""
+        """Write the record and return its sentence. `start`: the wait that expired; default: this process's oldest."""
         now = time.time()
         own = oldest([entry.wait for entry in list(self._open.values())])
         waits = [*own, *self._others()]
-        start = start or min((wait for wait in own if wait.who == self._who), key=lambda wait: wait.since, default=None)
+        start = start or min((wait for wait in own if wait.who == self._who), key=attrgetter("since"), default=None)
         idle = f"{self._who} waits for nobody"
         sentence = f"{start.sentence(now)}; held up by {culprit(waits, start)}" if start else idle
         path = self._folder / f"record_{self._file}_{next(self._records)}.txt"
         try:
-            with _opened(path) as file:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("w", encoding="utf-8") as file:
                 file.write(f"{sentence}\n\nwho waits for whom:\n")
-                file.writelines(f"  {wait.sentence(now)}\n" for wait in sorted(waits, key=lambda wait: wait.since))
+                file.writelines(f"  {wait.sentence(now)}\n" for wait in sorted(waits, key=attrgetter("since")))
                 file.write("\nstacks of this process:\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
@@ -160,7 +160,7 @@ class Recorder:
         return f"{sentence} (record: {path})"
 
     def interrupt(self) -> None:
-        """On the main thread: raise what has expired there."""
+        """Raise the error of the wait that expired on the main thread, from which this is called."""
         for entry in list(self._open.values()):
             if entry.expired is not None and entry.thread == threading.main_thread().ident:
                 expired, entry.expired = entry.expired, None
@@ -196,15 +196,12 @@ class Recorder:
             return
         self._posted = bool(waits)
         path = self._folder / f"{self._file}.json"
-        if not waits:
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
-            return
-        partial = path.with_suffix(".partial")
         with contextlib.suppress(OSError):
-            with _opened(partial) as file:
-                file.write(json.dumps([asdict(wait) for wait in waits]))
-            partial.rename(path)
+            if not waits:
+                path.unlink(missing_ok=True)
+                return
+            with whole(path) as part:
+                part.write_text(json.dumps([asdict(wait) for wait in waits]), encoding="utf-8")
 
     def _others(self) -> list[Wait]:
         waits = []
@@ -216,24 +213,17 @@ class Recorder:
         return waits
 
 
-def _opened(path: Path) -> TextIO:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.open("w", encoding="utf-8")
-
-
 _recorder: Recorder | None = None
 
 
 @contextlib.contextmanager
 def recording(who: str, folder: Path, last_words: Callable[[WaitExpired], object] = lambda expired: None) -> Iterator[Recorder]:
-    """Observe this process's waits; `last_words` are a Recorder's.
-
-    On the main thread, whose signals SIGUSR1 (write a record) and SIGUSR2 (end a wait) it takes.
-    """
+    """Observe this process's waits; `last_words` as in Recorder. Handles SIGUSR1 (write a record) and SIGUSR2 (end a wait): call it on
+    the main thread."""
     global _recorder
     _recorder = recorder = Recorder(who, folder, last_words=last_words)
     before = {
-        signal.SIGUSR1: signal.signal(signal.SIGUSR1, lambda number, frame: _tell(recorder)),
+        signal.SIGUSR1: signal.signal(signal.SIGUSR1, lambda number, frame: sys.stderr.write(f"{recorder.record()}\n")),
         signal.SIGUSR2: signal.signal(signal.SIGUSR2, lambda number, frame: recorder.interrupt()),
     }
     try:
@@ -247,13 +237,9 @@ def recording(who: str, folder: Path, last_words: Callable[[WaitExpired], object
 
 @contextlib.contextmanager
 def waiting(what: str, on: str, deadline_s: float | None = None, who: str | None = None) -> Iterator[None]:
-    """Name a wait; `who` waits, by default this process. Raises WaitExpired once `deadline_s` have passed."""
+    """Name a wait of `who`, by default this process. Raises WaitExpired once `deadline_s` have passed."""
     if _recorder is None:
         yield
         return
     with _recorder.waiting(what, on, deadline_s, who):
         yield
-
-
-def _tell(recorder: Recorder) -> Any:
-    sys.stderr.write(f"{recorder.record()}\n")

@@ -548,7 +548,7 @@ def test_doctor_chat_can_be_read_without_colour_and_tells_what_the_template_lack
         "a turn ends with: <|end_of_sentence|>",
         "'<think>\\n', by the template",
         "so the instruction describes them",
-        "rendered anew",
+        "rendered again",
     ):
         assert part in text, part
     for source in chat_check.SOURCES:

@@ -154,7 +154,7 @@ def test_layouts_that_experts_cannot_have_are_refused(mixture, overrides, world_
         (["search.mode=record"], 1, "search.mode=record needs search.cache"),
         (["search.mode=replay", "search.cache=gone.sqlite"], 1, "search.cache=gone.sqlite: no such file"),
         (["search.timeout_s=60", "search.deadline_s=50"], 1, "search.deadline_s=50 is less than one attempt (search.timeout_s=60)"),
-        (["rollout.deadline_s=100"], 1, "search.deadline_s=180 is more than a whole trajectory has (rollout.deadline_s=100)"),
+        (["rollout.deadline_s=100"], 1, "search.deadline_s=180 is more than a complete trajectory has (rollout.deadline_s=100)"),
         (["search.backend=serpr"], 1, "search.backend='serpr': expected one of bm25"),
         (["rollout.protocol=igop"], 1, "rollout.protocol='igop': expected one of igpo"),
         (["rollout.extra_tools=[vist]"], 1, "rollout.extra_tools='vist': expected one of visit, python"),

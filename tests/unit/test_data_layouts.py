@@ -260,10 +260,10 @@ def test_a_column_or_a_field_that_is_there_twice_is_named(tmp_path: Path) -> Non
     table = pa.Table.from_pylist([row()])
     path = tmp_path / "q.parquet"
     pq.write_table(table.append_column("prompt", table["prompt"]), path)
-    assert problem(path) == "column prompt: it is there twice; keep one"
+    assert problem(path) == "column prompt: it occurs twice; keep one"
     truth = pa.array(["a"])
     write(tmp_path, row(), reward_model=pa.StructArray.from_arrays([truth, truth], ["ground_truth", "ground_truth"]))
-    assert problem(path) == "column reward_model.ground_truth: it is there twice; keep one"
+    assert problem(path) == "column reward_model.ground_truth: it occurs twice; keep one"
     (record,) = [found for _, found in read_records(path)]
     assert isinstance(record, Problem) and record.column == "reward_model.ground_truth"
 
@@ -317,7 +317,7 @@ def test_a_number_too_long_to_read_is_named_and_the_next_record_is_read(tmp_path
     path.write_text(f"[{', '.join(lines)}]" if name == "a.json" else "\n".join(lines))
     first, second, third = [record for _, record in read_records(path)]
     assert str(first).startswith("row 0, column n: found a number of 4,301 digits, expected at most 300")
-    assert second == {"id": 2} and str(third) == "row 2, column id: the field is there twice in one object; keep one"
+    assert second == {"id": 2} and str(third) == "row 2, column id: the field occurs twice in one object; keep one"
     with pytest.raises(UserError, match=r"a\.json.?:1: field 'n': found a number of 4,301 digits"):
         list(read_corpus(tmp_path / "a.jsonl" if name == "a.jsonl" else _one_line(path, lines[0])))
 
@@ -343,7 +343,7 @@ def test_a_quote_that_never_closes_does_not_swallow_the_rows_behind_it() -> None
 
 def test_a_quoted_field_may_run_over_lines_and_a_header_may_not_repeat_a_name() -> None:
     assert table('\n1\t"a\n\nb ""c"""\tA\n\n2\td\tB\n') == [["1", 'a\n\nb "c"', "A"], ["2", "d", "B"]]
-    assert table("id\ttext\ttext\n1\ta\tb\n") == ["column text: the column is there twice; keep one"] and table("") == []
+    assert table("id\ttext\ttext\n1\ta\tb\n") == ["column text: the column occurs twice; keep one"] and table("") == []
 
 
 # ---- any input at all

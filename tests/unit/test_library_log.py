@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from igpo_megatron.engines.ray_cluster import RayCluster
-from igpo_megatron.supervision import library_log
+from igpo_megatron.supervision import failures
 from igpo_megatron.supervision.library_log import libraries_logged
 
 
@@ -39,7 +39,7 @@ def test_warnings_and_records_of_libraries_are_kept_and_ours_are_shown(
 
 
 def test_a_full_or_forbidden_log_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library_log, "MOST_BYTES", 100)
+    monkeypatch.setattr(failures, "MOST_BYTES", 100)
     (tmp_path / "file").touch()
     for path in (tmp_path / "log.txt", tmp_path / "file" / "log.txt"):
         with libraries_logged(path):

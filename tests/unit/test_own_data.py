@@ -258,7 +258,7 @@ def test_other_containers_and_their_damages(tmp_path: Path) -> None:
     (tmp_path / "e.tsv").write_text("id\ttext\ttitle\n1\ta\n")
     assert values(tmp_path / "e.tsv") == ["row 0: found 2 fields, expected 3 (id, text, title)"]
     (tmp_path / "f.jsonl.gz").write_bytes(gzip.compress(os.urandom(2000).hex().encode())[:-900])
-    assert "cut or damaged" in values(tmp_path / "f.jsonl.gz")[-1]
+    assert "truncated or damaged" in values(tmp_path / "f.jsonl.gz")[-1]
     (tmp_path / "g.parquet").write_bytes(b"PAR1 not")
     assert "not a parquet file" in values(tmp_path / "g.parquet")[0]
     assert values(lines(tmp_path / "h.jsonl", "[1]", '{"a": 1}')) == ["row 0: found a JSON list, expected an object", {"a": 1}]

@@ -1,4 +1,4 @@
-"""GiGPO (arXiv 2505.10978): what a turn did is compared with what other turns did in the very same state.
+"""GiGPO (arXiv 2505.10978): compare a turn with other turns that were taken in exactly the same state.
 
 sample 1:  question ── search A ── [passages P] ── answer      states of a group that are equal form an anchor group:
 sample 2:  question ── search B ── [passages P] ── search C    {question: 2 visits}, {passages P: 2 visits}
@@ -17,7 +17,7 @@ from igpo_megatron.types import RolloutGroup, Trajectory
 def gigpo_turn_advantages(
     states: list[list[Hashable]], outcomes: list[float], *, gamma: float = 0.95, step_weight: float = 1.0, divide_by_std: bool = True
 ) -> list[list[float]]:
-    """GiGPO for the trajectories of one question: states[i] are those in which the T_i turns of trajectory i were taken.
+    """GiGPO for the trajectories of one question: states[i] are the states in which the T_i turns of trajectory i were taken.
 
     With z the z-score (`grpo_advantages`) of outcomes over the group, and z_s that of all returns R from visits of state s:
 
@@ -41,7 +41,7 @@ def gigpo_turn_advantages(
 
 
 def gigpo(group: RolloutGroup, config: GiGpo, progress: float) -> None:
-    """Set `turn_advantages` by `gigpo_turn_advantages`; the state of a turn is what the environment showed last."""
+    """Set `turn_advantages` by `gigpo_turn_advantages`; the state of a turn is the newest output of the environment."""
     trained = group.trained
     advantages = gigpo_turn_advantages(
         [list(_states(group, trajectory)) for trajectory in trained],
@@ -57,8 +57,8 @@ def gigpo(group: RolloutGroup, config: GiGpo, progress: float) -> None:
 def _states(group: RolloutGroup, trajectory: Trajectory) -> Iterator[tuple[int, ...]]:
     """Tokens of the newest tool result (of the prompt, for the first turn) before every turn. [num_turns]
 
-    Searches that found the same passages lead to the same state, whatever the query was; the history before is left out, as in the
-    paper's code, or hardly two states would be equal.
+    Searches that found the same passages lead to the same state, whatever the query was; earlier history is
+    ignored, as in the paper's code, because otherwise hardly any states would be equal.
     """
     shown: tuple[int, ...] = ()
     for node in (group.nodes[number] for number in trajectory.path):

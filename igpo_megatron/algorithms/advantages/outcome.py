@@ -13,7 +13,7 @@ from igpo_megatron.algorithms.settings import Grpo, Rapo, ReinforcePp, Reinforce
 from igpo_megatron.types import RolloutGroup, Trajectory, UserError
 
 GREEDY_REWARD = "greedy_reward"
-"""Key in `RolloutGroup.metrics`: reward of a greedy trajectory of the group's question; nan where it failed for outside reasons."""
+"""Key in `RolloutGroup.metrics`: reward of a greedy trajectory of the group's question; nan if it failed for external reasons."""
 
 
 def zscore(population: list[float], *, divide_by_std: bool) -> Callable[[float], float]:
@@ -65,19 +65,19 @@ def grpo(group: RolloutGroup, config: Grpo, progress: float) -> None:
         advantages = token_weighted_advantages(rewards, lengths, divide_by_std=config.divide_by_std)
     else:
         advantages = grpo_advantages(rewards, divide_by_std=config.divide_by_std)
-    _set_same_for_all_turns(trained, advantages)
+    set_same_for_all_turns(trained, advantages)
 
 
 def rapo(group: RolloutGroup, config: Rapo, progress: float) -> None:
     """RAPO (Fathom-DeepResearch, arXiv 2509.24107), before `scale_by_informative`: GRPO's advantages."""
     trained = group.trained
-    _set_same_for_all_turns(trained, grpo_advantages([trajectory.reward for trajectory in trained]))
+    set_same_for_all_turns(trained, grpo_advantages([trajectory.reward for trajectory in trained]))
 
 
 def scale_by_informative(groups: Sequence[RolloutGroup]) -> None:
-    """RAPO (arXiv 2509.24107, eq. 6): A <- A groups / good groups, so that groups without advantages do not dilute the others.
+    """RAPO (arXiv 2509.24107, eq. 6): A <- A groups / good groups, so that groups without advantages do not dilute the rest.
 
-    A good group is one whose rewards differ; groups of which nothing is trained count nowhere.
+    A good group is one whose rewards differ; groups without trained trajectories are ignored.
     """
     rewards = [{end.reward for end in group.trained} for group in groups]
     good = sum(len(values) > 1 for values in rewards)
@@ -89,24 +89,24 @@ def scale_by_informative(groups: Sequence[RolloutGroup]) -> None:
 def rloo(group: RolloutGroup, config: Rloo, progress: float) -> None:
     """Set `turn_advantages` by `rloo_advantages` of the rewards."""
     trained = group.trained
-    _set_same_for_all_turns(trained, rloo_advantages([trajectory.reward for trajectory in trained]))
+    set_same_for_all_turns(trained, rloo_advantages([trajectory.reward for trajectory in trained]))
 
 
 def reinforce_pp(group: RolloutGroup, config: ReinforcePp, progress: float) -> None:
     """REINFORCE++ (arXiv 2501.03262), before `whiten`: A_i = r_i. The paper subtracts a k1 KL estimate from the reward; here it is the
     loss's k3 term, with a weight of its own (`loss.kl_coef`)."""
     trained = group.trained
-    _set_same_for_all_turns(trained, [trajectory.reward for trajectory in trained])
+    set_same_for_all_turns(trained, [trajectory.reward for trajectory in trained])
 
 
 def reinforce_pp_baseline(group: RolloutGroup, config: ReinforcePpBaseline, progress: float) -> None:
     """REINFORCE++-baseline (arXiv 2501.03262), before `whiten`: A_i = r_i - mean(r). The paper's KL is a term of the loss, too, by k2."""
     trained = group.trained
-    _set_same_for_all_turns(trained, grpo_advantages([trajectory.reward for trajectory in trained], divide_by_std=False))
+    set_same_for_all_turns(trained, grpo_advantages([trajectory.reward for trajectory in trained], divide_by_std=False))
 
 
 def remax(group: RolloutGroup, config: ReMax, progress: float) -> None:
-    """ReMax (arXiv 2310.10505): A_i = r_i - r_greedy; zeros where the greedy one failed. Raises UserError where there was none."""
+    """ReMax (arXiv 2310.10505): A_i = r_i - r_greedy; zeros if the greedy trajectory failed. Raises UserError if there is none."""
     if GREEDY_REWARD not in group.metrics:
         raise UserError(
             f"group {group.prompt.id} has no greedy trajectory's reward, which advantage.name=remax subtracts; "
@@ -115,7 +115,7 @@ def remax(group: RolloutGroup, config: ReMax, progress: float) -> None:
     baseline = group.metrics[GREEDY_REWARD]
     trained = group.trained
     if math.isfinite(baseline):
-        _set_same_for_all_turns(trained, [trajectory.reward - baseline for trajectory in trained])
+        set_same_for_all_turns(trained, [trajectory.reward - baseline for trajectory in trained])
 
 
 def whiten(groups: Sequence[RolloutGroup]) -> None:
@@ -143,6 +143,6 @@ def whiten(groups: Sequence[RolloutGroup]) -> None:
         advantages[:] = [(advantage - mean) * scale for advantage in advantages]
 
 
-def _set_same_for_all_turns(trajectories: list[Trajectory], advantages: list[float]) -> None:
+def set_same_for_all_turns(trajectories: list[Trajectory], advantages: list[float]) -> None:
     for trajectory, advantage in zip(trajectories, advantages, strict=True):
         trajectory.turn_advantages = [advantage] * len(trajectory.turn_advantages)

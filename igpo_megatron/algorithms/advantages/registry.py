@@ -27,15 +27,14 @@ from igpo_megatron.types import RolloutGroup
 
 
 class AdvantageEntry(NamedTuple):
-    """One row of `ADVANTAGES`. What a run has to prepare for it (probes, a greedy sample) is said by its section of the settings."""
+    """One row of `ADVANTAGES`. Its section of the settings states what a run must prepare for it (probes, a greedy sample)."""
 
     function: Callable[[RolloutGroup, Any, float], None]
-    """(group, its own section, progress in [0, 1] from the first step to the last): sets `turn_advantages` of all in `group.trained`.
-
-    It finds them with a zero per turn."""
+    """(group, its own section, progress in [0, 1] from the first step to the last): sets `turn_advantages` of all in `group.trained`,
+    which hold a zero per turn before."""
 
     over_batch: Callable[[Sequence[RolloutGroup]], None] | None = None
-    """What follows over all groups of the step, once each has its advantages."""
+    """Applied to all groups of the step, once each has its advantages."""
 
 
 ADVANTAGES: dict[str, AdvantageEntry] = {
@@ -54,7 +53,7 @@ ADVANTAGES: dict[str, AdvantageEntry] = {
 
 
 def entry_of(config: Advantage) -> AdvantageEntry:
-    """The row of an advantage; one of the user's own is imported. Raises UserError where it cannot be."""
+    """The row of an advantage; a user's own function is imported. Raises UserError if that fails."""
     if not isinstance(config, HookedAdvantage):
         return ADVANTAGES[config.name]
     over_batch = load_hook("advantage.over_batch", config.over_batch) if config.over_batch else None
@@ -62,7 +61,7 @@ def entry_of(config: Advantage) -> AdvantageEntry:
 
 
 def set_advantages(groups: Sequence[RolloutGroup], config: Advantage, progress: float) -> None:
-    """Set every `turn_advantages` of a step, zeros where a trajectory is not trained. `progress`: 0 at the first step, 1 at the last."""
+    """Set every `turn_advantages` of a step, zeros for untrained trajectories. `progress`: 0 at the first step, 1 at the last."""
     entry = entry_of(config)
     for group in groups:
         for trajectory in group.trajectories:

@@ -1,10 +1,11 @@
-"""Advantages and statistics for groups whose trajectories share turns; a flat group is the tree that shares none."""
+"""Advantages and statistics for groups whose trajectories share turns; a flat group is a tree in which none are shared."""
 
 from __future__ import annotations
 
 import math
 from statistics import fmean, stdev
 
+from igpo_megatron.algorithms.advantages.outcome import set_same_for_all_turns
 from igpo_megatron.algorithms.settings import Arpo
 from igpo_megatron.types import EntropyStats, RolloutGroup, Trajectory
 
@@ -20,13 +21,12 @@ def arpo_advantages(rewards: list[float]) -> list[float]:
 def arpo(group: RolloutGroup, config: Arpo, progress: float) -> None:
     """ARPO (arXiv 2507.19849, section 3.2): `arpo_advantages` of the rewards, for every turn; see `hard_attribution`.
 
-    Soft attribution needs nothing more: a shared token has one ratio and is trained with each of its trajectories' advantages, which
+    Soft attribution needs nothing else: a shared token has one ratio and is trained with each of its trajectories' advantages, which
     packing adds up, positive and negative parts apart.
     """
     trained = group.trained
     advantages = arpo_advantages([trajectory.reward for trajectory in trained])
-    for trajectory, advantage in zip(trained, advantages, strict=True):
-        trajectory.turn_advantages = [advantage] * len(trajectory.turn_advantages)
+    set_same_for_all_turns(trained, advantages)
     if config.attribution == "hard":
         hard_attribution(group, trained)
 
@@ -43,7 +43,7 @@ def hard_attribution(group: RolloutGroup, trained: list[Trajectory]) -> None:
 
 
 def entropy_stats(groups: list[RolloutGroup], high_share: float) -> EntropyStats:
-    """Of the old entropies of a step's trained tokens, whatever the rows they will lie in; `high_share` of them exceed the threshold.
+    """Statistics of the old entropies of a step's trained tokens, independent of packing; `high_share` of them exceed the threshold.
 
     A token counts once for every trajectory through it, so that sharing changes nothing.
     """

@@ -6,6 +6,8 @@ gains g_1 .. g_K and outcome o of a trajectory ──normalise over the group─
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from statistics import pstdev
 
 from igpo_megatron.algorithms.advantages.outcome import grpo_advantages, zscore
@@ -13,10 +15,10 @@ from igpo_megatron.algorithms.settings import Eapo, Igpo, IgpoLoo
 from igpo_megatron.types import RolloutGroup, Trajectory
 
 Gains = list[list[float | None]]
-"""Per trajectory the gains of its tool turns; None was not measured and contributes nothing, 0.0 is a measured zero."""
+"""Per trajectory the gains of its tool turns; None was not measured and contributes nothing, 0.0 was measured."""
 
 _DEGENERATE_STD = 1e-4
-"""igpo_loo: a spread below this says nothing about scale; the published z-score has its floor, sqrt(1e-8), at the same place."""
+"""igpo_loo: a spread below this says nothing about scale; the published z-score has the same floor, sqrt(1e-8)."""
 
 
 def igpo_turn_advantages(
@@ -130,24 +132,17 @@ def discounted_outcome(num_turns: int, outcome: float, gamma: float) -> list[flo
 
 def igpo(group: RolloutGroup, config: Igpo, progress: float) -> None:
     """Set `turn_advantages` by `igpo_turn_advantages`; `progress` in [0, 1] places the run on its weight schedules."""
-    trained = group.trained
-    advantages = igpo_turn_advantages(
-        [_tool_turn_gains(trajectory) for trajectory in trained],
-        [trajectory.reward for trajectory in trained],
-        gamma=config.gamma,
-        normalise=config.normalise,
-        divide_by_std=config.divide_by_std,
-        gain_weight=interpolate(config.gain_weight, progress),
-        outcome_weight=interpolate(config.outcome_weight, progress),
-    )
-    for trajectory, turns in zip(trained, advantages, strict=True):
-        trajectory.turn_advantages = turns
+    _set_from_gains(group, config, progress, partial(igpo_turn_advantages, normalise=config.normalise, divide_by_std=config.divide_by_std))
 
 
 def igpo_loo(group: RolloutGroup, config: IgpoLoo, progress: float) -> None:
     """Set `turn_advantages` by `igpo_loo_turn_advantages`; `progress` in [0, 1] places the run on its weight schedules."""
+    _set_from_gains(group, config, progress, igpo_loo_turn_advantages)
+
+
+def _set_from_gains(group: RolloutGroup, config: Igpo | IgpoLoo, progress: float, rule: Callable[..., list[list[float]]]) -> None:
     trained = group.trained
-    advantages = igpo_loo_turn_advantages(
+    advantages = rule(
         [_tool_turn_gains(trajectory) for trajectory in trained],
         [trajectory.reward for trajectory in trained],
         gamma=config.gamma,
@@ -165,7 +160,7 @@ def interpolate(schedule: tuple[float, float], progress: float) -> float:
 
 
 def _tool_turn_gains(trajectory: Trajectory) -> list[float | None]:
-    """Gains without the last turn's, which has the outcome instead."""
+    """Gains of all turns but the last, which has the outcome instead."""
     assert len(trajectory.gains) == len(trajectory.turn_advantages), (
         f"{len(trajectory.gains)} gains for {len(trajectory.turn_advantages)} turns; call turn_gains first"
     )

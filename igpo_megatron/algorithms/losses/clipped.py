@@ -1,4 +1,4 @@
-"""Losses with a clip of their own that look at nothing but ratios: GSPO, CISPO, and BAPO, whose bounds follow the advantages."""
+"""Losses that clip ratios in their own way: GSPO, CISPO, and BAPO, whose bounds depend on the advantages."""
 
 from __future__ import annotations
 

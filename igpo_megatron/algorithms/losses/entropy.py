@@ -1,4 +1,4 @@
-"""Losses that look at the entropy of each token: AEPO and HAPO."""
+"""Losses that depend on the entropy of each token: AEPO and HAPO."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LEAST_ENTROPY = 1e-8
 
 
 def aepo(tokens: Tokens, counts: StepCounts, config: Aepo) -> Terms:
-    """AEPO (arXiv 2510.14545): `ppo` with a clip that keeps its gradient and advantages that look at entropy.
+    """AEPO (arXiv 2510.14545): `ppo` with a clip that keeps the gradient, and advantages that depend on entropy.
 
     The loss has PPO's value, and where PPO's gradient of -A r is r grad logprob, here it is
 

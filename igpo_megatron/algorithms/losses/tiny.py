@@ -1,4 +1,4 @@
-"""A loss of the user's own, tried on four tokens of two trajectories."""
+"""Try a user's own loss on four tokens of two trajectories."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def tiny_tokens() -> Tokens:
 
 
 def result_on_tiny_tokens(function: Callable[..., Any], config: HookedLoss) -> str | None:
-    """What is wrong with what a loss returns, as the rest of a sentence; None where nothing is."""
+    """What is wrong with a loss's result, as the end of a sentence; None if nothing is."""
     stats = EntropyStats(1.25, 0.6, threshold=1.6, lowest=0.6, highest=1.9) if config.old_entropies else None
     tokens = tiny_tokens()
     found = function(tokens, StepCounts(4, 2, 1, stats), config)
@@ -40,7 +40,7 @@ def result_on_tiny_tokens(function: Callable[..., Any], config: HookedLoss) -> s
     if not isinstance(total, torch.Tensor) or total.ndim or not total.isfinite():
         return f"returned {total!r} as its sum over tokens; expected a tensor of one finite number"
     if not total.requires_grad:
-        return "returned a sum without a gradient; expected one that depends on tokens.logprobs, which are detached somewhere"
+        return "returned a sum without a gradient; expected one that depends on tokens.logprobs, which are being detached somewhere"
     (gradient,) = torch.autograd.grad(total, tokens.logprobs, allow_unused=True)
     if gradient is None or not gradient.isfinite().all():
         return f"has the gradient {gradient} for four tokens.logprobs; expected finite numbers"

@@ -1,6 +1,6 @@
-"""What a loss is given, and formulas that losses share.
+"""The input of a loss, and formulas that losses share.
 
-Shapes: N scored tokens of a micro-batch. A token that several trajectories share (a tree) appears once; what it means to each of them is
+Shapes: N scored tokens of a micro-batch. A token that several trajectories share (a tree) appears once; its part in each of them is
 summed into `weight` [N] and `advantages` [N, 2] beforehand:
 
     weight     = sum over the trajectories through the token of w,  w = `token_weight(aggregation, trained tokens of the trajectory)`
@@ -25,7 +25,7 @@ _MAX_KL = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """The N scored tokens of a micro-batch. What is None is not known; a loss that needs it says so."""
+    """The N scored tokens of a micro-batch. None means unknown; a loss that needs the field asserts that it is there."""
 
     logprobs: Tensor
     """[N] fp32, with gradient."""
@@ -55,7 +55,7 @@ class Tokens:
     """[N] int64, the trajectory of every token, for losses on whole trajectories."""
 
     sequences: int = 0
-    """Number of trajectories, more than the greatest of `sequence`; a number, so that no device has to be asked for it."""
+    """Number of trajectories, more than the greatest of `sequence`; a plain number, to avoid a device synchronisation."""
 
     @property
     def log_ratio(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""The curves: which panels there are, the points of each, and how much of a run a page takes."""
+"""The report's curves: its panels, their points, and limits on the size of the page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from igpo_megatron.observability.tracker import PHASES, Phase
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How much of a run is put into the page."""
+    """How much of a run the page shows."""
 
     groups: int = 20
     """Questions per rollout file, the first ones."""
@@ -28,10 +28,10 @@ class Limits:
     """Characters shown per prompt and search result."""
 
     file_bytes: int = 800_000
-    """A file's questions stop where they pass this size as JSON; the first one is always kept."""
+    """JSON size of the questions shown per file; the first question is always kept."""
 
     points: int = 400
-    """Points per curve; longer runs are averaged over neighbouring steps."""
+    """Points per curve; in longer runs neighbouring steps are averaged."""
 
 
 STANDARD = Limits()
@@ -44,12 +44,12 @@ class Chart:
 
     title: str
     series: Mapping[str, str]
-    """Metric -> label. A metric ending in `*` stands for all that begin so, and `*` in the label for the rest of their names."""
+    """Metric -> label. A metric ending in `*` stands for all with that prefix, and `*` in the label for the rest of their names."""
 
     note: str = ""
     log: bool = False
     smooth: bool = False
-    """Draw a moving average over the raw line, for values that scatter with a step's few questions."""
+    """Draw a moving average over the raw line, for values that are noisy because a step has few questions."""
 
 
 CHARTS = (
@@ -140,11 +140,11 @@ CHARTS = (
 
 
 STEP_PHASES: tuple[Phase, ...] = ("rollout", "score", "advantage", "train", "sync", "checkpoint")
-"""What a step's time is stacked from; start-up and evaluation would hide it."""
+"""Phases of the step-time panel; start-up and evaluation would dwarf them."""
 
 
 def charts_of(rows: Sequence[Mapping[str, Any]], limits: Limits) -> list[dict[str, Any]]:
-    """Panels that have at least one value, then step time by phase."""
+    """Panels that have at least one value; the step time by phase comes second."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     panels = []
     for chart in CHARTS:
@@ -170,7 +170,7 @@ def charts_of(rows: Sequence[Mapping[str, Any]], limits: Limits) -> list[dict[st
 
 
 def _expand(series: Mapping[str, str], names: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """(metric, label) with `*` replaced by what the run has logged."""
+    """(metric, label), with `*` expanded to the metrics that the run has logged."""
     for pattern, label in series.items():
         if not pattern.endswith("*"):
             yield pattern, label
@@ -195,5 +195,5 @@ def _bins(points: Sequence[tuple[float, float]], limit: int) -> list[tuple[float
 
 
 def rounded(value: float | None) -> float | None:
-    """Four digits are enough to look at; None for what JSON cannot hold."""
+    """Rounded to four digits; None for a value that is not finite, which JSON cannot hold."""
     return float(f"{value:.4g}") if value is not None and math.isfinite(value) else None

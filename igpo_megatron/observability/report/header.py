@@ -1,8 +1,9 @@
-"""What stands above the curves: what the run is, and what it reached before and after."""
+"""The head of the report: facts about the run, and its scores before and after training."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ OUTCOMES = (
 
 
 def value_at(values: Mapping[str, Any], dotted: str) -> Any:
-    """A value of a nested mapping; None where a configuration of another version lacks it."""
+    """A value of a nested mapping; None if missing, as in a configuration of another version."""
     found: Any = values
     for key in dotted.split("."):
         found = found.get(key) if isinstance(found, Mapping) else None
@@ -32,22 +33,22 @@ def value_at(values: Mapping[str, Any], dotted: str) -> Any:
 
 def facts_of(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     """(label, value) pairs for the head of the page; unknown ones are left out."""
-    at = {key: value_at(config, key) for key in FACT_KEYS}
+    at = partial(value_at, config)
     steps = rows[-1]["step"] if rows else None
     gap = summary["max_logprob_gap"] if summary else max_gap(rows)
     skipped = [row["skipped"] for row in rows if row.get("skipped") is not None]
     wall = summary["wall_s"] if summary else sum(sum_phases(rows).values())
     facts = [
-        ("Policy", at["model.path"] and Path(at["model.path"]).name),
-        ("Algorithm", at["advantage.name"] and f"{at['advantage.name']}, {at['loss.name']} loss"),
-        ("Gain", at["reward.gain"]),
-        ("Steps", steps is not None and f"{steps} of {at['run.steps']}" if at["run.steps"] else steps),
-        ("Per step", at["rollout.prompts_per_step"] and f"{at['rollout.prompts_per_step']} questions x {at['rollout.samples_per_prompt']}"),
-        ("Ranks", at["parallel.tensor"] and _layout(at)),
-        ("Engines", at["rollout.engine.count"] and _engines(at)),
-        ("Precision", at["model.dtype"] and f"{at['model.dtype']} on {at['run.device']}"),
-        ("Learning rate", at["optim.lr"]),
-        ("Seed", at["run.seed"]),
+        ("Policy", at("model.path") and Path(at("model.path")).name),
+        ("Algorithm", at("advantage.name") and f"{at('advantage.name')}, {at('loss.name')} loss"),
+        ("Gain", at("reward.gain")),
+        ("Steps", steps is not None and f"{steps} of {at('run.steps')}" if at("run.steps") else steps),
+        ("Per step", at("rollout.prompts_per_step") and f"{at('rollout.prompts_per_step')} questions x {at('rollout.samples_per_prompt')}"),
+        ("Ranks", at("parallel.tensor") and _layout(at)),
+        ("Engines", at("rollout.engine.count") and _engines(at)),
+        ("Precision", at("model.dtype") and f"{at('model.dtype')} on {at('run.device')}"),
+        ("Learning rate", at("optim.lr")),
+        ("Seed", at("run.seed")),
         ("Time in phases", _duration(wall) if wall else None),
         ("Skipped updates", f"{sum(skipped):.0f}" if skipped else None),
         ("Largest log-prob gap", None if gap is None else f"{gap:.1e}"),
@@ -55,23 +56,16 @@ def facts_of(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], summa
     return [(label, str(value)) for label, value in facts if value is not None and value is not False]
 
 
-def _engines(at: Mapping[str, Any]) -> str:
-    if at["rollout.engine.backend"] == "torch":
+def _engines(at: Callable[[str], Any]) -> str:
+    if at("rollout.engine.backend") == "torch":
         return "transformers on the main rank"
-    return f"{at['rollout.engine.count']} vLLM, TP {at['rollout.engine.tensor']}"
+    return f"{at('rollout.engine.count')} vLLM, TP {at('rollout.engine.tensor')}"
 
 
-def _layout(at: Mapping[str, Any]) -> str:
-    context = f" · CP {at['parallel.context']}" if (at["parallel.context"] or 1) > 1 else ""
-    data = f" · DP {at['parallel.data']}" if at["parallel.data"] else ""
-    return f"TP {at['parallel.tensor']}{context} · PP {at['parallel.pipeline']}{data}"
-
-
-FACT_KEYS = (
-    *("model.path", "model.dtype", "advantage.name", "loss.name", "reward.gain", "run.steps", "run.device", "run.seed", "optim.lr"),
-    *("rollout.prompts_per_step", "rollout.samples_per_prompt", "rollout.engine.backend", "rollout.engine.count", "rollout.engine.tensor"),
-    *("parallel.tensor", "parallel.context", "parallel.pipeline", "parallel.data"),
-)
+def _layout(at: Callable[[str], Any]) -> str:
+    context = f" · CP {at('parallel.context')}" if (at("parallel.context") or 1) > 1 else ""
+    data = f" · DP {at('parallel.data')}" if at("parallel.data") else ""
+    return f"TP {at('parallel.tensor')}{context} · PP {at('parallel.pipeline')}{data}"
 
 
 def _duration(seconds: float) -> str:
@@ -80,7 +74,7 @@ def _duration(seconds: float) -> str:
 
 
 def _ends(summary: Mapping[str, Any] | None, evals: Sequence[dict[str, Any]]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """Held-out scores before and after (or so far), in the names of summary.json; empty where there are none."""
+    """Held-out scores before and after training (or so far), under the names of summary.json; empty where there are none."""
     if summary:
         return summary.get("before") or {}, summary.get("after") or {}
     if not evals:
@@ -89,7 +83,7 @@ def _ends(summary: Mapping[str, Any] | None, evals: Sequence[dict[str, Any]]) ->
 
 
 def outcomes_of(summary: Mapping[str, Any] | None, evals: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of the before/after table; a missing side is None."""
+    """Rows of the before/after table; a side that is missing is None."""
     before, after = _ends(summary, evals)
     rows = []
     for key, label, more_is_better in OUTCOMES:

@@ -1,9 +1,9 @@
-"""One self-contained HTML page about a run: what it is, what it reached, curves, and trajectories to read turn by turn.
+"""One self-contained HTML page about a run: facts, scores, curves, and trajectories to read turn by turn.
 
     config.json, summary.json, metrics.jsonl, rollouts/*.parquet, eval/* ──collect──> plain data ──report.html.j2──> report.html
 
-The page loads nothing and works from file://. Text from tools and models is untrusted: the template escapes it, the script in the page
-only ever sets it as text. Size is bounded by `Limits`, and the page says what was left out.
+The page loads nothing and works from file://. Text from tools and models is untrusted: the template escapes it, and the script in
+the page only sets it as text. `Limits` bounds the size, and the page states what was left out.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TEMPLATE = Path(__file__).with_name("report.html.j2")
 
 
 def write_report(run_folder: Path, limits: Limits = STANDARD) -> Path:
-    """Write `<run_folder>/report.html` from whatever the run has left so far and return its path.
+    """Write `<run_folder>/report.html` from what the run has written so far, and return its path.
 
     Raises UserError if the folder holds no run, or if one of its files is damaged.
     """
@@ -68,7 +68,7 @@ def collect(run_folder: Path, limits: Limits) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> Any:
-    """The object in a JSON file; None where there is no file."""
+    """The object in a JSON file; None if the file is missing. Raises UserError for anything else."""
     if not path.is_file():
         return None
     try:

@@ -1,4 +1,4 @@
-"""Rollout files as trees of nodes to read turn by turn, their tokens cut into pieces of text."""
+"""Rollout files as trees of nodes to read turn by turn, with the text of each token."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def rollout_files(run_folder: Path) -> list[tuple[Path, str]]:
 
 
 def files_left_out(run_folder: Path, shown: Sequence[tuple[Path, str]]) -> str:
-    """One sentence about rollout files that are not in the page; empty where all are."""
+    """One sentence about rollout files that are not on the page; empty if all are."""
     count = sum(len(list((run_folder / folder).glob("step_*.parquet"))) for folder in ("rollouts", "eval"))
     return f"The page holds {len(shown)} of the run's {count} rollout files." if count > len(shown) else ""
 
@@ -70,7 +70,7 @@ def read_file(path: Path, label: str, tokenizer: Tokenizer | None, limits: Limit
 
 
 def _group(group: RolloutGroup, tokenizer: Tokenizer | None, limits: Limits) -> dict[str, Any]:
-    """A group for the page. Nodes keep their indices; those that no shown trajectory needs are null."""
+    """A group for the page. Nodes keep their indices; nodes outside the shown trajectories are null."""
     trajectories = group.trajectories[: limits.samples]
     needed = {index for trajectory in trajectories for index in trajectory.path}
     sections: dict[int, str] = {}
@@ -119,7 +119,7 @@ def _values(group: RolloutGroup) -> dict[int, float]:
 
 
 def _node(node: Node, section: str, tokenizer: Tokenizer | None, limits: Limits) -> tuple[dict[str, Any], str]:
-    """A node for the page, and the section that text after it is in. `section` is the one its parent ended in."""
+    """A node for the page, and the section in which it ends. `section`: the one in which its parent ended."""
     shown: dict[str, Any] = {"kind": node.kind, "turn": node.turn, "tokens": len(node.token_ids)}
     if node.kind not in ("forced", "asking", "action"):
         shown["text"] = node.text[: limits.text_chars]
@@ -150,7 +150,7 @@ TAG = re.compile(r"<(/?)(think|tool_call|answer)>")
 
 
 def _split_sections(text: str, section: str) -> tuple[list[tuple[str, int, int]], str]:
-    """(section, start, stop) runs that cover `text`, and the section after it; tags belong to the section they open or close.
+    """(section, start, stop) runs that cover `text`, and the section in which it ends; tags belong to the section they open or close.
 
     >>> _split_sections("b</think>\\n<answer>42</answer>", "think")
     ([('think', 0, 9), ('text', 9, 10), ('answer', 10, 29)], 'text')
@@ -159,7 +159,7 @@ def _split_sections(text: str, section: str) -> tuple[list[tuple[str, int, int]]
     start = 0
     for tag in TAG.finditer(text):
         closes, name = tag[1] == "/", tag[2]
-        # A tag that changes nothing, e.g. a closing one that was never opened, is text like any other.
+        # A tag that changes nothing, e.g. a closing tag without an opening one, is ordinary text.
         if closes != (name == section):
             continue
         edge = tag.end() if closes else tag.start()
@@ -188,16 +188,16 @@ def _runs_of_pieces(pieces: Sequence[str], spans: Sequence[tuple[str, int, int]]
 
 
 def find_tokenizer(config: Mapping[str, Any]) -> Tokenizer | None:
-    """The policy's tokenizer, to show token by token; None where the folder is gone (turns are then shown as text)."""
+    """The policy's tokenizer, to show single tokens; None if its file is missing (turns are then shown as text)."""
     path = value_at(config, "model.path")
     file = Path(path) / "tokenizer.json" if path else None
     return Tokenizer.from_file(str(file)) if file and file.is_file() else None
 
 
 def _pieces(tokenizer: Tokenizer, token_ids: Sequence[int]) -> list[str] | None:
-    """Text of each token, so that they join to the decoded whole; None for a tokenizer whose tokens do not add up.
+    """Text of each token; joined they are the decoded text. None for a tokenizer whose tokens do not add up.
 
-    A character made of several tokens goes to its last one; those before it are empty.
+    A character made of several tokens belongs to the last of them; the others are empty.
     """
     pieces = []
     pending: list[int] = []
