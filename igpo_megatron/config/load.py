@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import inspect
 import json
 import os
 import re
@@ -269,7 +270,14 @@ def _name_of(model: type[BaseModel]) -> str:
 def _explain_model(name: str, model: type[BaseModel], *, chosen_by_name: bool) -> str:
     title = f"{name}.name={_name_of(model)}" if chosen_by_name else name
     fields = "\n".join(_explain_field(key, info) for key, info in model.model_fields.items())
-    return f"{title}: {(model.__doc__ or '').strip()}\n{textwrap.indent(fields, '  ')}"
+    return f"{_filled(f'{title}: {model.__doc__ or str()}', 80, hanging=4)}\n{textwrap.indent(fields, '  ')}"
+
+
+def _filled(text: str, width: int, hanging: int = 0) -> str:
+    """Its paragraphs in lines of at most `width` columns, but for longer words; all lines but a paragraph's first are indented."""
+    paragraphs = inspect.cleandoc(text).split("\n\n")
+    wrap = textwrap.TextWrapper(width, subsequent_indent=" " * hanging, break_long_words=False, break_on_hyphens=False)
+    return "\n\n".join(map(wrap.fill, paragraphs))
 
 
 def _explain_field(name: str, info: FieldInfo) -> str:
@@ -277,7 +285,7 @@ def _explain_field(name: str, info: FieldInfo) -> str:
         f" {sign} {getattr(rule, word)}" for rule in info.metadata for word, sign in _SIGNS if getattr(rule, word, None) is not None
     )
     default = "required" if info.is_required() else f"default {_plain(info.default)}"
-    described = "\n" + textwrap.indent(info.description, "    ") if info.description else ""
+    described = "\n" + textwrap.indent(_filled(info.description, 74), "    ") if info.description else ""
     return f"{name}  ({_type_name(info.annotation)}{bounds}, {default}){described}"
 
 

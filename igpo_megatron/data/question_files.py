@@ -104,7 +104,8 @@ def inspect(path: Path, layout: LayoutName = "auto", outcome: str = "f1") -> Ins
     try:
         schema = pq.read_schema(path)
     except (pa.ArrowException, OSError) as error:
-        return Inspection(problems=[Problem(f"not a parquet file ({str(error).splitlines()[0]})")])
+        why = str(error).splitlines()[0]
+        return Inspection(problems=[Problem(f"not a parquet file ({why}); `igpo data prepare` makes one of JSON lines or a tsv")])
     if problems := [Problem(message, column=column) for column, message in _schema_problems(schema)]:
         return Inspection(problems=problems)
     try:

@@ -123,7 +123,8 @@ def _questions(
 def _file_problems(count: FileCount, layout: QaLayout | None, record: Mapping[str, Any]) -> Iterator[Problem]:
     """Problems of the complete file; also sets its source."""
     if layout is None:
-        yield Problem(f"found a record with {', '.join(record) or 'no fields'}; expected a question with its answers in a published layout")
+        found = ", ".join(record) or "no fields"
+        yield Problem(f"found a record with {found}; expected the fields question and answer (or answers), or those of a published set")
         return
     count.source = count.source or layout.source or source_of(count.path) or ""
     if not count.source:

@@ -9,6 +9,7 @@ import typer
 
 from checkpoint_conversion.commands import HfOption, MegatronOption
 from igpo_megatron.config.load import load
+from igpo_megatron.supervision.library_log import libraries_logged
 from igpo_megatron.supervision.offline import stay_offline
 
 app = typer.Typer(
@@ -72,6 +73,7 @@ def verify(
     log_probs: Annotated[bool, typer.Option(help="Also score a fixed text by both models (fp32: 4 bytes per parameter, twice).")] = True,
 ) -> None:
     """Compare a Hugging Face folder with a Megatron checkpoint: every bit of every tensor, and the log-probs of a fixed text."""
-    from igpo_megatron.doctor import verify as verify_check
+    with libraries_logged(None):
+        from igpo_megatron.doctor import verify as verify_check
 
-    raise typer.Exit(verify_check.main(hf, megatron, log_probs))
+        raise typer.Exit(verify_check.main(hf, megatron, log_probs))

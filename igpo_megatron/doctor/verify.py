@@ -76,7 +76,9 @@ def text_tokens(folder: Path) -> list[int]:
 def transformers_log_probs(folder: Path, tokens: list[int]) -> torch.Tensor:
     """log p(token t | tokens before t) for every token but the first. [len(tokens) - 1]"""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     logits = torch.log_softmax(model(torch.tensor([tokens])).logits[0, :-1].float(), -1)
     return logits.gather(-1, torch.tensor(tokens[1:])[:, None])[:, 0]

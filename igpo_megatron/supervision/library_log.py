@@ -24,7 +24,7 @@ _OURS = ("igpo_megatron", "checkpoint_conversion")
 class _Keeper(logging.Handler):
     """Appends the records of libraries to a file. Our records are shown as without a handler, unless our logger has one."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None) -> None:
         super().__init__(logging.WARNING)
         self._path = path
         self.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s: %(message)s"))
@@ -38,12 +38,16 @@ class _Keeper(logging.Handler):
 
     def keep(self, text: str) -> None:
         """If the file is full or cannot be written, nothing is kept: no run ends for this."""
-        appended(self._path, blot_environment(text))
+        if self._path is not None:
+            appended(self._path, blot_environment(text))
 
 
 @contextmanager
-def libraries_logged(path: Path) -> Iterator[None]:
-    """Inside, warnings of libraries are appended to `path`, once for each place; warnings of our own files are shown as before."""
+def libraries_logged(path: Path | None) -> Iterator[None]:
+    """Inside, warnings of libraries are appended to `path`, once for each place; warnings of our own files are shown as before.
+
+    A command that writes no folder passes None: then nothing is kept.
+    """
     keeper, show = _Keeper(path), warnings.showwarning
 
     def keep(

@@ -1,5 +1,6 @@
 """YAML and overrides become a Config, or one error that names every mistake and the nearest valid name."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -171,7 +172,12 @@ def test_explain_indents_every_line_under_its_key_and_every_key_under_its_sectio
     lines = explain("rollout.engine").splitlines()
     assert [line for line in lines[1:] if not line.startswith("  ")] == []
     at = next(number for number, line in enumerate(lines) if line.startswith("  backend  ("))
-    assert lines[at + 1].startswith("      `torch`: ") and lines[at + 2].startswith("      and machines where")
+    assert lines[at + 1].startswith("      `torch`: ") and lines[at + 2].startswith("      vLLM and Ray: ")
+
+
+def test_explained_settings_fit_a_terminal_of_80_columns():
+    wide = [line for section in Config.model_fields for line in explain(section).splitlines() if len(line) > 80]
+    assert [line for line in wide if not re.match(r"  \S+  \(", line)] == [], "but for a key with its type and default"
 
 
 def test_every_field_of_every_section_is_documented():

@@ -48,6 +48,14 @@ def test_a_full_or_forbidden_log_ends_nothing(tmp_path: Path, monkeypatch: pytes
     assert 0 < (tmp_path / "log.txt").stat().st_size <= 100
 
 
+def test_a_command_without_a_folder_keeps_and_shows_nothing_of_libraries(capsys: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings(), libraries_logged(None):
+        warnings.simplefilter("always")
+        warn_from("/site-packages/megatron/core/x.py", "of Megatron")
+        logging.getLogger("apex.normalisation").warning("no kernels")
+    assert capsys.readouterr().err == ""
+
+
 def test_engines_logs_are_kept_in_the_runs_folder_in_place_of_older_ones(tmp_path: Path) -> None:
     logs, run = tmp_path / "session_1" / "logs", tmp_path / "runs" / "a"
     logs.mkdir(parents=True)

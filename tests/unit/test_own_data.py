@@ -202,7 +202,8 @@ def test_what_concerns_a_whole_file_is_said_with_the_option_that_helps(tmp_path:
     with pytest.raises(Refused) as refused:
         convert([unknown, strange, empty, tmp_path / "gone.jsonl", lines(tmp_path / "x.csv", "a")], tmp_path / "o.parquet")
     said = [" ".join(problem.message for problem in count.problems) for count in refused.value.args[1]]
-    assert "--source" in said[0] and "--split" in said[0] and "found a record with prompt, label" in said[1]
+    assert "--source" in said[0] and "--split" in said[0]
+    assert "found a record with prompt, label; expected the fields question and answer" in said[1]
     assert "no records" in said[2] and "no such file" in said[3] and "expected one that ends in .jsonl" in said[4]
     assert convert([unknown], tmp_path / "o.parquet", source="mine", split="train")[0].written == 1
 
