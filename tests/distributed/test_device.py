@@ -25,7 +25,7 @@ from igpo_megatron.algorithms.losses.registry import LOSSES, objective
 from igpo_megatron.algorithms.losses.tokens import Tokens
 from igpo_megatron.algorithms.settings import Aepo, Bapo, Cispo, Gspo, Hapo, Loss, Ppo, Sft
 from igpo_megatron.packing.tree import ExpertShape, pack_for_scoring, pack_for_training, step_counts
-from igpo_megatron.policy import attention, cpu, schedule, upload
+from igpo_megatron.policy import attention, cpu, host_memory, schedule
 from igpo_megatron.policy.policy import Policy
 from igpo_megatron.types import EntropyStats, RolloutGroup
 
@@ -86,7 +86,7 @@ def valueless(policy: Policy) -> Iterator[tuple[Policy, Copies]]:
     copies = Copies()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu, "_CPU", META)
-        patch.setattr(upload, "_page_locked", copies.lock)
+        patch.setattr(host_memory, "_staging", copies.lock)
         patch.setattr(attention, "chain_attention", partial(attention.flex_tree_attention, attend=sdpa))
         found = Policy(policy.config, replace(policy.ranks, device=META))
         # Over the ranks, once the last row is done; gloo does not know the meta device.
@@ -167,6 +167,9 @@ COUNTED_ON_HOST = {"context.merge_of", "context.part_of", "model.split_of", "sch
 HELD_BY_HOST = {"tree_plan._plan", "tree_plan._slice_or", "random.fork"}
 """The plan of a row, which CUDA does without, and the state of Megatron's generators."""
 
+ON_THE_WAY = ("rows.", "wire.")
+"""Rows travel as bytes of the host, before the first of them is computed."""
+
 LAYOUTS: dict[str, dict[str, Any]] = {
     "sequence": {"parallel__tensor": 2, "parallel__sequence": True},
     "context": {"parallel__context": 2},
@@ -199,7 +202,8 @@ def test_at_other_layouts_only_megatrons_experts_wait(hf_folders: dict[str, Path
         waits_by_place, make_config(hf_folders[architecture], **LAYOUTS[layout]), with_off_policy_logprobs(random_groups(seed=2))
     )
     for found in ranks:
-        others = {name for counts in found for name in counts} - COUNTED_ON_HOST - HELD_BY_HOST
+        places = {name for counts in found for name in counts if not name.startswith(ON_THE_WAY)}
+        others = places - COUNTED_ON_HOST - HELD_BY_HOST
         assert others <= ({"moe_utils.permute"} if "experts" in layout else set())
 
 

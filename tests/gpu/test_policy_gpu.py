@@ -27,7 +27,7 @@ from test_tree_attention import dense_attention, random_row
 
 from igpo_megatron.config.schema import Config
 from igpo_megatron.packing.tree import pack_for_scoring, pack_for_training
-from igpo_megatron.policy import attention, upload
+from igpo_megatron.policy import attention, host_memory
 from igpo_megatron.policy.attention import compiled_flex_attention, flex_tree_attention
 from igpo_megatron.policy.policy import Policy
 from igpo_megatron.types import RolloutGroup
@@ -149,23 +149,23 @@ def test_uploads_hold_what_was_there_when_they_were_asked_for(
     """The host goes on at once: it overwrites its tensors and drops the buffers while the device is still busy with something else."""
     rounds, numbers = (64, 2**20) if device == "cuda" else (4, 2**10)
     if device == "cpu":
-        monkeypatch.setattr(upload, "_page_locked", lambda size: torch.empty(size, dtype=torch.uint8))
+        monkeypatch.setattr(host_memory, "_staging", lambda size: torch.empty(size, dtype=torch.uint8))
     place = torch.device(device)
     source = torch.empty(numbers, dtype=torch.int64)
     if device == "cuda":
         torch.cuda._sleep(200_000_000)
     copies = []
     for number in range(rounds):
-        copies.append(upload._copied([source.fill_(number), source[:3] + number], place))
+        copies.append(host_memory._copied([source.fill_(number), source[:3] + number], place))
     source.fill_(-1)
     for number, (whole, part) in enumerate(copies):
         assert whole.device.type == device and bool((whole == number).all()) and part.tolist() == [2 * number] * 3
 
     large = torch.zeros(2**28 if device == "cuda" else 2**16, dtype=torch.uint8)
-    upload._copied([large], place)  # page-locked once
+    host_memory._copied([large], place)  # page-locked once
     started = time.perf_counter()
     for _ in range(4):
-        upload._copied([large], place)
+        host_memory._copied([large], place)
     if device == "cuda":
         torch.cuda.synchronize()
     record_property("upload_gb_s", 4 * large.nbytes / (time.perf_counter() - started) / 1e9)

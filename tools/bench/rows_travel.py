@@ -31,7 +31,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import typer
-import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = (1, 4, 16)
@@ -139,7 +138,7 @@ def _rank_1(code: Path, folder: Path, policy: Path, ranks: int, size: int) -> di
         "loss": {"kl_coef": 0.0},
         "track": {"dump_every": 0},
     }
-    config.write_text(yaml.safe_dump(values), encoding="utf-8")
+    config.write_text(json.dumps(values), encoding="utf-8")
     shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     quiet = {"PYTHONPATH": str(code), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, __file__, "rank", str(config), str(result)]
