@@ -351,9 +351,7 @@ class TorchEngine:
             self._stop(error)
             raise
         self._version = version
-        with self._state:
-            self._frozen = False
-            self._state.notify_all()
+        self._resume()
         return {
             "sync/mib": nbytes / 2**20,
             "sync/load_s": loaded - started,
@@ -385,6 +383,11 @@ class TorchEngine:
                 raise self._problem
             self._waiting.extendleft(reversed(self._running))
             self._running = []
+
+    def _resume(self) -> None:
+        with self._state:
+            self._frozen = False
+            self._state.notify_all()
 
     @property
     def _served(self) -> TorchModel:
