@@ -1,7 +1,7 @@
 """The agent loop: one question becomes one tree of turns.
 
 trajectory.py  one path: think, call a tool, read, think again, answer. Begin here.
-rollouter.py   many questions at once, with deadlines and a failure budget
+rollouter.py   many questions at once, with deadlines and a limit on failures
 trees/         which paths fork, and where
 prober.py      probes of the ground truth, scored by engines during the rollout
 

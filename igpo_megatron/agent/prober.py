@@ -1,9 +1,9 @@
-"""Ground-truth probes scored by the engine while the rollout goes on.
+"""Ground-truth probes scored by the engine during the rollout.
 
     tool returns ── state t ──┬── generate turn t + 1
                               └── score "answer" after state t      hidden under the decoding beside it
 
-A probe is sent with the turn that continues its state, to the same engine: whichever comes first fills the prefix cache for the other.
+A probe is sent together with the turn that continues its state, to the same engine: whichever runs first fills the prefix cache for both.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class StateValue:
     """exp(mean log-prob of the answer's tokens), from 0 to 1; the best over the probed aliases."""
 
     version: int
-    """Of the weights that measured it."""
+    """Version of the weights that measured it."""
 
 
 class Prober:
-    """Scores the states of one group, each (state, answer) once whatever number of samples passes through it."""
+    """Scores the states of one group, each (state, answer) once, however many samples pass through it."""
 
     def __init__(self, engine: Engine, group: RolloutGroup, probes: Sequence[RenderedProbe]) -> None:
         self._engine, self._group, self._probes = engine, group, probes
@@ -44,7 +44,7 @@ class Prober:
         for answer, token_ids, (start, stop) in self._probes:
             if (node, answer) not in self._tasks:
                 context = self._group.context(node)
-                # Scored from the answer on: the wording before it may come from the cache, and a context of whole blocks does no harm.
+                # Scored from the answer on, so the words before it, and a context of complete cache blocks, may come from the cache.
                 scoring = self._engine.score_probe(context + token_ids[:stop], len(context) + start, key=self._group.prompt.id)
                 self._tasks[node, answer] = asyncio.ensure_future(scoring)
 
@@ -54,7 +54,7 @@ class Prober:
         return [node for node in path if any((node, answer) in self._tasks for answer in answers)]
 
     async def value(self, node: int) -> StateValue | None:
-        """Wait for the probes of `node`; None where they are not finite or of different weights. Raises EngineError where one failed."""
+        """Wait for the probes of `node`; None if they are not finite or from different weights. Raises EngineError if one failed."""
         await self.collect([node])
         scores = [self._group.probe_scores[node, answer] for answer, _, _ in self._probes]
         values = [math.exp(fmean(score.logprobs)) for score in scores if all(map(math.isfinite, score.logprobs))]
@@ -62,14 +62,14 @@ class Prober:
         return StateValue(max(values), versions.pop()) if len(values) == len(scores) and len(versions) == 1 else None
 
     async def collect(self, nodes: Iterable[int]) -> None:
-        """Wait for the probes of these nodes and write their scores to the group. Raises EngineError where one failed."""
+        """Wait for the probes of these nodes and write their scores to the group. Raises EngineError if one failed."""
         for node in nodes:
             for answer, _, _ in self._probes:
                 if (node, answer) in self._tasks:
                     self._group.probe_scores[node, answer] = await asyncio.shield(self._tasks[node, answer])
 
     async def close(self) -> None:
-        """Let nothing run on: what was started for trajectories that failed is cancelled."""
+        """Cancel unfinished probes, such as those of failed trajectories."""
         for task in self._tasks.values():
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)

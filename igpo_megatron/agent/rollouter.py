@@ -37,7 +37,7 @@ Result = TypeVar("Result")
 
 
 class RolloutFailure(RunStopped):
-    """Too many trajectories or searches of a step failed for reasons outside the policy."""
+    """In one step, too many trajectories or searches failed for reasons outside the policy."""
 
 
 class Rollouter:
@@ -54,16 +54,16 @@ class Rollouter:
         probes_of: Callable[[Prompt], Sequence[RenderedProbe]] | None = None,
         crashes: Path | None = None,
     ) -> None:
-        """`tools`: by our names, search among them; closed when the rollouter is.
+        """`tools`: by our names, search included; closed with the rollouter.
 
-        `probes_of`: the probes of a question, where the engine is to score them during training rollouts.
+        `probes_of`: the probes of a question, if the engine scores them during training rollouts.
 
-        `crashes`: file for the tracebacks of trajectories that raise what nobody expected.
+        `crashes`: file for the tracebacks of unexpected errors in trajectories.
         """
         self._agent = Agent(engine, tools, chat, config)
         self._config, self._seed, self._probes_of = config, seed, probes_of
         self._crashes = CrashLog(crashes)
-        self._told_too_long = False
+        self._warned_too_long = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollouts", daemon=True)
 
@@ -88,16 +88,16 @@ class Rollouter:
         branch: bool = False,
         on_progress: Callable[[float], None] | None = None,
     ) -> list[RolloutGroup]:
-        """`run`, waited for."""
+        """Call `run` and wait for it."""
         work = self.run(prompts, samples=samples, salt=salt, temperature=temperature, probe=probe, branch=branch, on_progress=on_progress)
         return self.start(work).result()
 
     def start(self, work: Coroutine[Any, Any, Result]) -> Future[Result]:
-        """Let `work`, such as a `run`, go on beside whatever the caller does next. Cancelling the future ends it."""
+        """Run `work`, such as a `run`, in the background. Cancelling the future ends it."""
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def tallies(self) -> dict[str, Tally]:
-        """Tool -> a new tally, for `run` to fill."""
+        """A new tally per tool, for `run` to fill."""
         return new_tallies(self._agent.tools)
 
     async def run(
@@ -114,17 +114,16 @@ class Rollouter:
         asked: Counter[str] | None = None,
         on_progress: Callable[[float], None] | None = None,
     ) -> list[RolloutGroup]:
-        """One group of `samples` trajectories per prompt that fits the context; `temperature` None takes the configured one.
+        """One group of `samples` trajectories per prompt that fits the context; `temperature` None uses the configured one.
 
-        `salt`: the training step, or the kind of evaluation: another salt, other samples.
+        `salt`: the training step or the kind of evaluation; other salts give other samples. With `probe` the engine scores the probes of
+        every state, if this rollouter has any. With `branch` groups grow as `rollout.branching` says. A group closes when `close_at` of
+        its trajectories have ended. Tool calls are counted in `tallies`.
 
-        With `probe` the engine scores the probes of every state, if this rollouter was given any; with `branch` groups grow as
-        `rollout.branching` says; `close_at` trajectories of a group end it. What tools did is added to `tallies`.
+        A question that is repeated in a step gets another group with other seeds. `asked` counts how often each was asked earlier in the
+        step, and is updated; None if this is the step's only call.
 
-        A question that comes again in a step is another group, sampled with seeds of its own. `asked` counts how often each was asked in
-        the step before, and is counted on; None where this is the step's only call.
-
-        Raises RolloutFailure when more than `rollout.max_failed_fraction` of the trajectories or of the searches failed.
+        Raises RolloutFailure if more than `rollout.max_failed_fraction` of the trajectories or of the searches failed.
         """
         groups = [self._open(prompt) for prompt in prompts if self._has_room(prompt)]
         seeds = self._seeds(groups, Counter() if asked is None else asked)
@@ -178,7 +177,7 @@ class Rollouter:
         await asyncio.gather(*(tool.close() for tool in self._agent.tools.values()))
 
     def _seeds(self, groups: Sequence[RolloutGroup], asked: Counter[str]) -> list[int]:
-        """What the sampling seeds of each group are derived from: the run's seed where its question is asked the first time in a step."""
+        """The base seed of each group: the run's seed if its question is asked for the first time in a step, else one derived from it."""
         seeds = []
         for group in groups:
             times = asked[group.prompt.id]
@@ -187,11 +186,11 @@ class Rollouter:
         return seeds
 
     def _has_room(self, prompt: Prompt) -> bool:
-        """Whether a question leaves room for a turn; the first that does not is logged."""
+        """True if a question leaves room for a turn; the first that does not is logged."""
         reason = too_long(prompt, self._agent.chat, self._config)
-        if reason is not None and not self._told_too_long:
-            self._told_too_long = True
-            logger.warning("question %s: %s. It is left out, as others like it will be", prompt.id, reason)
+        if reason is not None and not self._warned_too_long:
+            self._warned_too_long = True
+            logger.warning("question %s: %s. It is skipped; further such questions are skipped without a message", prompt.id, reason)
         return reason is None
 
     def _open(self, prompt: Prompt) -> RolloutGroup:
@@ -199,7 +198,7 @@ class Rollouter:
         return RolloutGroup(prompt, [Node(None, "prompt", ids, text=text)])
 
     async def _bounded(self, group: RolloutGroup, agent: Agent, plan: PathPlan) -> Trajectory:
-        """A trajectory within its deadline; trouble of the engine, and whatever nobody expected, ends this one and no other."""
+        """A trajectory within its deadline. Engine failures and unexpected errors end this one and no other."""
         try:
             async with asyncio.timeout(self._config.deadline_s) as deadline:
                 trajectory = await run_trajectory(group, agent, plan)
@@ -210,15 +209,14 @@ class Rollouter:
             return Trajectory([0], Status.ENGINE_FAILED, reason=clean_text(str(error)))
         except RunStopped:
             raise
-        except Exception as error:  # noqa: BLE001  (one answer of a policy, a page or a peer must not take the whole step with it)
+        except Exception as error:  # noqa: BLE001  (one bad answer of a policy, a page or a server must not end the step)
             if isinstance(error, TimeoutError) and deadline.expired():
-                return Trajectory([0], Status.ENGINE_FAILED, reason=f"not done within rollout.deadline_s={self._config.deadline_s:g}")
-            return Trajectory(
-                [0], Status.CRASHED, reason=self._crashes.record(f"sample {plan.sample} of question {group.prompt.id}", error)
-            )
+                return Trajectory([0], Status.ENGINE_FAILED, reason=f"not finished within rollout.deadline_s={self._config.deadline_s:g}")
+            reason = self._crashes.record(f"sample {plan.sample} of question {group.prompt.id}", error)
+            return Trajectory([0], Status.CRASHED, reason=reason)
 
     async def _alone(self, growing: Coroutine[Any, Any, list[Trajectory]], group: RolloutGroup, samples: int) -> list[Trajectory]:
-        """A group's trajectories; where what decides on its forks raises what nobody expected, all of this group's have crashed."""
+        """A group's trajectories; if deciding on forks raises an unexpected error, all of them are CRASHED."""
         try:
             return await growing
         except RunStopped:
@@ -229,7 +227,7 @@ class Rollouter:
 
 
 async def _all(work: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
-    """Every outcome, in order; where one raises, the others are ended before it is raised on."""
+    """All results, in order; if one raises, the others are cancelled first."""
     tasks = [asyncio.ensure_future(part) for part in work]
     try:
         return await asyncio.gather(*tasks)
@@ -241,7 +239,7 @@ async def _all(work: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
 
 
 async def _first(work: Sequence[Coroutine[Any, Any, Trajectory]], count: int) -> list[Trajectory]:
-    """How trajectories ended, in order; when `count` of them have said something of the policy, the others are given up."""
+    """The trajectories, in order; when `count` trainable ones have ended, the others are cancelled and LATE."""
     tasks = [asyncio.ensure_future(part) for part in work]
     try:
         ended = 0
@@ -250,15 +248,13 @@ async def _first(work: Sequence[Coroutine[Any, Any, Trajectory]], count: int) ->
             if ended >= count:
                 break
     finally:
-        late = [task for task in tasks if not task.done()]
-        for task in late:
-            task.cancel()
+        late = [task for task in tasks if task.cancel()]
         await asyncio.gather(*tasks, return_exceptions=True)
     return [Trajectory([0], Status.LATE, reason=f"{count} others had ended") if task in late else task.result() for task in tasks]
 
 
 def _check_failures(ends: Sequence[Trajectory], search: Tally, allowed: float) -> None:
-    """RolloutFailure where the failed share of trajectories or of searches is more than `allowed`."""
+    """Raise RolloutFailure if more than the share `allowed` of trajectories or of searches failed."""
     reasons = Counter(end.reason for end in ends if end.status.is_failure)
     for what, failures, total in (("trajectories", reasons, len(ends)), ("searches", search.failures, search.calls)):
         failed = failures.total()

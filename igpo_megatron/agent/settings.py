@@ -12,7 +12,7 @@ from igpo_megatron.settings import Section
 
 
 class BranchingSection(Section):
-    """What a run asks of every way to grow a group, answered as by one that never forks."""
+    """Shared by all ways to grow a group; the defaults are those of one that never forks."""
 
     name: str
 
@@ -24,11 +24,11 @@ class BranchingSection(Section):
 
     @property
     def top_logprobs(self) -> int:
-        """Likeliest tokens whose log-probs it asks for with every sampled token; -1 for all."""
+        """Number of likeliest tokens whose log-probs it needs with every sampled token; -1 for all."""
         return 0
 
     def misfits(self, rollout: Rollout) -> Iterator[str]:
-        """Why a group cannot grow so under these settings."""
+        """Why a group cannot grow this way under these settings."""
         yield from ()
 
 
@@ -39,19 +39,19 @@ class NoBranching(BranchingSection):
 
 
 class Forking(BranchingSection):
-    """What the ways to fork share."""
+    """Shared by all ways to fork."""
 
     branches: ClassVar[bool] = True
 
     initial_rollouts: PositiveInt = 8
-    """Samples that begin at the question; the rest of `samples_per_prompt` is the budget of forks. What no fork used begins there, too."""
+    """Samples that begin at the question. The rest of `samples_per_prompt` is for forks; what forks do not use begins there, too."""
 
     beam: Annotated[int, Field(ge=2)] = 2
-    """Paths behind a fork at most, the forking one included."""
+    """Most paths behind a fork, the forking one included."""
 
     @property
     def budget_is_found(self) -> bool:
-        """A first rollout sets `initial_rollouts`, whatever is written there."""
+        """A first rollout determines `initial_rollouts`; the setting is ignored."""
         return False
 
     def misfits(self, rollout: Rollout) -> Iterator[str]:
@@ -70,9 +70,9 @@ class ArpoBranching(Forking):
 
     name: Literal["arpo"] = "arpo"
     variant: Literal["corrected", "published"] = "corrected"
-    """`corrected` (the paper): entropy of the tokens behind the result, against the mean of the first samples' first turns; short turns
-    are scaled up to `entropy_tokens`. `published` (the code): entropy of the turn that made the call, against the path's own first
-    measured turn, as a plain sum. The code's stale initial entropies of earlier batches, and its rounds, are in neither."""
+    """`corrected` (the paper): entropy of the tokens behind the result, compared with the mean of the first samples' first turns; short
+    turns are scaled up to `entropy_tokens`. `published` (the code): entropy of the turn that made the call, compared with the path's own
+    first measured turn, as a plain sum. Neither has the code's stale initial entropies of earlier batches, or its rounds."""
 
     base_probability: Annotated[float, Field(ge=0, le=1)] = 0.5
     """alpha: the chance of a fork where dH = 0."""
@@ -90,7 +90,7 @@ class ArpoBranching(Forking):
     """Tokens measured at the beginning of a turn."""
 
     entropy: Literal["top_k", "full"] = "top_k"
-    """Over the `top_k` likeliest tokens, their rest ignored as published, or over the whole vocabulary (slow in vLLM when it is large)."""
+    """Over the `top_k` likeliest tokens, ignoring the rest as published, or over the full vocabulary (slow in vLLM if it is large)."""
 
     top_k: PositiveInt = 10
     """Likeliest tokens, for entropy=top_k; the sampled one is added."""
@@ -109,7 +109,7 @@ class ArpoBranching(Forking):
 
 
 class AepoBranching(ArpoBranching):
-    """AEPO (arXiv 2510.14545): ARPO's forks, rarer where a path has just forked, under a budget that a first rollout can set."""
+    """AEPO (arXiv 2510.14545): ARPO's forks, less likely if the path has just forked, with a budget that a first rollout can set."""
 
     name: Literal["aepo"] = "aepo"  # type: ignore[assignment]
     variant: Literal["corrected", "published"] = "corrected"
@@ -117,7 +117,7 @@ class AepoBranching(ArpoBranching):
     which is what the code's comparison amounts to. l counts along each path (the code counts all forks of a question together)."""
 
     penalty: Annotated[float, Field(ge=0, le=1)] = 0.05
-    """Per decision just before on the same path that forked."""
+    """Penalty per directly preceding decision of the same path that forked."""
 
     premonitor: bool = True
     """One rollout goes first and sets initial_rollouts to n sigmoid(budget_scale (H_root - H_tool)), H_tool its mean entropy behind tool
@@ -132,7 +132,7 @@ class AepoBranching(ArpoBranching):
 
 
 class GainBranching(Forking):
-    """Forks and stops by information gain (this project's own): needs `reward.scorer=engine`, which measures values during the rollout.
+    """Forks and stops by information gain (this project's own method). Needs `reward.scorer=engine` to measure values during the rollout.
 
     The value v_t of a path behind t turns is exp(mean log-prob of the true answer), from 0 to 1, whatever `reward.gain` is.
     """
@@ -147,14 +147,14 @@ class GainBranching(Forking):
     """beta: P = alpha + beta std(v_t over the first samples), clipped to [0, 1]; that std is at most 0.5."""
 
     stop_probability: Annotated[float, Field(ge=0, le=1)] = 0.9
-    """Chance that a saturated path is asked for its answer at once, with the probe's text before `{answer}`. Below 1 some go on, which is
-    what any correction for the stopping needs; 0 never stops."""
+    """Chance that a saturated path is asked for its answer at once, with the probe's text before `{answer}`. Below 1 some paths go on,
+    which any correction for the stopping needs; 0 never stops."""
 
     stop_turns: PositiveInt = 2
-    """Saturated: no turn of so many has moved the value by more than `stop_change`, and it is at least `stop_value`."""
+    """Saturated: none of the last so many turns moved the value by more than `stop_change`, and it is at least `stop_value`."""
 
     stop_change: NonNegativeFloat = 0.02
-    """Largest change that counts as none."""
+    """Largest change that counts as no change."""
 
     stop_value: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Least value of a saturated path; 0 also stops paths that learn nothing more."""
@@ -182,23 +182,23 @@ class Rollout(Section):
     """Tokens of prompt and all turns together, the probe included."""
 
     max_observation_tokens: PositiveInt = 4096
-    """Tokens of one tool result; longer text is cut by tokens and its closing kept."""
+    """Tokens of one tool result; longer text is cut at a token, and the closing frame is kept."""
 
     temperature: NonNegativeFloat = 1.0
     """Sampling temperature; policy log-probs are taken at the same temperature."""
 
     force_think: bool = True
-    """Append `<think>` to every turn's prompt, as published; forced tokens are never trained. A chat template that opens `<think>` itself
-    is given no second one, and its own counts as forced whatever this says."""
+    """Append `<think>` to every turn's prompt, as published; forced tokens are never trained. If the chat template opens `<think>` itself,
+    no second one is added, and the template's counts as forced with either setting."""
 
     system_prompt: str | None = None
-    """System message; null sends none. `{date}` becomes the date of the run's start. Where the chat template takes no system message, the
-    text stands in the first user message."""
+    """System message; null sends none. `{date}` becomes the date of the run's start. If the chat template accepts no system message, the
+    text is put into the first user message."""
 
     protocol: str = "igpo"
     """How the policy writes calls and answers: `igpo` (think + tool_call or answer), `search_r1` and `arpo` (tags), `hermes` (native tool
-    calls of Qwen and Hermes models), or `package.module:name` of a ToolProtocol of yours, or of a function without arguments that gives
-    one."""
+    calls of Qwen and Hermes models), or `package.module:name` of a ToolProtocol of yours, or of a function without arguments that
+    returns one."""
 
     tool_name: str = "web_search"
     """Name of the search tool in the prompt and in tool calls; protocols of tags (search_r1, arpo) always write `<search>`."""
@@ -208,14 +208,14 @@ class Rollout(Section):
     `package.module:name` is a tool of yours."""
 
     tool_options: dict[str, dict[str, Any]] = Field(default={})
-    """Name of a tool of yours -> what it is made with, e.g. `rollout.tool_options.calculator.digits=3`."""
+    """Name of a tool of yours -> its options, e.g. `rollout.tool_options.calculator.digits=3`."""
 
     max_queries: PositiveInt = 3
     """Queries of one tool call that are used; further ones are dropped."""
 
     resample: NonNegativeInt = 0
     """Dynamic sampling (DAPO, arXiv 2503.14476): up to this many further batches of questions replace groups whose rewards are all equal;
-    where they do not suffice, such groups fill the step. 0 keeps every group."""
+    if they are not enough, such groups fill the step. 0 keeps every group."""
 
     replay_successes: NonNegativeInt = 0
     """Questions whose latest success is kept, to replace a trajectory where all of a later group fail (ARPO for GUI agents, arXiv
@@ -226,24 +226,24 @@ class Rollout(Section):
     """For replay_successes: a trajectory whose reward is above this is a success."""
 
     tool_in_prompt: bool = True
-    """Describe the tools in the prompt, through the chat template's `tools`, or in the instruction where the template or the protocol
-    shows none; false for a policy that was taught the format."""
+    """Describe the tools in the prompt, through the chat template's `tools`, or in the instruction if the template or the protocol
+    shows none; false for a policy that already knows the format."""
 
     max_failed_fraction: Annotated[float, Field(ge=0, le=1)] = 0.2
     """A step in which more than this share of trajectories, or of searches, fails for reasons outside the policy stops the run.
-    Trajectories that crash, by a mistake of this project, count among them; their tracebacks are in `failures/trajectories.txt` in the
+    Trajectories that crash by an error in this project are included; their tracebacks are in `failures/trajectories.txt` in the
     run's folder."""
 
     failed_search: Literal["mask", "end"] = "mask"
-    """A search, or another tool, that fails after its retries ends its trajectory. `mask` leaves it out of the loss and of its group's
-    baseline; `end` trains it, and counts it in evaluations, as it stands: with the reward of a malformed one."""
+    """A search, or another tool, that fails after its retries ends its trajectory. `mask` excludes it from the loss and from its group's
+    baseline; `end` trains it, and counts it in evaluations, with the reward of a malformed one."""
 
     deadline_s: PositiveFloat = 1800
     """Wall time of one trajectory."""
 
     close_at: PositiveInt | None = None
-    """A training group closes when this many of its trajectories have ended; the others are given up, counted as `late`, and never
-    trained. Null waits for all. Spares the wait for stragglers; prefers short trajectories where long ones are slow."""
+    """A training group closes when this many of its trajectories have ended; the others are cancelled, counted as `late`, and never
+    trained. Null waits for all. This avoids waiting for stragglers, but prefers short trajectories if long ones are slow."""
 
     max_staleness: NonNegativeInt = 0
     """Steps that rollouts may run ahead: every token that a step trains was sampled by weights at most this many updates older than those
@@ -263,7 +263,7 @@ class Rollout(Section):
     """The engines."""
 
     def group_problems(self) -> Iterator[str]:
-        """Why training groups cannot grow, close or be mended as they are asked to; evaluations draw independent samples."""
+        """Conflicts between settings of training groups; evaluations draw independent samples."""
         branching = self.branching
         yield from branching.misfits(self)
         if self.replay_successes and branching.branches:

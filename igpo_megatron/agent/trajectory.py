@@ -1,4 +1,4 @@
-"""One trajectory: think, search, read, think again, answer. The loop every reader should see first."""
+"""One trajectory: think, search, read, think again, answer. Read this loop first."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from igpo_megatron.agent.prober import Prober
 from igpo_megatron.agent.settings import Rollout
@@ -20,31 +20,30 @@ from igpo_megatron.types import Completion, Node, NodeKind, RolloutGroup, Status
 from igpo_megatron.untrusted import clean_text
 
 
-class TurnWatch(Protocol):
-    """Whatever wants to know of every turn before it is sampled, or how sure the policy was at its beginning."""
+class TurnWatch:
+    """Observes the turns of a path. The defaults measure nothing and never ask for an early answer."""
 
     @property
     def tokens(self) -> int:
-        """Tokens to measure; 0 samples every turn in one piece and measures nothing."""
-        ...
+        """First tokens of every turn to measure; 0 samples turns in one request and measures nothing."""
+        return 0
 
     @property
     def top_logprobs(self) -> int:
-        """As for `Engine.generate`, not 0 where tokens are measured."""
-        ...
+        """As for `Engine.generate`; not 0 if tokens are measured."""
+        return 0
 
     async def begins(self, path: Sequence[int], turn: int) -> bool:
-        """Turn `turn` is about to be sampled behind `path`, whose probes are under way; True asks the policy for its answer at once."""
-        ...
+        """Called before turn `turn` is sampled behind `path`, whose probes are running; True asks the policy for its answer at once."""
+        return False
 
     async def measured(self, path: Sequence[int], turn: int, entropies: Sequence[float]) -> None:
-        """`entropies`, nats, of the first tokens that turn `turn` samples behind `path`; the turn goes on when this returns."""
-        ...
+        """Called with the `entropies`, nats, of the first tokens of turn `turn` behind `path`; the turn continues when this returns."""
 
 
 @dataclass(frozen=True, slots=True)
 class Agent:
-    """What all paths have in common."""
+    """Shared by all paths."""
 
     engine: Engine
     tools: Mapping[str, Tool]
@@ -56,29 +55,29 @@ class Agent:
 
 @dataclass(frozen=True, slots=True)
 class PathPlan:
-    """What one path has of its own."""
+    """The inputs of one path."""
 
     sample: int | str
     """Its label: the number of a sample, `3.2.0` for a fork."""
 
     seed: int
     salt: int | str
-    """Besides seed, question, sample and turn, what its sampling depends on: the training step, or the kind of evaluation."""
+    """The training step or the kind of evaluation; sampling depends on it besides seed, question, sample and turn."""
 
     temperature: float
     start: Sequence[int] = (0,)
     """The path to continue, up to a prompt or a tool result."""
 
     prober: Prober | None = None
-    """Told of every state before the turn that continues it is sampled; scores it meanwhile."""
+    """Scores every state while the turn that continues it is sampled."""
 
     watch: TurnWatch | None = None
-    """Told of every turn and of its first tokens; where it says so, `chat.asking_ids` are forced before the turn, which must then end
-    in an answer."""
+    """Observes every turn and its first tokens. If its `begins` returns True, `chat.asking_ids` are forced before the turn, which must
+    then end in an answer."""
 
 
 async def run_trajectory(group: RolloutGroup, agent: Agent, plan: PathPlan) -> Trajectory:
-    """Grow one path of `group`, whose node 0 is the prompt, and say how it ended.
+    """Grow one path of `group`, whose node 0 is the prompt; returns how it ended.
 
     The longest probe's tokens are kept free at the end of the context, so that every state can be probed.
     """
@@ -99,7 +98,7 @@ async def run_trajectory(group: RolloutGroup, agent: Agent, plan: PathPlan) -> T
         if asked:
             path.append(_shared_child(group, path[-1], "asking", chat.asking_ids, chat.asking_text, turn))
             used += len(chat.asking_ids)
-            room = config.max_context  # no probe follows; what was kept free for one holds this text and an answer
+            room = config.max_context  # no probe follows; the space kept free for one holds this text and an answer
         max_tokens = min(config.max_tokens_per_turn, room - used)
         completion = await _sample(group, path, turn, max_tokens, agent, plan)
         text = clean_text(chat.decode(completion.token_ids))
@@ -133,9 +132,9 @@ async def run_trajectory(group: RolloutGroup, agent: Agent, plan: PathPlan) -> T
 
 
 async def _sample(group: RolloutGroup, path: Sequence[int], turn: int, max_tokens: int, agent: Agent, plan: PathPlan) -> Completion:
-    """What the policy says in a turn behind `path`.
+    """Sample one turn behind `path`.
 
-    A watched turn takes two requests: its first tokens, of which `watch` is told, and the rest, which the prefix cache makes cheap.
+    A measured turn takes two requests: its first tokens, which `watch` measures, and the rest, which the prefix cache makes cheap.
     """
     seeds = (plan.seed, plan.salt, group.prompt.id, plan.sample, turn)
     context, watch = group.context(path[-1]), plan.watch
@@ -154,7 +153,7 @@ async def _sample(group: RolloutGroup, path: Sequence[int], turn: int, max_token
             routed = {"experts_from": first.experts_from + len(first.experts)}
         rest = await generate(context + first.token_ids, max_tokens=max_tokens - some, seed=counter_seed(*seeds, "rest"), **routed)
     ids, logprobs = first.token_ids + rest.token_ids, first.logprobs + rest.logprobs
-    # A stop string across the seam is seen by neither request.
+    # Neither request sees a stop string that spans both.
     stop = agent.chat.first_stop(ids, some)
     finish = rest.finish if stop is None or rest.finish == "abort" else "stop"
     version = min(first.weight_version, rest.weight_version)
@@ -163,7 +162,7 @@ async def _sample(group: RolloutGroup, path: Sequence[int], turn: int, max_token
 
 
 async def _use_tool(call: ToolCall, agent: Agent) -> Observed:
-    """What the policy is shown, or why the tool failed: a failure is never shown as an empty result."""
+    """The tool's result, or why it failed; a failure is never shown as an empty result."""
     if call.name in agent.tools:
         return await agent.tools[call.name].use(call.queries)
     called, *names = (agent.chat.tool_name(name) for name in (call.name, *agent.tools))
@@ -172,7 +171,7 @@ async def _use_tool(call: ToolCall, agent: Agent) -> Observed:
 
 
 def _add_result(group: RolloutGroup, path: list[int], text: str, room: int, chat: ChatFormat, config: Rollout) -> bool:
-    """Put a tool's result behind `path`, cut to what leaves place for one more token in `room`; False where nothing of it fits."""
+    """Append a tool's result to `path`, cut so that one more token fits in `room`; False if nothing of it fits."""
     before = group.nodes[path[-1]]
     ended_by = before.token_ids[-1]
     frame = chat.frame_size(ended_by)
@@ -185,13 +184,13 @@ def _add_result(group: RolloutGroup, path: list[int], text: str, room: int, chat
 
 
 def counter_seed(*parts: object) -> int:
-    """A sampling seed that depends on what is sampled, not on what was sampled before: [0, 2^31)."""
+    """A sampling seed in [0, 2^31) that depends on what is sampled, not on what was sampled before."""
     digest = hashlib.blake2b("|".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") % 2**31
 
 
 def _shared_child(group: RolloutGroup, parent: int, kind: NodeKind, token_ids: list[int], text: str, turn: int) -> int:
-    """Text that nobody samples below `parent`, shared by all samples that continue from there."""
+    """A node of unsampled text below `parent`, shared by all samples that continue from there."""
     for number, node in enumerate(group.nodes):
         if node.parent == parent and node.kind == kind:
             return number

@@ -5,8 +5,8 @@
     (sampled) ──────┤   the engine's own ids
     observation() ──┴─> tool result ids      its frame from the template or the protocol, its content alone, cut by tokens
 
-What the template does with roles, tools and results is proved at the start (template.py). What is in a result stays what it is, tool
-text: turns end at sampled tokens only, and protocols are shown the policy's own text only.
+The template's handling of roles, tools and results is verified at the start (template.py). A result is never more than text: turns end
+at sampled tokens only, and protocols parse the policy's own text only.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class ChatFormat:
     """One tokenizer's way of writing questions, tool results and probes."""
 
     def __init__(self, tokenizer: Any, rollout: Rollout, reward: Reward, now: datetime | None = None) -> None:
-        """`tokenizer`: a fast Hugging Face tokenizer with a chat template. Raises UserError where the template cannot be used."""
+        """`tokenizer`: a fast Hugging Face tokenizer with a chat template. Raises UserError if the template cannot be used."""
         now = now or datetime.now(UTC)
         self._tokenizer = tokenizer
         self._rollout, self._reward = rollout, reward
@@ -44,7 +44,7 @@ class ChatFormat:
         native = rollout.tool_in_prompt and self.protocol.tool_messages
         self.template = Template(tokenizer, tool_schemas(self._tools) if native else (), now, has_system=rollout.system_prompt is not None)
         self.turn_ends = turn_ends(tokenizer, self.template)
-        """Tokens that end a turn; the first is the one that the template writes behind an assistant's message."""
+        """Tokens that end a turn; the first is the one that the template writes after an assistant's message."""
 
         pieces = [tokenizer.encode(text, add_special_tokens=False) for text in ("a", "b", "\n")]
         self._lead: list[int] = [] if tokenizer.decode([*pieces[0], *pieces[1]]) == "ab" else pieces[2]
@@ -57,7 +57,7 @@ class ChatFormat:
         self._probes: dict[str, tuple[list[int], tuple[int, int]]] = {}
 
     def _place_instructions(self, date: str) -> None:
-        """What the system message and the first user message say besides the question."""
+        """Set the system message, and the text before the question in the first user message."""
         system = self._rollout.system_prompt
         parts = [system.replace("{date}", date)] if system is not None else []
         self._before_question = ""
@@ -72,22 +72,22 @@ class ChatFormat:
                 parts.append(tool_instructions(self._tools))
         self._system = "\n\n".join(parts) if parts else None
         if self._system is not None and not self.template.takes_system:
-            self.template.notes.append(f"{self.template.system_problem}, so the instruction stands in the first user message")
+            self.template.notes.append(f"{self.template.system_problem}, so the instruction is in the first user message")
             self._before_question, self._system = f"{self._system}\n\n{self._before_question}", None
         self.template.prove(self.messages(USER))
 
     def _place_frame(self) -> None:
-        """What surrounds a result, and what each turn begins with."""
+        """Set what surrounds a result, what each turn begins with, and which texts only the template may write."""
         forced = FORCED_TEXT if self._rollout.force_think else ""
         if self.protocol.tool_messages:
             frame = self.template.frame(self.end_of_turn, self._rollout.tool_name)
-        else:  # turns behind the first go on in the same message
+        else:  # later turns continue the same message
             frame = Frame(*self.protocol.result, opening="", quoting=Quoting(), role="assistant")
         self.frame, self._quoting = frame, frame.quoting
         self._whole_before, self._after_tool = self._encode(frame.before), self._encode(frame.after)
         self._before_tool = self._behind(self.end_of_turn)
         self._openings = [(self._encode(text), text) for text in (self.template.opening or forced, frame.opening or forced)]
-        # What opens every turn is not opened again by its probe.
+        # If every turn opens with `<think>`, its probe must not open it again.
         template = self._reward.probe_template
         self._probe_template = template.removeprefix(FORCED_TEXT) if all(text for _, text in self._openings) else template
         ends = self._tokenizer.convert_ids_to_tokens(list(self.turn_ends))
@@ -98,24 +98,24 @@ class ChatFormat:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What is done where the chat template lacks something, one sentence each; to be said once."""
+        """One sentence per workaround for something the chat template lacks; to be logged once."""
         return tuple(self.template.notes)
 
     @property
     def end_of_turn(self) -> int:
-        """The token that the template writes behind an assistant's message."""
+        """The token that the template writes after an assistant's message."""
         return self.turn_ends[0]
 
     def opening(self, turn: int) -> tuple[list[int], str]:
-        """Ids and text that begin turn `turn`, from 1, unsampled: the template's own `<think>`, or a forced one, or nothing."""
+        """Unsampled ids and text that begin turn `turn`, from 1: the template's own `<think>`, a forced one, or nothing."""
         return self._openings[turn > 1]
 
     def frame_ids(self, ended_by: int | None = None) -> tuple[list[int], list[int]]:
-        """Ids before and after a result. Behind a turn that `ended_by` ended and not the template's own token, they begin with that one."""
+        """Ids before and after a result. If `ended_by` is not the template's end-of-turn token, they begin with that token."""
         return self._before_tool if ended_by is None else self._behind(ended_by), self._after_tool
 
     def _behind(self, ended_by: int) -> list[int]:
-        """What the frame still lacks before the result: the policy may have sampled its first token."""
+        """The ids before the result that are still missing: the policy may have sampled the first one."""
         before = self._whole_before
         place = before.index(ended_by) if ended_by in self.turn_ends and ended_by in before else -1
         return before[place + 1 :] if not self._tokenizer.decode(before[: max(place, 0)]).strip() else before
@@ -131,11 +131,11 @@ class ChatFormat:
         return [*head, {"role": "user", "content": self._before_question + question}]
 
     def observation(self, text: str, budget: int, ended_by: int | None = None) -> tuple[list[int], str]:
-        """Ids and shown text of a tool result with `text`, up to where the policy goes on: in a new message, or in the same one.
+        """Ids and shown text of a tool result with `text`, up to where the policy continues, in a new message or the same one.
 
-        At most `budget` ids: the content is cut from its end and the frame kept. Control tokens inside `text` are read as plain
-        characters. `ended_by`: the last token of the turn before; the template's own end-of-turn token is put behind any other.
-        Raises ValueError if not even the frame fits.
+        At most `budget` ids: the content is cut at its end and the frame kept. Control tokens inside `text` become plain characters.
+        `ended_by`: the last token of the turn before; after any but the template's own end-of-turn token, that token is added. Raises
+        ValueError if not even the frame fits.
         """
         text = clean_text(text)
         room = budget - self.frame_size(ended_by)
@@ -148,11 +148,11 @@ class ChatFormat:
         return [*before, *content, *after], text
 
     def _cut(self, text: str, content: list[int], room: int) -> tuple[list[int], str]:
-        """The beginning of `text`, whose ids are `content`, in at most `room` ids."""
+        """The beginning of `text`, whose ids are `content`, in at most `room` ids; returns (ids, text)."""
         if self._quoting.escape == "none":
             content = content[:room]
             return content, self._tokenizer.decode(content, clean_up_tokenization_spaces=False)
-        # Cut between characters of the text: half an escape would swallow what closes the quotation.
+        # Cut between characters of the text: half an escape would hide the closing quotation mark.
         length = bisect_right(range(1, len(text) + 1), room, key=lambda length: len(self._encode_foreign(self._quoting(text[:length]))))
         return self._encode_foreign(self._quoting(text[:length])), text[:length]
 
@@ -165,9 +165,9 @@ class ChatFormat:
         return len(self._encode_foreign(self._quoting(text)))
 
     def render_probe(self, answer: str) -> tuple[list[int], tuple[int, int]]:
-        """Ids of the probe text with `answer` in it, and the [start, stop) of the answer's tokens, which alone are scored.
+        """Ids of the probe text with `answer`, and the [start, stop) of the answer's tokens; only these are scored.
 
-        A token that straddles the border counts as the answer's. The answer is cut to `reward.probe_max_tokens` tokens.
+        A token that crosses the border counts as the answer's. The answer is cut to `reward.probe_max_tokens` tokens.
         """
         if answer not in self._probes:
             head, tail = self._probe_template.split("{answer}")
@@ -182,7 +182,7 @@ class ChatFormat:
         return self._probes[answer]
 
     def render_hidden_probe(self, answer: str, ended_by: int | None = None) -> tuple[list[int], tuple[int, int]]:
-        """The probe as `render_probe` gives it, behind an empty tool message and the next turn's opening; `ended_by` as above."""
+        """The probe of `render_probe` after an empty tool message and the next turn's opening; `ended_by` as above."""
         token_ids, (start, stop) = self.render_probe(answer)
         before = [*chain.from_iterable(self.frame_ids(ended_by)), *self.opening(2)[0]]
         return [*before, *token_ids], (start + len(before), stop + len(before))
@@ -193,7 +193,7 @@ class ChatFormat:
         return self._tokenizer.decode(body, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def first_stop(self, token_ids: list[int], start: int) -> int | None:
-        """Tokens up to the end of the first stop string that ends behind token `start`; None where there is none."""
+        """Number of tokens up to the end of the first stop string that ends after token `start`; None if there is none."""
         if not any(stop in self.decode(token_ids) for stop in self.protocol.stop):
             return None
         lengths = range(start, len(token_ids) + 1)
@@ -201,11 +201,11 @@ class ChatFormat:
 
     @property
     def vocab_size(self) -> int:
-        """One more than the last token that the policy can write."""
+        """One more than the largest token id of the tokenizer."""
         return max(self._tokenizer.get_vocab().values()) + 1
 
     def tool_name(self, name: str) -> str:
-        """What the policy calls a tool that we call `name`."""
+        """The policy's name of our tool `name`."""
         return self._tools.renamed(name)
 
     def write(self, thought: str, action: ToolCall | Answer) -> str:
@@ -213,7 +213,7 @@ class ChatFormat:
         return self.protocol.write(thought, action, self._tools)
 
     def parse(self, text: str) -> Action:
-        """What a turn asks for; `text` includes the turn's opening. A turn that writes the template's own tokens forges a message."""
+        """The action of a turn; `text` includes the turn's opening. A turn with the template's own control tokens is malformed."""
         for end in self._ends:
             text = text.rstrip().removesuffix(end) if text.rstrip().endswith(end) else text
         forged = self._control.search(text) if self._control is not None else None
@@ -222,14 +222,14 @@ class ChatFormat:
         return self.protocol.parse(text, self._tools)
 
     def _encode(self, text: str, **options: Any) -> list[int]:
-        """Ids of text that stands behind other text: without the space that tokenizers such as Mistral's put in front of what they get."""
+        """Ids of text that follows other text: without the leading space that tokenizers such as Mistral's add."""
         lead = self._lead if text else []
         ids: list[int] = self._tokenizer.encode("\n" + text if lead else text, add_special_tokens=False, **options)
         assert ids[: len(lead)] == lead, f"the tokenizer joins a line break with {text[:20]!r}"
         return ids[len(lead) :]
 
     def _encode_foreign(self, text: str) -> list[int]:
-        """Ids of text that others wrote: no id in it stands for a control token, though the text may spell one."""
+        """Ids of untrusted text: no id is a control token, even if the text spells one."""
         pieces, start = [], 0
         # Tokens such as Qwen's <tool_call> are added but not special, so the tokenizer would not split them: cut each after one character.
         for spelled in self._added.finditer(text) if self._added else ():

@@ -1,4 +1,4 @@
-"""Whether a question leaves room for an answer in the context."""
+"""Checks that a question leaves room for an answer in the context."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from igpo_megatron.types import Prompt
 
 
 def probe_tokens(prompt: Prompt, chat: ChatFormat) -> int:
-    """Tokens of its longest ground-truth probe, kept free at the end of the context."""
+    """Tokens of the longest ground-truth probe, which are kept free at the end of the context."""
     return max(len(chat.render_probe(answer)[0]) for answer in prompt.answers)
 
 
 def too_long(prompt: Prompt, chat: ChatFormat, config: Rollout) -> str | None:
-    """Why not one token of a first turn fits behind a question; None where one does."""
+    """Why a question leaves no room for even one token of a first turn; None if it does."""
     asked = len(chat.open(prompt.question)[0]) + len(chat.opening(1)[0])
     kept_free = probe_tokens(prompt, chat)
     if asked + kept_free < config.max_context:

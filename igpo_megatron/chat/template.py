@@ -1,4 +1,4 @@
-"""What a model's chat template does with a conversation, found by rendering it with marks for texts: proved once, or refused.
+"""What a model's chat template does with a conversation, found by rendering marked texts; unusable templates are refused at the start.
 
     [system, user]           a system message is accepted; the tools appear; how the assistant's turn opens
     [user, assistant, user]  the token behind an assistant's message
@@ -22,12 +22,12 @@ from igpo_megatron.types import UserError
 Message = dict[str, Any]
 
 SYSTEM, USER, ASSISTANT, TOOL, CALL = (f"MARK-OF-{role}" for role in ("SYSTEM", "USER", "ASSISTANT", "TOOL", "CALL"))
-"""Texts that no template writes itself; none is the beginning of another."""
+"""Texts that no template contains; none is a prefix of another."""
 
 RESULT_TAGS = ("<tool_response>\n", "\n</tool_response>")
-"""Around a result where it has to be a user's message, as Qwen's own templates write it."""
+"""Around a result that has to be a user message, as in Qwen's own templates."""
 
-_CALL_ID = "call00001"  # Mistral's templates want nine letters and digits
+_CALL_ID = "call00001"  # Mistral's templates require nine letters and digits
 _OPEN_THINK = re.compile(r"<think>(?:(?!</think>).)*\Z", re.DOTALL)
 _EMPTY_THINK = re.compile(r"<think>\s*</think>\s*\Z")
 _CONTROL = re.compile(r"<[|\uff5c][^<>|\uff5c\s]+[|\uff5c]>")
@@ -36,7 +36,7 @@ _SAMPLES = ('it\'s "x" \\ <b> & \u00fc\n\tend', "  spaces \n")
 
 
 class TemplateProblem(UserError):
-    """The template cannot write a conversation, or leaves a part of it out."""
+    """The template cannot write a conversation, or omits part of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Quoting:
     """Without spaces around it."""
 
     escape: Literal["none", "json", "ascii"] = "none"
-    """As inside a JSON string; `ascii` with \\u for what is not ASCII."""
+    """As inside a JSON string; `ascii` also escapes what is not ASCII."""
 
     def __call__(self, text: str) -> str:
         text = text.strip() if self.strip else text
@@ -59,45 +59,46 @@ QUOTINGS = tuple(Quoting(strip, escape) for strip in (False, True) for escape in
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """What stands around a tool's result."""
+    """The text around a tool's result."""
 
     before: str
-    """From the end of the assistant's text, its end-of-turn token included."""
+    """Starts at the end of the assistant's text, end-of-turn token included."""
 
     after: str
-    """Up to where the assistant goes on, without `opening`."""
+    """Ends where the assistant continues, without `opening`."""
 
     opening: str
-    """The open `<think>` with which the template begins the assistant's next turn; empty where it does not."""
+    """The open `<think>` with which the template begins the assistant's next turn, if it does; else empty."""
 
     quoting: Quoting
     role: str
-    """Of the message that carries the result: `tool`, `user` where the template has no place for tools, or `assistant` where it is none."""
+    """Role of the result's message: `tool`; `user` if the template has no tool role; `assistant` if it is no message of its own."""
 
     messages: tuple[Message, ...] = ()
     """The marked question, turn and result that the template wrote."""
 
 
 class Template:
-    """A tokenizer's chat template, with what it was found to do."""
+    """A tokenizer's chat template and its detected behaviour."""
 
     def __init__(self, tokenizer: Any, tools: Sequence[Message] = (), now: datetime | None = None, *, has_system: bool = True) -> None:
-        """`tools` are described by the template if it can (see `describes_tools`). `now`: the date it may write, the same all along.
+        """`tools` are described by the template if it can (see `describes_tools`). `now`: the fixed date that it may write.
 
-        `has_system`: the conversations begin with a system message where one is accepted; some templates describe tools there only.
+        `has_system`: conversations begin with a system message if one is accepted; some templates describe tools only there.
 
-        Raises UserError where there is no template, TemplateProblem where it cannot even write a question.
+        Raises UserError if there is no template, TemplateProblem if it cannot write even a question.
         """
         if not tokenizer.chat_template:
             raise UserError("the model's tokenizer has no chat template; add chat_template.jinja to model.path")
         self._tokenizer, self._now = tokenizer, now
         self._tools: list[Message] | None = None
         self.notes: list[str] = []
-        """What was done where the template lacks something, one sentence each."""
+        """One sentence per workaround for something the template lacks."""
+
         self.takes_system = self._probe_system()
         self.describes_tools = self._probe_tools(list(tools), self.head() if has_system else []) if tools else False
         self._header = self._missing_header([question()], USER)
-        self.opening = _opened(self._generation())
+        self.opening = _opened(self.render([*self.head(), question()], generate=True).rpartition(USER)[2] + self._header)
 
     def render(self, messages: Sequence[Message], *, generate: bool) -> str:
         """The template's own text. Raises TemplateProblem naming the line at which it refuses."""
@@ -114,11 +115,11 @@ class Template:
         return text
 
     def open(self, messages: Sequence[Message]) -> str:
-        """The conversation up to where the assistant begins, without the template's own `opening`."""
+        """The conversation up to the assistant's turn, without the template's own `opening`."""
         return (self.render(messages, generate=True) + self._header).removesuffix(self.opening)
 
     def prove(self, messages: Sequence[Message]) -> None:
-        """TemplateProblem where a line of `messages` does not reach the prompt as it is."""
+        """Raise TemplateProblem if a line of `messages` does not reach the prompt unchanged."""
         text = self.open(messages)
         lines = [line.strip() for message in messages for line in message["content"].splitlines()]
         if lost := [line for line in lines if not _holds(text, [line])]:
@@ -127,13 +128,13 @@ class Template:
             raise TemplateProblem(f"the chat template cuts or rewrites the {role} message, from {lost[0][:40]!r} on ({where})")
 
     def control_texts(self, *more: str) -> frozenset[str]:
-        """Tokens of a prompt, and of `more` text of the template, that look as if they began or ended a message."""
+        """Tokens in a prompt, and in `more` text of the template, that look like the beginning or end of a message."""
         text = "".join((self.render([*self.head(), question()], generate=True), self._header, *more))
         special = {token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special}
         return frozenset(token for token in special | set(_CONTROL.findall(text)) if token in text)
 
     def head(self) -> list[Message]:
-        """A marked system message, where one is accepted."""
+        """A marked system message, if one is accepted."""
         return [{"role": "system", "content": SYSTEM}] if self.takes_system else []
 
     # ---- proofs
@@ -151,7 +152,7 @@ class Template:
         return SYSTEM in text and USER in text
 
     def _probe_tools(self, tools: list[Message], head: list[Message]) -> bool:
-        """True if the name and the description of every tool reach the prompt; else the template is shown no tools."""
+        """True if the name and description of every tool reach the prompt; else the template is not given the tools."""
         self._tools = tools
         why = f"the chat template leaves out the tools ({self._closest('tools')})"
         try:
@@ -166,9 +167,9 @@ class Template:
         return False
 
     def end_of_turn(self) -> int | None:
-        """The token that the template writes behind an assistant's message; None where that is plain text, or nothing.
+        """The token that the template writes after an assistant's message; None if it writes plain text or nothing.
 
-        Raises TemplateProblem where it looks like one token and is several.
+        Raises TemplateProblem if it looks like one token and is several.
         """
         openers = set(self._encode(self.render([question()], generate=False).split(USER)[0]))
         special = {number for number, token in self._tokenizer.added_tokens_decoder.items() if token.special}
@@ -177,7 +178,7 @@ class Template:
                 text = self.render([question(), answer(), *more], generate=False).partition(ASSISTANT)[2].partition(CALL)[0]
             except TemplateProblem:
                 continue
-            # In front of another message it may be plain text that opens that one.
+            # Before another message it may be plain text that opens that message.
             spelled = (_CONTROL if more else _TAG).match(text.lstrip())
             if spelled and len(ids := self._encode(spelled[0])) > 1:
                 raise TemplateProblem(
@@ -185,15 +186,15 @@ class Template:
                     f"{len(ids)} tokens: add it to the tokenizer as a special token, or choose a template whose end it knows"
                 )
             found = next((token for token in self._encode(text) if token in special), None)
-            # In front of another message it may be what opens that one.
+            # Before another message it may be the token that opens that message.
             if found is not None and (not more or found not in openers):
                 return found
         return None
 
     def frame(self, end: int, tool_name: str) -> Frame:
-        """The frame of a tool's result, in the first form of a conversation that the template writes whole.
+        """The frame of a tool's result, in the first form of conversation that the template writes completely.
 
-        `end`: the end-of-turn token. Raises TemplateProblem, for the form that is tried first, where there is none.
+        `end`: the end-of-turn token. Raises the TemplateProblem of the first form if no form works.
         """
         problems: list[TemplateProblem] = []
         for messages in _forms(tool_name):
@@ -225,7 +226,7 @@ class Template:
         return Frame(before, after.removesuffix(opening), opening, self._quoting(conversation, text), role, tuple(messages))
 
     def _quoting(self, conversation: list[Message], marked: str) -> Quoting:
-        """The rule by which the last message's text is written."""
+        """How the last message's text is written."""
         *others, last = conversation
         start, stop = marked.split(TOOL, 1)
 
@@ -239,12 +240,12 @@ class Template:
         raise TemplateProblem(f"the chat template rewrites the text of {last['role']} messages ({self._closest(last['role'], 'content')})")
 
     def _missing_header(self, conversation: list[Message], mark: str) -> str:
-        """What the template writes in front of an assistant's message, where it should open one behind `mark` and does not."""
+        """The text before an assistant's message, if the template should open one after `mark` and does not; else empty."""
         shown = self.render(conversation, generate=True).rpartition(mark)[2]
         if shown != self.render(conversation, generate=False).rpartition(mark)[2]:
             return ""
         if mark == TOOL and self.render([question()], generate=True) == self.render([question()], generate=False) and not self._header:
-            return ""  # it opens no turn at all, as Mistral's
+            return ""  # it never opens a turn, as Mistral's
         follows = {"role": "assistant", "content": ASSISTANT if mark == USER else CALL}
         text = self.render([*conversation, follows], generate=False).rpartition(mark)[2]
         header, found, _ = text.partition(follows["content"])
@@ -254,11 +255,8 @@ class Template:
         if not header.startswith(shown):
             raise TemplateProblem(f"the chat template does not open the assistant's turn ({self._closest('add_generation_prompt')})")
         header = header.removeprefix(shown)
-        header = header if header.strip() else ""  # a space there is the assistant's to write
+        header = header if header.strip() else ""  # a space there is written by the assistant
         return header if mark == USER or _opened(header) else header + self.opening
-
-    def _generation(self) -> str:
-        return self.render([*self.head(), question()], generate=True).rpartition(USER)[2] + self._header
 
     # ---- lines
 
@@ -268,7 +266,7 @@ class Template:
         return self._shown(number) if number else "no line of it"
 
     def _closest(self, *words: str) -> str:
-        """The line that has most to do with `words`: the last that quotes the first, or names the last, or reads messages."""
+        """The line most related to `words`: the last that quotes one of them, or contains one, or reads `messages`."""
         lines = self._source().splitlines()
         quoted = [rf"['\"]{re.escape(word)}['\"]" for word in words]
         for pattern in (*quoted, *(re.escape(word) for word in reversed(words)), r"\bmessages\b", ""):
@@ -298,28 +296,24 @@ def answer() -> Message:
     return {"role": "assistant", "content": ASSISTANT}
 
 
-def _conversation(*messages: Message) -> list[Message]:
-    return [question(), *messages]
-
-
 def _forms(tool_name: str) -> Iterator[list[Message]]:
-    """Ways to write a call and its result, from the plainest on: templates differ in what they insist on."""
+    """Ways to write a call and its result, the simplest first: templates differ in what they require."""
     result: Message = {"role": "tool", "content": TOOL}
     named: Message = {**result, "tool_call_id": _CALL_ID, "name": tool_name}
     call = {"id": _CALL_ID, "type": "function", "function": {"name": tool_name, "arguments": {"query": [CALL]}}}
-    yield _conversation(answer(), result)
-    yield _conversation(answer(), {**result, "tool_call_id": _CALL_ID})
-    yield _conversation(answer(), named)
-    yield _conversation({**answer(), "tool_calls": [call]}, named)
-    yield _conversation(answer(), {"role": "user", "content": TOOL.join(RESULT_TAGS)})
+    yield [question(), answer(), result]
+    yield [question(), answer(), {**result, "tool_call_id": _CALL_ID}]
+    yield [question(), answer(), named]
+    yield [question(), {**answer(), "tool_calls": [call]}, named]
+    yield [question(), answer(), {"role": "user", "content": TOOL.join(RESULT_TAGS)}]
 
 
 def _holds(text: str, words: Sequence[str]) -> bool:
-    """True if each of `words` is in `text`, as it is or as inside a JSON string."""
+    """True if each of `words` is in `text`, unchanged or as in a JSON string."""
     return all(word in text or json.dumps(word)[1:-1] in text for word in words)
 
 
 def _opened(text: str) -> str:
-    """The `<think>` that is open at the end of `text`, with what follows it."""
+    """The `<think>` that is open at the end of `text`, with the text after it."""
     found = _OPEN_THINK.search(text)
     return found[0] if found else ""

@@ -1,6 +1,6 @@
-"""The tokens that end a turn: the one that the chat template writes behind an assistant's message, and every eos of the model's files.
+"""The tokens that end a turn: the one that the chat template writes after an assistant's message, and every eos of the model's files.
 
-vLLM stops at all of them, whatever it is asked to, so all of them are cut from a turn's text.
+vLLM always stops at all of them, so all of them are cut from a turn's text.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from igpo_megatron.types import UserError
 from igpo_megatron.untrusted import BadJson, json_loads_untrusted
 
 MOST_BARRED = 1024
-"""Entries that vLLM takes in one list of allowed or biased tokens."""
+"""Most entries that vLLM accepts in a list of allowed or biased tokens."""
 
 
 def turn_ends(tokenizer: Any, template: Template | None) -> tuple[int, ...]:
-    """Every token that ends a turn, the template's own first. Raises UserError where there is none."""
+    """Every token that ends a turn, the template's own first. Raises UserError if there is none."""
     written = template.end_of_turn() if template is not None else None
     folder = tokenizer.name_or_path
     found = [written, tokenizer.eos_token_id, *(_eos_of_files(Path(folder)) if folder else ())]
-    # What the tokenizer has no token for can neither be sampled nor written.
+    # Ids that the tokenizer does not have can neither be sampled nor written.
     known = set(tokenizer.get_vocab().values())
     ends = tuple(token for token in dict.fromkeys(found) if token in known)
     if not ends:
@@ -36,7 +36,7 @@ def turn_ends(tokenizer: Any, template: Template | None) -> tuple[int, ...]:
 
 
 def stop_tokens(tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
-    """The ends of a turn that a model with `vocab_size` rows of embedding can sample. Raises UserError where it cannot sample the first."""
+    """The ends of a turn that a model with `vocab_size` rows of embedding can sample. Raises UserError if it cannot sample the first."""
     ends = turn_ends(tokenizer, Template(tokenizer) if tokenizer.chat_template else None)
     if ends[0] >= vocab_size:
         raise UserError(f"the end-of-turn token {ends[0]} is beyond the {vocab_size} rows of the model's embedding: no turn could end")
@@ -44,15 +44,12 @@ def stop_tokens(tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
 
 
 def barred_rows(tokenizer: Any, vocab_size: int) -> list[int]:
-    """Rows of the embedding, [0, vocab_size), for which the tokenizer has no token: they pad it, and are never to be sampled."""
+    """Rows of the embedding, [0, vocab_size), without a token in the tokenizer: they are padding and must never be sampled."""
     return sorted(set(range(vocab_size)).difference(tokenizer.get_vocab().values()))
 
 
 def sampling_limits(tokenizer: Any, vocab_size: int) -> dict[str, Any]:
-    """vLLM's SamplingParams that bar the `barred_rows`.
-
-    Empty where there are none. Raises UserError where they are more than vLLM can bar.
-    """
+    """vLLM's SamplingParams that bar the `barred_rows`; empty if there are none. Raises UserError if they are more than vLLM can bar."""
     real = sorted(token for token in set(tokenizer.get_vocab().values()) if token < vocab_size)
     barred = barred_rows(tokenizer, vocab_size)
     if not barred:
@@ -68,7 +65,7 @@ def sampling_limits(tokenizer: Any, vocab_size: int) -> dict[str, Any]:
 
 
 def _eos_of_files(folder: Path) -> list[int]:
-    """eos_token_id as vLLM reads it: of generation_config.json, else of config.json; empty where neither has one."""
+    """eos_token_id as vLLM reads it: from generation_config.json, else from config.json; empty if neither has one."""
     for name in ("generation_config.json", "config.json"):
         path = folder / name
         if not path.is_file():

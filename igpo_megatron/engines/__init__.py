@@ -1,8 +1,8 @@
-"""Engines continue token sequences and score probes. This room and weights/ alone know vLLM and Ray.
+"""Engines continue token sequences and score probes. Only this room and weights/ use vLLM and Ray.
 
-api.py           what a run asks of engines; imports nothing heavy. Begin here.
-factory.py       chooses between the two that there are
-pool.py          vLLM engines, placed by Ray: fleet.py keeps them alive, actor.py is one of them
+api.py           the interface of engines; imports nothing heavy. Begin here.
+factory.py       chooses between the two back-ends
+pool.py          vLLM engines, placed by Ray; fleet.py restarts them, actor.py is one of them
 torch_engine/    transformers in the main rank's process
 
 Imports chat, weights and supervision.

@@ -11,7 +11,6 @@ import re
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from typing import Any
 
-from igpo_megatron.agent.settings import Branching
 from igpo_megatron.config.schema import Config
 from igpo_megatron.engines.recorded_experts import routed_experts
 from igpo_megatron.weights.store import SharedWeights
@@ -30,11 +29,11 @@ _QUIET = {
 _CPU_BATCH_TOKENS = 4096
 _VLLM_LOGPROBS = 20
 KILLED = re.compile(r"Failed core proc\(s\): \{(\}|[^}]*: -\d)")
-"""What vLLM says when a signal ended a process of it that was starting, or it cannot tell yet; one that gives up has a positive code."""
+"""vLLM's error if a signal ended a starting process, or its exit code is not known yet; a process that gives up has a positive code."""
 
 
 class EngineLost(RuntimeError):
-    """The engine's processes are gone; whatever it was asked has to be asked elsewhere."""
+    """The engine's processes are gone; its requests must go to another engine."""
 
 
 class EngineActor:
@@ -48,14 +47,14 @@ class EngineActor:
         self._returns_experts = False
         self._limits: Mapping[str, Any] = {}
         self._copy: SharedWeights | None = None
-        # Closed while weights are exchanged: a request that came in between would be tagged with weights that never saw it.
+        # Closed while weights are exchanged: a request in between would be tagged with the wrong weights.
         self._gate = asyncio.Event()
 
     async def start(self, options: dict[str, Any], weights_path: str | None, limits: Mapping[str, Any]) -> None:
-        """Load the model; returns when requests can be served. Raises EngineLost where a signal ended vLLM meanwhile.
+        """Load the model; returns when requests can be served. Raises EngineLost if a signal ended vLLM meanwhile.
 
-        `weights_path`: the file of later weights on this machine; None to keep a copy of it here. `limits`: SamplingParams that keep every
-        turn to the tokenizer's tokens.
+        `weights_path`: the file of later weights on this machine; None to keep a copy here. `limits`: SamplingParams that restrict turns
+        to the tokenizer's tokens.
         """
         from vllm.config import WeightTransferConfig
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
@@ -94,7 +93,7 @@ class EngineActor:
         top_logprobs: int = 0,
         experts_from: int | None = None,
     ) -> tuple[list[int], list[float], str, int, list[float], list[bytes]]:
-        """Token ids, log-probs, finish reason, weight version and, where asked for, entropies and experts of one sampled turn.
+        """Token ids, log-probs, finish reason, weight version and, if requested, entropies and experts of one sampled turn.
 
         The version is that of the first token; weights may change while the turn is sampled.
         """
@@ -107,7 +106,7 @@ class EngineActor:
             logprobs=top_logprobs,
             stop_token_ids=list(stops),
             **self._limits,
-            # Only a protocol of tags needs the engine to read along; the ids stay as sampled, those of the tag included.
+            # Only tag protocols need text in the engine; the ids stay as sampled, those of the tag included.
             detokenize=bool(stop_strings),
             stop=list(stop_strings),
             include_stop_str_in_output=bool(stop_strings),
@@ -128,25 +127,24 @@ class EngineActor:
 
         With `cached` the prefix cache may be read. vLLM then leaves the rows of cached positions as uninitialised memory, without
         an error: a context that ends on a block boundary, or a probe that was scored before, loses rows. Row `first` comes from the
-        hidden state of token first - 1, so it is computed iff at most first - 1 tokens were cached; otherwise the request is repeated
-        without the cache, and the last number returned still says what the first try found there. It is repeated, too, where the
-        weights changed meanwhile.
+        hidden state of token first - 1, so it is computed iff at most first - 1 tokens were cached. Otherwise the request is repeated
+        without the cache, and the last number returned is that of the first try. It is also repeated if the weights changed meanwhile.
         """
         assert 1 <= first < len(token_ids), f"tokens from {first} on of {len(token_ids)} cannot be scored"
         await self._gate.wait()
         version, nothing = self.version, self._experts_from(len(token_ids))
         output = await self._last_output(token_ids, _scoring_params(skip_cache=not cached, **nothing))
         hits = output.num_cached_tokens
-        assert hits is not None, "vLLM does not say how much of a prompt it took from its cache"
+        assert hits is not None, "vLLM does not report how much of a prompt came from its cache"
         if hits > first - 1:
             output = await self._last_output(token_ids, _scoring_params(skip_cache=True, **nothing))
-        if self.version != version:  # it is set before requests go on, so what new weights computed comes after it
+        if self.version != version:  # it is set before requests resume, so results of new weights come after it
             return await self.score(token_ids, first)
-        # Some versions of vLLM return computed rows only: the end is the same in all. One token a row, that of the prompt.
+        # Some versions of vLLM return computed rows only, so index from the end. Each row has one token, that of the prompt.
         return output.prompt_logprobs.logprobs[first - len(token_ids) :], version, hits
 
     def _experts_from(self, position: int) -> dict[str, int]:
-        """SamplingParams by which vLLM returns experts from `position` on; earlier versions know no such parameter."""
+        """SamplingParams for experts from `position` on; earlier versions of vLLM lack the parameter."""
         return {"routed_experts_prompt_start": position} if self._returns_experts else {}
 
     async def _last_output(self, token_ids: list[int], params: Any) -> Any:
@@ -161,7 +159,7 @@ class EngineActor:
     # ---- weights
 
     async def begin_update(self) -> None:
-        """Freeze requests in flight, let no new one in, and forget everything cached under the old weights."""
+        """Freeze requests in flight, admit no new ones, and clear the caches of the old weights."""
         self._gate.clear()
         async with _lost_by_name():
             await self._engine.pause_generation(mode="keep", clear_cache=True)
@@ -176,7 +174,7 @@ class EngineActor:
             await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info))
 
     async def load_bucket(self, update_info: dict[str, Any], data: Any = None, begin: int = 0) -> list[list[tuple[Any, ...]]]:
-        """Load one bucket, of which `data` are the bytes where this engine keeps a copy; what each of its workers received."""
+        """Load one bucket; returns what each worker received. `data`: the bucket's bytes, if this engine keeps a copy of the file."""
         if data is not None:
             assert self._copy is not None, "this engine reads the main rank's file"
             self._copy.write_bytes(memoryview(data), begin)
@@ -184,7 +182,7 @@ class EngineActor:
             return await self._engine.collective_rpc("load_bucket", args=(as_plain(update_info),))
 
     async def finish_update(self, version: int) -> None:
-        """Serve the new weights: requests in flight go on."""
+        """Serve the new weights; requests in flight continue."""
         async with _lost_by_name():
             await self._engine.finish_weight_update()
             self.version = version
@@ -198,13 +196,13 @@ class EngineActor:
     # ---- memory
 
     async def sleep(self, level: int) -> None:
-        """Give the device's memory back when the last request has ended (vLLM's sleep; a CPU worker has nothing to give back)."""
+        """Free the device's memory when the last request has ended (vLLM's sleep; a CPU worker has nothing to free)."""
         self._gate.clear()
         async with _lost_by_name():
             await self._engine.sleep(level, mode="wait")
 
     async def wake(self, part: str) -> None:
-        """Take the memory of `weights` or of the `kv_cache` again. Weights are to be loaded anew, and requests to wait until then."""
+        """Allocate the memory of `weights` or of the `kv_cache` again. Weights must then be loaded before requests are served."""
         async with _lost_by_name():
             await self._engine.wake_up([part])
 
@@ -216,7 +214,7 @@ class EngineActor:
             await self._engine.check_health()
 
     def place(self) -> tuple[int, str]:
-        """Process of this actor, below which vLLM's own are, and the Ray node it runs on."""
+        """Process id of this actor, whose children vLLM's processes are, and its Ray node."""
         import ray
 
         return os.getpid(), ray.get_runtime_context().get_node_id()
@@ -232,7 +230,7 @@ class EngineActor:
 
 @contextlib.asynccontextmanager
 async def _lost_by_name() -> AsyncIterator[None]:
-    """vLLM's own error cannot be read where vLLM is not loaded."""
+    """Translate vLLM's error to EngineLost: processes without vLLM cannot unpickle it."""
     from vllm.v1.engine.exceptions import EngineDeadError
 
     try:
@@ -242,19 +240,20 @@ async def _lost_by_name() -> AsyncIterator[None]:
 
 
 def engine_options(config: Config, *, cuda: bool, stop_strings: bool) -> dict[str, Any]:
-    """vLLM's arguments; `stop_strings`: turns may end at a text, so the engine has to know the tokenizer."""
+    """vLLM's arguments; `stop_strings`: turns may end at a text, so the engine needs the tokenizer."""
     rollout, engine = config.rollout, config.rollout.engine
     dtype = config.model.dtype if engine.dtype == "auto" else engine.dtype
+    top_logprobs = rollout.branching.top_logprobs
     device: dict[str, Any] = (
         {"gpu_memory_utilization": engine.gpu_memory_utilization, "enable_sleep_mode": config.placement.mode == "colocated"}
         if cuda
         else {
             "enforce_eager": True,
             "kv_cache_memory_bytes": engine.kv_cache_mib * 2**20,
-            # A seeded request whose prefill is cut in chunks kills vLLM 0.32's CPU worker: its generators cannot be set back.
+            # A seeded request with a chunked prefill crashes vLLM 0.32's CPU worker, which cannot reset its generators.
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(rollout.max_context, _CPU_BATCH_TOKENS),
-            # The smallest that its CPU attention takes; by default 128, of which a turn computes half a block again.
+            # The smallest that its CPU attention supports. With the default of 128, a turn recomputes half a block on average.
             "block_size": 32,
         }
     )
@@ -262,7 +261,7 @@ def engine_options(config: Config, *, cuda: bool, stop_strings: bool) -> dict[st
         "model": str(config.model.path),
         "dtype": {"fp32": "float32", "bf16": "bfloat16"}[dtype],
         "tensor_parallel_size": engine.tensor,
-        # Left to choose, vLLM takes "ray" inside an actor, and that executor refuses a bundle of more than one GPU.
+        # By default vLLM uses "ray" inside an actor, and that executor refuses a bundle of more than one GPU.
         **({"distributed_executor_backend": "mp"} if engine.tensor > 1 else {}),
         "max_model_len": rollout.max_context,
         "max_num_seqs": engine.max_num_seqs,
@@ -271,7 +270,7 @@ def engine_options(config: Config, *, cuda: bool, stop_strings: bool) -> dict[st
         "enable_prefix_caching": True,
         **({"enable_return_routed_experts": True} if rollout.routing_replay else {}),
         "logprobs_mode": "processed_logprobs",
-        "max_logprobs": _most_logprobs(rollout.branching),
+        "max_logprobs": -1 if top_logprobs == -1 else max(top_logprobs, _VLLM_LOGPROBS),
         "disable_log_stats": True,
         **device,
     }
@@ -286,17 +285,12 @@ def engine_environment(config: Config, *, cuda: bool) -> dict[str, str]:
 
 
 def entropy(logprobs: Iterable[float]) -> float:
-    """-sum p ln p of the tokens given, nats; what they leave out counts nothing."""
+    """-sum p ln p over the given tokens, nats; other tokens are ignored."""
     return -math.fsum(math.exp(logprob) * logprob for logprob in logprobs if logprob > -math.inf)
 
 
-def _most_logprobs(branching: Branching) -> int:
-    """Log-probs per token that vLLM must be ready to give; -1 for all."""
-    return -1 if branching.top_logprobs == -1 else max(branching.top_logprobs, _VLLM_LOGPROBS)
-
-
 def _scoring_params(*, skip_cache: bool, **more: Any) -> Any:
-    """One token is sampled because vLLM wants to; `detokenize` must stay off, since garbage rows have garbage ids."""
+    """One token is sampled because vLLM requires it; `detokenize` must stay off, since uninitialised rows have invalid ids."""
     from vllm import SamplingParams
 
     return SamplingParams(

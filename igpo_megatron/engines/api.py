@@ -1,4 +1,4 @@
-"""What a run asks of its engines, whichever they are, and how they say that they cannot."""
+"""The interface of all engines, and their errors."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ class EngineError(RunStopped):
 
 
 class EnginesEnded(RunStopped):
-    """No engine will serve any more: what ends the run, rather than a trajectory."""
+    """No engine can serve any more; this ends the run, not only a trajectory."""
 
 
 class Engine(Protocol):
-    """Whatever continues a token sequence."""
+    """Continues token sequences and scores probes."""
 
     async def generate(
         self,
@@ -30,10 +30,10 @@ class Engine(Protocol):
         top_logprobs: int = 0,
         experts_from: int | None = None,
     ) -> Completion:
-        """Sample one turn. Requests with the same `key` go to the same engine, whose prefix cache knows them. Raises EngineError.
+        """Sample one turn. Requests with the same `key` go to the same engine, to use its prefix cache. Raises EngineError.
 
-        `top_logprobs` other than 0 asks for entropies, over that many of the likeliest tokens or, if -1, over all. `experts_from` asks
-        for the experts of the context's tokens from there on, and of the sampled ones.
+        `top_logprobs` other than 0 requests entropies, over that many of the likeliest tokens or, if -1, over all. `experts_from` requests
+        the experts of the context's tokens from there on, and of the sampled ones.
         """
         ...
 
@@ -46,11 +46,11 @@ class EngineService(Engine, WeightSink, Protocol):
     """All engines of a run: they continue token sequences, score probes and take new weights. Entered and left on the main rank."""
 
     def __enter__(self) -> Self:
-        """Start; returns when requests are served, with the weights of the model's folder. Raises RunStopped."""
+        """Start; returns when requests are served with the weights of the model's folder. Raises RunStopped."""
         ...
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None: ...
 
     def sleep(self) -> None:
-        """Give the device to the policy until the next weights arrive. Call it between rollouts."""
+        """Leave the device to the policy until the next weights arrive. Call it between rollouts."""
         ...

@@ -1,4 +1,4 @@
-"""What a run asks of its engines, whichever they are, and the one place that chooses them.
+"""Chooses the engines of a run.
 
 rollout.engine.backend = vllm    EnginePool: vLLM engines placed by Ray (pool.py)
                          torch   TorchEngine: transformers in the main rank's process (torch_engine/)
@@ -12,7 +12,7 @@ from igpo_megatron.engines.api import EngineService
 
 def open_engines(config: Config) -> EngineService:
     """The engines that `rollout.engine.backend` names, to be entered. Raises UserError for a model that they cannot serve."""
-    # Imported here: a machine needs only what it uses.
+    # Imported here, so that the library of an unused back-end need not be installed.
     if config.rollout.engine.backend == "torch":
         from igpo_megatron.engines.torch_engine.engine import TorchEngine
 

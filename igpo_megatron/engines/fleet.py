@@ -1,10 +1,10 @@
-"""The engines' lives: placed together, watched, and started again when they die.
+"""The life cycle of engines: placed together, monitored, and restarted when they die.
 
     STARTING ──ready──> STALE ──weights, canary──> HEALTHY ──sync begins──> STALE
         ^                 │                           │
         └───restart─── DEAD <──────── lost ───────────┘          more than max_restarts: the run stops
 
-Only a HEALTHY engine is asked anything. A thread checks them; each start and each restart has a thread of its own.
+Only HEALTHY engines get requests. One thread checks them; each start and restart has its own thread.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ _START_LOOK_S = 0.1
 
 
 class EngineDied(EngineError):
-    """The engine is gone, rather than unable: another one may be started in its place."""
+    """The engine's process is gone; it may be restarted."""
 
 
 class EngineState(StrEnum):
-    """Where an engine stands."""
+    """State of an engine."""
 
     STARTING = "starting"
     """Its process loads the model."""
 
     STALE = "stale"
-    """It serves some weights, which nobody has proved to be the newest."""
+    """It can serve, but its weights are not proven to be the newest."""
 
     HEALTHY = "healthy"
     """It serves the newest weights."""
 
     DEAD = "dead"
-    """It is gone, and will be started again if it has restarts left."""
+    """It is gone, and will be restarted if it has restarts left."""
 
 
 @dataclass(eq=False, slots=True)
@@ -64,7 +64,7 @@ class Member:
     state: EngineState = EngineState.STARTING
     actor: Any = None
     process: int | None = None
-    """Of its actor; None before it has answered."""
+    """Process id of its actor; None before it has answered."""
 
     is_local: bool = True
     """It runs on the main rank's machine."""
@@ -86,9 +86,9 @@ class Fleet:
         fill: Callable[[Member], None],
         limits: Mapping[str, Any] | None = None,
     ) -> None:
-        """`weights`: the file of later weights; `fill` makes an engine that has started HEALTHY, or raises EngineError, SyncError.
+        """`weights`: the file of later weights; `fill` makes a started engine HEALTHY, or raises EngineError or SyncError.
 
-        `limits`: SamplingParams that keep every turn to the tokenizer's tokens.
+        `limits`: SamplingParams that restrict turns to the tokenizer's tokens.
         """
         self._config, self._engine, self._cluster = config, config.rollout.engine, cluster
         self._cuda, self._stop_strings, self._weights, self._fill = cuda, stop_strings, weights, fill
@@ -106,7 +106,7 @@ class Fleet:
     # ---- life
 
     def start(self) -> None:
-        """Place and start all engines, and watch them from now on. Raises RunStopped naming the first that does not start."""
+        """Place and start all engines, and monitor them from now on. Raises RunStopped naming the first that does not start."""
         import ray
         from ray.util.placement_group import placement_group
 
@@ -150,17 +150,17 @@ class Fleet:
             thread.join(timeout=_STOP_TIMEOUT_S)
 
     def set_state(self, member: Member, state: EngineState) -> None:
-        """Move a member on and tell everybody who waits."""
+        """Change a member's state and wake all waiters."""
         member.state = state
         self.changes.announce()
 
     def lost(self, member: Member, actor: Any, error: BaseException) -> None:
-        """`actor`, a member's, is gone: start another one, or end the run where it has no restarts left."""
+        """A member's `actor` is gone: restart the engine, or end the run if it has no restarts left."""
         with self._lock:
             if member.actor is not actor or member.state is EngineState.DEAD or self._closing.is_set() or self._ray_ended():
-                return  # somebody else was faster, or it is not the engine that died
+                return  # already handled, or it is not the engine that died
             if self.problem is not None:
-                return  # the run ends: nobody is started again
+                return  # the run ends: no engine is restarted
             member.state = EngineState.DEAD
             limit = self._engine.max_restarts
             where = f"engine {member.number} died ({cause(error)})"
@@ -176,12 +176,12 @@ class Fleet:
         self.changes.announce()
 
     def stop(self, problem: RunStopped) -> None:
-        """The run cannot go on: tell everybody who waits."""
+        """The run cannot go on: wake all waiters."""
         self.problem = self.problem or problem
         self.changes.announce()
 
     def wait_for(self, member: Member, reference: Any, what: str, timeout_s: float) -> Any:
-        """The result of one call. Raises EngineError naming the engine, with the end of its log, where it fails."""
+        """The result of one call. If it fails, raises EngineError with the engine's name and the end of its log."""
         import ray
 
         try:
@@ -197,7 +197,7 @@ class Fleet:
     # ---- inside
 
     def _get(self, reference: Any, timeout_s: float) -> Any:
-        """As ray.get, which would not notice that the run cannot go on."""
+        """Like ray.get, but raises `problem` once the run cannot go on."""
         import ray
 
         deadline = time.monotonic() + timeout_s
@@ -217,10 +217,10 @@ class Fleet:
     def _watch_ray(self) -> None:
         while not self._closing.wait(_LOOK_S) and not self._ray_ended():
             if any(member.state is EngineState.STARTING for member in self.members):
-                self._cluster.remember()  # its agents come up while engines do
+                self._cluster.remember()  # Ray's agents start while the engines do
 
     def _place(self, member: Member) -> Any:
-        """A new actor for a member, which it is from now on."""
+        """Give a member a new actor, which is returned."""
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -235,13 +235,13 @@ class Fleet:
             )
             .remote(member.number)
         )
-        # At once: requests that hear of the old actor's end only now would take STARTING beside it for another death.
+        # Together: a request that learns of the old actor's end only now would otherwise report another death.
         with self._lock:
             member.actor, member.process, member.state = actor, None, EngineState.STARTING
         return actor
 
     def _load(self, member: Member) -> Any:
-        """Let its actor load the model; returns the reference to wait for."""
+        """Start to load the model in its actor; returns the reference to wait for."""
         member.process, node = self.wait_for(member, member.actor.place.remote(), "was not placed", _PLACE_TIMEOUT_S)
         member.is_local = self._is_here(member, node)
         shares_file = member.is_local and self._config.sync.transport != "object_store"
@@ -249,13 +249,13 @@ class Fleet:
         return member.actor.start.remote(options, str(self._weights) if shares_file else None, self._limits)
 
     def _is_here(self, member: Member, node: str) -> bool:
-        """A Ray node is that of the main rank."""
+        """True if a Ray node is that of the main rank."""
         import ray
 
         return node == ray.get_runtime_context().get_node_id()
 
     def _restart(self, member: Member) -> None:
-        """End what is left of a dead engine, and start it again."""
+        """Remove what is left of a dead engine, and start it again."""
         import ray
 
         dead = member.actor
@@ -266,7 +266,7 @@ class Fleet:
             self._start(member)
 
     def _start(self, member: Member, *, first: bool = False) -> None:
-        """From STARTING to HEALTHY, or to a death. What it refuses when it is started `first` it would refuse again: the run ends."""
+        """Bring a member from STARTING to HEALTHY, or to DEAD. If it refuses to start the `first` time, the run ends: it would again."""
         import ray
 
         try:
@@ -287,7 +287,7 @@ class Fleet:
             self.stop(error)
 
     def _end(self, actor: Any) -> None:
-        """Kill an actor, and with it what still waits in it for a sync to end."""
+        """Kill an actor, and the calls in it that wait for a sync to end."""
         import ray
 
         ray.kill(actor)
@@ -301,13 +301,13 @@ class Fleet:
                 except EngineError as error:
                     self.lost(member, actor, error)
                 except RunStopped:
-                    continue  # the run ends: nobody is started again
+                    continue  # the run ends: no engine is restarted
 
     def _run(self, work: Callable[[], None], name: str) -> None:
         def guarded() -> None:
             try:
                 work()
-            except Exception as error:  # nobody would ever be told, and everybody would wait
+            except Exception as error:  # otherwise all waiters would wait for ever
                 self.stop(EnginesEnded(f"{name} failed: {type(error).__name__}: {cause(error)}"))
                 raise
 
@@ -317,14 +317,14 @@ class Fleet:
 
 
 class Changes:
-    """Lets coroutines, on whatever event loop, wait for the next change that another thread announces."""
+    """Lets coroutines on any event loop wait for the next change that another thread announces."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._waiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
 
     def next(self) -> asyncio.Future[None]:
-        """Done with the next announcement; ask before you look whether you have to wait."""
+        """A future that ends with the next announcement. Get it before checking whether to wait, so that none is missed."""
         loop = asyncio.get_running_loop()
         future = loop.create_future()
         with self._lock:
@@ -333,7 +333,7 @@ class Changes:
         return future
 
     def announce(self) -> None:
-        """Wake everybody who waits."""
+        """Wake all waiters."""
         with self._lock:
             waiting, self._waiting = self._waiting, []
         for loop, future in waiting:
@@ -342,7 +342,7 @@ class Changes:
 
 
 def is_lost(error: BaseException) -> bool:
-    """The engine is gone, rather than wrong: what it was asked can be asked elsewhere."""
+    """True if the engine is gone, rather than wrong: its requests can go to another engine."""
     import ray
 
     return isinstance(error, (EngineLost, ray.exceptions.RayActorError))

@@ -1,9 +1,9 @@
-"""vLLM engines as one service: requests find an engine that serves the newest weights, and outlive the engine they were sent to.
+"""vLLM engines as one service: requests go to engines with the newest weights, and survive the loss of an engine.
 
     generate, score_probe ──> a HEALTHY engine (fleet.py) ──Ray──> EngineActor: an AsyncLLM with prefix cache ──> vLLM workers
     update_weights ──> Transfer (weights/send.py) over transports ──> fingerprints ──> canary ──> HEALTHY
 
-A turn whose engine dies is generated again with the same seed, elsewhere or after the restart.
+A turn whose engine dies is generated again with the same seed, by another engine or after the restart.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from igpo_megatron.weights.store import Bucket, SharedWeights
 from igpo_megatron.weights.transports import EngineReceiver, ObjectStore, SharedMemory
 
 _OPERATION_TIMEOUT_S = 600
-_TEST_CONTEXT, _TEST_PROBE = 128, 12  # 128 tokens are whole KV blocks of any size in use
+_TEST_CONTEXT, _TEST_PROBE = 128, 12  # 128 tokens fill complete KV blocks of any size in use
 _TEST_GAP = {"fp32": 1e-4, "bf16": 0.1}
 
 
 @dataclass(frozen=True, slots=True)
 class Synced:
-    """The newest weights, whose bytes are in the shared file: what an engine that is started again needs."""
+    """The newest weights, whose bytes are in the shared file, for restarted engines."""
 
     version: int
     buckets: tuple[Bucket, ...]
@@ -66,7 +66,7 @@ class EnginePool:
         self._fleet: Fleet | None = None
         self._native: Any = None
         self._synced: Synced | None = None
-        self._versions = {0}  # 0: those of the model's folder
+        self._versions = {0}  # 0: the weights of the model's folder
         self._asleep = False
         self._sync_lock = threading.Lock()
 
@@ -123,7 +123,7 @@ class EnginePool:
         top_logprobs: int = 0,
         experts_from: int | None = None,
     ) -> Completion:
-        """Sample one turn, on the engine that serves `key` if it can. Raises EngineError when none can in time."""
+        """Sample one turn, on the engine of `key` if it can serve. Raises EngineError if none can in time."""
         arguments = (token_ids, max_tokens, temperature, seed, self._stop_tokens, self._stop_strings, top_logprobs, experts_from)
         number, found = await self._ask(key, "a turn", lambda actor: actor.generate.remote(*arguments))
         ids, logprobs, finish, version, entropies, experts = found
@@ -133,9 +133,9 @@ class EnginePool:
         )
 
     async def score_probe(self, token_ids: list[int], first: int, *, key: str, cached: bool = True) -> ProbeScore:
-        """Log-probs of `token_ids[first:]` by the engine that serves `key`, from its prefix cache where that is safe and `cached`.
+        """Log-probs of `token_ids[first:]` by the engine of `key`; with `cached` its prefix cache is used if that is safe.
 
-        Raises EngineError when none can in time, or when one says something that no log-prob can be.
+        Raises EngineError if none can serve in time, or if a result is not a valid log-prob.
         """
         number, found = await self._ask(key, "a probe", lambda actor: actor.score.remote(token_ids, first, cached=cached))
         logprobs, version, _ = found
@@ -145,7 +145,7 @@ class EnginePool:
         return ProbeScore(tuple(logprobs), version)
 
     async def _ask(self, key: str, what: str, call: Callable[[Any], Any]) -> tuple[int, Any]:
-        """(number of the engine that answered, its answer); asked again where an engine is lost meanwhile."""
+        """(number of the engine that answered, its answer); repeated if an engine is lost meanwhile."""
         import ray
 
         limit = self._engine.request_timeout_s
@@ -167,7 +167,7 @@ class EnginePool:
                 self._running.lost(member, actor, error)
 
     async def _unless_stopped(self, asked: Any) -> Any:
-        """What was asked; raises what ends the run where that comes first."""
+        """The answer; raises the run's problem if that comes first."""
         answer = asyncio.ensure_future(asked)
         try:
             while True:
@@ -182,7 +182,7 @@ class EnginePool:
             answer.cancel()
 
     async def _serving(self, key: str, what: str, deadline: float) -> Member:
-        """The engine of a key, always the same so that its prefix cache knows the context; another one while that cannot serve."""
+        """The engine of a key, always the same one to use its prefix cache; another one while it cannot serve."""
         members = self._running.members
         first = zlib.crc32(key.encode()) % len(members)
         while True:
@@ -206,24 +206,24 @@ class EnginePool:
         if version not in self._versions:
             raise EngineError(f"engine {number} answered with weights {version}, which it was never given: {sorted(self._versions)[-3:]}")
 
-    # ---- scores that are waited for
+    # ---- blocking scores
 
     def score_on_each(self, token_ids: Sequence[int]) -> list[list[float]]:
-        """Raw log-probs of a sequence by every engine; the first token counts 0.0. Raises EngineError naming one that cannot."""
+        """Raw log-probs of a sequence by every engine, 0.0 for the first token. Raises EngineError naming one that cannot."""
         members = self._running.members
         asked = [(member, member.actor.score.remote(list(token_ids))) for member in members]
         found = [self._running.wait_for(member, reference, "could not score", _OPERATION_TIMEOUT_S) for member, reference in asked]
         return [[0.0, *logprobs] for logprobs, _, _ in found]
 
     def score_on(self, number: int, token_ids: list[int], first: int, *, cached: bool) -> tuple[list[float], int]:
-        """`score_probe` on engine `number`, waited for: log-probs, and the prompt tokens found in its prefix cache."""
+        """Blocking `score_probe` on engine `number`: log-probs, and the prompt tokens found in its prefix cache."""
         member = self._running.members[number]
         reference = member.actor.score.remote(token_ids, first, cached=cached)
         logprobs, _, hits = self._running.wait_for(member, reference, "could not score a probe", _OPERATION_TIMEOUT_S)
         return logprobs, hits
 
     def self_test_scoring(self) -> float:
-        """Largest |difference| that the prefix cache makes to scores, over all engines. Raises EngineError where it is too large."""
+        """Largest |difference| that the prefix cache makes to scores, over all engines. Raises EngineError if it is too large."""
         dtype = self._config.model.dtype if self._engine.dtype == "auto" else self._engine.dtype
         numbers = range(len(self._running.members))
         return max(check_prefix_cache(number, partial(self.score_on, number), self._vocab_size, dtype) for number in numbers)
@@ -231,7 +231,7 @@ class EnginePool:
     # ---- weights
 
     def sleep(self) -> None:
-        """Give the device to the policy: no engine is asked anything before the next weights have arrived. Call it between rollouts."""
+        """Leave the device to the policy: engines get no requests before the next weights arrive. Call it between rollouts."""
         with self._sync_lock:
             for member in self._awake():
                 self._running.set_state(member, EngineState.STALE)
@@ -243,7 +243,7 @@ class EnginePool:
             self._tell(member, member.actor.wake.remote(part), f"did not take the memory of its {part} again")
 
     def _awake(self) -> list[Member]:
-        """Engines that are there, asleep or not."""
+        """Engines that are running, asleep or not."""
         return [member for member in self._running.members if member.state in (EngineState.HEALTHY, EngineState.STALE)]
 
     def _tell(self, member: Member, reference: Any, what: str) -> None:
@@ -262,12 +262,11 @@ class EnginePool:
     ) -> dict[str, float]:
         """Replace all weights in all engines; returns metrics when they serve `version` and have passed the canary, if one is given.
 
-        Engines that sleep are woken for the weights first; `exported` is called when all tensors were taken, and then they take the rest of
-        their memory: on a shared device the policy leaves in between.
+        Sleeping engines first allocate memory for the weights. `exported` is called when all tensors have been sent, and then the engines
+        allocate the rest: on a shared device the policy leaves in between.
 
-        Requests in flight are frozen meanwhile and go on afterwards; new ones wait. An engine that dies on the way is started again and
-        filled later. Raises SyncError naming the engine and the first tensor that did not arrive as it was exported, and what stops the
-        run otherwise.
+        Requests in flight are frozen meanwhile and continue afterwards; new ones wait. An engine that dies meanwhile is restarted and
+        filled later. Raises SyncError naming the engine and the first tensor that differs from its export, or the run's own problem.
         """
         assert self._weights is not None
         with self._sync_lock:
@@ -302,7 +301,7 @@ class EnginePool:
                     except EngineError as error:
                         self._running.lost(member, actor, error)
             except SyncError as error:
-                self._running.stop(error)  # requests that wait for these weights must not wait on
+                self._running.stop(error)  # wakes requests that wait for these weights
                 assert self._running.problem is not None
                 raise self._running.problem from None  # Ray may have ended first
             for member, actor in zip(members, actors, strict=True):
@@ -316,15 +315,15 @@ class EnginePool:
             }
 
     def metrics(self) -> dict[str, float]:
-        """How the engines are: `engine_restarts` so far."""
+        """`engine_restarts`: restarts so far."""
         return {"engine_restarts": float(sum(member.restarts for member in self._running.members))}
 
     def _fill(self, member: Member) -> None:
-        """Give an engine that has started the newest weights, if there were any yet, from the file, and prove it."""
+        """Give a started engine the newest weights from the file, if there are any yet, and check the canary."""
         assert self._weights is not None
         with self._sync_lock:
             if member.state is not EngineState.STALE:
-                return  # a sync came first
+                return  # a sync has filled it already
             if self._synced is not None:
                 transfer = Transfer(self._synced.version, self._config.sync, is_lost)
                 transfer.run(((bucket, ()) for bucket in self._synced.buckets), self._files([member]))
@@ -334,14 +333,14 @@ class EnginePool:
             self._running.set_state(member, EngineState.HEALTHY)
 
     def _ask_canary(self, member: Member) -> float:
-        """Largest |log-prob difference| to what the policy says. Raises SyncError, or EngineError where it does not answer."""
+        """Largest |log-prob difference| to the policy. Raises SyncError, or EngineError if the engine does not answer."""
         assert self._synced is not None
         canary = self._synced.canary
         if canary is None:
             return 0.0
         reference = member.actor.score.remote(list(canary.token_ids))
         served, version, _ = self._running.wait_for(member, reference, "could not score the canary", self._config.sync.base_s)
-        assert version == self._synced.version, f"engine {member.number} says that it serves {version}"
+        assert version == self._synced.version, f"engine {member.number} reports that it serves {version}"
         return check_canary(canary, served, version, member.number)
 
     def _transports(self, members: Sequence[Member]) -> list[Transport]:
@@ -358,7 +357,7 @@ class EnginePool:
         return [self._native]
 
     def _files(self, members: Sequence[Member]) -> list[Transport]:
-        """Transports of bytes that are in the shared file."""
+        """Transports for the bytes of the shared file."""
         assert self._weights is not None
         kind = self._config.sync.transport
         away = [member.number for member in members if not member.is_local]
@@ -380,10 +379,10 @@ class EnginePool:
 
 
 def check_prefix_cache(number: int, score: Callable[..., tuple[list[float], int]], vocab_size: int, dtype: str) -> float:
-    """Try the cases in which vLLM is known to score wrongly; the largest |difference| that the prefix cache of engine `number` makes.
+    """Try the cases in which vLLM is known to score wrongly; returns the largest |difference| that engine `number`'s prefix cache makes.
 
-    `score(token_ids, first, cached=...)` gives log-probs and how many tokens the cache had. Raises EngineError where they differ by more
-    than rounding, or where no cached token was ever used.
+    `score(token_ids, first, cached=...)` returns log-probs and the number of cached tokens. Raises EngineError if they differ by more than
+    rounding, or if no cached token was ever used.
     """
     draw = random.Random(0)
 
@@ -392,11 +391,11 @@ def check_prefix_cache(number: int, score: Callable[..., tuple[list[float], int]
 
     bound = _TEST_GAP[dtype]
     worst, used = 0.0, False
-    # A context of whole blocks, and one that ends inside a block; each with a probe, the same again, and another one.
+    # A context of complete blocks, and one that ends inside a block; each with a probe, the same again, and another one.
     for first in (_TEST_CONTEXT, _TEST_CONTEXT + 5):
         context, probe, other = tokens(first), tokens(_TEST_PROBE), tokens(_TEST_PROBE)
         for ending in (probe, probe, other):
-            # Rows that are not computed show freed memory, which must not happen to hold the right values.
+            # Rows that are not computed are freed memory, which must not contain the right values by chance.
             score(tokens(first + _TEST_PROBE), first, cached=False)
             found, hits = score(context + ending, first, cached=True)
             plain, _ = score(context + ending, first, cached=False)

@@ -1,4 +1,4 @@
-"""The Ray under the engines: started here, bound to loopback and ended with the pool, or joined where a cluster is already there."""
+"""Ray for the engines: started here, bound to loopback and ended with the pool, or an existing cluster that is joined."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _SOCKET_PATH_BYTES = 107
 _RAY_SOCKET_BYTES = len("/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store")
 _LOG_LINES = 12
 _SERVERS = {"gcs_server": "its head (gcs_server)", "raylet": "its raylet"}
-# What torchrun tells its ranks must not reach the engines: vLLM makes process groups of its own.
+# torchrun's variables must not reach the engines: vLLM makes its own process groups.
 _LAUNCHER_VARIABLES = re.compile(
     r"(RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|GROUP_RANK|GROUP_WORLD_SIZE|ROLE_.*|MASTER_ADDR|MASTER_PORT|TORCHELASTIC_.*)"
 )
@@ -42,20 +42,20 @@ class RayCluster:
     """Ray for one pool; `close` ends what was started here and leaves a joined cluster."""
 
     def __init__(self, config: Config, *, cuda: bool) -> None:
-        """Raises EngineError where Ray does not start or the cluster to join does not answer, UserError for GPUs that are not there."""
+        """Raises EngineError if Ray does not start or the cluster to join does not answer, UserError for missing GPUs."""
         self._folder: Path | None = None
         self._run = config.run.folder / config.run.name
         self._servers: dict[str, psutil.Process] = {}
         self._family: list[psutil.Process] = []
         engine = config.rollout.engine
-        # Read when ray is imported: without it Ray replaces 127.0.0.1 by the machine's own address and listens on it.
+        # Read when ray is imported: without it Ray replaces 127.0.0.1 by the machine's address and listens there.
         address = engine.ray_address
         if address is None or address.startswith("127."):
             os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         if address is None:
             os.environ["RAY_AUTH_MODE"] = "token"
-            os.environ["RAY_AUTH_TOKEN"] = _token()  # otherwise Ray writes one into the home folder
+            os.environ["RAY_AUTH_TOKEN"] = _token()  # otherwise Ray writes a token into the home folder
         import ray
 
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
@@ -75,7 +75,7 @@ class RayCluster:
                 with _seeing_only(devices):
                     ray.init(
                         address="local",
-                        num_cpus=engine.count + 1,  # logical: what an engine really uses is its `threads`
+                        num_cpus=engine.count + 1,  # logical CPUs; an engine really uses its `threads`
                         include_dashboard=False,
                         object_store_memory=_OBJECT_STORE_BYTES + carried,
                         _node_ip_address="127.0.0.1",
@@ -87,27 +87,27 @@ class RayCluster:
             self._servers = {child.name(): child for child in psutil.Process().children() if child.name() in _SERVERS}
 
     def remember(self) -> None:
-        """Note what the raylet has started: its agents outlive it when it is killed, and nobody would find them then."""
+        """Record the raylet's children: its agents survive it if it is killed, and could not be found then."""
         if "raylet" in self._servers:
             with contextlib.suppress(psutil.NoSuchProcess):
-                # Of one that has just died nobody is a child any more: what was known stays.
+                # A raylet that has just died has no children any more: keep the earlier list.
                 self._family = self._servers["raylet"].children(recursive=True) or self._family
 
     def ended(self) -> str | None:
-        """Why the Ray started here can serve nobody any more; None while it can. Of a joined one its launcher says so.
+        """Why the Ray started here can no longer serve; None while it can, and always for a joined cluster.
 
-        Ray itself reconnects in silence for a minute and then ends this process.
+        Ray itself silently tries to reconnect for a minute and then ends this process.
         """
         gone = [words for name, words in _SERVERS.items() if name in self._servers and not is_alive(self._servers[name])]
         return f"Ray ended on this machine: {' and '.join(gone)} died" if gone else None
 
     @property
     def folder(self) -> Path | None:
-        """Sockets and logs of the Ray started here; None for a joined one."""
+        """Folder of sockets and logs of the Ray started here; None for a joined one."""
         return self._folder
 
     def close(self) -> None:
-        """Leave Ray; end it and remove its files where it was started here."""
+        """Leave Ray; if it was started here, end it and remove its files."""
         import ray
 
         ray.shutdown()
@@ -122,7 +122,7 @@ class RayCluster:
             self._folder = None
 
     def _keep_logs(self, folder: Path) -> None:
-        """Copy what the engines' processes printed into the run's folder, where there is one, in place of that of the start before."""
+        """Copy the output of the engines' processes into the run's folder, if it exists, replacing that of the previous start."""
         kept = self._run / LOGS / "engines"
         shutil.rmtree(kept, ignore_errors=True)
         for path in folder.glob("session_*/logs/worker-*") if self._run.is_dir() else ():
@@ -131,7 +131,7 @@ class RayCluster:
                 (kept / path.name).write_text(blot_environment(text), encoding="utf-8")
 
     def last_log_lines(self, process: int | None) -> str:
-        """The end of the error output of actor process `process` (None: of all), for a message; empty where Ray was not started here."""
+        """The end of the error output of actor process `process` (None: of all), for a message; empty if Ray was not started here."""
         if self._folder is None:
             return ""
         pattern = "session_*/logs/worker-*.err" if process is None else f"session_*/logs/worker-*-{process}.err"
@@ -141,9 +141,9 @@ class RayCluster:
 
 
 def visible_devices(gpu_ids: Sequence[int]) -> str:
-    """CUDA_VISIBLE_DEVICES for a process that may see `gpu_ids`, which count among the GPUs that this process sees, as torch counts them.
+    """CUDA_VISIBLE_DEVICES for a process that may see `gpu_ids`, numbered as torch does among the GPUs that this process sees.
 
-    Where a scheduler gave this process GPUs 4 to 7 of the machine, number 2 is GPU 6. Raises UserError for one that it does not see.
+    If a scheduler gave this process GPUs 4 to 7 of the machine, number 2 is GPU 6. Raises UserError for a GPU that it does not see.
     """
     if not gpu_ids:
         return ""
@@ -164,7 +164,7 @@ def visible_devices(gpu_ids: Sequence[int]) -> str:
 
 
 def _new_folder() -> Path:
-    """A new folder for Ray's sockets and logs; those of runs that were killed are removed."""
+    """A new folder for Ray's sockets and logs; folders of killed runs are removed."""
     temporary = Path(tempfile.gettempdir())
     remove_abandoned(temporary, _RAY_PREFIX)
     folder = Path(tempfile.mkdtemp(prefix=_RAY_PREFIX))
@@ -177,13 +177,13 @@ def _new_folder() -> Path:
 
 @functools.cache
 def _token() -> str:
-    """One for all pools of this process: Ray reads its token once and keeps it."""
+    """One token for all pools of this process: Ray reads it once and keeps it."""
     return secrets.token_hex(16)
 
 
 @contextlib.contextmanager
 def _seeing_only(devices: str | None) -> Iterator[None]:
-    """What starts inside sees these GPUs, or (None) those that this process sees. Afterwards this process's own are as they were."""
+    """Processes started inside see these GPUs, or (None) those that this process sees. The variable is restored afterwards."""
     before = os.environ.get("CUDA_VISIBLE_DEVICES")
     if devices is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices

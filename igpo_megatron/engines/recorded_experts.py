@@ -1,8 +1,8 @@
-"""Which experts an engine sent tokens to: asked for once per token, and kept on the nodes of the tree.
+"""The experts that an engine sent tokens to: requested once per token, and kept on the nodes of the tree.
 
-vLLM answers for every token that was computed, from the position asked for up to the last sampled token but one (the last one is
-computed by the request that continues it, if any). Tokens found in its prefix cache are answered for, too: it keeps the experts of a
-cached block beside the block, so they are those of the request that computed the keys and values now attended to.
+vLLM returns them for every computed token, from the requested position up to the last sampled token but one (the last one is computed
+by the request that continues it, if any). Tokens found in its prefix cache are included: it keeps the experts of a cached block with the
+block, so they are those of the request that computed the keys and values now attended to.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from igpo_megatron.types import Completion, RolloutGroup, UserError
 
 
 def routed_experts(rows: Any, expected: int) -> list[bytes]:
-    """vLLM's answer, an array [tokens, layers, top_k] of 1 or 2 bytes each, as `Node.experts`; empty where it gave none (an abort).
+    """vLLM's answer, an array [tokens, layers, top_k] of 1 or 2 bytes each, as `Node.experts`; empty if there are none (an abort).
 
-    Raises UserError unless it is about as many tokens as expected: those of other places must not be taken for ours.
+    Raises UserError unless it has as many tokens as expected: experts of other positions must not be used.
     """
     if rows is None:
         return []
@@ -26,7 +26,7 @@ def routed_experts(rows: Any, expected: int) -> list[bytes]:
 
 
 def first_unrouted(group: RolloutGroup, index: int) -> int:
-    """Position in the context of node `index` of the first token whose experts are unknown; its length where all are known."""
+    """Position in the context of node `index` of the first token whose experts are unknown; the context's length if all are known."""
     position = 0
     for number in _path(group, index):
         node = group.nodes[number]
@@ -38,9 +38,9 @@ def first_unrouted(group: RolloutGroup, index: int) -> int:
 
 
 def record_experts(group: RolloutGroup, index: int, completion: Completion) -> None:
-    """Give the tokens on the way to node `index`, the completion's own, their experts.
+    """Store the completion's experts on the nodes from the root to node `index`.
 
-    A token that has some keeps them. Only samples that computed a shared prompt at the same moment can disagree, at a near tie.
+    Tokens that have experts keep them. Only samples that computed a shared prompt at the same moment can disagree, at a near tie.
     """
     start = 0
     for number in _path(group, index):
@@ -53,7 +53,7 @@ def record_experts(group: RolloutGroup, index: int, completion: Completion) -> N
 
 
 def _between(completion: Completion, start: int, stop: int) -> list[bytes | None]:
-    """The completion's experts of positions [start, stop); None where it has none."""
+    """The completion's experts of positions [start, stop); None for positions without."""
     places: Sequence[int] = range(start - completion.experts_from, stop - completion.experts_from)
     return [completion.experts[place] if 0 <= place < len(completion.experts) else None for place in places]
 

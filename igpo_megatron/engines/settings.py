@@ -12,11 +12,11 @@ from igpo_megatron.settings import Section
 
 
 class Engine(Section):
-    """What generates: vLLM engines, placed by Ray, or one of this project's own."""
+    """The engines that generate: vLLM, placed by Ray, or one of this project's own."""
 
     backend: Literal["vllm", "torch"] = "vllm"
     """`torch`: transformers in the main rank's process, on its device, without vLLM and Ray: starts in a second, for small models, tests
-    and machines where vLLM cannot be installed. One engine; each turn's context is computed anew."""
+    and machines where vLLM cannot be installed. One engine; each turn's context is computed again."""
 
     count: PositiveInt = 1
     """Engines."""
@@ -34,20 +34,20 @@ class Engine(Section):
     """CUDA: share of each engine GPU that vLLM may take."""
 
     kv_cache_mib: PositiveInt = 256
-    """KV-cache size of each engine, on CPU, and of backend=torch on any device: there it holds whole sequences of `rollout.max_context`."""
+    """KV-cache size of each engine, on CPU, and of backend=torch on any device: there it holds full sequences of `rollout.max_context`."""
 
     threads: PositiveInt = 1
-    """CPU: OpenMP threads of each vLLM engine; backend=torch has those of its rank (`run.threads`)."""
+    """CPU: OpenMP threads of each vLLM engine; backend=torch uses those of its rank (`run.threads`)."""
 
     gpu_ids: tuple[NonNegativeInt, ...] = ()
-    """CUDA: devices the engines may use on this node, counted from 0 among those that the run sees (its CUDA_VISIBLE_DEVICES, where a
+    """CUDA: devices the engines may use on this node, counted from 0 among those that the run sees (its CUDA_VISIBLE_DEVICES, if a
     scheduler has set it); must not overlap the ranks' devices, which are the first ones."""
 
     ray_address: str | None = None
     """Ray cluster to join (host:port); null starts one on this machine, bound to loopback."""
 
     start_timeout_s: PositiveFloat = 600
-    """An engine that is not ready by then counts as failed: at the start of the run it stops it, later it is started again."""
+    """An engine that is not ready by then has failed: at the start of the run this ends the run, later the engine is restarted."""
 
     request_timeout_s: PositiveFloat = 1800
     """Wall time of one turn or one probe, waiting for a sync and for a restarted engine included."""

@@ -1,7 +1,7 @@
 """Search: a back-end behind a limiter, a cache or a record.
 
-results.py    what a search gives back, and the interface of all that can search. Begin here.
-registry.py   every back-end, a row each; client.py goes from settings to a client
+results.py    results of a search, and the interface of search clients. Begin here.
+registry.py   all back-ends, a row each; client.py makes a client from settings
 providers/    web APIs and retriever servers, over http.py
 local/        BM25 and dense indexes in this process
 cache.py      answers kept, recorded and replayed

@@ -1,4 +1,4 @@
-"""What every search back-end says of itself; registry.py has them all."""
+"""The base class of every search back-end; registry.py lists them all."""
 
 from __future__ import annotations
 
@@ -12,45 +12,45 @@ from igpo_megatron.types import UserError
 
 
 class SearchBackend(ABC):
-    """One way to search: facts, and how it is opened."""
+    """One way to search: its facts, and how to open it."""
 
     provider: ClassVar[str]
-    """Its name, as in `search.backend`."""
+    """Its name in `search.backend`."""
 
     decides: ClassVar[tuple[str, ...]]
-    """Settings of section `search` that decide an answer: one stored under others is not used."""
+    """Settings of section `search` that affect an answer. Answers stored under other values of them are not used."""
 
     needs: ClassVar[tuple[tuple[str, str], ...]] = ()
-    """(setting that must be given, how the sentence "search.backend=NAME needs search.SETTING" goes on)."""
+    """(required setting, the end of the sentence "search.backend=NAME needs search.SETTING")."""
 
     key_variable: ClassVar[str | None] = None
-    """Environment variable of its key, unless `search.api_key_env` names another; None where it needs none."""
+    """Environment variable of its key, unless `search.api_key_env` names another; None if it needs no key."""
 
     most_results: ClassVar[int | None] = None
-    """Results that it gives per query at most; None where there is no limit of its own."""
+    """Largest number of results per query; None if the back-end sets no limit."""
 
     in_process: ClassVar[bool] = False
-    """It searches in this process, so limits of requests and attempts do not concern it."""
+    """It searches in this process, so limits on requests and attempts do not apply."""
 
     @classmethod
     def missing(cls, search: Search) -> Iterator[str]:
-        """What it needs and was not given."""
+        """One sentence per required setting that is missing."""
         for setting, what in cls.needs:
             if getattr(search, setting) is None:
                 yield f"search.backend={cls.provider} needs search.{setting}{what}"
 
     @classmethod
     def problems(cls, search: Search) -> Iterator[str]:
-        """All that can be seen to be wrong before it is opened."""
+        """Everything that can be found wrong before the back-end is opened."""
         yield from cls.missing(search)
 
     @classmethod
     @abstractmethod
     def open(cls, search: Search) -> SearchClient:
-        """Ready for use. Raises UserError where its settings, its key or its files are wrong."""
+        """A client ready for use. Raises UserError if its settings, its key or its files are wrong."""
 
 
 def require(backend: type[SearchBackend], search: Search) -> None:
-    """UserError with the first setting that is missing."""
+    """Raise UserError for the first missing setting."""
     for problem in backend.missing(search):
         raise UserError(problem)

@@ -1,4 +1,4 @@
-"""Answers kept in one SQLite file: the cache of live runs, and the record that a replay answers from.
+"""Answers in one SQLite file: the cache of live runs, and the record for replays.
 
 (back-end, its parameters, normalised query) -> ok or empty, passages, when
 
@@ -43,19 +43,19 @@ class CacheNamespace:
 
     backend: str
     parameters: str
-    """JSON of everything besides the query that decides an answer; never a key."""
+    """JSON of everything besides the query that affects an answer; never a key."""
 
     @classmethod
     def of(cls, backend: str, parameters: Mapping[str, Any]) -> CacheNamespace:
-        """The same for the same parameters, in whatever order."""
+        """Equal parameters give equal namespaces, in any order."""
         return cls(backend, json.dumps(parameters, sort_keys=True))
 
 
 class Store:
-    """The file. Several runs may have it open at once (SQLite's write-ahead log); it is read and written in a thread of its own."""
+    """The file. Several runs may open it at once (SQLite's write-ahead log). It is read and written in its own thread."""
 
     def __init__(self, path: Path):
-        """Open or make the file. UserError where it is something else or cannot be written."""
+        """Open or create the file. UserError if it is not a SQLite file or cannot be written."""
         self.path = path
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="search-cache")
         try:
@@ -72,11 +72,11 @@ class Store:
     async def get(
         self, namespace: CacheNamespace, queries: Iterable[str], max_age_s: Mapping[SearchStatus, float | None]
     ) -> dict[str, SearchResult]:
-        """What is stored for normalised queries and is not older than its status allows (None: any age); latency is 0."""
+        """Stored results of normalised queries, unless older than `max_age_s` of their status (None: any age). Their latency is 0."""
         return await self._in_thread(partial(self._get, namespace, list(queries), max_age_s))
 
     async def put(self, namespace: CacheNamespace, results: Iterable[SearchResult], *, replace: bool) -> None:
-        """Store results under their (normalised) queries; `replace` False leaves what is there. Failed ones are a mistake of the caller."""
+        """Store results under their normalised queries; `replace` False keeps existing rows. Never pass failed results."""
         rows = [
             (namespace.backend, namespace.parameters, result.query, result.status.value, json.dumps([astuple(p) for p in result.passages]))
             for result in results
@@ -84,11 +84,13 @@ class Store:
         await self._in_thread(partial(self._put, rows, "REPLACE" if replace else "IGNORE"))
 
     async def other_parameters(self, namespace: CacheNamespace) -> list[str]:
-        """Parameters with which the same back-end was recorded."""
-        return await self._in_thread(partial(self._other_parameters, namespace))
+        """Other parameters under which this back-end has answers."""
+        select = "SELECT DISTINCT parameters FROM answers WHERE backend = ? AND parameters != ?"
+        rows = await self._in_thread(lambda: self._database.execute(select, (namespace.backend, namespace.parameters)).fetchall())
+        return [row[0] for row in rows]
 
     async def close(self) -> None:
-        """Close the file; what waits to be written is written first."""
+        """Close the file after pending writes."""
         await self._in_thread(self._database.close)
         self._thread.shutdown()
 
@@ -126,15 +128,9 @@ class Store:
             self._database.execute("BEGIN IMMEDIATE")
             self._database.executemany(f"INSERT OR {conflict} INTO answers VALUES (?, ?, ?, ?, ?, ?)", [(*row, stored_at) for row in rows])
 
-    def _other_parameters(self, namespace: CacheNamespace) -> list[str]:
-        rows = self._database.execute(
-            "SELECT DISTINCT parameters FROM answers WHERE backend = ? AND parameters != ?", (namespace.backend, namespace.parameters)
-        )
-        return [row[0] for row in rows]
-
 
 def _read_row(status: Any, passages: Any, stored_at: Any) -> tuple[SearchStatus, tuple[Passage, ...], float] | None:
-    """A row's columns as they were put; None where something else has written or damaged them."""
+    """A stored row's columns; None if they are damaged or were written by something else."""
     if status not in (SearchStatus.OK.value, SearchStatus.EMPTY.value) or not isinstance(stored_at, float):
         return None
     try:
@@ -143,7 +139,7 @@ def _read_row(status: Any, passages: Any, stored_at: Any) -> tuple[SearchStatus,
         return None
     if not isinstance(rows, list) or not all(isinstance(row, list) and list(map(type, row)) == [str, str, str] for row in rows):
         return None
-    if status == SearchStatus.OK.value and not rows:  # nothing was never an answer of that kind
+    if status == SearchStatus.OK.value and not rows:  # `ok` always has passages
         return None
     return SearchStatus(status), tuple(Passage(*row) for row in rows), stored_at
 
@@ -152,15 +148,15 @@ ANY_AGE: dict[SearchStatus, float | None] = {SearchStatus.OK: None, SearchStatus
 
 
 class CachedClient:
-    """SearchClient that asks another one only for what is not stored, and never twice at once for the same."""
+    """SearchClient that asks another one only for what is not stored, and never twice at once for the same query."""
 
     def __init__(self, inner: SearchClient, store: Store, namespace: CacheNamespace, max_age_s: Mapping[SearchStatus, float | None]):
         self.inner, self.store, self.namespace, self.max_age_s = inner, store, namespace, max_age_s
-        # Around the store as well: whoever comes while an answer is on its way into the store waits for it.
+        # Around the store as well: a query that arrives while its answer is being stored waits for it.
         self._flights = SingleFlight(self._find, None)
 
     async def search(self, queries: Sequence[str]) -> list[SearchResult]:
-        """One result per query."""
+        """One result per query. Raises SearchStopped."""
         start = time.perf_counter()
         wanted = [normalise(query) for query in queries]
         found = await self._flights.get(wanted)
@@ -174,7 +170,7 @@ class CachedClient:
         await self.store.close()
 
     async def _find(self, queries: Sequence[str]) -> dict[str, SearchResult]:
-        """What is stored for distinct normalised queries, else what the other client says, stored if it is an answer."""
+        """Results of distinct normalised queries: stored ones, else the other client's, which are stored if they are answers."""
         found = await self.store.get(self.namespace, queries, self.max_age_s)
         missing = [query for query in queries if query not in found]
         if missing:
@@ -184,14 +180,14 @@ class CachedClient:
         return found
 
     async def _keep(self, answers: list[SearchResult]) -> dict[str, SearchResult]:
-        """Store answers; those that count instead of them, if any."""
+        """Store answers; returns the results that replace them, if any."""
         if answers:
             await self.store.put(self.namespace, answers, replace=True)
         return {}
 
 
 class RecordingClient(CachedClient):
-    """CachedClient for which the first answer to a query is the only one, so that a replay finds every answer that was used."""
+    """CachedClient that keeps the first answer to a query for good, so that a replay finds every answer that was used."""
 
     def __init__(self, inner: SearchClient, store: Store, namespace: CacheNamespace):
         super().__init__(inner, store, namespace, ANY_AGE)
@@ -205,13 +201,13 @@ class RecordingClient(CachedClient):
 
 
 class ReplayClient:
-    """SearchClient that answers from a record alone: the same results every time, in no time."""
+    """SearchClient that answers from a record alone, with the same results every time."""
 
     def __init__(self, store: Store, namespace: CacheNamespace):
         self.store, self.namespace = store, namespace
 
     async def search(self, queries: Sequence[str]) -> list[SearchResult]:
-        """One result per query, latency 0. Raises SearchStopped where the record has no answer."""
+        """One result per query, latency 0. Raises SearchStopped if the record has no answer."""
         wanted = [normalise(query) for query in queries]
         found = await self.store.get(self.namespace, set(wanted), ANY_AGE)
         for query in wanted:

@@ -1,4 +1,4 @@
-"""Faults on purpose: a search client whose searches are slow or fail by a seeded plan."""
+"""Injected faults: a search client whose searches are slow or fail by a seeded plan."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FAULTS = (SearchStatus.ERROR, SearchStatus.TIMEOUT, SearchStatus.RATE_LIMITED)
 
 
 class ChaosClient:
-    """SearchClient around another one. It stands outside the cache, so that a cached query may fail too and no fault can be stored."""
+    """SearchClient around another one. It wraps the cache, so cached queries can fail too and no fault is stored."""
 
     def __init__(self, inner: SearchClient, config: Chaos):
         self.inner = inner
@@ -43,7 +43,7 @@ class ChaosClient:
         await self.inner.close()
 
     def _plan(self, query: str) -> tuple[SearchStatus | None, float]:
-        """(fault if any, added seconds) of the next asking of a query: it depends on nothing that was asked in between."""
+        """(fault if any, added seconds) for the next time a query is asked. Other queries in between do not matter."""
         number = self._asked[query]
         self._asked[query] += 1
         draw = random.Random(f"{self.config.seed}|{number}|{query}")
@@ -52,7 +52,7 @@ class ChaosClient:
 
 
 def added_latency(config: Chaos, draw: random.Random) -> float:
-    """Seconds with the mean `latency_s`."""
+    """A random time in seconds with mean `latency_s`."""
     if not config.latency_s:
         return 0.0
     if config.latency_sigma is None:

@@ -1,4 +1,4 @@
-"""From configuration to a search client.
+"""Make a search client from its settings.
 
 chaos? ── cache or record? ── HttpClient(a web API or a retriever) | BM25 | dense        live, record, chaos
 replay                                                                                   a record alone
@@ -19,13 +19,13 @@ from igpo_megatron.types import UserError
 
 
 def make_client(config: Search) -> SearchClient:
-    """The configured client, ready for use (bm25 reads its corpus here). UserError where its settings, key or corpus are wrong."""
+    """The configured client, ready for use (bm25 reads its corpus here). UserError if its settings, key or corpus are wrong."""
     client = stored(config, namespace(config), lambda: backend_of(config).open(config))
     return ChaosClient(client, config.chaos) if config.mode == "chaos" else client
 
 
 def stored(config: Search, namespace: CacheNamespace, make: Callable[[], SearchClient]) -> SearchClient:
-    """What `make` makes behind the store, as `search.mode` and `search.cache` say; a replay makes nothing. UserError as `make_client`."""
+    """`make`'s client behind the store that `search.mode` and `search.cache` ask for; a replay makes none. UserError as `make_client`."""
     if config.mode == "replay":
         path = _cache_file(config)
         if not path.is_file():
@@ -41,14 +41,12 @@ def stored(config: Search, namespace: CacheNamespace, make: Callable[[], SearchC
 
 
 def namespace(config: Search) -> CacheNamespace:
-    """Where answers to these settings are stored. A corpus is known by its name and size, so that it may move."""
-    return CacheNamespace.of(config.backend, {name: _plain(getattr(config, name)) for name in backend_of(config).decides})
+    """Where answers under these settings are stored. A corpus is identified by its name and size, so it may be moved."""
 
+    def plain(value: Any) -> Any:
+        return f"{value.name} ({value.stat().st_size if value.is_file() else 0} bytes)" if isinstance(value, Path) else value
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Path):
-        return f"{value.name} ({value.stat().st_size if value.is_file() else 0} bytes)"
-    return value
+    return CacheNamespace.of(config.backend, {name: plain(getattr(config, name)) for name in backend_of(config).decides})
 
 
 def _cache_file(config: Search) -> Path:

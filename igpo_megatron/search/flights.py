@@ -1,4 +1,4 @@
-"""Single-flight: whoever asks for what is already being fetched waits for that instead of fetching it again."""
+"""Single-flight: a caller that asks for a key that is being fetched waits for that fetch instead of starting another."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Value = TypeVar("Value")
 
 
 class SingleFlight(Generic[Key, Value]):
-    """Runs `fetch` for keys that nobody is fetching. A fetch that nobody waits for any longer is cancelled."""
+    """Runs `fetch` for keys that are not being fetched. A fetch is cancelled when its last caller has left."""
 
     def __init__(self, fetch: Callable[[Sequence[Key]], Coroutine[Any, Any, dict[Key, Value]]], batch: int | None):
         """`fetch` gets at most `batch` distinct keys at once (None: any number) and returns a value for each."""
@@ -23,7 +23,7 @@ class SingleFlight(Generic[Key, Value]):
         self._waiting: Counter[asyncio.Task[dict[Key, Value]]] = Counter()
 
     async def get(self, keys: Sequence[Key]) -> dict[Key, Value]:
-        """A value for each key. What `fetch` raises, everybody who waits for it gets."""
+        """A value for each key. What `fetch` raises is raised in every caller that waits for it."""
         missing = [key for key in dict.fromkeys(keys) if key not in self._flying]
         size = self._batch or max(1, len(missing))
         for first in range(0, len(missing), size):
@@ -48,7 +48,7 @@ class SingleFlight(Generic[Key, Value]):
         return {key: found[key] for key in keys}
 
     async def close(self) -> None:
-        """Cancel what is under way."""
+        """Cancel all running fetches."""
         flights = set(self._flying.values())
         for flight in flights:
             flight.cancel()
@@ -57,9 +57,9 @@ class SingleFlight(Generic[Key, Value]):
     def _landed(self, flight: asyncio.Task[dict[Key, Value]]) -> None:
         self._forget(flight)
         if not flight.cancelled():
-            flight.exception()  # seen, so that asyncio does not report it as lost; whoever waits gets it
+            flight.exception()  # retrieved, so that asyncio does not report it as lost; callers get it anyway
 
     def _forget(self, flight: asyncio.Task[dict[Key, Value]]) -> None:
-        """A cancelled flight takes a moment to land; nobody may board it meanwhile."""
+        """A cancelled fetch takes a moment to end; no caller may join it meanwhile."""
         for key in self._keys.pop(flight, ()):
             del self._flying[key]

@@ -1,9 +1,9 @@
-"""The engine around every HTTP back-end: one kept session, deadlines, retries, limits, and a true status for every query.
+"""The client of every HTTP back-end: one session, deadlines, retries, limits, and a status for every query.
 
 queries ─ normalise ─ single-flight ─┬─ attempt: slot ─ gate ─ POST/GET ─ status and body checked ─ passages
-                                     └─ failed for now: back-off with jitter, again while attempts and deadline allow
+                                     └─ temporary failure: back-off with jitter, then again while attempts and deadline allow
 
-A refused key or a used-up quota stops the run. Keys are blotted out of every body before anything reads or shows it.
+A refused key or a used-up quota stops the run. Keys are removed from every body before it is read or shown.
 """
 
 from __future__ import annotations
@@ -31,13 +31,16 @@ from igpo_megatron.search.settings import Search
 from igpo_megatron.untrusted import BadJson, clean_text, json_loads_untrusted
 
 _backoff = wait_exponential_jitter(multiplier=0.5, max=10, jitter=0.5)
-"""0.5, 1, 2, 4, ... seconds, plus up to half a second so that many clients do not come back at once."""
+"""0.5, 1, 2, 4, ... seconds, plus up to half a second so that clients do not all retry at once."""
 
 MOST_BYTES = 16 * 2**20
-"""A longer body is no search result."""
+"""A longer body is refused."""
 
 LONGEST_PAUSE_S = 86_400.0
-"""A server that asks for more is not believed: it would silence the rest of the run."""
+"""A longer Retry-After is ignored: it would block the rest of the run."""
+
+MEANINGS: dict[int, Meaning] = {401: "key", 402: "quota", 403: "key", 429: "limited"}
+"""What an HTTP status means by itself (RFC 9110, RFC 6585)."""
 
 
 class RequestFailed(Exception):
@@ -50,14 +53,14 @@ class RequestFailed(Exception):
         """Worth another attempt."""
 
         self.retry_after_s = retry_after_s
-        """What the server asked for; None where it did not say."""
+        """The server's Retry-After; None if it sent none."""
 
 
 class HttpClient:
     """SearchClient over HTTP."""
 
     def __init__(self, backend: HttpBackend, config: Search):
-        """Of `config` only the times and limits count; `backend` knows the rest."""
+        """`config` is read for times and limits only; `backend` has the rest."""
         self.backend = backend
         self.provider = backend.provider
         self.config = config
@@ -68,7 +71,7 @@ class HttpClient:
         self._stopped: SearchStopped | None = None
 
     async def search(self, queries: Sequence[str]) -> list[SearchResult]:
-        """One result per query, within `search.deadline_s`. A query without words is empty, unasked. Raises SearchStopped."""
+        """One result per query, within `search.deadline_s`. A query without words is `empty` and not sent. Raises SearchStopped."""
         start = time.perf_counter()
         wanted = [normalise(query) for query in queries]
         found = await self._flights.get([query for query in wanted if query])
@@ -95,20 +98,17 @@ class HttpClient:
             async with asyncio.timeout_at(until):
                 found: list[Passages] = await retrying(self._attempt, queries, until)
         except TimeoutError:
-            why = f"not done within search.deadline_s={self.config.deadline_s:g}"
+            why = f"not finished within search.deadline_s={self.config.deadline_s:g}"
             return {query: self._failed(query, SearchStatus.TIMEOUT, why) for query in queries}
         except RequestFailed as failure:
             return {query: self._failed(query, failure.status, str(failure)) for query in queries}
-        return {
-            query: SearchResult(query, SearchStatus.OK if passages else SearchStatus.EMPTY, self.provider, passages)
-            for query, passages in zip(queries, found, strict=True)
-        }
+        return {query: SearchResult.answered(query, self.provider, passages) for query, passages in zip(queries, found, strict=True)}
 
     def _failed(self, query: str, status: SearchStatus, why: str) -> SearchResult:
         return SearchResult(query, status, self.provider, error=f"{self.backend.url}: {why}")
 
     async def _attempt(self, queries: Sequence[str], until: float) -> list[Passages]:
-        """One request, when its turn has come; passages per query. Raises RequestFailed, SearchStopped."""
+        """Wait for a turn and send one request; passages per query. Raises RequestFailed, SearchStopped."""
         async with self._slots.slot() as round_:
             try:
                 await self._gate.enter(until)
@@ -116,7 +116,7 @@ class HttpClient:
                 raise RequestFailed(blocked.status, f"not sent: {blocked}", passing=False) from None
             if self._stopped is not None:
                 raise self._stopped
-            # Only now does the attempt's own clock start: waiting for other requests is not the provider's fault.
+            # The attempt's own timeout starts here: waiting for other requests is not the provider's fault.
             try:
                 passages = await self._ask(queries)
             except SearchStopped as stopped:
@@ -133,14 +133,14 @@ class HttpClient:
         self._slots.done(round_, overloaded=failure.status in (SearchStatus.RATE_LIMITED, SearchStatus.TIMEOUT))
         if failure.retry_after_s is not None:
             self._gate.pause(failure.retry_after_s)
-        # A provider that asks for patience, or dislikes this request, is there.
+        # A provider that rate-limits or refuses this request is still up.
         if failure.passing and failure.status is not SearchStatus.RATE_LIMITED:
             self._gate.failed(failure.status)
         else:
             self._gate.answered()
 
     async def _ask(self, queries: Sequence[str]) -> list[Passages]:
-        """Send one request and judge what comes back."""
+        """Send one request and read the response. Raises RequestFailed, SearchStopped."""
         try:
             status, headers, body = await self._send(queries)
         except TimeoutError:
@@ -151,7 +151,7 @@ class HttpClient:
             # Without the cause: it may hold the whole address, parameters and key included.
             why = blot(clean_text(f"{type(error).__name__}: {error}"), self.backend.key)
             raise RequestFailed(SearchStatus.ERROR, why, passing=True) from None
-        except (ValueError, LookupError, ArithmeticError, AssertionError) as error:  # what a parser of headers stumbles over
+        except (ValueError, LookupError, ArithmeticError, AssertionError) as error:  # raised by header parsers
             why = blot(clean_text(f"no proper answer ({type(error).__name__}: {error})"), self.backend.key)
             raise RequestFailed(SearchStatus.ERROR, why, passing=True) from None
         text = blot(body.decode(errors="replace"), self.backend.key)
@@ -160,7 +160,7 @@ class HttpClient:
         try:
             answer = json_loads_untrusted(text)
         except BadJson as error:
-            # A cut or garbled body: a proxy or a dying server, which may recover.
+            # A truncated or garbled body comes from a proxy or a failing server, which may recover.
             raise RequestFailed(SearchStatus.ERROR, f"the body is not JSON: {shown(text)} ({error})", passing=True) from None
         try:
             return self.backend.read(answer, len(queries))
@@ -172,7 +172,7 @@ class HttpClient:
 
     async def _send(self, queries: Sequence[str]) -> tuple[int, Mapping[str, str], bytes]:
         if self._session is None:
-            # Made here because a session belongs to the event loop it is made in. The slots are the only limit on connections.
+            # Created here because a session belongs to its event loop. The slots are the only limit on connections.
             self._session = aiohttp.ClientSession(
                 headers={"Accept": "application/json"},
                 timeout=aiohttp.ClientTimeout(total=self.config.timeout_s),
@@ -183,30 +183,18 @@ class HttpClient:
         request = self.backend.request(queries)
         # No redirects: they would carry the key to another host.
         async with self._session.request(
-            request.method,
-            request.url,
-            params=request.params,
-            headers=request.headers,
-            json=request.body,
-            allow_redirects=False,
+            request.method, request.url, params=request.params, headers=request.headers, json=request.body, allow_redirects=False
         ) as response:
-            body = bytearray()
-            async for chunk in response.content.iter_any():
-                body += chunk
-                if len(body) > MOST_BYTES:
-                    raise aiohttp.ClientPayloadError(f"the body is longer than {MOST_BYTES} bytes")
-            return response.status, response.headers, bytes(body)
+            return response.status, response.headers, await read_body(response)
 
     def _refusal(self, status: int, headers: Mapping[str, str], text: str, queries: Sequence[str]) -> RequestFailed | SearchStopped:
-        """What a body that is no answer means."""
+        """The error for a response that is not an answer."""
         what = f"HTTP {status}: {shown(text)}"
         signs = (sign.meaning for sign in self.backend.signs if sign.fits(status, without(text, queries)))
-        meaning = next(signs, None) or usual_meaning(status)
-        match meaning:
+        match next(signs, None) or MEANINGS.get(status):
             case "key":
-                held = (
-                    f"the key in {self.backend.key.variable}" if self.backend.key else "a request without a key (search.api_key_env=null)"
-                )
+                key = self.backend.key
+                held = f"the key in {key.variable}" if key else "a request without a key (search.api_key_env=null)"
                 return SearchStopped(f"search.backend={self.provider} refuses {held} with {what}; set a valid key and start again")
             case "quota":
                 return SearchStopped(
@@ -222,27 +210,27 @@ class HttpClient:
 
 @dataclass(frozen=True, kw_only=True)
 class HttpBackend(SearchBackend):
-    """A back-end that is asked over HTTP: a request to build, an answer to read, refusals to recognise.
+    """A back-end over HTTP: it builds requests, reads answers and recognises refusals.
 
-    The fields of a subclass besides these are settings of section `search`, by their names.
+    Other fields of a subclass are filled from the settings of section `search` with the same names.
     """
 
     url: str
-    """Its address, without parameters."""
+    """Address without parameters."""
 
     key: Secret | None = None
-    """Kept out of everything that is shown or stored."""
+    """Never shown or stored."""
 
     top_k: int
 
     official: ClassVar[str | None] = None
-    """The provider's own address; None where it has none."""
+    """The provider's own address, if it has one."""
 
     batch: ClassVar[int | None] = None
-    """Queries that one request may carry; None for any number."""
+    """Most queries in one request; None for any number."""
 
     signs: ClassVar[tuple[Sign, ...]] = ()
-    """Its own refusals; the first that fits counts, before what the HTTP status says."""
+    """Its own refusals. The first that fits is used; only then the HTTP status."""
 
     @classmethod
     def open(cls, search: Search) -> HttpClient:
@@ -250,7 +238,7 @@ class HttpBackend(SearchBackend):
 
     @classmethod
     def from_config(cls, search: Search) -> Self:
-        """Raises UserError where a setting or the key's variable is missing."""
+        """Raises UserError if a setting or the key's variable is missing."""
         key = Secret.from_config(search, cls.key_variable)
         require(cls, search)
         own = {field.name: getattr(search, field.name) for field in fields(cls) if field.name in Search.model_fields}
@@ -265,16 +253,10 @@ class HttpBackend(SearchBackend):
         """Decoded body -> passages per query, at most `top_k` each. Raises Unreadable."""
 
 
-def usual_meaning(status: int) -> Meaning | None:
-    """What an HTTP status says by itself (RFC 9110, RFC 6585)."""
-    meanings: dict[int, Meaning] = {401: "key", 402: "quota", 403: "key", 429: "limited"}
-    return meanings.get(status)
-
-
 def parse_retry_after(value: str | None) -> float | None:
-    """Seconds a Retry-After header asks for (a number or an HTTP date, RFC 9110 10.2.3), 0 for a date that has passed.
+    """Seconds of a Retry-After header (a number or an HTTP date, RFC 9110 10.2.3); 0 for a date in the past.
 
-    None where it is absent, unreadable or more than LONGEST_PAUSE_S.
+    None if it is absent, unreadable or more than LONGEST_PAUSE_S.
     """
     if value is None:
         return None
@@ -290,11 +272,21 @@ def parse_retry_after(value: str | None) -> float | None:
 
 
 def without(text: str, queries: Sequence[str]) -> str:
-    """A body without the queries it repeats: no policy shall stop a run by asking for "not enough credits"."""
+    """The body without the queries it repeats: a policy must not stop a run by searching for "not enough credits"."""
     for query in queries:
-        if len(query) >= 10:  # a shorter one says nothing of the kind, and may be part of any word
+        if len(query) >= 10:  # a shorter one cannot spell a refusal, and may be part of any word
             text = text.replace(json.dumps(query)[1:-1], "").replace(query, "")
     return text
+
+
+async def read_body(response: aiohttp.ClientResponse) -> bytes:
+    """The complete body. Raises ClientPayloadError if it is longer than MOST_BYTES."""
+    body = bytearray()
+    async for chunk in response.content.iter_any():
+        body += chunk
+        if len(body) > MOST_BYTES:
+            raise aiohttp.ClientPayloadError(f"the body is longer than {MOST_BYTES} bytes")
+    return bytes(body)
 
 
 def shown(text: str) -> str:

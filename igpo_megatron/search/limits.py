@@ -1,6 +1,6 @@
-"""How much a provider is asked at once and how soon again: adaptive concurrency, rate, Retry-After, circuit breaker.
+"""Limits on requests to a provider: adaptive concurrency, rate, Retry-After, circuit breaker.
 
-All of it belongs to one event loop and knows nothing of HTTP.
+All objects belong to one event loop and know nothing about HTTP.
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ from contextlib import asynccontextmanager, suppress
 from igpo_megatron.search.results import SearchStatus
 
 ROUND = 20
-"""Outcomes that concurrency is judged by at least: fewer could not tell overload from chance."""
+"""Fewest outcomes by which concurrency is judged; fewer could not tell overload from chance."""
 
 
 class AdaptiveLimit:
     """Requests in flight: additive increase, multiplicative decrease (Chiu and Jain 1989), judged by rounds.
 
-    A round is as many outcomes as the limit, at least ROUND. More than a tenth overloaded (refused as too many, or timed out): half as
-    many. Less than a twentieth: one more. TCP's rule, to halve at every sign, would let one stray timeout in a hundred hold it below 15.
+    A round has as many outcomes as the limit, at least ROUND. If more than a tenth were overloaded (rate-limited or timed out), the limit
+    is halved; if fewer than a twentieth, it rises by one. TCP's rule, to halve at every sign, would let one stray timeout in a hundred hold
+    it below 15.
     """
 
     def __init__(self, most: int):
-        """`most`: the limit at first, never exceeded."""
+        """`most`: the initial and largest limit."""
         self.most = most
         self.limit = float(most)
         self.running = 0
@@ -35,14 +36,14 @@ class AdaptiveLimit:
 
     @asynccontextmanager
     async def slot(self) -> AsyncIterator[int]:
-        """Room for one request, first come first served; yields the round it belongs to."""
+        """A place for one request, first come first served; yields the number of its round."""
         turn = asyncio.get_running_loop().create_future()
         self._waiting.append(turn)
         self._admit()
         try:
             await turn
         except asyncio.CancelledError:
-            # Cancelled in the moment it was admitted: the slot goes to the next.
+            # Cancelled just as it was admitted: the slot goes to the next.
             if turn.done() and not turn.cancelled():
                 self._release()
             raise
@@ -52,7 +53,7 @@ class AdaptiveLimit:
             self._release()
 
     def done(self, round_: int, *, overloaded: bool) -> None:
-        """How a request of that round ended. One that was sent before the last change says nothing about the limit since."""
+        """Count the outcome of a request of that round. Requests sent before the last change of the limit are ignored."""
         if round_ != self._round:
             return
         self._outcomes += 1
@@ -88,7 +89,7 @@ class Blocked(Exception):
 
 
 class Gate:
-    """When a request may leave. Whoever cannot leave before its deadline is told so at once."""
+    """Decides when a request may be sent. One that cannot be sent before its deadline is refused at once."""
 
     def __init__(self, rate_per_s: float | None, breaker_failures: int, breaker_pause_s: float):
         self._interval_s = 1 / rate_per_s if rate_per_s else 0.0
@@ -96,17 +97,17 @@ class Gate:
         self._breaker_pause_s = breaker_pause_s
         self._next_start = 0.0
         self._silent_until = 0.0
-        """The provider asked for silence until then."""
+        """Nothing is sent before this time, at the provider's request."""
 
         self._failures = 0
         self._last_failure = SearchStatus.ERROR
         self._open_until: float | None = None
-        """While not None the breaker is open: nothing leaves until then, and then a single request."""
+        """While not None the breaker is open: nothing is sent before this time, and then a single request."""
 
         self._closed = asyncio.Event()
 
     async def enter(self, deadline: float) -> None:
-        """Wait until a request may leave. `deadline` by the event loop's clock; raises Blocked if the wait would pass it."""
+        """Wait until a request may be sent. Raises Blocked if the wait would pass `deadline` (event loop's clock)."""
         now = asyncio.get_running_loop().time
         while True:
             if self._silent_until > now():
@@ -120,7 +121,7 @@ class Gate:
             else:
                 break
         if self._open_until is not None:
-            # This one finds out whether the provider is back; the others wait for its answer.
+            # This request tests whether the provider is back; the others wait for its answer.
             self._open_until = now() + self._breaker_pause_s
         start = max(now(), self._next_start)
         _within(deadline, start, SearchStatus.TIMEOUT, "too many searches wait for search.rate_per_s")
@@ -128,13 +129,13 @@ class Gate:
         await asyncio.sleep(start - now())
 
     def answered(self) -> None:
-        """The provider is there, whatever it said."""
+        """The provider responded, with whatever status: close the breaker."""
         self._failures = 0
         self._open_until = None
         self._closed.set()
 
     def failed(self, status: SearchStatus) -> None:
-        """The provider did not answer properly."""
+        """The provider did not respond properly; open the breaker after too many in a row."""
         self._failures += 1
         self._last_failure = status
         if self._failures >= self._breaker_failures:
@@ -142,7 +143,7 @@ class Gate:
             self._closed.clear()
 
     def pause(self, seconds: float) -> None:
-        """The provider asked for that much silence."""
+        """Send nothing for so long, at the provider's request."""
         self._silent_until = max(self._silent_until, asyncio.get_running_loop().time() + seconds)
 
 

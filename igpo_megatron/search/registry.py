@@ -1,4 +1,4 @@
-"""Every search back-end by its name, and the user's by where it is. A new one is one file and one row in `BACKENDS`."""
+"""Search back-ends by name; a user's own by `package.module:name`. A new one is one file and one row in `BACKENDS`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ BACKENDS: dict[str, type[SearchBackend]] = {
 
 
 class Hooked(SearchBackend):
-    """A back-end of the user's: a function, or a class, that is given section `search` and returns a SearchClient."""
+    """A user's back-end: a function or class that takes section `search` and returns a SearchClient."""
 
     decides = ("options", "corpus", "url", "country", "language", "top_k")
 
@@ -45,7 +45,7 @@ class Hooked(SearchBackend):
 
     @classmethod
     def problems(cls, search: Search) -> Iterator[str]:
-        """Only what can be seen without making one, which may be slow or cost money."""
+        """Only problems that show without creating a client, which may be slow or cost money."""
         try:
             make = load_hook(KEY, search.backend)
             inspect.signature(make).bind(search)
@@ -58,14 +58,14 @@ class Hooked(SearchBackend):
 
     @classmethod
     def open(cls, search: Search) -> SearchClient:
-        """UserError where what it makes is no SearchClient."""
+        """UserError if the result is not a SearchClient."""
         client = load_hook(KEY, search.backend)(search)
         for problem in _unfit(search.backend, client):
             raise UserError(problem)
         return cls(search.backend, client)
 
     async def search(self, queries: Sequence[str]) -> list[SearchResult]:
-        """What the user's client finds. SearchStopped where that is not one result per query."""
+        """The user's client's results. SearchStopped unless they are one per query."""
         found = await self._client.search(queries)
         if not isinstance(found, list) or len(found) != len(queries) or not all(isinstance(result, SearchResult) for result in found):
             what = f"expected a list of {len(queries)} SearchResult, found {str(found)[:200]}"
@@ -73,7 +73,7 @@ class Hooked(SearchBackend):
         return found
 
     async def close(self) -> None:
-        """Close it."""
+        """Close the user's client."""
         await self._client.close()
 
 
@@ -83,7 +83,7 @@ def _unfit(name: str, client: Any) -> Iterator[str]:
 
 
 def backend_of(search: Search) -> type[SearchBackend]:
-    """Raises UserError for a name that nothing has."""
+    """Raises UserError for an unknown name."""
     if search.backend in BACKENDS:
         return BACKENDS[search.backend]
     if is_hook(search.backend):
@@ -92,12 +92,12 @@ def backend_of(search: Search) -> type[SearchBackend]:
 
 
 def key_variable(search: Search) -> str | None:
-    """The environment variable that holds the key; None where none is needed."""
+    """Environment variable of the key; None if no key is needed."""
     return search.api_key_env or backend_of(search).key_variable
 
 
 def problems(search: Search) -> Iterator[str]:
-    """What the chosen back-end lacks, said before anything starts. A replay asks no provider, so it needs no key."""
+    """Problems of the chosen back-end, found before anything starts. A replay needs no key."""
     try:
         backend = backend_of(search)
     except UserError as error:

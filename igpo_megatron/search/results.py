@@ -1,4 +1,4 @@
-"""What a search gives back, and the protocol of everything that can search."""
+"""Results of a search, and the interface of all search clients."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from igpo_megatron.untrusted import clean_text
 
 
 class SearchStopped(RunStopped):
-    """No search can succeed until a person acts: a refused key, a used-up quota, a replay without the answer."""
+    """No search can succeed until a person acts: the key was refused, the quota is used up, or a replay has no such answer."""
 
 
 class SearchStatus(StrEnum):
@@ -54,30 +54,35 @@ class SearchResult:
     """Best first; empty unless `ok`."""
 
     error: str | None = None
-    """One sentence for people; None where the provider answered."""
+    """One sentence for people; None if the provider answered."""
 
     latency_s: float = 0.0
     """Wall time of the call, retries included."""
 
     cached: bool = field(default=False, compare=False)
-    """Answered by the store of search/cache.py; nobody was asked."""
+    """Answered from the store of search/cache.py; the provider was not asked."""
+
+    @classmethod
+    def answered(cls, query: str, provider: str, passages: Sequence[Passage], latency_s: float = 0.0) -> SearchResult:
+        """The provider answered: `ok` with passages, `empty` without."""
+        return cls(query, SearchStatus.OK if passages else SearchStatus.EMPTY, provider, tuple(passages), latency_s=latency_s)
 
 
 def normalise(query: str) -> str:
-    """The form in which a query is compared, sent and stored: clean, Unicode NFC, single spaces. Letter case stays, encoders may see it."""
+    """The form in which queries are compared, sent and stored: clean, Unicode NFC, single spaces. Letter case is kept for encoders."""
     return " ".join(unicodedata.normalize("NFC", clean_text(query)).split())
 
 
 class SearchClient(Protocol):
     """Anything that answers queries. Used from one event loop; a call may be cancelled at any point.
 
-    A back-end that takes one query per request (a web API) and one that takes many look the same: each query has its own status.
+    Each query has its own status, whether the back-end takes one query per request (a web API) or many.
     """
 
     async def search(self, queries: Sequence[str]) -> list[SearchResult]:
-        """One result per query, in order. Passing trouble of the provider is a status; SearchStopped where only a person can help."""
+        """One result per query, in order. Temporary failures of the provider are statuses; SearchStopped if only a person can help."""
         ...
 
     async def close(self) -> None:
-        """Give back connections. The client is not used afterwards."""
+        """Release connections. The client is not used afterwards."""
         ...

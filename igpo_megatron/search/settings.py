@@ -28,16 +28,16 @@ class Chaos(Section):
 
 
 class Search(Section):
-    """The tool the policy calls."""
+    """The search tool and its back-end."""
 
     backend: str = "bm25"
     """Local over `corpus`: `bm25`, `dense` (embeddings). A server of yours: `retriever` (Search-R1's POST /retrieve). Web APIs:
     `serper` (Google), `brightdata` (Bing), `serpapi` and `google_cse` (Google), `tavily`, `brave`; `azure_bing` is Bing's v7 format only:
-    Microsoft retired the service, so it needs the `url` of something that still speaks it. `package.module:name` is one of yours: called
-    with this section, it gives a SearchClient."""
+    Microsoft retired the service, so it needs the `url` of something that still speaks it. `package.module:name` is one of yours:
+    called with this section, it returns a SearchClient."""
 
     options: dict[str, Any] = Field(default={})
-    """Whatever a back-end of yours wants to know; it is not looked at."""
+    """Options of a back-end of yours, passed on unchecked."""
 
     corpus: Path | None = None
     """bm25, dense: JSON lines of {id, title, text} or {id, contents}."""
@@ -52,13 +52,13 @@ class Search(Section):
     """dense: put before a passage."""
 
     vectors: Path | None = None
-    """dense: file (.npz) that keeps the passages' embeddings, written where it is missing; null computes them at every start."""
+    """dense: file (.npz) of the passages' embeddings, written if it is missing; null computes them at every start."""
 
     url: str | None = None
     """retriever, azure_bing: address such as http://127.0.0.1:8000/retrieve. Web APIs: null asks the provider itself."""
 
     api_key_env: str | None = None
-    """Environment variable that holds the key; null takes the web API's usual one, e.g. SERPER_API_KEY, and sends none to a retriever."""
+    """Environment variable of the key; null uses the web API's usual one, e.g. SERPER_API_KEY, and sends none to a retriever."""
 
     zone: str | None = None
     """brightdata: name of the SERP zone."""
@@ -85,34 +85,34 @@ class Search(Section):
     """Tries per search, with exponential back-off, before the result counts as failed."""
 
     max_concurrency: PositiveInt = 64
-    """Requests in flight at once; halved when the provider says it is too much, and raised again as it answers."""
+    """Requests in flight at once; halved when the provider is overloaded, and raised again as it answers."""
 
     rate_per_s: PositiveFloat | None = None
-    """Requests that may start per second; null sets no limit. Take your plan's."""
+    """Requests that may start per second; null sets no limit. Use your plan's limit."""
 
     breaker_failures: PositiveInt = 100
-    """After this many failed requests in a row none is sent for `breaker_pause_s`, then one to see whether the provider is back. Take
-    more than `max_concurrency`: all that is in flight may fail in a single bad moment."""
+    """After this many failed requests in a row none is sent for `breaker_pause_s`, then one to test whether the provider is back. Use more
+    than `max_concurrency`: all requests in flight may fail in a single bad moment."""
 
     breaker_pause_s: PositiveFloat = 10
     """Pause of the circuit breaker. Searches wait for its end if their deadline allows."""
 
     use_proxy: bool = False
-    """Ask through the proxy that HTTPS_PROXY, HTTP_PROXY and NO_PROXY name."""
+    """Use the proxy that HTTPS_PROXY, HTTP_PROXY and NO_PROXY name."""
 
     mode: Literal["live", "record", "replay", "chaos"] = "live"
     """`live`: the cache, if any, then the provider. `record`: the same, and the first answer to a query is kept for good. `replay`:
-    recorded answers only, a missing one stops the run. `chaos`: live, with the faults of `chaos`."""
+    recorded answers only; a missing one stops the run. `chaos`: live, with the faults of `chaos`."""
 
     cache: Path | None = None
-    """SQLite file of answers, those of the visit tool included, shared by all runs that name it; null keeps none. What failed is never in
-    it. Not on a network disk."""
+    """SQLite file of answers, those of the visit tool included, shared by all runs that name it; null keeps none. Failures are not stored.
+    Not on a network disk."""
 
     cache_ttl_s: PositiveFloat | None = None
-    """Age from which an answer is asked for again (live, chaos); null never."""
+    """Age at which an answer expires (live, chaos); null never."""
 
     cache_empty_ttl_s: PositiveFloat = 3600
-    """The same for answers without a passage, which some providers give when something is wrong."""
+    """The same for answers without passages, which some providers send when something is wrong."""
 
     chaos: Chaos = Chaos()
     """Faults of `mode: chaos`."""

@@ -1,4 +1,4 @@
-"""What every tool is, what the policy is told of it, and what it gives back."""
+"""The interface of tools, their descriptions for the policy, and their results."""
 
 from __future__ import annotations
 
@@ -14,52 +14,52 @@ HIT = "({rank}) {text}"
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What the policy is told of a tool."""
+    """A tool as it is described to the policy."""
 
     name: str
     purpose: str
     """A sentence."""
 
     arguments: Mapping[str, str]
-    """Argument -> what it is, in the order of `ToolCall.queries`. All are text, and the first is required."""
+    """Argument -> description, in the order of `ToolCall.queries`. All are text, and the first is required."""
 
     tag: tuple[str, str] | None = None
-    """(what stands between the tags of a call, what the tool does), for protocols of tags; None takes it from the fields above."""
+    """(content of a call's tags, what the tool does), for tag protocols; None takes both from the fields above."""
 
     verbatim: bool = False
-    """The only argument keeps its spaces: the first line of code may be indented for a reason."""
+    """The only argument keeps its leading spaces, as indented code needs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """What a tool gives back to the agent loop."""
+    """The result of a tool call."""
 
     text: str
     """For the policy to read."""
 
     failure: str | None = None
-    """One sentence if the tool failed for reasons outside the policy; `text` is then shown to nobody."""
+    """One sentence if the tool failed for reasons outside the policy; `text` is then not shown."""
 
     status: str = "ok"
-    """How the call ended in the tool's own words (PageStatus, PythonStatus), for counting."""
+    """The tool's own status of the call (PageStatus, PythonStatus), for counting."""
 
     cached: bool = False
-    """Answered by the store of search/cache.py; nobody was asked."""
+    """Answered from the store of search/cache.py."""
 
     results: tuple[SearchResult, ...] = ()
-    """Of a search, one per query: each is counted, instead of the call."""
+    """For a search, one per query; these are counted instead of the call."""
 
 
 class Tool(Protocol):
-    """Anything that the policy can call. Used from one event loop; a call may be cancelled at any point."""
+    """A tool that the policy can call. Used from one event loop; a call may be cancelled at any point."""
 
     async def use(self, arguments: Sequence[str]) -> Observed:
-        """What a call with these arguments (`ToolCall.queries`) shows. Trouble is a sentence or a failure.
+        """The result of a call with these arguments (`ToolCall.queries`). Problems become text or a failure.
 
-        SearchStopped where only a person can help: a refused key, a replay without the call.
+        Raises SearchStopped if only a person can help: a refused key, a replay without the call.
         """
         ...
 
     async def close(self) -> None:
-        """Give back what is held. The tool is not used afterwards."""
+        """Release resources. The tool is not used afterwards."""
         ...

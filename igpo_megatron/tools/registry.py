@@ -1,4 +1,4 @@
-"""Every tool by its name, and those of the user's by where they are. A new tool is one file and one row in `TOOLS`."""
+"""Tools by name; a user's own by `package.module:name`. A new tool is one file and one row in `TOOLS`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from igpo_megatron.settings import is_hook, lacks, load_hook, unknown
 from igpo_megatron.tools.base import Description, Tool
 from igpo_megatron.tools.python.tool import PYTHON, PythonTool
 from igpo_megatron.tools.search_tool import SearchTool
-from igpo_megatron.tools.stored_tool import PageClient, StoredTool, keeps, visit_namespace
+from igpo_megatron.tools.stored_tool import PageClient, StoredTool, visit_namespace
 from igpo_megatron.tools.visit.reader import VISIT, CountTokens, PageReader
 from igpo_megatron.types import SEARCH, UserError
 
@@ -23,15 +23,15 @@ KEY = "rollout.extra_tools"
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A tool beside search."""
+    """A tool besides search."""
 
     description: Description
     make: Callable[[Config, CountTokens], Tool]
-    """UserError where settings are wrong or this system cannot run the tool as configured."""
+    """Raises UserError if settings are wrong or this system cannot run the tool as configured."""
 
 
 def _visit(config: Config, count_tokens: CountTokens) -> Tool:
-    if not keeps(config.search):
+    if config.search.cache is None and config.search.mode not in ("record", "replay"):
         return PageReader.from_config(config.visit, count_tokens)
     client = stored(config.search, visit_namespace(config.visit), lambda: PageClient(PageReader.from_config(config.visit, count_tokens)))
     return StoredTool(client)
@@ -45,9 +45,9 @@ TOOLS: dict[str, Entry] = {
 
 
 def entry(name: str) -> Entry:
-    """A tool of ours, or the user's: `package.module:name` of a class, or a function, with a `description`, that is given its options.
+    """A built-in tool, or a user's: `package.module:name` of a class or function that has a `description` and takes the tool's options.
 
-    Raises UserError where there is none, or it is no tool.
+    Raises UserError if it does not exist or is not a tool.
     """
     if name in TOOLS:
         return TOOLS[name]
@@ -73,18 +73,18 @@ def entry(name: str) -> Entry:
 
 
 def require_tool(name: str, tool: Any) -> None:
-    """UserError where something is no `Tool`."""
+    """Raise UserError if something is not a `Tool`."""
     for method in lacks(tool, ("use", "close")):
         raise UserError(f"{KEY}: {name} has no `async def {method}`; see Tool in igpo_megatron/tools/base.py")
 
 
 def describe(names: Sequence[str]) -> tuple[Description, ...]:
-    """What the policy is told of the tools beside search. UserError as `entry`."""
+    """Descriptions, for the policy, of the tools besides search. UserError as `entry`."""
     return tuple(entry(name).description for name in names)
 
 
 def problems(rollout: Rollout) -> Iterator[str]:
-    """What is wrong with the names of tools, the user's among them."""
+    """Problems with the names of tools, users' own included."""
     names = [rollout.tool_name]
     for name in rollout.extra_tools:
         try:
@@ -104,7 +104,7 @@ def problems(rollout: Rollout) -> Iterator[str]:
 def make_tools(config: Config, count_tokens: CountTokens, hit: str) -> dict[str, Tool]:
     """Name -> tool: search, whose passages are shown as `hit`, and those of `rollout.extra_tools`.
 
-    UserError where settings are wrong or this system cannot run a tool as configured.
+    Raises UserError if settings are wrong or this system cannot run a tool as configured.
     """
     tools: dict[str, Tool] = {SEARCH: SearchTool(make_client(config.search), hit)}
     for name in config.rollout.extra_tools:

@@ -10,10 +10,10 @@ from igpo_megatron.tools.tally import why_failed
 
 
 class SearchTool:
-    """Shows what a search client finds. One query that fails is a failure of the call: never shown as an empty result."""
+    """Shows the results of a search client. If one query fails, the call fails; it is never shown as an empty result."""
 
     def __init__(self, client: SearchClient, hit: str = HIT):
-        """`hit`: how the protocol shows a passage."""
+        """`hit`: the protocol's format of a passage."""
         self._client, self._hit = client, hit
 
     async def use(self, arguments: Sequence[str]) -> Observed:

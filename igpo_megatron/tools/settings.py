@@ -1,4 +1,4 @@
-"""Settings of the tools beside search."""
+"""Settings of the tools besides search."""
 
 from __future__ import annotations
 
@@ -50,23 +50,23 @@ class Visit(Section):
     """The visit tool (`rollout.extra_tools`): reads web pages, HTML, PDF and plain text."""
 
     allow_hosts: tuple[str, ...] = ()
-    """Host names (or addresses, as they stand in a URL) that may be visited although their address is private, loopback or link-local."""
+    """Host names (or addresses, as written in a URL) that may be visited although their address is private, loopback or link-local."""
 
     content: Literal["matching", "start"] = "matching"
     """`matching`: of a long page, the passages that match the goal of the visit best (BM25); `start`: its beginning."""
 
     max_tokens: PositiveInt = 2048
-    """Tokens of a page's text that are shown, or given to the summariser."""
+    """Tokens of a page's text that are shown, or sent to the summariser."""
 
     show_failures: bool = False
-    """True tells the policy where a site could not be reached or took too long; false ends the trajectory in TOOL_FAILED. Pages that
-    do not exist or may not be visited are always told."""
+    """True tells the policy that a site could not be reached or took too long; false ends the trajectory in TOOL_FAILED. Pages that do not
+    exist or may not be visited are always reported to it."""
 
     timeout_s: PositiveFloat = 20
     """Deadline of one attempt, redirects included."""
 
     attempts: PositiveInt = 2
-    """Tries per page, with exponential back-off, while the trouble may pass."""
+    """Tries per page, with exponential back-off, as long as the failure may be temporary."""
 
     max_page_kib: PositiveInt = 8192
     """Larger pages are not read."""
@@ -75,16 +75,16 @@ class Visit(Section):
     """Redirects followed; each is checked as the first address is."""
 
     extract_timeout_s: PositiveFloat = 30
-    """Time in which the text must have been taken out of a page."""
+    """Deadline of extracting the text of a page."""
 
     workers: PositiveInt = 2
-    """Processes that take text out of pages."""
+    """Processes that extract text from pages."""
 
     max_concurrency: PositiveInt = 32
     """Visits at once."""
 
     user_agent: str = "igpo_megatron"
-    """What the tool calls itself towards sites."""
+    """User-Agent header sent to sites."""
 
     summary: Summary = Summary()
     """The summariser."""
@@ -99,7 +99,7 @@ class Python(Section):
     """The python tool (`rollout.extra_tools`): code in a process of its own; igpo_megatron/tools/python/tool.py says what is isolated."""
 
     allow_network: bool = False
-    """Run code even where it cannot be cut off from the network, and leave it the network. False refuses to start there."""
+    """Leave the network to the code, and run even if it cannot be isolated. False refuses to start without isolation."""
 
     timeout_s: PositiveFloat = 30
     """Wall time of one call; CPU time of each of its processes, too."""
@@ -108,13 +108,13 @@ class Python(Section):
     """Address space of each process."""
 
     max_file_mib: PositiveInt = 64
-    """All files of a call together; of each single file where the scratch folder cannot be made in memory."""
+    """All files of a call together; each single file if the scratch folder cannot be in memory."""
 
     max_processes: PositiveInt = 32
     """Processes and threads of a call."""
 
     max_output_kib: PositiveInt = 64
-    """Output that is kept; the policy sees at most `rollout.max_observation_tokens` of it."""
+    """Output of a call that is kept; the policy sees at most `rollout.max_observation_tokens` of it."""
 
     max_concurrency: PositiveInt = 8
     """Calls that run at once."""

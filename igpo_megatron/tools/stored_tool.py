@@ -1,9 +1,9 @@
-"""A tool behind the store of searches, so that what it showed is asked for once (live), kept for good (record) or read back (replay).
+"""A tool behind the store of searches: its results are cached (live), kept for good (record) or read back (replay).
 
 arguments ──as JSON: the query──> cache.py's clients ──miss──> the tool ──Observed as the only passage──> store
 
-To the store a call is a query to a back-end of the tool's name. Only what would be the same next time is stored, and all but `ok` for
-as long as an empty search.
+To the store a call is a query to a back-end with the tool's name. Only lasting results are stored; all but `ok` expire like an empty
+search.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from igpo_megatron.data.corpus import Passage
 from igpo_megatron.search.cache import CacheNamespace
 from igpo_megatron.search.results import SearchClient, SearchResult, SearchStatus
-from igpo_megatron.search.settings import Search
 from igpo_megatron.tools.base import Observed, Tool
 from igpo_megatron.tools.settings import Visit
 from igpo_megatron.tools.visit.fetch import PageStatus
@@ -25,12 +24,12 @@ from igpo_megatron.untrusted import json_loads_untrusted
 
 @dataclass(frozen=True, slots=True)
 class PageClient:
-    """The visit tool as a SearchClient: a query is the JSON list of its arguments, the only passage what it showed."""
+    """The visit tool as a SearchClient: a query is the JSON list of its arguments, its result the only passage."""
 
     tool: Tool
 
     async def search(self, queries: Sequence[str]) -> list[SearchResult]:
-        """One result per visit: ok, empty (an answer, but not a page), or an error that is worth asking again."""
+        """One result per visit: ok, empty (an answer, but not a page), or an error that is worth another try."""
         return list(await asyncio.gather(*(self._one(query) for query in queries)))
 
     async def close(self) -> None:
@@ -45,13 +44,13 @@ class PageClient:
 
 
 class StoredTool:
-    """Tool that shows what a client like `PageClient`, or the store around one, gives back."""
+    """Tool that shows the results of a client like `PageClient`, or of the store around one."""
 
     def __init__(self, client: SearchClient):
         self.client = client
 
     async def use(self, arguments: Sequence[str]) -> Observed:
-        """What the tool shows or showed. Raises SearchStopped where a replay has no record of it."""
+        """The tool's result, new or stored. Raises SearchStopped if a replay has no record of it."""
         (result,) = await self.client.search([json.dumps(list(arguments))])
         if len(result.passages) != 1:
             return Observed("", f"{result.provider}: the record of this call does not hold what was shown", "error", result.cached)
@@ -64,12 +63,7 @@ class StoredTool:
 
 
 def visit_namespace(config: Visit) -> CacheNamespace:
-    """Where pages read under these settings are stored: those that decide what is shown."""
+    """Where pages are stored, by the settings that affect what is shown."""
     names = ("content", "max_tokens", "max_page_kib", "allow_hosts")
     summary = {name: getattr(config.summary, name) for name in ("model", "max_tokens")} if config.summary.url else None
     return CacheNamespace.of("visit", {**{name: getattr(config, name) for name in names}, "summary": summary})
-
-
-def keeps(config: Search) -> bool:
-    """Whether there is a store to put between."""
-    return config.cache is not None or config.mode in ("record", "replay")

@@ -1,4 +1,4 @@
-"""Counting how the calls of a step's tools end: for the metrics, and so that a provider that fails too often can be named.
+"""Counts how a step's tool calls end: for the metrics, and to name a provider that fails too often.
 
 tool ──TallyTool──> Tally of that tool ──metrics──> {"search/ok": 61.0, "search/p95_s": 0.4, "visit/calls": 7.0, ...}
 """
@@ -18,7 +18,7 @@ from igpo_megatron.types import SEARCH
 
 @dataclass(slots=True)
 class Tally:
-    """How the calls of one tool ended; of search, every query is a call."""
+    """How the calls of one tool ended; for search, every query is a call."""
 
     status: Counter[str] = field(default_factory=Counter)
     """Status -> calls."""
@@ -30,14 +30,14 @@ class Tally:
     """Calls that the cache, or the record of a replay, answered."""
 
     failures: Counter[str] = field(default_factory=Counter)
-    """One sentence about a failure, `provider: status: error` -> how often."""
+    """Failure as one sentence, `provider: status: error` -> count."""
 
     @property
     def calls(self) -> int:
         return self.status.total()
 
     def add(self, status: str, latency_s: float, *, cached: bool, failure: str | None) -> None:
-        """One call."""
+        """Count one call."""
         self.status[status] += 1
         self.cached += cached
         if not cached:
@@ -46,7 +46,7 @@ class Tally:
             self.failures[failure] += 1
 
     def metrics(self, tool: str) -> dict[str, float]:
-        """`tool/calls`, `tool/cached`, `tool/STATUS` and, where something was measured, `tool/p50_s` and `tool/p95_s`."""
+        """`tool/calls`, `tool/cached`, `tool/STATUS` and, if times were measured, `tool/p50_s` and `tool/p95_s`."""
         counts = {"calls": self.calls, "cached": self.cached, **self.status}
         times = {"p50_s": percentile(self.latencies_s, 50), "p95_s": percentile(self.latencies_s, 95)} if self.latencies_s else {}
         return {f"{tool}/{name}": float(value) for name, value in (counts | times).items()}
@@ -58,24 +58,24 @@ def tally_metrics(tallies: Mapping[str, Tally]) -> dict[str, float]:
 
 
 def new_tallies(tools: Iterable[str]) -> dict[str, Tally]:
-    """A tally for each tool. Every status of a search is there from the start: none of a kind is a count, too."""
+    """A tally for each tool. Every status of a search is reported, also with count 0."""
     statuses = [status.value for status in SearchStatus]
     return {tool: Tally(Counter(dict.fromkeys(statuses if tool == SEARCH else (), 0))) for tool in tools}
 
 
 def percentile(values: Sequence[float], percent: int) -> float:
-    """`percentile([1, 2, 3, 4], 50) == 2.5`; between neighbours it interpolates."""
+    """`percentile([1, 2, 3, 4], 50) == 2.5`: it interpolates between neighbours."""
     return quantiles(values, n=100, method="inclusive")[percent - 1] if len(values) > 1 else values[0]
 
 
 class TallyTool:
-    """Tool that counts what another one shows; it does not own it."""
+    """Tool that counts the calls of another one, which it does not own."""
 
     def __init__(self, inner: Tool, tally: Tally):
         self.inner, self.tally = inner, tally
 
     async def use(self, arguments: Sequence[str]) -> Observed:
-        """What the other tool shows."""
+        """The other tool's result."""
         start = time.perf_counter()
         observed = await self.inner.use(arguments)
         for result in observed.results:

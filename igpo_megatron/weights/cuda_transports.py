@@ -3,8 +3,8 @@
     bucket ──> TrainerWeightTransferEngine.send_weights ──client.update_weights──> every engine's load_bucket
                                └────────────── NCCL broadcast, or a CUDA IPC handle ──────────────┘
 
-vLLM wants the names and shapes of a transfer before its bytes. It gets them bucket by bucket, from the bucket that it then sends, so
-that the two cannot differ. The transfer itself runs on a thread of its own; who waits for it has the deadline.
+vLLM needs the names and shapes of a transfer before its bytes. It gets them per bucket, from the bucket that it then sends, so that the
+two cannot differ. The transfer runs on its own thread; the caller that waits for it enforces the deadline.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Native:
         self._trainer = opened.result(timeout=limits.base_s)
 
     def reaches(self, receivers: Sequence[EngineReceiver]) -> bool:
-        """It was opened to exactly these engines; one that was started again is another."""
+        """True if it was opened to exactly these engines; a restarted engine counts as another."""
         return [receiver.actor for receiver in receivers] == [receiver.actor for receiver in self.receivers]
 
     def send(self, bucket: Bucket, tensors: Sequence[tuple[str, torch.Tensor]]) -> list[Future[Rows]]:
@@ -46,7 +46,7 @@ class Native:
         self._source.tensors = list(tensors)
         loading = self._client.expect(bucket)
         sent = in_thread(self._trainer.send_weights)
-        # An engine has loaded a bucket when it says so; that the policy's side failed shows at the first of them.
+        # Each engine reports that it has loaded the bucket; a failure of the policy's side is raised by the first future.
         return [in_thread(partial(_behind, sent, future)) for future in loading]
 
     def close(self) -> None:
@@ -55,7 +55,7 @@ class Native:
 
 
 class Client:
-    """vLLM's `VLLMWeightSyncClient` over Ray actors. The pool opens and closes an update itself, once for all buckets."""
+    """vLLM's `VLLMWeightSyncClient` over Ray actors. The pool begins and ends an update itself, once for all buckets."""
 
     def __init__(self, receivers: Sequence[EngineReceiver], kind: str, engine_ranks: int, limits: Sync) -> None:
         self._receivers, self._kind, self._engine_ranks, self._limits = receivers, kind, engine_ranks, limits
@@ -63,12 +63,12 @@ class Client:
         self._loading: list[Future[Rows]] = []
 
     def expect(self, bucket: Bucket) -> list[Future[Rows]]:
-        """The next `update_weights` carries `bucket`; what each engine will say of it."""
+        """Announce that the next `update_weights` carries `bucket`; returns the engines' future reports."""
         self._bucket, self._loading = bucket, [Future() for _ in self._receivers]
         return self._loading
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Let every engine join, each behind the ranks of those before it."""
+        """Let every engine join, with ranks after those of the engines before it."""
         joined = []
         for place, receiver in enumerate(self._receivers):
             offset = {"rank_offset": 1 + place * self._engine_ranks} if self._kind == "nccl" else {}
@@ -80,7 +80,7 @@ class Client:
         """Done by the pool."""
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Let every engine receive the expected bucket; returns when all have."""
+        """Let every engine receive the expected bucket; returns when all have received it."""
         assert self._bucket is not None
         info = {"number": self._bucket.number, "native_info": update_info}
         asked = [receiver.actor.load_bucket.remote(info).future() for receiver in self._receivers]
@@ -95,7 +95,7 @@ class Client:
 
 
 class BucketSource:
-    """vLLM's `WeightSource`, as far as its senders use it: the bucket that is sent now."""
+    """The part of vLLM's `WeightSource` that its senders use: the bucket being sent."""
 
     def __init__(self) -> None:
         self.tensors: list[tuple[str, torch.Tensor]] = []
@@ -111,14 +111,14 @@ class BucketSource:
 
 
 def _trainer(kind: str, world_size: int, limits: Sync, client: Client, source: BucketSource) -> Any:
-    """vLLM's sender, joined with all engines."""
+    """vLLM's sender, connected to all engines."""
     from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
     room = limits.bucket_mib * 2**20
     if kind == "ipc":
         from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 
-        # Unpacked: one message for a bucket, whose tensors stay where they are.
+        # Unpacked: one message per bucket, whose tensors are not copied.
         info: Any = IPCTrainerInitInfo(packed=False, rank=0)
     else:
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
@@ -129,7 +129,7 @@ def _trainer(kind: str, world_size: int, limits: Sync, client: Client, source: B
 
 
 def own_address() -> tuple[str, int]:
-    """This machine's address as the engines' machines know it (Ray's), and a free port."""
+    """This machine's address as Ray knows it, and a free port."""
     import ray
 
     address = ray.util.get_node_ip_address()
@@ -138,15 +138,15 @@ def own_address() -> tuple[str, int]:
 
 
 def _behind(sent: Future[None], future: Future[Rows]) -> Rows:
-    """What an engine says once the policy's side is done."""
+    """An engine's report, once the policy's side has finished."""
     sent.result()
     return future.result()
 
 
 def in_thread(work: Callable[[], Any]) -> Future[Any]:
-    """`work` on a thread that does not keep the process alive: a collective that hangs can be left behind."""
+    """Run `work` on a daemon thread, so that a collective that hangs does not keep the process alive."""
     future: Future[Any] = Future()
-    device = torch.cuda.current_device()  # which a new thread would forget
+    device = torch.cuda.current_device()  # a new thread starts on device 0
 
     def run() -> None:
         try:

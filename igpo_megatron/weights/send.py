@@ -1,9 +1,9 @@
-"""The policy's half of a weight transfer: buckets go out while the next one is exported, and every engine proves what it received.
+"""The policy's half of a weight transfer: a bucket is sent while the next one is exported, and every engine reports what it received.
 
     export bucket i + 1   ██████      ██████
     engines load bucket i       ██████      ██████ ──rows──> compare with what was exported
 
-No wait is without a deadline; where one passes, the error says how far either side had come.
+Every wait has a deadline; the error of a missed one says how far either side had come.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from igpo_megatron.weights.settings import Sync
 from igpo_megatron.weights.store import Bucket, Entry, Received, SharedWeights, in_buckets
 
 Export = tuple[Bucket, Sequence[tuple[str, torch.Tensor]]]
-"""A bucket, which the file holds already, and the tensors it was made of."""
+"""A bucket, already written to the file, and its tensors."""
 
 Rows = list[list[tuple[Any, ...]]]
-"""For each worker of an engine the fields of `Received`, tensor by tensor."""
+"""For each worker of an engine, the fields of `Received` of each tensor."""
 
 
 class Receiver(Protocol):
-    """One engine that takes weights. Futures raise what `Transfer.is_lost` knows where the engine is gone."""
+    """One engine that receives weights. If the engine is gone, futures raise an error for which `Transfer.is_lost` is true."""
 
     name: str
     """For messages, e.g. `engine 0`."""
 
     def begin(self) -> Future[Any]:
-        """Stop serving."""
+        """Pause serving."""
         ...
 
     def finish(self, version: int) -> Future[Any]:
@@ -44,20 +44,20 @@ class Receiver(Protocol):
         ...
 
     def position(self) -> str:
-        """How far it came; for the message when a deadline has passed."""
+        """How far it has come, for the error of a missed deadline."""
         ...
 
 
 class Transport(Protocol):
-    """A way for bytes, and the engines that are reached by it."""
+    """A way to send bytes, and the engines that it reaches."""
 
     @property
     def receivers(self) -> Sequence[Receiver]:
-        """Who is reached."""
+        """The engines that it reaches."""
         ...
 
     def send(self, bucket: Bucket, tensors: Sequence[tuple[str, torch.Tensor]]) -> list[Future[Rows]]:
-        """Start to send; one future per receiver. `tensors` is empty where a restarted engine is filled from the file."""
+        """Start to send; one future per receiver. `tensors` is empty if a restarted engine is filled from the file."""
         ...
 
 
@@ -72,25 +72,25 @@ def export(named_tensors: Iterable[tuple[str, torch.Tensor]], store: SharedWeigh
 
 @dataclass(slots=True)
 class Transfer:
-    """One transfer and its account."""
+    """One transfer and its statistics."""
 
     version: int
     limits: Sync
     is_lost: Any
-    """(error) -> the engine is gone, rather than wrong."""
+    """(error) -> True if the engine is gone, rather than wrong."""
 
     before: Mapping[str, int] = field(default_factory=dict)
-    """Tensor -> its fingerprint in the transfer before; tells a stale tensor from other trouble."""
+    """Tensor -> its fingerprint in the previous transfer, to recognise stale tensors."""
 
     buckets: list[Bucket] = field(default_factory=list)
     lost: dict[str, BaseException] = field(default_factory=dict)
-    """Receivers that were gone before the end, which is not the weights' fault."""
+    """Receivers that were gone before the end, which says nothing about the weights."""
 
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-    """pause, export (the file included), wait (for engines, not hidden under an export), finish."""
+    """pause, export (writing the file included), wait (for engines, beyond the next export), finish."""
 
     def run(self, source: Iterable[Export], transports: Sequence[Transport]) -> None:
-        """Send everything. Raises SyncError where an engine received something else, or where a deadline has passed."""
+        """Send everything. Raises SyncError if an engine received something else, or if a deadline has passed."""
         receivers = [receiver for transport in transports for receiver in transport.receivers]
         self._each("pause", receivers, [receiver.begin() for receiver in receivers], "did not pause", 0)
         on_the_way: list[tuple[Receiver, Future[Rows]]] = []
@@ -138,12 +138,12 @@ class Transfer:
                         f"{receiver.name} (worker {worker}) received bucket {bucket.number} of sync {self.version} wrongly: {problem}"
                     )
             if not rows:
-                raise SyncError(f"{receiver.name} does not say what it received of bucket {bucket.number} of sync {self.version}")
+                raise SyncError(f"{receiver.name} does not report what it received of bucket {bucket.number} of sync {self.version}")
 
     def _each(
         self, phase: str, receivers: Sequence[Receiver], futures: Sequence[Future[Any]], what: str, nbytes: int, reached: str = ""
     ) -> list[tuple[Receiver, Any]]:
-        """Results of one step of every receiver that is still there."""
+        """Results of one step from every receiver that is not lost."""
         started = time.monotonic()
         limit = deadline_s(self.limits, nbytes)
         results = []
@@ -165,36 +165,36 @@ class Transfer:
 
 
 def deadline_s(limits: Sync, nbytes: int) -> float:
-    """How long a step that moves `nbytes` may take."""
+    """Seconds that a step which moves `nbytes` may take."""
     return limits.base_s + nbytes / 2**20 / limits.min_mib_per_s
 
 
 def difference(sent: Sequence[Entry], arrived: Sequence[Received], before: Mapping[str, int]) -> str | None:
-    """The first tensor that arrived otherwise than it was sent, in words; None where all are the same."""
+    """One sentence on the first tensor that differs from what was sent; None if all are equal."""
     for entry, found in zip(sent, arrived, strict=False):
         if found.name != entry.name:
             return f"{entry.name} did not arrive in its place, {found.name} did"
         if found.shape != entry.shape:
-            return f"{entry.name} has shape {list(found.shape)}, exported was {list(entry.shape)}"
+            return f"{entry.name} has shape {list(found.shape)} and was exported with {list(entry.shape)}"
         if found.dtype != entry.dtype:
-            return f"{entry.name} is {found.dtype}, exported was {entry.dtype}"
+            return f"{entry.name} is {found.dtype} and was exported as {entry.dtype}"
         if found.fingerprint != entry.fingerprint:
             others = [other.name for other in sent if other.fingerprint == found.fingerprint]
             if others:
                 return f"{entry.name} has the values of {others[0]}"
             if before.get(entry.name) == found.fingerprint:
-                return f"{entry.name} still has its values of the sync before"
+                return f"{entry.name} still has its values from the previous sync"
             return f"{entry.name} has other values than were exported"
     if len(arrived) != len(sent):
-        missing = sent[len(arrived)].name if len(arrived) < len(sent) else ""
-        return f"{missing} did not arrive" if missing else f"{arrived[len(sent)].name} was not sent"
+        short = len(arrived) < len(sent)
+        return f"{sent[len(arrived)].name} did not arrive" if short else f"{arrived[len(sent)].name} was not sent"
     return None
 
 
 def check_canary(canary: Canary, served: Sequence[float], version: int, engine: int) -> float:
-    """Largest |log-prob difference| of what engine number `engine` says. Raises SyncError where it is more than the canary allows.
+    """Largest |log-prob difference| of engine number `engine` on the canary. Raises SyncError if it is more than the canary allows.
 
-    It sees what fingerprints cannot: weights that arrived and were not loaded, were loaded into the wrong place, or are kept twice.
+    It finds what fingerprints cannot: weights that arrived but were not loaded, were loaded into the wrong place, or are kept twice.
     """
     gap = largest_gap(canary.logprobs, served)
     if not gap <= canary.max_gap:
@@ -206,7 +206,7 @@ def check_canary(canary: Canary, served: Sequence[float], version: int, engine: 
 
 
 def largest_gap(expected: Sequence[float], found: Sequence[float]) -> float:
-    """Largest absolute difference; infinite where one is not a number, which max() would lose."""
+    """Largest absolute difference; infinite if one is not a finite number, which max() could miss."""
     gaps = [abs(left - right) for left, right in zip(expected, found, strict=True)]
     return max(gaps) if all(map(math.isfinite, gaps)) else math.inf
 
@@ -217,6 +217,6 @@ def fingerprints(buckets: Iterable[Bucket]) -> dict[str, int]:
 
 
 def cause(error: BaseException) -> str:
-    """The last line of a Ray error says what happened; the rest is where."""
+    """The last line of a Ray error, which says what happened; the rest is the traceback."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

@@ -30,4 +30,4 @@ class Sync(Section):
     """Any step of a transfer may take this long, plus the time of its bytes at `min_mib_per_s`; then the run stops."""
 
     min_mib_per_s: PositiveFloat = 50
-    """The slowest transfer that is not taken for a hang."""
+    """A slower transfer counts as hanging."""

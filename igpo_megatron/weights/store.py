@@ -3,7 +3,7 @@
     named tensors ──in_buckets──> SharedWeights.write(bucket) ──file──> read(entries) ──> model
                         └─ fingerprint of what was exported      └─ fingerprint of what arrived
 
-The file stays after a transfer: an engine that is started again later is filled from it.
+The file is kept after a transfer: restarted engines are filled from it.
 """
 
 from __future__ import annotations
@@ -22,21 +22,7 @@ from igpo_megatron.types import SyncError
 
 _ALIGNMENT = 64
 _PREFIX = "igpo-weights-"
-_LANES = 2**18  # int32 lanes mixed at a time: what is in between stays in the cache
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One tensor of a transfer, as it was exported, and where it lies in the file."""
-
-    name: str
-    dtype: str
-    """As in `torch`, e.g. `bfloat16`."""
-
-    shape: tuple[int, ...]
-    fingerprint: int
-    offset: int
-    nbytes: int
+_LANES = 2**18  # int32 lanes mixed at a time, so that intermediate values stay in the cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +31,18 @@ class Received:
 
     name: str
     dtype: str
+    """As in `torch`, e.g. `bfloat16`."""
+
     shape: tuple[int, ...]
     fingerprint: int
+
+
+@dataclass(frozen=True, slots=True)
+class Entry(Received):
+    """One tensor of a transfer as it was exported, and its place in the file."""
+
+    offset: int
+    nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +61,7 @@ class Bucket:
 
     @property
     def nbytes(self) -> int:
-        """Its bytes in the file, the gaps between tensors included."""
+        """Its bytes in the file, gaps between tensors included."""
         return self.entries[-1].offset + self.entries[-1].nbytes - self.begin
 
 
@@ -84,7 +80,7 @@ def in_buckets(named_tensors: Iterable[tuple[str, torch.Tensor]], size: int) -> 
 
 
 def fingerprint(tensor: torch.Tensor) -> int:
-    """A number that another order of the bytes, another value or another length changes; computed where the tensor is.
+    """A checksum that changes with any value, the order of the bytes and their number; computed on the tensor's device.
 
     The bytes are taken as int32 lanes x_i, padded with zeros, and h = sum_i mix(x_i XOR (i + 1) * c) over 64 bits. mix is a bijection
     (multiplications by odd constants around a shift, as in MurmurHash3's finaliser), so a change of one lane always shows, and two lanes
@@ -108,7 +104,7 @@ def fingerprint(tensor: torch.Tensor) -> int:
 
 
 def received(name: str, tensor: torch.Tensor) -> Received:
-    """What an engine says of a tensor that it is about to load."""
+    """An engine's record of a tensor that it is about to load."""
     return Received(name, dtype_name(tensor), tuple(tensor.shape), fingerprint(tensor))
 
 
@@ -118,7 +114,7 @@ def dtype_name(tensor: torch.Tensor) -> str:
 
 
 class SharedWeights:
-    """A file in shared memory, readable by this user only, that holds one version of all weights."""
+    """A file in shared memory, readable by this user only, with one version of all weights."""
 
     def __init__(self) -> None:
         room = Path("/dev/shm")
@@ -129,7 +125,7 @@ class SharedWeights:
         self._claim = claim(self.path)
 
     def write(self, number: int, tensors: Sequence[tuple[str, torch.Tensor]], begin: int) -> Bucket:
-        """Put bucket `number` at the first aligned byte from `begin` on."""
+        """Write bucket `number` at the first aligned byte from `begin` on."""
         entries, cursor = [], begin
         for name, tensor in tensors:
             cursor += -cursor % _ALIGNMENT
@@ -140,7 +136,7 @@ class SharedWeights:
         return Bucket(number, tuple(entries))
 
     def write_bytes(self, data: memoryview, begin: int) -> None:
-        """Put bytes where they belong. Raises SyncError where the file system is full."""
+        """Write bytes at `begin`. Raises SyncError if the file system is full."""
         written = 0
         while written < data.nbytes:
             try:
@@ -172,7 +168,7 @@ def read(path: str, entries: Iterable[Entry]) -> Iterator[tuple[str, torch.Tenso
 
 
 def _memory_of(tensor: torch.Tensor) -> memoryview:
-    """A contiguous CPU tensor's bytes. `numpy()` would fix its storage for good, which a policy that leaves its device has to empty."""
+    """A contiguous CPU tensor's bytes. `numpy()` would pin its storage, which a policy that leaves its device must be able to free."""
     return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 

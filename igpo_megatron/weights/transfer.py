@@ -1,9 +1,9 @@
-"""The engine's half of a weight transfer: a back-end for vLLM's weight-transfer API that says what it received.
+"""The engine's half of a weight transfer: a back-end for vLLM's weight-transfer API that reports what it received.
 
     bucket ──file | nccl | ipc──> TransferEngine.receive_weights ──fingerprint──> model.load_weights ──finish──> repacked model
 
-vLLM's own back-ends (NCCL, CUDA IPC) need CUDA, and none says what arrived. This one is registered with vLLM's factory when a worker
-imports this module as its `worker_extension_cls`; it reads files itself and leaves NCCL and CUDA IPC to vLLM's.
+vLLM's own back-ends (NCCL, CUDA IPC) need CUDA and do not report what arrived. This one is registered with vLLM's factory when a worker
+imports this module as its `worker_extension_cls`; it reads files itself and delegates NCCL and CUDA IPC to vLLM's.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ POSITION_BYTES = 512
 
 
 def as_plain(update_info: dict[str, Any]) -> dict[str, Any]:
-    """An update as vLLM's encoder can carry it: handles of CUDA IPC hold torch's classes, which it refuses, so they go as bytes."""
+    """An update in a form that vLLM's encoder accepts: CUDA IPC handles contain torch classes, which it refuses, so they are pickled."""
     native_info = update_info.get("native_info")
     return update_info if native_info is None else {**update_info, "native_info": pickle.dumps(native_info)}
 
 
 def from_plain(update_info: dict[str, Any]) -> dict[str, Any]:
-    """The update again. The bytes are those of `as_plain` in the engine's own actor, of which the worker is a child."""
+    """The inverse of `as_plain`. The bytes come from the engine's own actor, whose child the worker is."""
     native_info = update_info.get("native_info")
     return update_info if native_info is None else {**update_info, "native_info": pickle.loads(native_info)}
 
 
 class Counting:
-    """Stands for a model while a transfer of vLLM's own loads into it, and keeps account of what comes by."""
+    """Wraps a model while weights are loaded into it, and records every tensor."""
 
     def __init__(self, model: torch.nn.Module, rows: list[Received]) -> None:
         self._model, self._rows = model, rows
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Any:
-        """Load, tensor by tensor, after its fingerprint was taken."""
+        """Record and load tensor by tensor."""
         return self._model.load_weights(self._seen(weights))  # type: ignore[operator]
 
     def _seen(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -51,10 +51,10 @@ class Counting:
 
 
 def refresh_packed_weights(model: torch.nn.Module) -> None:
-    """Re-pack weights that vLLM's reload leaves behind on CPU, where the engine would go on without an error, and wrong.
+    """Re-pack weights that vLLM's reload misses on CPU, where the engine would silently give wrong results.
 
-    oneDNN keeps a packed copy of every weight. The layerwise reload renews it for layers it loads, but a tied output head is never
-    loaded by itself, so it would compute with the old embedding. Experts are loaded but not packed, which their kernel expects.
+    oneDNN keeps a packed copy of every weight. The layerwise reload renews it for the layers it loads, but a tied output head is never
+    loaded itself, so it would compute with the old embedding. Experts are loaded but not packed, though their kernel needs that.
     """
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
@@ -68,7 +68,7 @@ def refresh_packed_weights(model: torch.nn.Module) -> None:
 
 
 def _register() -> None:
-    """Define the engine and hand it to vLLM's factory. Only inside a vLLM worker."""
+    """Define the back-end and register it with vLLM's factory. Only inside a vLLM worker."""
     from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
@@ -79,7 +79,7 @@ def _register() -> None:
         """The file with the weights."""
 
         position: str = ""
-        """The file that says, while a bucket is loaded, which tensor was reached."""
+        """The file that names the tensor being loaded."""
 
         native: str = ""
         """`nccl` or `ipc` to open vLLM's own back-end as well."""
@@ -120,7 +120,7 @@ def _register() -> None:
             except Exception as error:
                 if not self.rows:
                     raise
-                last = self.rows[-1]  # vLLM's own checks of shapes come as assertions that name nothing
+                last = self.rows[-1]  # vLLM's own shape checks are assertions without a tensor name
                 raise RuntimeError(f"{last.name} ({last.dtype} {list(last.shape)}) could not be loaded: {error!r}") from error
             if self.device.type != "cpu":
                 torch.accelerator.synchronize()  # on a CPU worker it would raise
@@ -157,7 +157,7 @@ class WorkerExtension:
     """Named in `worker_extension_cls`: vLLM imports this module in each worker before the model is loaded, and adds these methods to it."""
 
     def load_bucket(self, update_info: dict[str, Any]) -> list[tuple[Any, ...]]:
-        """`update_weights`, and what was loaded: the fields of `Received`, tensor by tensor."""
+        """Call `update_weights`; returns the fields of `Received` of each loaded tensor."""
         worker: Any = self
         worker.update_weights(from_plain(update_info))
         return [(row.name, row.dtype, row.shape, row.fingerprint) for row in worker.weight_transfer_engine.rows]

@@ -1,4 +1,4 @@
-"""The ways by which buckets reach engines. All but vLLM's own run without CUDA.
+"""How buckets reach engines. All transports but vLLM's own run without CUDA.
 
 shared_memory   engine's workers map the main rank's file                                    same machine
 object_store    Ray carries the bytes into a copy of the file on the engine's machine        any machine, over TCP
@@ -45,7 +45,7 @@ class EngineReceiver:
 
 
 class SharedMemory:
-    """Engines on the main rank's machine read the file themselves."""
+    """Engines on the main rank's machine read the file directly."""
 
     def __init__(self, receivers: Sequence[EngineReceiver]) -> None:
         self.receivers = receivers
@@ -56,7 +56,7 @@ class SharedMemory:
 
 
 class ObjectStore:
-    """Engines on other machines get each bucket through Ray's object store, which sends it to a machine once."""
+    """Engines on other machines get each bucket through Ray's object store, which sends it once per machine."""
 
     def __init__(self, receivers: Sequence[EngineReceiver], store: SharedWeights) -> None:
         self.receivers, self._store = receivers, store

@@ -341,9 +341,9 @@ def logprobs_apart(value: Any) -> tuple[Any, list[float]]:
 FAULTS = {
     "dropped": ("model.layers.1.self_attn.k_proj.bias", "model.layers.1.self_attn.k_proj.bias did not arrive in its place"),
     "swapped": ("model.layers.2.self_attn.k_proj.weight", "has the values of model.layers.2.self_attn.k_proj.weight"),
-    "stale": ("model.embed_tokens.weight", "model.embed_tokens.weight still has its values of the sync before"),
+    "stale": ("model.embed_tokens.weight", "model.embed_tokens.weight still has its values from the previous sync"),
     "transposed": ("model.layers.0.self_attn.o_proj.weight", "o_proj.weight has other values than were exported"),
-    "cast": ("model.norm.weight", "model.norm.weight is bfloat16, exported was float32"),
+    "cast": ("model.norm.weight", "model.norm.weight is bfloat16 and was exported as float32"),
     "rounded": ("model.layers.3.mlp.up_proj.weight", "up_proj.weight has other values"),
     "zeroed_end": ("model.layers.1.mlp.gate_proj.weight", "gate_proj.weight has other values"),
     "kept": ("model.layers.2.mlp.down_proj.weight", "does not serve the policy's weights: after sync"),

@@ -202,7 +202,7 @@ def test_a_redirect_is_followed() -> None:
         ("/picture", PageStatus.UNREADABLE, "image/png"),
         ("/broken.pdf", PageStatus.UNREADABLE, "PDF"),
         ("/deep", PageStatus.UNREADABLE, "nested too deeply"),
-        ("/twice", PageStatus.UNREADABLE, "packed as 'gzip, gzip'"),
+        ("/twice", PageStatus.UNREADABLE, "encoded as 'gzip, gzip'"),
         ("/big", PageStatus.UNREADABLE, "larger than 4096 bytes"),
         ("/bomb", PageStatus.UNREADABLE, "larger than 4096 bytes"),
         ("/loop", PageStatus.UNREADABLE, "more than 3 redirects"),

@@ -137,13 +137,13 @@ def test_every_fault_is_caught_at_every_tensor_and_named(store: SharedWeights, k
     if kind not in ("sent twice", "swapped"):  # those show first at the tensor beside it
         assert f"wrongly: {at}" in str(caught.value)
     if kind == "stale":
-        assert str(caught.value).endswith(f"{at} still has its values of the sync before")
+        assert str(caught.value).endswith(f"{at} still has its values from the previous sync")
 
 
 def test_a_bucket_that_nobody_confirms_is_not_taken_for_delivered(store: SharedWeights) -> None:
     engine = Scripted(store)
     engine.send = lambda bucket, tensors: [done([])]  # type: ignore[method-assign]
-    with pytest.raises(SyncError, match="engine 0 does not say what it received of bucket 0 of sync 2"):
+    with pytest.raises(SyncError, match="engine 0 does not report what it received of bucket 0 of sync 2"):
         send(store, model(1), [engine])
 
 
@@ -168,7 +168,7 @@ def test_an_engine_whose_copy_is_of_an_older_sync_is_caught_when_it_is_filled(st
     newest = send(store, model(2), [Scripted(store)])
     stale = Scripted(other)
     transfer = Transfer(2, LIMITS, lambda error: False, fingerprints(old.buckets))
-    with pytest.raises(SyncError, match="embed still has its values of the sync before"):
+    with pytest.raises(SyncError, match="embed still has its values from the previous sync"):
         transfer.run(((bucket, ()) for bucket in newest.buckets), [stale])
     other.close()
 

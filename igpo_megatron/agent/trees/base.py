@@ -1,12 +1,12 @@
-"""A group that grows as a tree: every path is a task of its own, some of them fork others, and whatever is missing starts at the question.
+"""A group that grows as a tree: every path is a task, paths may fork, and missing samples start at the question.
 
     prompt ─┬─ turn 1 ── result ─┬─ turn 2 ── ...      path 0
             │                    └─ turn 2' ── ...     path 8, a fork
             └─ turn 1' ── ...                          path 1
 
-What a path samples, and what it draws to decide, are functions of its label alone ("3" is the fourth sample, "3.2.0" the first fork of it
-behind its second result), so a resumed run repeats them. Only where more forks are wanted than the group has room for, the first comes.
-All state lives in one `TreeRollout` per group: nothing outlives a step. When to fork is the matter of `branching` and `gain_branching`.
+A path's samples and random decisions depend on its label alone ("3" is the fourth sample, "3.2.0" its first fork behind its second
+result), so a resumed run repeats them. Only if more forks are wanted than the group has room for does their order in time matter. All
+state is in one `TreeRollout` per group and ends with the step. entropy.py and gain.py decide when to fork.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from igpo_megatron.agent.trajectory import TurnWatch
 from igpo_megatron.types import RolloutGroup, Trajectory
 
 INITIAL_ROLLOUTS = "initial_rollouts"
-"""Key in `RolloutGroup.metrics`: samples that began at the question before any fork; AEPO lets it vary."""
+"""Key in `RolloutGroup.metrics`: samples that began at the question before any fork; it varies in AEPO."""
 
 RunPath = Callable[[list[int], str, TurnWatch], Coroutine[Any, Any, Trajectory]]
-"""(path to continue, label, what is told of every turn) -> how the new path ended."""
+"""(path to continue, label, observer of its turns) -> how the new path ended."""
 
 Uniform = Callable[[str, int, "int | str"], float]
-"""(label, turn, what is drawn for) -> a number from [0, 1) that depends on nothing else."""
+"""(label, turn, purpose) -> a number from [0, 1) that depends on nothing else."""
 
 Watch = TypeVar("Watch", bound=TurnWatch)
 
@@ -41,7 +41,7 @@ class TreeRollout(ABC, Generic[Watch]):
         self._background: list[asyncio.Task[None]] = []
 
     async def grow(self) -> list[Trajectory]:
-        """All trajectories, as many as `samples`, in the order in which they were started."""
+        """All `samples` trajectories, in the order in which they were started."""
         try:
             await self._start()
             await self._all_ended()
@@ -62,11 +62,11 @@ class TreeRollout(ABC, Generic[Watch]):
 
     @abstractmethod
     def _watch(self, number: int, label: str) -> Watch:
-        """What is told of the turns of path `number`."""
+        """The observer of path `number`."""
 
     @abstractmethod
     def _ended(self, watch: Watch) -> None:
-        """A path has ended, in whatever way."""
+        """Called when a path has ended, for any reason."""
 
     @property
     def _free(self) -> int:
@@ -84,10 +84,10 @@ class TreeRollout(ABC, Generic[Watch]):
         return list(path[:-1] if self.group.nodes[path[-1]].kind == "forced" else path)
 
     async def _all_ended(self) -> None:
-        """Until nothing runs, those counted that start meanwhile; what one raises is raised."""
+        """Wait until nothing runs, tasks started meanwhile included; errors are raised."""
         while running := [task for task in (*self._tasks, *self._background) if not task.done()]:
             done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
-        for task in (*self._tasks, *self._background):  # those, too, that began and ended while another was waited for
+        for task in (*self._tasks, *self._background):  # also those that started and ended during a wait
             task.result()

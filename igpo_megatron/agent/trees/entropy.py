@@ -1,10 +1,10 @@
-"""When a group forks by the policy's own uncertainty: behind tool results that leave the policy unsure (ARPO, AEPO).
+"""Forks by the policy's own uncertainty: behind tool results that leave the policy unsure (ARPO, AEPO).
 
     prompt ─┬─ turn 1 ── result ─┬─ first k tokens of turn 2: entropy H ── rest of turn 2 ── ...     path 0
             │                    └─ turn 2' ── ...                                                  path 8, forked before those tokens
             └─ turn 1' ── ...                                                                       path 1
 
-No path waits for another, except for the first tokens of the first turns, which are what all are compared with.
+Paths wait for each other only for the first tokens of the first turns, with which all are compared.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from igpo_megatron.agent.settings import AepoBranching, ArpoBranching
+from igpo_megatron.agent.trajectory import TurnWatch
 from igpo_megatron.agent.trees.base import INITIAL_ROLLOUTS, RunPath, TreeRollout, Uniform
 from igpo_megatron.types import BranchPoint, RolloutGroup
 
@@ -22,7 +23,7 @@ from igpo_megatron.types import BranchPoint, RolloutGroup
 def step_entropy(entropies: Sequence[float], config: ArpoBranching, vocab_size: int) -> float:
     """Entropy of the beginning of a turn, from nats per token (ARPO section 3.1; code: vllm_rollout_with_tools.py).
 
-    sum / ln V as in the published code; `corrected` takes a shorter beginning for a sample of the whole, so that it does not seem surer.
+    sum / ln V as in the published code; `corrected` scales up a shorter beginning, so that it does not look more certain.
     """
     total = math.fsum(entropies[: config.entropy_tokens])
     if config.variant == "corrected":
@@ -31,7 +32,7 @@ def step_entropy(entropies: Sequence[float], config: ArpoBranching, vocab_size: 
 
 
 def branch_probability(rise: float, consecutive: int, config: ArpoBranching) -> float:
-    """Chance of a fork where entropy rose by `rise`: ARPO P = alpha + beta dH; AEPO lowers it by `consecutive` (see AepoBranching)."""
+    """Chance of a fork if entropy rose by `rise`: ARPO P = alpha + beta dH; AEPO lowers it by `consecutive` (see AepoBranching)."""
     probability = config.base_probability + config.entropy_weight * rise
     if isinstance(config, AepoBranching):
         damped = max(0.0, 1.0 - config.penalty * consecutive)
@@ -56,8 +57,8 @@ def initial_rollouts(root: float, tools: Sequence[float], samples: int, config: 
 
 
 @dataclass(slots=True)
-class EntropyWatch:
-    """One path as its group's tree sees it; told by `run_trajectory` of the first tokens of every turn."""
+class EntropyWatch(TurnWatch):
+    """The tree's record of one path; `run_trajectory` reports the first tokens of every turn."""
 
     tree: EntropyTree
     number: int
@@ -75,20 +76,13 @@ class EntropyWatch:
 
     @property
     def tokens(self) -> int:
-        """Tokens to measure."""
         return self.tree.config.entropy_tokens
 
     @property
     def top_logprobs(self) -> int:
-        """Likeliest tokens that entropies are computed over; -1 means all."""
         return self.tree.config.top_logprobs
 
-    async def begins(self, path: Sequence[int], turn: int) -> bool:
-        """No path is asked for its answer early."""
-        return False
-
     async def measured(self, path: Sequence[int], turn: int, entropies: Sequence[float]) -> None:
-        """The first tokens behind `path` are there: the place to fork, if at all, is before them."""
         await self.tree.measured(self, list(path), turn, entropies)
 
 
@@ -106,14 +100,14 @@ class EntropyTree(TreeRollout[EntropyWatch]):
         self._roots_known = asyncio.Event()
 
     async def measured(self, watch: EntropyWatch, path: list[int], turn: int, entropies: Sequence[float]) -> None:
-        """Note a turn's entropy and, behind a tool result, decide whether to fork."""
+        """Record a turn's entropy and, behind a tool result, decide whether to fork before the turn."""
         entropy = step_entropy(entropies, self.config, self._vocab_size)
         earlier = watch.steps[-1][2] if watch.steps else None
         watch.steps.append((path[-1], turn, entropy))
         watch.first = entropy if watch.first is None else watch.first
         if turn == 1:
             self._root_known(watch.number, entropy)
-        # The first turn of a fork continues a result that was decided on already.
+        # The first turn of a fork continues a result for which the decision was already made.
         if earlier is not None and watch is not self._monitored:
             await self._decide(watch, path, turn, entropy if self.config.variant == "corrected" else earlier)
 
@@ -124,7 +118,7 @@ class EntropyTree(TreeRollout[EntropyWatch]):
         self._root_known(watch.number, None)  # it may have ended before its first tokens
 
     async def _start(self) -> None:
-        """The one that sets their number goes first."""
+        """Launch the initial samples; with AEPO's premonitor, one goes first and sets their number."""
         count = min(self.config.initial_rollouts, self._samples)
         if isinstance(self.config, AepoBranching) and self.config.premonitor:
             watch = self._monitored = self._launch([0], "0")
@@ -141,7 +135,7 @@ class EntropyTree(TreeRollout[EntropyWatch]):
             await self._decide_afterwards(self._monitored)
 
     async def _decide_afterwards(self, watch: EntropyWatch) -> None:
-        """Fork the path that went first, as if it had known the budget."""
+        """Make the fork decisions of the path that went first, now that the budget is known."""
         end = self._tasks[watch.number].result()
         for position in range(1, len(watch.steps)):
             node, turn, entropy = watch.steps[position]
@@ -173,7 +167,7 @@ class EntropyTree(TreeRollout[EntropyWatch]):
         return self._uniform(label, turn, attempt) < probability
 
     def _initial(self, watch: EntropyWatch) -> float:
-        """The entropy that a rise is counted from."""
+        """The entropy from which a rise is measured."""
         roots = [root for root in self._roots.values() if root is not None]
         if self.config.variant == "published" or not roots:
             return watch.first or 0.0

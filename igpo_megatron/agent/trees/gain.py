@@ -1,10 +1,10 @@
-"""When a group forks, and stops, by what its probes say: the value of a state is how probable the true answer is in it.
+"""Forks and stops by probes: the value of a state is the probability of the true answer in it.
 
     path 0   v_0 ── turn 1 ── v_1 ── turn 2 ── v_2 ── ...      fork behind turn t where the samples' v_t are far apart
     path 1   v_0 ── turn 1 ── v_1 ── turn 2 ── v_2 ── ...      stop where a path's own v_t no longer moves: ask for the answer
 
-A fork needs the values of the group's first samples at the same turn. Nobody waits for them: a path goes on meanwhile, and the fork starts
-later, from the state as it was. A stop needs the path's own values only, for which its next turn waits. Every decision is kept in
+A fork needs the values of the group's first samples at the same turn. The path does not wait for them: it goes on, and the fork starts
+later from the earlier state. A stop needs only the path's own values, for which its next turn waits. Every decision is recorded in
 `RolloutGroup.value_points` with its probability.
 """
 
@@ -13,33 +13,34 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from statistics import pstdev
 
 from igpo_megatron.agent.prober import Prober, StateValue
 from igpo_megatron.agent.settings import GainBranching
+from igpo_megatron.agent.trajectory import TurnWatch
 from igpo_megatron.agent.trees.base import INITIAL_ROLLOUTS, RunPath, TreeRollout, Uniform
 from igpo_megatron.engines.api import EngineError
 from igpo_megatron.types import RolloutGroup, RunStopped, ValuePoint
 
 
 def disagreement(siblings: Sequence[float]) -> float:
-    """Standard deviation (over n) of values from [0, 1], so 0 to 0.5; 0 where there are fewer than two to compare."""
+    """Standard deviation (over n) of values from [0, 1], so 0 to 0.5; 0 for fewer than two values."""
     return pstdev(siblings) if len(siblings) > 1 else 0.0
 
 
 def fork_probability(siblings: Sequence[float], config: GainBranching) -> float:
-    """Chance of each fork where the siblings have these values: P = alpha + beta std(v), clipped to [0, 1]."""
+    """Chance of each fork for these values of the siblings: P = alpha + beta std(v), clipped to [0, 1]."""
     return min(max(config.base_probability + config.spread_weight * disagreement(siblings), 0.0), 1.0)
 
 
 def largest_change(values: Sequence[float], turns: int) -> float | None:
-    """max |v_k - v_(k-1)| over the last `turns` turns of a path; None where it has not had so many."""
+    """max |v_k - v_(k-1)| over the last `turns` turns of a path; None if it has had fewer."""
     return max(abs(after - before) for before, after in pairwise(values[-turns - 1 :])) if len(values) > turns else None
 
 
 def stop_probability(values: Sequence[float], config: GainBranching) -> float:
-    """Chance that a path with values v_0 ... v_t stops: `config.stop_probability` where they are saturated, else 0.
+    """Chance that a path with values v_0 ... v_t stops: `config.stop_probability` if they are saturated, else 0.
 
     Saturated: v_t >= stop_value, and none of the last stop_turns turns has moved it by more than stop_change.
     """
@@ -49,8 +50,8 @@ def stop_probability(values: Sequence[float], config: GainBranching) -> float:
 
 
 @dataclass(slots=True)
-class GainWatch:
-    """One path as its group's tree sees it; told by `run_trajectory` before every turn."""
+class GainWatch(TurnWatch):
+    """The tree's record of one path; `run_trajectory` calls it before every turn."""
 
     tree: GainTree
     number: int
@@ -58,26 +59,12 @@ class GainWatch:
 
     label: str
     values: dict[int, asyncio.Task[StateValue | None]] = field(default_factory=dict)
-    """Number of finished turns -> value of the state behind them, once the path is there; None where it could not be measured."""
+    """Number of finished turns -> value of the state behind them; None if it could not be measured."""
 
     ended: bool = False
 
-    @property
-    def tokens(self) -> int:
-        """No token is measured."""
-        return 0
-
-    @property
-    def top_logprobs(self) -> int:
-        """No token is measured."""
-        return 0
-
     async def begins(self, path: Sequence[int], turn: int) -> bool:
-        """Decide what becomes of the state that turn `turn` is about to continue."""
         return await self.tree.begins(self, list(path), turn)
-
-    async def measured(self, path: Sequence[int], turn: int, entropies: Sequence[float]) -> None:
-        """Never called: no token is measured."""
 
 
 class GainTree(TreeRollout[GainWatch]):
@@ -92,11 +79,11 @@ class GainTree(TreeRollout[GainWatch]):
         self._news = asyncio.Event()
 
     async def begins(self, watch: GainWatch, path: list[int], turn: int) -> bool:
-        """Note the value of the newest state; behind a tool result decide whether to stop there and, later, whether to fork."""
+        """Start to measure the newest state; behind a tool result decide whether to stop there and, later, whether to fork."""
         first = not watch.values
         watch.values[turn - 1] = asyncio.ensure_future(self._value(path[-1]))
         self._tell()
-        # The first state of a fork was decided on by the path that it left, and the question is where all begin anyway.
+        # The first state of a path needs no decision: it is the question, or one that the forking path has decided on.
         if first:
             return False
         probability, change, stopped = await self._stop(watch, path, turn)
@@ -126,11 +113,11 @@ class GainTree(TreeRollout[GainWatch]):
             return None
         except RunStopped:
             raise
-        except Exception:  # noqa: BLE001  (likewise: it waits for the same probes, and tells)
+        except Exception:  # noqa: BLE001  (likewise: it waits for the same probes and reports their errors)
             return None
 
     async def _stop(self, watch: GainWatch, path: list[int], turn: int) -> tuple[float, float | None, bool]:
-        """(probability, largest change of the path's last values, drawn) of a stop before turn `turn`."""
+        """(probability, largest change of the path's last values, decision) of a stop before turn `turn`."""
         states = self._prober.states(path)[-self.config.stop_turns - 1 :]
         if not self.config.stop_probability or len(states) <= self.config.stop_turns:
             return 0.0, None, False
@@ -139,7 +126,7 @@ class GainTree(TreeRollout[GainWatch]):
         return probability, largest_change(values, self.config.stop_turns), self._uniform(watch.label, turn, "stop") < probability
 
     async def _decide(self, watch: GainWatch, path: list[int], turn: int, change: float | None, stop: float, stopped: bool) -> None:
-        """Fork the path, or not, once its own value and those of the first samples at this turn are known; record both decisions."""
+        """Decide on a fork once the path's own value and those of the first samples at this turn are known; record both decisions."""
         finished = turn - 1
         while not all(sibling.ended or finished in sibling.values for sibling in self._first):
             await self._news.wait()
@@ -171,11 +158,7 @@ class GainTree(TreeRollout[GainWatch]):
 
 
 def _comparable(states: Sequence[StateValue | None]) -> list[float]:
-    """The newest values in a row that the same weights have measured: across an update a change says nothing of the path."""
-    found: list[float] = []
-    for state in reversed(states):
-        newest = states[-1]
-        if state is None or newest is None or state.version != newest.version:
-            break
-        found.insert(0, state.value)
-    return found
+    """The newest consecutive values measured by the same weights: across an update a change says nothing about the path."""
+    newest = states[-1]
+    same = takewhile(lambda state: state is not None and newest is not None and state.version == newest.version, reversed(states))
+    return [state.value for state in same if state is not None][::-1]

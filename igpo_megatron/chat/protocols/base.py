@@ -1,4 +1,4 @@
-"""What every protocol is made of. Protocols see text that the policy wrote itself, and nothing else: a tool result is never parsed."""
+"""The parts of every protocol. Protocols parse only text that the policy wrote itself, never a tool result."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Malformed:
 Action = ToolCall | Answer | Malformed
 
 ALL_TAGS = ("think", "tool_call", "tool_response", "answer", "code", "search", "visit", "python", "information", "result")
-"""Tags of all protocols: what a policy may write, and what its format check judges."""
+"""Tags of all protocols."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,32 +36,32 @@ class ToolSet:
     """The tools that a policy may call."""
 
     search: str = SEARCH
-    """What the policy calls search, e.g. `web_search`; tags of tagged protocols are always `search`."""
+    """The policy's name of the search tool, e.g. `web_search`; tag protocols always use `search`."""
 
     max_queries: int = 3
-    """Queries of one search that are used; further ones are dropped."""
+    """Most queries per search; further ones are dropped."""
 
     extra: tuple[Description, ...] = ()
-    """The others."""
+    """The tools besides search."""
 
     def renamed(self, name: str) -> str:
-        """A tool's name from the policy's spelling to ours, or back."""
+        """A tool's name translated from the policy's to ours, or back."""
         return renamed(name, self.search)
 
     def named(self, name: str) -> Description | None:
-        """The tool of that name; None for search and where there is none."""
+        """The tool of that name; None for search and unknown names."""
         return next((tool for tool in self.extra if tool.name == name), None)
 
 
 BUILT_IN = ToolSet(extra=tuple(entry.description for entry in TOOLS.values()))
-"""All tools of ours."""
+"""All built-in tools."""
 
 
 class Write(Protocol):
-    """How a turn is written."""
+    """Signature of `ToolProtocol.write`."""
 
     def __call__(self, thought: str, action: ToolCall | Answer, tools: ToolSet = BUILT_IN) -> str:
-        """The turn that `parse` reads as that action. Raises ValueError where a text holds the very tag that would end it."""
+        """The turn that `parse` reads as that action. Raises ValueError if a text contains a tag that would end it early."""
         ...
 
 
@@ -70,35 +70,35 @@ class ToolProtocol:
     """One way to write calls and answers, and to show results."""
 
     parse: Callable[[str, ToolSet], Action]
-    """What a turn asks for, whatever its text, which includes a forced opening; never raises. Calls have our names of tools."""
+    """The action of a turn. The text may be anything, and includes a forced opening; never raises. Calls use our names of tools."""
 
     write: Write
     """The inverse, for demonstrations and checks."""
 
     final_answer: Callable[[Sequence[str]], str | None]
-    """All turns of a trajectory -> the answer that is scored; None where the format check fails."""
+    """All turns of a trajectory -> the answer that is scored; None if the format check fails."""
 
     tool_messages: bool = True
     """True: the chat template describes the tools and frames results as messages of its tool role, so a call ends with the end-of-turn
-    token. False: the whole conversation is one message of the assistant, and results stand in it between the texts of `result`."""
+    token. False: the conversation is a single assistant message, and results are inserted between the texts of `result`."""
 
     instructions: Callable[[ToolSet], str] | None = None
-    """Describes the tools where the template does not."""
+    """Describes the tools if the template does not."""
 
     instructions_in: Literal["system", "user"] = "system"
-    """The message that holds the instructions; in the user's, the question follows them."""
+    """The message with the instructions; in the user's, the question follows them."""
 
     stop: tuple[str, ...] = ()
-    """Strings that end a turn besides the end-of-turn token; they stay in the text."""
+    """Strings, besides the end-of-turn token, that end a turn; they stay in the text."""
 
     call_tags: bool = False
-    """A call is the text between tags of its tool's name and ends the turn, so tools of the user's add their closing tags to `stop`."""
+    """A call is the text between tags named after its tool and ends the turn, so users' tools add their closing tags to `stop`."""
 
     result: tuple[str, str] = ("", "")
-    """Texts before and after a result, where it is no message of its own."""
+    """Texts before and after a result that is not a message of its own."""
 
     hit: str = HIT
-    """One passage of a search result: rank (from 1), title, text."""
+    """Format of a passage of a search result: rank (from 1), title, text."""
 
 
 def balanced(text: str, tags: Sequence[str]) -> bool:
@@ -111,9 +111,9 @@ def balanced(text: str, tags: Sequence[str]) -> bool:
 
 
 def between(text: str, tag: str) -> Iterator[str]:
-    """What stands between each opening tag and the first closing one behind it, as a lazy regular expression finds it.
+    """The text between each opening tag and the next closing one, as found by a lazy regular expression.
 
-    A text of openings alone costs that expression the square of its length, this the length.
+    For a text of openings alone that expression takes quadratic time, this function linear time.
     """
     opening, closing = f"<{tag}>", f"</{tag}>"
     end = 0

@@ -24,7 +24,7 @@ _CONTROL = re.compile(r"<\|[^<>|\s]+\|>")
 
 
 def parse(text: str, tools: ToolSet) -> Action:
-    """What stands behind the thought: calls, else the answer. Tags inside the thought are part of it."""
+    """The calls after the thought, else the answer. Tags inside the thought are part of it."""
     text = clean_text(text)
     _, closing, said = text.rpartition("</think>")
     if "<think>" in (said if closing else text):
@@ -32,7 +32,6 @@ def parse(text: str, tools: ToolSet) -> Action:
     if said.count("<tool_call>") != said.count("</tool_call>"):
         return Malformed("<tool_call> is not closed")
     calls = [parse_call(body, tools) for body in between(said, "tool_call")]
-    # Texts from elsewhere may still end with the token that ended the turn.
     bare = _without_controls(said)
     if calls := calls or bare_calls(bare, tools):
         return _one_call(calls, tools)
@@ -42,7 +41,7 @@ def parse(text: str, tools: ToolSet) -> Action:
 
 
 def _without_controls(text: str) -> str:
-    """The text without control tokens at its end: texts from elsewhere may still have the one that ended the turn."""
+    """The text without control tokens at its end: external texts may still have the one that ended the turn."""
     text = text.strip()
     while _CONTROL.fullmatch(text, start := max(0, text.rfind("<|"))):
         text = text[:start].rstrip()
@@ -51,9 +50,8 @@ def _without_controls(text: str) -> str:
 
 def _one_call(calls: Sequence[ToolCall | Malformed], tools: ToolSet) -> ToolCall | Malformed:
     good = [call for call in calls if isinstance(call, ToolCall)]
-    for call in calls:
-        if isinstance(call, Malformed):
-            return call
+    if bad := next((call for call in calls if isinstance(call, Malformed)), None):
+        return bad
     names = {call.name for call in good}
     if len(good) > 1 and (len(names) > 1 or any(map(tools.named, names))):
         return Malformed(f"{len(good)} calls of {' and '.join(sorted(names))} in one turn; only searches can go together")

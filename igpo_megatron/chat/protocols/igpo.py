@@ -37,7 +37,7 @@ def tags_balanced(text: str) -> bool:
 
 
 def well_formed_answer(text: str) -> str | None:
-    """Text inside the first answer tags of a well-formed text, in lower case as published; None where the format check fails."""
+    """Text inside the first answer tags of a well-formed text, in lower case as published; None if the format check fails."""
     # The check ignores case: the published code lowers the whole response first.
     text = text.lower()
     return next(between(text, "answer"), None) if tags_balanced(text) else None
@@ -58,10 +58,10 @@ def write(thought: str, action: ToolCall | Answer, tools: ToolSet = BUILT_IN) ->
 
 
 def refuse_tags(text: str, *tags: str) -> None:
-    """ValueError where the text holds one of the tags: written between others, it would be read as something else."""
+    """Raise ValueError if the text contains one of the tags: written between others, it would be read as something else."""
     for tag in tags:
         if f"<{tag}>" in text or f"</{tag}>" in text:
-            raise ValueError(f"{text[:80]!r} holds a {tag} tag, so this protocol cannot write it")
+            raise ValueError(f"{text[:80]!r} contains a {tag} tag, so this protocol cannot write it")
 
 
 IGPO = ToolProtocol(parse=parse, write=write, final_answer=final_answer)

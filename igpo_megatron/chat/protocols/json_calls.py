@@ -1,6 +1,6 @@
-"""Calls as JSON, `{"name": ..., "arguments": {...}}`, and the tools as chat templates want them: shared by IGPO and Hermes.
+"""Calls as JSON, `{"name": ..., "arguments": {...}}`, and tools in the format of chat templates: shared by IGPO and Hermes.
 
-Llama 3 calls its arguments `parameters`, and writes a call without tags; Mistral writes a list of calls behind [TOOL_CALLS].
+Llama 3 calls its arguments `parameters` and writes a call without tags; Mistral writes a list of calls after [TOOL_CALLS].
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from igpo_megatron.types import SEARCH, ToolCall
 from igpo_megatron.untrusted import BadJson, json_loads_untrusted
 
 ARGUMENT_KEYS = ("arguments", "parameters")
-"""Where a call holds its arguments; the first that is there counts."""
+"""Keys of a call's arguments; the first one present is used."""
 
 
 def parse_call(body: str, tools: ToolSet) -> ToolCall | Malformed:
-    """One call. A tool that does not exist is well-formed if it asks for something: the policy is told which ones there are."""
+    """One call. A call of an unknown tool is well-formed if it has a query; the policy is then shown the tools that exist."""
     try:
         return _call(json_loads_untrusted(body), tools)
     except BadJson as error:
@@ -41,7 +41,7 @@ def _call(call: Any, tools: ToolSet) -> ToolCall | Malformed:
 
 
 def bare_calls(text: str, tools: ToolSet) -> list[ToolCall | Malformed]:
-    """The calls that are the whole text, without tags, as Llama 3 and Mistral write them; none where the text is something else."""
+    """The calls in a text that has nothing else and no tags, as Llama 3 and Mistral write them; empty for other texts."""
     body = text.strip().removeprefix("<|python_tag|>").removeprefix("[TOOL_CALLS]").strip()
     if body[:1] + body[-1:] not in ("{}", "[]") or '"name"' not in body:
         return []
@@ -66,22 +66,22 @@ def _extra_call(tool: Description, arguments: Any) -> ToolCall | Malformed:
 
 
 def call_json(call: ToolCall, tools: ToolSet) -> str:
-    """The inverse of `parse_call`. Angle brackets are escaped, so no argument can close the tags around the call."""
+    """The inverse of `parse_call`. `<` is escaped, so no argument can close the tags around the call."""
     tool = tools.named(call.name)
     arguments: dict[str, Any] = dict(zip(tool.arguments, call.queries, strict=False)) if tool else {"query": list(call.queries)}
     return json.dumps({"name": tools.renamed(call.name), "arguments": arguments}, ensure_ascii=False).replace("<", "\\u003c")
 
 
 def tool_schemas(tools: ToolSet) -> list[dict[str, Any]]:
-    """All tools as chat templates want them."""
+    """All tools in the format of chat templates."""
     query = {"type": "array", "items": {"type": "string"}, "description": "One to three search queries."}
     search = _schema(tools.renamed(SEARCH), "Search for passages that help to answer the question.", {"query": query})
-    texts = [{key: {"type": "string", "description": said} for key, said in tool.arguments.items()} for tool in tools.extra]
+    texts = [{key: {"type": "string", "description": text} for key, text in tool.arguments.items()} for tool in tools.extra]
     return [search, *(_schema(tool.name, tool.purpose, properties) for tool, properties in zip(tools.extra, texts, strict=True))]
 
 
 def tool_instructions(tools: ToolSet) -> str:
-    """What the policy is told of the tools where its chat template says nothing of them."""
+    """The description of the tools for a policy whose chat template has none."""
     schemas = "\n".join(json.dumps(schema["function"], ensure_ascii=False) for schema in tool_schemas(tools))
     return (
         "You can call these tools, as often as you need. Each line describes one, with its parameters as a JSON schema:\n"

@@ -1,4 +1,4 @@
-"""Every protocol by its name, and the user's by where it is. A new protocol is one file and one row in `PROTOCOLS`."""
+"""Protocols by name; a user's own by `package.module:name`. A new protocol is one file and one row in `PROTOCOLS`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MALFORMED = ("", "<", "</think></answer>", "<think><tool_call>{", '<tool_call>{"
 
 
 def protocol_of(rollout: Rollout) -> ToolProtocol:
-    """One of ours, or the user's: `package.module:name` of a ToolProtocol or of a function that makes one. Raises UserError."""
+    """A built-in protocol, or a user's: `package.module:name` of a ToolProtocol or of a function that returns one. Raises UserError."""
     name = rollout.protocol
     if name in PROTOCOLS:
         protocol = PROTOCOLS[name]
@@ -41,12 +41,12 @@ def protocol_of(rollout: Rollout) -> ToolProtocol:
 
 
 def tool_set(rollout: Rollout) -> ToolSet:
-    """The tools as protocols know them. UserError where one of the user's cannot be used."""
+    """The tools in the form that protocols use. UserError if one of the user's cannot be used."""
     return ToolSet(rollout.tool_name, rollout.max_queries, describe(rollout.extra_tools))
 
 
 def problems(rollout: Rollout) -> Iterator[str]:
-    """What is wrong with `rollout.protocol`: a name that nothing has, or a format of the user's that cannot read what it writes."""
+    """Problems of `rollout.protocol`: an unknown name, or a user's protocol that cannot read what it writes."""
     try:
         protocol, tools = protocol_of(rollout), tool_set(rollout)
     except UserError as error:
@@ -57,7 +57,7 @@ def problems(rollout: Rollout) -> Iterator[str]:
 
 
 def unsound(protocol: ToolProtocol, tools: ToolSet) -> Iterator[str]:
-    """What a protocol does wrong with an answer, one call of each tool, and turns that are nonsense."""
+    """A protocol's errors for an answer, one call of each tool, and malformed turns."""
     actions: list[ToolCall | Answer] = [ToolCall(SEARCH, ("the Blue Nile",)), Answer("Oslo")]
     actions += [ToolCall(tool.name, ("x",)) for tool in tools.extra]
     for action in actions:
@@ -68,7 +68,7 @@ def unsound(protocol: ToolProtocol, tools: ToolSet) -> Iterator[str]:
                 yield f".parse reads {turn!r}, which .write made of {action}, as {read}"
             elif isinstance(action, Answer) and protocol.final_answer([turn]) is None:
                 yield f".final_answer finds no answer in {turn!r}"
-        except Exception as error:  # noqa: BLE001  (whatever a user's function raises is to be said)
+        except Exception as error:  # noqa: BLE001  (a user's function can raise anything; it is reported)
             yield f" cannot write and read {action}: {type(error).__name__}: {error}"
     for text in MALFORMED:
         try:

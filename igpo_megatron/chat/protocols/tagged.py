@@ -1,11 +1,11 @@
-"""Protocols of tags in one long message of the assistant: Search-R1 (arXiv 2503.09516) and ARPO (arXiv 2507.19849).
+"""Tag protocols in one long assistant message: Search-R1 (arXiv 2503.09516) and ARPO (arXiv 2507.19849).
 
     Search-R1   <think>...</think> <search>query</search> <information>passages</information> <think>...</think> <answer>...</answer>
     ARPO        <think>...</think> <python>code</python> <result>output</result> ... <answer>... \\boxed{...}</answer>
 
-A closing tag of a call ends the turn (`stop`); the result is put behind it and the policy goes on. Unlike the published code: a malformed
-turn ends the trajectory with its own status (Search-R1 adds a hint, ARPO ends silently), nothing is tokenised twice, and no token is
-trained that was not sampled. Both also know `<visit>address goal</visit>`.
+A call's closing tag ends the turn (`stop`); the result is appended and the policy continues. Unlike in the published code, a malformed
+turn ends the trajectory with its own status (Search-R1 adds a hint, ARPO ends silently), nothing is tokenised twice, and only sampled
+tokens are trained. Both also accept `<visit>address goal</visit>`.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from igpo_megatron.types import SEARCH, ToolCall
 from igpo_megatron.untrusted import clean_text
 
 CALL_TAGS = (SEARCH, *(tool.name for tool in BUILT_IN.extra))
-"""Tags that are known for calls whatever tools there are: a call of one that is not there is told so."""
+"""Tags read as calls even if the run does not have the tool; the policy is then shown the tools that exist."""
 
 STOP = tuple(f"</{tag}>" for tag in CALL_TAGS)
 BOX = "\\boxed{"
 
 
 def parse(text: str, tools: ToolSet) -> Action:
-    """The first tag that closes decides; what counts is the text since its last opening, so a tag named in a thought is harmless."""
+    """The first closing tag decides. Its content starts at its last opening, so a tag mentioned in a thought is harmless."""
     text = clean_text(text)
     tags = _tags(tools)
     ends = [(position, tag) for tag in (*tags, "answer") if (position := text.find(f"</{tag}>")) >= 0]
@@ -49,7 +49,7 @@ def parse(text: str, tools: ToolSet) -> Action:
 
 
 def _tags(tools: ToolSet) -> list[str]:
-    """Of all calls."""
+    """Tags of all calls."""
     return list(dict.fromkeys([*CALL_TAGS, *(tool.name for tool in tools.extra)]))
 
 
@@ -70,7 +70,7 @@ def write(thought: str, action: ToolCall | Answer, tools: ToolSet = BUILT_IN, *,
 
 
 def boxed(text: str) -> str | None:
-    """Content of the last \\boxed{...}, braces matched; None where there is none or it is not closed."""
+    """Content of the last \\boxed{...}, braces matched; None if there is none or it is not closed."""
     start = text.rfind(BOX)
     depth = 1
     for position in range(start + len(BOX), len(text)) if start >= 0 else ():
@@ -81,7 +81,7 @@ def boxed(text: str) -> str | None:
 
 
 def search_r1_answer(turns: Sequence[str]) -> str | None:
-    """The answer, if there is one, all tags are balanced and the policy wrote no result itself."""
+    """The answer, if there is exactly one, all tags are balanced and the policy wrote no result itself."""
     text = "".join(turns)
     return _answer(text) if balanced(text, ("think", "answer", *CALL_TAGS)) and "information>" not in text else None
 
@@ -106,7 +106,7 @@ def _line(tool: Description) -> str:
 
 
 def instructions(tools: ToolSet, result: str, ending: str) -> str:
-    """What the policy is told of tags; `result` names the tag of results."""
+    """Instructions for the policy; `result` is the tag of results."""
     lines = "\n".join(["- <search>a query</search> searches for passages", *map(_line, tools.extra)])
     return (
         "Answer the question. Reason first, between <think> and </think>, and again whenever you have learnt something. "

@@ -1,4 +1,4 @@
-"""Keys and values of running sequences: one slot each, filled from position 0, in tensors that are allocated once.
+"""Keys and values of running sequences: one slot each, filled from position 0, in preallocated tensors.
 
     slot 0  a a a a a a . . . .      running sequences have the slots 0 to n - 1, so a decoding step reads a view, not a copy;
     slot 1  b b b . . . . . . .      the one that ends is replaced by the last
@@ -18,11 +18,11 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 @dataclass(slots=True)
 class Window:
-    """What the next forward computes: all layers look here."""
+    """Describes the next forward pass, for all layers."""
 
     first_slot: int = 0
     positions: torch.Tensor | None = None
-    """[n] where the one new token of the slots from 0 on is written; None where whole contexts are, from position 0."""
+    """[n] positions of the one new token of each slot from 0 on; None if full contexts are written from position 0."""
 
     length: int = 0
     """Positions that the new tokens attend to, where `positions` are given."""
@@ -36,7 +36,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
     def __init__(self, window: Window, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self._window = window
-        # Zeros: what is masked has weight 0, and 0 times an uninitialised inf would be NaN.
+        # Zeros: masked positions have weight 0, and 0 times an uninitialised inf would be NaN.
         self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         self.is_initialized = True
 
@@ -52,14 +52,14 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         return self.keys[:rows, :, : window.length], self.values[:rows, :, : window.length]
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing is left to do."""
+        """Nothing to do."""
 
     def get_seq_length(self) -> int:
-        """Whole contexts begin at 0; for single tokens the mask is given, and nobody asks."""
+        """Full contexts begin at 0; for single tokens the mask is given, so this is not used."""
         return 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(keys, first key's position) of whole contexts."""
+        """(keys, first key's position) of full contexts."""
         return query_length, 0
 
     def get_max_length(self) -> int:
@@ -75,7 +75,7 @@ class SlotCache(Cache):  # type: ignore[misc]
         super().__init__(layers=[SlotLayer(self.window, shape, dtype, device) for _ in range(layers)])
 
     def move(self, source: int, target: int, length: int) -> None:
-        """Slot `target` takes the first `length` positions of slot `source`."""
+        """Copy the first `length` positions of slot `source` to slot `target`."""
         for layer in self.layers:
             for tensor in (layer.keys, layer.values):
                 tensor[target, :, :length] = tensor[source, :, :length]

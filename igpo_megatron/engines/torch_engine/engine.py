@@ -2,10 +2,10 @@
 
     generate ──> waiting turns ──prefill──> running turns, a slot each ──one token for all──> done
     score_probe ──> waiting probes ──────── scored together between two tokens ──────────────> done
-    update_weights ──> the thread stops between two tokens ──> load ──> canary ──> it goes on
+    update_weights ──> the thread stops between two tokens ──> load ──> canary ──> it continues
 
-As with vLLM's pause, turns in flight are frozen while weights are exchanged; what was cached under the old ones is forgotten, and computed
-again by the new ones when the turn goes on. A turn's version is that of its first token. What the thread cannot do ends the run.
+As with vLLM's pause, turns in flight are frozen while weights are exchanged. Their caches are dropped, and recomputed with the new weights
+when the turns continue. A turn's version is that of its first token. An error in the thread ends the run.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ Answer = TypeVar("Answer")
 
 _NAME = "engine 0"
 _BATCH_TOKENS = 8192
-"""Padded tokens of one prefill or of one batch of probes, where there is more than one sequence."""
+"""Most padded tokens of a prefill or a batch of probes with more than one sequence."""
 
 _END_TIMEOUT_S = 20
 
 
 @dataclass(eq=False, slots=True)
 class _Turn:
-    """One turn that is sampled."""
+    """One turn being sampled."""
 
     context: list[int]
     max_tokens: int
@@ -56,13 +56,13 @@ class _Turn:
     top_logprobs: int
     done: Future[Completion] = field(default_factory=Future)
     version: int = -1
-    """Of the weights that sampled the first token; -1 before it."""
+    """Version of the weights that sampled the first token; -1 before it."""
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     entropies: list[float] = field(default_factory=list)
     finish: Literal["stop", "length"] | None = None
-    """Why it has ended; None while it goes on."""
+    """Why it has ended; None while it is running."""
 
     @property
     def length(self) -> int:
@@ -72,7 +72,7 @@ class _Turn:
 
 @dataclass(eq=False, slots=True)
 class _Probe:
-    """One sequence that is scored from `first` on."""
+    """One sequence to score from `first` on."""
 
     token_ids: list[int]
     first: int
@@ -86,7 +86,7 @@ class TorchEngine:
         self._config, self._engine = config, config.rollout.engine
         self._tokenizer = load_tokenizer(config.model.path)
         self._stop_strings = protocol_of(config.rollout).stop
-        # Every token is at least one byte, so a text that ends in the newest token began at most so many tokens ago.
+        # Every token is at least one byte, so a stop string that ends in the newest token spans at most so many tokens.
         self._stop_window = max((len(stop.encode()) for stop in self._stop_strings), default=0)
         rows = embedding_rows(config.model.path)
         self._stop_tokens = frozenset(stop_tokens(self._tokenizer, rows))
@@ -97,10 +97,10 @@ class TorchEngine:
         self._model: TorchModel | None = None
         self._version = 0
         self._asleep = False
-        # What follows belongs to the thread while it steps, and to whoever holds the condition while it does not.
+        # The following belongs to the thread while it steps, and otherwise to the holder of the condition.
         self._state = threading.Condition()
         self._open: set[_Turn | _Probe] = set()
-        """Whoever waits for an answer that nobody has given."""
+        """Requests without an answer."""
 
         self._waiting: deque[_Turn] = deque()
         self._probes: deque[_Probe] = deque()
@@ -131,7 +131,7 @@ class TorchEngine:
         self.close()
 
     def close(self) -> None:
-        """End the thread; whoever still waits is told."""
+        """End the thread; waiting requests fail."""
         with self._state:
             self._closing = True
             self._state.notify_all()
@@ -140,7 +140,7 @@ class TorchEngine:
         self._stop(EnginesEnded("the engines were closed"))
 
     def _stop(self, problem: RunStopped) -> None:
-        """The run cannot go on: tell everybody who waits, and everybody who will ask."""
+        """The run cannot go on: fail all waiting and all future requests."""
         with self._state:
             self._problem = self._problem or problem
             left = list(self._open)
@@ -150,12 +150,12 @@ class TorchEngine:
                 request.done.set_exception(self._problem)
 
     def _answer(self, request: Any, answer: Any) -> None:
-        """Tell who asked, if anybody still waits."""
+        """Answer a request, if its caller still waits."""
         if self._is_awaited(request):
             request.done.set_result(answer)
 
     def _is_awaited(self, request: Any) -> bool:
-        """Whether somebody waits for it whom nobody has told: the caller does then, and nobody after it."""
+        """True, once, if the request's caller still waits; whoever gets True must answer."""
         with self._state:
             if request not in self._open:
                 return False
@@ -175,7 +175,7 @@ class TorchEngine:
         top_logprobs: int = 0,
         experts_from: int | None = None,
     ) -> Completion:
-        """Sample one turn. Raises EngineError where it does not fit the context or takes too long."""
+        """Sample one turn. Raises EngineError if it does not fit the context or takes too long."""
         assert experts_from is None, "this engine returns no experts"
         room = self._config.rollout.max_context - len(token_ids)
         self._require("a turn", token_ids, room)
@@ -183,7 +183,7 @@ class TorchEngine:
         return await self._ask("a turn", turn, self._waiting, turn.done)
 
     async def score_probe(self, token_ids: list[int], first: int, *, key: str) -> ProbeScore:
-        """Raw log-probs of `token_ids[first:]`. Raises EngineError where they are no log-probs, or take too long."""
+        """Raw log-probs of `token_ids[first:]`. Raises EngineError if they are not valid, or take too long."""
         assert 1 <= first < len(token_ids), f"tokens from {first} on of {len(token_ids)} cannot be scored"
         self._require("a probe", token_ids, self._config.rollout.max_context + 1 - len(token_ids))
         probe = _Probe(list(token_ids), first)
@@ -211,7 +211,7 @@ class TorchEngine:
                 self._open.discard(request)
 
     def _require(self, what: str, token_ids: Sequence[int], room: int) -> None:
-        """What would fail inside a batch is refused alone."""
+        """Refuse a request that would make its batch fail."""
         rows = self._served.vocab_size
         if room < 1:
             raise EngineError(f"{_NAME} refused {what}: {len(token_ids)} tokens leave no room in rollout.max_context")
@@ -222,7 +222,7 @@ class TorchEngine:
 
     def _work(self) -> None:
         try:
-            # A thread begins on the first GPU, wherever the one that started it is.
+            # A new thread uses the first GPU, whatever its parent uses.
             with torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext():
                 while self._may_step():
                     try:
@@ -231,11 +231,11 @@ class TorchEngine:
                         with self._state:
                             self._stepping = False
                             self._state.notify_all()
-        except Exception as error:  # noqa: BLE001  (nobody would ever be told, and everybody would wait)
+        except Exception as error:  # noqa: BLE001  (otherwise all requests would wait for ever)
             self._stop(EnginesEnded(f"{_NAME} failed: {type(error).__name__}: {error}"))
 
     def _may_step(self) -> bool:
-        """Wait until there is something to do, and begin it; False at the end."""
+        """Wait for work; False at the end."""
         with self._state:
             self._state.wait_for(lambda: self._closing or self._problem or (not self._frozen and self._has_work))
             self._stepping = not self._closing and self._problem is None
@@ -246,7 +246,7 @@ class TorchEngine:
         return bool(self._waiting or self._probes or self._running)
 
     def _step(self) -> None:
-        """One token for every turn that runs, the first one of those that begin, and the probes that have come."""
+        """Sample one token for every new and running turn, and score the waiting probes."""
         if admitted := self._take(self._waiting, self._slots - len(self._running)):
             logits = self._served.prefill([turn.context + turn.token_ids for turn in admitted], len(self._running))
             self._running += admitted
@@ -262,7 +262,7 @@ class TorchEngine:
                 self._answer(probe, ProbeScore(tuple(logprobs), self._version))
 
     def _take(self, queue: deque[Any], most: int) -> list[Any]:
-        """The first requests of a queue, as many as may go into one batch; those that nobody waits for any more are left out."""
+        """The first requests of a queue, as many as fit into one batch; cancelled ones are dropped."""
         taken: list[Any] = []
         longest = 0
         with self._state:
@@ -296,7 +296,7 @@ class TorchEngine:
             turn.finish = self._finish(turn)
 
     def _retire(self) -> None:
-        """Answer the turns that have ended, and let the last ones take their slots."""
+        """Answer the turns that have ended, and move the last turns into their slots."""
         for slot in reversed(range(len(self._running))):
             turn = self._running[slot]
             if turn.finish is None and not turn.done.cancelled():
@@ -309,7 +309,7 @@ class TorchEngine:
                 self._answer(turn, Completion(turn.token_ids, turn.logprobs, turn.finish, turn.version, turn.entropies))
 
     def _finish(self, turn: _Turn) -> Literal["stop", "length"] | None:
-        """Why a turn ends here; None where it goes on."""
+        """Why a turn ends here; None if it continues."""
         if turn.token_ids[-1] in self._stop_tokens:
             return "stop"
         if self._stop_strings:
@@ -329,8 +329,8 @@ class TorchEngine:
     ) -> dict[str, float]:
         """Replace all weights and serve them as `version` once they have passed the canary; returns metrics. Raises SyncError.
 
-        Requests that come meanwhile wait, and turns in flight go on afterwards. An engine that sleeps takes the memory of its weights
-        first, and that of its cache when `exported` has returned.
+        New requests wait meanwhile, and turns in flight continue afterwards. A sleeping engine first allocates memory for the weights,
+        and for its cache when `exported` has returned.
         """
         started = time.monotonic()
         self._freeze()
@@ -360,7 +360,7 @@ class TorchEngine:
         }
 
     def sleep(self) -> None:
-        """Give the device's memory back when the last request has ended; the next weights end the sleep."""
+        """Free the device's memory when the last request has ended; the next weights end the sleep."""
         with self._state:
             limit = self._config.sync.base_s
             if not self._state.wait_for(lambda: self._problem or not (self._has_work or self._stepping), timeout=limit):
@@ -371,7 +371,7 @@ class TorchEngine:
         self._served.leave()
 
     def _freeze(self) -> None:
-        """Returns when the thread stands between two tokens; turns in flight will be prefilled again."""
+        """Stop the thread between two tokens; turns in flight will be prefilled again."""
         with self._state:
             if self._problem is not None:
                 raise self._problem
@@ -400,7 +400,7 @@ def _tokens(request: _Turn | _Probe) -> int:
 
 
 def _device(config: Config) -> torch.device:
-    """That of the main rank."""
+    """The main rank's device."""
     if config.run.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())

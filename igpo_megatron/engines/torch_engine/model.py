@@ -1,12 +1,11 @@
 """The policy in transformers, for generation: prefill, one token for every running sequence, scores, new weights.
 
-    prefill   contexts padded on the right, plainly causal: no token sees the padding behind it, whose keys are overwritten before they are
-              looked at
+    prefill   contexts padded on the right, causal: no token sees the padding, whose keys are overwritten before they are used
     decode    one token per slot at its own position, with a mask of the positions filled so far
     score     as prefill, without the cache
 
-transformers' own continuous batching (read in 5.17 and 5.19) was not enough: it samples a batch from one generator, so that what a request
-gets depends on those beside it; it stops at token ids but not at texts, scores no prompts, and cannot be paused for new weights.
+transformers' own continuous batching (as of 5.17 and 5.19) does not suffice: it samples a batch from one generator, so a request's result
+depends on the others in the batch; it stops at token ids but not at texts, scores no prompts, and cannot be paused for new weights.
 """
 
 from __future__ import annotations
@@ -29,10 +28,10 @@ _LOGIT_ROWS = 512
 
 
 class TorchModel:
-    """One model with `slots` sequences of up to `capacity` tokens. Not to be called by two threads at once."""
+    """One model with `slots` sequences of up to `capacity` tokens. Not thread-safe."""
 
     def __init__(self, folder: Path, *, dtype: torch.dtype, device: torch.device, slots: int, capacity: int) -> None:
-        """Raises UserError for a model whose layers do not all attend to all earlier tokens, or that scales or caps its head's logits."""
+        """Raises UserError if a layer does not attend to all earlier tokens, or if the model scales or caps its head's logits."""
         bar = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()
         try:
@@ -46,8 +45,8 @@ class TorchModel:
                 f"{folder}: rollout.engine.backend=torch serves models whose layers attend to all earlier tokens; this one's caches are "
                 f"{sorted(kind.__name__ for kind in kinds)}; use backend=vllm"
             )
-        # For bf16 on Hopper torch prefers cuDNN's attention, which takes tenths of a second to plan each shape that it has not seen: here
-        # every length that turns reach. Its other kernels have one form for all.
+        # For bf16 on Hopper torch prefers cuDNN's attention, which takes tenths of a second to plan each new shape: here every length that
+        # turns reach. torch's other kernels need no planning.
         torch.backends.cuda.enable_cudnn_sdp(False)
         self._model = model.to(device).eval().requires_grad_(False)
         self._device = device
@@ -65,7 +64,7 @@ class TorchModel:
 
     @torch.inference_mode()
     def prefill(self, contexts: Sequence[Sequence[int]], first_slot: int) -> torch.Tensor:
-        """Fill the slots from `first_slot` on; returns the logits behind each context. [rows, V]"""
+        """Fill the slots from `first_slot` on; returns the logits after each context. [rows, V]"""
         cache = self._slots
         cache.window.first_slot, cache.window.positions = first_slot, None
         hidden = self._hidden(self._padded(contexts), past_key_values=cache, use_cache=True)
@@ -74,7 +73,7 @@ class TorchModel:
 
     @torch.inference_mode()
     def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
-        """Give slot i token `tokens[i]` at `positions[i]`, those before it filled; returns the logits behind it. [rows, V]"""
+        """Put token `tokens[i]` at `positions[i]` of slot i, filled up to there; returns the logits after it. [rows, V]"""
         cache = self._slots
         at = torch.tensor(positions, device=self._device)
         cache.window.positions, cache.window.length = at, max(positions) + 1
@@ -97,7 +96,7 @@ class TorchModel:
         return [[next(scores) for _ in range(len(ids) - first)] for ids, first in zip(sequences, firsts, strict=True)]
 
     def move(self, source: int, target: int, length: int) -> None:
-        """Slot `target` takes over the first `length` tokens of slot `source`."""
+        """Copy the first `length` tokens of slot `source` to slot `target`."""
         self._slots.move(source, target, length)
 
     # ---- weights and memory
@@ -107,7 +106,7 @@ class TorchModel:
         return torch_weights.load(named_tensors, self._places, version, engine)
 
     def leave(self) -> None:
-        """Give back the memory of weights and cache; their contents are forgotten."""
+        """Free the memory of weights and cache; their contents are lost."""
         self._cache = None
         parameters = list(self._model.parameters())
         self._shapes = [parameter.shape for parameter in parameters]
@@ -118,13 +117,13 @@ class TorchModel:
             torch.cuda.empty_cache()
 
     def take_weights(self) -> None:
-        """Take the memory of the weights again, to be loaded before anything is computed."""
+        """Allocate the weights again; they must be loaded before anything is computed."""
         for parameter, shape in zip(self._model.parameters(), self._shapes, strict=True):
             parameter.data = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
         self._places = torch_weights.places(self._model)
 
     def take_cache(self) -> None:
-        """Take the memory of the cache, or take it again."""
+        """Allocate the cache, at first or again."""
         self._cache = SlotCache(self._num_layers, self._cache_shape, self._dtype, self._device)
 
     # ---- inside
@@ -145,7 +144,7 @@ class TorchModel:
 
     @torch.inference_mode()
     def _require_plain_logits(self, folder: Path) -> None:
-        """`_logits` must be what the whole model says; some families, such as Granite, divide them once more."""
+        """`_logits` must equal the model's own logits; some families, such as Granite, scale them afterwards."""
         ids = torch.tensor([[0, 1]], device=self._device)
         whole, ours = self._model(input_ids=ids, use_cache=False).logits, self._logits(self._hidden(ids, use_cache=False))
         if float((whole - ours).abs().max()) > 0.02 * float(whole.abs().max()):

@@ -1,4 +1,4 @@
-"""From logits to a sampled token, its log-prob and its entropy, row by row: no row depends on those beside it.
+"""From logits to a sampled token, its log-prob and its entropy. Rows are independent of each other.
 
 logits ──barred rows, temperature──> log-probs ──argmax, or one uniform number per row──> tokens
 """
@@ -11,7 +11,7 @@ import torch
 def processed_logprobs(logits: torch.Tensor, temperatures: torch.Tensor, barred: torch.Tensor | None) -> torch.Tensor:
     """[N, V] fp32 log-probs that tokens are sampled from, as vLLM's `processed_logprobs`.
 
-    `logits` [N, V]; `temperatures` [N], where 0 (greedy) scales nothing; `barred` [V], True where a row of the embedding has no token.
+    `logits` [N, V]; `temperatures` [N], 0 (greedy) does not scale; `barred` [V], True for rows of the embedding without a token.
     """
     scaled = logits.float() / torch.where(temperatures > 0, temperatures, 1.0)[:, None]
     if barred is not None:
@@ -25,9 +25,9 @@ def choose(logprobs: torch.Tensor, temperatures: torch.Tensor, uniforms: torch.T
     One number per token, drawn from a generator of the request's own, makes a turn independent of its batch and of the device's generator.
     """
     summed = logprobs.exp().cumsum(-1, dtype=torch.float64)
-    # The first sum above the target: a token without probability adds nothing, so it is never the first.
+    # The first sum above the target: a token with probability 0 adds nothing, so it is never chosen.
     drawn = torch.searchsorted(summed, (uniforms * summed[:, -1])[:, None], right=True)[:, 0]
-    # Behind the last one only where the sums are NaN. The caller sees that; a GPU would end the process at an index that is none.
+    # Beyond the last one only if the sums are NaN. The caller detects that; on a GPU an invalid index would end the process.
     drawn = drawn.clamp(max=logprobs.shape[-1] - 1)
     return torch.where(temperatures > 0, drawn, logprobs.argmax(-1))
 

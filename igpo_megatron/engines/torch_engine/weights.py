@@ -1,6 +1,6 @@
-"""Where the weights of a Hugging Face folder lie in transformers' model, and how new ones get there.
+"""Maps the weights of a Hugging Face folder to transformers' parameters, and loads new ones.
 
-Names are the folder's, as the policy exports them; transformers keeps the experts of a layer in one tensor. A tied head is no weight of
+Names are the folder's, as the policy exports them; transformers keeps the experts of a layer in one tensor. A tied head has no weight of
 its own: it is the embedding.
 """
 
@@ -18,7 +18,7 @@ _USUAL_EXPERTS = ("mlp", "gate_proj", "up_proj", "down_proj")
 
 
 def places(model: Any) -> dict[str, torch.Tensor]:
-    """HF name -> the parameter, or the part of one, that holds it."""
+    """HF name -> its parameter, or part of one."""
     module, *experts = _EXPERTS.get(model.config.model_type, _USUAL_EXPERTS)
     return {
         name: tensor for kept, parameter in model.named_parameters() for name, tensor in _names(kept, parameter.detach(), module, *experts)
@@ -26,7 +26,7 @@ def places(model: Any) -> dict[str, torch.Tensor]:
 
 
 def _names(kept: str, tensor: torch.Tensor, module: str, gate: str, up: str, down: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """The folder's names of what transformers calls `kept`."""
+    """The folder's names, and tensors, of transformers' parameter `kept`."""
     name = kept.replace(".mlp.gate.weight", f".{module}.gate.weight")
     layer, experts, kind = name.partition(".mlp.experts.")
     if not experts:
@@ -40,7 +40,7 @@ def _names(kept: str, tensor: torch.Tensor, module: str, gate: str, up: str, dow
 
 @torch.no_grad()
 def load(named_tensors: Iterable[tuple[str, torch.Tensor]], held: Mapping[str, torch.Tensor], version: int, engine: str) -> int:
-    """Copy a whole model into `held`; returns its bytes. Raises SyncError naming the first tensor that is missing or wrong."""
+    """Copy a complete model into `held`; returns its bytes. Raises SyncError naming the first tensor that is missing or wrong."""
     missing, nbytes = dict(held), 0
     for name, tensor in named_tensors:
         place = missing.pop(name, None)

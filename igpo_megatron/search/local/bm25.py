@@ -2,7 +2,7 @@
 
 passages --tokenise title + text, drop English stopwords--> bm25s --scores--> top k above zero, ties by position in the corpus
 
-A query costs the postings of its words, not the size of the corpus, unless its words are in a good part of all passages.
+The cost of a query is the number of postings of its words, not the size of the corpus, unless many passages contain its words.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from numpy.typing import NDArray
 
 from igpo_megatron.data.corpus import Passage, read_corpus
 from igpo_megatron.search.backend import SearchBackend, require
-from igpo_megatron.search.results import SearchResult, SearchStatus
+from igpo_megatron.search.results import SearchResult
 from igpo_megatron.search.settings import Search
 from igpo_megatron.types import UserError
 
 CACHED_QUERIES = 65_536
-"""Distinct (query, k) whose hits are kept; a policy asks the same things again and again."""
+"""Distinct (query, k) whose hits are cached; policies repeat queries often."""
 
 COMMON = 0.25
-"""Postings of a query, as a share of the passages, from which adding them up in full arrays is faster."""
+"""Share of postings to passages above which a query is scored faster in full arrays."""
 
 Hits = tuple[tuple[Passage, float], ...]
 """(passage, score), best first; scores are above zero."""
@@ -40,17 +40,15 @@ class Bm25Index:
     """Okapi BM25 (Lucene's variant, the default of bm25s) over title and text. Safe to use from several threads."""
 
     def __init__(self, passages: Iterable[Passage], *, folder: Path | None = None, show_progress: bool = False):
-        """`folder`: keeps the index of these passages; read where it exists, written where it does not.
+        """`folder`: the index of these passages on disk; read if it exists, else written.
 
-        ValueError if there is nothing to index, or the folder belongs to another corpus.
+        UserError if there is nothing to index, or the folder belongs to another corpus.
         """
         # Imported here: bm25s brings numba, and vLLM cannot start in a process that has imported numba before it.
         import bm25s
 
         logging.getLogger("bm25s").setLevel(logging.WARNING)
-        self.passages = tuple(passages)
-        if not self.passages:
-            raise UserError("the corpus has no passages; expected at least one line of {id, title, text} or {id, contents}")
+        self.passages = some_passages(passages)
         self._tokenize = bm25s.tokenize
         if folder is not None and folder.is_dir():
             self._scorer = _read(folder, len(self.passages))
@@ -72,13 +70,13 @@ class Bm25Index:
             return ()
         positions, scores = self._score(known)
         k = min(k, len(scores))
-        # Everything that ties with the k-th best takes part in the sort, so that ties never depend on how numpy partitions.
+        # All passages that tie with the k-th best are sorted, so that ties do not depend on how numpy partitions.
         candidates = np.flatnonzero(scores >= np.partition(scores, -k)[-k])
         best = candidates[np.lexsort((positions[candidates], -scores[candidates]))][:k]
         return tuple((self.passages[position], float(score)) for position, score in zip(positions[best], scores[best], strict=True))
 
     def _score(self, words: Sequence[str]) -> tuple[NDArray[Any], NDArray[Any]]:
-        """(positions, scores) of the passages that share a word with these, each once, in no order."""
+        """(positions, scores) of the passages that contain one of the words, each once, unordered."""
         index = self._scorer.scores
         tokens = [self._scorer.vocab_dict[word] for word in words]
         postings = [slice(index["indptr"][token], index["indptr"][token + 1]) for token in tokens]
@@ -100,6 +98,14 @@ class Bm25Index:
         return positions, scores
 
 
+def some_passages(passages: Iterable[Passage]) -> tuple[Passage, ...]:
+    """All passages. UserError if there are none."""
+    found = tuple(passages)
+    if not found:
+        raise UserError("the corpus has no passages; expected at least one line of {id, title, text} or {id, contents}")
+    return found
+
+
 def _build(passages: Sequence[Passage], show_progress: bool) -> Any:
     import bm25s
 
@@ -113,7 +119,7 @@ def _build(passages: Sequence[Passage], show_progress: bool) -> Any:
 
 
 def _write(scorer: Any, folder: Path) -> None:
-    """A folder of that name is complete, or not there."""
+    """Write to a temporary folder and rename it, so that the folder is always complete."""
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -129,7 +135,7 @@ def _read(folder: Path, num_passages: int) -> Any:
         raise UserError(
             f"{folder} is the index of {scorer.scores['num_docs']} passages, the corpus has {num_passages}; remove it, or name another"
         )
-    # Views of the mapped files: every slice of numpy's own class for them would cost a call in Python.
+    # Plain views of the mapped files: slices of numpy's memmap class cost a Python call each.
     scorer.scores |= {name: np.asarray(scorer.scores[name]) for name in ("data", "indices", "indptr")}
     return scorer
 
@@ -140,15 +146,18 @@ class CorpusClient(SearchBackend):
     needs: ClassVar[tuple[tuple[str, str], ...]] = (("corpus", ", a file of JSON lines {id, title, text}"),)
     in_process = True
 
+    def __init__(self, index: Any, top_k: int):
+        self.index, self.top_k = index, top_k
+
     @classmethod
     def problems(cls, search: Search) -> Iterator[str]:
-        """What is missing, the file among it."""
+        """Missing settings, and a missing file."""
         yield from super().problems(search)
         if search.corpus is not None and not search.corpus.is_file():
             yield f"search.corpus={search.corpus}: no such file; expected JSON lines {{id, title, text}}"
 
     async def close(self) -> None:
-        """Nothing to give back."""
+        """Nothing to release."""
 
 
 class Bm25Client(CorpusClient):
@@ -156,10 +165,6 @@ class Bm25Client(CorpusClient):
 
     provider = "bm25"
     decides = ("corpus", "top_k")
-
-    def __init__(self, index: Bm25Index, top_k: int):
-        self.index = index
-        self.top_k = top_k
 
     @classmethod
     def open(cls, search: Search) -> Bm25Client:
@@ -170,16 +175,10 @@ class Bm25Client(CorpusClient):
 
     async def search(self, queries: Sequence[str]) -> list[SearchResult]:
         """One result per query: ok or empty."""
-        return [await self._one(query) for query in queries]
-
-    async def _one(self, query: str) -> SearchResult:
-        start = time.perf_counter()
-        # In a thread: over a large corpus a query takes long enough to hold up every other trajectory.
-        hits = await asyncio.to_thread(self.index.search, query, self.top_k)
-        return SearchResult(
-            query=query,
-            status=SearchStatus.OK if hits else SearchStatus.EMPTY,
-            provider=self.provider,
-            passages=tuple(passage for passage, _ in hits),
-            latency_s=time.perf_counter() - start,
-        )
+        results = []
+        for query in queries:
+            start = time.perf_counter()
+            # In a thread: over a large corpus a query takes long enough to delay every other trajectory.
+            hits = await asyncio.to_thread(self.index.search, query, self.top_k)
+            results.append(SearchResult.answered(query, self.provider, [passage for passage, _ in hits], time.perf_counter() - start))
+        return results

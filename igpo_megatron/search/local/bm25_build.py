@@ -1,9 +1,9 @@
-"""Build a BM25 index on disk, in bm25s's own form, from passages that come one at a time: memory does not grow with the corpus.
+"""Build a BM25 index on disk, in bm25s's format, from a stream of passages: memory does not hold the corpus.
 
 pass 1   passage ──words──> postings (word, passage, count) spilled to a file; lengths and numbers of passages per word counted
 pass 2   a block of postings ──score (Lucene's BM25)──> its place in the index, which is sorted by word
 
-What stays in memory is the vocabulary, a number per passage and one block. The index is the one that bm25s would have built.
+Memory holds the vocabulary, one number per passage and one block. The index equals the one that bm25s would build.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -25,16 +25,16 @@ from igpo_megatron.types import UserError
 
 POSTING = np.dtype([("word", np.int32), ("passage", np.int32), ("count", np.int32)])
 PASSAGES = 2048
-"""Tokenised at once."""
+"""Number of passages tokenised at once."""
 
 BLOCK = 2**22
-"""Postings placed at once: 48 MiB, and a few times that while they are sorted."""
+"""Postings placed at once: 48 MiB, and several times that during sorting."""
 
 
 def build_index(passages: Iterable[Passage], folder: Path, on_placed: Callable[[int, int], None] = lambda done, total: None) -> int:
     """Write the index of `passages` into `folder` and return their number. Read it with `bm25s.BM25.load(folder, mmap=True)`.
 
-    `on_placed`: (postings in place, of all), during the second pass. UserError where there is nothing to index.
+    `on_placed`: called with (postings placed, total) during the second pass. UserError if there is nothing to index.
     """
     # Imported here: bm25s brings numba, and vLLM cannot start in a process that has imported numba before it.
     import bm25s
@@ -44,7 +44,8 @@ def build_index(passages: Iterable[Passage], folder: Path, on_placed: Callable[[
     words: dict[str, int] = {}
     lengths, frequencies = array("i"), array("q")
     with spilled.open("wb") as file:
-        for batch in _batches(passages, PASSAGES):
+        rest = iter(passages)
+        while batch := list(islice(rest, PASSAGES)):
             texts = [f"{passage.title} {passage.text}" for passage in batch]
             tokens = bm25s.tokenize(texts, stopwords="en", return_ids=False, show_progress=False)
             file.write(_postings(tokens, words, lengths, frequencies))
@@ -62,14 +63,8 @@ def build_index(passages: Iterable[Passage], folder: Path, on_placed: Callable[[
     return len(lengths)
 
 
-def _batches(passages: Iterable[Passage], size: int) -> Iterator[list[Passage]]:
-    rest = iter(passages)
-    while batch := list(islice(rest, size)):
-        yield batch
-
-
 def _postings(tokens: list[list[str]], words: dict[str, int], lengths: array[int], frequencies: array[int]) -> bytes:
-    """The postings of some passages; new words, lengths and numbers of passages per word are added to the counts."""
+    """The postings of some passages; updates `words`, `lengths` and `frequencies` (passages per word)."""
     found: list[tuple[int, int, int]] = []
     for passage_words in tokens:
         for word, count in Counter(passage_words).items():

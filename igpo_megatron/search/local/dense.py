@@ -2,7 +2,7 @@
 
 passages --prefix, encode, normalise--> vectors [N, D] ── FAISS flat index, or numpy ──> top k
 
-sentence-transformers is needed for encoding, FAISS only makes it faster; neither is installed by default.
+sentence-transformers is required for encoding; FAISS is optional and faster. Neither is installed by default.
 """
 
 from __future__ import annotations
@@ -21,15 +21,18 @@ from numpy.typing import NDArray
 
 from igpo_megatron.data.corpus import Passage, join_contents, read_corpus
 from igpo_megatron.search.backend import require
-from igpo_megatron.search.local.bm25 import CorpusClient
-from igpo_megatron.search.results import SearchResult, SearchStatus
+from igpo_megatron.search.local.bm25 import CorpusClient, some_passages
+from igpo_megatron.search.results import SearchResult
 from igpo_megatron.search.settings import Search
 from igpo_megatron.types import UserError
 
 Vectors = NDArray[np.float32]
 """[N, D], rows of length 1."""
 
-INSTALL = "install igpo-megatron[dense] (sentence-transformers and faiss-cpu)"
+NOT_INSTALLED = (
+    "search.backend=dense needs sentence-transformers, which is not installed; install igpo-megatron[dense] (sentence-transformers and "
+    "faiss-cpu)"
+)
 
 
 class Encoder(Protocol):
@@ -45,7 +48,7 @@ def sentence_transformer(name: str) -> Encoder:
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError:
-        raise UserError(f"search.backend=dense needs sentence-transformers, which is not installed; {INSTALL}") from None
+        raise UserError(NOT_INSTALLED) from None
     try:
         model = SentenceTransformer(name)
     except (OSError, ValueError) as error:
@@ -66,13 +69,11 @@ class DenseIndex:
         vectors: Path | None = None,
         encoder: str = "",
     ):
-        """`vectors`: file that keeps the embeddings of the encoder called `encoder`.
+        """`vectors`: file of the embeddings by the encoder named `encoder`.
 
-        ValueError if there is nothing to index, or the file belongs to another encoder or other passages.
+        UserError if there is nothing to index, or the file belongs to another encoder or other passages.
         """
-        self.passages = tuple(passages)
-        if not self.passages:
-            raise UserError("the corpus has no passages; expected at least one line of {id, title, text} or {id, contents}")
+        self.passages = some_passages(passages)
         self._encode = encode
         self._query_prefix = query_prefix
         self._encoding = threading.Lock()
@@ -82,7 +83,7 @@ class DenseIndex:
 
     def search(self, queries: Sequence[str], k: int) -> list[tuple[tuple[Passage, float], ...]]:
         """Per query the `k` best (passage, cosine), best first."""
-        with self._encoding:  # encoders are not made for threads
+        with self._encoding:  # encoders are not thread-safe
             asked = unit_rows(self._encode([self._query_prefix + query for query in queries]))
         scores, rows = self._nearest(asked, min(k, len(self.passages)))
         return [
@@ -107,7 +108,7 @@ def _numpy(vectors: Vectors) -> Any:
 
 
 def _faiss(vectors: Vectors) -> Any:
-    """The same by FAISS; None where it is not installed."""
+    """The same by FAISS; None if it is not installed."""
     try:
         import faiss
     except ImportError:
@@ -118,14 +119,14 @@ def _faiss(vectors: Vectors) -> Any:
 
 
 def _kept(path: Path, encoder: str, texts: list[str], encode: Encoder) -> Vectors:
-    """The vectors in a file, computed and written if it is missing. They belong to this encoder and these texts, or UserError."""
+    """The vectors in a file, computed and written if it is missing. UserError if they belong to another encoder or other texts."""
     digest = hashlib.blake2b("\0".join([encoder, *texts]).encode(), digest_size=16).hexdigest()
     if not path.is_file():
         vectors = unit_rows(encode(texts))
         path.parent.mkdir(parents=True, exist_ok=True)
-        whole = path.with_name(path.name + ".part.npz")  # numpy would add the ending
-        np.savez(whole, vectors=vectors, digest=np.array(digest))
-        whole.replace(path)
+        part = path.with_name(path.name + ".part.npz")  # numpy would add the suffix
+        np.savez(part, vectors=vectors, digest=np.array(digest))
+        part.replace(path)
         return vectors
     with np.load(path) as kept:
         if str(kept["digest"]) != digest:
@@ -142,18 +143,14 @@ class DenseClient(CorpusClient):
 
     @classmethod
     def problems(cls, search: Search) -> Iterator[str]:
-        """What is missing, the library among it. A replay encodes nothing."""
+        """Missing settings, and a missing library. A replay encodes nothing."""
         yield from super().problems(search)
         if search.mode != "replay" and find_spec("sentence_transformers") is None:
-            yield "search.backend=dense needs sentence-transformers, which is not installed; install igpo-megatron[dense]"
-
-    def __init__(self, index: DenseIndex, top_k: int):
-        self.index = index
-        self.top_k = top_k
+            yield NOT_INSTALLED
 
     @classmethod
     def open(cls, config: Search) -> DenseClient:
-        """Load the encoder, read and embed `search.corpus`. UserError where something is missing."""
+        """Load the encoder, read and embed `search.corpus`. UserError if something is missing."""
         require(cls, config)
         assert config.corpus is not None and config.encoder is not None
         index = DenseIndex(
@@ -167,19 +164,10 @@ class DenseClient(CorpusClient):
         return cls(index, config.top_k)
 
     async def search(self, queries: Sequence[str]) -> list[SearchResult]:
-        """One result per query: the nearest passages, however far they are. A query without words is empty."""
+        """One result per query: the nearest passages, at any distance. A query without words is `empty`."""
         start = time.perf_counter()
         asked = [query for query in queries if query.strip()]
         found = await asyncio.to_thread(self.index.search, asked, self.top_k) if asked else []
         took = time.perf_counter() - start
-        hits = dict(zip(asked, found, strict=True))
-        return [
-            SearchResult(
-                query,
-                SearchStatus.OK if query in hits else SearchStatus.EMPTY,
-                self.provider,
-                tuple(passage for passage, _ in hits.get(query, ())),
-                latency_s=took,
-            )
-            for query in queries
-        ]
+        hits = {query: [passage for passage, _ in best] for query, best in zip(asked, found, strict=True)}
+        return [SearchResult.answered(query, self.provider, hits.get(query, ()), took) for query in queries]

@@ -1,6 +1,6 @@
-"""Where the index of a corpus lies: FILE.jsonl.index/KIND-<digest of the passages and of what made the index>.
+"""The path of a corpus's index: FILE.jsonl.index/KIND-<digest of the passages and the index's settings>.
 
-Who builds it and who serves it agree on the place by the passages alone, so an unchanged corpus finds its index again.
+The builder and the server derive the path from the passages alone, so an unchanged corpus finds its index again.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from igpo_megatron.data.corpus import Passage
 
 
 class Digest:
-    """A name for what an index is made of: the passages in order, and the settings."""
+    """A digest of what an index is made of: the passages in order, and the settings."""
 
     def __init__(self, *settings: str) -> None:
         self._state = hashlib.blake2b("\0".join(settings).encode(), digest_size=8)
 
     def of(self, passages: Iterable[Passage]) -> Iterator[Passage]:
-        """The passages, counted in on their way."""
+        """The same passages; each is added to the digest as it passes."""
         for passage in passages:
             self._state.update("\0".join(("", passage.doc_id, passage.title, passage.text)).encode(errors="surrogatepass"))
             yield passage
@@ -40,7 +40,7 @@ def digest(passages: Iterable[Passage], *settings: str) -> str:
 
 
 def bm25_settings() -> tuple[str, ...]:
-    """What an index by bm25s depends on beside the passages: its version decides the format."""
+    """What a bm25s index depends on besides the passages: the library's version determines the format."""
     return (version("bm25s"),)
 
 

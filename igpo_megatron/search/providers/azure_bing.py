@@ -1,4 +1,4 @@
-"""Bing Web Search v7, the format alone, since Microsoft retired the service in August 2025.
+"""The format of Bing Web Search v7. Microsoft retired the service in August 2025; other servers still speak it.
 
 GET ?q&mkt&count -> webPages.value[] of {name, url, snippet}
 """

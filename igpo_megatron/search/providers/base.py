@@ -1,4 +1,4 @@
-"""What a search provider is to the HTTP engine: a request to build, an answer to read, refusals to recognise.
+"""The data that providers exchange with the HTTP client: requests, passages, keys and signs of refusal.
 
 queries --request--> Request ──(http.py)──> decoded JSON --read--> passages per query
 """
@@ -21,7 +21,7 @@ Passages = tuple[Passage, ...]
 
 
 class Unreadable(ValueError):
-    """An answer of another shape than the provider's protocol; the message says what was expected."""
+    """An answer that does not have the provider's format; the message says what was expected."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +35,9 @@ class Secret:
 
     @classmethod
     def from_config(cls, config: Search, usual: str | None) -> Secret | None:
-        """The back-end's key, in the variable `usual` unless the settings name one; None where it needs none.
+        """The back-end's key, from the variable `usual` unless the settings name another; None if it needs none.
 
-        Raises UserError where its variable is not set.
+        Raises UserError if its variable is not set.
         """
         variable = config.api_key_env or usual
         if variable is None:
@@ -50,13 +50,13 @@ class Secret:
 
 
 def blot(text: str, key: Secret | None) -> str:
-    """Text without the key, in any of the forms it is sent in."""
+    """The text without the key, in any form in which it is sent."""
     return text if key is None else blot_value(text, key.value)
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One HTTP request. Never shown as a whole: headers and parameters may hold the key."""
+    """One HTTP request. Headers and parameters may contain the key, so they are never shown."""
 
     method: Literal["GET", "POST"]
     url: str
@@ -67,12 +67,12 @@ class Request:
 
 
 Meaning = Literal["key", "quota", "limited"]
-"""The key is refused; nothing is left to spend; slower, please. The first two stop the run."""
+"""The key is refused; the quota is used up; the rate is too high. The first two stop the run."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sign:
-    """How one provider's refusal is told apart where the HTTP status alone does not say it."""
+    """How to recognise one provider's refusal if the HTTP status is not enough."""
 
     meaning: Meaning
     words: str = ""
@@ -82,5 +82,5 @@ class Sign:
     """HTTP status; None for any."""
 
     def fits(self, status: int, body: str) -> bool:
-        """True if this refusal is meant."""
+        """True if a response is this refusal."""
         return self.status in (None, status) and re.search(self.words, body, re.IGNORECASE) is not None

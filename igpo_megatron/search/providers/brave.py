@@ -18,7 +18,7 @@ class Brave(WebApi):
     most_chars = 400
 
     def ask(self, query: str) -> Request:
-        few_words = " ".join(query.split()[:50])  # Brave's limit, beside that on characters
+        few_words = " ".join(query.split()[:50])  # Brave limits words as well as characters
         params = {"q": few_words, "count": str(self.top_k), "country": self.country.upper(), "search_lang": self.language}
         return Request("GET", self.url, {**params, "text_decorations": "false"}, {"X-Subscription-Token": self.key.value})
 

@@ -26,13 +26,8 @@ class BrightData(WebApi):
     )
 
     def ask(self, query: str) -> Request:
-        page = {
-            "q": query,
-            "mkt": f"{self.language}-{self.country.upper()}",
-            "setLang": self.language,
-            "cc": self.country,
-            "brd_json": "1",
-        }
+        market = f"{self.language}-{self.country.upper()}"
+        page = {"q": query, "mkt": market, "setLang": self.language, "cc": self.country, "brd_json": "1"}
         body = {"zone": self.zone, "url": f"https://www.bing.com/search?{urlencode(page)}", "format": "raw"}
         return Request("POST", self.url, headers=bearer(self.key), body=body)
 

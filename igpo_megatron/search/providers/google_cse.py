@@ -26,7 +26,7 @@ class GoogleCse(WebApi):
     official = "https://www.googleapis.com/customsearch/v1"
     signs = (
         Sign("key", "API_KEY_INVALID|API key not valid|keyInvalid"),
-        # Before the next: the daily quota is refused with rateLimitExceeded as well.
+        # Must come first: a used-up daily quota is refused with rateLimitExceeded as well.
         Sign("quota", "queries per day|dailyLimitExceeded"),
         Sign("limited", "rateLimitExceeded|RATE_LIMIT_EXCEEDED"),
     )
@@ -41,6 +41,6 @@ class GoogleCse(WebApi):
 
 
 def _long_pieces(snippet: Any) -> str:
-    """The parts between the dots of a snippet that are more than a few stray words."""
+    """The parts of a snippet between ellipses that have more than five words."""
     pieces = [piece.strip() for piece in re.split(r"\.\.\.|…", snippet)] if isinstance(snippet, str) else []
     return " ".join(piece for piece in pieces if len(piece.split()) > 5)

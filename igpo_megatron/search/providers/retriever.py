@@ -21,10 +21,10 @@ from igpo_megatron.search.settings import Search
 
 @dataclass(frozen=True, kw_only=True)
 class Retriever(HttpBackend):
-    """Back-end of all queries of a search in one request."""
+    """Sends all queries of a search in one request."""
 
     return_scores: bool = True
-    """Either form of answer is read. Search-R1's stock server breaks when asked for none."""
+    """Both forms of answer are read. Search-R1's stock server fails if scores are not requested."""
 
     provider = "retriever"
     decides = ("url", "top_k")
@@ -32,7 +32,7 @@ class Retriever(HttpBackend):
 
     @classmethod
     def problems(cls, search: Search) -> Iterator[str]:
-        """The address is missing, or none."""
+        """The address is missing or invalid."""
         if not (search.url or "").startswith(("http://", "https://")):
             yield f"search.backend=retriever needs search.url, such as http://127.0.0.1:8000/retrieve; found {search.url!r}"
 

@@ -1,6 +1,6 @@
-"""What all web search APIs share. The files beside it are one provider each: the request for a query, and where its passages are.
+"""Shared code of all web search APIs. Each other file here is one provider: its request, and where its passages are.
 
-A result's snippet becomes a passage's text (its title where it has none), its address the passage's id.
+A result's snippet becomes a passage's text (its title if there is no snippet), its address the passage's id.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from igpo_megatron.search.providers.base import Passages, Request, Secret, Unrea
 
 @dataclass(frozen=True, kw_only=True)
 class WebApi(HttpBackend):
-    """What all of them share: one query per request, a key, a country, a language."""
+    """One query per request, with a key, a country and a language."""
 
     key: Secret
     country: str
@@ -30,7 +30,7 @@ class WebApi(HttpBackend):
     batch = 1
     decides: ClassVar[tuple[str, ...]] = ("country", "language", "top_k")
     most_chars: ClassVar[int] = 2048
-    """A longer query is cut: it would be refused, and that is the policy's doing, not the provider's."""
+    """Longer queries are cut: a refusal would count as the provider's failure, though the policy caused it."""
 
     def request(self, queries: Sequence[str]) -> Request:
         """The request for the only query."""
@@ -40,10 +40,10 @@ class WebApi(HttpBackend):
     def read(self, answer: Any, num_queries: int) -> list[Passages]:
         """The passages of the only query, `top_k` at most."""
         found = self.passages(answer)
-        told = [passage for passage in found if passage.text]
-        if found and not told:
+        useful = [passage for passage in found if passage.text]
+        if found and not useful:
             raise Unreadable(f"expected results with a text; none of {len(found)} has one")
-        return [tuple(told[: self.top_k])]
+        return [tuple(useful[: self.top_k])]
 
     @abstractmethod
     def ask(self, query: str) -> Request:
@@ -55,11 +55,11 @@ class WebApi(HttpBackend):
 
 
 OTHER = object()
-"""Stands for what is inside something that has no inside, which is not the same as absent."""
+"""Marks a path that leads into something that is not an object, which differs from an absent key."""
 
 
 def items(answer: Any, *path: str, echo: Callable[[Mapping[str, Any]], bool] = lambda answer: False) -> list[dict[str, Any]]:
-    """The list of objects at `path`; [] where it is absent from a body that `echo` knows for an answer. Raises Unreadable."""
+    """The list of objects at `path`; [] if it is absent and `echo` recognises the body as an answer. Raises Unreadable."""
     found = answer
     for key in path:
         found = found.get(key) if isinstance(found, dict) else OTHER
@@ -71,10 +71,9 @@ def items(answer: Any, *path: str, echo: Callable[[Mapping[str, Any]], bool] = l
 
 
 def passage(item: Mapping[str, Any], *texts: str, title: str = "title", link: str = "link") -> Passage:
-    """A result as a passage; its text is the first of the named fields that says something, else the title."""
+    """A result as a passage; its text is the first named field that is not empty, else the title."""
     name = _text(item, title)
-    said = next((text for key in texts if (text := _text(item, key))), name)
-    return Passage(_text(item, link), name, said)
+    return Passage(_text(item, link), name, next((text for key in texts if (text := _text(item, key))), name))
 
 
 def _text(item: Mapping[str, Any], key: str) -> str:

@@ -1,1 +1,1 @@
-"""Runs the policy's code: tool.py is the tool, runner.py the jail that it starts."""
+"""Runs the policy's code: tool.py is the tool, runner.py the sandbox that it starts."""

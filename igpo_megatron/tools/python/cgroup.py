@@ -1,6 +1,6 @@
-"""A control group that lets a sandbox have so many processes and threads, where the system lets us make one (Linux, v1 or v2).
+"""A control group that limits a sandbox's processes and threads, where the system allows one (Linux cgroups v1 or v2).
 
-The kernel refuses the fork that would be one too many, so no loop outruns the limit. Imports the standard library only.
+The kernel refuses forks beyond the limit, so no loop can outrun it. Imports the standard library only.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ _REMOVE_S = 2.0
 
 
 class PidsGroup:
-    """One control group, of this process at first; what it starts there stays there when the process itself leaves."""
+    """One control group. This process enters it; its children stay inside after it leaves."""
 
     def __init__(self, folder: str, home: str) -> None:
         self._folder, self._home = folder, home
 
     @classmethod
     def enter(cls, limit: int) -> PidsGroup:
-        """Make a group of at most `limit` processes and threads and move this process into it. Raises OSError where none can be made."""
+        """Make a group of at most `limit` processes and threads and move this process into it. Raises OSError if none can be made."""
         reason = OSError("no control group of this process counts processes")
         for parent, home in _parents():
             try:
@@ -43,17 +43,17 @@ class PidsGroup:
         raise reason
 
     def leave(self) -> None:
-        """Move this process back to where it came from."""
+        """Move this process back to its previous group."""
         with open(f"{self._home}/cgroup.procs", "w", encoding="ascii") as file:
             file.write("0")
 
     def is_overrun(self) -> bool:
-        """A process or thread was refused."""
+        """True once a process or thread was refused."""
         with open(f"{self._folder}/pids.events", encoding="ascii") as file:
             return int(file.read().split()[1]) > 0
 
     def kill(self) -> None:
-        """Let nothing new begin, and kill whatever is inside."""
+        """Allow no new process, and kill those inside."""
         self._write("pids.max", "0")
         with open(f"{self._folder}/cgroup.procs", encoding="ascii") as file:
             for pid in map(int, file.read().split()):
@@ -61,7 +61,7 @@ class PidsGroup:
                     os.kill(pid, signal.SIGKILL)
 
     def remove(self) -> None:
-        """Call it when all that was inside has been waited for."""
+        """Remove the group. Call it after waiting for every process inside."""
         until = time.monotonic() + _REMOVE_S
         while True:
             try:
@@ -77,7 +77,7 @@ class PidsGroup:
 
 
 def _parents() -> Iterator[tuple[str, str]]:
-    """(group that may get one of ours, group that this process is in)."""
+    """Candidates: (group in which ours could be made, group of this process)."""
     with open("/proc/self/cgroup", encoding="utf-8") as file:
         own = {line.split(":")[1]: line.rstrip("\n").split(":", 2)[2] for line in file}
     with open("/proc/self/mountinfo", encoding="utf-8") as file:
@@ -97,7 +97,7 @@ def _parents() -> Iterator[tuple[str, str]]:
         if kind == "cgroup":
             yield home, home
             continue
-        # In version 2 a group has limits where its parent hands them down; a group with processes of its own seldom does.
+        # In version 2 a group can set limits only if its parent delegates them; a group that contains processes rarely does.
         for parent in [home] if home == point else [home, os.path.dirname(home)]:
             with contextlib.suppress(OSError), open(f"{parent}/cgroup.subtree_control", encoding="ascii") as file:
                 if "pids" in file.read().split():
@@ -105,7 +105,7 @@ def _parents() -> Iterator[tuple[str, str]]:
 
 
 def _remove_abandoned(parent: str) -> None:
-    """Empty groups of keepers that were killed."""
+    """Remove the empty groups of keepers that were killed."""
     for entry in os.scandir(parent):
         if entry.name.startswith(_PREFIX):
             keeper = entry.name.removeprefix(_PREFIX).split("-")[0]

@@ -3,9 +3,9 @@
     caller ──job line on stdin──> keeper ──fork──> init ──fork──> the code
        <──report line on stdout──   │  clock, output, number of processes       user, pid, network, mount and IPC namespaces of its own
 
-The keeper stays outside and sees every process below it. It ends them all when the code is done, at a limit, and when the caller is
-gone, which shows as the end of its stdin. Inside, process 1 only waits: when the keeper kills it, the kernel kills whatever is left at
-once, however fast it forks. The kernel also counts processes where it lets us make a control group (cgroup.py).
+The keeper stays outside and sees every process below it. It ends them all when the code is done, at a limit, and when the caller has
+gone, which closes stdin. Inside, process 1 only waits: when the keeper kills it, the kernel kills everything that is left at once,
+however fast it forks. The kernel also counts processes if a control group can be made (cgroup.py).
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from igpo_megatron.tools.python import syscalls
 from igpo_megatron.tools.python.cgroup import PidsGroup
 
 POLL_S = 0.02
-"""Between two looks at the number of processes; without a control group a fork bomb lives this long past its limit."""
+"""Interval between checks of the number of processes; without a control group a fork bomb lives this long past its limit."""
 
 NICENESS = 10
-"""How far the code's priority lies below the keeper's. At the same one, a loop of forks kept the keeper waiting for seconds."""
+"""How far the code's priority is below the keeper's. With equal priority, a loop of forks blocked the keeper for seconds."""
 
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x20000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 0x1000, 0x4000, 0x40000
@@ -42,7 +42,7 @@ MOUNT_SETATTR, AT_RECURSIVE, AT_FDCWD = 442, 0x8000, -100
 """Number of mount_setattr(2) on every architecture."""
 
 DEVICES = ("null", "zero", "full", "random", "urandom")
-"""Those that can be used inside."""
+"""Devices that can be used inside."""
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 36, 38
 CAPABILITY_VERSION_3 = 0x20080522
@@ -57,10 +57,10 @@ class Refused(Exception):
 def main() -> None:
     """Read one job, run it, write one report: {"end": ok | error | timeout | limit | refused, "stdout", "value", "error"}.
 
-    It also holds "unenforced": sentences about what this system does not let us bound.
+    It also has "unenforced": sentences about limits that this system cannot enforce.
     """
     job = json.loads(sys.stdin.buffer.readline())
-    # Orphans of the code become children of the keeper where there is no process 1 of their own.
+    # The code's orphans become children of the keeper if they have no process 1 of their own.
     _call("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     isolated = not job["allow_network"] or _can_isolate(job)
     try:
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def _start(job: dict[str, Any], isolated: bool) -> dict[str, Any]:
-    """Fork, wait until the code may run, keep it. Raises Refused."""
+    """Fork, wait until the sandbox is ready, watch the code. Raises Refused."""
     (output, output_end), (said, said_end), (ready, ready_end) = os.pipe(), os.pipe(), os.pipe()
     unenforced = []
     group = None
@@ -92,7 +92,7 @@ def _start(job: dict[str, Any], isolated: bool) -> dict[str, Any]:
     try:
         if group:
             group.leave()
-        # Written before the code exists, so the code cannot pretend that its sandbox failed.
+        # Written before the code runs, so the code cannot fake a failed sandbox.
         with open(ready, "rb") as file:
             problem, *missing = json.loads(file.read() or b'["process 1 of the sandbox ended at once"]')
         report = {} if problem else _keep(job, child, output, said, group, isolated)
@@ -106,7 +106,7 @@ def _start(job: dict[str, Any], isolated: bool) -> dict[str, Any]:
 
 
 def _can_isolate(job: dict[str, Any]) -> bool:
-    """Try it in a process that is thrown away."""
+    """Try the isolation in a throw-away process."""
     trial = os.fork()
     if trial:
         return os.waitpid(trial, 0)[1] == 0
@@ -125,7 +125,7 @@ def _can_isolate(job: dict[str, Any]) -> bool:
 
 
 def _keep(job: dict[str, Any], child: int, output: int, said: int, group: PidsGroup | None, isolated: bool) -> dict[str, Any]:
-    """Watch until the code ends or must end; nothing of it is left when this returns."""
+    """Watch until the code ends or must end; returns after all its processes have ended."""
     deadline = time.monotonic() + job["timeout_s"]
     shown, spoken = bytearray(), bytearray()
     sinks = {output: (shown, job["max_output"] + 1), said: (spoken, 8 * job["max_output"] + 65_536)}
@@ -137,7 +137,7 @@ def _keep(job: dict[str, Any], child: int, output: int, said: int, group: PidsGr
             done, found = os.waitpid(child, os.WNOHANG)
             status = found if done else None
         ready, _, _ = select.select([*sinks, 0], [], [], POLL_S if status is None else 0.0)
-        # A process that outlives the code holds its pipes open; they are empty all the same.
+        # A process that outlives the code keeps the pipes open, though they are empty.
         if status is not None and not set(ready) & set(sinks):
             break
         if 0 in ready and not os.read(0, 4096):
@@ -147,7 +147,7 @@ def _keep(job: dict[str, Any], child: int, output: int, said: int, group: PidsGr
             if not part:
                 del sinks[pipe]
                 continue
-            # What is over the limit is read and dropped: a full pipe would only turn it into a timeout.
+            # Output beyond the limit is read and dropped: a full pipe would block the code until its timeout.
             sink, limit = sinks[pipe]
             sink += part[: limit - len(sink)]
         if time.monotonic() > deadline:
@@ -162,7 +162,7 @@ def _keep(job: dict[str, Any], child: int, output: int, said: int, group: PidsGr
 
 
 def _outcome(spoken: bytearray, status: int) -> dict[str, Any]:
-    """What the code said of itself, or how its process died. The code can forge this, to its own cost only: nothing is trusted but text."""
+    """The code's own report, or how its process died. Code that forges the report harms only itself: only text is taken from it."""
     try:
         words = json.loads(spoken)
         value, error = words["value"], words["error"]
@@ -171,7 +171,7 @@ def _outcome(spoken: bytearray, status: int) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, RecursionError):
         pass
     code = os.waitstatus_to_exitcode(status)
-    # Process 1 hands a death by signal n on as 128 + n.
+    # Process 1 reports a death by signal n as 128 + n.
     number = -code if code < 0 else code - 128
     if number in (signal.SIGXCPU, signal.SIGXFSZ, signal.SIGKILL):
         return {"end": "limit", "error": f"the process was killed by {signal.Signals(number).name}: it reached a limit of time or memory"}
@@ -179,12 +179,12 @@ def _outcome(spoken: bytearray, status: int) -> dict[str, Any]:
 
 
 def _has_more_below(count: int) -> bool:
-    """This process has more than `count` tasks below it. Looks at no more of them than that: a fork bomb makes them faster than we read."""
+    """True if this process has more than `count` tasks below it. Stops counting there: a fork bomb makes them faster than we read."""
     return next(islice(_descendants(os.getpid()), count, None), None) is not None
 
 
 def _descendants(pid: int) -> Iterator[int]:
-    """Tasks (processes and threads) below `pid`, found as they are asked for."""
+    """Tasks (processes and threads) below `pid`, found lazily."""
     for path in _tasks(pid):
         with contextlib.suppress(OSError), open(f"{path}/children", encoding="ascii") as file:
             for child in map(int, file.read().split()):
@@ -200,17 +200,17 @@ def _tasks(pid: int) -> list[str]:
 
 
 def _end_all(child: int, isolated: bool, group: PidsGroup | None) -> None:
-    """Kill and reap every descendant, process 1 first: with it the kernel ends its whole namespace, which no fork outruns."""
+    """Kill and reap every descendant, process 1 first: with it the kernel ends its whole namespace, however fast it forks."""
     while True:
         try:
-            # Until it has been waited for, its number is nobody else's.
+            # Its process id cannot be reused before it has been waited for.
             if os.waitpid(child, os.WNOHANG)[0] == 0:
                 os.kill(child, signal.SIGKILL)
         except ChildProcessError:
             pass
         if not isolated:
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(child, signal.SIGKILL)  # at one stroke all that have not left its group
+                os.killpg(child, signal.SIGKILL)  # all at once that have not left its group
             if group:
                 group.kill()
             for pid in _descendants(os.getpid()):
@@ -228,7 +228,7 @@ def _end_all(child: int, isolated: bool, group: PidsGroup | None) -> None:
 
 
 def _call(name: str, *arguments: Any) -> None:
-    """A function of the C library, or Refused."""
+    """Call a function of the C library. Raises Refused if it fails."""
     if getattr(_libc, name)(*arguments) != 0:
         number = ctypes.get_errno()
         raise Refused(f"{name} failed: {os.strerror(number)} ({errno.errorcode.get(number, number)})")
@@ -245,28 +245,28 @@ def _enter_namespaces(*, network: bool) -> None:
                 file.write(text)
     except OSError as error:
         raise Refused(f"writing {error.filename or 'the id maps'} failed: {error.strerror}") from None
-    # The code needs no user namespace of its own; fewer ways into the kernel. Some containers do not let this be written.
+    # The code needs no user namespaces, and without them it reaches less of the kernel. Some containers forbid this write.
     with contextlib.suppress(OSError), open("/proc/sys/user/max_user_namespaces", "w", encoding="ascii") as file:
         file.write("0")
 
 
 def _hide_files(scratch: str, size: int) -> None:
-    """All files read-only, the scratch folder and /dev/shm empty ones in memory, /proc of this namespace alone, /run empty, few devices."""
+    """Make all files read-only; scratch folder and /dev/shm empty and in memory; /proc of this namespace only; /run empty; few devices."""
     _call("unshare", CLONE_NEWNS)
     _mount("none", "/", None, MS_REC | MS_PRIVATE)
     devices = [f"/dev/{name}" for name in DEVICES if os.path.exists(f"/dev/{name}")]
     for device in devices:
         _mount(device, device, None, MS_BIND)
-    # A read-only mount does not keep root from writing to a disk through its device.
+    # A read-only mount does not stop root from writing to a disk through its device.
     _set_attributes("/", AT_RECURSIVE, MS_RDONLY | MS_NOSUID | MS_NODEV, 0)
     for device in devices:
         _set_attributes(device, 0, 0, MS_NODEV)
     _mount("tmpfs", scratch, f"size={size},mode=700", MS_NOSUID | MS_NODEV)
     try:
-        # Read-only, because root could write to /proc/sys without any capability.
+        # Read-only, because root can write to /proc/sys even without capabilities.
         _mount("proc", "/proc", None, MS_RDONLY | MS_NOSUID | MS_NODEV)
     except Refused:
-        # Containers that hide parts of /proc forbid a fresh one. None at all is safe, too.
+        # Containers that hide parts of /proc forbid a new one. An empty /proc is safe, too.
         _mount("tmpfs", "/proc", "size=4k", MS_RDONLY)
     for folder, options, flags in (("/run", "size=4k", MS_RDONLY), ("/dev/shm", f"size={size}", MS_NOSUID | MS_NODEV)):
         if os.path.isdir(folder):
@@ -286,7 +286,7 @@ def _set_attributes(target: str, how: int, add: int, clear: int) -> None:
 
 
 def _drop_rights() -> None:
-    """No capability, now or after exec: what was made read-only stays so."""
+    """Give up all capabilities, also after exec, so that read-only mounts stay read-only."""
     _call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     header, nothing = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0), (ctypes.c_uint32 * 6)()
     _call("capset", header, nothing)
@@ -302,7 +302,7 @@ def _set_limits(job: dict[str, Any], isolated: bool) -> None:
         resource.RLIMIT_CORE: 0,
     }
     if isolated:
-        # Elsewhere it would count every process of the user. Root's are never counted: for them there is the keeper.
+        # Without isolation it would count every process of the user. Root's are never counted; the keeper counts them.
         limits[resource.RLIMIT_NPROC] = job["max_processes"] + 1
     for kind, value in limits.items():
         ceiling = resource.getrlimit(kind)[1]
@@ -319,7 +319,7 @@ def _inside(job: dict[str, Any], isolated: bool, output: int, said: int, ready: 
         if isolated:
             _hide_files(job["scratch"], job["max_files"])
         else:
-            os.setsid()  # a process group of its own, which can be killed at one stroke
+            os.setsid()  # a process group of its own, which can be killed at once
         os.chdir(job["scratch"])
         nothing = os.open(os.devnull, os.O_RDWR)
         for pipe, number in ((nothing, 0), (output, 1), (output, 2)):
@@ -328,7 +328,7 @@ def _inside(job: dict[str, Any], isolated: bool, output: int, said: int, ready: 
             os.close(pipe)
         _drop_rights()
         _set_limits(job, isolated)
-        # Whoever kills the keeper kills process 1, and with it the rest.
+        # If the keeper is killed, process 1 is, and with it the rest.
         _call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     except (Refused, OSError) as error:
         os.write(ready, json.dumps([str(error)]).encode())
@@ -342,7 +342,7 @@ def _inside(job: dict[str, Any], isolated: bool, output: int, said: int, ready: 
     os.close(ready)
     worker = os.fork()
     if worker:
-        # Process 1 must not keep the pipes open, or their end would not show the end of the code.
+        # Process 1 must close the pipes: their end shows the end of the code.
         for pipe in (1, 2, said):
             os.close(pipe)
         os._exit(_wait_as_init(worker))
@@ -351,7 +351,7 @@ def _inside(job: dict[str, Any], isolated: bool, output: int, said: int, ready: 
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
         sys.stderr.flush()
-    # The end of a traceback says most.
+    # The end of a traceback is the most useful part.
     _say(said, value and value[: job["max_output"]], problem and problem[-job["max_output"] :])
     os._exit(0)
 
@@ -371,7 +371,7 @@ def _execute(code: str) -> tuple[str | None, str | None]:
         tree = ast.parse(code, "<code>")
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
         return None, "".join(traceback.format_exception_only(error)).strip()
-    # Lets a traceback quote the code.
+    # So that a traceback can quote the code.
     linecache.cache["<code>"] = (len(code), None, code.splitlines(keepends=True), "<code>")
     names = {"__name__": "__main__", "__builtins__": __builtins__}
     last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
@@ -385,10 +385,8 @@ def _execute(code: str) -> tuple[str | None, str | None]:
         return None, None if error.code in (None, 0) else f"SystemExit: {error.code}"
     except BaseException as error:  # noqa: BLE001  (whatever the code raises is its result)
         try:
-            # Without the frame of this file.
-            return None, "".join(
-                traceback.format_exception(type(error), error, error.__traceback__ and error.__traceback__.tb_next)
-            ).strip()
+            frames = error.__traceback__ and error.__traceback__.tb_next  # without the frame of this file
+            return None, "".join(traceback.format_exception(type(error), error, frames)).strip()
         except BaseException:  # noqa: BLE001  (an exception that cannot be shown, or no memory left to show it)
             return None, type(error).__name__
 

@@ -1,7 +1,7 @@
-"""System calls that a piece of computation never needs and attacks on the kernel or on neighbours do: refused by a seccomp filter.
+"""A seccomp filter that refuses system calls which computations never need, but attacks on the kernel or other processes do.
 
-libseccomp (the C library that systemd and container engines use) writes the filter for whatever processor this is. It is called through
-ctypes because its Python bindings on the package index have not been kept since 2021. Imports the standard library only.
+libseccomp (the C library that systemd and container engines use) writes the filter for the current processor. It is called through
+ctypes because its Python bindings on the package index have been unmaintained since 2021. Imports the standard library only.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import errno
 DENIED = (
     # other processes
     *("ptrace", "process_vm_readv", "process_vm_writev", "process_madvise", "pidfd_getfd", "kcmp"),
-    # ways into the kernel with a long list of holes behind them
+    # interfaces of the kernel with many past vulnerabilities
     *("io_uring_setup", "io_uring_enter", "io_uring_register", "bpf", "userfaultfd", "perf_event_open"),
-    # keys of the user, which no namespace hides
+    # the user's kernel keys, which no namespace hides
     *("add_key", "request_key", "keyctl"),
     # what this sandbox is made of
     *("mount", "umount2", "pivot_root", "chroot", "move_mount", "open_tree", "fsopen", "fsconfig", "fsmount", "fspick"),
     *("mount_setattr", "unshare", "setns"),
 )
-"""They fail with EPERM, as if the user might not. A name that the library or the processor does not know is passed over."""
+"""They fail with EPERM, as if not permitted. Names unknown to the library or the processor are skipped."""
 
 _LIBRARY = "libseccomp.so.2"
 _ALLOW, _ERRNO = 0x7FFF0000, 0x00050000
@@ -28,7 +28,7 @@ _UNKNOWN = -1
 
 
 def deny() -> None:
-    """Filter this process and all that it starts, for good. Raises OSError, with the reason, where the filter cannot be had."""
+    """Filter this process and all its children, permanently. Raises OSError with the reason if that is not possible."""
     library = ctypes.CDLL(_LIBRARY)
     library.seccomp_init.restype = ctypes.c_void_p
     context = ctypes.c_void_p(library.seccomp_init(ctypes.c_uint32(_ALLOW)))

@@ -1,24 +1,23 @@
-"""The python tool: runs a piece of code once, in a process of its own, and says what it printed, what its last expression is, what failed.
+"""The python tool: runs a piece of code once in its own process and shows its output, the value of its last expression and its errors.
 
-What is isolated, on Linux 5.12 or newer where users may make namespaces (runner.py does it, step by step):
+What is isolated, on Linux 5.12 or newer if users may make namespaces (runner.py does it, step by step):
 
-- network: a namespace without interfaces; not even the machine's own loopback is there
-- processes: the code sees its own only and can signal no other; all of them end with it, at its limits, or with the caller
-- files: everything is read-only, except a scratch folder and /dev/shm, both in memory and gone afterwards; /run is empty and /proc its own
+- network: a namespace without interfaces, not even loopback
+- processes: the code sees and signals its own only; all of them end with it, at its limits, or with the caller
+- files: everything is read-only, except a scratch folder and /dev/shm, both in memory and deleted afterwards; /run is empty, /proc its own
 - devices: /dev/null and the like only, so no disks and no GPUs
-- environment: nothing of the caller's, so no keys
+- environment: none of the caller's variables, so no keys
 - limits: wall and CPU time, address space of each process, bytes in the scratch folder, processes and threads, bytes of output; the
-  kernel itself refuses a process too many where a pids control group can be made (cgroup.py), or the user is not root
+  kernel itself enforces the number of processes if a pids control group can be made (cgroup.py), or the user is not root
 - priority: lower than that of the run's own processes
-- system calls: ptrace, io_uring, kernel keys and their like are refused, where libseccomp is installed (syscalls.py)
+- system calls: ptrace, io_uring, kernel keys and the like are refused if libseccomp is installed (syscalls.py)
 
-What is not isolated: files that the user of the run may read can be read (the code has no way to send them anywhere but into its own
-output, which the policy sees); Unix sockets outside /run can be connected to; CPU cores and memory bandwidth are shared; memory is
-limited per process, so the whole may take `max_processes` times as much; the kernel is the machine's own. It keeps a careless or
-curious policy in bounds. For code of people who attack you, use a virtual machine.
+What is not isolated: files that the run's user may read (the code can only copy them into its own output, which the policy sees); Unix
+sockets outside /run; CPU cores and memory bandwidth; total memory, which is limited per process, so `max_processes` times as much is
+possible; the machine's kernel. This contains a careless or curious policy. For code of people who attack you, use a virtual machine.
 
-With `allow_network` the network stays. The rest is isolated as above where the system can do it; where it cannot, only limits, the clean
-environment and the scratch folder remain, and the code could harm whatever its user can. Without `allow_network` it refuses to start there.
+With `allow_network` the network stays. The rest is isolated as above if the system supports it; if not, only limits, the clean environment
+and the scratch folder remain, and the code can do whatever its user can. Without `allow_network` the tool refuses to start there.
 """
 
 from __future__ import annotations
@@ -27,13 +26,12 @@ import asyncio
 import contextlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -54,10 +52,10 @@ PYTHON = Description(
 
 ROOT = Path(__file__).resolve().parents[3]
 START = "import sys; sys.path.insert(0, sys.argv[1]); from igpo_megatron.tools.python import runner; del sys.path[0]; runner.main()"
-"""What the runner's process executes: -I leaves this package out of its path."""
+"""The runner's first lines: with -I this package is not on its path."""
 
 GRACE_S = 10.0
-"""The runner may take this much longer than the code before it counts as broken."""
+"""Time that the runner may take beyond the code's before it is considered broken."""
 
 
 class PythonStatus(StrEnum):
@@ -65,29 +63,29 @@ class PythonStatus(StrEnum):
 
     OK = "ok"
     ERROR = "error"
-    """It raised, or its process ended by itself."""
+    """It raised an exception, or its process ended early."""
 
     TIMEOUT = "timeout"
     LIMIT = "limit"
     """It was killed for too many processes, too much memory or too much CPU time."""
 
     FAILED = "failed"
-    """The sandbox broke, which says nothing about the code."""
+    """The sandbox failed, not the code."""
 
 
 @dataclass(frozen=True, slots=True)
 class PythonResult:
-    """What a piece of code did."""
+    """The result of a piece of code."""
 
     status: PythonStatus
     stdout: str = ""
-    """What it wrote to standard output and standard error, cut to `max_output_kb`."""
+    """Standard output and standard error, cut to `max_output_kib`."""
 
     value: str | None = None
     """`repr` of its last statement, if that is an expression with a value other than None."""
 
     error: str | None = None
-    """Traceback, or one sentence; None where all went well."""
+    """Traceback, or one sentence; None on success."""
 
     latency_s: float = 0.0
 
@@ -99,11 +97,11 @@ class PythonTool:
         self.config = config
         self._slots = asyncio.Semaphore(config.max_concurrency)
         self.unenforced: list[str] = []
-        """Sentences about what this system does not let us bound; known to `from_config` only."""
+        """Sentences about limits that this system cannot enforce; filled by `from_config` only."""
 
     @classmethod
     def from_config(cls, config: Python) -> PythonTool:
-        """A tool that has run its first code. UserError where this system cannot isolate it as configured."""
+        """A tool that has run a first test. UserError if this system cannot isolate code as configured."""
         tool = cls(config)
         pipe = subprocess.PIPE
         with _scratch() as folder, subprocess.Popen(_command(), stdin=pipe, stdout=pipe, env=_environment(folder)) as runner:
@@ -115,7 +113,7 @@ class PythonTool:
             raise UserError(
                 f"the python tool cannot isolate code on this system: {report['error']}. It needs Linux 5.12 or newer and unprivileged "
                 "user namespaces (sysctl user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_userns, the container's seccomp "
-                "profile); or set python.allow_network=true and accept what igpo_megatron/tools/python/tool.py says of it"
+                "profile); or set python.allow_network=true and accept the risks that igpo_megatron/tools/python/tool.py describes"
             )
         if report.get("value") != "2":
             raise UserError(f"the python tool does not work: 1 + 1 gave {report}")
@@ -123,17 +121,17 @@ class PythonTool:
         return tool
 
     async def use(self, arguments: Sequence[str]) -> Observed:
-        """Run `arguments[0]` and show what it did."""
+        """Run `arguments[0]` and show its result."""
         result = await self.run(arguments[0])
         if result.status is PythonStatus.FAILED:
             return Observed("", f"python: {result.error}", result.status)
         return Observed(render_result(result), status=result.status)
 
     async def close(self) -> None:
-        """Nothing to give back: every call cleans up after itself."""
+        """Nothing to release: every call cleans up after itself."""
 
     async def run(self, code: str) -> PythonResult:
-        """Run `code` once. Trouble is a status, never an exception; if the call is cancelled, the code is killed."""
+        """Run `code` once. Problems are statuses, never exceptions; if the call is cancelled, the code is killed."""
         async with self._slots:
             start = time.perf_counter()
             with _scratch() as folder:
@@ -144,7 +142,7 @@ class PythonTool:
         return PythonResult(PythonStatus.FAILED, error=report.get("error") or "the sandbox ended without a report", latency_s=took)
 
     async def _call_runner(self, job: bytes, folder: str) -> dict[str, Any]:
-        """The runner's report; empty if it gave none."""
+        """The runner's report; empty if there is none."""
         try:
             runner = await asyncio.create_subprocess_exec(
                 *_command(),
@@ -159,7 +157,7 @@ class PythonTool:
         assert runner.stdin is not None and runner.stdout is not None
         try:
             async with asyncio.timeout(self.config.timeout_s + GRACE_S):
-                # stdin stays open: its end tells the runner that nobody waits any more.
+                # stdin stays open: its end tells the runner that the caller has gone.
                 with contextlib.suppress(ConnectionError):
                     runner.stdin.write(job)
                     await runner.stdin.drain()
@@ -169,7 +167,7 @@ class PythonTool:
         finally:
             runner.stdin.close()
             try:
-                # The runner kills what it started and leaves.
+                # The runner kills its children and exits.
                 async with asyncio.timeout(GRACE_S):
                     await asyncio.shield(runner.wait())
             except TimeoutError:
@@ -193,7 +191,7 @@ class PythonTool:
 
 
 def render_result(result: PythonResult) -> str:
-    """Output, last value and error as the policy reads them; code that says nothing is told so."""
+    """Output, last value and error as the policy reads them, or a sentence if there is none of them."""
     parts = [result.stdout.rstrip("\n"), result.value, result.error]
     return "\n".join(part for part in parts if part) or "The code ended without output."
 
@@ -204,23 +202,18 @@ def _command() -> list[str]:
 
 
 def _environment(folder: str) -> dict[str, str]:
-    """All that the code sees of an environment."""
+    """The code's complete environment."""
     fixed = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return {**fixed, "HOME": folder, "TMPDIR": folder}
 
 
-@contextlib.contextmanager
-def _scratch() -> Iterator[str]:
-    """A new folder, removed with whatever is in it."""
-    folder = tempfile.mkdtemp(prefix="igpo-python-")
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+def _scratch() -> tempfile.TemporaryDirectory[str]:
+    """A new folder; removed, with its contents, at the end of the context."""
+    return tempfile.TemporaryDirectory(prefix="igpo-python-", ignore_cleanup_errors=True)
 
 
 def _read_report(output: bytes) -> dict[str, Any]:
-    """What the runner says, with its types checked: {"end", "stdout", "value", "error"}; empty where that cannot be read."""
+    """The runner's report with checked types: {"end", "stdout", "value", "error"}; empty if it cannot be read."""
     try:
         report = json_loads_untrusted(output)
     except BadJson:

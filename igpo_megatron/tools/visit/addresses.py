@@ -1,6 +1,6 @@
-"""Which addresses belong to the open internet, by IANA's registries of special-purpose addresses.
+"""Which addresses are on the public internet, by IANA's registries of special-purpose addresses.
 
-The tables are carried here because those of Python's `ipaddress` are as old as the interpreter.
+The tables are copied here because those of Python's `ipaddress` are as old as the interpreter.
 https://www.iana.org/assignments/iana-ipv4-special-registry and iana-ipv6-special-registry, as of October 2025.
 """
 
@@ -34,24 +34,24 @@ PUBLIC_WITHIN: Sequence[Network] = tuple(
         ),
     )
 )
-"""Blocks of a network in NOT_PUBLIC that are "globally reachable" all the same."""
+"""Blocks inside NOT_PUBLIC that are "globally reachable"."""
 
 UNICAST = IPv6Network("2000::/3")
-"""The only part of IPv6 that addresses of the open internet are given out from (RFC 4291)."""
+"""The only part of IPv6 from which public addresses are assigned (RFC 4291)."""
 
 NAT64 = IPv6Network("64:ff9b::/96")
-"""How networks without IPv4 show IPv4 addresses (RFC 6052)."""
+"""IPv4 addresses as seen by networks without IPv4 (RFC 6052)."""
 
 
 def is_public(address: str) -> bool:
-    """True for an address of the open internet; an IPv6 address that stands for an IPv4 one is judged by that. False for other text."""
+    """True for a public address. An IPv6 address that stands for an IPv4 one is judged by the latter. False for other text."""
     try:
         parsed = _judged(ip_address(address.partition("%")[0]))
     except ValueError:
         return False
     if isinstance(parsed, IPv6Address) and parsed not in UNICAST:
         return False
-    return not _within(parsed, NOT_PUBLIC) or _within(parsed, PUBLIC_WITHIN)
+    return not any(parsed in block for block in NOT_PUBLIC) or any(parsed in block for block in PUBLIC_WITHIN)
 
 
 def _judged(address: Address) -> Address:
@@ -61,7 +61,3 @@ def _judged(address: Address) -> Address:
         if address in NAT64:
             return IPv4Address(int(address) & 0xFFFFFFFF)
     return address
-
-
-def _within(address: Address, networks: Sequence[Network]) -> bool:
-    return any(address in network for network in networks)

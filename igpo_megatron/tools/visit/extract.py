@@ -1,9 +1,9 @@
 """The text of a page: HTML by trafilatura, PDF by pypdf, plain text as it is; in worker processes, because pages are hostile.
 
     Extractor ──{"kind", "bytes"} + body──> worker (`python page_text.py`): limits on memory, killed at its deadline
-              <──{"title", "text"} or {"error"}──      believed as little as the page: it may be the page's by now
+              <──{"title", "text"} or {"error"}──      not trusted: a hostile page may have taken over the worker
 
-A worker that was killed is replaced; the event loop never waits for a parser.
+A killed worker is replaced; the event loop never waits for a parser.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ KINDS = {
 
 
 def kind_of(content_type: str, body: bytes) -> str | None:
-    """html, pdf or text; None for anything that is not read. Servers mislabel: what looks like a PDF or HTML is one."""
+    """html, pdf or text; None for other types. Content that looks like PDF or HTML is taken for it, since servers mislabel."""
     if body.startswith(b"%PDF-"):
         return "pdf"
     if content_type in KINDS:
@@ -52,23 +52,20 @@ class Extractor:
             self._idle.put_nowait(None)
 
     async def extract(self, kind: str, body: bytes, charset: str | None) -> PageText:
-        """Text of a page. Raises ExtractionFailed, also where the worker took too long or died of the page."""
+        """Text of a page. Raises ExtractionFailed, also if the worker took too long or was killed by the page."""
         worker = await self._idle.get()
         try:
             if worker is None or worker.returncode is not None:
                 worker = await _start_worker()
             async with asyncio.timeout(self._timeout_s):
                 answer = await _ask(worker, kind, body, charset)
-        except TimeoutError:
+        except (OSError, asyncio.IncompleteReadError, BadJson) as error:
             await _stop(worker)
             worker = None
-            raise ExtractionFailed(f"its text could not be taken out within {self._timeout_s:g} s") from None
-        except (OSError, asyncio.IncompleteReadError, BadJson):
-            await _stop(worker)
-            worker = None
-            raise ExtractionFailed("reading it took too much memory or broke the parser") from None
+            late = f"its text could not be extracted within {self._timeout_s:g} s"
+            raise ExtractionFailed(late if isinstance(error, TimeoutError) else "it took too much memory or broke the parser") from None
         except asyncio.CancelledError:
-            # Its answer would be taken for that of the next page.
+            # Its late answer would be taken for the next page's.
             if worker is not None and worker.returncode is None:
                 worker.kill()
             worker = None
@@ -87,13 +84,13 @@ class Extractor:
 
 async def _start_worker() -> asyncio.subprocess.Process:
     pipe, none = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
-    # By path and isolated, with nothing of this process's environment: a parser that is broken into finds no keys there.
+    # By path and isolated, without this process's environment: an exploited parser finds no keys there.
     command = (sys.executable, "-I", "-B", str(WORKER))
     return await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, stderr=none, env={"LANG": "C.UTF-8"})
 
 
 async def _ask(worker: asyncio.subprocess.Process, kind: str, body: bytes, charset: str | None) -> dict[str, str]:
-    """{"title", "text"} or {"error"}. Raises BadJson where the worker is no longer what was started."""
+    """{"title", "text"} or {"error"}. Raises BadJson for an answer that our worker would not give."""
     assert worker.stdin is not None and worker.stdout is not None
     worker.stdin.write(json.dumps({"kind": kind, "charset": charset, "bytes": len(body)}).encode() + b"\n" + body)
     await worker.stdin.drain()

@@ -1,4 +1,4 @@
-"""Fetch one web page for somebody who must not choose where this machine connects to.
+"""Fetch one web page for a policy that must not choose which hosts this machine connects to.
 
 url ──> scheme? ──> host ──resolve──> addresses, all public? ──connect to exactly these──> status, headers, body ──redirect?──┐
  ^                                                                                                                            │
@@ -21,14 +21,14 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from igpo_megatron.tools.visit.addresses import is_public
 
 Lookup = Callable[[str], Awaitable[Sequence[str]]]
-"""Host name -> its addresses as text. Raises socket.gaierror."""
+"""Host name -> addresses as text. Raises socket.gaierror."""
 
 REDIRECTS = (301, 302, 303, 307, 308)
 PASSING = (408, 425, 429, 500, 502, 503, 504)
-"""HTTP statuses that say nothing about the page: another try, later, may succeed."""
+"""HTTP statuses of temporary failures: a later try may succeed."""
 
 DECODED = ("", "identity", "gzip", "deflate", "br", "zstd")
-"""Content encodings that aiohttp undoes, or refuses; of any other it hands over the packed bytes."""
+"""Content encodings that aiohttp decodes or refuses; with any other it returns the encoded bytes."""
 
 
 class PageStatus(StrEnum):
@@ -38,22 +38,22 @@ class PageStatus(StrEnum):
     """There is text."""
 
     EMPTY = "empty"
-    """The page came, with no text in it."""
+    """The page was read and has no text."""
 
     REFUSED = "refused"
     """Its address may not be visited: not http(s), or not public."""
 
     UNREADABLE = "unreadable"
-    """The site answered, but not with a page: HTTP 4xx, no such host, too large, a kind of file that is not read."""
+    """There is no readable page: HTTP 4xx, no such host, too large, an unsupported type of file."""
 
     ERROR = "error"
-    """The site could not be reached or broke, or the summariser did."""
+    """The site could not be reached or failed, or the summariser did."""
 
     TIMEOUT = "timeout"
 
     @property
     def is_answer(self) -> bool:
-        """True if another try would show the same; the others say nothing about the page and are never cached."""
+        """True if another try would give the same; the others say nothing about the page and are never cached."""
         return self not in (PageStatus.ERROR, PageStatus.TIMEOUT)
 
 
@@ -67,16 +67,16 @@ class FetchFailed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """A page as it came."""
+    """A page as it was received."""
 
     url: str
-    """Where it was in the end, after redirects."""
+    """Final address, after redirects."""
 
     content_type: str
     """Media type in lower case without parameters, e.g. `text/html`."""
 
     charset: str | None
-    """As declared in the header; None where it is not."""
+    """As declared in the header, if it is."""
 
     body: bytes
 
@@ -91,13 +91,13 @@ async def system_lookup(host: str) -> list[str]:
 
 
 class CheckedResolver(AbstractResolver):
-    """aiohttp's resolver: what it returns is what is connected to, so what is checked here cannot change in between."""
+    """aiohttp's resolver. aiohttp connects to exactly the addresses it returns, so they cannot change after the check."""
 
     def __init__(self, lookup: Lookup, allow_hosts: Sequence[str]):
         self._lookup, self._allowed = lookup, {host.lower() for host in allow_hosts}
 
     async def resolve(self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC) -> list[ResolveResult]:
-        """The host's addresses. Raises FetchFailed where one of them is not public and the host is not allowed by name."""
+        """The host's addresses. Raises FetchFailed if one of them is not public and the host is not allowed by name."""
         addresses = await self._lookup(host)
         if not addresses:
             raise FetchFailed(PageStatus.UNREADABLE, f"{host} has no address")
@@ -115,14 +115,14 @@ class CheckedResolver(AbstractResolver):
         ]
 
     def check(self, host: str, addresses: Sequence[str]) -> None:
-        """Raises FetchFailed. One private address among public ones is refused, too: it is how a name is rebound."""
+        """Raises FetchFailed if any address is private, even among public ones, as in DNS rebinding."""
         private = [address for address in addresses if not is_public(address)]
         if private and host.lower().rstrip(".") not in self._allowed:
             shown = host if host in private else f"{host} ({private[0]})"
-            raise FetchFailed(PageStatus.REFUSED, f"{shown} is not an address of the open internet")
+            raise FetchFailed(PageStatus.REFUSED, f"{shown} is not an address of the public internet")
 
     async def close(self) -> None:
-        """Nothing to give back."""
+        """Nothing to release."""
 
 
 class Fetcher:
@@ -161,7 +161,7 @@ class Fetcher:
             raise FetchFailed(PageStatus.REFUSED, f"not a valid address: {error}") from None
         except (aiohttp.ClientError, OSError) as error:
             raise FetchFailed(PageStatus.ERROR, f"{type(error).__name__}: {error}") from None
-        except (ValueError, LookupError, ArithmeticError, AssertionError) as error:  # what a parser of headers stumbles over
+        except (ValueError, LookupError, ArithmeticError, AssertionError) as error:  # raised by header parsers
             raise FetchFailed(PageStatus.UNREADABLE, f"no proper answer ({type(error).__name__}: {error})") from None
 
     async def close(self) -> None:
@@ -179,11 +179,11 @@ class Fetcher:
         raise FetchFailed(PageStatus.UNREADABLE, f"more than {self.max_redirects} redirects")
 
     def _checked(self, text: str, base: yarl.URL | None = None) -> yarl.URL:
-        """An address that may be asked. A host name's addresses are checked when it is resolved, those written as numbers here."""
+        """A permitted address. Host names are checked when they are resolved, numeric addresses here."""
         try:
             url = base.join(yarl.URL(text.strip())) if base is not None else yarl.URL(text.strip())
             host = url.host
-        except (ValueError, IndexError) as error:  # yarl's parser runs over the end of some brackets
+        except (ValueError, IndexError) as error:  # yarl raises IndexError for some brackets
             raise FetchFailed(PageStatus.REFUSED, f"{text[:200]!r} is not a valid address: {error}") from None
         if url.scheme not in ("http", "https") or not host:
             raise FetchFailed(PageStatus.REFUSED, f"{text[:200]!r}: expected an address that begins with http:// or https://")
@@ -193,13 +193,13 @@ class Fetcher:
             pass
         else:
             self._resolver.check(host, [host])
-        # Names and passwords in an address would be sent along.
+        # User names and passwords in the address must not be sent.
         return url.with_user(None).with_fragment(None)
 
     async def _hop(self, url: yarl.URL) -> Fetched | str:
         """One request: a page, or where it redirects to. Raises FetchFailed."""
         if self._session is None:
-            # Made here because a session belongs to the event loop it is made in. No proxies and cookies: trust_env stays off.
+            # Created here because a session belongs to its event loop. No proxies (trust_env is off) and no cookies.
             self._session = aiohttp.ClientSession(
                 headers=self._headers,
                 timeout=aiohttp.ClientTimeout(total=self.timeout_s),
@@ -214,9 +214,9 @@ class Fetcher:
                 raise FetchFailed(status, f"HTTP {response.status} {response.reason or ''}".rstrip())
             packed = response.headers.get("Content-Encoding", "").strip().lower()
             if packed not in DECODED:
-                raise FetchFailed(PageStatus.UNREADABLE, f"packed as {packed[:80]!r}, which is not undone here")
+                raise FetchFailed(PageStatus.UNREADABLE, f"encoded as {packed[:80]!r}, which is not supported")
             body = bytearray()
-            # Decoded bytes are counted, so a page that unpacks to gigabytes is left early, too.
+            # Decoded bytes are counted, so a page that unpacks to gigabytes is abandoned early.
             async for part in response.content.iter_chunked(65_536):
                 body += part
                 if len(body) > self.max_bytes:

@@ -1,4 +1,4 @@
-"""Text out of the bytes of a page: a worker process that extract.py starts by path, so it imports nothing of ours.
+"""The text of a page from its bytes: a worker process that extract.py starts by path, so it imports nothing from this package.
 
 One request at a time on stdin, {"kind", "charset", "bytes"} and the body; on stdout 8 bytes of length and {"title", "text"} or {"error"}.
 """
@@ -20,10 +20,10 @@ MAX_MEMORY = 2 * 2**30
 """Address space of a worker, bytes."""
 
 MAX_ANSWER = 64 * 2**20
-"""Bytes of JSON that a worker may answer with."""
+"""Largest answer of a worker, bytes of JSON."""
 
 MAX_REASON = 300
-"""Characters of a parser's complaint that are shown."""
+"""Characters of a parser's message that are shown."""
 
 CHARSETS = frozenset(
     codecs.lookup(name).name
@@ -35,13 +35,13 @@ CHARSETS = frozenset(
         *("gb2312", "gbk", "gb18030", "hz", "big5", "big5hkscs", "euc-jp", "shift_jis", "iso2022_jp", "euc-kr", "iso2022_kr", "johab"),
     )
 )
-"""Python's names of the encodings that pages are written in. Its other codecs (unicode_escape, idna, zlib, ...) run code on bytes, make
-halves of surrogate pairs or raise on what they do not like."""
+"""Python's names of the encodings used by pages. Its other codecs (unicode_escape, idna, zlib, ...) transform bytes, make halves of
+surrogate pairs or raise on invalid input."""
 
 
 @dataclass(frozen=True, slots=True)
 class PageText:
-    """What a page says."""
+    """Title and text of a page."""
 
     title: str
     """Empty where it has none."""
@@ -55,25 +55,25 @@ class ExtractionFailed(Exception):
 
 
 def extract_html(body: bytes, charset: str | None) -> PageText:
-    """Main text without menus and footers; all visible text where no main part is found. Raises ExtractionFailed."""
+    """Main text without menus and footers; all visible text if no main part is found. Raises ExtractionFailed."""
     # Imported here: it takes half a second and only workers need it.
     import trafilatura
 
-    # A header's charset overrules what the page says of itself (HTML standard); an unknown one is not believed.
+    # A header's charset overrides the page's own declaration (HTML standard); an unknown one is ignored.
     codec = text_encoding(charset)
     html: str | bytes = body if codec is None else body.decode(codec, errors="replace")
     found = trafilatura.bare_extraction(html, include_comments=False, include_tables=True, with_metadata=True)
     title = str(getattr(found, "title", None) or "")
     text = str(getattr(found, "text", None) or "") or trafilatura.html2txt(html)
     if not text.strip() and codec is not None:
-        return extract_html(body, None)  # what the page says of itself may be truer
+        return extract_html(body, None)  # the page's own declaration may be right
     if not text.strip() and (problem := _why_unread(body)):
         raise ExtractionFailed(problem)
     return PageText(title.strip(), text.strip())
 
 
 def _why_unread(body: bytes) -> str | None:
-    """Why a page from which no text came was not read; None for one that has none."""
+    """Why no text was found in a page; None if it has none."""
     import lxml.etree
     import trafilatura
 
@@ -86,7 +86,7 @@ def _why_unread(body: bytes) -> str | None:
 
 
 def text_encoding(charset: str | None) -> str | None:
-    """Python's name of the text encoding that a header calls `charset`; None for whatever is not one of CHARSETS."""
+    """Python's name of the encoding that a header calls `charset`; None if it is not in CHARSETS."""
     if charset is None or not re.fullmatch(r"[A-Za-z0-9._:-]{1,40}", charset):
         return None
     try:
@@ -97,7 +97,7 @@ def text_encoding(charset: str | None) -> str | None:
 
 
 def extract_pdf(body: bytes) -> PageText:
-    """Text of the first pages. Raises ExtractionFailed for a broken or locked file, whatever pypdf raises elsewhere."""
+    """Text of the first pages. Raises ExtractionFailed for a broken or locked file; other errors of pypdf pass through."""
     import pypdf
     from pypdf.errors import PyPdfError
 
@@ -111,7 +111,7 @@ def extract_pdf(body: bytes) -> PageText:
         if not pages:
             raise ExtractionFailed("not a readable PDF (it has no pages)")
         if not text:
-            # pypdf passes over contents that it cannot unpack as if there were none.
+            # pypdf silently skips contents that it cannot decode.
             for page in pages:
                 if (contents := page.get_contents()) is not None:
                     contents.get_data()
@@ -125,7 +125,7 @@ def extract_pdf(body: bytes) -> PageText:
 
 
 class _Complaints(logging.Handler):
-    """Keeps the first thing that a library warns of."""
+    """Keeps a library's first warning."""
 
     first = ""
 
@@ -143,12 +143,12 @@ def extract(kind: str, body: bytes, charset: str | None) -> PageText:
         return PageText("", body.decode(text_encoding(charset) or "utf-8", errors="replace").strip())
     except ExtractionFailed as error:
         raise ExtractionFailed(str(error)[:MAX_REASON]) from None
-    except Exception as error:  # noqa: BLE001  (no list of what three parsers raise on hostile bytes is ever whole)
-        raise ExtractionFailed(f"the {kind} parser stumbled ({type(error).__name__}: {error})"[:MAX_REASON]) from None
+    except Exception as error:  # noqa: BLE001  (three parsers can raise anything on hostile bytes)
+        raise ExtractionFailed(f"the {kind} parser failed ({type(error).__name__}: {error})"[:MAX_REASON]) from None
 
 
 def serve() -> None:
-    """A worker: answers requests on stdin until it ends."""
+    """Answer requests until stdin ends."""
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
     while header := sys.stdin.buffer.readline():
         request = json.loads(header)

@@ -1,4 +1,4 @@
-"""The visit tool: read a web page and show what fits, best the passages that match what is sought.
+"""The visit tool: read a web page and show what fits, preferring passages that match the goal.
 
 url, goal ──fetch──> body ──extract──> title, text ──start | matching──> at most max_tokens ──(summarise)──> Page
 """
@@ -11,15 +11,13 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
-
 from igpo_megatron.data.corpus import Passage
 from igpo_megatron.search.local.bm25 import Bm25Index
 from igpo_megatron.tools.base import Description, Observed
 from igpo_megatron.tools.settings import Visit
 from igpo_megatron.tools.visit.extract import ExtractionFailed, Extractor, kind_of
 from igpo_megatron.tools.visit.fetch import Fetched, Fetcher, FetchFailed, Lookup, PageStatus, system_lookup
-from igpo_megatron.tools.visit.summary import Summariser, SummaryFailed
+from igpo_megatron.tools.visit.summary import Summariser, SummaryFailed, retrying
 from igpo_megatron.untrusted import clean_text
 
 VISIT = Description(
@@ -33,10 +31,10 @@ PASSAGE_WORDS = 100
 """Size of the passages that are ranked, as in Search-R1's corpora."""
 
 GAP = "[...]"
-"""Stands where passages between two shown ones were left out."""
+"""Marks omitted passages."""
 
 CountTokens = Callable[[str], int]
-"""Number of tokens a text takes in the policy's context."""
+"""Text -> its number of tokens in the policy's context."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +47,10 @@ class Page:
     status: PageStatus
     title: str = ""
     text: str = ""
-    """What is shown: the cut text or its summary; empty unless `ok`."""
+    """The cut text or its summary; empty unless `ok`."""
 
     error: str | None = None
-    """One sentence for people; None where the page was read."""
+    """One sentence for people; None if the page was read."""
 
     latency_s: float = 0.0
     """Wall time of the visit, waiting for a slot excluded."""
@@ -78,18 +76,18 @@ class PageReader:
 
     @classmethod
     def from_config(cls, config: Visit, count_tokens: CountTokens) -> PageReader:
-        """UserError where the summariser's settings are wrong."""
+        """Raises UserError if the summariser's settings are wrong."""
         return cls(config, count_tokens, summariser=Summariser.from_config(config.summary))
 
     async def use(self, arguments: Sequence[str]) -> Observed:
-        """Visit `arguments[0]`, looking for `arguments[1]` where it is given."""
+        """Visit `arguments[0]`, looking for `arguments[1]` if it is given."""
         page = await self.visit(arguments[0], arguments[1] if len(arguments) > 1 else None)
         if not page.status.is_answer and not self.config.show_failures:
             return Observed("", f"visit: {page.status}: {page.error}", page.status)
         return Observed(render_page(page), status=page.status)
 
     async def visit(self, url: str, goal: str | None = None) -> Page:
-        """Read a page. Trouble is a status, never an exception."""
+        """Read a page. Problems are statuses, never exceptions."""
         async with self._slots:
             start = time.perf_counter()
             try:
@@ -107,14 +105,9 @@ class PageReader:
             await self._summariser.close()
 
     async def _read(self, url: str, goal: str | None) -> tuple[str, str]:
-        """(title, what is shown). Raises FetchFailed."""
-        retrying = AsyncRetrying(
-            stop=stop_after_attempt(self.config.attempts),
-            wait=wait_exponential_jitter(initial=0.5, max=10, jitter=0.5),
-            retry=retry_if_exception(lambda error: isinstance(error, FetchFailed) and not error.status.is_answer),
-            reraise=True,
-        )
-        fetched: Fetched = await retrying(self._fetcher.fetch, url)
+        """(title, text to show). Raises FetchFailed."""
+        retry = retrying(self.config.attempts, lambda error: isinstance(error, FetchFailed) and not error.status.is_answer)
+        fetched: Fetched = await retry(self._fetcher.fetch, url)
         kind = kind_of(fetched.content_type, fetched.body)
         if kind is None:
             raise FetchFailed(PageStatus.UNREADABLE, f"a file of type {fetched.content_type}; HTML, PDF and plain text are read")
@@ -123,7 +116,7 @@ class PageReader:
         except ExtractionFailed as error:
             raise FetchFailed(PageStatus.UNREADABLE, str(error)) from None
         wanted = goal if self.config.content == "matching" else None
-        # In a thread: ranking a long page takes long enough to hold up every other trajectory.
+        # In a thread: ranking a long page takes long enough to delay every other trajectory.
         text = await asyncio.to_thread(fit, page.text, wanted, self.config.max_tokens, self._count)
         if text and self._summariser is not None:
             try:
@@ -145,7 +138,7 @@ def render_page(page: Page) -> str:
 
 def fit(text: str, goal: str | None, max_tokens: int, count: CountTokens) -> str:
     """At most `max_tokens` of a text: its passages that match `goal` best, in page order; its beginning without a goal or match."""
-    if _fits(text, max_tokens, count):
+    if len(text) <= 100 * max_tokens and count(text) <= max_tokens:
         return text
     passages = list(split_passages(text))
     chosen: list[int] = []
@@ -159,7 +152,7 @@ def fit(text: str, goal: str | None, max_tokens: int, count: CountTokens) -> str
 
 
 def split_passages(text: str) -> Iterator[str]:
-    """Lines put together until they have `PASSAGE_WORDS` words; longer lines are split."""
+    """Lines joined up to `PASSAGE_WORDS` words; longer lines are split."""
     lines: list[str] = []
     size = 0
     for line in text.splitlines():
@@ -176,7 +169,7 @@ def split_passages(text: str) -> Iterator[str]:
 
 
 def join_passages(passages: Sequence[str], chosen: Sequence[int]) -> str:
-    """The chosen passages in page order, with a mark where others were left out."""
+    """The chosen passages in page order, with GAP in place of omitted ones."""
     parts: list[str] = []
     expected = 0
     for number in sorted(chosen):
@@ -186,8 +179,8 @@ def join_passages(passages: Sequence[str], chosen: Sequence[int]) -> str:
 
 
 def cut(text: str, max_tokens: int, count: CountTokens) -> str:
-    """The longest beginning, in whole words where one fits, of at most `max_tokens`."""
-    # No tokenizer makes fewer than one token of a word's worth of hundred characters; a whole book need not be counted.
+    """The longest beginning of at most `max_tokens`, in complete words if one fits."""
+    # No tokenizer puts a hundred characters on average into a token, so the rest of a long text need not be counted.
     head = text[: 100 * max_tokens + 1]
     spaces = [position for position, character in enumerate(head) if character.isspace()]
     for ends in (spaces, range(len(head))):
@@ -196,14 +189,10 @@ def cut(text: str, max_tokens: int, count: CountTokens) -> str:
     return ""
 
 
-def _fits(text: str, max_tokens: int, count: CountTokens) -> bool:
-    return len(text) <= 100 * max_tokens and count(text) <= max_tokens
-
-
 def _ranked(passages: Sequence[str], goal: str) -> list[int]:
     """Positions of the passages that share a word with the goal, best first."""
     try:
         index = Bm25Index(Passage(str(number), "", text) for number, text in enumerate(passages))
-    except ValueError:  # nothing but stopwords
+    except ValueError:  # stopwords only
         return []
     return [int(passage.doc_id) for passage, _ in index.search(goal, len(passages))]
