@@ -363,7 +363,6 @@ class StepCounts:
 
     trained_tokens: int
     trajectories: int
-    groups: int
 
     entropy: EntropyStats | None = None
     """None where the loss uses no entropies from before the step."""

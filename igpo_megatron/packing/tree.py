@@ -116,7 +116,6 @@ def step_counts(groups: Sequence[RolloutGroup]) -> StepCounts:
     return StepCounts(
         trained_tokens=sum(len(node.token_ids) for group, trajectory in trained for node in group.actions(trajectory)),
         trajectories=len(trained),
-        groups=len(groups),
     )
 
 

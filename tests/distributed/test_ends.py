@@ -145,6 +145,7 @@ PHASES: dict[str, tuple[Any, str]] = {
     "starting": (policy, "build_model"),
     "rollout": (parallel, "on_main"),
     "scoring": (train, "score_tokens"),
+    "advantages": (train, "assign_advantages"),
     "training": (policy.Policy, "forward_backward"),
     "saving": (checkpoint, "_sharded_state"),
     "sync": (weight_sync, "push"),
@@ -170,7 +171,7 @@ def test_a_rank_that_raises_in_any_phase_is_the_cause_and_keeps_its_traceback(
     assert "in raises" in path.read_text(encoding="utf-8") and "Traceback" not in printed
 
 
-@pytest.mark.parametrize("phase", ["rollout", "evaluation", "finish"])
+@pytest.mark.parametrize("phase", ["rollout", "advantages", "evaluation", "finish"])
 def test_a_main_rank_that_raises_closes_what_is_open_and_is_the_cause(phase: str, hf_folders: dict[str, Path], tmp_path: Path) -> None:
     ending, printed = run_ranks(settings(hf_folders["qwen2"], tmp_path), lambda rank: Fault(phase, raises) if rank == 0 else None)
     assert (ending.kind, ending.code) == ("error", 1) and ending.sentence.startswith("rank 0 failed: ValueError: zip()")

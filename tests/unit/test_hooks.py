@@ -164,7 +164,7 @@ def test_a_loss_of_ones_own_gets_kl_entropy_mismatch_and_the_division_of_ours() 
     shared = ("loss.kl_coef=0.1", "loss.entropy_coef=0.01", "loss.mismatch=truncate")
     loss = config_of("loss.name=my_package.mine:policy_gradient", *shared).loss
     tokens = tiny_tokens()
-    value, metrics = objective(tokens, StepCounts(4, 2, 1), loss)
+    value, metrics = objective(tokens, StepCounts(4, 2), loss)
     assert tokens.advantages is not None and tokens.entropy is not None and tokens.ref_logprobs is not None
     w = torch.tensor(-0.01).exp()
     signed = (tokens.advantages[:, 0] - tokens.advantages[:, 1]) * w

@@ -278,7 +278,7 @@ def test_bapo_balances_the_advantages_that_the_loss_trains(mismatch, disputed, e
     seen = {}
     look = LossEntry(lambda tokens, counts, config: (seen.update(advantages=tokens.advantages) or tokens.logprobs.sum(), {}))
     monkeypatch.setitem(LOSSES, "bapo", look)
-    objective(tokens_of(row, now), StepCounts(n, 8, 1), config.model_copy(update={"kl_coef": 0.0}))
+    objective(tokens_of(row, now), StepCounts(n, 8), config.model_copy(update={"kl_coef": 0.0}))
     assert torch.equal(seen["advantages"], trained), "what the bounds balance is what the loss is given"
 
 

@@ -27,7 +27,7 @@ def ppo_on(ratios, advantages, config=PLAIN, weight=None, tokens=None, counts=No
         weight=torch.ones(len(ratios)) if weight is None else torch.tensor(weight),
         **kwargs,
     )
-    loss, metrics = objective(known, counts or StepCounts(trained_tokens=tokens or len(ratios), trajectories=1, groups=1), config)
+    loss, metrics = objective(known, counts or StepCounts(trained_tokens=tokens or len(ratios), trajectories=1), config)
     loss.backward()
     return loss.item(), logprobs.grad, {name: value.item() for name, value in metrics.items()}
 
@@ -100,7 +100,7 @@ def test_shared_tokens_have_the_loss_and_gradient_of_every_trajectory_through_th
     logprobs = values.clone().requires_grad_()
     loss, metrics = objective(
         Tokens(logprobs=logprobs, old_logprobs=old, advantages=parts, weight=weight),
-        StepCounts(trained_tokens=12 * 32, trajectories=12, groups=1),
+        StepCounts(trained_tokens=12 * 32, trajectories=12),
         config,
     )
     loss.backward()
@@ -152,7 +152,7 @@ def test_extreme_log_probs_leave_finite_gradients():
             advantages=torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]),
             weight=torch.ones(3),
         ),
-        StepCounts(trained_tokens=3, trajectories=1, groups=1),
+        StepCounts(trained_tokens=3, trajectories=1),
         Ppo(),
     )
     loss.backward()
@@ -185,7 +185,7 @@ def loss_over(config, tokens):
             weight=torch.ones_like(old),
             **extra,
         ),
-        StepCounts(5, 2, 1, EntropyStats(1.0, 0.7, threshold=1.0, lowest=0.1, highest=2.0), bounds=(0.8, 1.2)),
+        StepCounts(5, 2, EntropyStats(1.0, 0.7, threshold=1.0, lowest=0.1, highest=2.0), bounds=(0.8, 1.2)),
         config,
     )
     loss.backward()
@@ -220,7 +220,7 @@ def test_a_micro_batch_without_tokens_adds_nothing():
     logprobs = torch.zeros(0, requires_grad=True)
     empty = torch.zeros(0)
     tokens = Tokens(logprobs=logprobs, old_logprobs=empty, weight=empty, advantages=torch.zeros(0, 2))
-    counts = StepCounts(trained_tokens=3, trajectories=1, groups=1)
+    counts = StepCounts(trained_tokens=3, trajectories=1)
     for config in (PLAIN, Sft()):
         value, metrics = objective(tokens, counts, config)
         value.backward()
@@ -230,7 +230,7 @@ def test_a_micro_batch_without_tokens_adds_nothing():
 
 def test_aggregations_weigh_a_long_and_a_short_trajectory_as_they_say():
     """Token losses 1 x 3 and 5 x 1: over all tokens 8 / 4, mean of means (1 + 5) / 2, mean of sums (3 + 5) / 2."""
-    counts = StepCounts(trained_tokens=4, trajectories=2, groups=1)
+    counts = StepCounts(trained_tokens=4, trajectories=2)
     trajectories = [[1.0, 1.0, 1.0], [5.0]]
 
     def aggregate(aggregation):
@@ -244,13 +244,13 @@ def test_aggregations_weigh_a_long_and_a_short_trajectory_as_they_say():
 
 def test_a_step_without_trained_tokens_has_no_denominator():
     with pytest.raises(AssertionError, match="skip it"):
-        denominator("token_mean", StepCounts(trained_tokens=0, trajectories=0, groups=1))
+        denominator("token_mean", StepCounts(trained_tokens=0, trajectories=0))
 
 
 def test_sft_is_the_mean_negative_log_prob_of_trained_tokens():
     logprobs = torch.tensor([-1.0, -2.0, -9.0], requires_grad=True)
     loss, metrics = objective(
-        Tokens(logprobs=logprobs, weight=torch.tensor([1.0, 1.0, 0.0])), StepCounts(trained_tokens=2, trajectories=1, groups=1), Sft()
+        Tokens(logprobs=logprobs, weight=torch.tensor([1.0, 1.0, 0.0])), StepCounts(trained_tokens=2, trajectories=1), Sft()
     )
     loss.backward()
     assert loss.item() == pytest.approx(1.5)
@@ -296,7 +296,7 @@ def test_gspo_of_one_advantage_has_the_gradient_of_the_papers_sequence_objective
             sequence=torch.tensor([0, 0, 0, 1]),
             sequences=2,
         ),
-        StepCounts(trained_tokens=4, trajectories=2, groups=1),
+        StepCounts(trained_tokens=4, trajectories=2),
         Gspo(clip_low=0.9, clip_high=9.0, kl_coef=0.0),
     )
     loss.backward()
@@ -371,7 +371,7 @@ def test_hapo_places_entropies_between_least_threshold_and_most():
 
 
 def hapo_on(ratios, advantages, entropies, **settings):
-    counts = StepCounts(len(ratios), 1, 1, STATS)
+    counts = StepCounts(len(ratios), 1, STATS)
     return ppo_on(ratios, advantages, Hapo(**HAPO, **settings), old_entropies=torch.tensor(entropies), counts=counts)
 
 

@@ -145,7 +145,7 @@ def test_failed_trajectories_are_not_packed_and_not_counted() -> None:
     (row,) = pack_for_training([group], row_tokens=100, token_weight=lambda tokens: 1.0)
     assert row.targets.tolist() == [7, 8, 9]
     counts = step_counts([group])
-    assert (counts.trained_tokens, counts.trajectories, counts.groups) == (3, 1, 1)
+    assert (counts.trained_tokens, counts.trajectories) == (3, 1)
 
 
 def test_weights_add_up_to_the_counts_whatever_the_row_size() -> None:

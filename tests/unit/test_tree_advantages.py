@@ -92,7 +92,7 @@ def run(config, ratios, advantages, *, entropies=None, stats=None, old=-1.0, **t
         **tensors,
         **extra,
     )
-    value, metrics = objective(tokens, StepCounts(len(ratios), 1, 1, stats), config)
+    value, metrics = objective(tokens, StepCounts(len(ratios), 1, stats), config)
     value.backward()
     return value.item(), logprobs.grad, metrics
 
@@ -127,7 +127,7 @@ def test_extreme_log_probs_cannot_make_inf_times_zero():
                 advantages=torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 1.0]]),
                 weight=torch.ones(3),
             ),
-            StepCounts(3, 1, 1),
+            StepCounts(3, 1),
             Aepo(**PLAIN, entropy_advantage="none"),
         )
         value.backward()

@@ -33,7 +33,7 @@ def result_on_tiny_tokens(function: Callable[..., Any], config: HookedLoss) -> s
     """What is wrong with a loss's result, as the end of a sentence; None if nothing is."""
     stats = EntropyStats(1.25, 0.6, threshold=1.6, lowest=0.6, highest=1.9) if config.old_entropies else None
     tokens = tiny_tokens()
-    found = function(tokens, StepCounts(4, 2, 1, stats), config)
+    found = function(tokens, StepCounts(4, 2, stats), config)
     if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[1], dict):
         return f"returned a {type(found).__name__}; expected a pair: the sum over tokens, and a dict of metrics per token"
     total, metrics = found
