@@ -9,14 +9,12 @@ import asyncio
 import ipaddress
 import signal
 import socket
-import time
-from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from aiohttp import web
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from pydantic import BaseModel, PositiveInt, Strict, ValidationError
 
 from igpo_megatron.data.corpus import Passage, join_contents
@@ -27,8 +25,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 MOST_BYTES = 64 * 2**20
 """Size limit of a request; Search-R1's client sends the queries of a complete batch at once."""
 
-RECENT = 4096
-"""The quantiles are of this many latest requests."""
+disable_created_metrics()  # no second line per counter that tells when it was made
 
 
 class Asked(BaseModel):
@@ -69,63 +66,44 @@ def refusal(status: int, detail: Any, headers: Mapping[str, str] | None = None) 
     return _Refusal(status, text=text, content_type="application/json", headers=headers)
 
 
-@dataclass
 class Metrics:
-    """Counts since the start and recent latencies, in Prometheus' text format."""
+    """What Prometheus may ask of a server, under names that begin with `prefix`: requests by status, those in flight, their latency."""
 
-    prefix: str
-    """First part of every name, e.g. `retriever`."""
+    def __init__(self, prefix: str) -> None:
+        self._prefix, self._registry = prefix, CollectorRegistry()
+        self._requests = self.counter("requests", "Answered requests.", "status")
+        self._in_flight = self.gauge("in_flight", "Requests being answered.")
+        self._latency = Histogram("latency_seconds", "Seconds until the answer.", namespace=prefix, registry=self._registry)
 
-    counts: Counter[str] = field(default_factory=Counter)
-    """Name without prefix, labels included, e.g. `requests_total{status="200"}`."""
+    def counter(self, name: str, meaning: str, *labels: str) -> Counter:
+        """A count since the start, shown as `PREFIX_NAME_total`."""
+        return Counter(name, meaning, labels, namespace=self._prefix, registry=self._registry)
 
-    in_flight: int = 0
-    latencies_s: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
-    total_s: float = 0.0
+    def gauge(self, name: str, meaning: str, *labels: str) -> Gauge:
+        """A value that is set, shown as `PREFIX_NAME`."""
+        return Gauge(name, meaning, labels, namespace=self._prefix, registry=self._registry)
 
     def watch(self, handler: Handler) -> Handler:
         """`handler`, with requests counted and timed."""
 
         async def watched(request: web.Request) -> web.StreamResponse:
-            start = time.perf_counter()
-            self.in_flight += 1
             status = 500
-            try:
-                response = await handler(request)
-                status = response.status
-                return response
-            except web.HTTPException as error:
-                status = error.status
-                raise
-            finally:
-                self.in_flight -= 1
-                self.latencies_s.append(time.perf_counter() - start)
-                self.total_s += self.latencies_s[-1]
-                self.counts[f'requests_total{{status="{status}"}}'] += 1
+            with self._in_flight.track_inprogress(), self._latency.time():
+                try:
+                    response = await handler(request)
+                    status = response.status
+                    return response
+                except web.HTTPException as error:
+                    status = error.status
+                    raise
+                finally:
+                    self._requests.labels(status).inc()
 
         return watched
 
     async def answer(self, request: web.Request) -> web.Response:
         """GET /metrics."""
-        return web.Response(text=self.render())
-
-    def render(self) -> str:
-        """One line per value. The quantiles are of the last 4,096 requests."""
-        requests = sum(count for name, count in self.counts.items() if name.startswith("requests_total"))
-        values: dict[str, float] = {
-            **dict(sorted(self.counts.items())),
-            "in_flight": self.in_flight,
-            **{f'latency_seconds{{quantile="{share}"}}': quantile(self.latencies_s, share) for share in (0.5, 0.95, 0.99)},
-            "latency_seconds_sum": round(self.total_s, 6),
-            "latency_seconds_count": requests,
-        }
-        return "".join(f"{self.prefix}_{name} {value:g}\n" for name, value in values.items())
-
-
-def quantile(values: deque[float], share: float) -> float:
-    """The smallest value that a `share` of all values do not exceed; NaN without values."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else float("nan")
+        return web.Response(body=generate_latest(self._registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
 def addresses(host: str) -> list[str]:

@@ -31,6 +31,7 @@ from typing import Annotated, Any
 
 import typer
 from aiohttp import web
+from prometheus_client import Counter
 from rich.console import Console
 from rich.progress import track
 
@@ -108,7 +109,9 @@ class Batches:
     """Requests that arrive during a search wait, and are searched together in the next call."""
 
     find: Find
-    metrics: Metrics
+    searched: Counter
+    """Counts the calls of `find`."""
+
     _waiting: deque[Waiting] = field(default_factory=deque)
     _searching: asyncio.Task[None] | None = None
     _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="index"))
@@ -124,7 +127,7 @@ class Batches:
     async def _search(self) -> None:
         while self._waiting:
             batch = self._next()
-            self.metrics.counts["batches_total"] += 1
+            self.searched.inc()
             call = asyncio.get_running_loop().run_in_executor(self._thread, self._answer, batch)
             await asyncio.wait([call])
             error = call.exception()
@@ -161,6 +164,8 @@ class Server:
         self.top_k = top_k
         self.passages: int | None = None
         self.metrics = Metrics("retriever")
+        self._queries = self.metrics.counter("queries", "Queries of all requests.")
+        self._searched = self.metrics.counter("batches", "Calls of the index, each with the queries that had come meanwhile.")
         self._batches: Batches | None = None
 
     def app(self) -> web.Application:
@@ -175,13 +180,13 @@ class Server:
     def ready(self, passages: int, find: Find) -> None:
         """Answer searches from now on."""
         self.passages = passages
-        self._batches = Batches(find, self.metrics)
+        self._batches = Batches(find, self._searched)
 
     async def _retrieve(self, request: web.Request) -> web.Response:
         asked = await read_request(request)
         if self._batches is None:
             raise refusal(503, "the index is being made or read; GET /ready tells when it is ready", {"Retry-After": "2"})
-        self.metrics.counts["queries_total"] += len(asked.queries)
+        self._queries.inc(len(asked.queries))
         found = await self._batches.get(asked.queries, asked.topk or self.top_k)
         if asked.return_scores:
             return web.json_response({"result": [[{"document": document(p), "score": score} for p, score in hits] for hits in found]})

@@ -84,6 +84,9 @@ class Proxy:
         assert search.cache is not None, "the cache is a required option"
         self.settings = settings
         self.metrics = Metrics("search_proxy")
+        self._queries = self.metrics.counter("queries", "Queries of each run, those of the cache included.", "run")
+        self._paid = self.metrics.gauge("paid_queries_total", "Queries of each run that the provider was asked.", "run")
+        self._refused = self.metrics.counter("refused", "Requests without the token.")
         self._provider: SearchClient = make_client(search.model_copy(update={"cache": None}))
         self._store = Store(search.cache)
         self._ledger = Ledger(search.cache)
@@ -110,7 +113,7 @@ class Proxy:
             if not _is_local(request.host):
                 raise refusal(403, "without a token this server answers only to its loopback address; start it with one")
         elif not _holds(request.headers.get("Authorization", ""), self.settings.token):
-            self.metrics.counts["refused_total"] += 1
+            self._refused.inc()
             raise refusal(401, "send the server's token: Authorization: Bearer TOKEN", {"WWW-Authenticate": "Bearer"})
         return await handler(request)
 
@@ -122,7 +125,7 @@ class Proxy:
         if asked.topk is not None and asked.topk > most:
             raise refusal(422, f"topk={asked.topk}: {most} passages per query are fetched here; ask for as many at most, or set top_k here")
         run = request.match_info.get("run", "default")
-        self.metrics.counts[f'queries_total{{run="{run}"}}'] += len(asked.queries)
+        self._queries.labels(run).inc(len(asked.queries))
         try:
             results = await self._client(run).search(asked.queries)
         except SearchStopped as stopped:
@@ -148,7 +151,7 @@ class Proxy:
 
     async def _metrics(self, request: web.Request) -> web.Response:
         for run, spent in self._ledger.all().items():
-            self.metrics.counts[f'paid_queries_total{{run="{run}"}}'] = spent
+            self._paid.labels(run).set(spent)
         return await self.metrics.answer(request)
 
     async def _health(self, request: web.Request) -> web.Response:

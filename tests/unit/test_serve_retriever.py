@@ -98,11 +98,11 @@ def test_health_and_readiness_tell_the_size_of_the_index(url, path):
 def test_metrics_count_what_was_asked(url):
     post(url, {"queries": ["sol", "rial"]})
     lines = requests.get(url.replace("/retrieve", "/metrics"), timeout=30).text.splitlines()
-    values = {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
+    values = {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}
     assert values['retriever_requests_total{status="200"}'] >= 1 and values["retriever_queries_total"] >= 2
     assert values["retriever_batches_total"] >= 1 and values["retriever_in_flight"] == 0
-    assert 0 < values['retriever_latency_seconds{quantile="0.5"}'] <= values['retriever_latency_seconds{quantile="0.99"}'] < 30
-    assert values["retriever_latency_seconds_count"] >= 1 and values["retriever_latency_seconds_sum"] > 0
+    assert values['retriever_latency_seconds_bucket{le="+Inf"}'] == values["retriever_latency_seconds_count"] >= 1
+    assert values["retriever_latency_seconds_sum"] > 0
 
 
 # ---- the published clients, in their own request shapes (Search-R1 at training, verl's Search-R1-like tool)
@@ -255,7 +255,7 @@ def test_requests_that_wait_are_answered_by_one_call_of_the_index():
     index = SlowIndex(0.05)
 
     async def call():
-        batches = retriever.Batches(index.find, http.Metrics("test"))
+        batches = retriever.Batches(index.find, http.Metrics("test").counter("batches", "Calls."))
         requests = [["first"], *([f"q{n % 3}", "x"] for n in range(20)), ["x"]]
         return requests, await asyncio.gather(*(batches.get(queries, 2 if number == 21 else 1) for number, queries in enumerate(requests)))
 
@@ -270,7 +270,7 @@ def test_a_broken_search_fails_the_requests_of_its_batch_and_no_other():
     index = SlowIndex(0.01)
 
     async def call():
-        batches = retriever.Batches(index.find, http.Metrics("test"))
+        batches = retriever.Batches(index.find, http.Metrics("test").counter("batches", "Calls."))
         with pytest.raises(RuntimeError, match="the index is broken"):
             await batches.get(["broken"], 1)
         return await batches.get(["fine"], 1)

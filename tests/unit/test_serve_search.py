@@ -270,7 +270,7 @@ def test_metrics_tell_what_each_run_has_cost(tmp_path):
             return await (await client.get("/metrics", headers=BEARER)).text()
 
     lines = asyncio.run(call()).splitlines()
-    assert 'search_proxy_paid_queries_total{run="r1"} 2' in lines and 'search_proxy_queries_total{run="r1"} 3' in lines
+    assert 'search_proxy_paid_queries_total{run="r1"} 2.0' in lines and 'search_proxy_queries_total{run="r1"} 3.0' in lines
 
 
 # ---- the process
