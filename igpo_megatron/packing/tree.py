@@ -58,7 +58,7 @@ class PackedRow:
     """[N, 2] fp32, sums of the positive and of the negative parts (as a positive number) of weight x advantage."""
 
     old_logprobs: torch.Tensor
-    """[N] fp32, by the actor before the step."""
+    """[N] fp32, by the policy before the step."""
 
     ref_logprobs: torch.Tensor
     """[N] fp32, by the reference policy; zeros where there is none."""
@@ -73,7 +73,7 @@ class PackedRow:
     """Number of trajectories in the row."""
 
     old_entropies: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    """[N] fp32, nats, by the actor before the step; zeros where the loss uses none."""
+    """[N] fp32, nats, by the policy before the step; zeros where the loss uses none."""
 
     experts: torch.Tensor | None = None
     """[T, layers, top_k] int16, experts to send each token to, -1 where the router shall choose; None leaves it all choices."""
