@@ -41,11 +41,13 @@ docs: venv
 	@$(DOCS)
 	@echo "open docs/_build/index.html"
 
-# tests/gpu/test_checks.py runs tests/gpu/test_policy_gpu.py.
+# Runs that start no vLLM, so that two fit beside each other; test_checks.py runs tests/gpu/test_policy_gpu.py.
+LIGHT := tests/e2e/test_torch_training.py tests/e2e/test_previous_run.py tests/gpu/test_checks.py
+
 test: check
 	@$(BIN)/python -m pytest tests/unit -n $(or $(WORKERS),2) --dist loadfile
-	@$(BIN)/python -m pytest tests/distributed -n 2 --dist loadfile
-	@$(BIN)/python -m pytest tests/e2e tests/gpu --ignore=tests/gpu/test_policy_gpu.py
+	@$(BIN)/python -m pytest $(LIGHT) tests/distributed -n 2 --dist loadfile
+	@$(BIN)/python -m pytest tests/e2e tests/gpu $(addprefix --ignore=,$(LIGHT) tests/gpu/test_policy_gpu.py)
 
 quickstart: venv
 	@test -e runs/world-facts || $(BIN)/python tools/prepare_data.py world-facts --out runs/world-facts
