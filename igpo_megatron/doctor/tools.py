@@ -19,12 +19,14 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
+from igpo_megatron.config.load import ConfigError
 from igpo_megatron.config.schema import Config
 from igpo_megatron.data.question_files import read_prompts
 from igpo_megatron.search.registry import backend_of, key_variable
 from igpo_megatron.search.results import SearchClient, SearchStatus, SearchStopped, normalise
 from igpo_megatron.search.settings import Search
 from igpo_megatron.tools.python.tool import PythonTool
+from igpo_megatron.tools.registry import problems
 from igpo_megatron.tools.search_tool import SearchTool
 from igpo_megatron.tools.tally import Tally, TallyTool, percentile
 from igpo_megatron.tools.visit.reader import PageReader
@@ -347,7 +349,9 @@ def as_table(findings: Sequence[Finding]) -> Table:
 
 
 def main(config: Config, budget: int, pages: Sequence[str], console: Console | None = None) -> int:
-    """Print what was found; 1 if a tool does not work, else 0."""
+    """Print what was found; 1 if a tool does not work, else 0. Raises ConfigError if a tool's name is unknown or taken."""
+    if wrong := list(problems(config.rollout)):
+        raise ConfigError(wrong)
     console = console or Console(highlight=False)
     found: list[Finding] = []
     stopped: str | None = None

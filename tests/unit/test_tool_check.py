@@ -16,7 +16,7 @@ from test_python_tool import isolated, without
 from typer.testing import CliRunner
 
 from igpo_megatron.cli import app
-from igpo_megatron.config.load import build
+from igpo_megatron.config.load import ConfigError, build
 from igpo_megatron.data.prompts import read_prompts
 from igpo_megatron.doctor import tools as tool_check
 from igpo_megatron.doctor.tools import Level, Stage, climb, num_calls, plan, questions, search_advice
@@ -168,3 +168,9 @@ def test_what_the_system_does_not_enforce_for_python_is_said(monkeypatch: pytest
     config = configured({"backend": "serper"}, python={"max_concurrency": 1})
     finding = asyncio.run(tool_check._python(config, lambda name, total: lambda: None))
     assert finding.works and finding.advice[1].startswith("Not enforced on this system: no control group bounds the processes (not here)")
+
+
+def test_a_tool_that_nobody_knows_is_refused():
+    config = build({"model": {"path": "m"}}, ["rollout.extra_tools=[vist]"])
+    with pytest.raises(ConfigError, match=r"rollout.extra_tools.*'vist'.*visit"):
+        tool_check.main(config, budget=1, pages=[])
