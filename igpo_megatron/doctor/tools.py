@@ -295,7 +295,7 @@ async def _visits(config: Config, pages: Sequence[str], advancing: Callable[[str
         advice = f"visit was not measured: search.backend={config.search.backend} gives no addresses of pages; name some with --page."
         return Finding("visit", advice=[advice])
     # How tokens are counted only moves the cut, which takes no time; the policy's tokenizer need not be here.
-    reader = PageReader.from_config(config.visit, lambda text: len(text) // 4)
+    reader = PageReader(config.visit, lambda text: len(text) // 4)
     try:
         stage = Stage(min(4, config.visit.max_concurrency, len(chosen)), len(chosen))
         (level,) = await climb(

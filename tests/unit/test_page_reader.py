@@ -15,7 +15,7 @@ from aiohttp import web
 from igpo_megatron.tools.settings import Summary, Visit
 from igpo_megatron.tools.visit.addresses import NOT_PUBLIC, is_public
 from igpo_megatron.tools.visit.extract import ExtractionFailed, Extractor, kind_of
-from igpo_megatron.tools.visit.fetch import PageStatus
+from igpo_megatron.tools.visit.fetch import PageStatus, system_lookup
 from igpo_megatron.tools.visit.reader import GAP, Page, PageReader, cut, fit, render_page, split_passages
 
 ARTICLE = """<!DOCTYPE html><html><head><title>Lake Tana</title></head><body>
@@ -160,9 +160,9 @@ def serve(scenario: Scenario, server: Server | None = None) -> Any:
     return asyncio.run(main())
 
 
-async def visit(url: str, goal: str | None = None, *, lookup: Any = None, **settings: Any) -> Page:
+async def visit(url: str, goal: str | None = None, *, lookup: Any = system_lookup, **settings: Any) -> Page:
     config = Visit(**{**FAST, **settings})
-    reader = PageReader(config, words, lookup=lookup) if lookup else PageReader.from_config(config, words)
+    reader = PageReader(config, words, lookup=lookup)
     try:
         return await reader.visit(url, goal)
     finally:
@@ -492,7 +492,7 @@ def test_a_failing_summariser_is_an_error_of_ours_and_its_key_is_not_shown(answe
 @pytest.mark.parametrize(("settings", "complaint"), [({}, "model"), ({"model": "m", "api_key_env": "NO_SUCH_KEY"}, "NO_SUCH_KEY")])
 def test_the_summarisers_settings_are_checked(settings: dict[str, str], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
-        PageReader.from_config(Visit(summary=Summary(url="http://127.0.0.1:9/v1", **settings)), words)
+        PageReader(Visit(summary=Summary(url="http://127.0.0.1:9/v1", **settings)), words)
 
 
 # ---- as a tool

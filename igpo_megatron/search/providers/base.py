@@ -54,6 +54,11 @@ def blot(text: str, key: Secret | None) -> str:
     return text if key is None else blot_value(text, key.value)
 
 
+def bearer(key: Secret | None) -> dict[str, str]:
+    """The usual header of a token; none without a key."""
+    return {} if key is None else {"Authorization": f"Bearer {key.value}"}
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One HTTP request. Headers and parameters may contain the key, so they are never shown."""

@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from igpo_megatron.data.corpus import Passage
+from igpo_megatron.search.http import RequestFailed, retrying
 from igpo_megatron.search.local.bm25 import Bm25Index
 from igpo_megatron.tools.base import Description, Observed
 from igpo_megatron.tools.settings import Visit
 from igpo_megatron.tools.visit.extract import ExtractionFailed, Extractor, kind_of
 from igpo_megatron.tools.visit.fetch import Fetched, Fetcher, FetchFailed, Lookup, PageStatus, system_lookup
-from igpo_megatron.tools.visit.summary import Summariser, SummaryFailed, retrying
+from igpo_megatron.tools.visit.summary import Summariser
 from igpo_megatron.untrusted import clean_text
 
 VISIT = Description(
@@ -59,25 +60,14 @@ class Page:
 class PageReader:
     """Visits pages for the policy. Used from one event loop."""
 
-    def __init__(self, config: Visit, count_tokens: CountTokens, *, summariser: Summariser | None = None, lookup: Lookup = system_lookup):
+    def __init__(self, config: Visit, count_tokens: CountTokens, *, lookup: Lookup = system_lookup):
+        """Raises UserError if the summariser's settings are wrong."""
         self.config = config
         self._count = count_tokens
-        self._summariser = summariser
+        self._summariser = Summariser(config.summary) if config.summary.url else None
         self._slots = asyncio.Semaphore(config.max_concurrency)
         self._extractor = Extractor(config.workers, config.extract_timeout_s)
-        self._fetcher = Fetcher(
-            timeout_s=config.timeout_s,
-            max_bytes=config.max_page_kib * 2**10,
-            max_redirects=config.max_redirects,
-            user_agent=config.user_agent,
-            allow_hosts=config.allow_hosts,
-            lookup=lookup,
-        )
-
-    @classmethod
-    def from_config(cls, config: Visit, count_tokens: CountTokens) -> PageReader:
-        """Raises UserError if the summariser's settings are wrong."""
-        return cls(config, count_tokens, summariser=Summariser.from_config(config.summary))
+        self._fetcher = Fetcher(config, lookup)
 
     async def use(self, arguments: Sequence[str]) -> Observed:
         """Visit `arguments[0]`, looking for `arguments[1]` if it is given."""
@@ -121,9 +111,8 @@ class PageReader:
         if text and self._summariser is not None:
             try:
                 text = await self._summariser.summarise(text, goal)
-            except SummaryFailed as error:
-                status = PageStatus.TIMEOUT if error.timeout else PageStatus.ERROR
-                raise FetchFailed(status, f"the summariser failed: {error}") from None
+            except RequestFailed as error:
+                raise FetchFailed(PageStatus(error.status), f"the summariser failed: {self._summariser.url}: {error}") from None
         return page.title, text
 
 
