@@ -45,8 +45,7 @@ def plan_run(
         workload = from_rollouts(rollouts, workload)
     machine = machines.read(calibration) if calibration else machines.gpu(gpu)
     settings = Settings(dtype_bytes=2 if machine.device == "cuda" else 4, reference=reference)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about libraries that are missing for a GPU; nothing is computed here
+    with warnings.catch_warnings(action="ignore"):  # about libraries that are missing for a GPU; nothing is computed here
         plan = search(name, shape, machine, workload, gpus, settings, staleness, placement)
     show(plan, console or Console(), rows)
     if not plan.fits:
@@ -75,8 +74,7 @@ def predict_run(
     if rollouts:
         workload = from_rollouts(rollouts, workload)
     machine = machines.read(calibration) if calibration else machines.gpu(gpu)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         plan = plan_config(config, name, shape, machine, workload)
     show_run(plan, console)
     return 0 if plan.fits else 1

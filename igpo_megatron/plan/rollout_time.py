@@ -22,26 +22,14 @@ RESERVED = 3 * 2**30
 MAX_SEQUENCES = 256
 
 
-@dataclass(frozen=True, slots=True)
-class RolloutTimes:
-    """When trajectories end."""
+def simulate(trajectories: Sequence[Draw], concurrent: int, step_seconds: Callable[[int], float]) -> list[float]:
+    """When trajectories end, in order, on one engine that takes `concurrent` of them at once; those that wait for a tool keep their place.
 
-    seconds: float
-    """The last one."""
-
-    straggler: float
-    """Between the end of nine tenths of them and the last."""
-
-
-def simulate(trajectories: Sequence[Draw], concurrent: int, step_seconds: Callable[[int], float]) -> RolloutTimes:
-    """Run trajectories on one engine that takes `concurrent` of them at once; those that wait for a tool keep their place.
-
-    With one trajectory of n tokens and no tools this is exactly n * step_seconds(1).
+    One trajectory of n tokens and no tools ends after exactly n * step_seconds(1).
     """
     simulation = Simulation(Setup(lambda step: trajectories, 1, concurrent, step_seconds, 0.0, 0.0, staleness=0, steps=1, warm_up=0))
     simulation.run()
-    ends = simulation.finished
-    return RolloutTimes(ends[-1], ends[-1] - ends[int(0.9 * (len(ends) - 1))])
+    return simulation.finished
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +101,9 @@ def serve(
         )
     concurrent = max(1, min(MAX_SEQUENCES, int(cache / mean_tokens(workload))))
     share = draw(workload)[::count]
-    times = simulate(share, concurrent, pace_of(shape, machine, workload, tensor, dtype_bytes))
+    ends = simulate(share, concurrent, pace_of(shape, machine, workload, tensor, dtype_bytes))
     # Prompts (once for a group) and tool results are read in large batches, at the rate of training.
     read = sum(one.prompt / workload.samples + sum(one.observed) for one in share)
     flops = 2.0 * active_parameters(shape) / tensor * read
-    return Engines(
-        count, tensor, times.seconds + flops / machine.matmul_rate(flops), weights, cache, cache * keys, concurrent, times.straggler
-    )
+    straggler = ends[-1] - ends[int(0.9 * (len(ends) - 1))]
+    return Engines(count, tensor, ends[-1] + flops / machine.matmul_rate(flops), weights, cache, cache * keys, concurrent, straggler)
