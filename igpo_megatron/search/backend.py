@@ -33,16 +33,11 @@ class SearchBackend(ABC):
     """It searches in this process, so limits on requests and attempts do not apply."""
 
     @classmethod
-    def missing(cls, search: Search) -> Iterator[str]:
-        """One sentence per required setting that is missing."""
+    def problems(cls, search: Search) -> Iterator[str]:
+        """Everything that can be found wrong before the back-end is opened: one sentence per required setting that is missing, and more."""
         for setting, what in cls.needs:
             if getattr(search, setting) is None:
                 yield f"search.backend={cls.provider} needs search.{setting}{what}"
-
-    @classmethod
-    def problems(cls, search: Search) -> Iterator[str]:
-        """Everything that can be found wrong before the back-end is opened."""
-        yield from cls.missing(search)
 
     @classmethod
     @abstractmethod
@@ -51,6 +46,6 @@ class SearchBackend(ABC):
 
 
 def require(backend: type[SearchBackend], search: Search) -> None:
-    """Raise UserError for the first missing setting."""
-    for problem in backend.missing(search):
+    """Raise UserError for the first problem."""
+    for problem in backend.problems(search):
         raise UserError(problem)

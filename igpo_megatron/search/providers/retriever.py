@@ -28,7 +28,6 @@ class Retriever(HttpBackend):
 
     provider = "retriever"
     decides = ("url", "top_k")
-    needs = (("url", ", such as http://127.0.0.1:8000/retrieve"),)
 
     @classmethod
     def problems(cls, search: Search) -> Iterator[str]:
