@@ -22,7 +22,7 @@ from rich.table import Column, Table
 from igpo_megatron.config.load import ConfigError
 from igpo_megatron.config.schema import Config
 from igpo_megatron.data.question_files import read_prompts
-from igpo_megatron.search.registry import backend_of, key_variable
+from igpo_megatron.search.registry import backend_of, key_variable, open_backend
 from igpo_megatron.search.results import SearchClient, SearchStatus, SearchStopped, normalise
 from igpo_megatron.search.settings import Search
 from igpo_megatron.tools.python.tool import PythonTool
@@ -270,7 +270,7 @@ async def check(config: Config, budget: int, pages: Sequence[str], console: Cons
     console.print(announcement(config, stages), soft_wrap=True)
     with console.status(f"opening search.backend={config.search.backend}"):
         queries = questions(config, calls)
-        client = backend_of(config.search).open(live(config.search, calls))
+        client = open_backend(live(config.search, calls))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
 

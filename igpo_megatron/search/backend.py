@@ -8,7 +8,6 @@ from typing import ClassVar
 
 from igpo_megatron.search.results import SearchClient
 from igpo_megatron.search.settings import Search
-from igpo_megatron.types import UserError
 
 
 class SearchBackend(ABC):
@@ -42,10 +41,4 @@ class SearchBackend(ABC):
     @classmethod
     @abstractmethod
     def open(cls, search: Search) -> SearchClient:
-        """A client ready for use. Raises UserError if its settings, its key or its files are wrong."""
-
-
-def require(backend: type[SearchBackend], search: Search) -> None:
-    """Raise UserError for the first problem."""
-    for problem in backend.problems(search):
-        raise UserError(problem)
+        """A client ready for use; `registry.open_backend` has checked the settings. Raises UserError if its files are wrong."""

@@ -18,12 +18,12 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import aiohttp
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, stop_before_delay, wait_exponential_jitter
 
-from igpo_megatron.search.backend import SearchBackend, require
+from igpo_megatron.search.backend import SearchBackend
 from igpo_megatron.search.flights import SingleFlight
 from igpo_megatron.search.limits import AdaptiveLimit, Blocked, Gate
 from igpo_megatron.search.providers.base import Meaning, Passages, Request, Secret, Sign, Unreadable, blot
@@ -203,15 +203,9 @@ class HttpBackend(SearchBackend):
 
     @classmethod
     def open(cls, search: Search) -> HttpClient:
-        return HttpClient(cls.from_config(search), search)
-
-    @classmethod
-    def from_config(cls, search: Search) -> Self:
-        """Raises UserError if a setting or the key's variable is missing."""
-        key = Secret.from_config(search, cls.key_variable)
-        require(cls, search)
+        key = Secret.read(search.api_key_env or cls.key_variable)
         own = {field.name: getattr(search, field.name) for field in fields(cls) if field.name in Search.model_fields}
-        return cls(**{**own, "url": search.url or cls.official, "key": key})
+        return HttpClient(cls(**{**own, "url": search.url or cls.official, "key": key}), search)
 
     @abstractmethod
     def request(self, queries: Sequence[str]) -> Request:

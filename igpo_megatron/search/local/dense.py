@@ -20,7 +20,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from igpo_megatron.data.corpus import Passage, join_contents, read_corpus
-from igpo_megatron.search.backend import require
 from igpo_megatron.search.local.bm25 import CorpusClient, some_passages
 from igpo_megatron.search.results import SearchResult
 from igpo_megatron.search.settings import Search
@@ -44,11 +43,9 @@ class Encoder(Protocol):
 
 
 def sentence_transformer(name: str) -> Encoder:
-    """The encoder of a sentence-transformers model. UserError where the library or the model is missing."""
-    try:
-        from sentence_transformers import SentenceTransformer
-    except ImportError:
-        raise UserError(NOT_INSTALLED) from None
+    """The encoder of a sentence-transformers model. UserError where the model is missing."""
+    from sentence_transformers import SentenceTransformer
+
     try:
         model = SentenceTransformer(name)
     except (OSError, ValueError) as error:
@@ -151,7 +148,6 @@ class DenseClient(CorpusClient):
     @classmethod
     def open(cls, config: Search) -> DenseClient:
         """Load the encoder, read and embed `search.corpus`. UserError if something is missing."""
-        require(cls, config)
         assert config.corpus is not None and config.encoder is not None
         index = DenseIndex(
             read_corpus(config.corpus),

@@ -6,7 +6,6 @@ A page is untrusted text: it is sent between marks as material, and the summary 
 from __future__ import annotations
 
 import asyncio
-import os
 
 import aiohttp
 
@@ -36,7 +35,7 @@ class Summariser:
         assert config.url is not None, "whoever wants summaries names a server"
         self.url = f"{config.url.rstrip('/')}/chat/completions"
         self.config = config
-        self._key = Secret(config.api_key_env, os.environ[config.api_key_env]) if config.api_key_env else None
+        self._key = Secret.read(config.api_key_env)
         self._slots = asyncio.Semaphore(config.max_concurrency)
         self._session: aiohttp.ClientSession | None = None
 
