@@ -6,6 +6,7 @@ import asyncio
 import gzip
 import io
 import socket
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -214,10 +215,11 @@ def test_a_redirect_is_followed() -> None:
 )
 def test_every_trouble_has_its_status(path: str, status: PageStatus, error: str | None) -> None:
     seconds = 0.5 if status is PageStatus.TIMEOUT else 20.0
+    started = time.monotonic()
     page = visit_path(path, timeout_s=seconds, max_page_kib=2048 if path == "/deep" else 4, max_redirects=3)
     assert page.status is status and page.text == ""
     assert page.error is None if error is None else error in str(page.error)
-    assert page.latency_s < 10
+    assert time.monotonic() - started < 10
 
 
 def test_trouble_that_may_pass_is_tried_again_and_other_trouble_is_not() -> None:

@@ -70,9 +70,6 @@ class FetchFailed(Exception):
 class Fetched:
     """A page as it was received."""
 
-    url: str
-    """Final address, after redirects."""
-
     content_type: str
     """Media type in lower case without parameters, e.g. `text/html`."""
 
@@ -213,4 +210,4 @@ class Fetcher:
                 body += part
                 if len(body) > most:
                     raise FetchFailed(PageStatus.UNREADABLE, f"larger than {most} bytes")
-            return Fetched(str(url), response.content_type.lower(), response.charset, bytes(body))
+            return Fetched(response.content_type.lower(), response.charset, bytes(body))

@@ -6,7 +6,6 @@ url, goal ──fetch──> body ──extract──> title, text ──start |
 from __future__ import annotations
 
 import asyncio
-import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -42,9 +41,6 @@ CountTokens = Callable[[str], int]
 class Page:
     """The outcome of one visit."""
 
-    url: str
-    """As asked for."""
-
     status: PageStatus
     title: str = ""
     text: str = ""
@@ -52,9 +48,6 @@ class Page:
 
     error: str | None = None
     """One sentence for people; None if the page was read."""
-
-    latency_s: float = 0.0
-    """Wall time of the visit, waiting for a slot excluded."""
 
 
 class PageReader:
@@ -79,13 +72,11 @@ class PageReader:
     async def visit(self, url: str, goal: str | None = None) -> Page:
         """Read a page. Problems are statuses, never exceptions."""
         async with self._slots:
-            start = time.perf_counter()
             try:
                 title, text = await self._read(url, goal)
-                status, error = PageStatus.OK if text else PageStatus.EMPTY, None
+                return Page(PageStatus.OK if text else PageStatus.EMPTY, title, text)
             except FetchFailed as failed:
-                status, title, text, error = failed.status, "", "", clean_text(f"{url[:200]}: {failed}")
-            return Page(url, status, title, text, error, time.perf_counter() - start)
+                return Page(failed.status, error=clean_text(f"{url[:200]}: {failed}"))
 
     async def close(self) -> None:
         """Close connections and end the workers."""
