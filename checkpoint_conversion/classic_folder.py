@@ -216,8 +216,6 @@ class ClassicReader(Reader):
         return self._whole(name, lambda part: part)
 
     def _whole(self, name: str, take: Callable[[Tensor], Tensor]) -> Tensor:
-        if name not in self._parts:
-            raise ConversionError(f"{self.folder} holds no tensor {name}")
         rule, parts = self._rules.get(name), self._parts[name]
         first = parts[min(parts)]
         if rule is None or rule.split_dim is None or self._is_whole_expert(rule, first):

@@ -101,15 +101,15 @@ class MegatronReader(Reader):
         return [key for key in self._metadata.state_dict_metadata if not key.startswith(_MODEL_KEYS)]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        place = self._find(name)
+        place = self._place[name]
         return tuple(self._entry(place).size[len(place.index) :])
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._entry(self._find(name)).properties.dtype
+        return self._entry(self._place[name]).properties.dtype
 
     def get(self, name: str) -> Tensor:
         """The full tensor (as at tensor parallel 1, vocabulary padded), put together from all shards."""
-        place = self._find(name)
+        place = self._place[name]
         shape, axes = self.shape(name), len(place.index)
         target: Tensor | None = None
         covered = 0
@@ -155,11 +155,6 @@ class MegatronReader(Reader):
                     continue
                 for expert in range(entry.size[len(index)]):
                     yield name.replace(_STORED_EXPERT, f".experts.local_experts.{expert}."), Place(key, (*index, expert))
-
-    def _find(self, name: str) -> Place:
-        if name not in self._place:
-            raise ConversionError(f"{self.folder} holds no tensor {name}")
-        return self._place[name]
 
     def _entry(self, place: Place) -> TensorStorageMetadata:
         return self._metadata.state_dict_metadata[place.key]

@@ -13,7 +13,7 @@ from igpo_megatron.config.load import ConfigError, build, load, parse
 from igpo_megatron.plan import machines
 from igpo_megatron.plan.launch import launch_yaml
 from igpo_megatron.plan.model_shape import find_shape
-from igpo_megatron.plan.search import plan_config, search
+from igpo_megatron.plan.search import Plan, plan_config, search
 from igpo_megatron.plan.show import show, show_run
 from igpo_megatron.plan.types import Placement, Settings, Workload
 from igpo_megatron.plan.workload import from_rollouts
@@ -46,7 +46,7 @@ def plan_run(
     machine = machines.read(calibration) if calibration else machines.gpu(gpu)
     settings = Settings(dtype_bytes=2 if machine.device == "cuda" else 4, reference=reference)
     with warnings.catch_warnings(action="ignore"):  # about libraries that are missing for a GPU; nothing is computed here
-        plan = search(name, shape, machine, workload, gpus, settings, staleness, placement)
+        plan = search(Plan(name, shape, machine, workload, settings, gpus, staleness), placement)
     show(plan, console or Console(), rows)
     if not plan.fits:
         return 1

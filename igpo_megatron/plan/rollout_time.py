@@ -7,7 +7,6 @@ decoding step, and a step of B of them takes `step_seconds(B)`: weights and keys
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from checkpoint_conversion.architectures import ModelShape
 from igpo_megatron.plan.asynchronous import Setup, Simulation
@@ -32,47 +31,24 @@ def simulate(trajectories: Sequence[Draw], concurrent: int, step_seconds: Callab
     return simulation.finished
 
 
-@dataclass(frozen=True, slots=True)
-class Pace:
-    """How fast one engine decodes: seconds of a step in which `batch` trajectories get a token each."""
-
-    weights: float
-    """Bytes that every step reads on each device."""
-
-    asleep: tuple[float, float]
-    """(bytes of all experts, chance that one token leaves an expert out): a small batch wakes only some of them."""
-
-    keys: float
-    """Bytes read for each trajectory, at the mean length."""
-
-    flops: float
-    """Of one token on each device."""
-
-    fixed: float
-    """Seconds of a step however small."""
-
-    machine: Machine
-
-    def __call__(self, batch: int) -> float:
-        expert_bytes, missed = self.asleep
-        read = self.weights - expert_bytes * missed**batch + batch * self.keys
-        flops = batch * self.flops
-        return max(read / self.machine.stream, flops / self.machine.matmul_rate(flops)) + self.fixed
-
-
-def pace_of(shape: ModelShape, machine: Machine, workload: Workload, tensor: int, dtype_bytes: int) -> Pace:
-    """The pace of an engine of `tensor` devices."""
+def pace_of(shape: ModelShape, machine: Machine, workload: Workload, tensor: int, dtype_bytes: int) -> Callable[[int], float]:
+    """How fast an engine of `tensor` devices decodes: seconds of a step in which so many trajectories get a token each."""
     mixture = shape.mixture
-    experts = shape.num_layers * count_parts(shape, 1, 1).layer_experts * dtype_bytes / tensor
-    return Pace(
-        weights=total_parameters(shape) * dtype_bytes / tensor,
-        asleep=(experts, 1 - mixture.top_k / mixture.num_experts) if mixture else (0.0, 0.0),
-        keys=_key_bytes(shape, tensor, dtype_bytes) * mean_tokens(workload) / 2,
-        flops=2.0 * active_parameters(shape) / tensor,
-        # Two small all-reduces in every layer, which engines do by kernels of their own.
-        fixed=machine.decode_call + (2 * shape.num_layers * machine.link_latency / 3 if tensor > 1 else 0.0),
-        machine=machine,
-    )
+    # Bytes that every step reads on each device: weights, of which a small batch leaves some experts asleep, and a trajectory's keys.
+    weights = total_parameters(shape) * dtype_bytes / tensor
+    experts = shape.num_layers * count_parts(shape, 1, 1).layer_experts * dtype_bytes / tensor if mixture else 0.0
+    missed = 1 - mixture.top_k / mixture.num_experts if mixture else 0.0  # chance that one token leaves an expert out
+    keys = _key_bytes(shape, tensor, dtype_bytes) * mean_tokens(workload) / 2
+    token_flops = 2.0 * active_parameters(shape) / tensor
+    # However small a step is. Two small all-reduces in every layer, which engines do by kernels of their own.
+    fixed = machine.decode_call + (2 * shape.num_layers * machine.link_latency / 3 if tensor > 1 else 0.0)
+
+    def seconds(batch: int) -> float:
+        read = weights - experts * missed**batch + batch * keys
+        flops = batch * token_flops
+        return max(read / machine.stream, flops / machine.matmul_rate(flops)) + fixed
+
+    return seconds
 
 
 def mean_tokens(workload: Workload) -> float:
