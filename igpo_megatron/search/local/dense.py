@@ -43,9 +43,11 @@ class Encoder(Protocol):
 
 
 def sentence_transformer(name: str) -> Encoder:
-    """The encoder of a sentence-transformers model. UserError where the model is missing."""
-    from sentence_transformers import SentenceTransformer
-
+    """The encoder of a sentence-transformers model. UserError where the library or the model is missing."""
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError:
+        raise UserError(NOT_INSTALLED) from None
     try:
         model = SentenceTransformer(name)
     except (OSError, ValueError) as error:
@@ -79,14 +81,18 @@ class DenseIndex:
         self._nearest = _faiss(self.vectors) or _numpy(self.vectors)
 
     def search(self, queries: Sequence[str], k: int) -> list[tuple[tuple[Passage, float], ...]]:
-        """Per query the `k` best (passage, cosine), best first."""
+        """Per query the `k` best (passage, cosine), best first; none for a query without words, which also has nearest passages."""
+        asked = [query for query in queries if query.strip()]
+        if not asked:
+            return [()] * len(queries)
         with self._encoding:  # encoders are not thread-safe
-            asked = unit_rows(self._encode([self._query_prefix + query for query in queries]))
-        scores, rows = self._nearest(asked, min(k, len(self.passages)))
-        return [
-            tuple((self.passages[row], float(score)) for row, score in zip(best, values, strict=True))
-            for best, values in zip(rows, scores, strict=True)
-        ]
+            vectors = unit_rows(self._encode([self._query_prefix + query for query in asked]))
+        scores, rows = self._nearest(vectors, min(k, len(self.passages)))
+        found = {
+            query: tuple((self.passages[row], float(score)) for row, score in zip(best, values, strict=True))
+            for query, best, values in zip(asked, rows, scores, strict=True)
+        }
+        return [found.get(query, ()) for query in queries]
 
 
 def unit_rows(vectors: NDArray[Any]) -> Vectors:
@@ -162,8 +168,7 @@ class DenseClient(CorpusClient):
     async def search(self, queries: Sequence[str]) -> list[SearchResult]:
         """One result per query: the nearest passages, at any distance. A query without words is `empty`."""
         start = time.perf_counter()
-        asked = [query for query in queries if query.strip()]
-        found = await asyncio.to_thread(self.index.search, asked, self.top_k) if asked else []
+        found = await asyncio.to_thread(self.index.search, queries, self.top_k)
         took = time.perf_counter() - start
-        hits = {query: [passage for passage, _ in best] for query, best in zip(asked, found, strict=True)}
-        return [SearchResult.answered(query, self.provider, hits.get(query, ()), took) for query in queries]
+        hits = ([passage for passage, _ in best] for best in found)
+        return [SearchResult.answered(query, self.provider, best, took) for query, best in zip(queries, hits, strict=True)]
