@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from types import TracebackType
 from typing import Protocol, Self
 
-from igpo_megatron.types import Completion, ProbeScore, RunStopped, WeightSink
+from igpo_megatron.types import Completion, ProbeScore, RunStopped, SamplingRequest, WeightSink
 
 
 class EngineError(RunStopped):
@@ -19,26 +20,12 @@ class EnginesEnded(RunStopped):
 class Engine(Protocol):
     """Continues token sequences and scores probes."""
 
-    async def generate(
-        self,
-        token_ids: list[int],
-        *,
-        max_tokens: int,
-        temperature: float,
-        seed: int,
-        key: str,
-        top_logprobs: int = 0,
-        experts_from: int | None = None,
-    ) -> Completion:
-        """Sample one turn. Requests with the same `key` go to the same engine, to use its prefix cache. Raises EngineError.
-
-        `top_logprobs` other than 0 requests entropies, over that many of the likeliest tokens or, if -1, over all. `experts_from` requests
-        the experts of the context's tokens from there on, and of the sampled ones.
-        """
+    async def generate(self, request: SamplingRequest) -> Completion:
+        """Sample one turn, or a part of one. Raises EngineError."""
         ...
 
     async def score_probe(self, token_ids: list[int], first: int, *, key: str) -> ProbeScore:
-        """Log-probs of `token_ids[first:]` after those before them; `key` as for `generate`. Raises EngineError."""
+        """Log-probs of `token_ids[first:]` after those before them; `key` as in `SamplingRequest`. Raises EngineError."""
         ...
 
 
@@ -54,3 +41,10 @@ class EngineService(Engine, WeightSink, Protocol):
     def sleep(self) -> None:
         """Leave the device to the policy until the next weights arrive. Call it between rollouts."""
         ...
+
+
+def require_logprobs(score: ProbeScore, engine: str) -> ProbeScore:
+    """The score itself. Raises EngineError naming the engine if it is not made of log-probs."""
+    if not all(-math.inf < logprob <= 0.0 for logprob in score.logprobs):
+        raise EngineError(f"{engine} scored a probe with {score.logprobs}, which are no log-probs")
+    return score
