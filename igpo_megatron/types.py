@@ -430,17 +430,17 @@ class Canary:
     """Largest |difference| allowed, nats."""
 
 
+NamedTensors = Iterable[tuple[str, Any]]
+"""(name in the Hugging Face folder, tensor), once each."""
+
+
 class WeightSink(Protocol):
     """Whatever receives new weights: the engine pool, or a test."""
 
     def update_weights(
-        self,
-        named_tensors: Iterable[tuple[str, Any]],
-        version: int,
-        canary: Canary | None = None,
-        exported: Callable[[], None] | None = None,
+        self, named_tensors: NamedTensors, version: int, canary: Canary | None = None, exported: Callable[[], None] | None = None
     ) -> Mapping[str, float]:
-        """Replace all weights by `(hf_name, tensor)` pairs and serve them as `version` from now on; returns metrics.
+        """Replace all weights and serve them as `version` from now on; returns metrics.
 
         `exported` is called when all tensors were taken. With `canary`, whoever serves them is asked before others may. Raises SyncError.
         """

@@ -14,7 +14,6 @@ from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from igpo_megatron.agent.prober import Prober, RenderedProbe
@@ -71,7 +70,7 @@ class Rollouter:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.start(self._close()).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()

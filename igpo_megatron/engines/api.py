@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from types import TracebackType
 from typing import Protocol, Self
 
 from igpo_megatron.types import Completion, ProbeScore, RunStopped, SamplingRequest, WeightSink
@@ -36,7 +35,7 @@ class EngineService(Engine, WeightSink, Protocol):
         """Start; returns when requests are served with the weights of the model's folder. Raises RunStopped."""
         ...
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
 
     def sleep(self) -> None:
         """Leave the device to the policy until the next weights arrive. Call it between rollouts."""

@@ -13,11 +13,10 @@ import random
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from types import TracebackType
 from typing import Any, Self
 
 from igpo_megatron.chat.protocols.registry import protocol_of
@@ -29,10 +28,10 @@ from igpo_megatron.engines.api import EngineError, require_logprobs
 from igpo_megatron.engines.fleet import EngineState, Fleet, Member, is_lost
 from igpo_megatron.engines.ray_cluster import RayCluster
 from igpo_megatron.supervision.waits import ENGINES, waiting
-from igpo_megatron.types import Canary, Completion, ProbeScore, SamplingRequest, SyncError
+from igpo_megatron.types import Canary, Completion, NamedTensors, ProbeScore, SamplingRequest, SyncError
 from igpo_megatron.weights.send import Transfer, Transport, cause, check_canary, export, fingerprints, largest_gap
 from igpo_megatron.weights.store import Bucket, SharedWeights
-from igpo_megatron.weights.transports import EngineReceiver, ObjectStore, SharedMemory
+from igpo_megatron.weights.transports import EngineReceiver, FileTransport
 
 _OPERATION_TIMEOUT_S = 600
 _TEST_CONTEXT, _TEST_PROBE = 128, 12  # 128 tokens fill complete KV blocks of any size in use
@@ -96,7 +95,7 @@ class EnginePool:
             self._opened = opened.pop_all()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -235,11 +234,7 @@ class EnginePool:
             self._fleet.lost(member, actor, error)
 
     def update_weights(
-        self,
-        named_tensors: Iterable[tuple[str, Any]],
-        version: int,
-        canary: Canary | None = None,
-        exported: Callable[[], None] | None = None,
+        self, named_tensors: NamedTensors, version: int, canary: Canary | None = None, exported: Callable[[], None] | None = None
     ) -> dict[str, float]:
         """Replace all weights in all engines; returns metrics when they serve `version` and have passed the canary, if one is given.
 
@@ -329,7 +324,7 @@ class EnginePool:
             return self._files(members)
         from igpo_megatron.weights.cuda_transports import Native
 
-        receivers = [EngineReceiver(member.number, member.actor) for member in members]
+        receivers = _receivers(members)
         if self._native is None or not self._native.reaches(receivers):
             self._close_native()
             self._native = Native(kind, receivers, self._engine.tensor, self._config.sync)
@@ -343,12 +338,11 @@ class EnginePool:
             raise EngineError(f"sync.transport=shared_memory reaches engines on this machine only; {away} are not: use auto")
         near = [member for member in members if member.is_local and kind != "object_store"]
         far = [member for member in members if member not in near]
-        transports: list[Transport] = []
-        if near:
-            transports.append(SharedMemory([EngineReceiver(member.number, member.actor) for member in near]))
-        if far:
-            transports.append(ObjectStore([EngineReceiver(member.number, member.actor) for member in far], self._weights))
-        return transports
+        return [FileTransport(_receivers(some), copied) for some, copied in ((near, None), (far, self._weights)) if some]
+
+
+def _receivers(members: Sequence[Member]) -> list[EngineReceiver]:
+    return [EngineReceiver(member.number, member.actor) for member in members]
 
 
 def check_prefix_cache(number: int, score: Callable[..., tuple[list[float], int]], vocab_size: int, dtype: str) -> float:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
-from igpo_megatron.types import Canary, SyncError
+from igpo_megatron.types import Canary, NamedTensors, SyncError
 from igpo_megatron.weights.settings import Sync
 from igpo_megatron.weights.store import Bucket, Entry, Received, SharedWeights, in_buckets
 
@@ -61,7 +61,7 @@ class Transport(Protocol):
         ...
 
 
-def export(named_tensors: Iterable[tuple[str, torch.Tensor]], store: SharedWeights, bucket_bytes: int) -> Iterator[Export]:
+def export(named_tensors: NamedTensors, store: SharedWeights, bucket_bytes: int) -> Iterator[Export]:
     """Cut the stream into buckets and write each to the file."""
     end = 0
     for number, tensors in enumerate(in_buckets(named_tensors, bucket_bytes)):

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from igpo_megatron.supervision.leftovers import claim, remove_abandoned
-from igpo_megatron.types import SyncError
+from igpo_megatron.types import NamedTensors, SyncError
 
 _ALIGNMENT = 64
 _PREFIX = "igpo-weights-"
@@ -65,7 +65,7 @@ class Bucket:
         return self.entries[-1].offset + self.entries[-1].nbytes - self.begin
 
 
-def in_buckets(named_tensors: Iterable[tuple[str, torch.Tensor]], size: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
+def in_buckets(named_tensors: NamedTensors, size: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
     """The same tensors in the same order, in lists of at most `size` bytes; a larger tensor is alone in its list."""
     bucket: list[tuple[str, torch.Tensor]] = []
     held = 0

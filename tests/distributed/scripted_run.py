@@ -5,10 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -18,7 +17,7 @@ from igpo_megatron.chat.tokenizer import load_tokenizer
 from igpo_megatron.config.schema import Config
 from igpo_megatron.engines import factory
 from igpo_megatron.training.main import main
-from igpo_megatron.types import Canary, Completion, ProbeScore, SamplingRequest
+from igpo_megatron.types import Canary, Completion, NamedTensors, ProbeScore, SamplingRequest
 
 Script = Sequence[Sequence[str]]
 """For each turn the texts that samples take in rotation."""
@@ -40,7 +39,7 @@ class ScriptedEngines:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
 
     def sleep(self) -> None: ...
 
@@ -58,11 +57,7 @@ class ScriptedEngines:
         return ProbeScore(tuple(-1.0 for _ in token_ids[first:]), self._version)
 
     def update_weights(
-        self,
-        named_tensors: Iterable[tuple[str, Any]],
-        version: int,
-        canary: Canary | None = None,
-        exported: Callable[[], None] | None = None,
+        self, named_tensors: NamedTensors, version: int, canary: Canary | None = None, exported: Callable[[], None] | None = None
     ) -> Mapping[str, float]:
         for _ in named_tensors:
             pass

@@ -16,12 +16,11 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, InvalidStateError
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
-from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self
 
 import torch
 
@@ -33,10 +32,8 @@ from igpo_megatron.engines.api import EngineError, EnginesEnded, require_logprob
 from igpo_megatron.engines.torch_engine.model import TorchModel
 from igpo_megatron.engines.torch_engine.sampling import choose, entropies, processed_logprobs
 from igpo_megatron.supervision.waits import ENGINES, waiting
-from igpo_megatron.types import Canary, Completion, ProbeScore, RunStopped, SamplingRequest, SyncError
+from igpo_megatron.types import Canary, Completion, NamedTensors, ProbeScore, RunStopped, SamplingRequest, SyncError
 from igpo_megatron.weights.send import check_canary
-
-Answer = TypeVar("Answer")
 
 _NAME = "engine 0"
 _BATCH_TOKENS = 8192
@@ -99,7 +96,7 @@ class TorchEngine:
         # The following belongs to the thread while it steps, and otherwise to the holder of the condition.
         self._state = threading.Condition()
         self._open: set[_Turn | _Probe] = set()
-        """Requests without an answer."""
+        """Requests whose callers wait."""
 
         self._waiting: deque[_Turn] = deque()
         self._probes: deque[_Probe] = deque()
@@ -125,7 +122,7 @@ class TorchEngine:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -144,21 +141,13 @@ class TorchEngine:
             left = list(self._open)
             self._state.notify_all()
         for request in left:
-            if self._is_awaited(request):
+            with suppress(InvalidStateError):
                 request.done.set_exception(self._problem)
 
     def _answer(self, request: Any, answer: Any) -> None:
-        """Answer a request, if its caller still waits."""
-        if self._is_awaited(request):
+        """Answer a request, unless its caller has given up or been told of a problem."""
+        with suppress(InvalidStateError):
             request.done.set_result(answer)
-
-    def _is_awaited(self, request: Any) -> bool:
-        """True, once, if the request's caller still waits; whoever gets True must answer."""
-        with self._state:
-            if request not in self._open:
-                return False
-            self._open.remove(request)
-        return bool(request.done.set_running_or_notify_cancel())
 
     # ---- requests
 
@@ -168,16 +157,16 @@ class TorchEngine:
         room = self._config.rollout.max_context - len(request.token_ids)
         self._require("a turn", request.token_ids, room)
         turn = _Turn(replace(request, max_tokens=min(request.max_tokens, room)), random.Random(request.seed))
-        return await self._ask("a turn", turn, self._waiting, turn.done)
+        return await self._ask("a turn", turn, self._waiting)
 
     async def score_probe(self, token_ids: list[int], first: int, *, key: str) -> ProbeScore:
         """Raw log-probs of `token_ids[first:]`. Raises EngineError if they are not valid, or take too long."""
         assert 1 <= first < len(token_ids), f"tokens from {first} on of {len(token_ids)} cannot be scored"
         self._require("a probe", token_ids, self._config.rollout.max_context + 1 - len(token_ids))
         probe = _Probe(list(token_ids), first)
-        return require_logprobs(await self._ask("a probe", probe, self._probes, probe.done), _NAME)
+        return require_logprobs(await self._ask("a probe", probe, self._probes), _NAME)
 
-    async def _ask(self, what: str, request: Any, queue: deque[Any], done: Future[Answer]) -> Answer:
+    async def _ask(self, what: str, request: Any, queue: deque[Any]) -> Any:
         with self._state:
             if self._problem is not None:
                 raise self._problem
@@ -188,7 +177,7 @@ class TorchEngine:
         try:
             with waiting(what, on=_NAME, who=ENGINES):
                 async with asyncio.timeout(limit):
-                    return await asyncio.wrap_future(done)
+                    return await asyncio.wrap_future(request.done)
         except TimeoutError:
             raise EngineError(f"{_NAME} did not answer {what} within rollout.engine.request_timeout_s={limit:g}") from None
         finally:
@@ -306,11 +295,7 @@ class TorchEngine:
     # ---- weights
 
     def update_weights(
-        self,
-        named_tensors: Iterable[tuple[str, Any]],
-        version: int,
-        canary: Canary | None = None,
-        exported: Callable[[], None] | None = None,
+        self, named_tensors: NamedTensors, version: int, canary: Canary | None = None, exported: Callable[[], None] | None = None
     ) -> dict[str, float]:
         """Replace all weights and serve them as `version` once they have passed the canary; returns metrics. Raises SyncError.
 
