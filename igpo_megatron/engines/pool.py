@@ -190,10 +190,8 @@ class EnginePool:
 
     def score_on_each(self, token_ids: Sequence[int]) -> list[list[float]]:
         """Raw log-probs of a sequence by every engine, 0.0 for the first token. Raises EngineError naming one that cannot."""
-        members = self._fleet.members
-        asked = [(member, member.actor.score.remote(list(token_ids))) for member in members]
-        found = [self._fleet.wait_for(member, reference, "could not score", _OPERATION_TIMEOUT_S) for member, reference in asked]
-        return [[0.0, *score.logprobs] for score, _ in found]
+        numbers = range(len(self._fleet.members))
+        return [[0.0, *self.score_on(number, list(token_ids), 1, cached=False)[0]] for number in numbers]
 
     def score_on(self, number: int, token_ids: list[int], first: int, *, cached: bool) -> tuple[list[float], int]:
         """Blocking `score_probe` on engine `number`: log-probs, and the prompt tokens found in its prefix cache."""
