@@ -54,8 +54,8 @@ class EngineActor:
     async def start(self, options: dict[str, Any], weights_path: str | None, turns: Mapping[str, Any]) -> None:
         """Load the model; returns when requests can be served. Raises EngineLost if a signal ended vLLM meanwhile.
 
-        `weights_path`: the file of later weights on this machine; None to keep a copy here. `turns`: SamplingParams of every turn, such as
-        its stops.
+        `weights_path`: the file of later weights on this machine; None to keep a copy here. `turns`: SamplingParams of every turn: its
+        stops, and the tokens that it may have.
         """
         from vllm.config import WeightTransferConfig
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest

@@ -78,7 +78,7 @@ class Engine(Section):
                 )
 
     def dtype_for(self, model_dtype: Dtype) -> Dtype:
-        """That of the engines' weights and caches."""
+        """Of the engines' weights and caches, for a model of `model_dtype`."""
         return model_dtype if self.dtype == "auto" else self.dtype
 
     def cache_slots(self, max_context: int, model_dtype: Dtype, shape: dict[str, Any]) -> int:
