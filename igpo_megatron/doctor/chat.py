@@ -23,7 +23,7 @@ from igpo_megatron.config.schema import Config
 from igpo_megatron.data.corpus import Passage
 from igpo_megatron.search.results import SearchResult, SearchStatus
 from igpo_megatron.tools.search_tool import SearchTool
-from igpo_megatron.types import SEARCH, Completion, Node, ProbeScore, Prompt, RolloutGroup, ToolCall
+from igpo_megatron.types import SEARCH, Completion, Node, ProbeScore, Prompt, RolloutGroup, SamplingRequest, ToolCall
 
 Source = Literal["template", "instruction", "forced", "sampled", "result", "probe"]
 
@@ -69,7 +69,7 @@ class ScriptedPolicy:
         self._actions = iter(script)
         self._turn = 0
 
-    async def generate(self, token_ids: list[int], **_: object) -> Completion:
+    async def generate(self, request: SamplingRequest) -> Completion:
         """The next turn, without its given opening."""
         self._turn += 1
         text = self._chat.write("I think so.", next(self._actions))

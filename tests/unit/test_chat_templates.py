@@ -37,7 +37,7 @@ from igpo_megatron.doctor import chat as chat_check
 from igpo_megatron.doctor import commands
 from igpo_megatron.engines.pool import EnginePool
 from igpo_megatron.tools.search_tool import SearchTool
-from igpo_megatron.types import Completion, Node, Prompt, RolloutGroup, Status, ToolCall, Trajectory, UserError
+from igpo_megatron.types import Completion, Node, Prompt, RolloutGroup, SamplingRequest, Status, ToolCall, Trajectory, UserError
 
 NOW = datetime(2026, 3, 4, 5, 6, 7, 89, UTC)
 FAMILIES, THINKERS = tuple(TOKENS), ("qwen3_thinking", "r1_distill")
@@ -308,8 +308,14 @@ def test_engines_stop_at_every_eos_and_bar_rows_of_the_embedding_without_a_token
 ) -> None:
     """The demo's embedding has 656 rows, its tokenizer 650 tokens. The template's own end comes first."""
     pool = EnginePool(build({"model": {"path": str(model(tmp_path, eos))}, "run": {"device": "cpu"}}))
-    assert pool._stop_tokens == stops
-    assert pool._limits == {"logit_bias": dict.fromkeys(range(650, 656), float("-inf"))}
+    assert pool._turns == {
+        "stop_token_ids": list(stops),
+        "detokenize": False,
+        "stop": [],
+        "include_stop_str_in_output": False,
+        "skip_special_tokens": False,
+        "logit_bias": dict.fromkeys(range(650, 656), float("-inf")),
+    }
     assert form_of(AutoTokenizer.from_pretrained(tmp_path), tool_in_prompt=False).turn_ends == stops
 
 
@@ -353,8 +359,8 @@ class Lines:
     def __init__(self, words: Any, lines: list[tuple[str, int]]) -> None:
         self.words, self.lines, self.seen = words, iter(lines), []
 
-    async def generate(self, token_ids: list[int], **_: object) -> Completion:
-        self.seen.append(token_ids)
+    async def generate(self, request: SamplingRequest) -> Completion:
+        self.seen.append(request.token_ids)
         line, end = next(self.lines)
         ids = [*self.words.encode(line, add_special_tokens=False), end]
         return Completion(ids, [-0.5] * len(ids), "stop", 1)

@@ -23,7 +23,7 @@ from models import SHAPES, config_for, random_policy
 
 from igpo_megatron.doctor.probes import gap, probe_logprobs, score_in_trainer, synthetic_group
 from igpo_megatron.policy import parallel
-from igpo_megatron.types import RolloutGroup
+from igpo_megatron.types import RolloutGroup, SamplingRequest
 
 PROMPT, TURN, PROBE = 500, 1500, 24
 """Tokens at full size; on CPU prompt and turns have a tenth of that."""
@@ -139,7 +139,7 @@ async def _turn_by_turn(engines: Any, group: RolloutGroup) -> float:
     for node in group.nodes:
         if node.kind == "probe" and node.parent is not None and node.scored:
             context = group.context(node.parent)
-            await engines.generate(context, max_tokens=1, temperature=0.0, seed=0, key=group.prompt.id)
+            await engines.generate(SamplingRequest(context, max_tokens=1, temperature=0.0, seed=0, key=group.prompt.id))
             started = time.perf_counter()
             score = await engines.score_probe(context + node.token_ids, len(context) + node.scored[0], key=group.prompt.id)
             total += time.perf_counter() - started

@@ -45,7 +45,7 @@ from igpo_megatron.engines.pool import EnginePool
 from igpo_megatron.search.local.bm25 import Bm25Client
 from igpo_megatron.search.results import SearchClient, SearchResult
 from igpo_megatron.tools.search_tool import SearchTool
-from igpo_megatron.types import SEARCH, Completion, ProbeScore, Prompt
+from igpo_megatron.types import SEARCH, Completion, ProbeScore, Prompt, SamplingRequest
 
 ROOT = Path(__file__).resolve().parents[2]
 CONSOLE = Console(stderr=True)
@@ -310,10 +310,10 @@ class TogetherEngine:
     def __init__(self, inner: Engine, barrier: Barrier):
         self.inner, self.barrier = inner, barrier
 
-    async def generate(self, token_ids: list[int], **sampling: Any) -> Completion:
+    async def generate(self, request: SamplingRequest) -> Completion:
         """The other engine's completion."""
         await self.barrier.meet()
-        return await self.inner.generate(token_ids, **sampling)
+        return await self.inner.generate(request)
 
     async def score_probe(self, token_ids: list[int], first: int, *, key: str) -> ProbeScore:
         """Not used here."""

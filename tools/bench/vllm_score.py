@@ -25,6 +25,7 @@ from common import finish, interleaved, ratio
 from models import config_for, random_policy
 
 from igpo_megatron.engines.pool import EnginePool
+from igpo_megatron.types import SamplingRequest
 
 PREFIXES, BATCHES = (800, 1600), (1, 16)
 PROBE, WORDING = 24, 12
@@ -90,7 +91,9 @@ def compare(engines: EnginePool, contexts: Sequence[list[int]], tokens: Any, rep
     found: dict[bool, list[list[list[float]]]] = {True: [], False: []}
 
     async def fill_cache() -> None:
-        await asyncio.gather(*(engines.generate(context, max_tokens=1, temperature=0.0, seed=0, key="bench") for context in contexts))
+        await asyncio.gather(
+            *(engines.generate(SamplingRequest(context, max_tokens=1, temperature=0.0, seed=0, key="bench")) for context in contexts)
+        )
 
     def score(cached: bool) -> None:
         found[cached].append(asyncio.run(score_all(engines, contexts, rounds[len(found[cached])], cached=cached)))
@@ -114,7 +117,7 @@ def spring(engines: EnginePool, tokens: Any, rounding: float) -> dict[str, Any]:
     worst = 0.0
     for prefix in TRAPS:
         context, probe = tokens(prefix), tokens(PROBE)
-        asyncio.run(engines.generate(context, max_tokens=1, temperature=0.0, seed=0, key="bench"))
+        asyncio.run(engines.generate(SamplingRequest(context, max_tokens=1, temperature=0.0, seed=0, key="bench")))
         for _ in range(3):
             # What a freed buffer still holds must not be the right answer.
             engines.score_on(0, tokens(prefix + PROBE), prefix, cached=False)
