@@ -92,7 +92,7 @@ def main(
     machine = machines.read(calibration) if calibration else machines.gpu(gpu)
     settings = Settings(dtype_bytes=2 if machine.device == "cuda" else 4)
     # Rollouts run beside training here, so each has devices of its own.
-    plan = search(name, shape, machine, workload, gpus, settings, placement="disaggregated")
+    plan = search(Plan(name, shape, machine, workload, settings, gpus), "disaggregated")
     if not plan.fits:
         raise UserError(f"{name} does not fit on {gpus} devices; `igpo plan --model {model} --gpus {gpus}` says why")
     grid = [(size, k) for size in _numbers("--cells", cells) for k in _numbers("--staleness", staleness)]

@@ -55,10 +55,6 @@ class Piece:
     scored: tuple[int, int] = (0, 0)
     """Probes: [start, stop) of the answer's tokens."""
 
-    @property
-    def is_trained(self) -> bool:
-        return self.source == "sampled"
-
 
 class ScriptedPolicy:
     """Searches in its first turn and answers in its second, as the protocol writes it."""
@@ -217,7 +213,7 @@ def show(console: Console, config: Config, chat: ChatFormat, tokenizer: Any) -> 
         if piece.scored != (0, 0):
             text.append(f"   (scored: the last {piece.scored[1] - piece.scored[0]})", style="dim")
         where = str(piece.turn) if piece.turn else "prompt"
-        table.add_row(where, Text(piece.source, style=colour), "yes" if piece.is_trained else "", str(len(piece.tokens)), text)
+        table.add_row(where, Text(piece.source, style=colour), "yes" if piece.source == "sampled" else "", str(len(piece.tokens)), text)
     console.print(table)
     for source, (colour, meaning) in SOURCES.items():
         console.print(Text.assemble("  ", (source, colour), f": {meaning}"), soft_wrap=True)

@@ -533,7 +533,7 @@ def test_doctor_chat_shows_every_token_of_a_template_conversation_with_its_sourc
     score(group, config)
     assert end.reward == 1.0, own_turns(group, end)
     shown = list(chat_check.pieces(group, form, words))
-    trained = [token for piece in shown if piece.is_trained for token in piece.tokens]
+    trained = [token for piece in shown if piece.source == "sampled" for token in piece.tokens]
     assert trained == [decode(words, [token]) for node in group.actions(end) for token in node.token_ids]
     path = "".join(token for piece in shown if piece.source != "probe" for token in piece.tokens)
     whole = decode(words, [token for number in end.path for token in group.nodes[number].token_ids])
