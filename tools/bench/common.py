@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import platform
 import random
@@ -12,10 +13,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from statistics import median, stdev
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -27,6 +29,7 @@ from igpo_megatron.doctor.machine import version
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results"
 BOOTSTRAP_SAMPLES = 2000
+T = TypeVar("T")
 
 torch.set_num_threads(1)  # on CPU as a rank of a run has; two would wait for each other where anything else runs
 
@@ -107,7 +110,7 @@ def world_facts() -> Path:
     """The folder of the demo's questions and passages, made where it is not there yet."""
     folder = ROOT / "runs" / "world-facts"
     if not folder.is_dir():
-        command = [sys.executable, "tools/prepare_data.py", "world-facts", "--out", folder]
+        command = [sys.executable, "tools/prepare_data.py", "world-facts", "--out", str(folder)]
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     return folder
 
@@ -137,6 +140,12 @@ def table(of: str, rows: Mapping[str, Mapping[str, float]]) -> Table:
 def standard_error(values: Sequence[float]) -> float:
     """Of their mean; 0 for one value."""
     return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+
+
+def in_a_process(call: Callable[..., T], *arguments: Any) -> T:
+    """What a call returns in a new process of its own. Raises BrokenProcessPool where the process dies."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(call, *arguments).result()
 
 
 def matmul_tflops(cuda: bool) -> float:

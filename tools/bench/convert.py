@@ -16,8 +16,6 @@ import importlib.util
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,7 +25,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from common import finish, ratio
+from common import finish, in_a_process, ratio
 from huggingface_hub import split_torch_state_dict_into_shards
 from memory import anonymous_peak
 from models import qwen2, random_model
@@ -69,7 +67,7 @@ def main(
                 source = root / "hf_to_megatron" if kind == "megatron_to_hf" else hf
                 shutil.rmtree(root / kind, ignore_errors=True)
                 os.sync()  # what earlier calls wrote is not this one's to wait for
-                measured = in_a_process(kind, source, root / kind)
+                measured = in_a_process(one, kind, source, root / kind)
                 if number > 0:
                     found.append(measured)
         mbridge = mbridge_row(hf, nbytes)
@@ -120,21 +118,15 @@ def tensors_of(layers: int) -> dict[str, torch.Tensor]:
     return random_model(config_of(layers), "meta", dtype=torch.bfloat16).state_dict()
 
 
-def in_a_process(kind: str, source: Path, target: Path, stderr: int | None = None) -> dict[str, float]:
-    """{"seconds", "peak_mb"} of one call."""
-    command = [sys.executable, __file__, "--one", kind, str(source), str(target)]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=stderr, text=True).stdout)
-
-
 def mbridge_row(hf: Path, nbytes: int) -> dict[str, float] | str:
     """GB/s and memory of mbridge, or why there are none."""
     for package in ("mbridge", "transformer_engine"):
         if importlib.util.find_spec(package) is None:
             return f"not run: {package} is not installed"
     try:
-        found = in_a_process("mbridge", hf, hf, subprocess.PIPE)
-    except subprocess.CalledProcessError as error:
-        return f"not run: {(error.stderr.strip().splitlines() or ['it ended without a word'])[-1]}"
+        found = in_a_process(one, "mbridge", hf, hf)
+    except Exception as error:  # noqa: BLE001  a peer may fail in any way
+        return f"not run: {type(error).__name__}: {error}"
     return {"load_gb_per_s": round(nbytes / 1e9 / found["seconds"], 3), "peak_mb": found["peak_mb"]}
 
 
@@ -150,9 +142,8 @@ def mbridge_load(source: Path, target: Path) -> None:
     bridge.load_weights(bridge.get_model(), str(source))
 
 
-def one(kind: str, source: Path, target: Path) -> None:
-    """What `in_a_process` starts."""
-    torch.set_num_threads(1)
+def one(kind: str, source: Path, target: Path) -> dict[str, float]:
+    """{"seconds", "peak_mb"} of one call."""
     # Opened once: what the libraries allocate on first use belongs to the imports.
     HfReader(source) if kind != "megatron_to_hf" else MegatronReader(source / "model")
     calls: dict[str, Callable[[Path, Path], None]] = {
@@ -167,7 +158,7 @@ def one(kind: str, source: Path, target: Path) -> None:
         started = time.perf_counter()
         calls[kind](source, target)
         seconds = time.perf_counter() - started
-    print(json.dumps({"seconds": seconds, "peak_mb": round(peak[0] / 1e6, 1)}))
+    return {"seconds": seconds, "peak_mb": round(peak[0] / 1e6, 1)}
 
 
 def plain_copy(source: Path, target: Path) -> None:
@@ -184,7 +175,4 @@ def plain_copy(source: Path, target: Path) -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    if sys.argv[1:2] == ["--one"]:
-        one(sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]))
-    else:
-        typer.run(main)
+    typer.run(main)

@@ -8,15 +8,13 @@ figure is the growth of its resident set; on a GPU it is torch's allocator peak.
 
 from __future__ import annotations
 
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from common import finish
+from common import finish, in_a_process
 from heads import load_heads
 from memory import forget_peak, status_bytes
 
@@ -50,11 +48,10 @@ def _measured(name: str, rows: int, hidden: int, vocab: int) -> float | None:
             return _on_gpu(name, rows, hidden, vocab)
         except torch.OutOfMemoryError:
             return None
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        try:
-            return pool.submit(_on_cpu, name, rows, hidden, vocab).result()
-        except BrokenProcessPool:
-            return None
+    try:
+        return in_a_process(_on_cpu, name, rows, hidden, vocab)
+    except BrokenProcessPool:
+        return None
 
 
 def _work(name: str, rows: int, hidden: int, vocab: int, device: str, dtype: torch.dtype) -> tuple[Any, int]:

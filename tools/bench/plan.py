@@ -13,9 +13,11 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -23,7 +25,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from common import ROOT, finish
+from common import ROOT, finish, kept_cell
 from memory import anonymous_peak
 from models import config_for, qwen2, save_random
 from ranks import on_ranks
@@ -31,7 +33,7 @@ from ranks import on_ranks
 from checkpoint_conversion.architectures import shape_of
 from igpo_megatron.algorithms.losses.registry import objective
 from igpo_megatron.packing.batches import balance
-from igpo_megatron.packing.tree import pack_for_training, step_counts
+from igpo_megatron.packing.tree import PackedRow, pack_for_training, step_counts
 from igpo_megatron.plan import machines
 from igpo_megatron.plan.calibrate import calibrate
 from igpo_megatron.plan.layouts import stages_of
@@ -43,6 +45,7 @@ from igpo_megatron.policy import cpu, parallel
 from igpo_megatron.policy.tree_plan import plan_of
 from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, Trajectory
 
+CELLS = ROOT / "runs" / "bench-plan"
 TIMED_STEPS = 6
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """glibc's numbers of these settings (malloc.h)."""
@@ -105,10 +108,8 @@ def main(
     only: Annotated[str, typer.Option(help="Only cases whose name holds this text.")] = "",
 ) -> None:
     """Measure every case, predict it, compare."""
-    state = ROOT / "runs" / "bench-plan.json"
     if fresh:
-        state.unlink(missing_ok=True)
-    known: dict[str, Any] = json.loads(state.read_text()) if state.is_file() else {}
+        shutil.rmtree(CELLS, ignore_errors=True)
     machine = machines.read(calibration) if calibration else calibrate()
     cpu.install()
     from igpo_megatron.policy import policy  # noqa: F401  imported before ranks are forked
@@ -118,11 +119,8 @@ def main(
         for case in GRID:
             if only not in case.name:
                 continue
-            if case.name not in known:
-                known[case.name] = measure(case, Path(folder))
-                state.parent.mkdir(exist_ok=True)
-                state.write_text(json.dumps(known))
-            rows.append(compare(case, known[case.name], machine))
+            measured = kept_cell(CELLS / f"{case.name}.json", asdict(case), partial(measure, case, Path(folder)))
+            rows.append(compare(case, measured, machine))
             print(json.dumps(rows[-1]), file=sys.stderr)
     finish("plan", summary(rows, machine), {"memory_error": 0.10, "median_time_error": 0.25}, ("torch", "megatron-core"), out)
 
@@ -158,7 +156,7 @@ def ranking(rows: list[dict[str, Any]], clear: float = 1.15) -> tuple[int, int]:
 
 def compare(case: Case, measured: dict[str, Any], machine: Machine) -> dict[str, Any]:
     """One case, predicted beside measured."""
-    rows = [Row(*row) for row in measured["rows"]]
+    rows = [Row(**row) for row in measured["rows"]]
     memory, seconds = predict(case, machine, rows)
     peak = sum(memory.values()) / MIB
     return {
@@ -262,17 +260,16 @@ def rank_main(case: Case, model: Path, steps: int) -> dict[str, Any]:
             policy.optimizer_step(policy.forward_backward(rows, loss))
             seconds.append(time.perf_counter() - started)
             busy_s.append(time.process_time() - busy)
-    shapes = [row_shape(row) for row in rows]
-    return {"peak": peak[0], "seconds": seconds, "cpu": busy_s, "rows": shapes}
+    return {"peak": peak[0], "seconds": seconds, "cpu": busy_s, "rows": [asdict(row_shape(row)) for row in rows]}
 
 
-def row_shape(row: Any) -> list[float]:
-    """The fields of `Row` of a packed row, with what its attention plan copies."""
+def row_shape(row: PackedRow) -> Row:
+    """What the planner reckons with of a packed row, with what its attention plan copies."""
     calls = plan_of(row.subtree_end).calls
     gathered = sum(len(call.keys) for call in calls if isinstance(call.keys, torch.Tensor))
     masked = sum(call.mask.numel() for call in calls if call.mask is not None)
     pairs = int((row.subtree_end - torch.arange(row.num_tokens)).sum())
-    return [row.num_tokens, pairs, len(row.targets), gathered, masked]
+    return Row(row.num_tokens, pairs, len(row.targets), gathered, masked)
 
 
 def synthetic_groups() -> list[Any]:

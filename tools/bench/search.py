@@ -278,32 +278,25 @@ class Barrier:
             self._arrived, self._opened = 0, asyncio.Event()
 
 
-class TogetherEngine:
-    """Engine that generates only when every trajectory wants to."""
+class Together:
+    """Engine and SearchClient that generates, or searches, only when every trajectory wants to."""
 
-    def __init__(self, inner: Engine, barrier: Barrier):
-        self.inner, self.barrier = inner, barrier
+    def __init__(self, engine: Engine, search: SearchClient, barrier: Barrier):
+        self._engine, self._search, self._barrier = engine, search, barrier
 
     async def generate(self, token_ids: list[int], **sampling: Any) -> Completion:
         """The other engine's completion."""
-        await self.barrier.meet()
-        return await self.inner.generate(token_ids, **sampling)
+        await self._barrier.meet()
+        return await self._engine.generate(token_ids, **sampling)
 
     async def score_probe(self, token_ids: list[int], first: int, *, key: str) -> ProbeScore:
         """Not used here."""
         raise NotImplementedError
 
-
-class TogetherSearch:
-    """SearchClient that searches only when every trajectory wants to."""
-
-    def __init__(self, inner: SearchClient, barrier: Barrier):
-        self.inner, self.barrier = inner, barrier
-
     async def search(self, queries: Sequence[str]) -> list[SearchResult]:
         """The other client's results."""
-        await self.barrier.meet()
-        return await self.inner.search(queries)
+        await self._barrier.meet()
+        return await self._search.search(queries)
 
     async def close(self) -> None:
         """Nothing to give back."""
@@ -312,7 +305,8 @@ class TogetherSearch:
 async def with_barrier(engine: Engine, search: SearchClient, chat: ChatFormat, config: Config, jobs: Sequence[Job]) -> float:
     """Seconds per trajectory of one batch, from its first prompt to the end of its last trajectory."""
     barrier = Barrier(len(jobs))
-    one = one_by(TogetherEngine(engine, barrier), TogetherSearch(search, barrier), chat, config)
+    together = Together(engine, search, barrier)
+    one = one_by(together, together, chat, config)
 
     async def run(job: Job) -> None:
         await one(job)
