@@ -14,10 +14,10 @@ from statistics import fmean, stdev
 from typing import Annotated, Any
 
 import typer
+from algorithms import config_of
 from common import RESULTS, finish, table, train
 from rich.console import Console
 
-CONFIG = "examples/quickstart/igpo.yaml"
 RESULT = RESULTS / "cpu" / "demo_seeds.json"
 KEYS = ("f1_sampled", "f1_greedy", "em_greedy", "format_valid", "searches_per_question")
 
@@ -31,8 +31,8 @@ def main(
     for cell in [f"{algorithm}/{seed}" for seed in seeds.split(",") for algorithm in algorithms.split(",")]:
         if cell not in cells:
             algorithm, seed = cell.split("/")
-            gain = ["reward.gain=none"] if algorithm == "grpo" else []
-            folder = train(CONFIG, f"seeds-{algorithm}-{seed}", [f"run.seed={seed}", f"advantage.name={algorithm}", *gain])
+            config, overrides = config_of(algorithm)
+            folder = train(config, f"seeds-{algorithm}-{seed}", [f"run.seed={seed}", *overrides])
             cells[cell] = json.loads((folder / "summary.json").read_text())
             write(cells)
     names = dict.fromkeys(cell.split("/")[0] for cell in cells)
