@@ -110,7 +110,7 @@ def make_checkpoint(folder: Path, nbytes: int, shard_bytes: int) -> int:
 
 def config_of(layers: int) -> dict[str, Any]:
     """config.json of a model with so many layers."""
-    return qwen2(HIDDEN, FFN, layers, HEADS, KV_HEADS, VOCAB, tied=False)
+    return qwen2(HIDDEN, FFN, layers, HEADS, KV_HEADS, VOCAB, tied=False) | {"dtype": "bfloat16"}
 
 
 def tensors_of(layers: int) -> dict[str, torch.Tensor]:

@@ -23,7 +23,10 @@ def qwen2(
     hidden: int, ffn: int, layers: int, heads: int, kv_heads: int, vocab: int, *, tied: bool, context: int = CONTEXT
 ) -> dict[str, Any]:
     """config.json of a Qwen2 of that size."""
-    return KNOWN["Qwen2.5-7B"] | {
+    return {
+        "model_type": "qwen2",
+        "rope_theta": 1e6,
+        "rms_norm_eps": 1e-6,
         "hidden_size": hidden,
         "intermediate_size": ffn,
         "num_hidden_layers": layers,
@@ -47,7 +50,7 @@ def hf_config(shape: str, layers: int | None = None) -> dict[str, Any]:
 def random_model(config: Mapping[str, Any], device: str, **more: Any) -> Qwen2ForCausalLM:
     """A model of a config.json, of `more` settings such as its dtype; on the device "meta" it has shapes alone."""
     torch.manual_seed(0)
-    described = Qwen2Config(**{key: value for key, value in config.items() if key not in ("model_type", "torch_dtype")}, **more)
+    described = Qwen2Config(**{key: value for key, value in config.items() if key not in ("model_type", "torch_dtype", "dtype")}, **more)
     with torch.device(device):
         return Qwen2ForCausalLM(described).to(more.get("dtype", torch.float32))
 
