@@ -20,6 +20,7 @@ import torch
 import typer
 from common import finish, interleaved, ratio
 from models import SHAPES, config_for, random_policy
+from tree_attention import extra_pairs
 
 from igpo_megatron.doctor.probes import gap, probe_logprobs, score_in_trainer, synthetic_group
 from igpo_megatron.policy import parallel
@@ -83,17 +84,6 @@ def headline(figures: dict[str, Any], other: str) -> str:
     added = f"folded probes add {middle} [{low}, {high}] to the pass for {found['extra_tokens']:+.1%} tokens"
     times = f"{other} adds {found[f'fold_vs_{other}']:.1f} times as much"
     return f"{figures['shape']}, {figures['layers']} layers, {turns} turns: {added}; {times}"
-
-
-def extra_pairs(group: RolloutGroup) -> float:
-    """Pairs of tokens that see each other because of the probes, over those of the trajectory alone."""
-    trunk = sum(len(node.token_ids) for node in group.nodes if node.kind != "probe")
-    extra = 0
-    for number, node in enumerate(group.nodes):
-        if node.kind == "probe":
-            whole, own = len(group.context(number)), len(node.token_ids)
-            extra += own * (whole - own) + own * (own + 1) // 2
-    return round(extra / (trunk * (trunk + 1) // 2), 4)
 
 
 def schemes(policy: Any, group: RolloutGroup, published: list[str], repeats: int) -> dict[str, Any]:

@@ -24,6 +24,7 @@ import typer
 from common import finish, interleaved, ratio
 from models import config_for, random_policy
 
+from igpo_megatron.doctor.probes import gap
 from igpo_megatron.engines.pool import EnginePool
 from igpo_megatron.types import SamplingRequest
 
@@ -61,9 +62,9 @@ def main(
             for prefix in PREFIXES:
                 for batch in BATCHES:
                     contexts = [tokens(prefix) for _ in range(batch)]
-                    timed, gap = compare(engines, contexts, tokens, repeats)
+                    timed, largest = compare(engines, contexts, tokens, repeats)
                     figures["timed"][f"prefix {prefix}, batch {batch}"] = timed
-                    worst = max(worst, gap)
+                    worst = max(worst, largest)
                 figures[f"cached_vs_uncached_{prefix}"] = figures["timed"][f"prefix {prefix}, batch 16"]["cached_vs_uncached"]
                 figures[f"cached_vs_uncached_{prefix}_alone"] = figures["timed"][f"prefix {prefix}, batch 1"]["cached_vs_uncached"]
             traps = spring(engines, tokens, ROUNDING[dtype])
@@ -101,14 +102,9 @@ def compare(engines: EnginePool, contexts: Sequence[list[int]], tokens: Any, rep
     asyncio.run(fill_cache())
     # The cached call comes first: its probe must be new to the cache.
     seconds = interleaved({"cached": partial(score, True), "uncached": partial(score, False)}, repeats)
-    gap = max(
-        abs(left - right)
-        for with_cache, without in zip(found[True], found[False], strict=True)
-        for lefts, rights in zip(with_cache, without, strict=True)
-        for left, right in zip(lefts, rights, strict=True)
-    )
+    cached, uncached = ([value for scores in found[how] for score in scores for value in score] for how in (True, False))
     timed = {f"{name}_ms": round(1000 * median(values), 2) for name, values in seconds.items()}
-    return {**timed, "cached_vs_uncached": ratio(seconds["uncached"], seconds["cached"])}, gap
+    return {**timed, "cached_vs_uncached": ratio(seconds["uncached"], seconds["cached"])}, gap(cached, uncached)
 
 
 def spring(engines: EnginePool, tokens: Any, rounding: float) -> dict[str, Any]:
@@ -124,7 +120,7 @@ def spring(engines: EnginePool, tokens: Any, rounding: float) -> dict[str, Any]:
             found, hits = engines.score_on(0, context + probe, prefix, cached=True)
             plain, _ = engines.score_on(0, context + probe, prefix, cached=False)
             gaps = [abs(left - right) for left, right in zip(found, plain, strict=True)]
-            accepted += sum(not (gap <= rounding and value <= 0) for gap, value in zip(gaps, found, strict=True))
+            accepted += sum(not (off <= rounding and value <= 0) for off, value in zip(gaps, found, strict=True))
             worst = max(worst, *gaps)
             refused += min(PROBE, max(0, hits - (prefix - 1)))
             rows += PROBE
