@@ -8,26 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from igpo_megatron.algorithms.advantages.anchor import GiGpo, gigpo
+from igpo_megatron.algorithms.advantages import anchor, outcome, tree, turn
 from igpo_megatron.algorithms.advantages.base import AdvantageSection, HookedAdvantage
-from igpo_megatron.algorithms.advantages.outcome import (
-    Grpo,
-    Rapo,
-    ReinforcePp,
-    ReinforcePpBaseline,
-    ReMax,
-    Rloo,
-    grpo,
-    rapo,
-    reinforce_pp,
-    reinforce_pp_baseline,
-    remax,
-    rloo,
-    scale_by_informative,
-    whiten,
-)
-from igpo_megatron.algorithms.advantages.tree import Arpo, arpo
-from igpo_megatron.algorithms.advantages.turn import Eapo, Igpo, IgpoLoo, eapo, igpo, igpo_loo
 from igpo_megatron.settings import load_hook, one_of, ours_or
 from igpo_megatron.types import RolloutGroup
 
@@ -47,17 +29,17 @@ class AdvantageEntry(NamedTuple):
 
 
 ADVANTAGES: dict[str, AdvantageEntry] = {
-    "igpo": AdvantageEntry(Igpo, igpo),
-    "igpo_loo": AdvantageEntry(IgpoLoo, igpo_loo),
-    "grpo": AdvantageEntry(Grpo, grpo),
-    "rloo": AdvantageEntry(Rloo, rloo),
-    "arpo": AdvantageEntry(Arpo, arpo),
-    "gigpo": AdvantageEntry(GiGpo, gigpo),
-    "eapo": AdvantageEntry(Eapo, eapo),
-    "rapo": AdvantageEntry(Rapo, rapo, over_batch=scale_by_informative),
-    "reinforce_pp": AdvantageEntry(ReinforcePp, reinforce_pp, over_batch=whiten),
-    "reinforce_pp_baseline": AdvantageEntry(ReinforcePpBaseline, reinforce_pp_baseline, over_batch=whiten),
-    "remax": AdvantageEntry(ReMax, remax),
+    "igpo": AdvantageEntry(turn.Igpo, turn.igpo),
+    "igpo_loo": AdvantageEntry(turn.IgpoLoo, turn.igpo_loo),
+    "grpo": AdvantageEntry(outcome.Grpo, outcome.grpo),
+    "rloo": AdvantageEntry(outcome.Rloo, outcome.rloo),
+    "arpo": AdvantageEntry(tree.Arpo, tree.arpo),
+    "gigpo": AdvantageEntry(anchor.GiGpo, anchor.gigpo),
+    "eapo": AdvantageEntry(turn.Eapo, turn.eapo),
+    "rapo": AdvantageEntry(outcome.Rapo, outcome.rapo, over_batch=outcome.scale_by_informative),
+    "reinforce_pp": AdvantageEntry(outcome.ReinforcePp, outcome.reinforce_pp, over_batch=outcome.whiten),
+    "reinforce_pp_baseline": AdvantageEntry(outcome.ReinforcePpBaseline, outcome.reinforce_pp_baseline, over_batch=outcome.whiten),
+    "remax": AdvantageEntry(outcome.ReMax, outcome.remax),
 }
 
 if TYPE_CHECKING:  # mypy cannot see a type that is made of rows
