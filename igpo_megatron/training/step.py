@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from igpo_megatron.algorithms.advantages.registry import set_advantages
 from igpo_megatron.algorithms.advantages.tree import entropy_stats
 from igpo_megatron.algorithms.info_gain import turn_gains
-from igpo_megatron.algorithms.losses.registry import Loss, entry_of, objective, token_weight, trained_advantages
+from igpo_megatron.algorithms.losses.registry import Loss
 from igpo_megatron.config.schema import Config
 from igpo_megatron.observability.metrics import logprob_gap, rollout_metrics, routed_share
 from igpo_megatron.training.queue import staleness_metrics
@@ -93,6 +93,7 @@ def minibatches(policy: Policy, groups: list[RolloutGroup]) -> Iterator[tuple[li
 
     A part without trained tokens takes no optimizer step, but it counts in the learning-rate schedule, which ends with the run in any case.
     """
+    from igpo_megatron.algorithms.losses.registry import objective, token_weight
     from igpo_megatron.packing.tree import pack_for_training, step_counts
     from igpo_megatron.policy import parallel
 
@@ -123,6 +124,7 @@ def bounds_of_step(policy: Policy, rows: Sequence[PackedRow], loss: Loss) -> tup
 
     They balance the advantages that the loss trains, that is, those after `loss.mismatch`. This costs one more forward pass.
     """
+    from igpo_megatron.algorithms.losses.registry import entry_of, trained_advantages
     from igpo_megatron.policy import parallel
     from igpo_megatron.policy.schedule import tokens_of
 
