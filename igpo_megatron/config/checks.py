@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from importlib.metadata import entry_points
 from typing import Any
 
+from igpo_megatron.algorithms.advantages.registry import ADVANTAGES
 from igpo_megatron.algorithms.settings import algorithm_problems
 from igpo_megatron.config.schema import Config
 from igpo_megatron.policy.settings import divisors, layout_problems, num_experts
@@ -264,10 +265,11 @@ def _gains_while_growing(config: Config) -> Iterator[str]:
         found.append("reward.gain=none")
     if config.reward.scorer != "engine":
         found.append(f"reward.scorer={config.reward.scorer}, which scores after the rollout")
+    with_probes = [name for name, entry in ADVANTAGES.items() if entry.section.needs_probes]
     if found:
         yield (
             f"rollout.branching.name=gain decides by probes during the rollout; found {' and '.join(found)}; set reward.scorer=engine with "
-            "advantage.name=igpo or igpo_loo, or another rollout.branching.name"
+            f"advantage.name={' or '.join(with_probes)}, or another rollout.branching.name"
         )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from igpo_megatron.algorithms.outcomes import normal_form
 from igpo_megatron.data.answers import NotAnswers
 from igpo_megatron.data.layouts import (
     ALIAS_SEPARATOR,
@@ -30,7 +31,6 @@ from igpo_megatron.data.layouts import (
     own_question,
     recognise,
 )
-from igpo_megatron.data.normalisation import normal_form
 from igpo_megatron.data.problems import Problem, shown
 from igpo_megatron.data.records import python_rows, repeated_fields
 from igpo_megatron.types import Prompt, UserError

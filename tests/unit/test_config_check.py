@@ -5,7 +5,7 @@ from typing import get_args
 
 import pytest
 
-from igpo_megatron.algorithms.settings import Ppo
+from igpo_megatron.algorithms.losses.registry import Ppo
 from igpo_megatron.cli import world_size
 from igpo_megatron.config.load import ConfigError, build
 from igpo_megatron.config.schema import Config

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from igpo_megatron.algorithms.settings import Igpo, Ppo
+from igpo_megatron.algorithms.advantages.turn import Igpo
+from igpo_megatron.algorithms.losses.registry import Ppo
 from igpo_megatron.config.load import load
 from igpo_megatron.training.checks import check
 

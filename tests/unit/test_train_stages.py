@@ -5,7 +5,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from igpo_megatron.algorithms.settings import Gspo, Ppo
+from igpo_megatron.algorithms.losses.clipped import Gspo
+from igpo_megatron.algorithms.losses.registry import Ppo
 from igpo_megatron.config.load import build
 from igpo_megatron.observability.rollout_dump import write_rollouts
 from igpo_megatron.observability.run_folder import RunFolder
