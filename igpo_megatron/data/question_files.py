@@ -11,6 +11,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,12 @@ BROKEN_BOX, BOX = "\boxed", "\\boxed"
 """ARPO's published files hold a backspace and `oxed` where \\boxed was meant."""
 
 SHOWN_PROBLEMS = 10
-"""Problems that the error of `read_prompts` lists; `igpo data check` lists all."""
+"""Problems that an error lists; `igpo data check` lists all."""
+
+HEAD_ROWS = 256
+"""Rows that `unusable` reads."""
+
+BATCH_ROWS = 65_536
 
 USED = ("data_source", "prompt", "reward_model", "extra_info", "question")
 """Columns that are read."""
@@ -83,11 +89,8 @@ def read_prompts(path: Path | str, layout: LayoutName = "auto", outcome: str = "
     """
     path = Path(path)
     found = inspect(path, layout, outcome)
-    if problems := [problem for problem in found.problems if problem.costs == "file"]:
-        listed = [f"  - {problem}" for problem in problems[:SHOWN_PROBLEMS]]
-        if len(problems) > SHOWN_PROBLEMS:
-            listed.append(f"  - and {len(problems) - SHOWN_PROBLEMS} more; `igpo data check {path}` lists all")
-        raise UserError("\n".join([f"{path}: cannot be used as questions:", *listed]))
+    if refusal := _refusal(path, found.problems):
+        raise UserError(refusal)
     left_out = [problem for problem in found.problems if problem.costs == "row"]
     if left_out:
         notice = f"{path}: {len(left_out)} of {len(left_out) + len(found.questions)} questions are left out; the first: {left_out[0]}"
@@ -97,27 +100,46 @@ def read_prompts(path: Path | str, layout: LayoutName = "auto", outcome: str = "
     return [prompt for _, prompt in found.questions]
 
 
+def unusable(path: Path) -> str | None:
+    """The error of `read_prompts` for a file's columns, their types and its first HEAD_ROWS rows, which are all that is read; None if these
+    are sound."""
+    rows, problems = _read(path, HEAD_ROWS)
+    return _refusal(path, [*problems, *(problem for number, row in enumerate(rows) for problem in _bad(row, number))])
+
+
+def _refusal(path: Path, problems: Sequence[Problem]) -> str | None:
+    """Why a file cannot be used; None if no problem costs all of it."""
+    listed = [f"  - {problem}" for problem in problems if problem.costs == "file"]
+    if len(listed) > SHOWN_PROBLEMS:
+        listed[SHOWN_PROBLEMS:] = [f"  - and {len(listed) - SHOWN_PROBLEMS} more; `igpo data check {path}` lists all"]
+    return "\n".join([f"{path}: cannot be used as questions:", *listed]) if listed else None
+
+
 def inspect(path: Path, layout: LayoutName = "auto", outcome: str = "f1") -> Inspection:
     """Every question and every problem of a parquet file; never raises because of its contents."""
+    rows, problems = _read(path)
+    return Inspection(problems=problems) if problems else _inspect_rows(_with_boxes(rows, path), layout, outcome)
+
+
+def _read(path: Path, most: int | None = None) -> tuple[list[Row | Problem], list[Problem]]:
+    """The rows of a file, or only the first `most`; and, if there are none, why."""
     if not path.is_file():
-        return Inspection(problems=[Problem("no such file; expected a parquet file of questions")])
+        return [], [Problem("no such file; expected a parquet file of questions")]
     try:
         schema = pq.read_schema(path)
     except (pa.ArrowException, OSError) as error:
         why = str(error).splitlines()[0]
-        return Inspection(problems=[Problem(f"not a parquet file ({why}); `igpo data prepare` makes one of JSON lines or a tsv")])
+        return [], [Problem(f"not a parquet file ({why}); `igpo data prepare` makes one of JSON lines or a tsv")]
     if problems := [Problem(message, column=column) for column, message in _schema_problems(schema)]:
-        return Inspection(problems=problems)
+        return [], problems
     try:
         with pq.ParquetFile(path) as file:
-            batches = file.iter_batches(columns=[name for name in USED if name in schema.names])
-            values = [value for batch in batches for value in python_rows(batch)]
+            batches = file.iter_batches(most or BATCH_ROWS, columns=[name for name in USED if name in schema.names])
+            values = [value for batch in islice(batches, 1 if most else None) for value in python_rows(batch)]
     except (pa.ArrowException, OSError) as error:
-        return Inspection(problems=[Problem(f"the parquet file is damaged ({str(error).splitlines()[0]})")])
-    if not values:
-        return Inspection(problems=[Problem("the file has no rows; expected at least one question")])
+        return [], [Problem(f"the parquet file is damaged ({str(error).splitlines()[0]})")]
     rows = [_row(value, number) for number, value in enumerate(values)]
-    return _inspect_rows(_with_boxes(rows, path), layout, outcome)
+    return rows, [] if rows else [Problem("the file has no rows; expected at least one question")]
 
 
 def check_file(
@@ -137,7 +159,7 @@ def check_file(
 
 
 def _inspect_rows(rows: Sequence[Row | Problem], layout_name: LayoutName, outcome: str) -> Inspection:
-    bad = {number: [row] if isinstance(row, Problem) else list(_shape_problems(row, number)) for number, row in enumerate(rows)}
+    bad = {number: _bad(row, number) for number, row in enumerate(rows)}
     try:
         good = [row for number, row in enumerate(rows) if isinstance(row, dict) and not bad[number]]
         layout = recognise(good) if layout_name == "auto" else LAYOUTS[layout_name]
@@ -259,6 +281,11 @@ def _repaired(value: Any) -> Any:
     if isinstance(value, list):
         return [_repaired(part) for part in value]
     return {key: _repaired(part) for key, part in value.items()} if isinstance(value, dict) else value
+
+
+def _bad(row: Row | Problem, number: int) -> list[Problem]:
+    """Problems of a row in any layout."""
+    return [row] if isinstance(row, Problem) else list(_shape_problems(row, number))
 
 
 def _shape_problems(row: Row, number: int) -> Iterator[Problem]:
