@@ -128,21 +128,24 @@ def _print_questions(counts: Sequence[FileCount]) -> None:
         }
         shown = ", ".join(f"{number} {name}" for name, number in numbers.items() if number)
         what = f"{count.layout} layout, {count.source or 'unknown set'}, {count.split or 'unknown split'}"
-        console.print(f"[bold]{escape(str(count.path))}[/bold]: {escape(what)}: {shown}", soft_wrap=True)
+        _print_of(count.path, f"{what}: {shown}")
     _print_problems(counts)
 
 
 def _print_corpus(counts: Sequence[CorpusCount]) -> None:
     for count in counts:
-        problems = f", {len(count.problems)} with problems" if count.problems else ""
-        console.print(f"[bold]{escape(str(count.path))}[/bold]: {count.passages} passages{problems}", soft_wrap=True)
+        _print_of(count.path, f"{count.passages} passages" + (f", {len(count.problems)} with problems" if count.problems else ""))
     _print_problems(counts)
 
 
 def _print_problems(counts: Sequence[FileCount] | Sequence[CorpusCount]) -> None:
     for count in counts:
         for problem in count.problems:
-            console.print(f"[red]{escape(str(count.path))}:[/red] {escape(str(problem))}", soft_wrap=True)
+            _print_of(count.path, str(problem), "red")
+
+
+def _print_of(path: Path, text: str, style: str = "bold") -> None:
+    console.print(f"[{style}]{escape(str(path))}:[/{style}] {escape(text)}", soft_wrap=True)
 
 
 def _refusal(problems: Sequence[Problem], out: Path) -> UserError:
