@@ -196,7 +196,8 @@ def show(console: Console, config: Config, chat: ChatFormat, tokenizer: Any) -> 
     console.print(f"igpo doctor chat: {config.model.path}, rollout.protocol={config.rollout.protocol}", soft_wrap=True, markup=False)
     for name, value in facts(config, chat, tokenizer):
         console.print(Text(f"  {name}: {value}"), soft_wrap=True)
-    for note in chat.notes:
+    probe = chat.probe_problem() if config.advantage.needs_probes and config.loss.learns_from_rewards else None
+    for note in (*chat.notes, *([probe] if probe else ())):
         console.print(Text(f"  note: {note}"), soft_wrap=True)
     if (other := rewritten_from(group, chat, tokenizer)) is not None:
         note = f"  note: rendered again, the template would write the text differently from {other!r} on; the run keeps what was sampled"

@@ -527,6 +527,7 @@ def test_doctor_chat_shows_every_token_of_a_template_conversation_with_its_sourc
     words = family(name)
     config = build({"model": {"path": str(POLICY)}, "rollout": {"protocol": protocol, "system_prompt": "Be brief."}})
     form = ChatFormat(words, config.rollout, config.reward, NOW)
+    assert (form.probe_problem() is None) == (protocol != "arpo"), "the published probe has no box"
     group = chat_check.converse(config, form, words)
     end: Trajectory = group.trajectories[0]
     assert (end.status, end.answer) == (Status.FINISHED, "Shakespeare"), end
@@ -557,9 +558,19 @@ def test_doctor_chat_can_be_read_without_colour_and_tells_what_the_template_lack
         "rendered again",
     ):
         assert part in text, part
+    assert "note: reward.probe_template" not in text, "this template opens <think> itself, so the published probe fits"
     for source in chat_check.SOURCES:
         assert re.search(rf"│ {source} +│", text), source
     assert len(re.findall(r"│ sampled +│ yes", text)) == 2 and len(re.findall(r"│ yes", text)) == 2
+
+
+def test_doctor_chat_tells_that_a_probe_is_no_answer_where_probes_are_scored() -> None:
+    words = family("qwen2.5")
+    for advantage, told in (("igpo", True), ("grpo", False)):
+        config = build({"model": {"path": "a/model"}, "reward": {"probe_template": "So: {answer}"}, "advantage": {"name": advantage}})
+        out = io.StringIO()
+        chat_check.show(Console(file=out, width=160), config, ChatFormat(words, config.rollout, config.reward, NOW), words)
+        assert ("note: reward.probe_template is no answer of rollout.protocol=igpo" in out.getvalue()) == told
 
 
 @pytest.mark.parametrize(
