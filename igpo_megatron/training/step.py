@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 def score_tokens(policy: Policy, groups: Sequence[RolloutGroup]) -> None:
     """Fill old (and reference) log-probs of every action and probe token that has none yet."""
-    from igpo_megatron.packing.tree import pack_for_scoring, scatter
+    from igpo_megatron.packing.tree import pack_for_scoring, per_node
 
     config = policy.config
     experts = replayed_experts(policy)
@@ -41,16 +41,18 @@ def score_tokens(policy: Policy, groups: Sequence[RolloutGroup]) -> None:
                     node.old_logprobs = list(node.behavior_logprobs)
     else:
         rows = pack(scorer=config.reward.scorer, experts=experts)
+        found = policy.log_probs(rows, with_entropy=config.loss.uses_old_entropies)
         if config.loss.uses_old_entropies:
-            pairs = policy.log_probs(rows, with_entropy=True)
-            scatter(rows, [pair[:, 0] for pair in pairs], groups, "old_logprobs")
-            scatter(rows, [pair[:, 1] for pair in pairs], groups, "old_entropies")
-        else:
-            scatter(rows, policy.log_probs(rows), groups, "old_logprobs")
+            for node, entropies in per_node(rows, [pair[:, 1] for pair in found], groups):
+                node.old_entropies = entropies
+            found = [pair[:, 0] for pair in found]
+        for node, logprobs in per_node(rows, found, groups):
+            node.old_logprobs = logprobs
     if policy.has_reference:
         rows = pack(scorer=None)
         with policy.as_reference():
-            scatter(rows, policy.log_probs(rows), groups, "ref_logprobs")
+            for node, logprobs in per_node(rows, policy.log_probs(rows), groups):
+                node.ref_logprobs = logprobs
 
 
 def replayed_experts(policy: Policy) -> ExpertShape | None:
@@ -66,7 +68,7 @@ def routing_metrics(policy: Policy, groups: Sequence[RolloutGroup], step: int) -
 
     Call it after `score_tokens`, whose log-probs it leaves unchanged.
     """
-    from igpo_megatron.packing.tree import pack_for_scoring, scatter
+    from igpo_megatron.packing.tree import pack_for_scoring, per_node
 
     if replayed_experts(policy) is None:
         return {}
@@ -76,7 +78,8 @@ def routing_metrics(policy: Policy, groups: Sequence[RolloutGroup], step: int) -
         return metrics
     copies = [replace(group, nodes=[replace(node) for node in group.nodes]) for group in groups]
     rows = pack_for_scoring(copies, row_tokens=config.packing.row_tokens, multiple=policy.row_multiple, scorer=None)
-    scatter(rows, policy.log_probs(rows), copies, "old_logprobs")
+    for node, logprobs in per_node(rows, policy.log_probs(rows), copies):
+        node.old_logprobs = logprobs
     return metrics | {f"{name}_free": value for name, value in logprob_gap(copies).items()}
 
 
