@@ -167,7 +167,7 @@ def metrics(report: Mapping[str, Any]) -> dict[str, float]:
 def evaluate_checkpoint(config: Config, model: Path | None, out: Path) -> dict[str, Any]:
     """`igpo eval`: start engines on a Hugging Face folder or a Megatron checkpoint, evaluate `data.eval`, write to `out`.
 
-    A Megatron checkpoint is converted to a temporary Hugging Face folder first.
+    A Megatron checkpoint is converted to a temporary Hugging Face folder first. The scores carry its step, those of other models step 0.
     """
     import tempfile
     from contextlib import ExitStack
@@ -185,10 +185,11 @@ def evaluate_checkpoint(config: Config, model: Path | None, out: Path) -> dict[s
     if not config.data.eval:
         raise UserError("no questions to evaluate: give --data FILE.parquet or set data.eval")
     with ExitStack() as stack:
-        folder = model or config.model.path
+        folder, step = model or config.model.path, 0
         if (folder / "model").is_dir() and not (folder / "config.json").is_file():
             from checkpoint_conversion.convert import megatron_to_hf
 
+            step = saved_after(folder)
             converted = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="igpo-eval-"))) / "hf"
             megatron_to_hf(folder, converted)
             folder = converted
@@ -207,4 +208,15 @@ def evaluate_checkpoint(config: Config, model: Path | None, out: Path) -> dict[s
             Rollouter(engines, tools, chat, config.rollout, seed=config.run.seed, crashes=out / FAILURES / "trajectories.txt")
         )
         progress.update(task, description=f"answering {len(prompts)} questions")
-        return evaluate(rollouter, prompts, config, step=0, folder=out, on_progress=lambda share: progress.update(task, completed=share))
+        return evaluate(rollouter, prompts, config, step=step, folder=out, on_progress=lambda share: progress.update(task, completed=share))
+
+
+def saved_after(checkpoint: Path) -> int:
+    """The training step after which a Megatron checkpoint was saved; 0 if no run wrote it. Raises UserError if it does not say."""
+    state = checkpoint / "state.json"
+    if not state.is_file():
+        return 0
+    try:
+        return int(json.loads(state.read_text(encoding="utf-8"))["step"])
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise UserError(f"{state} is damaged ({error!r}), expected an object with a step; restore the checkpoint from a copy") from None
