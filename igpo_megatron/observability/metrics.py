@@ -191,3 +191,16 @@ def differing_macro(scores: Mapping[str, Any]) -> Mapping[str, float]:
     """Means over sources; empty for one source or sources of equal size, where they would repeat the means over questions."""
     sizes = {source["questions"] for source in scores.get("per_source", {}).values() if source["questions"]}
     return scores.get("macro", {}) if len(sizes) > 1 else {}  # evaluations of earlier versions have none
+
+
+SCORES = (
+    ("f1_sampled", "F1, sampled at training temperature", True),
+    ("f1_sampled_macro", "F1, sampled, mean over sources", True),
+    ("f1_greedy", "F1, greedy", True),
+    ("f1_greedy_macro", "F1, greedy, mean over sources", True),
+    ("em_greedy", "Exact match, greedy", True),
+    ("em_greedy_macro", "Exact match, greedy, mean over sources", True),
+    ("format_valid", "Format-valid share", True),
+    ("searches_per_question", "Searches per question", False),
+)
+"""Rows of the before/after tables: key in `headline`, label, whether more is better."""

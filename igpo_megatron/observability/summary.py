@@ -7,17 +7,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 from igpo_megatron.config.schema import Config
-from igpo_megatron.observability.metrics import headline, max_gap
-from igpo_megatron.observability.run_folder import RunFolder, summary_table, write_whole
-from igpo_megatron.observability.tracker import Tracker, read_metrics
+from igpo_megatron.observability.metrics import SCORES, headline, max_gap
+from igpo_megatron.observability.metrics_file import read_metrics
+from igpo_megatron.observability.run_folder import RunFolder, write_whole
+from igpo_megatron.observability.tracker import Tracker
 
 
 def finish(config: Config, folder: RunFolder, tracker: Tracker) -> None:
     """Write summary and report, and print the table."""
     from igpo_megatron.observability.report.page import write_report
 
-    rows = read_metrics(folder.root / "metrics.jsonl")
+    rows = read_metrics(folder.metrics)
     ends = {}
     for name, step in (("before", 0), ("after", config.run.steps)):
         path = folder.eval / f"step_{step:06d}.json"
@@ -51,8 +55,29 @@ def gain_by_turn(rows: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
 
 def show_finished(summary: dict[str, Any], report: Path) -> None:
     """The table at the end of a run, and where to look next."""
-    from rich.console import Console
-
     console = Console()
     console.print(summary_table(summary))
     console.print(f"report: {report}", soft_wrap=True)
+
+
+def summary_table(summary: dict[str, Any]) -> Table:
+    """Held-out scores before and after, gain by turn and time by phase."""
+    table = Table(title=f"{summary['steps']} steps in {summary['wall_s'] / 60:.1f} min", title_justify="left")
+    for heading in ("held-out questions", "before", "after", "change"):
+        table.add_column(heading, justify="left" if heading.startswith("held") else "right")
+    before, after = summary.get("before"), summary.get("after")
+    if before and after:
+        for key, label, _ in SCORES:
+            if before.get(key) is None or after.get(key) is None:
+                continue
+            spread = after.get(f"{key}_se")
+            error = "" if spread is None else f" ± {spread:.3f}"
+            table.add_row(label, f"{before[key]:.3f}", f"{after[key]:.3f}{error}", f"{after[key] - before[key]:+.3f}")
+        table.add_section()
+    for turn, gain in enumerate(summary.get("gain_by_turn", []), start=1):
+        table.add_row(f"mean gain of turn {turn}", f"{gain['first']:+.3f}", f"{gain['last']:+.3f}", f"{gain['last'] - gain['first']:+.3f}")
+    table.add_section()
+    for phase, seconds in summary["phases_s"].items():
+        table.add_row(f"time: {phase}", "", f"{seconds:.1f} s", "")
+    table.add_row("largest engine/trainer log-prob gap", "", f"{summary['max_logprob_gap']:.1e}", "")
+    return table

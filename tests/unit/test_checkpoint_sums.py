@@ -11,7 +11,7 @@ import pytest
 from test_conversion import hf_folder
 
 from checkpoint_conversion.convert import hf_to_megatron
-from igpo_megatron.config.load import ConfigError, build
+from igpo_megatron.config.load import build
 from igpo_megatron.observability.run_folder import RunFolder, folder_for, forget_after, open_folder, read_summary, set_up
 from igpo_megatron.policy import checkpoint_sums, parallel
 from igpo_megatron.policy.checkpoint_sums import Found, damage, newest_whole, set_aside
@@ -183,8 +183,8 @@ def test_half_a_file_of_the_run_is_one_sentence(tmp_path: Path, content: str) ->
     assert open_folder(config).root == folder.root and read_summary(folder) is None
     assert not list(folder.root.glob("*.tmp"))
     folder.config.write_text(content)
-    with pytest.raises(ConfigError, match=r"x/config\.json is damaged"):
+    with pytest.raises(UserError, match=r"x/config\.json is damaged"):
         open_folder(config)
     folder.summary.write_text(content)
-    with pytest.raises(ConfigError, match=r"x/summary\.json is damaged .*remove it"):
+    with pytest.raises(UserError, match=r"x/summary\.json is damaged .*remove it"):
         read_summary(folder)

@@ -10,9 +10,9 @@ from unittest import mock
 import pytest
 
 from igpo_megatron.config.load import build
-from igpo_megatron.observability.metrics import headline
+from igpo_megatron.observability.metrics import SCORES, headline
 from igpo_megatron.observability.report.header import outcomes_of
-from igpo_megatron.observability.run_folder import ROWS, summary_table
+from igpo_megatron.observability.summary import summary_table
 from igpo_megatron.observability.tracker import Tracker
 from igpo_megatron.training.evaluate import evaluate_checkpoint, metrics, pass_at_k, saved_after, summarise
 from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, Trajectory, UserError
@@ -96,7 +96,7 @@ def test_macro_averages_stand_beside_the_others_wherever_these_are_shown(tmp_pat
         "Exact match, greedy, mean over sources",
     ]
     table = summary_table({"steps": 1, "wall_s": 1.0, "phases_s": {}, "max_logprob_gap": 0.0, "before": ends, "after": ends})
-    assert table.row_count == len(ROWS) + 1
+    assert table.row_count == len(SCORES) + 1
 
 
 def test_a_single_source_is_not_shown_twice():

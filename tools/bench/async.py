@@ -21,7 +21,7 @@ from common import finish, kept_cell, standard_error, train
 from rich.console import Console
 from rich.table import Table
 
-from igpo_megatron.observability.tracker import read_metrics
+from igpo_megatron.observability.metrics_file import read_metrics
 
 CONFIG = Path("examples/quickstart/igpo.yaml")
 RESULTS = Path(__file__).parent / "results" / "cpu"

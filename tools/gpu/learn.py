@@ -32,7 +32,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from igpo_megatron.config.load import load
-from igpo_megatron.observability.tracker import read_metrics
+from igpo_megatron.observability.metrics_file import read_metrics
 from igpo_megatron.supervision.endings import one_sentence
 from igpo_megatron.types import RolloutGroup, RunStopped, UserError
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from igpo_megatron.observability.tracker import PHASES, Phase
+from igpo_megatron.observability.metrics_file import PHASES, STEP_PHASES
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,10 +139,6 @@ CHARTS = (
 )
 
 
-STEP_PHASES: tuple[Phase, ...] = ("rollout", "score", "advantage", "train", "sync", "checkpoint")
-"""Phases of the step-time panel; start-up and evaluation would dwarf them."""
-
-
 def charts_of(rows: Sequence[Mapping[str, Any]], limits: Limits) -> list[dict[str, Any]]:
     """Panels that have at least one value; the step time by phase comes second."""
     names = list(dict.fromkeys(name for row in rows for name in row))
@@ -160,7 +156,7 @@ def charts_of(rows: Sequence[Mapping[str, Any]], limits: Limits) -> list[dict[st
     timed = [row for row in rows if row["phases_s"].get("train")]
     stacked = [
         {"label": phase, "colour": PHASES.index(phase), "points": times}
-        for phase in STEP_PHASES
+        for phase in (*STEP_PHASES, "checkpoint")  # start-up and evaluation would dwarf them
         if (times := _bins([(row["step"], row["phases_s"].get(phase, 0.0)) for row in timed], limits.points)) and any(y for _, y in times)
     ]
     if stacked:
