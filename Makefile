@@ -41,8 +41,9 @@ docs: venv
 	@$(DOCS)
 	@echo "open docs/_build/index.html"
 
-# Runs that start no vLLM, so that two fit beside each other; test_checks.py runs tests/gpu/test_policy_gpu.py.
-LIGHT := tests/e2e/test_torch_training.py tests/e2e/test_previous_run.py tests/gpu/test_checks.py
+# What starts no vLLM, so that two files fit beside each other; test_checks.py runs tests/gpu/test_policy_gpu.py.
+LIGHT := tests/gpu/test_checks.py $(addprefix tests/e2e/test_,faults.py torch_training.py previous_run.py) \
+  $(addprefix tests/gpu/test_,linear_logprob_gpu.py token_loss_gpu.py transformer_engine.py)
 
 test: check
 	@$(BIN)/python -m pytest tests/unit -n $(or $(WORKERS),2) --dist loadfile

@@ -173,6 +173,7 @@ def _torchrun(ranks: int, max_restarts: int = 0) -> Iterator[Callable[..., objec
     from torch.distributed.launcher.api import LaunchConfig
 
     from igpo_megatron.launch.agent import RanksFailed, launcher
+    from igpo_megatron.policy.parallel import MEETING_FOLDER
 
     stay_offline()
     # A file is enough for a single agent, and the ranks make their own store (policy/parallel.py): the server that torch would start
@@ -181,6 +182,7 @@ def _torchrun(ranks: int, max_restarts: int = 0) -> Iterator[Callable[..., objec
     remove_abandoned(Path(tempfile.gettempdir()), _RENDEZVOUS_PREFIX)
     with tempfile.TemporaryDirectory(prefix=_RENDEZVOUS_PREFIX) as meeting:
         claim(Path(meeting))
+        os.environ[MEETING_FOLDER] = meeting
         launch = LaunchConfig(
             min_nodes=1,
             max_nodes=1,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
@@ -18,6 +20,9 @@ from igpo_megatron.supervision.waits import waiting
 from igpo_megatron.types import UserError
 
 Value = TypeVar("Value")
+
+MEETING_FOLDER = "IGPO_MEETING_FOLDER"
+"""Environment variable of ranks that `igpo` started on one machine: an empty folder, in which rank 0 says on which port they meet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,12 +147,32 @@ def _meets_on_loopback() -> bool:
 
 
 def _loopback_store(rank: int, timeout: timedelta) -> dist.TCPStore:
-    """The ranks' meeting point, listening on loopback only; by default torch listens on every interface."""
+    """The ranks' meeting point, listening on loopback only; by default torch listens on every interface.
+
+    MASTER_PORT was free when torchrun chose it, but ranks import for seconds before they come here: `MEETING_FOLDER` spares them that.
+    """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    folder = os.environ.get(MEETING_FOLDER)
+    said = Path(folder, f"port-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}") if folder else None
     if rank > 0:
-        return dist.TCPStore(host, port, is_master=False, timeout=timeout)
-    listener = socket.create_server((host, port), backlog=1024)
+        return dist.TCPStore(host, port if said is None else _read_port(said, timeout), is_master=False, timeout=timeout)
+    listener = socket.create_server((host, port if said is None else 0), backlog=1024)
+    port = listener.getsockname()[1]
+    if said is not None:
+        whole = said.with_suffix(".partial")
+        whole.write_text(str(port), encoding="ascii")
+        whole.rename(said)
     return dist.TCPStore(host, port, is_master=True, timeout=timeout, wait_for_workers=False, master_listen_fd=listener.detach())
+
+
+def _read_port(said: Path, timeout: timedelta) -> int:
+    """The port that rank 0 says in this file, once it does."""
+    until = time.monotonic() + timeout.total_seconds()
+    while not said.exists():
+        if time.monotonic() > until:
+            raise TimeoutError(f"rank 0 did not open the ranks' store within parallel.timeout_s={timeout.total_seconds():g}")
+        time.sleep(0.02)
+    return int(said.read_text(encoding="ascii"))
 
 
 def shutdown() -> None:

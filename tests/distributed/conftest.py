@@ -8,7 +8,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
-import socket
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from megatron.core import parallel_state
+from ports import free_port
 from tiny_models import ARCHITECTURES, MIXTURES, VOCAB, make_hf_folder  # noqa: F401  (tests import them from here)
 
 from igpo_megatron.cli import world_size
@@ -92,9 +92,7 @@ def run_ranks_for_each(function: Callable[..., Any], configs: Sequence[Config], 
     """The same for several configurations of as many ranks each, one after the other in one process group."""
     (world,) = {world_size(config) for config in configs}
     context: Any = multiprocessing.get_context(method)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    port = free_port()
     queue = context.Queue()
     torch.set_num_threads(1)  # a pool of threads does not survive the fork, and a rank would wait for it
     ranks = [context.Process(target=_rank, args=(rank, world, port, configs, function, arguments, queue)) for rank in range(world)]

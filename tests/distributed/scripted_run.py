@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -13,6 +12,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
+from ports import free_port
 
 from igpo_megatron.chat.tokenizer import load_tokenizer
 from igpo_megatron.config.schema import Config
@@ -75,9 +75,7 @@ def run(folder: Path, arguments: Sequence[str], script: Script, world: int = 1) 
 
     The ranks are forked, so that nothing is imported anew. They work in `folder`, which they can import from.
     """
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    port = free_port()
     torch.set_num_threads(1)  # a pool of threads does not survive the fork, and a rank would wait for it
     open_engines = partial(ScriptedEngines, script)
     ranks = [FORK.Process(target=_rank, args=(rank, world, port, folder, arguments, open_engines)) for rank in range(world)]

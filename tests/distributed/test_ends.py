@@ -8,7 +8,6 @@ import os
 import re
 import resource
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from typing import Any
 import pytest
 from conftest import make_config
 from groups import random_groups
+from ports import free_port
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from igpo_megatron.chat.tokenizer import load_tokenizer
@@ -82,9 +82,7 @@ def settings(hf_folder: Path, folder: Path, **overrides: Any) -> Path:
 
 def run_ranks(path: Path, prepare: Callable[[int], None], world: int = 2) -> tuple[Ending, str]:
     """What torchrun's agent does with the ranks of one machine: the first that fails ends the others. The cause, and what they printed."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    port = free_port()
     processes = [FORK.Process(target=_rank, args=(rank, world, port, path, prepare)) for rank in range(world)]
     for process in processes:
         process.start()

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import shutil
-import socket
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 from demo_runs import CONFIG, POLICY, DemoRuns, alive, end, family, listening, wait_for
+from ports import free_port
 from typer.testing import CliRunner
 
 from igpo_megatron.cli import app
@@ -157,8 +157,7 @@ def test_recorded_steps_train_on_one_rank_without_engines_to_the_same_losses(fin
 
 
 def test_two_torchrun_agents_train_together_to_the_same_losses(finished: Finished) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     replay = f"run.replay={finished.demo.recording('whole')}"
     launch = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "pair"]
     launch += ["--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1"]

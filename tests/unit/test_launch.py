@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+from ports import free_port
 from typer.testing import CliRunner
 
 from igpo_megatron.cli import app
@@ -101,7 +102,7 @@ def test_a_busy_port_and_missing_nodes_are_named():
 def test_node_0_looks_whether_torchruns_port_is_free():
     from igpo_megatron.config.load import load
 
-    port = free_port()
+    port = free_port(2)
     head = Node(0, 2, "both", 1, "a", "127.0.0.1", "127.0.0.1", port)
     with socket.create_server(("127.0.0.1", head.rendezvous_port)):
         assert facts_of(head, load("examples/quickstart/igpo.yaml", []), {}, with_ray=False).busy == [head.rendezvous_port]
@@ -203,12 +204,6 @@ def test_a_rank_that_torchrun_kills_because_it_closes_too_slowly_is_not_the_caus
 # ---- the meeting, for real: threads stand in for nodes
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def meet(
     nodes: list[Node], facts: list[Facts], deadline_s: float, lost_after_s: float = 5.0, secrets: Sequence[str] = (SECRET,) * 3
 ) -> list[Board | str]:
@@ -232,7 +227,7 @@ def meet(
 
 
 def pair(count: int = 2) -> tuple[list[Node], list[Facts]]:
-    port = free_port()
+    port = free_port(2)  # Ray's and torch's come after it
     nodes = [Node(rank, count, "both", 1, "host", "127.0.0.1", "127.0.0.1", port) for rank in range(count)]
     return nodes, [Facts(rank, count, "both", 1, "host", "127.0.0.1", config={"lr": 1}) for rank in range(count)]
 
