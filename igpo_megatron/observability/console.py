@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from igpo_megatron.observability.metrics_file import STEP_PHASES, Phase
+from igpo_megatron.types import EVALUATION_KINDS, Metric, evaluated, over_sources
 
 ANNOUNCED: tuple[Phase, ...] = ("startup", "eval", "checkpoint")
 """Phases outside of steps: without a terminal their start and end are printed."""
@@ -26,24 +27,24 @@ RATE_STEPS = 10
 """The ETA extrapolates the last steps: early ones are slower (first calls compile)."""
 
 SHOWN = {
-    "reward": "reward {:+.3f}",
-    "gain": "gain {:+.3f}",
-    "f1": "F1 {:.3f}",
-    "tokens_per_s": "{:,.0f} tok/s",
-    "skipped": "skipped {:.0f}",
-    "crashed": "crashed {:.1%}",
+    Metric.REWARD: "reward {:+.3f}",
+    Metric.GAIN: "gain {:+.3f}",
+    Metric.F1: "F1 {:.3f}",
+    Metric.TOKENS_PER_S: "{:,.0f} tok/s",
+    Metric.SKIPPED: "skipped {:.0f}",
+    Metric.CRASHED: "crashed {:.1%}",
 }
 """Metrics of a step that the console shows, if measured."""
 
-TROUBLE = ("skipped", "crashed")
+TROUBLE = (Metric.SKIPPED, Metric.CRASHED)
 """Those of them that are shown only if not zero."""
 
 SHOWN_EVAL = {
-    "f1": "F1 {:.3f}",
-    "em": "EM {:.3f}",
-    "macro_f1": "F1 {:.3f}",
-    "macro_em": "EM {:.3f}",
-    "format_ok": "format {:.2f}",
+    Metric.F1: "F1 {:.3f}",
+    Metric.EM: "EM {:.3f}",
+    over_sources(Metric.F1): "F1 {:.3f}",
+    over_sources(Metric.EM): "EM {:.3f}",
+    Metric.FORMAT_OK: "format {:.2f}",
 }
 
 
@@ -152,13 +153,13 @@ class Display:
             eta = None if self._console.is_terminal else self._eta_s()  # the display in place has it
             parts = [*training, f"{seconds:.1f} s", *([f"ETA {roughly(eta)}"] if eta else [])]
             found.append(Text(_broken(head, parts, self._console.width), no_wrap=True, overflow="ignore"))
-        for mode in ("sampled", "greedy"):
-            scores = {key: text for key, form in SHOWN_EVAL.items() if (text := _shown(metrics, f"eval/{mode}/{key}", form))}
-            macro = "  ".join(scores.pop(key) for key in ("macro_f1", "macro_em") if key in scores)
+        for kind in EVALUATION_KINDS:
+            scores = {key: text for key, form in SHOWN_EVAL.items() if (text := _shown(metrics, evaluated(kind, key), form))}
+            macro = "  ".join(scores.pop(key) for key in map(over_sources, (Metric.F1, Metric.EM)) if key in scores)
             if scores:
-                parts = [scores.pop(key) for key in ("f1", "em") if key in scores]
+                parts = [scores.pop(key) for key in (Metric.F1, Metric.EM) if key in scores]
                 parts += [f"over sources {macro}"] if macro and macro != "  ".join(parts) else []
-                text = _broken(head, [f"held-out, {mode}:", *parts, *scores.values()], self._console.width)
+                text = _broken(head, [f"held-out, {kind}:", *parts, *scores.values()], self._console.width)
                 found.append(Text(text, style="bold", no_wrap=True, overflow="ignore"))
         return found
 

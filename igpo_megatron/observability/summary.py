@@ -15,6 +15,7 @@ from igpo_megatron.observability.metrics import SCORES, headline, max_gap
 from igpo_megatron.observability.metrics_file import read_metrics
 from igpo_megatron.observability.run_folder import RunFolder, write_whole
 from igpo_megatron.observability.tracker import Tracker
+from igpo_megatron.types import gain_of_turn, standard_error
 
 
 def finish(config: Config, folder: RunFolder, tracker: Tracker) -> None:
@@ -45,7 +46,7 @@ def gain_by_turn(rows: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
     """Mean gain of each turn over the first and the last five steps."""
     result = []
     for turn in range(1, 100):
-        values = [row[f"gain_turn_{turn}"] for row in rows if row.get(f"gain_turn_{turn}") is not None]
+        values = [row[gain_of_turn(turn)] for row in rows if row.get(gain_of_turn(turn)) is not None]
         if not values:
             break
         first, last = values[:5], values[-5:]
@@ -70,7 +71,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
         for key, label, _ in SCORES:
             if before.get(key) is None or after.get(key) is None:
                 continue
-            spread = after.get(f"{key}_se")
+            spread = after.get(standard_error(key))
             error = "" if spread is None else f" ± {spread:.3f}"
             table.add_row(label, f"{before[key]:.3f}", f"{after[key]:.3f}{error}", f"{after[key] - before[key]:+.3f}")
         table.add_section()

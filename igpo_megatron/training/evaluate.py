@@ -21,14 +21,25 @@ from igpo_megatron.observability.metrics import num_calls, status_counts
 from igpo_megatron.observability.rollout_dump import write_rollouts
 from igpo_megatron.observability.run_folder import write_whole
 from igpo_megatron.supervision.failures import FOLDER as FAILURES
-from igpo_megatron.types import SEARCH, Prompt, RolloutGroup, UserError
+from igpo_megatron.types import (
+    EVALUATION_KINDS,
+    SEARCH,
+    EvaluationKind,
+    Metric,
+    Prompt,
+    RolloutGroup,
+    UserError,
+    evaluated,
+    over_sources,
+    standard_error,
+)
 
 if TYPE_CHECKING:
     from igpo_megatron.agent.rollouter import Rollouter
 
 logger = logging.getLogger(__name__)
 
-SALTS = {"sampled": "-2", "greedy": "-1"}
+SALTS: dict[EvaluationKind, str] = {"sampled": "-2", "greedy": "-1"}
 """Keep the sampling seeds of an evaluation apart from those of training, whose salts are the steps from 1 on. Other values would give
 other samples, which could not be compared question by question with those of earlier runs."""
 
@@ -58,7 +69,10 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score the current weights. Writes `<folder>/step_NNNNNN.json` and its rollouts, and returns the content of the JSON file."""
     report: dict[str, Any] = {"step": step}
-    runs = [("sampled", config.eval.samples, None), ("greedy", int(config.eval.greedy), 0.0)]
+    runs: list[tuple[EvaluationKind, int, float | None]] = [
+        ("sampled", config.eval.samples, None),
+        ("greedy", int(config.eval.greedy), 0.0),
+    ]
     total = sum(samples for _, samples, _ in runs)
     done = 0
     for name, samples, temperature in runs:
@@ -119,7 +133,7 @@ def _pass_at_powers(correct: Sequence[Sequence[bool]], samples: int) -> dict[str
 
 def _correct(group: RolloutGroup, config: Config) -> list[bool]:
     """Whether each sample that did not fail is an exact match, by the outcome's own normalisation where that is one."""
-    name = "em_squad" if config.reward.outcome == "em_squad" else "em"
+    name = "em_squad" if config.reward.outcome == "em_squad" else Metric.EM
     return [end.reward_parts[name] == 1.0 for end in group.trajectories if end.status.is_trainable]
 
 
@@ -127,28 +141,29 @@ def _macro(per_source: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Means over sources, and their number in place of those of questions and samples; the standard error is that of such a mean."""
     if not per_source:
         return {"sources": 0}
-    counts = ("questions", "samples", "f1_se")
+    error = standard_error(Metric.F1)
+    counts = ("questions", "samples", error)
     means = {name: fmean(scores[name] for scores in per_source) for name in per_source[0] if name not in counts}
-    return {**means, "sources": len(per_source), "f1_se": math.hypot(*(scores["f1_se"] for scores in per_source)) / len(per_source)}
+    return {**means, "sources": len(per_source), error: math.hypot(*(scores[error] for scores in per_source)) / len(per_source)}
 
 
 def _scores(groups: Sequence[RolloutGroup], config: Config) -> dict[str, float]:
     penalty, rows = config.reward.format_penalty, []
-    parts = dict.fromkeys(("f1", "em", config.reward.outcome, "format_ok"))
+    parts = dict.fromkeys((Metric.F1, Metric.EM, config.reward.outcome, Metric.FORMAT_OK))
     for group in groups:
         ends = [trajectory for trajectory in group.trajectories if trajectory.status.is_trainable]
         if not ends:
             continue
         row = {name: fmean(end.reward_parts[name] for end in ends) for name in parts}
-        row["f1_with_penalty"] = fmean(end.reward_parts["f1"] if end.reward_parts["format_ok"] else penalty for end in ends)
+        row["f1_with_penalty"] = fmean(end.reward_parts[Metric.F1] if end.reward_parts[Metric.FORMAT_OK] else penalty for end in ends)
         actions = [group.actions(end) for end in ends]
-        row["turns"] = fmean(len(nodes) for nodes in actions)
-        row["searches"] = fmean(num_calls(nodes, SEARCH) for nodes in actions)
+        row[Metric.TURNS] = fmean(len(nodes) for nodes in actions)
+        row[Metric.SEARCHES] = fmean(num_calls(nodes, SEARCH) for nodes in actions)
         rows.append(row)
     result = {name: fmean(row[name] for row in rows) for name in rows[0]} if rows else {}
     result["questions"] = len(rows)
     result["samples"] = sum(len(group.trajectories) for group in groups) / max(len(groups), 1)
-    result["f1_se"] = stdev(row["f1"] for row in rows) / math.sqrt(len(rows)) if len(rows) > 1 else 0.0
+    result[standard_error(Metric.F1)] = stdev(row[Metric.F1] for row in rows) / math.sqrt(len(rows)) if len(rows) > 1 else 0.0
     return result
 
 
@@ -156,11 +171,11 @@ def metrics(report: Mapping[str, Any]) -> dict[str, float]:
     """A report's averages for the tracker: `eval/sampled/f1` over questions and, where there are several, `eval/sampled/macro_f1` over
     sources."""
     found: dict[str, float] = {}
-    for run in ("sampled", "greedy"):
-        scores = report.get(run, {})
+    for kind in EVALUATION_KINDS:
+        scores = report.get(kind, {})
         macro = scores["macro"] if scores and scores["macro"]["sources"] > 1 else {}
-        named = {**scores, **{f"macro_{name}": value for name, value in macro.items()}}
-        found |= {f"eval/{run}/{name}": value for name, value in named.items() if isinstance(value, float)}
+        named = {**scores, **{over_sources(name): value for name, value in macro.items()}}
+        found |= {evaluated(kind, name): value for name, value in named.items() if isinstance(value, float)}
     return found
 
 

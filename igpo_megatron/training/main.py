@@ -34,6 +34,7 @@ from igpo_megatron.supervision.library_log import LOGS, libraries_logged
 from igpo_megatron.training.checks import require
 from igpo_megatron.training.services import collect, evaluate_if_due, is_due, opened, queue_state, sync_weights
 from igpo_megatron.training.step import assign_advantages, group_metrics, minibatches, routing_metrics, score_tokens, update_metrics
+from igpo_megatron.types import Metric
 
 
 def run(config: Config) -> None:
@@ -72,7 +73,8 @@ def run(config: Config) -> None:
                     write_rollouts(services.folder.rollouts / f"step_{step:06d}.parquet", step, groups)
             if services.queue is not None:
                 metrics |= services.queue.done(step)
-            metrics["tokens_per_s"] = sum(len(node.token_ids) for group in groups for node in group.nodes) / (time.monotonic() - started)
+            tokens = sum(len(node.token_ids) for group in groups for node in group.nodes)
+            metrics[Metric.TOKENS_PER_S] = tokens / (time.monotonic() - started)
             tracker.log(step, metrics | worst_rank(parallel.gather(tracker.memory())))
             if learns and (step == config.run.steps or is_due(config.checkpoint.every, step)):
                 with tracker.phase("checkpoint"):  # before the weights leave: a policy that shares its device leaves with them

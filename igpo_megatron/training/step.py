@@ -19,7 +19,7 @@ from igpo_megatron.algorithms.settings import Loss
 from igpo_megatron.config.schema import Config
 from igpo_megatron.observability.metrics import logprob_gap, rollout_metrics, routed_share
 from igpo_megatron.training.queue import staleness_metrics
-from igpo_megatron.types import RolloutGroup, UserError
+from igpo_megatron.types import Metric, RolloutGroup, UserError, without_replay
 
 if TYPE_CHECKING:
     from igpo_megatron.packing.tree import ExpertShape, PackedRow
@@ -80,7 +80,7 @@ def routing_metrics(policy: Policy, groups: Sequence[RolloutGroup], step: int) -
     rows = pack_for_scoring(copies, row_tokens=config.packing.row_tokens, multiple=policy.row_multiple, scorer=None)
     for node, logprobs in per_node(rows, policy.log_probs(rows), copies):
         node.old_logprobs = logprobs
-    return metrics | {f"{name}_free": value for name, value in logprob_gap(copies).items()}
+    return metrics | {without_replay(name): value for name, value in logprob_gap(copies).items()}
 
 
 def assign_advantages(groups: Sequence[RolloutGroup], config: Config, progress: float) -> None:
@@ -176,16 +176,15 @@ def update_metrics(policy: Policy, results: Sequence[StepResult]) -> dict[str, f
 
     optim = policy.config.optim
     empty = optim.minibatches - len(results)
-    metrics = {
-        "skipped": float(empty + sum(result.skipped for result in results)),
-        "lr": learning_rate(policy.steps_taken - optim.minibatches, policy.total_steps, optim),
+    metrics: dict[str, float] = {
+        Metric.SKIPPED: float(empty + sum(result.skipped for result in results)),
+        Metric.LR: learning_rate(policy.steps_taken - optim.minibatches, policy.total_steps, optim),
     }
     if not results:
         return metrics
-    metrics["loss"] = sum(result.loss for result in results) / len(results)
-    metrics["grad_norm"] = sum(result.grad_norm for result in results) / len(results)
-    tokens = sum(result.metrics["tokens"] for result in results)
-    shown = {"clipped": "clip_fraction", "approx_kl": "kl_old", "ref_kl": "kl_ref"}
-    for name in (name for name in results[0].metrics if name != "tokens"):
-        metrics[shown.get(name, name)] = sum(result.metrics[name] for result in results) / max(tokens, 1.0)
+    metrics[Metric.LOSS] = sum(result.loss for result in results) / len(results)
+    metrics[Metric.GRAD_NORM] = sum(result.grad_norm for result in results) / len(results)
+    tokens = sum(result.metrics[Metric.TRAINED_TOKENS] for result in results)
+    for name in (name for name in results[0].metrics if name != Metric.TRAINED_TOKENS):
+        metrics[name] = sum(result.metrics[name] for result in results) / max(tokens, 1.0)
     return metrics

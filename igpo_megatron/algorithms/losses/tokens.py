@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from igpo_megatron.types import Metric
+
 Terms = tuple[Tensor, dict[str, Tensor]]
 """(sum over tokens with gradient, metric name -> [N] without gradient)."""
 
@@ -96,7 +98,7 @@ def clipped_surrogate(
     dual_clip: float | None,
     capped: Tensor | None = None,
 ) -> Terms:
-    """Sum over tokens of the loss derived in `ppo`; `clipped`, 1 where a token was.
+    """Sum over tokens of the loss derived in `ppo`; `clip_fraction`, 1 where a token was clipped.
 
     Bounds may be [N]; `capped` [N] replaces min(r, h).
     """
@@ -108,7 +110,7 @@ def clipped_surrogate(
     fixed_ratio = ratio.detach()
     dual_clipped = (negative > 0) & (fixed_ratio > dual_clip) if dual_clip else torch.zeros_like(negative, dtype=torch.bool)
     clipped = ((positive > 0) & (fixed_ratio > upper)) | ((negative > 0) & (fixed_ratio < lower)) | dual_clipped
-    return total, {"clipped": clipped.to(ratio.dtype)}
+    return total, {Metric.CLIP_FRACTION: clipped.to(ratio.dtype)}
 
 
 def k3(log_ratio: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 from igpo_megatron.observability.console import roughly
 from igpo_megatron.observability.metrics import SCORES, headline, max_gap
 from igpo_megatron.observability.metrics_file import sum_phases
+from igpo_megatron.types import Metric, standard_error
 
 
 def value_at(values: Mapping[str, Any], dotted: str) -> Any:
@@ -25,7 +26,7 @@ def facts_of(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], summa
     at = partial(value_at, config)
     steps = rows[-1]["step"] if rows else None
     gap = summary["max_logprob_gap"] if summary else max_gap(rows)
-    skipped = [row["skipped"] for row in rows if row.get("skipped") is not None]
+    skipped = [row[Metric.SKIPPED] for row in rows if row.get(Metric.SKIPPED) is not None]
     wall = summary["wall_s"] if summary else sum(sum_phases(rows).values())
     facts = [
         ("Policy", at("model.path") and Path(at("model.path")).name),
@@ -75,7 +76,7 @@ def outcomes_of(summary: Mapping[str, Any] | None, evals: Sequence[dict[str, Any
         if left is None and right is None:
             continue
         change = None if left is None or right is None else right - left
-        errors = [side.get(f"{key}_se") for side in (before, after)]
+        errors = [side.get(standard_error(key)) for side in (before, after)]
         rows.append({"label": label, "sides": list(zip((left, right), errors, strict=True)), "change": change, "judged": more_is_better})
     return rows
 
@@ -96,8 +97,8 @@ def scores_by_source(evals: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         {
             "name": name,
             "questions": scores.get("questions"),
-            "before": scores.get("f1"),
-            "after": (last.get(name) or {}).get("f1") if len(evals) > 1 else None,
+            "before": scores.get(Metric.F1),
+            "after": (last.get(name) or {}).get(Metric.F1) if len(evals) > 1 else None,
         }
         for name, scores in first.items()
     ]
