@@ -202,3 +202,15 @@ SCORES = (
     ("searches_per_question", "Searches per question", False),
 )
 """Rows of the before/after tables: key in `headline`, label, whether more is better."""
+
+
+def outcomes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of a before/after table of two headlines: label, (score, standard error) of both sides, change; None for what is missing."""
+    rows = []
+    for key, label, more_is_better in SCORES:
+        left, right = before.get(key), after.get(key)
+        if left is not None or right is not None:
+            change = None if left is None or right is None else right - left
+            sides = [(side.get(key), side.get(standard_error(key))) for side in (before, after)]
+            rows.append({"label": label, "sides": sides, "change": change, "judged": more_is_better})
+    return rows

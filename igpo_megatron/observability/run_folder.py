@@ -119,11 +119,21 @@ def set_up(folder: RunFolder, config: Config) -> None:
     write_whole(folder.config, to_json(config))
 
 
+def step_name(step: int) -> str:
+    """How names of a step's files and folders begin, e.g. `step_000010`."""
+    return f"step_{step:06d}"
+
+
+def step_of(path: Path) -> int | None:
+    """The step of a file or folder that is named after one; None for another."""
+    match = re.match(r"step_(\d{6,})", path.name)
+    return int(match[1]) if match else None
+
+
 def forget_after(folder: RunFolder, step: int) -> None:
     """Remove rollouts and evaluations of steps after `step`: the run resumes there and will repeat those steps."""
-    for path in (*folder.rollouts.glob("step_??????*"), *folder.eval.glob("step_??????*")):
-        number = path.name[len("step_") :][:6]
-        if number.isdecimal() and int(number) > step:
+    for path in (*folder.rollouts.glob("step_*"), *folder.eval.glob("step_*")):
+        if (step_of(path) or 0) > step:
             path.unlink()
 
 

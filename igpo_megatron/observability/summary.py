@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 from igpo_megatron.config.schema import Config
-from igpo_megatron.observability.metrics import SCORES, headline, max_gap
+from igpo_megatron.observability.metrics import headline, max_gap, outcomes
 from igpo_megatron.observability.metrics_file import read_metrics
-from igpo_megatron.observability.run_folder import RunFolder, write_whole
+from igpo_megatron.observability.run_folder import RunFolder, read_object, step_name, write_whole
 from igpo_megatron.observability.tracker import Tracker
-from igpo_megatron.types import gain_of_turn, standard_error
+from igpo_megatron.types import gain_of_turn
 
 
 def finish(config: Config, folder: RunFolder, tracker: Tracker) -> None:
@@ -25,8 +25,8 @@ def finish(config: Config, folder: RunFolder, tracker: Tracker) -> None:
     rows = read_metrics(folder.metrics)
     ends = {}
     for name, step in (("before", 0), ("after", config.run.steps)):
-        path = folder.eval / f"step_{step:06d}.json"
-        ends[name] = headline(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+        path = folder.eval / f"{step_name(step)}.json"
+        ends[name] = headline(read_object(path, "restore it from a copy")) if path.is_file() else None
     phases = tracker.phases_total()
     summary = {
         **ends,
@@ -66,14 +66,13 @@ def summary_table(summary: dict[str, Any]) -> Table:
     table = Table(title=f"{summary['steps']} steps in {summary['wall_s'] / 60:.1f} min", title_justify="left")
     for heading in ("held-out questions", "before", "after", "change"):
         table.add_column(heading, justify="left" if heading.startswith("held") else "right")
-    before, after = summary.get("before"), summary.get("after")
-    if before and after:
-        for key, label, _ in SCORES:
-            if before.get(key) is None or after.get(key) is None:
-                continue
-            spread = after.get(standard_error(key))
-            error = "" if spread is None else f" ± {spread:.3f}"
-            table.add_row(label, f"{before[key]:.3f}", f"{after[key]:.3f}{error}", f"{after[key] - before[key]:+.3f}")
+    scores = outcomes(summary.get("before") or {}, summary.get("after") or {})
+    for row in scores:
+        (before, _), (after, error) = row["sides"]
+        if row["change"] is not None:
+            spread = "" if error is None else f" ± {error:.3f}"
+            table.add_row(row["label"], f"{before:.3f}", f"{after:.3f}{spread}", f"{row['change']:+.3f}")
+    if scores:
         table.add_section()
     for turn, gain in enumerate(summary.get("gain_by_turn", []), start=1):
         table.add_row(f"mean gain of turn {turn}", f"{gain['first']:+.3f}", f"{gain['last']:+.3f}", f"{gain['last'] - gain['first']:+.3f}")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 from pathlib import Path
 from typing import Any
 
-from igpo_megatron.observability.run_folder import public_config
+from igpo_megatron.observability.run_folder import RunFolder, public_config, read_object
 from igpo_megatron.observability.settings import Track
 
 
@@ -32,7 +31,7 @@ def start_wandb(folder: Path, config: Track, name: str) -> Any:
     if not id_file.exists():
         id_file.parent.mkdir(parents=True, exist_ok=True)
         id_file.write_text(secrets.token_hex(4))
-    resolved = folder / "config.json"
+    resolved = RunFolder(folder).config
     return wandb.init(
         project=config.project,
         name=name,
@@ -40,7 +39,7 @@ def start_wandb(folder: Path, config: Track, name: str) -> Any:
         resume="allow" if online else None,
         dir=folder,
         mode="online" if online else "offline",
-        config=public_config(json.loads(resolved.read_text(encoding="utf-8"))) if resolved.exists() else None,
+        config=public_config(read_object(resolved, "remove it")) if resolved.exists() else None,
         settings=wandb.Settings(
             silent=True,
             console="off",

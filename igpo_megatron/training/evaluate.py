@@ -19,7 +19,7 @@ from igpo_megatron.config.schema import Config
 from igpo_megatron.data.question_files import read_prompts
 from igpo_megatron.observability.metrics import num_calls, status_counts
 from igpo_megatron.observability.rollout_dump import write_rollouts
-from igpo_megatron.observability.run_folder import write_whole
+from igpo_megatron.observability.run_folder import step_name, write_whole
 from igpo_megatron.supervision.failures import FOLDER as FAILURES
 from igpo_megatron.types import (
     EVALUATION_KINDS,
@@ -87,10 +87,10 @@ def evaluate(
         done += samples
         for group in groups:
             score(group, config)
-        write_rollouts(folder / f"step_{step:06d}_{name}.parquet", step, groups)
+        write_rollouts(folder / f"{step_name(step)}_{name}.parquet", step, groups)
         report[name] = summarise(groups, config)
         report[name]["too_long"] = len(prompts) - len(groups)
-    write_whole(folder / f"step_{step:06d}.json", json.dumps(report, indent=2))
+    write_whole(folder / f"{step_name(step)}.json", json.dumps(report, indent=2))
     return report
 
 

@@ -27,7 +27,7 @@ from igpo_megatron.config.load import load
 from igpo_megatron.config.schema import Config
 from igpo_megatron.observability.memory_ledger import worst_rank
 from igpo_megatron.observability.rollout_dump import write_rollouts
-from igpo_megatron.observability.run_folder import folder_for
+from igpo_megatron.observability.run_folder import folder_for, step_name
 from igpo_megatron.supervision.endings import Ended, end_process, reason_left
 from igpo_megatron.supervision.leftovers import end_with_parent
 from igpo_megatron.supervision.library_log import LOGS, libraries_logged
@@ -70,7 +70,7 @@ def run(config: Config) -> None:
                     metrics |= update_metrics(policy, results)
             if policy.ranks.is_main and config.track.dump_every and (step % config.track.dump_every == 0 or not learns):
                 with tracker.phase("rollout"):
-                    write_rollouts(services.folder.rollouts / f"step_{step:06d}.parquet", step, groups)
+                    write_rollouts(services.folder.rollouts / f"{step_name(step)}.parquet", step, groups)
             if services.queue is not None:
                 metrics |= services.queue.done(step)
             tokens = sum(len(node.token_ids) for group in groups for node in group.nodes)

@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from igpo_megatron.observability.metrics_file import PHASES, STEP_PHASES
-from igpo_megatron.types import SEARCH, Metric, evaluated, gain_of_turn, of_tool, standard_error, without_replay
+from igpo_megatron.types import EVALUATION_KINDS, SEARCH, Metric, evaluated, gain_of_turn, of_tool, standard_error, without_replay
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,16 +54,10 @@ class Chart:
 
 
 CHARTS = (
-    Chart(
-        "Held-out F1",
-        {evaluated("sampled", Metric.F1): "sampled", evaluated("greedy", Metric.F1): "greedy"},
-        "bars: standard error over questions",
-    ),
+    Chart("Held-out F1", {evaluated(kind, Metric.F1): kind for kind in EVALUATION_KINDS}, "bars: standard error over questions"),
     Chart("Reward", {Metric.REWARD: "mean reward"}, "training rollouts; bold: mean over 7 points", smooth=True),
     Chart("F1 and exact match", {Metric.F1: "F1", Metric.EM: "exact match"}, "training rollouts; bold: mean over 7 points", smooth=True),
-    Chart(
-        "Information gain per turn", {Metric.GAIN: "all turns", gain_of_turn("*"): "turn *"}, "rise in the answer's value, mean over turns"
-    ),
+    Chart("Information gain per turn", {Metric.GAIN: "all turns", gain_of_turn("*"): "turn *"}, "mean rise in the answer's value"),
     Chart(
         "Where gains come from",
         {Metric.GAIN_EVIDENCE: "the tool result", Metric.GAIN_REASONING: "own reasoning"},
@@ -71,11 +65,7 @@ CHARTS = (
     ),
     Chart(
         "Format-valid share",
-        {
-            Metric.FORMAT_OK: "training",
-            evaluated("sampled", Metric.FORMAT_OK): "held-out, sampled",
-            evaluated("greedy", Metric.FORMAT_OK): "held-out, greedy",
-        },
+        {Metric.FORMAT_OK: "training"} | {evaluated(kind, Metric.FORMAT_OK): f"held-out, {kind}" for kind in EVALUATION_KINDS},
     ),
     Chart("Value before the first turn", {Metric.VALUE_0: "mean log-prob of the answer"}),
     Chart("Entropy", {Metric.ENTROPY: "entropy"}, "nats per sampled token"),
@@ -114,26 +104,13 @@ CHARTS = (
     ),
     Chart(
         "How searches ended",
-        {
-            of_tool(SEARCH, "ok"): "ok",
-            of_tool(SEARCH, "empty"): "empty",
-            of_tool(SEARCH, "error"): "error",
-            of_tool(SEARCH, "timeout"): "timeout",
-            of_tool(SEARCH, "rate_limited"): "rate limited",
-            of_tool(SEARCH, "cached"): "from the cache",
-        },
+        {of_tool(SEARCH, end): end.replace("_", " ") for end in ("ok", "empty", "error", "timeout", "rate_limited")}
+        | {of_tool(SEARCH, "cached"): "from the cache"},
         "queries per step, those from the cache included",
     ),
     Chart(
         "Tool latency",
-        {
-            of_tool(SEARCH, "p50_s"): "search, p50",
-            of_tool(SEARCH, "p95_s"): "search, p95",
-            of_tool("visit", "p50_s"): "visit, p50",
-            of_tool("visit", "p95_s"): "visit, p95",
-            of_tool("python", "p50_s"): "python, p50",
-            of_tool("python", "p95_s"): "python, p95",
-        },
+        {of_tool(tool, f"p{share}_s"): f"{tool}, p{share}" for tool in (SEARCH, "visit", "python") for share in (50, 95)},
         "seconds, without answers from the cache; log scale",
         log=True,
     ),
@@ -152,6 +129,8 @@ CHARTS = (
     Chart("Learning rate", {Metric.LR: "learning rate"}),
 )
 
+STEP_TIME = Chart("Step time by phase", {}, "seconds; evaluation and start-up are not part of a step")
+
 
 def charts_of(rows: Sequence[Mapping[str, Any]], limits: Limits) -> list[dict[str, Any]]:
     """Panels that have at least one value; the step time by phase comes second."""
@@ -164,9 +143,7 @@ def charts_of(rows: Sequence[Mapping[str, Any]], limits: Limits) -> list[dict[st
             if (points := _points(rows, name, limits.points))
         ]
         if series:
-            panels.append(
-                {"title": chart.title, "note": chart.note, "log": chart.log, "smooth": chart.smooth, "stacked": False, "series": series}
-            )
+            panels.append(_panel(chart, series))
     timed = [row for row in rows if row["phases_s"].get("train")]
     stacked = [
         {"label": phase, "colour": PHASES.index(phase), "points": times}
@@ -174,9 +151,12 @@ def charts_of(rows: Sequence[Mapping[str, Any]], limits: Limits) -> list[dict[st
         if (times := _bins([(row["step"], row["phases_s"].get(phase, 0.0)) for row in timed], limits.points)) and any(y for _, y in times)
     ]
     if stacked:
-        note = "seconds; evaluation and start-up are not part of a step"
-        panels.insert(1, {"title": "Step time by phase", "note": note, "log": False, "smooth": False, "stacked": True, "series": stacked})
+        panels.insert(1, _panel(STEP_TIME, stacked, stacked=True))
     return panels
+
+
+def _panel(chart: Chart, series: list[dict[str, Any]], *, stacked: bool = False) -> dict[str, Any]:
+    return {"title": chart.title, "note": chart.note, "log": chart.log, "smooth": chart.smooth, "stacked": stacked, "series": series}
 
 
 def _expand(series: Mapping[str, str], names: Sequence[str]) -> Iterator[tuple[str, str]]:

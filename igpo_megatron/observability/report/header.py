@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from igpo_megatron.observability.console import roughly
-from igpo_megatron.observability.metrics import SCORES, headline, max_gap
+from igpo_megatron.observability.metrics import headline, max_gap, outcomes
 from igpo_megatron.observability.metrics_file import sum_phases
-from igpo_megatron.types import Metric, standard_error
+from igpo_megatron.types import Metric
 
 
 def value_at(values: Mapping[str, Any], dotted: str) -> Any:
@@ -68,17 +68,8 @@ def _ends(summary: Mapping[str, Any] | None, evals: Sequence[dict[str, Any]]) ->
 
 
 def outcomes_of(summary: Mapping[str, Any] | None, evals: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of the before/after table; a side that is missing is None."""
-    before, after = _ends(summary, evals)
-    rows = []
-    for key, label, more_is_better in SCORES:
-        left, right = before.get(key), after.get(key)
-        if left is None and right is None:
-            continue
-        change = None if left is None or right is None else right - left
-        errors = [side.get(standard_error(key)) for side in (before, after)]
-        rows.append({"label": label, "sides": list(zip((left, right), errors, strict=True)), "change": change, "judged": more_is_better})
-    return rows
+    """Rows of the before/after table."""
+    return outcomes(*_ends(summary, evals))
 
 
 def count_questions(summary: Mapping[str, Any] | None, evals: Sequence[dict[str, Any]]) -> int | None:
