@@ -1,5 +1,6 @@
 """Names of metrics: what is read somewhere is what is measured, and the pages name it as it is."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -33,6 +34,12 @@ def test_every_metric_that_several_files_name_is_spelled_in_one_place():
         if path.name != "types.py" and path.parent.name != "chat":  # where `tool_calls` is a key of messages
             found = re.findall(rf"[\"']((?:eval/\w+/)?(?:{spelled}))[\"']", path.read_text(encoding="utf-8"))
             assert not found, f"{path.name} spells {found}; use Metric of igpo_megatron/types.py"
+
+
+def test_tools_read_metrics_that_there_are():
+    for path, names in (("tools/gpu/learn.py", "_CURVE"), ("tools/bench/algorithms.py", "SPENT")):
+        (value,) = re.findall(rf"^{names} = (\(.*\))$", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE)
+        assert set(ast.literal_eval(value)) <= set(Metric), path
 
 
 def test_the_report_draws_only_what_is_measured():
