@@ -39,8 +39,8 @@ import world_facts
 from igpo_megatron.config.load import load
 from igpo_megatron.config.schema import Config
 from igpo_megatron.data.prompts import PromptStream
+from igpo_megatron.observability.metrics_file import read_metrics
 from igpo_megatron.observability.run_folder import write_whole
-from igpo_megatron.observability.tracker import read_metrics
 from igpo_megatron.supervision.leftovers import is_alive
 
 ROOT = Path(__file__).resolve().parents[1]

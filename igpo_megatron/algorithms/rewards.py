@@ -20,7 +20,7 @@ from igpo_megatron.algorithms.outcomes import exact_match, f1, outcome_of
 from igpo_megatron.chat.protocols.igpo import well_formed_answer
 from igpo_megatron.chat.protocols.registry import protocol_of
 from igpo_megatron.config.schema import Config
-from igpo_megatron.types import SEARCH, RolloutGroup, Status, Trajectory, UserError
+from igpo_megatron.types import SEARCH, Metric, RolloutGroup, Status, Trajectory, UserError
 from igpo_megatron.untrusted import BadJson, json_loads_untrusted
 
 ALIAS_SEPARATOR = "<|answer_split|>"
@@ -125,12 +125,12 @@ def score(group: RolloutGroup, config: Config) -> None:
         answer = protocol.final_answer(own_turns(group, trajectory)) if trajectory.status == Status.FINISHED else None
         if answer is None:
             trajectory.reward = reward.format_penalty
-            trajectory.reward_parts = {"f1": 0.0, "em": 0.0, reward.outcome: 0.0, "format_ok": 0.0}
+            trajectory.reward_parts = {Metric.F1: 0.0, Metric.EM: 0.0, reward.outcome: 0.0, Metric.FORMAT_OK: 0.0}
         else:
             outcome = trajectory.reward = outcome_of(reward.outcome)(answer, answers)
             if trajectory.reward > 0 and {SEARCH, "python"} <= tools_that_returned(group, trajectory):
                 trajectory.reward += reward.tool_bonus
-            parts = {"f1": f1(answer, answers), "em": exact_match(answer, answers)}
-            trajectory.reward_parts = {**parts, reward.outcome: outcome, "format_ok": 1.0}
+            parts: dict[str, float] = {Metric.F1: f1(answer, answers), Metric.EM: exact_match(answer, answers)}
+            trajectory.reward_parts = {**parts, reward.outcome: outcome, Metric.FORMAT_OK: 1.0}
         if reward.overlong is not None:
             trajectory.reward += overlong_penalty(sum(len(node.token_ids) for node in group.actions(trajectory)), *reward.overlong)

@@ -28,7 +28,7 @@ from igpo_megatron.engines.api import EngineError, require_logprobs
 from igpo_megatron.engines.fleet import EngineState, Fleet, Member, is_lost
 from igpo_megatron.engines.ray_cluster import RayCluster
 from igpo_megatron.supervision.waits import ENGINES, waiting
-from igpo_megatron.types import Canary, Completion, NamedTensors, ProbeScore, SamplingRequest, SyncError
+from igpo_megatron.types import Canary, Completion, Metric, NamedTensors, ProbeScore, SamplingRequest, SyncError
 from igpo_megatron.weights.send import Transfer, Transport, cause, check_canary, export, fingerprints, largest_gap
 from igpo_megatron.weights.store import Bucket, SharedWeights
 from igpo_megatron.weights.transports import EngineReceiver, FileTransport
@@ -282,8 +282,8 @@ class EnginePool:
                     self._fleet.set_state(member, EngineState.HEALTHY)
             return {
                 **transfer.metrics(),
-                "sync/canary_s": time.monotonic() - started,
-                **({"canary_gap": worst} if canary else {}),
+                Metric.SYNC_CANARY_S: time.monotonic() - started,
+                **({Metric.CANARY_GAP: worst} if canary else {}),
                 **self.metrics(),
             }
 

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
-from igpo_megatron.types import Canary, NamedTensors, SyncError
+from igpo_megatron.types import Canary, Metric, NamedTensors, SyncError
 from igpo_megatron.weights.settings import Sync
 from igpo_megatron.weights.store import Bucket, Entry, Received, SharedWeights, in_buckets
 
@@ -118,7 +118,7 @@ class Transfer:
     def metrics(self) -> dict[str, float]:
         """Flat numbers of the transfer: `sync/...`."""
         return {
-            "sync/mib": sum(bucket.nbytes for bucket in self.buckets) / 2**20,
+            Metric.SYNC_MIB: sum(bucket.nbytes for bucket in self.buckets) / 2**20,
             "sync/buckets": float(len(self.buckets)),
             "sync/tensors": float(sum(len(bucket.entries) for bucket in self.buckets)),
             **{f"sync/{phase}_s": seconds for phase, seconds in self.seconds.items()},

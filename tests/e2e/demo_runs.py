@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 
 import demo_data
 import world_facts
+from igpo_megatron.observability.metrics_file import read_metrics
 from igpo_megatron.observability.rollout_dump import read_rollouts
-from igpo_megatron.observability.tracker import read_metrics
 from igpo_megatron.types import RolloutGroup
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,8 +15,8 @@ import psutil
 import pytest
 
 import hosts
+from igpo_megatron.observability.metrics_file import read_metrics
 from igpo_megatron.observability.rollout_dump import write_rollouts
-from igpo_megatron.observability.tracker import read_metrics
 from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, Trajectory
 
 ROOT = Path(__file__).resolve().parents[2]

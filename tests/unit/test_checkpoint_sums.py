@@ -187,10 +187,10 @@ def test_half_a_file_of_the_run_is_one_sentence(tmp_path: Path, content: str) ->
     assert open_folder(config).root == folder.root and read_summary(folder) is None
     assert not list(folder.root.glob("*.tmp"))
     folder.config.write_text(content)
-    with pytest.raises(ConfigError, match=r"x/config\.json is damaged"):
+    with pytest.raises(UserError, match=r"x/config\.json is damaged"):
         open_folder(config)
     folder.summary.write_text(content)
-    with pytest.raises(ConfigError, match=r"x/summary\.json is damaged .*remove it"):
+    with pytest.raises(UserError, match=r"x/summary\.json is damaged .*remove it"):
         read_summary(folder)
 
 

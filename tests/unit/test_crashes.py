@@ -22,8 +22,8 @@ from igpo_megatron.algorithms.info_gain import rendered_probes
 from igpo_megatron.algorithms.settings import Reward
 from igpo_megatron.chat.format import ChatFormat
 from igpo_megatron.config.schema import Config
+from igpo_megatron.observability.console import SHOWN, _shown
 from igpo_megatron.observability.metrics import rollout_metrics
-from igpo_megatron.observability.tracker import SHOWN, _shown
 from igpo_megatron.search.results import SearchResult
 from igpo_megatron.supervision.failures import MOST_BYTES, MOST_CHARS, CrashLog
 from igpo_megatron.training.evaluate import evaluate

@@ -173,7 +173,7 @@ def test_a_loss_of_ones_own_gets_kl_entropy_mismatch_and_the_division_of_ours() 
     k3 = d.exp() - d - 1
     expected = (-(signed * tokens.logprobs).sum() + 0.1 * (0.5 * k3).sum() - 0.01 * (0.5 * tokens.entropy).sum()) / 2
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert metrics["surprise"].item() == pytest.approx(-tokens.logprobs.sum().item()) and {"entropy", "ref_kl", "tokens"} <= set(metrics)
+    assert metrics["surprise"].item() == pytest.approx(-tokens.logprobs.sum().item()) and {"entropy", "kl_ref", "tokens"} <= set(metrics)
 
 
 def test_a_reward_of_ones_own_is_the_outcome_and_stands_beside_f1_under_its_name() -> None:

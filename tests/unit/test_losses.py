@@ -38,7 +38,7 @@ def test_ppo_clips_by_the_sign_of_the_advantage():
     loss, gradient, metrics = ppo_on([1.5, 0.5, 0.5, 1.5, 4.0], [2.0, 2.0, -2.0, -2.0, -2.0], config)
     assert loss == pytest.approx(7.0 / 5)
     assert gradient.tolist() == pytest.approx([0.0, -0.2, 0.0, 0.6, 0.0])
-    assert metrics["clipped"] == 3.0
+    assert metrics["clip_fraction"] == 3.0
     assert metrics["tokens"] == 5.0
 
 
@@ -46,7 +46,7 @@ def test_dual_clip_can_be_off():
     loss, gradient, metrics = ppo_on([4.0], [-2.0], PLAIN.model_copy(update={"dual_clip": None}))
     assert loss == pytest.approx(8.0)
     assert gradient.item() == pytest.approx(8.0)
-    assert metrics["clipped"] == 0.0
+    assert metrics["clip_fraction"] == 0.0
 
 
 def test_on_policy_tokens_keep_their_full_gradient_even_with_closed_bounds():
@@ -109,7 +109,7 @@ def test_shared_tokens_have_the_loss_and_gradient_of_every_trajectory_through_th
 
     assert torch.allclose(loss, expected, rtol=1e-10) is agrees
     assert torch.allclose(logprobs.grad, reference.grad, rtol=1e-10, atol=1e-14) is agrees
-    assert metrics["clipped"] > 10
+    assert metrics["clip_fraction"] > 10
 
 
 def test_kl_and_entropy_terms_are_weighted_and_signed():
@@ -122,7 +122,7 @@ def test_kl_and_entropy_terms_are_weighted_and_signed():
     assert loss == pytest.approx((0.1 * 4 * (e - 2) - 0.01 * 3.5) / 4, rel=1e-5)
     # d k3 / d logprob = 1 - e^d: minimising pulls the log-prob up towards the reference.
     assert gradient.tolist() == pytest.approx([0.1 * (1 - e) / 4, 0.3 * (1 - e) / 4], rel=1e-5)
-    assert metrics["ref_kl"] == pytest.approx(2 * (e - 2), rel=1e-5)
+    assert metrics["kl_ref"] == pytest.approx(2 * (e - 2), rel=1e-5)
     assert metrics["entropy"] == pytest.approx(2.5)
 
 
@@ -162,7 +162,7 @@ def test_extreme_log_probs_leave_finite_gradients():
 def test_metrics_leave_out_tokens_without_weight():
     _, _, metrics = ppo_on([2.0, 7.0], [1.0, 0.0], weight=[1.0, 0.0])
     assert metrics["tokens"] == 1.0
-    assert metrics["clipped"] == 1.0
+    assert metrics["clip_fraction"] == 1.0
 
 
 def loss_over(config, tokens):
@@ -274,7 +274,7 @@ def test_gspo_clips_the_geometric_mean_of_a_trajectory_but_keeps_every_turn_its_
     loss, gradient, metrics = ppo_on([2.0, 0.5, 4.0, 1.0], [1.0, 3.0, 1.0, -1.0], config, sequence=torch.tensor([0, 0, 1, 1]), sequences=2)
     assert loss == pytest.approx((-1 - 3 - 1.5 + 2) / 4)
     assert gradient.tolist() == pytest.approx([-0.25, -0.75, 0.0, 0.5])
-    assert metrics["clipped"] == 1.0
+    assert metrics["clip_fraction"] == 1.0
 
 
 def test_gspo_of_one_advantage_has_the_gradient_of_the_papers_sequence_objective():
@@ -308,7 +308,7 @@ def test_cispo_bounds_the_weight_and_keeps_every_gradient():
     ln2 = 0.6931472
     assert gradient.tolist() == pytest.approx([-0.5, -0.5 / 3, 2 / 3])
     assert loss == pytest.approx((-1.5 * (2 * ln2 - 1) - 0.5 * (-ln2 - 1) + 2 * -1) / 3, rel=1e-5)
-    assert metrics["clipped"] == 1.0
+    assert metrics["clip_fraction"] == 1.0
     _, gradient, _ = ppo_on([0.5], [1.0], config.model_copy(update={"clip_low": 0.2}))
     assert gradient.tolist() == pytest.approx([-0.8])
 
@@ -380,7 +380,7 @@ def test_hapo_widens_the_upper_bound_where_the_policy_was_unsure_and_the_lower_o
     loss, gradient, metrics = hapo_on([1.5, 1.5, 0.7, 0.7], [1.0, 1.0, -1.0, -1.0], [E, 1.0, 1 / E, E])
     assert gradient.tolist() == pytest.approx([-2 * 1.5 / 4, 0.0, 0.7 / 4, 0.0], rel=1e-5)
     assert loss == pytest.approx((-2 * 1.5 - 1.3 + 0.7 + 2 * 0.8) / 4, rel=1e-5)
-    assert metrics["clipped"] == 2.0
+    assert metrics["clip_fraction"] == 2.0
 
 
 def test_hapo_scales_advantages_only_where_the_update_has_a_direction():

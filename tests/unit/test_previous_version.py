@@ -30,7 +30,8 @@ from igpo_megatron.data.corpus import Passage
 from igpo_megatron.observability.metrics import rollout_metrics
 from igpo_megatron.observability.report.page import write_report
 from igpo_megatron.observability.rollout_dump import count_groups, read_rollouts, write_rollouts
-from igpo_megatron.observability.run_folder import folder_for, open_folder, read_summary, summary_table
+from igpo_megatron.observability.run_folder import folder_for, open_folder, read_summary
+from igpo_megatron.observability.summary import summary_table
 from igpo_megatron.policy import checkpoint_sums
 from igpo_megatron.policy.settings import Checkpoint
 from igpo_megatron.search.client import make_client

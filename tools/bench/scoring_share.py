@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from common import finish, train, world_facts
 
-from igpo_megatron.observability.tracker import read_metrics
+from igpo_megatron.observability.metrics_file import read_metrics
 
 SCORERS = ("fold", "sequential")
 PHASES = ("rollout", "score", "advantage", "train", "sync")

@@ -33,8 +33,8 @@ import typer
 
 from igpo_megatron.chat.tokenizer import load_tokenizer
 from igpo_megatron.config.load import load
+from igpo_megatron.observability.metrics_file import read_metrics
 from igpo_megatron.observability.rollout_dump import write_rollouts
-from igpo_megatron.observability.tracker import read_metrics
 from igpo_megatron.supervision.endings import one_sentence
 from igpo_megatron.types import RunStopped, UserError
 

@@ -19,9 +19,6 @@ from typing import Any, Generic, TypeVar
 from igpo_megatron.agent.trajectory import TurnWatch
 from igpo_megatron.types import RolloutGroup, Trajectory
 
-INITIAL_ROLLOUTS = "initial_rollouts"
-"""Key in `RolloutGroup.metrics`: samples that began at the question before any fork; it varies in AEPO."""
-
 RunPath = Callable[[list[int], str, TurnWatch], Coroutine[Any, Any, Trajectory]]
 """(path to continue, label, observer of its turns) -> how the new path ended."""
 

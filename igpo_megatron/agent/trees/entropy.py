@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 
 from igpo_megatron.agent.settings import AepoBranching, ArpoBranching
 from igpo_megatron.agent.trajectory import TurnWatch
-from igpo_megatron.agent.trees.base import INITIAL_ROLLOUTS, RunPath, TreeRollout, Uniform
-from igpo_megatron.types import BranchPoint, RolloutGroup
+from igpo_megatron.agent.trees.base import RunPath, TreeRollout, Uniform
+from igpo_megatron.types import BranchPoint, Metric, RolloutGroup
 
 
 def step_entropy(entropies: Sequence[float], config: ArpoBranching, vocab_size: int) -> float:
@@ -126,7 +126,7 @@ class EntropyTree(TreeRollout[EntropyWatch]):
             entropies = [entropy for _, _, entropy in watch.steps]
             if entropies:
                 count = initial_rollouts(entropies[0], entropies[1:], self._samples, self.config)
-        self.group.metrics[INITIAL_ROLLOUTS] = float(count)
+        self.group.metrics[Metric.INITIAL_ROLLOUTS] = float(count)
         self._expected = count
         for number in range(len(self._tasks), count):
             self._launch([0], str(number))

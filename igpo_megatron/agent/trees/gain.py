@@ -19,9 +19,9 @@ from statistics import pstdev
 from igpo_megatron.agent.prober import Prober, StateValue
 from igpo_megatron.agent.settings import GainBranching
 from igpo_megatron.agent.trajectory import TurnWatch
-from igpo_megatron.agent.trees.base import INITIAL_ROLLOUTS, RunPath, TreeRollout, Uniform
+from igpo_megatron.agent.trees.base import RunPath, TreeRollout, Uniform
 from igpo_megatron.engines.api import EngineError
-from igpo_megatron.types import RolloutGroup, RunStopped, ValuePoint
+from igpo_megatron.types import Metric, RolloutGroup, RunStopped, ValuePoint
 
 
 def disagreement(siblings: Sequence[float]) -> float:
@@ -92,7 +92,7 @@ class GainTree(TreeRollout[GainWatch]):
 
     async def _start(self) -> None:
         count = min(self.config.initial_rollouts, self._samples)
-        self.group.metrics[INITIAL_ROLLOUTS] = float(count)
+        self.group.metrics[Metric.INITIAL_ROLLOUTS] = float(count)
         self._first = [self._launch([0], str(number)) for number in range(count)]
 
     def _watch(self, number: int, label: str) -> GainWatch:

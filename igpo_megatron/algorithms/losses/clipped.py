@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat
 
 from igpo_megatron.algorithms.losses.base import Aggregation, PolicyLoss
 from igpo_megatron.algorithms.losses.tokens import Terms, Tokens, bounded_exp, clipped_surrogate, sequence_mean, unit
-from igpo_megatron.types import StepCounts
+from igpo_megatron.types import Metric, StepCounts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,7 +104,7 @@ def cispo(tokens: Tokens, counts: StepCounts, config: Cispo) -> Terms:
     counted = ratio.clamp(1.0 - config.clip_low, 1.0 + config.clip_high)
     positive, negative = tokens.signed.unbind(-1)
     surrogate = ((negative - positive) * counted * tokens.logprobs).sum()
-    return surrogate, {"clipped": (counted != ratio).to(ratio.dtype)}
+    return surrogate, {Metric.CLIP_FRACTION: (counted != ratio).to(ratio.dtype)}
 
 
 def bapo(tokens: Tokens, counts: StepCounts, config: Bapo) -> Terms:

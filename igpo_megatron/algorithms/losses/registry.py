@@ -19,7 +19,7 @@ from igpo_megatron.algorithms.losses.clipped import Bapo, Cispo, Gspo, balanced_
 from igpo_megatron.algorithms.losses.entropy import Aepo, Hapo, aepo, hapo
 from igpo_megatron.algorithms.losses.tokens import Terms, Tokens, bounded_exp, clipped_surrogate, k3, sequence_mean
 from igpo_megatron.settings import load_hook, one_of, ours_or
-from igpo_megatron.types import StepCounts
+from igpo_megatron.types import Metric, StepCounts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,7 +71,7 @@ def ppo(tokens: Tokens, counts: StepCounts, config: Ppo) -> Terms:
 
 def sft(tokens: Tokens, counts: StepCounts, config: Sft) -> Terms:
     """Cross-entropy: -sum(weight * logprobs)."""
-    return -(tokens.weight * tokens.logprobs).sum(), {"nll": -tokens.logprobs.detach()}
+    return -(tokens.weight * tokens.logprobs).sum(), {Metric.NLL: -tokens.logprobs.detach()}
 
 
 LOSSES: dict[str, LossEntry] = {
@@ -104,16 +104,16 @@ def objective(tokens: Tokens, counts: StepCounts, config: Loss) -> LossResult:
         tokens = replace(tokens, advantages=trained_advantages(tokens, config))
     total, per_token = entry_of(config).function(tokens, counts, config)
     if tokens.entropy is not None:
-        per_token["entropy"] = tokens.entropy.detach()
+        per_token[Metric.ENTROPY] = tokens.entropy.detach()
     if isinstance(config, PolicyLoss):
-        per_token["approx_kl"] = k3(tokens.log_ratio.detach())
+        per_token[Metric.KL_OLD] = k3(tokens.log_ratio.detach())
         if config.entropy_coef:
             assert tokens.entropy is not None, "loss.entropy_coef needs the entropy of every token"
             total = total - config.entropy_coef * (tokens.weight * tokens.entropy).sum()
         if config.kl_coef:
             assert tokens.ref_logprobs is not None, "loss.kl_coef needs the reference log-probs of every token"
             reference_kl = k3(tokens.ref_logprobs - tokens.logprobs)
-            per_token["ref_kl"] = reference_kl.detach()
+            per_token[Metric.KL_REF] = reference_kl.detach()
             total = total + config.kl_coef * (tokens.weight * reference_kl).sum()
     return total / denominator(config.aggregation, counts), _sums_over_trained(per_token, tokens.weight)
 
@@ -172,4 +172,4 @@ def _sums_over_trained(per_token: dict[str, Tensor], weight: Tensor) -> dict[str
     # Not values[trained]: a GPU would have to tell the host how many there are.
     trained = weight > 0
     sums = {name: values.where(trained, 0.0).sum() for name, values in per_token.items()}
-    return {"tokens": trained.sum().to(weight.dtype), **sums}
+    return {Metric.TRAINED_TOKENS: trained.sum().to(weight.dtype), **sums}

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # settings stand beside the losses, and are read without torch
     from torch import Tensor
 
+from igpo_megatron.types import Metric
+
 Terms = tuple["Tensor", dict[str, "Tensor"]]
 """(sum over tokens with gradient, metric name -> [N] without gradient)."""
 
@@ -97,7 +99,7 @@ def clipped_surrogate(
     dual_clip: float | None,
     capped: Tensor | None = None,
 ) -> Terms:
-    """Sum over tokens of the loss derived in `ppo`; `clipped`, 1 where a token was.
+    """Sum over tokens of the loss derived in `ppo`; `clip_fraction`, 1 where a token was clipped.
 
     Bounds may be [N]; `capped` [N] replaces min(r, h).
     """
@@ -110,7 +112,7 @@ def clipped_surrogate(
     clipped = ((positive > 0) & (fixed_ratio > upper)) | ((negative > 0) & (fixed_ratio < lower))
     if dual_clip:
         clipped |= (negative > 0) & (fixed_ratio > dual_clip)
-    return total, {"clipped": clipped.to(ratio.dtype)}
+    return total, {Metric.CLIP_FRACTION: clipped.to(ratio.dtype)}
 
 
 def k3(log_ratio: Tensor) -> Tensor:

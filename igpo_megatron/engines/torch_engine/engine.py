@@ -32,7 +32,7 @@ from igpo_megatron.engines.api import EngineError, EnginesEnded, require_logprob
 from igpo_megatron.engines.torch_engine.model import TorchModel
 from igpo_megatron.engines.torch_engine.sampling import choose, entropies, processed_logprobs
 from igpo_megatron.supervision.waits import ENGINES, waiting
-from igpo_megatron.types import Canary, Completion, NamedTensors, ProbeScore, RunStopped, SamplingRequest, SyncError
+from igpo_megatron.types import Canary, Completion, Metric, NamedTensors, ProbeScore, RunStopped, SamplingRequest, SyncError
 from igpo_megatron.weights.send import check_canary
 
 _NAME = "engine 0"
@@ -323,10 +323,10 @@ class TorchEngine:
         self._version = version
         self._resume()
         return {
-            "sync/mib": nbytes / 2**20,
+            Metric.SYNC_MIB: nbytes / 2**20,
             "sync/load_s": loaded - started,
-            "sync/canary_s": time.monotonic() - loaded,
-            **({} if gap is None else {"canary_gap": gap}),
+            Metric.SYNC_CANARY_S: time.monotonic() - loaded,
+            **({} if gap is None else {Metric.CANARY_GAP: gap}),
         }
 
     def sleep(self) -> None:
