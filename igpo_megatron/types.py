@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 NodeKind = Literal["prompt", "forced", "asking", "action", "observation", "probe"]
 """Source of a node's tokens: rendered prompt, text forced at the start of a turn, text that asks a stopped path for its answer, sampled by
@@ -101,9 +101,31 @@ def renamed(name: str, search: str) -> str:
     return {search: SEARCH, SEARCH: search}.get(name, name)
 
 
+@dataclass(frozen=True, slots=True)
+class SamplingRequest:
+    """What an engine is asked to sample: a turn, or a part of one."""
+
+    token_ids: list[int]
+    """[C], the context that it continues."""
+
+    max_tokens: int
+    temperature: float
+    """0 takes the likeliest token."""
+
+    seed: int
+    key: str
+    """Requests with the same key go to the same engine, to use its prefix cache."""
+
+    top_logprobs: int = 0
+    """Other than 0 requests entropies, over that many of the likeliest tokens or, if -1, over all."""
+
+    experts_from: int | None = None
+    """Requests the experts of the context's tokens from this position on, and of the sampled ones."""
+
+
 @dataclass(slots=True)
 class Completion:
-    """What an engine sampled for one turn."""
+    """What an engine sampled for one request."""
 
     token_ids: list[int]
     """[L], the end-of-turn token included when it was sampled."""
@@ -310,14 +332,18 @@ class RolloutGroup:
         """The sampled turns of a trajectory, in order. [num_turns]"""
         return [self.nodes[index] for index in trajectory.path if self.nodes[index].kind == "action"]
 
-    def context(self, index: int) -> list[int]:
-        """All token ids from the root up to and including node `index`."""
-        segments: list[list[int]] = []
+    def path_to(self, index: int) -> list[int]:
+        """Node indices from the root to node `index`."""
+        path: list[int] = []
         cursor: int | None = index
         while cursor is not None:
-            segments.append(self.nodes[cursor].token_ids)
+            path.append(cursor)
             cursor = self.nodes[cursor].parent
-        return [token for segment in reversed(segments) for token in segment]
+        return path[::-1]
+
+    def context(self, index: int) -> list[int]:
+        """All token ids from the root up to and including node `index`."""
+        return [token for number in self.path_to(index) for token in self.nodes[number].token_ids]
 
     @property
     def trained(self) -> list[Trajectory]:
@@ -371,6 +397,142 @@ class StepCounts:
     """Least and greatest ratio that count, where the loss finds them anew for every optimizer step."""
 
 
+class Metric(StrEnum):
+    """Metrics that several places know, by their names in metrics.jsonl; one that is only written is named where it is measured.
+
+    They are of one step. Means are over trained trajectories, shares (0 to 1) of all trajectories, unless said otherwise.
+    """
+
+    REWARD = "reward"
+    """Mean reward, after penalties and bonuses."""
+    F1 = "f1"
+    """Mean F1 of the answers, 0 to 1; also a part of a trajectory's reward, and a score of an evaluation, like the next two."""
+    EM = "em"
+    """Mean exact match, 0 to 1."""
+    FORMAT_OK = "format_ok"
+    """Share of well-formed trajectories among those trained."""
+    GAIN = "gain"
+    """Mean information gain of all turns where it was measured, in the unit of `reward.gain`."""
+    GAIN_EVIDENCE = "gain_evidence"
+    """Part of it that tool results brought, with `reward.evidence`."""
+    GAIN_REASONING = "gain_reasoning"
+    """The rest of it: the policy's own reasoning."""
+    VALUE_0 = "value_0"
+    """Mean log-prob of the true answer before the first turn, nats per token."""
+    TURNS = "turns"
+    """Mean number of turns."""
+    SEARCHES = "searches"
+    """Mean number of turns that call search; also a score of an evaluation."""
+    VISITS = "visits"
+    """Mean number of turns that open a page; absent without any."""
+    PYTHON_CALLS = "python_calls"
+    """Mean number of turns that run code; absent without any."""
+    RESPONSE_TOKENS = "response_tokens"
+    """Mean number of sampled tokens."""
+    GENERATED_TOKENS = "generated_tokens"
+    """Sampled tokens of the step, those that trajectories share once."""
+    TOOL_CALLS = "tool_calls"
+    """Tool results of the step, counted likewise."""
+    FAILED = "failed"
+    """Share that a tool, an engine or this project failed."""
+    CRASHED = "crashed"
+    """Share that ended by a mistake of this project."""
+    TRUNCATED = "truncated"
+    """Share that reached a limit of tokens, context or turns."""
+    ZERO_STD_GROUPS = "zero_std_groups"
+    """Share of groups whose trained trajectories have equal rewards."""
+    INITIAL_ROLLOUTS = "initial_rollouts"
+    """Samples that began at the question before any fork, of a group, or their mean over groups; it varies in AEPO."""
+    BRANCHED = "branched"
+    """Share of the decisions to fork that did."""
+    BRANCH_ENTROPY = "branch_entropy"
+    """Mean entropy behind tool results, on the scale of `rollout.branching`."""
+    BRANCH_SPREAD = "branch_spread"
+    """Mean standard deviation of the values behind tool results."""
+    BRANCH_PROBABILITY = "branch_probability"
+    """Mean chance of a fork that was tried, or the number that was compared."""
+    SHARED_TOKENS = "shared_tokens"
+    """Share of sampled tokens, counted along trajectories, that branching saved."""
+    STOPPED = "stopped"
+    """Share that was asked for its answer at once."""
+    NONFINITE_GAINS = "nonfinite_gains"
+    """Gains lost to a log-prob that was not finite, of a group or of the step."""
+    MIXED_VERSION_GAINS = "mixed_version_gains"
+    """Gains lost because the weights changed between their two values, of a group or of the step."""
+    REPLAYED = "replayed"
+    """Trajectories that come from an earlier step, of a group or of the step."""
+    LOGPROB_GAP_MEAN = "logprob_gap_mean"
+    """Mean |engine - trainer| over sampled tokens that both scored by the same weights, nats."""
+    LOGPROB_GAP_MAX = "logprob_gap_max"
+    """The largest of them."""
+    CANARY_GAP = "canary_gap"
+    """Largest |engine - trainer| over the canary's tokens after a weight transfer, nats."""
+    STALENESS_MEAN = "staleness_mean"
+    """Mean over sampled tokens of the updates between sampling and training."""
+    LOSS = "loss"
+    """Mean over the optimizer steps."""
+    NLL = "nll"
+    """Mean negative log-likelihood of the trained tokens, nats; supervised only."""
+    ENTROPY = "entropy"
+    """Mean entropy at the trained tokens, nats."""
+    TRAINED_TOKENS = "tokens"
+    """Trained tokens, by which the sums over them are divided; not in metrics.jsonl."""
+    KL_OLD = "kl_old"
+    """Mean KL (k3) from the policy to that before the step, nats per trained token."""
+    KL_REF = "kl_ref"
+    """Mean KL (k3) from the policy to the reference, nats per trained token."""
+    CLIP_FRACTION = "clip_fraction"
+    """Share of the trained tokens that the loss clips."""
+    GRAD_NORM = "grad_norm"
+    """Mean norm of the gradient before clipping."""
+    SKIPPED = "skipped"
+    """Optimizer steps that were not taken: nothing to train, or a gradient that was not finite."""
+    LR = "lr"
+    """Learning rate of the first optimizer step."""
+    TOKENS_PER_S = "tokens_per_s"
+    """All tokens of the step over its seconds."""
+    SYNC_MIB = "sync/mib"
+    """Size of the weights that a transfer moved, MiB."""
+    SYNC_CANARY_S = "sync/canary_s"
+    """Seconds that the check of a transfer by the canary took."""
+
+
+def gain_of_turn(turn: int | Literal["*"]) -> str:
+    """Name of the metric with the mean gain of one turn, the first of which is 1; of every turn where a pattern is asked for."""
+    return f"gain_turn_{turn}"
+
+
+EvaluationKind = Literal["sampled", "greedy"]
+"""How the questions of an evaluation are answered: at `rollout.temperature`, or at 0."""
+
+EVALUATION_KINDS: tuple[EvaluationKind, ...] = get_args(EvaluationKind)
+
+
+def evaluated(kind: EvaluationKind, score: str) -> str:
+    """Name of the metric with a score of an evaluation: `eval/sampled/f1`."""
+    return f"eval/{kind}/{score}"
+
+
+def over_sources(score: str) -> str:
+    """The same score as a mean over sources instead of questions."""
+    return f"macro_{score}"
+
+
+def standard_error(name: str) -> str:
+    """Name of a metric's or a score's standard error."""
+    return f"{name}_se"
+
+
+def without_replay(name: str) -> str:
+    """Name of a metric as it would be if the engine's choice of experts were not replayed."""
+    return f"{name}_free"
+
+
+def of_tool(tool: str, name: str) -> str:
+    """Name of the metric with a count or a time of a tool's calls: `search/ok`, `visit/p95_s`."""
+    return f"{tool}/{name}"
+
+
 class UserError(ValueError):
     """What the user gave cannot be used; the message says what was found, what was expected and what to change.
 
@@ -404,17 +566,17 @@ class Canary:
     """Largest |difference| allowed, nats."""
 
 
+NamedTensors = Iterable[tuple[str, Any]]
+"""(name in the Hugging Face folder, tensor), once each."""
+
+
 class WeightSink(Protocol):
     """Whatever receives new weights: the engine pool, or a test."""
 
     def update_weights(
-        self,
-        named_tensors: Iterable[tuple[str, Any]],
-        version: int,
-        canary: Canary | None = None,
-        exported: Callable[[], None] | None = None,
+        self, named_tensors: NamedTensors, version: int, canary: Canary | None = None, exported: Callable[[], None] | None = None
     ) -> Mapping[str, float]:
-        """Replace all weights by `(hf_name, tensor)` pairs and serve them as `version` from now on; returns metrics.
+        """Replace all weights and serve them as `version` from now on; returns metrics.
 
         `exported` is called when all tensors were taken. With `canary`, whoever serves them is asked before others may. Raises SyncError.
         """

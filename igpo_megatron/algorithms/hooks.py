@@ -8,11 +8,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from igpo_megatron.algorithms.advantages.base import HookedAdvantage
 from igpo_megatron.algorithms.advantages.outcome import GREEDY_REWARD
-from igpo_megatron.algorithms.advantages.registry import set_advantages
-from igpo_megatron.algorithms.settings import Advantage, HookedAdvantage, HookedLoss, Loss, Reward
+from igpo_megatron.algorithms.advantages.registry import Advantage, set_advantages
+from igpo_megatron.algorithms.losses.base import HookedLoss
+from igpo_megatron.algorithms.losses.registry import Loss
+from igpo_megatron.algorithms.settings import Reward
 from igpo_megatron.settings import is_hook, load_hook
-from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, Trajectory, UserError
+from igpo_megatron.types import Metric, Node, Prompt, RolloutGroup, Status, Trajectory, UserError
 
 
 def check_hooks(reward: Reward, advantage: Advantage, loss: Loss) -> None:
@@ -87,7 +90,7 @@ def tiny_group(*, with_gains: bool) -> RolloutGroup:
     result = group.add(Node(search, "observation", [5, 6, 7], 1, "Rome is the capital of Italy."))
     paths = [[0, search, result, action(result, 2, "Rome")], [0, action(0, 1, "Paris")]]
     for path, reward in zip(paths, (1.0, 0.0), strict=True):
-        parts = {"f1": reward, "em": reward, "format_ok": 1.0}
+        parts: dict[str, float] = {Metric.F1: reward, Metric.EM: reward, Metric.FORMAT_OK: 1.0}
         gains = [0.25, None][-(len(path) // 2) :] if with_gains else []
         group.trajectories.append(Trajectory(path, Status.FINISHED, group.nodes[path[-1]].text, "", reward, parts, [*gains]))
     group.metrics[GREEDY_REWARD] = 0.5

@@ -16,19 +16,13 @@ from itertools import pairwise
 from statistics import fmean
 
 from igpo_megatron.algorithms.settings import Reward
-from igpo_megatron.types import Node, Prompt, RolloutGroup, Trajectory
+from igpo_megatron.types import Metric, Node, Prompt, RolloutGroup, Trajectory
 
 RenderProbe = Callable[[str], tuple[list[int], tuple[int, int]]]
 """answer -> (token ids of the probe text, [start, stop) of the answer's tokens in them), already capped in length."""
 
 RenderHidden = Callable[[str, int], tuple[list[int], tuple[int, int]]]
 """(answer, last token of the turn before) -> the same, behind an empty tool message."""
-
-MIXED_VERSION_GAINS = "mixed_version_gains"
-"""Key in `RolloutGroup.metrics`: gains lost because the weights changed between their two values."""
-
-NONFINITE_GAINS = "nonfinite_gains"
-"""Key in `RolloutGroup.metrics`: gains lost to a log-probability that was not finite."""
 
 
 def add_probes(group: RolloutGroup, render_probe: RenderProbe, config: Reward, render_hidden: RenderHidden | None = None) -> None:
@@ -106,8 +100,8 @@ def turn_gains(group: RolloutGroup, config: Reward) -> None:
                 hidden = values.get(actions[turn], math.nan)
                 if config.evidence and math.isfinite(hidden):
                     trajectory.evidence_gains[turn] = values[after] - hidden
-    group.metrics[NONFINITE_GAINS] = float(lost)
-    group.metrics[MIXED_VERSION_GAINS] = float(mixed)
+    group.metrics[Metric.NONFINITE_GAINS] = float(lost)
+    group.metrics[Metric.MIXED_VERSION_GAINS] = float(mixed)
 
 
 def _drop_probes(group: RolloutGroup) -> None:

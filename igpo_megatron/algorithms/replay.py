@@ -14,13 +14,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from igpo_megatron.types import SEARCH, Node, Prompt, RolloutGroup, Status, ToolCall, Trajectory, rename_search
+from igpo_megatron.types import SEARCH, Metric, Node, Prompt, RolloutGroup, Status, ToolCall, Trajectory, rename_search
 
 OUR_NAMES = "canonical_tool_names"
 """Key in a stored group whose calls have our names of tools; older ones have the policy's spelling of search."""
-
-REPLAYED = "replayed"
-"""Key in `RolloutGroup.metrics`: trajectories of the group that come from an earlier step."""
 
 
 @dataclass(slots=True)
@@ -56,7 +53,7 @@ class SuccessBuffer:
             return group
         paths = [(group, trajectory) for trajectory in group.trajectories]
         paths[random.Random(f"{step} {group.prompt.id}").choice(trained)] = (success, success.trajectories[0])
-        return replace(of_paths(group.prompt, paths), metrics={**group.metrics, REPLAYED: 1.0})
+        return replace(of_paths(group.prompt, paths), metrics={**group.metrics, Metric.REPLAYED: 1.0})
 
     def _keep(self, group: RolloutGroup, number: int) -> None:
         kept = of_paths(group.prompt, [(group, group.trajectories[number])])

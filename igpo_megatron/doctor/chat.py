@@ -23,7 +23,7 @@ from igpo_megatron.config.schema import Config
 from igpo_megatron.data.corpus import Passage
 from igpo_megatron.search.results import SearchResult, SearchStatus
 from igpo_megatron.tools.search_tool import SearchTool
-from igpo_megatron.types import SEARCH, Completion, Node, ProbeScore, Prompt, RolloutGroup, ToolCall
+from igpo_megatron.types import SEARCH, Completion, Node, ProbeScore, Prompt, RolloutGroup, SamplingRequest, ToolCall
 
 Source = Literal["template", "instruction", "forced", "sampled", "result", "probe"]
 
@@ -65,7 +65,7 @@ class ScriptedPolicy:
         self._actions = iter(script)
         self._turn = 0
 
-    async def generate(self, token_ids: list[int], **_: object) -> Completion:
+    async def generate(self, request: SamplingRequest) -> Completion:
         """The next turn, without its given opening."""
         self._turn += 1
         text = self._chat.write("I think so.", next(self._actions))
@@ -196,7 +196,8 @@ def show(console: Console, config: Config, chat: ChatFormat, tokenizer: Any) -> 
     console.print(f"igpo doctor chat: {config.model.path}, rollout.protocol={config.rollout.protocol}", soft_wrap=True, markup=False)
     for name, value in facts(config, chat, tokenizer):
         console.print(Text(f"  {name}: {value}"), soft_wrap=True)
-    for note in chat.notes:
+    probe = chat.probe_problem() if config.advantage.needs_probes and config.loss.learns_from_rewards else None
+    for note in (*chat.notes, *([probe] if probe else ())):
         console.print(Text(f"  note: {note}"), soft_wrap=True)
     if (other := rewritten_from(group, chat, tokenizer)) is not None:
         note = f"  note: rendered again, the template would write the text differently from {other!r} on; the run keeps what was sampled"

@@ -78,10 +78,11 @@ def probe_logprobs(groups: Sequence[RolloutGroup]) -> list[float]:
 
 def score_in_trainer(policy: Policy, groups: Sequence[RolloutGroup], scorer: ProbeScorer | None) -> int:
     """Fill the log-probs of all probes by one of the trainer's schemes; tokens forwarded, those of the trajectories included."""
-    from igpo_megatron.packing.tree import pack_for_scoring, scatter
+    from igpo_megatron.packing.tree import pack_for_scoring, per_node
 
     rows = pack_for_scoring(groups, row_tokens=policy.config.packing.row_tokens, multiple=policy.row_multiple, scorer=scorer)
-    scatter(rows, policy.log_probs(rows), groups, "old_logprobs")
+    for node, values in per_node(rows, policy.log_probs(rows), groups):
+        node.old_logprobs = values
     return sum(row.num_tokens for row in rows)
 
 

@@ -7,18 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, pstdev
 from typing import Any, TypeVar
 
-from igpo_megatron.types import SEARCH, Node, RolloutGroup, Status, Trajectory
+from igpo_megatron.types import SEARCH, Metric, Node, RolloutGroup, Status, Trajectory, gain_of_turn, standard_error
 
 _SAME = 1e-9
 _LARGEST_LOG_RATIO = 20.0
 
 Thing = TypeVar("Thing")
 
-LOST_GAINS = ("nonfinite_gains", "mixed_version_gains")
-"""Counts that `algorithms.info_gain` leaves in a group's metrics."""
-
-
-TOOL_CALLS = {"visits": "visit", "python_calls": "python"}
+TOOL_CALLS = {Metric.VISITS: "visit", Metric.PYTHON_CALLS: "python"}
 """Metric -> tool whose calls it counts; absent without calls."""
 
 
@@ -28,54 +24,54 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
     trained = [(group, trajectory) for group in groups for trajectory in group.trained]
     scored = [trajectory for _, trajectory in trained]
     metrics = {
-        "failed": _share(ends, lambda end: end.status.is_failure),
-        "crashed": _share(ends, lambda end: end.status is Status.CRASHED),
+        Metric.FAILED: _share(ends, lambda end: end.status.is_failure),
+        Metric.CRASHED: _share(ends, lambda end: end.status is Status.CRASHED),
         "late": _share(ends, lambda end: end.status is Status.LATE),
-        "truncated": _share(ends, lambda end: end.status.value.startswith("truncated")),
-        "zero_std_groups": fmean(float(_identical(group)) for group in groups) if groups else 0.0,
+        Metric.TRUNCATED: _share(ends, lambda end: end.status.value.startswith("truncated")),
+        Metric.ZERO_STD_GROUPS: fmean(float(_identical(group)) for group in groups) if groups else 0.0,
         "prompt_questions": float(len(groups)),
         # The step's cost, summed over nodes: a turn that trajectories share counts once.
-        "generated_tokens": float(sum(len(node.token_ids) for group in groups for node in group.nodes if node.kind == "action")),
-        "tool_calls": float(sum(node.kind == "observation" for group in groups for node in group.nodes)),
+        Metric.GENERATED_TOKENS: float(sum(len(node.token_ids) for group in groups for node in group.nodes if node.kind == "action")),
+        Metric.TOOL_CALLS: float(sum(node.kind == "observation" for group in groups for node in group.nodes)),
     }
     if not scored:
         return metrics
-    metrics["reward"] = fmean(end.reward for end in scored)
-    for part in ("f1", "em", "format_ok"):
+    metrics[Metric.REWARD] = fmean(end.reward for end in scored)
+    for part in (Metric.F1, Metric.EM, Metric.FORMAT_OK):
         metrics[part] = fmean(end.reward_parts.get(part, 0.0) for end in scored)
     actions = [group.actions(end) for group, end in trained]
-    metrics["turns"] = fmean(len(nodes) for nodes in actions)
-    metrics["searches"] = fmean(num_calls(nodes, SEARCH) for nodes in actions)
+    metrics[Metric.TURNS] = fmean(len(nodes) for nodes in actions)
+    metrics[Metric.SEARCHES] = fmean(num_calls(nodes, SEARCH) for nodes in actions)
     for name, tool in TOOL_CALLS.items():
         if calls := fmean(num_calls(nodes, tool) for nodes in actions):
             metrics[name] = calls
-    metrics["response_tokens"] = fmean(sum(len(node.token_ids) for node in nodes) for nodes in actions)
+    metrics[Metric.RESPONSE_TOKENS] = fmean(sum(len(node.token_ids) for node in nodes) for nodes in actions)
     if values := [fmean(node.old_logprobs) for node in _first_probes(groups)]:
-        metrics["value_0"] = fmean(values)
+        metrics[Metric.VALUE_0] = fmean(values)
     gains = [gain for end in scored for gain in end.gains if gain is not None]
     if gains:
-        metrics["gain"] = fmean(gains)
+        metrics[Metric.GAIN] = fmean(gains)
         for turn, values in enumerate(_by_turn(scored), start=1):
-            metrics[f"gain_turn_{turn}"] = fmean(values)
+            metrics[gain_of_turn(turn)] = fmean(values)
     evidence = [(part, gain) for end in scored for part, gain in zip(end.evidence_gains, end.gains, strict=False) if part is not None]
     if evidence:
-        metrics["gain_evidence"] = fmean(part for part, _ in evidence)
-        metrics["gain_reasoning"] = fmean((gain or 0.0) - part for part, gain in evidence)
+        metrics[Metric.GAIN_EVIDENCE] = fmean(part for part, _ in evidence)
+        metrics[Metric.GAIN_REASONING] = fmean((gain or 0.0) - part for part, gain in evidence)
     if points := [point for group in groups for point in group.branch_points]:
-        metrics["branched"] = _share(points, lambda point: bool(point.children))
-        metrics["branch_entropy"] = fmean(point.entropy for point in points)
-        metrics["branch_probability"] = fmean(point.probability for point in points)
+        metrics[Metric.BRANCHED] = _share(points, lambda point: bool(point.children))
+        metrics[Metric.BRANCH_ENTROPY] = fmean(point.entropy for point in points)
+        metrics[Metric.BRANCH_PROBABILITY] = fmean(point.probability for point in points)
     if states := [point for group in groups for point in group.value_points]:
         tried = [point.probability for point in states if point.probability is not None]
-        metrics["branched"] = _share(states, lambda point: bool(point.children))
-        metrics["branch_spread"] = fmean(point.spread for point in states)
+        metrics[Metric.BRANCHED] = _share(states, lambda point: bool(point.children))
+        metrics[Metric.BRANCH_SPREAD] = fmean(point.spread for point in states)
         if tried:
-            metrics["branch_probability"] = fmean(tried)
-        metrics["stopped"] = sum(point.stopped for point in states) / len(ends)
+            metrics[Metric.BRANCH_PROBABILITY] = fmean(tried)
+        metrics[Metric.STOPPED] = sum(point.stopped for point in states) / len(ends)
     if points or states:
-        metrics["shared_tokens"] = _shared_tokens(groups)
-        metrics["initial_rollouts"] = fmean(group.metrics.get("initial_rollouts", len(group.trajectories)) for group in groups)
-    for name in (*LOST_GAINS, "replayed"):
+        metrics[Metric.SHARED_TOKENS] = _shared_tokens(groups)
+        metrics[Metric.INITIAL_ROLLOUTS] = fmean(group.metrics.get(Metric.INITIAL_ROLLOUTS, len(group.trajectories)) for group in groups)
+    for name in (Metric.NONFINITE_GAINS, Metric.MIXED_VERSION_GAINS, Metric.REPLAYED):
         if lost := sum(group.metrics.get(name, 0.0) for group in groups):
             metrics[name] = lost
     return metrics
@@ -106,7 +102,7 @@ def logprob_gap(groups: Sequence[RolloutGroup], version: int | None = None) -> d
     }
     metrics: dict[str, float] = {}
     if gaps := [abs(difference) for difference in turns[True]]:
-        metrics |= {"logprob_gap_mean": fmean(gaps), "logprob_gap_max": max(gaps)}
+        metrics |= {Metric.LOGPROB_GAP_MEAN: fmean(gaps), Metric.LOGPROB_GAP_MAX: max(gaps)}
     if stale := turns[False]:
         weights = [math.exp(min(difference, _LARGEST_LOG_RATIO)) for difference in stale]
         metrics["stale_gap_mean"] = fmean(abs(difference) for difference in stale)
@@ -116,7 +112,9 @@ def logprob_gap(groups: Sequence[RolloutGroup], version: int | None = None) -> d
 
 def max_gap(rows: Sequence[Mapping[str, Any]]) -> float | None:
     """Largest gap between engine and trainer in a run's metric rows, including the canary's; None where none was measured."""
-    return max((row[name] for row in rows for name in ("logprob_gap_max", "canary_gap") if row.get(name) is not None), default=None)
+    return max(
+        (row[name] for row in rows for name in (Metric.LOGPROB_GAP_MAX, Metric.CANARY_GAP) if row.get(name) is not None), default=None
+    )
 
 
 def routed_share(groups: Sequence[RolloutGroup]) -> dict[str, float]:
@@ -173,17 +171,17 @@ def headline(report: dict[str, Any]) -> dict[str, Any]:
     shown = sampled or greedy
     sampled_macro, greedy_macro = differing_macro(sampled), differing_macro(greedy)
     return {
-        "f1_sampled": sampled.get("f1"),
-        "f1_greedy": greedy.get("f1"),
-        "em_greedy": greedy.get("em"),
-        "format_valid": shown.get("format_ok"),
-        "searches_per_question": shown.get("searches"),
+        "f1_sampled": sampled.get(Metric.F1),
+        "f1_greedy": greedy.get(Metric.F1),
+        "em_greedy": greedy.get(Metric.EM),
+        "format_valid": shown.get(Metric.FORMAT_OK),
+        "searches_per_question": shown.get(Metric.SEARCHES),
         "questions": shown.get("questions"),
-        "f1_sampled_se": sampled.get("f1_se"),
-        "f1_sampled_macro": sampled_macro.get("f1"),
-        "f1_sampled_macro_se": sampled_macro.get("f1_se"),
-        "f1_greedy_macro": greedy_macro.get("f1"),
-        "em_greedy_macro": greedy_macro.get("em"),
+        standard_error("f1_sampled"): sampled.get(standard_error(Metric.F1)),
+        "f1_sampled_macro": sampled_macro.get(Metric.F1),
+        standard_error("f1_sampled_macro"): sampled_macro.get(standard_error(Metric.F1)),
+        "f1_greedy_macro": greedy_macro.get(Metric.F1),
+        "em_greedy_macro": greedy_macro.get(Metric.EM),
     }
 
 
@@ -191,3 +189,28 @@ def differing_macro(scores: Mapping[str, Any]) -> Mapping[str, float]:
     """Means over sources; empty for one source or sources of equal size, where they would repeat the means over questions."""
     sizes = {source["questions"] for source in scores.get("per_source", {}).values() if source["questions"]}
     return scores.get("macro", {}) if len(sizes) > 1 else {}  # evaluations of earlier versions have none
+
+
+SCORES = (
+    ("f1_sampled", "F1, sampled at training temperature", True),
+    ("f1_sampled_macro", "F1, sampled, mean over sources", True),
+    ("f1_greedy", "F1, greedy", True),
+    ("f1_greedy_macro", "F1, greedy, mean over sources", True),
+    ("em_greedy", "Exact match, greedy", True),
+    ("em_greedy_macro", "Exact match, greedy, mean over sources", True),
+    ("format_valid", "Format-valid share", True),
+    ("searches_per_question", "Searches per question", False),
+)
+"""Rows of the before/after tables: key in `headline`, label, whether more is better."""
+
+
+def outcomes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of a before/after table of two headlines: label, (score, standard error) of both sides, change; None for what is missing."""
+    rows = []
+    for key, label, more_is_better in SCORES:
+        left, right = before.get(key), after.get(key)
+        if left is not None or right is not None:
+            change = None if left is None or right is None else right - left
+            sides = [(side.get(key), side.get(standard_error(key))) for side in (before, after)]
+            rows.append({"label": label, "sides": sides, "change": change, "judged": more_is_better})
+    return rows

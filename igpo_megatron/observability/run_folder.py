@@ -18,14 +18,14 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
+from igpo_megatron.config.checks import planned_over_steps
 from igpo_megatron.config.load import ConfigError, build, differing_keys, to_json
 from igpo_megatron.config.schema import Config
 from igpo_megatron.supervision.failures import FOLDER, in_short
@@ -47,6 +47,7 @@ class RunFolder:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.config, self.summary, self.report = root / "config.json", root / "summary.json", root / "report.html"
+        self.metrics = root / "metrics.jsonl"
         self.rollouts, self.eval, self.checkpoints = root / "rollouts", root / "eval", root / "checkpoints"
         self.crashes = root / FOLDER / "trajectories.txt"
 
@@ -60,7 +61,8 @@ def open_folder(config: Config) -> RunFolder:
     """Check that the run may start or resume in its folder. Raises ConfigError. Writes nothing.
 
     A folder made with other settings is refused, naming the keys that differ; with `run.resume=never` every used folder is refused. A key
-    that is missing in the folder's settings, because it is newer, counts as its default.
+    that is missing in the folder's settings, because it is newer, counts as its default. `run.steps` may be raised where no step depends on
+    it: the run goes on like one of so many steps that was stopped.
     """
     folder = folder_for(config)
     try:
@@ -72,15 +74,31 @@ def open_folder(config: Config) -> RunFolder:
     how = f"choose another run.name, or remove {folder.root} to start again"
     if config.run.resume == "never":
         raise ConfigError([f"run.resume=never, but {folder.root} already holds a run; {how}"])
-    old = _read(folder.config, f"write it from a copy, or {how}")
+    old = read_object(folder.config, f"write it from a copy, or {how}")
     try:
         old = json.loads(to_json(build(old)))
     except ConfigError as error:
         raise ConfigError([f"{folder.config} has settings that this version does not take ({how}):", *error.problems]) from None
-    changed = [row for row in differing_keys(old, json.loads(to_json(config))) if not row.startswith(MAY_CHANGE)]
-    if changed:
+    changed = [row for row in differing_keys(old, json.loads(to_json(config))) if not row.startswith((*MAY_CHANGE, "run.steps:"))]
+    if changed := [*changed, *_steps_refused(config, old["run"]["steps"], folder)]:
         raise ConfigError([f"{folder.root} was made with other settings ({how}):", *changed])
     return folder
+
+
+def _steps_refused(config: Config, before: int, folder: RunFolder) -> Iterator[str]:
+    """Why `run.steps`, which was `before`, may not be what it is now."""
+    row = f"run.steps: {before} -> {config.run.steps}"
+    if config.run.steps < before:
+        yield f"{row} (it may be raised, not lowered)"
+    elif config.run.steps > before and config.run.stop_after == "rollout":
+        yield f"{row}, but run.stop_after=rollout keeps no checkpoint to go on from"
+    elif config.run.steps > before and (planned := planned_over_steps(config)):
+        newest = max(folder.checkpoints.glob("step_??????"), default=folder.checkpoints / "step_N")
+        yield (
+            f"{row}, but the steps so far depend on it by {' and '.join(planned)}; to train on, start a new run from the newest checkpoint "
+            f"(its optimizer and KL reference begin anew): `igpo convert megatron-to-hf --megatron {newest} --out hf/`, then `igpo train` "
+            "with another run.name and model.path=hf/"
+        )
 
 
 @contextmanager
@@ -113,17 +131,28 @@ def held(folder: RunFolder) -> Iterator[None]:
 
 
 def set_up(folder: RunFolder, config: Config) -> None:
-    """Make the folder and save the resolved configuration in it."""
+    """Make the folder and save the resolved configuration in it; the run is unfinished from here on."""
     for path in (folder.rollouts, folder.eval, folder.checkpoints):
         path.mkdir(parents=True, exist_ok=True)
+    folder.summary.unlink(missing_ok=True)  # of a finished run that goes on to more steps
     write_whole(folder.config, to_json(config))
+
+
+def step_name(step: int) -> str:
+    """How names of a step's files and folders begin, e.g. `step_000010`."""
+    return f"step_{step:06d}"
+
+
+def step_of(path: Path) -> int | None:
+    """The step of a file or folder that is named after one; None for another."""
+    match = re.match(r"step_(\d{6,})", path.name)
+    return int(match[1]) if match else None
 
 
 def forget_after(folder: RunFolder, step: int) -> None:
     """Remove rollouts and evaluations of steps after `step`: the run resumes there and will repeat those steps."""
-    for path in (*folder.rollouts.glob("step_??????*"), *folder.eval.glob("step_??????*")):
-        number = path.name[len("step_") :][:6]
-        if number.isdecimal() and int(number) > step:
+    for path in (*folder.rollouts.glob("step_*"), *folder.eval.glob("step_*")):
+        if (step_of(path) or 0) > step:
             path.unlink()
 
 
@@ -135,50 +164,34 @@ def write_whole(path: Path, text: str) -> None:
 
 def read_summary(folder: RunFolder) -> dict[str, Any] | None:
     """The summary of a finished run; None while it is not finished."""
-    return _read(folder.summary, "remove it, and the same command writes it again") if folder.summary.is_file() else None
+    return read_object(folder.summary, "remove it, and the same command writes it again") if folder.summary.is_file() else None
 
 
-def _read(path: Path, what_to_do: str) -> dict[str, Any]:
-    """The object in a JSON file of the run. Raises ConfigError with `what_to_do` if the file is damaged."""
+def read_object(path: Path, what_to_do: str) -> dict[str, Any]:
+    """The object in a JSON file of the run. Raises UserError with `what_to_do` if the file is damaged."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ConfigError([f"{path} is damaged ({error}); {what_to_do}"]) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged (not JSON: {error}); {what_to_do}") from error
     if not isinstance(value, dict):
-        raise ConfigError([f"{path} is damaged (it does not hold an object); {what_to_do}"])
+        raise UserError(f"{path} is damaged (it holds a {type(value).__name__}, expected an object); {what_to_do}")
     return value
 
 
-ROWS = (
-    ("F1, sampled", "f1_sampled"),
-    ("F1, sampled, mean over sources", "f1_sampled_macro"),
-    ("F1, greedy", "f1_greedy"),
-    ("F1, greedy, mean over sources", "f1_greedy_macro"),
-    ("EM, greedy", "em_greedy"),
-    ("EM, greedy, mean over sources", "em_greedy_macro"),
-    ("format valid", "format_valid"),
-    ("searches per question", "searches_per_question"),
-)
+def public_config(values: Any, key: str = "") -> Any:
+    """A configuration fit to be shown: values of secret keys and credentials inside URLs become `***`.
+
+    The schema stores no secrets, only names of environment variables (`*_env`), which stay; this is a second safeguard.
+    """
+    if isinstance(values, dict):
+        return {name: public_config(value, name) for name, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [public_config(value, key) for value in values]
+    if isinstance(values, str):
+        return "***" if SECRET_KEY.search(key) else URL_QUERY.sub(r"\1?***", URL_USER.sub(r"\1***@", values))
+    return values
 
 
-def summary_table(summary: dict[str, Any]) -> Table:
-    """Held-out scores before and after, gain by turn and time by phase."""
-    table = Table(title=f"{summary['steps']} steps in {summary['wall_s'] / 60:.1f} min", title_justify="left")
-    for heading in ("held-out questions", "before", "after", "change"):
-        table.add_column(heading, justify="left" if heading.startswith("held") else "right")
-    before, after = summary.get("before"), summary.get("after")
-    if before and after:
-        for label, key in ROWS:
-            if before.get(key) is None or after.get(key) is None:
-                continue
-            spread = after.get(f"{key}_se")
-            error = "" if spread is None else f" ± {spread:.3f}"
-            table.add_row(label, f"{before[key]:.3f}", f"{after[key]:.3f}{error}", f"{after[key] - before[key]:+.3f}")
-        table.add_section()
-    for turn, gain in enumerate(summary.get("gain_by_turn", []), start=1):
-        table.add_row(f"mean gain of turn {turn}", f"{gain['first']:+.3f}", f"{gain['last']:+.3f}", f"{gain['last'] - gain['first']:+.3f}")
-    table.add_section()
-    for phase, seconds in summary["phases_s"].items():
-        table.add_row(f"time: {phase}", "", f"{seconds:.1f} s", "")
-    table.add_row("largest engine/trainer log-prob gap", "", f"{summary['max_logprob_gap']:.1e}", "")
-    return table
+SECRET_KEY = re.compile(r"(^|_)(api_?key|token|secret|password)$", re.IGNORECASE)
+URL_USER = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^/?#\s]+@", re.IGNORECASE)
+URL_QUERY = re.compile(r"(\b[a-z][a-z0-9+.-]*://[^?#\s]*)\?\S+", re.IGNORECASE)

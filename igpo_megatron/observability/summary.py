@@ -7,21 +7,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 from igpo_megatron.config.schema import Config
-from igpo_megatron.observability.metrics import headline, max_gap
-from igpo_megatron.observability.run_folder import RunFolder, summary_table, write_whole
-from igpo_megatron.observability.tracker import Tracker, read_metrics
+from igpo_megatron.observability.metrics import headline, max_gap, outcomes
+from igpo_megatron.observability.metrics_file import read_metrics
+from igpo_megatron.observability.run_folder import RunFolder, read_object, step_name, write_whole
+from igpo_megatron.observability.tracker import Tracker
+from igpo_megatron.types import gain_of_turn
 
 
 def finish(config: Config, folder: RunFolder, tracker: Tracker) -> None:
     """Write summary and report, and print the table."""
     from igpo_megatron.observability.report.page import write_report
 
-    rows = read_metrics(folder.root / "metrics.jsonl")
+    rows = read_metrics(folder.metrics)
     ends = {}
     for name, step in (("before", 0), ("after", config.run.steps)):
-        path = folder.eval / f"step_{step:06d}.json"
-        ends[name] = headline(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+        path = folder.eval / f"{step_name(step)}.json"
+        ends[name] = headline(read_object(path, "restore it from a copy")) if path.is_file() else None
     phases = tracker.phases_total()
     summary = {
         **ends,
@@ -41,7 +46,7 @@ def gain_by_turn(rows: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
     """Mean gain of each turn over the first and the last five steps."""
     result = []
     for turn in range(1, 100):
-        values = [row[f"gain_turn_{turn}"] for row in rows if row.get(f"gain_turn_{turn}") is not None]
+        values = [row[gain_of_turn(turn)] for row in rows if row.get(gain_of_turn(turn)) is not None]
         if not values:
             break
         first, last = values[:5], values[-5:]
@@ -51,8 +56,28 @@ def gain_by_turn(rows: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
 
 def show_finished(summary: dict[str, Any], report: Path) -> None:
     """The table at the end of a run, and where to look next."""
-    from rich.console import Console
-
     console = Console()
     console.print(summary_table(summary))
     console.print(f"report: {report}", soft_wrap=True)
+
+
+def summary_table(summary: dict[str, Any]) -> Table:
+    """Held-out scores before and after, gain by turn and time by phase."""
+    table = Table(title=f"{summary['steps']} steps in {summary['wall_s'] / 60:.1f} min", title_justify="left")
+    for heading in ("held-out questions", "before", "after", "change"):
+        table.add_column(heading, justify="left" if heading.startswith("held") else "right")
+    scores = outcomes(summary.get("before") or {}, summary.get("after") or {})
+    for row in scores:
+        (before, _), (after, error) = row["sides"]
+        if row["change"] is not None:
+            spread = "" if error is None else f" ± {error:.3f}"
+            table.add_row(row["label"], f"{before:.3f}", f"{after:.3f}{spread}", f"{row['change']:+.3f}")
+    if scores:
+        table.add_section()
+    for turn, gain in enumerate(summary.get("gain_by_turn", []), start=1):
+        table.add_row(f"mean gain of turn {turn}", f"{gain['first']:+.3f}", f"{gain['last']:+.3f}", f"{gain['last'] - gain['first']:+.3f}")
+    table.add_section()
+    for phase, seconds in summary["phases_s"].items():
+        table.add_row(f"time: {phase}", "", f"{seconds:.1f} s", "")
+    table.add_row("largest engine/trainer log-prob gap", "", f"{summary['max_logprob_gap']:.1e}", "")
+    return table

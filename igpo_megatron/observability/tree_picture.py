@@ -62,20 +62,19 @@ def tree_picture(group: RolloutGroup, trajectories: Sequence[Trajectory]) -> dic
 
 
 def _by_entropy(point: BranchPoint) -> dict[str, Any]:
-    return {
-        "entropy": round(point.entropy, 4),
-        "initial": round(point.initial, 4),
-        "kind": point.kind,
-        "probability": round(point.probability, 4),
-        "consecutive": point.consecutive,
-    }
+    numbers = _rounded(entropy=point.entropy, initial=point.initial, probability=point.probability)
+    return {**numbers, "kind": point.kind, "consecutive": point.consecutive}
 
 
 def _by_value(point: ValuePoint) -> dict[str, Any]:
-    """Absent numbers stay None."""
-    numbers = {name: getattr(point, name) for name in ("value", "spread", "probability", "change", "stop_probability")}
-    rounded = {name: None if number is None else round(number, 4) for name, number in numbers.items()}
-    return {**rounded, "siblings": point.siblings, "stopped": point.stopped}
+    measured = _rounded(value=point.value, spread=point.spread, change=point.change)
+    drawn = _rounded(probability=point.probability, stop_probability=point.stop_probability)
+    return {**measured, **drawn, "siblings": point.siblings, "stopped": point.stopped}
+
+
+def _rounded(**numbers: float | None) -> dict[str, float | None]:
+    """To four places; absent numbers stay None."""
+    return {name: None if number is None else round(number, 4) for name, number in numbers.items()}
 
 
 def _turn_of(group: RolloutGroup, number: int) -> int | None:

@@ -1,6 +1,6 @@
 """Flatten question trees into packed rows, and carry per-token results back to their nodes.
 
-    RolloutGroup ──pieces──> trees under a token budget ──rows──> PackedRow ──actor──> log-probs ──scatter──> Node.old_logprobs
+    RolloutGroup ──pieces──> trees under a token budget ──rows──> PackedRow ──actor──> log-probs ──per_node──> Node.old_logprobs
 
 A tree is laid out depth first. One integer per token, `subtree_end`, is the whole attention mask:
 
@@ -12,7 +12,7 @@ the hidden state that predicts a token is its predecessor on its own path (`pred
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
@@ -91,11 +91,20 @@ class PackedRow:
 
     def with_targets(self, which: slice | torch.Tensor) -> PackedRow:
         """The row with only some of its targets, for a loss on tokens; without `origin`."""
-        per_target = ("predictor", "targets", "weight", "advantages", "old_logprobs", "ref_logprobs", "behavior_logprobs", "sequence")
-        parts = {name: getattr(self, name)[which] for name in per_target}
-        entropies = self.old_entropies[which] if len(self.old_entropies) else self.old_entropies
-        probed = None if self.probed is None else self.probed[which]
-        return replace(self, **parts, old_entropies=entropies, probed=probed, origin=[])
+        return replace(
+            self,
+            predictor=self.predictor[which],
+            targets=self.targets[which],
+            weight=self.weight[which],
+            advantages=self.advantages[which],
+            old_logprobs=self.old_logprobs[which],
+            ref_logprobs=self.ref_logprobs[which],
+            behavior_logprobs=self.behavior_logprobs[which],
+            sequence=self.sequence[which],
+            old_entropies=self.old_entropies[which] if len(self.old_entropies) else self.old_entropies,
+            probed=None if self.probed is None else self.probed[which],
+            origin=[],
+        )
 
 
 @dataclass(slots=True)
@@ -135,7 +144,7 @@ def pack_for_scoring(
     """
     pieces = [piece for index, group in enumerate(groups) for piece in _pieces(index, group, row_tokens, with_probes=scorer == "fold")]
     repeated = [
-        Piece(index, nodes := _ancestors(group, number), [], _num_tokens(group, nodes))
+        Piece(index, nodes := group.path_to(number), [], _num_tokens(group, nodes))
         for index, group in enumerate(groups)
         for number, node in enumerate(group.nodes)
         if node.kind == "probe" and scorer in ("sequential", "batched")
@@ -176,23 +185,15 @@ def pack_for_training(
     )
 
 
-def scatter(rows: Sequence[PackedRow], logprobs: Sequence[torch.Tensor], groups: Sequence[RolloutGroup], field_name: str) -> None:
-    """Write per-target results ([N] for each row) to `field_name` (old_logprobs, ref_logprobs, old_entropies) of their nodes."""
-    for row, values in zip(rows, logprobs, strict=True):
+def per_node(
+    rows: Sequence[PackedRow], results: Sequence[torch.Tensor], groups: Sequence[RolloutGroup]
+) -> Iterator[tuple[Node, list[float]]]:
+    """Every node that rows have targets of, with its part of the results, which are [N] for each row."""
+    for row, values in zip(rows, results, strict=True):
         flat = values.tolist()
         assert len(flat) == len(row.targets), f"{len(flat)} results for {len(row.targets)} targets"
         for group, node, start, stop in row.origin:
-            setattr(groups[group].nodes[node], field_name, flat[start:stop])
-
-
-def _ancestors(group: RolloutGroup, number: int) -> list[int]:
-    """Node indices from the root to `number`."""
-    path: list[int] = []
-    cursor: int | None = number
-    while cursor is not None:
-        path.append(cursor)
-        cursor = group.nodes[cursor].parent
-    return path[::-1]
+            yield groups[group].nodes[node], flat[start:stop]
 
 
 def _pieces(index: int, group: RolloutGroup, row_tokens: int, *, with_probes: bool) -> Iterable[Piece]:
@@ -240,10 +241,6 @@ def _depth_first(group: RolloutGroup, chosen: Iterable[int]) -> list[int]:
     return order
 
 
-_MEASURED = ("old_logprobs", "ref_logprobs", "behavior_logprobs", "old_entropies")
-"""Numbers per target that a node and a row hold under the same name."""
-
-
 class _RowBuilder:
     """Collects one row's tokens and targets as plain lists."""
 
@@ -255,7 +252,10 @@ class _RowBuilder:
         self.targets: list[int] = []
         self.weight: list[float] = []
         self.advantages: list[tuple[float, float]] = []
-        self.measured: dict[str, list[float]] = {name: [] for name in _MEASURED}
+        self.old_logprobs: list[float] = []
+        self.ref_logprobs: list[float] = []
+        self.behavior_logprobs: list[float] = []
+        self.old_entropies: list[float] = []
         self.sequence: list[int] = []
         self.trajectories = 0
         self.probed: list[bool] = []
@@ -306,8 +306,11 @@ class _RowBuilder:
         weight, positive, negative = share
         self.weight += [weight] * length
         self.advantages += [(positive, negative)] * length
-        for name, numbers in self.measured.items():
-            numbers += getattr(node, name) or [0.0] * length
+        absent = [0.0] * length
+        self.old_logprobs += node.old_logprobs or absent
+        self.ref_logprobs += node.ref_logprobs or absent
+        self.behavior_logprobs += node.behavior_logprobs or absent
+        self.old_entropies += node.old_entropies or absent
         self.probed += [node.kind == "probe"] * length
         self.origin.append((group, number, first, first + length))
 
@@ -322,7 +325,10 @@ class _RowBuilder:
             targets=torch.tensor(self.targets, dtype=torch.int64),
             weight=torch.tensor(self.weight, dtype=torch.float32),
             advantages=torch.tensor(self.advantages, dtype=torch.float32).reshape(-1, 2),
-            **{name: torch.tensor(numbers, dtype=torch.float32) for name, numbers in self.measured.items()},
+            old_logprobs=torch.tensor(self.old_logprobs, dtype=torch.float32),
+            ref_logprobs=torch.tensor(self.ref_logprobs, dtype=torch.float32),
+            behavior_logprobs=torch.tensor(self.behavior_logprobs, dtype=torch.float32),
+            old_entropies=torch.tensor(self.old_entropies, dtype=torch.float32),
             sequence=torch.tensor(self.sequence, dtype=torch.int64),
             sequences=self.trajectories,
             experts=None if experts is None else expert_rows(self.experts, total, experts),

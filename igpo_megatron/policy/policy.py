@@ -29,7 +29,7 @@ from igpo_megatron.policy.parallel import Ranks
 from igpo_megatron.policy.rows import Share, deal
 from igpo_megatron.policy.schedule import Objective
 from igpo_megatron.policy.settings import Optim
-from igpo_megatron.types import RunStopped
+from igpo_megatron.types import Metric, RunStopped
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +156,7 @@ class Policy:
             value = value + carrier
             sums = {name: metric.detach() for name, metric in metrics.items()}
             # The second item is Megatron's token count, which is not used: losses are already divided by global counts.
-            return value, torch.zeros((), dtype=torch.int, device=output.device), {**sums, "loss": value.detach()}
+            return value, torch.zeros((), dtype=torch.int, device=output.device), {**sums, Metric.LOSS: value.detach()}
 
         self.optimizer.zero_grad()
         for chunk in self.wrapped:
@@ -181,7 +181,7 @@ class Policy:
         Raises NonFiniteSteps after `optim.max_skipped` skipped steps in a row.
         """
         metrics = self._sum_metrics(sums)
-        value = metrics.pop("loss")
+        value = metrics.pop(Metric.LOSS)
         overflow = bool(self.optimizer.prepare_grads())
         grad_norm = float(self.optimizer.get_grad_norm())
         finite = not overflow and math.isfinite(grad_norm) and math.isfinite(value)

@@ -40,8 +40,14 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FORBIDDEN = {errno.EACCES, errno.EPERM}
 _FULL_BYTES = 2**12
 _INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
-"""Parts of the message when a collective fails because another rank is gone."""
+# torch 2.13 has no type for this: gloo raises RuntimeError, NCCL a DistBackendError whatever fails, and the store a DistNetworkError, as it
+# does for a port in use. So the type only tells that the message is one of theirs.
+_LOST_PEER = (
+    *("Connection closed by peer", "Connection reset by peer", "Broken pipe"),  # gloo; the last two also the store
+    "remote process exited",  # NCCL: its ncclRemoteError
+    "Connection was likely closed",  # the store
+)
+"""Parts of the message when a collective fails because another rank, or the store by which ranks meet, is gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +82,7 @@ def ending_of(error: BaseException, who: str, folder: Path | None) -> Ending:
         return Ending("peer" if isinstance(error, PeerStopped) else "error", 1, str(error), now)
     if (number := _signal_of(error)) is not None:
         return Ending("interrupted", 128 + number, f"{who} was interrupted by {number.name}".removeprefix(" was "), now)
-    if isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST_PEER):
+    if _lost_peer(error):
         return Ending("peer", 1, f"{who} lost its connection to another rank", now)
     if (refusal := _refusal(error, folder)) is not None:
         return Ending("error", 1, refusal, now)
@@ -89,6 +95,12 @@ def _signal_of(error: BaseException) -> signal.Signals | None:
     if isinstance(error, KeyboardInterrupt):
         return signal.Signals[str(error)] if str(error) in signal.Signals.__members__ else signal.SIGINT
     return signal.SIGTERM if isinstance(error, SystemExit) and error.code == signal.SIGTERM else None
+
+
+def _lost_peer(error: BaseException) -> bool:
+    """Whether torch's collectives say that another rank is gone. An engine's or a tool's lost connection is none of theirs."""
+    is_theirs = isinstance(error, RuntimeError) and (type(error).__module__ == "torch.distributed" or "gloo" in str(error))
+    return is_theirs and any(words in str(error) for words in _LOST_PEER)
 
 
 def _refusal(error: BaseException, folder: Path | None) -> str | None:

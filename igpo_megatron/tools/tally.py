@@ -13,7 +13,7 @@ from statistics import quantiles
 
 from igpo_megatron.search.results import SearchResult, SearchStatus
 from igpo_megatron.tools.base import Observed, Tool
-from igpo_megatron.types import SEARCH
+from igpo_megatron.types import SEARCH, of_tool
 
 
 @dataclass(slots=True)
@@ -49,7 +49,7 @@ class Tally:
         """`tool/calls`, `tool/cached`, `tool/STATUS` and, if times were measured, `tool/p50_s` and `tool/p95_s`."""
         counts = {"calls": self.calls, "cached": self.cached, **self.status}
         times = {"p50_s": percentile(self.latencies_s, 50), "p95_s": percentile(self.latencies_s, 95)} if self.latencies_s else {}
-        return {f"{tool}/{name}": float(value) for name, value in (counts | times).items()}
+        return {of_tool(tool, name): float(value) for name, value in (counts | times).items()}
 
 
 def tally_metrics(tallies: Mapping[str, Tally]) -> dict[str, float]:

@@ -19,16 +19,27 @@ from igpo_megatron.config.schema import Config
 from igpo_megatron.data.question_files import read_prompts
 from igpo_megatron.observability.metrics import num_calls, status_counts
 from igpo_megatron.observability.rollout_dump import write_rollouts
-from igpo_megatron.observability.run_folder import write_whole
+from igpo_megatron.observability.run_folder import step_name, write_whole
 from igpo_megatron.supervision.failures import FOLDER as FAILURES
-from igpo_megatron.types import SEARCH, Prompt, RolloutGroup, UserError
+from igpo_megatron.types import (
+    EVALUATION_KINDS,
+    SEARCH,
+    EvaluationKind,
+    Metric,
+    Prompt,
+    RolloutGroup,
+    UserError,
+    evaluated,
+    over_sources,
+    standard_error,
+)
 
 if TYPE_CHECKING:
     from igpo_megatron.agent.rollouter import Rollouter
 
 logger = logging.getLogger(__name__)
 
-SALTS = {"sampled": "-2", "greedy": "-1"}
+SALTS: dict[EvaluationKind, str] = {"sampled": "-2", "greedy": "-1"}
 """Keep the sampling seeds of an evaluation apart from those of training, whose salts are the steps from 1 on. Other values would give
 other samples, which could not be compared question by question with those of earlier runs."""
 
@@ -58,7 +69,10 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score the current weights. Writes `<folder>/step_NNNNNN.json` and its rollouts, and returns the content of the JSON file."""
     report: dict[str, Any] = {"step": step}
-    runs = [("sampled", config.eval.samples, None), ("greedy", int(config.eval.greedy), 0.0)]
+    runs: list[tuple[EvaluationKind, int, float | None]] = [
+        ("sampled", config.eval.samples, None),
+        ("greedy", int(config.eval.greedy), 0.0),
+    ]
     total = sum(samples for _, samples, _ in runs)
     done = 0
     for name, samples, temperature in runs:
@@ -69,14 +83,15 @@ def evaluate(
             if on_progress:
                 on_progress((done + fraction * samples) / total)
 
-        groups = rollouter.run_sync(prompts, samples=samples, salt=SALTS[name], temperature=temperature, on_progress=advance)
+        work = rollouter.run(prompts, samples=samples, salt=SALTS[name], temperature=temperature, on_progress=advance)
+        groups = rollouter.start(work).result()
         done += samples
         for group in groups:
             score(group, config)
-        write_rollouts(folder / f"step_{step:06d}_{name}.parquet", step, groups)
+        write_rollouts(folder / f"{step_name(step)}_{name}.parquet", step, groups)
         report[name] = summarise(groups, config)
         report[name]["too_long"] = len(prompts) - len(groups)
-    write_whole(folder / f"step_{step:06d}.json", json.dumps(report, indent=2))
+    write_whole(folder / f"{step_name(step)}.json", json.dumps(report, indent=2))
     return report
 
 
@@ -119,7 +134,7 @@ def _pass_at_powers(correct: Sequence[Sequence[bool]], samples: int) -> dict[str
 
 def _correct(group: RolloutGroup, config: Config) -> list[bool]:
     """Whether each sample that did not fail is an exact match, by the outcome's own normalisation where that is one."""
-    name = "em_squad" if config.reward.outcome == "em_squad" else "em"
+    name = "em_squad" if config.reward.outcome == "em_squad" else Metric.EM
     return [end.reward_parts[name] == 1.0 for end in group.trajectories if end.status.is_trainable]
 
 
@@ -127,28 +142,29 @@ def _macro(per_source: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Means over sources, and their number in place of those of questions and samples; the standard error is that of such a mean."""
     if not per_source:
         return {"sources": 0}
-    counts = ("questions", "samples", "f1_se")
+    error = standard_error(Metric.F1)
+    counts = ("questions", "samples", error)
     means = {name: fmean(scores[name] for scores in per_source) for name in per_source[0] if name not in counts}
-    return {**means, "sources": len(per_source), "f1_se": math.hypot(*(scores["f1_se"] for scores in per_source)) / len(per_source)}
+    return {**means, "sources": len(per_source), error: math.hypot(*(scores[error] for scores in per_source)) / len(per_source)}
 
 
 def _scores(groups: Sequence[RolloutGroup], config: Config) -> dict[str, float]:
     penalty, rows = config.reward.format_penalty, []
-    parts = dict.fromkeys(("f1", "em", config.reward.outcome, "format_ok"))
+    parts = dict.fromkeys((Metric.F1, Metric.EM, config.reward.outcome, Metric.FORMAT_OK))
     for group in groups:
         ends = [trajectory for trajectory in group.trajectories if trajectory.status.is_trainable]
         if not ends:
             continue
         row = {name: fmean(end.reward_parts[name] for end in ends) for name in parts}
-        row["f1_with_penalty"] = fmean(end.reward_parts["f1"] if end.reward_parts["format_ok"] else penalty for end in ends)
+        row["f1_with_penalty"] = fmean(end.reward_parts[Metric.F1] if end.reward_parts[Metric.FORMAT_OK] else penalty for end in ends)
         actions = [group.actions(end) for end in ends]
-        row["turns"] = fmean(len(nodes) for nodes in actions)
-        row["searches"] = fmean(num_calls(nodes, SEARCH) for nodes in actions)
+        row[Metric.TURNS] = fmean(len(nodes) for nodes in actions)
+        row[Metric.SEARCHES] = fmean(num_calls(nodes, SEARCH) for nodes in actions)
         rows.append(row)
     result = {name: fmean(row[name] for row in rows) for name in rows[0]} if rows else {}
     result["questions"] = len(rows)
     result["samples"] = sum(len(group.trajectories) for group in groups) / max(len(groups), 1)
-    result["f1_se"] = stdev(row["f1"] for row in rows) / math.sqrt(len(rows)) if len(rows) > 1 else 0.0
+    result[standard_error(Metric.F1)] = stdev(row[Metric.F1] for row in rows) / math.sqrt(len(rows)) if len(rows) > 1 else 0.0
     return result
 
 
@@ -156,18 +172,18 @@ def metrics(report: Mapping[str, Any]) -> dict[str, float]:
     """A report's averages for the tracker: `eval/sampled/f1` over questions and, where there are several, `eval/sampled/macro_f1` over
     sources."""
     found: dict[str, float] = {}
-    for run in ("sampled", "greedy"):
-        scores = report.get(run, {})
+    for kind in EVALUATION_KINDS:
+        scores = report.get(kind, {})
         macro = scores["macro"] if scores and scores["macro"]["sources"] > 1 else {}
-        named = {**scores, **{f"macro_{name}": value for name, value in macro.items()}}
-        found |= {f"eval/{run}/{name}": value for name, value in named.items() if isinstance(value, float)}
+        named = {**scores, **{over_sources(name): value for name, value in macro.items()}}
+        found |= {evaluated(kind, name): value for name, value in named.items() if isinstance(value, float)}
     return found
 
 
 def evaluate_checkpoint(config: Config, model: Path | None, out: Path) -> dict[str, Any]:
     """`igpo eval`: start engines on a Hugging Face folder or a Megatron checkpoint, evaluate `data.eval`, write to `out`.
 
-    A Megatron checkpoint is converted to a temporary Hugging Face folder first.
+    A Megatron checkpoint is converted to a temporary Hugging Face folder first. The scores carry its step, those of other models step 0.
     """
     import tempfile
     from contextlib import ExitStack
@@ -185,10 +201,11 @@ def evaluate_checkpoint(config: Config, model: Path | None, out: Path) -> dict[s
     if not config.data.eval:
         raise UserError("no questions to evaluate: give --data FILE.parquet or set data.eval")
     with ExitStack() as stack:
-        folder = model or config.model.path
+        folder, step = model or config.model.path, 0
         if (folder / "model").is_dir() and not (folder / "config.json").is_file():
             from checkpoint_conversion.convert import megatron_to_hf
 
+            step = saved_after(folder)
             converted = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="igpo-eval-"))) / "hf"
             megatron_to_hf(folder, converted)
             folder = converted
@@ -207,4 +224,15 @@ def evaluate_checkpoint(config: Config, model: Path | None, out: Path) -> dict[s
             Rollouter(engines, tools, chat, config.rollout, seed=config.run.seed, crashes=out / FAILURES / "trajectories.txt")
         )
         progress.update(task, description=f"answering {len(prompts)} questions")
-        return evaluate(rollouter, prompts, config, step=0, folder=out, on_progress=lambda share: progress.update(task, completed=share))
+        return evaluate(rollouter, prompts, config, step=step, folder=out, on_progress=lambda share: progress.update(task, completed=share))
+
+
+def saved_after(checkpoint: Path) -> int:
+    """The training step after which a Megatron checkpoint was saved; 0 if no run wrote it. Raises UserError if it does not say."""
+    state = checkpoint / "state.json"
+    if not state.is_file():
+        return 0
+    try:
+        return int(json.loads(state.read_text(encoding="utf-8"))["step"])
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise UserError(f"{state} is damaged ({error!r}), expected an object with a step; restore the checkpoint from a copy") from None

@@ -27,13 +27,14 @@ from igpo_megatron.config.load import load
 from igpo_megatron.config.schema import Config
 from igpo_megatron.observability.memory_ledger import worst_rank
 from igpo_megatron.observability.rollout_dump import write_rollouts
-from igpo_megatron.observability.run_folder import folder_for
+from igpo_megatron.observability.run_folder import folder_for, step_name
 from igpo_megatron.supervision.endings import Ended, end_process, reason_left
 from igpo_megatron.supervision.leftovers import end_with_parent
 from igpo_megatron.supervision.library_log import LOGS, libraries_logged
 from igpo_megatron.training.checks import require
 from igpo_megatron.training.services import collect, evaluate_if_due, is_due, opened, queue_state, sync_weights
 from igpo_megatron.training.step import assign_advantages, group_metrics, minibatches, routing_metrics, score_tokens, update_metrics
+from igpo_megatron.types import Metric
 
 
 def run(config: Config) -> None:
@@ -69,10 +70,11 @@ def run(config: Config) -> None:
                     metrics |= update_metrics(policy, results)
             if policy.ranks.is_main and config.track.dump_every and (step % config.track.dump_every == 0 or not learns):
                 with tracker.phase("rollout"):
-                    write_rollouts(services.folder.rollouts / f"step_{step:06d}.parquet", step, groups)
+                    write_rollouts(services.folder.rollouts / f"{step_name(step)}.parquet", step, groups)
             if services.queue is not None:
                 metrics |= services.queue.done(step)
-            metrics["tokens_per_s"] = sum(len(node.token_ids) for group in groups for node in group.nodes) / (time.monotonic() - started)
+            tokens = sum(len(node.token_ids) for group in groups for node in group.nodes)
+            metrics[Metric.TOKENS_PER_S] = tokens / (time.monotonic() - started)
             tracker.log(step, metrics | worst_rank(parallel.gather(tracker.memory())))
             if learns and (step == config.run.steps or is_due(config.checkpoint.every, step)):
                 with tracker.phase("checkpoint"):  # before the weights leave: a policy that shares its device leaves with them

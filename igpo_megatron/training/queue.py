@@ -29,7 +29,7 @@ from igpo_megatron.algorithms.replay import SuccessBuffer
 from igpo_megatron.algorithms.rewards import score
 from igpo_megatron.config.schema import Config
 from igpo_megatron.tools.tally import Tally, tally_metrics
-from igpo_megatron.types import Prompt, RolloutGroup, RunStopped
+from igpo_megatron.types import Metric, Prompt, RolloutGroup, RunStopped
 
 if TYPE_CHECKING:
     from igpo_megatron.agent.rollouter import Rollouter
@@ -215,7 +215,7 @@ def staleness_metrics(groups: Sequence[RolloutGroup], step: int) -> dict[str, fl
     if not tokens:
         return {}
     return {
-        "staleness_mean": sum(behind * count for behind, count in found) / tokens,
+        Metric.STALENESS_MEAN: sum(behind * count for behind, count in found) / tokens,
         "staleness_max": float(max(behind for behind, _ in found)),
     }
 

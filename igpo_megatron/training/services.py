@@ -21,7 +21,7 @@ from igpo_megatron.config.schema import Config
 from igpo_megatron.data.prompts import PromptStream
 from igpo_megatron.observability.memory_ledger import MemoryLedger
 from igpo_megatron.observability.rollout_dump import read_rollouts
-from igpo_megatron.observability.run_folder import RunFolder, forget_after, held, open_folder, set_up
+from igpo_megatron.observability.run_folder import RunFolder, forget_after, held, open_folder, set_up, step_name, step_of
 from igpo_megatron.observability.summary import finish
 from igpo_megatron.observability.tracker import Tracker
 from igpo_megatron.supervision.endings import ending_of, interruptible, leave, reason_left, signals_restored
@@ -78,7 +78,7 @@ def opened(config: Config) -> Iterator[Session]:
             stack.enter_context(held(folder))
         found = checkpoint_sums.newest_whole(folder.checkpoints)
         damaged = parallel.on_main(ranks, partial(checkpoint_sums.set_aside, found))
-        resumed = int(found.folder.name.removeprefix("step_")) if found.folder else 0
+        resumed = (found.folder and step_of(found.folder)) or 0
         stack.enter_context(recording(who, folder.root / "waits", last_words=lambda expired: leave(ending_of(expired, who, None))))
         tracker = stack.enter_context(
             Tracker(
@@ -128,8 +128,9 @@ def open_services(
         from igpo_megatron.chat.tokenizer import load_tokenizer
 
         services.chat = ChatFormat(load_tokenizer(config.model.path), config.rollout, config.reward)
-        for note in services.chat.notes:
-            logger.warning(note)
+        probe = services.chat.probe_problem() if config.advantage.needs_probes else None
+        for note in (*services.chat.notes, *([probe] if probe else ())):
+            logger.warning("%s", note)
     if config.run.replay is not None:
         services.replay = replayed(config.run.replay, config, first_step, services.chat.vocab_size if services.chat else None)
         return services
@@ -242,7 +243,7 @@ def evaluate_if_due(session: Session, step: int) -> None:
     config, services, tracker = session.policy.config, session.services, session.tracker
     at_end = step in (0, config.run.steps) and config.eval.at_ends
     due = at_end or (step > 0 and is_due(config.eval.every, step))
-    if not due or services.rollouter is None or (services.folder.eval / f"step_{step:06d}.json").is_file():
+    if not due or services.rollouter is None or (services.folder.eval / f"{step_name(step)}.json").is_file():
         return
     with tracker.phase("eval"):
         report = evaluate.evaluate(

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 from igpo_megatron.algorithms.advantages.registry import set_advantages
 from igpo_megatron.algorithms.advantages.tree import entropy_stats
 from igpo_megatron.algorithms.info_gain import turn_gains
-from igpo_megatron.algorithms.settings import Loss
+from igpo_megatron.algorithms.losses.registry import Loss
 from igpo_megatron.config.schema import Config
 from igpo_megatron.observability.metrics import logprob_gap, rollout_metrics, routed_share
 from igpo_megatron.training.queue import staleness_metrics
-from igpo_megatron.types import RolloutGroup, UserError
+from igpo_megatron.types import Metric, RolloutGroup, UserError, without_replay
 
 if TYPE_CHECKING:
     from igpo_megatron.packing.tree import ExpertShape, PackedRow
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 def score_tokens(policy: Policy, groups: Sequence[RolloutGroup]) -> None:
     """Fill old (and reference) log-probs of every action and probe token that has none yet."""
-    from igpo_megatron.packing.tree import pack_for_scoring, scatter
+    from igpo_megatron.packing.tree import pack_for_scoring, per_node
 
     config = policy.config
     experts = replayed_experts(policy)
@@ -41,16 +41,18 @@ def score_tokens(policy: Policy, groups: Sequence[RolloutGroup]) -> None:
                     node.old_logprobs = list(node.behavior_logprobs)
     else:
         rows = pack(scorer=config.reward.scorer, experts=experts)
+        found = policy.log_probs(rows, with_entropy=config.loss.uses_old_entropies)
         if config.loss.uses_old_entropies:
-            pairs = policy.log_probs(rows, with_entropy=True)
-            scatter(rows, [pair[:, 0] for pair in pairs], groups, "old_logprobs")
-            scatter(rows, [pair[:, 1] for pair in pairs], groups, "old_entropies")
-        else:
-            scatter(rows, policy.log_probs(rows), groups, "old_logprobs")
+            for node, entropies in per_node(rows, [pair[:, 1] for pair in found], groups):
+                node.old_entropies = entropies
+            found = [pair[:, 0] for pair in found]
+        for node, logprobs in per_node(rows, found, groups):
+            node.old_logprobs = logprobs
     if policy.has_reference:
         rows = pack(scorer=None)
         with policy.as_reference():
-            scatter(rows, policy.log_probs(rows), groups, "ref_logprobs")
+            for node, logprobs in per_node(rows, policy.log_probs(rows), groups):
+                node.ref_logprobs = logprobs
 
 
 def replayed_experts(policy: Policy) -> ExpertShape | None:
@@ -66,7 +68,7 @@ def routing_metrics(policy: Policy, groups: Sequence[RolloutGroup], step: int) -
 
     Call it after `score_tokens`, whose log-probs it leaves unchanged.
     """
-    from igpo_megatron.packing.tree import pack_for_scoring, scatter
+    from igpo_megatron.packing.tree import pack_for_scoring, per_node
 
     if replayed_experts(policy) is None:
         return {}
@@ -76,8 +78,9 @@ def routing_metrics(policy: Policy, groups: Sequence[RolloutGroup], step: int) -
         return metrics
     copies = [replace(group, nodes=[replace(node) for node in group.nodes]) for group in groups]
     rows = pack_for_scoring(copies, row_tokens=config.packing.row_tokens, multiple=policy.row_multiple, scorer=None)
-    scatter(rows, policy.log_probs(rows), copies, "old_logprobs")
-    return metrics | {f"{name}_free": value for name, value in logprob_gap(copies).items()}
+    for node, logprobs in per_node(rows, policy.log_probs(rows), copies):
+        node.old_logprobs = logprobs
+    return metrics | {without_replay(name): value for name, value in logprob_gap(copies).items()}
 
 
 def assign_advantages(groups: Sequence[RolloutGroup], config: Config, progress: float) -> None:
@@ -173,16 +176,15 @@ def update_metrics(policy: Policy, results: Sequence[StepResult]) -> dict[str, f
 
     optim = policy.config.optim
     empty = optim.minibatches - len(results)
-    metrics = {
-        "skipped": float(empty + sum(result.skipped for result in results)),
-        "lr": learning_rate(policy.steps_taken - optim.minibatches, policy.total_steps, optim),
+    metrics: dict[str, float] = {
+        Metric.SKIPPED: float(empty + sum(result.skipped for result in results)),
+        Metric.LR: learning_rate(policy.steps_taken - optim.minibatches, policy.total_steps, optim),
     }
     if not results:
         return metrics
-    metrics["loss"] = sum(result.loss for result in results) / len(results)
-    metrics["grad_norm"] = sum(result.grad_norm for result in results) / len(results)
-    tokens = sum(result.metrics["tokens"] for result in results)
-    shown = {"clipped": "clip_fraction", "approx_kl": "kl_old", "ref_kl": "kl_ref"}
-    for name in (name for name in results[0].metrics if name != "tokens"):
-        metrics[shown.get(name, name)] = sum(result.metrics[name] for result in results) / max(tokens, 1.0)
+    metrics[Metric.LOSS] = sum(result.loss for result in results) / len(results)
+    metrics[Metric.GRAD_NORM] = sum(result.grad_norm for result in results) / len(results)
+    tokens = sum(result.metrics[Metric.TRAINED_TOKENS] for result in results)
+    for name in (name for name in results[0].metrics if name != Metric.TRAINED_TOKENS):
+        metrics[name] = sum(result.metrics[name] for result in results) / max(tokens, 1.0)
     return metrics

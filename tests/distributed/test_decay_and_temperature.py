@@ -9,7 +9,7 @@ import torch
 from conftest import make_config, run_ranks_for_each
 from groups import held, load_hf, random_groups
 
-from igpo_megatron.packing.tree import pack_for_scoring, pack_for_training, scatter
+from igpo_megatron.packing.tree import pack_for_scoring, pack_for_training, per_node
 from igpo_megatron.policy import checkpoint
 from igpo_megatron.policy.policy import Policy
 from igpo_megatron.types import RolloutGroup
@@ -64,7 +64,8 @@ def scored(policy: Policy, groups: list[RolloutGroup]) -> dict[str, list[list[fl
     found = {}
     for scorer in ("fold", "batched", "sequential"):
         rows = pack_for_scoring(groups, row_tokens=60, multiple=policy.row_multiple, scorer=scorer)
-        scatter(rows, policy.log_probs(rows), groups, "old_logprobs")
+        for node, values in per_node(rows, policy.log_probs(rows), groups):
+            node.old_logprobs = values
         found[scorer] = [node.old_logprobs for group in groups for node in group.nodes]
     return found
 
@@ -115,7 +116,8 @@ def scored_among(policy: Policy, groups: list[RolloutGroup]) -> list[Any]:
     groups = held(policy, groups)
     found = scored(policy, groups)["fold"]
     rows = pack_for_scoring(groups, row_tokens=60, multiple=policy.row_multiple, scorer=None)
-    scatter(rows, policy.log_probs(rows, temperature=0.7), groups, "old_logprobs")
+    for node, values in per_node(rows, policy.log_probs(rows, temperature=0.7), groups):
+        node.old_logprobs = values
     return [found, [node.old_logprobs if node.kind == "action" else [] for group in groups for node in group.nodes]]
 
 

@@ -23,8 +23,8 @@ from test_layouts import reference_logprobs, scored_nodes, worst
 from checkpoint_conversion import hf_config
 from checkpoint_conversion.architectures import ARCHITECTURES
 from igpo_megatron.config.load import parse
+from igpo_megatron.observability.metrics_file import read_metrics
 from igpo_megatron.observability.rollout_dump import read_rollouts
-from igpo_megatron.observability.tracker import read_metrics
 from igpo_megatron.types import RolloutGroup, Status, ToolCall
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -17,10 +17,10 @@ from megatron.core import parallel_state
 
 from checkpoint_conversion.architectures import rules_for
 from igpo_megatron.algorithms.advantages.tree import entropy_stats
-from igpo_megatron.algorithms.losses.registry import LossResult, objective, token_weight
+from igpo_megatron.algorithms.losses.entropy import Aepo, Hapo
+from igpo_megatron.algorithms.losses.registry import LossResult, Ppo, objective, token_weight
 from igpo_megatron.algorithms.losses.tokens import Tokens
-from igpo_megatron.algorithms.settings import Aepo, Hapo, Ppo
-from igpo_megatron.packing.tree import ProbeScorer, pack_for_scoring, pack_for_training, scatter, step_counts
+from igpo_megatron.packing.tree import ProbeScorer, pack_for_scoring, pack_for_training, per_node, step_counts
 from igpo_megatron.policy.model import global_names, tensor_shards
 from igpo_megatron.policy.policy import Policy
 from igpo_megatron.policy.weight_sync import named_weights
@@ -67,7 +67,8 @@ def scored_nodes(policy: Policy, groups: list[RolloutGroup], scorer: ProbeScorer
     """Log-probs of every action and probe node, on the main rank."""
     groups = held(policy, groups)
     rows = pack_for_scoring(groups, row_tokens=ROW_TOKENS, multiple=policy.row_multiple, scorer=scorer)
-    scatter(rows, policy.log_probs(rows), groups, "old_logprobs")
+    for node, values in per_node(rows, policy.log_probs(rows), groups):
+        node.old_logprobs = values
     return [node.old_logprobs for group in groups for node in group.nodes]
 
 
@@ -238,7 +239,8 @@ def misplaced(policy: Policy, groups: list[RolloutGroup]) -> list[list[float]]:
     rows = pack_for_scoring(groups, row_tokens=ROW_TOKENS, multiple=1)
     for row in rows:
         row.position_ids = torch.arange(row.num_tokens)
-    scatter(rows, policy.log_probs(rows), groups, "old_logprobs")
+    for node, values in per_node(rows, policy.log_probs(rows), groups):
+        node.old_logprobs = values
     return [node.old_logprobs for group in groups for node in group.nodes]
 
 
@@ -351,5 +353,6 @@ def test_entropies_before_the_step_are_those_of_the_model(hf_folders: dict[str, 
 def entropies_of(policy: Policy, groups: list[RolloutGroup]) -> list[list[float]]:
     groups = held(policy, groups)
     rows = pack_for_scoring(groups, row_tokens=ROW_TOKENS)
-    scatter(rows, [pair[:, 1] for pair in policy.log_probs(rows, with_entropy=True)], groups, "old_entropies")
+    for node, values in per_node(rows, [pair[:, 1] for pair in policy.log_probs(rows, with_entropy=True)], groups):
+        node.old_entropies = values
     return [node.old_entropies for group in groups for node in group.nodes]

@@ -11,8 +11,8 @@ import pytest
 from demo_runs import ROOT
 from previous_version import unpack_stopped_run
 
+from igpo_megatron.observability.metrics_file import read_metrics
 from igpo_megatron.observability.rollout_dump import read_rollouts
-from igpo_megatron.observability.tracker import read_metrics
 
 
 def sampled(path: Path) -> list[tuple[str, list[list[int]]]]:

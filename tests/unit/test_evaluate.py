@@ -1,18 +1,21 @@
 """What an evaluation says of its groups: micro and macro averages, and pass@k from the samples that did not fail."""
 
 import itertools
+import json
 import math
+from contextlib import ExitStack, nullcontext
 from statistics import fmean
+from unittest import mock
 
 import pytest
 
 from igpo_megatron.config.load import build
-from igpo_megatron.observability.metrics import headline
+from igpo_megatron.observability.metrics import SCORES, headline
 from igpo_megatron.observability.report.header import outcomes_of
-from igpo_megatron.observability.run_folder import ROWS, summary_table
+from igpo_megatron.observability.summary import summary_table
 from igpo_megatron.observability.tracker import Tracker
-from igpo_megatron.training.evaluate import metrics, pass_at_k, summarise
-from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, Trajectory
+from igpo_megatron.training.evaluate import evaluate_checkpoint, metrics, pass_at_k, saved_after, summarise
+from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, Trajectory, UserError
 
 CONFIG = build({"model": {"path": "m"}})
 
@@ -93,7 +96,7 @@ def test_macro_averages_stand_beside_the_others_wherever_these_are_shown(tmp_pat
         "Exact match, greedy, mean over sources",
     ]
     table = summary_table({"steps": 1, "wall_s": 1.0, "phases_s": {}, "max_logprob_gap": 0.0, "before": ends, "after": ends})
-    assert table.row_count == len(ROWS) + 1
+    assert table.row_count == len(SCORES) + 1
 
 
 def test_a_single_source_is_not_shown_twice():
@@ -103,3 +106,40 @@ def test_a_single_source_is_not_shown_twice():
     assert not any("macro" in name for name in metrics(report))
     ends = headline(report)
     assert not any("sources" in row["label"] for row in outcomes_of({"before": ends, "after": ends}, []))
+
+
+def test_scores_of_a_checkpoint_carry_the_step_after_which_it_was_saved(tmp_path):
+    checkpoint, converted = tmp_path / "step_000002", tmp_path / "exported"
+    (checkpoint / "model").mkdir(parents=True)
+    converted.mkdir()
+    (converted / "config.json").touch()
+    (checkpoint / "state.json").write_text('{"step": 2}')
+    config = build({"model": {"path": "m"}, "data": {"eval": ["q.parquet"]}})
+    with ExitStack() as stack:
+        for name in (
+            "checkpoint_conversion.convert.megatron_to_hf",
+            "igpo_megatron.training.checks.require",
+            "igpo_megatron.training.evaluate.questions",
+        ):
+            stack.enter_context(mock.patch(name))
+        for name in (
+            "chat.tokenizer.load_tokenizer",
+            "chat.format.ChatFormat",
+            "tools.registry.make_tools",
+            "engines.factory.open_engines",
+        ):
+            stack.enter_context(mock.patch(f"igpo_megatron.{name}", return_value=mock.MagicMock(notes=[])))
+        rollouter = mock.Mock(run_sync=mock.Mock(return_value=[group_of(1.0)]))
+        stack.enter_context(mock.patch("igpo_megatron.agent.rollouter.Rollouter", return_value=nullcontext(rollouter)))
+        stack.enter_context(mock.patch("igpo_megatron.training.evaluate.score"))
+        assert evaluate_checkpoint(config, checkpoint, tmp_path / "out")["step"] == 2
+        assert json.loads((tmp_path / "out/step_000002.json").read_text())["step"] == 2
+        assert evaluate_checkpoint(config, converted, tmp_path / "out")["step"] == 0, "a model that no run saved"
+
+
+def test_a_checkpoint_of_the_converter_has_no_step_and_a_damaged_one_is_named(tmp_path):
+    assert saved_after(tmp_path) == 0
+    for text in ("{", "[]", '{"step": null}'):
+        (tmp_path / "state.json").write_text(text)
+        with pytest.raises(UserError, match=r"state\.json is damaged"):
+            saved_after(tmp_path)

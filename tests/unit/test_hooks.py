@@ -11,12 +11,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from igpo_megatron.algorithms.advantages.base import HookedAdvantage
 from igpo_megatron.algorithms.advantages.registry import set_advantages
 from igpo_megatron.algorithms.hooks import check_hooks, tiny_group
-from igpo_megatron.algorithms.losses.registry import objective
+from igpo_megatron.algorithms.losses.base import HookedLoss
+from igpo_megatron.algorithms.losses.registry import Ppo, objective
 from igpo_megatron.algorithms.losses.tiny import tiny_tokens
 from igpo_megatron.algorithms.rewards import score
-from igpo_megatron.algorithms.settings import HookedAdvantage, HookedLoss, Ppo
 from igpo_megatron.cli import app
 from igpo_megatron.config.load import ConfigError, build, explain, load, to_json
 from igpo_megatron.config.schema import Config
@@ -172,7 +173,7 @@ def test_a_loss_of_ones_own_gets_kl_entropy_mismatch_and_the_division_of_ours() 
     k3 = d.exp() - d - 1
     expected = (-(signed * tokens.logprobs).sum() + 0.1 * (0.5 * k3).sum() - 0.01 * (0.5 * tokens.entropy).sum()) / 2
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert metrics["surprise"].item() == pytest.approx(-tokens.logprobs.sum().item()) and {"entropy", "ref_kl", "tokens"} <= set(metrics)
+    assert metrics["surprise"].item() == pytest.approx(-tokens.logprobs.sum().item()) and {"entropy", "kl_ref", "tokens"} <= set(metrics)
 
 
 def test_a_reward_of_ones_own_is_the_outcome_and_stands_beside_f1_under_its_name() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from igpo_megatron.packing.batches import balance, first_fit
-from igpo_megatron.packing.tree import PackedRow, blank_row, pack_for_scoring, pack_for_training, scatter, step_counts
+from igpo_megatron.packing.tree import PackedRow, blank_row, pack_for_scoring, pack_for_training, per_node, step_counts
 from igpo_megatron.packing.wire import from_bytes, to_bytes
 from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, Trajectory
 
@@ -131,7 +131,8 @@ def test_probes_scored_elsewhere_are_not_packed(scorer: Literal["engine"] | None
 def test_results_find_their_way_back_to_the_nodes() -> None:
     groups = [small_group(), small_group()]
     rows = pack_for_scoring(groups, row_tokens=12)
-    scatter(rows, [-row.targets.float() for row in rows], groups, "old_logprobs")
+    for node, values in per_node(rows, [-row.targets.float() for row in rows], groups):
+        node.old_logprobs = values
     for group in groups:
         for node in group.nodes:
             wanted = {"action": node.token_ids, "probe": node.token_ids[1:]}.get(node.kind, [])

@@ -343,7 +343,7 @@ def test_passes_that_no_factor_corrects_are_a_result_all_the_same():
 def test_a_steps_rows_are_trees_that_fill_their_length():
     rows, counts = step.packed(512, 2048, 656)
     assert [row.num_tokens for row in rows] == [512] * 4
-    shaped = [step.shape_row(row) for row in rows]
+    shaped = [step.row_shape(row) for row in rows]
     assert shaped[0].pairs < 512 * 513 / 2 and sum(row.targets for row in shaped) == counts.trained_tokens
 
 

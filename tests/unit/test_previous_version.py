@@ -21,16 +21,17 @@ from test_report import Page
 
 from checkpoint_conversion.convert import megatron_to_hf
 from checkpoint_conversion.hf_folder import HfReader
+from igpo_megatron.algorithms.losses.registry import Ppo
 from igpo_megatron.algorithms.replay import SuccessBuffer
 from igpo_megatron.algorithms.rewards import score
-from igpo_megatron.algorithms.settings import Ppo
 from igpo_megatron.config.load import ConfigError, build, load, parse, to_json
 from igpo_megatron.config.schema import Config
 from igpo_megatron.data.corpus import Passage
 from igpo_megatron.observability.metrics import rollout_metrics
 from igpo_megatron.observability.report.page import write_report
 from igpo_megatron.observability.rollout_dump import count_groups, read_rollouts, write_rollouts
-from igpo_megatron.observability.run_folder import folder_for, open_folder, read_summary, summary_table
+from igpo_megatron.observability.run_folder import folder_for, open_folder, read_summary
+from igpo_megatron.observability.summary import summary_table
 from igpo_megatron.policy import checkpoint_sums
 from igpo_megatron.policy.settings import Checkpoint
 from igpo_megatron.search.client import make_client

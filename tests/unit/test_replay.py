@@ -6,9 +6,9 @@ import zlib
 
 import pytest
 
+from igpo_megatron.algorithms.advantages.outcome import Grpo
 from igpo_megatron.algorithms.advantages.registry import set_advantages
-from igpo_megatron.algorithms.replay import REPLAYED, SuccessBuffer
-from igpo_megatron.algorithms.settings import Grpo
+from igpo_megatron.algorithms.replay import SuccessBuffer
 from igpo_megatron.packing.tree import pack_for_training
 from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, ToolCall, Trajectory
 
@@ -50,7 +50,7 @@ def test_a_failed_group_gets_the_latest_success_of_its_own_question():
     assert sampled(mended)[place] == [20, 20, 20]
     others = [tokens for number, tokens in enumerate(sampled(failed)) if number != place]
     assert [tokens for number, tokens in enumerate(sampled(mended)) if number != place] == others
-    assert mended.metrics == {REPLAYED: 1.0} and untouched.metrics == {} and rewards(failed) == [0.0, 0.5, -2.0]
+    assert mended.metrics == {"replayed": 1.0} and untouched.metrics == {} and rewards(failed) == [0.0, 0.5, -2.0]
 
 
 def test_a_mended_group_is_a_tree_of_its_own_that_teaches_something():

@@ -348,7 +348,7 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
 def test_a_damaged_evaluation_is_named(tmp_path):
     folder = make_run(tmp_path)
     (folder / "eval" / "step_000000.json").write_text("{")
-    with pytest.raises(ValueError, match=r"step_000000\.json: not JSON"):
+    with pytest.raises(ValueError, match=r"step_000000\.json is damaged \(not JSON: "):
         collect(folder, Limits())
 
 

@@ -8,9 +8,11 @@ import sys
 import pytest
 from rich.console import Console
 
-from igpo_megatron.observability import tracker as tracker_module
+from igpo_megatron.observability import console, metrics_file, tracker
+from igpo_megatron.observability.metrics_file import read_metrics, sum_phases
+from igpo_megatron.observability.run_folder import public_config
 from igpo_megatron.observability.settings import Track
-from igpo_megatron.observability.tracker import Tracker, public_config, read_metrics, sum_phases
+from igpo_megatron.observability.tracker import Tracker
 
 
 class Clock:
@@ -29,7 +31,8 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(tracker_module, "time", clock)
+    for module in (tracker, console, metrics_file):
+        monkeypatch.setattr(module, "time", clock)
     return clock
 
 
@@ -202,7 +205,7 @@ def test_a_terminal_shows_phase_progress_numbers_and_eta_in_place(tmp_path, cloc
             tracker.progress(0.5)
             clock.now += 3
             view = Console(file=io.StringIO(), width=120, highlight=False, _environ={})
-            view.print(tracker._render())
+            view.print(tracker._display.render())
         tracker.message("resuming from [step 1]")
         with tracker.phase("startup"):
             clock.now += 65

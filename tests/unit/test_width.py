@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console, RenderableType
 
 from igpo_megatron.doctor import machine, probes, tools
-from igpo_megatron.observability.run_folder import ROWS, summary_table
+from igpo_megatron.observability.metrics import SCORES
+from igpo_megatron.observability.summary import summary_table
 from igpo_megatron.plan.machines import gpu
 from igpo_megatron.plan.model_shape import find_shape
 from igpo_megatron.plan.search import Plan, search
@@ -33,7 +34,7 @@ def fits(console: Console) -> str:
 
 
 def test_the_summary_of_a_run_fits() -> None:
-    scores = {name: 0.123 for _, name in ROWS} | {f"{name}_se": 0.012 for _, name in ROWS} | {"searches_per_question": 123.456}
+    scores = {name: 0.123 for name, _, _ in SCORES} | {f"{name}_se": 0.012 for name, _, _ in SCORES} | {"searches_per_question": 123.456}
     phases = dict.fromkeys(("startup", "rollout", "score", "advantage", "train", "sync", "eval", "checkpoint"), 1_234_567.8)
     gains = [{"first": -12.345, "last": 123.456}] * 12
     summary = {"before": scores, "after": scores, "steps": 100_000, "wall_s": 1e7, "phases_s": phases, "gain_by_turn": gains}

@@ -19,9 +19,6 @@ from typing import Any, Generic, TypeVar
 from igpo_megatron.agent.trajectory import TurnWatch
 from igpo_megatron.types import RolloutGroup, Trajectory
 
-INITIAL_ROLLOUTS = "initial_rollouts"
-"""Key in `RolloutGroup.metrics`: samples that began at the question before any fork; it varies in AEPO."""
-
 RunPath = Callable[[list[int], str, TurnWatch], Coroutine[Any, Any, Trajectory]]
 """(path to continue, label, observer of its turns) -> how the new path ended."""
 
@@ -78,6 +75,10 @@ class TreeRollout(ABC, Generic[Watch]):
         task.add_done_callback(lambda _: self._ended(watch))
         self._tasks.append(task)
         return watch
+
+    def _fork(self, path: list[int], label: str, turn: int, attempts: Sequence[int]) -> list[Watch]:
+        """Launch forks of path `label` before turn `turn`, as many as the group has room for."""
+        return [self._launch(path, f"{label}.{turn - 1}.{attempt}") for attempt in attempts[: self._free]]
 
     def _behind(self, path: Sequence[int]) -> list[int]:
         """The path up to the tool result (or the prompt) that a turn continues: without the turn's forced opening."""

@@ -19,9 +19,9 @@ from statistics import pstdev
 from igpo_megatron.agent.prober import Prober, StateValue
 from igpo_megatron.agent.settings import GainBranching
 from igpo_megatron.agent.trajectory import TurnWatch
-from igpo_megatron.agent.trees.base import INITIAL_ROLLOUTS, RunPath, TreeRollout, Uniform
+from igpo_megatron.agent.trees.base import RunPath, TreeRollout, Uniform
 from igpo_megatron.engines.api import EngineError
-from igpo_megatron.types import RolloutGroup, RunStopped, ValuePoint
+from igpo_megatron.types import Metric, RolloutGroup, RunStopped, ValuePoint
 
 
 def disagreement(siblings: Sequence[float]) -> float:
@@ -92,7 +92,7 @@ class GainTree(TreeRollout[GainWatch]):
 
     async def _start(self) -> None:
         count = min(self.config.initial_rollouts, self._samples)
-        self.group.metrics[INITIAL_ROLLOUTS] = float(count)
+        self.group.metrics[Metric.INITIAL_ROLLOUTS] = float(count)
         self._first = [self._launch([0], str(number)) for number in range(count)]
 
     def _watch(self, number: int, label: str) -> GainWatch:
@@ -138,8 +138,7 @@ class GainTree(TreeRollout[GainWatch]):
         if own is not None and not stopped and self._free > 0:
             probability = fork_probability(siblings, self.config)
             wanted = [attempt for attempt in range(self.config.beam - 1) if self._uniform(watch.label, turn, attempt) < probability]
-            for attempt in wanted[: self._free]:
-                children.append(self._launch(behind, f"{watch.label}.{finished}.{attempt}").number)
+            children = self._fork(behind, watch.label, turn, wanted)
         self.group.value_points.append(
             ValuePoint(
                 node=behind[-1],
@@ -149,7 +148,7 @@ class GainTree(TreeRollout[GainWatch]):
                 siblings=len(siblings),
                 spread=disagreement(siblings),
                 probability=probability,
-                children=tuple(children),
+                children=tuple(child.number for child in children),
                 change=change,
                 stop_probability=stop,
                 stopped=stopped,

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from igpo_megatron.observability.tracker import PHASES, Phase
+from igpo_megatron.observability.metrics_file import PHASES, STEP_PHASES
+from igpo_megatron.types import EVALUATION_KINDS, SEARCH, Metric, evaluated, gain_of_turn, of_tool, standard_error, without_replay
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,28 +54,28 @@ class Chart:
 
 
 CHARTS = (
-    Chart("Held-out F1", {"eval/sampled/f1": "sampled", "eval/greedy/f1": "greedy"}, "bars: standard error over questions"),
-    Chart("Reward", {"reward": "mean reward"}, "training rollouts; bold: mean over 7 points", smooth=True),
-    Chart("F1 and exact match", {"f1": "F1", "em": "exact match"}, "training rollouts; bold: mean over 7 points", smooth=True),
-    Chart("Information gain per turn", {"gain": "all turns", "gain_turn_*": "turn *"}, "rise in the answer's value, mean over turns"),
+    Chart("Held-out F1", {evaluated(kind, Metric.F1): kind for kind in EVALUATION_KINDS}, "bars: standard error over questions"),
+    Chart("Reward", {Metric.REWARD: "mean reward"}, "training rollouts; bold: mean over 7 points", smooth=True),
+    Chart("F1 and exact match", {Metric.F1: "F1", Metric.EM: "exact match"}, "training rollouts; bold: mean over 7 points", smooth=True),
+    Chart("Information gain per turn", {Metric.GAIN: "all turns", gain_of_turn("*"): "turn *"}, "mean rise in the answer's value"),
     Chart(
         "Where gains come from",
-        {"gain_evidence": "the tool result", "gain_reasoning": "own reasoning"},
+        {Metric.GAIN_EVIDENCE: "the tool result", Metric.GAIN_REASONING: "own reasoning"},
         "reward.evidence: the value with the newest result hidden lies between the two",
     ),
     Chart(
         "Format-valid share",
-        {"format_ok": "training", "eval/sampled/format_ok": "held-out, sampled", "eval/greedy/format_ok": "held-out, greedy"},
+        {Metric.FORMAT_OK: "training"} | {evaluated(kind, Metric.FORMAT_OK): f"held-out, {kind}" for kind in EVALUATION_KINDS},
     ),
-    Chart("Value before the first turn", {"value_0": "mean log-prob of the answer"}),
-    Chart("Entropy", {"entropy": "entropy"}, "nats per sampled token"),
+    Chart("Value before the first turn", {Metric.VALUE_0: "mean log-prob of the answer"}),
+    Chart("Entropy", {Metric.ENTROPY: "entropy"}, "nats per sampled token"),
     Chart(
         "Log-prob gap, engine vs trainer",
         {
-            "logprob_gap_mean": "mean",
-            "logprob_gap_max": "largest",
-            "logprob_gap_max_free": "largest without routing replay",
-            "canary_gap": "canary after sync",
+            Metric.LOGPROB_GAP_MEAN: "mean",
+            Metric.LOGPROB_GAP_MAX: "largest",
+            without_replay(Metric.LOGPROB_GAP_MAX): "largest without routing replay",
+            Metric.CANARY_GAP: "canary after sync",
         },
         "nats, log scale",
         log=True,
@@ -82,65 +83,53 @@ CHARTS = (
     Chart(
         "Branching",
         {
-            "branched": "decisions that branched",
-            "branch_entropy": "entropy behind results",
-            "branch_spread": "std of values behind results",
-            "shared_tokens": "sampled tokens shared",
-            "stopped": "trajectories asked for their answer",
+            Metric.BRANCHED: "decisions that branched",
+            Metric.BRANCH_ENTROPY: "entropy behind results",
+            Metric.BRANCH_SPREAD: "std of values behind results",
+            Metric.SHARED_TOKENS: "sampled tokens shared",
+            Metric.STOPPED: "trajectories asked for their answer",
         },
         "shares; entropy in units of rollout.branching",
     ),
-    Chart("Gradient norm", {"grad_norm": "gradient norm"}, "before clipping"),
-    Chart("Loss", {"loss": "loss", "nll": "negative log-likelihood"}),
-    Chart("Distance to other policies", {"kl_old": "KL to old policy", "kl_ref": "KL to reference", "clip_fraction": "clipped share"}),
+    Chart("Gradient norm", {Metric.GRAD_NORM: "gradient norm"}, "before clipping"),
+    Chart("Loss", {Metric.LOSS: "loss", Metric.NLL: "negative log-likelihood"}),
+    Chart(
+        "Distance to other policies",
+        {Metric.KL_OLD: "KL to old policy", Metric.KL_REF: "KL to reference", Metric.CLIP_FRACTION: "clipped share"},
+    ),
     Chart(
         "Turns and tool calls",
-        {"turns": "turns", "searches": "searches", "visits": "visits", "python_calls": "python calls"},
+        {Metric.TURNS: "turns", Metric.SEARCHES: "searches", Metric.VISITS: "visits", Metric.PYTHON_CALLS: "python calls"},
         "per trajectory",
     ),
     Chart(
         "How searches ended",
-        {
-            "search/ok": "ok",
-            "search/empty": "empty",
-            "search/error": "error",
-            "search/timeout": "timeout",
-            "search/rate_limited": "rate limited",
-            "search/cached": "from the cache",
-        },
+        {of_tool(SEARCH, end): end.replace("_", " ") for end in ("ok", "empty", "error", "timeout", "rate_limited")}
+        | {of_tool(SEARCH, "cached"): "from the cache"},
         "queries per step, those from the cache included",
     ),
     Chart(
         "Tool latency",
-        {
-            "search/p50_s": "search, p50",
-            "search/p95_s": "search, p95",
-            "visit/p50_s": "visit, p50",
-            "visit/p95_s": "visit, p95",
-            "python/p50_s": "python, p50",
-            "python/p95_s": "python, p95",
-        },
+        {of_tool(tool, f"p{share}_s"): f"{tool}, p{share}" for tool in (SEARCH, "visit", "python") for share in (50, 95)},
         "seconds, without answers from the cache; log scale",
         log=True,
     ),
-    Chart("Sampled tokens per trajectory", {"response_tokens": "tokens"}),
+    Chart("Sampled tokens per trajectory", {Metric.RESPONSE_TOKENS: "tokens"}),
     Chart(
         "Without a training signal",
         {
-            "failed": "failed trajectories",
-            "truncated": "truncated trajectories",
-            "zero_std_groups": "groups with equal rewards",
-            "crashed": "crashed trajectories",
+            Metric.FAILED: "failed trajectories",
+            Metric.TRUNCATED: "truncated trajectories",
+            Metric.ZERO_STD_GROUPS: "groups with equal rewards",
+            Metric.CRASHED: "crashed trajectories",
         },
         "shares",
     ),
-    Chart("Tokens per second", {"tokens_per_s": "tokens/s"}, "all tokens of a step over its time"),
-    Chart("Learning rate", {"lr": "learning rate"}),
+    Chart("Tokens per second", {Metric.TOKENS_PER_S: "tokens/s"}, "all tokens of a step over its time"),
+    Chart("Learning rate", {Metric.LR: "learning rate"}),
 )
 
-
-STEP_PHASES: tuple[Phase, ...] = ("rollout", "score", "advantage", "train", "sync", "checkpoint")
-"""Phases of the step-time panel; start-up and evaluation would dwarf them."""
+STEP_TIME = Chart("Step time by phase", {}, "seconds; evaluation and start-up are not part of a step")
 
 
 def charts_of(rows: Sequence[Mapping[str, Any]], limits: Limits) -> list[dict[str, Any]]:
@@ -154,19 +143,20 @@ def charts_of(rows: Sequence[Mapping[str, Any]], limits: Limits) -> list[dict[st
             if (points := _points(rows, name, limits.points))
         ]
         if series:
-            panels.append(
-                {"title": chart.title, "note": chart.note, "log": chart.log, "smooth": chart.smooth, "stacked": False, "series": series}
-            )
+            panels.append(_panel(chart, series))
     timed = [row for row in rows if row["phases_s"].get("train")]
     stacked = [
         {"label": phase, "colour": PHASES.index(phase), "points": times}
-        for phase in STEP_PHASES
+        for phase in (*STEP_PHASES, "checkpoint")  # start-up and evaluation would dwarf them
         if (times := _bins([(row["step"], row["phases_s"].get(phase, 0.0)) for row in timed], limits.points)) and any(y for _, y in times)
     ]
     if stacked:
-        note = "seconds; evaluation and start-up are not part of a step"
-        panels.insert(1, {"title": "Step time by phase", "note": note, "log": False, "smooth": False, "stacked": True, "series": stacked})
+        panels.insert(1, _panel(STEP_TIME, stacked, stacked=True))
     return panels
+
+
+def _panel(chart: Chart, series: list[dict[str, Any]], *, stacked: bool = False) -> dict[str, Any]:
+    return {"title": chart.title, "note": chart.note, "log": chart.log, "smooth": chart.smooth, "stacked": stacked, "series": series}
 
 
 def _expand(series: Mapping[str, str], names: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -183,7 +173,7 @@ def _expand(series: Mapping[str, str], names: Sequence[str]) -> Iterator[tuple[s
 def _points(rows: Sequence[Mapping[str, Any]], name: str, limit: int) -> list[tuple[float, float, float | None]]:
     """(step, value, standard error or None) of a metric; steps where it is absent are left out."""
     points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-    errors = {row["step"]: row.get(f"{name}_se") for row in rows} if len(points) <= limit else {}
+    errors = {row["step"]: row.get(standard_error(name)) for row in rows} if len(points) <= limit else {}
     return [(step, value, rounded(errors.get(int(step)))) for step, value in _bins(points, limit)]
 
 

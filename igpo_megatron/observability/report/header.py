@@ -7,20 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from igpo_megatron.observability.metrics import headline, max_gap
-from igpo_megatron.observability.tracker import sum_phases
-
-OUTCOMES = (
-    ("f1_sampled", "F1, sampled at training temperature", True),
-    ("f1_sampled_macro", "F1, sampled, mean over sources", True),
-    ("f1_greedy", "F1, greedy", True),
-    ("f1_greedy_macro", "F1, greedy, mean over sources", True),
-    ("em_greedy", "Exact match, greedy", True),
-    ("em_greedy_macro", "Exact match, greedy, mean over sources", True),
-    ("format_valid", "Format-valid share", True),
-    ("searches_per_question", "Searches per question", False),
-)
-"""Rows of the before/after table: key in summary.json, label, whether more is better."""
+from igpo_megatron.observability.console import roughly
+from igpo_megatron.observability.metrics import headline, max_gap, outcomes
+from igpo_megatron.observability.metrics_file import sum_phases
+from igpo_megatron.types import Metric
 
 
 def value_at(values: Mapping[str, Any], dotted: str) -> Any:
@@ -36,7 +26,7 @@ def facts_of(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], summa
     at = partial(value_at, config)
     steps = rows[-1]["step"] if rows else None
     gap = summary["max_logprob_gap"] if summary else max_gap(rows)
-    skipped = [row["skipped"] for row in rows if row.get("skipped") is not None]
+    skipped = [row[Metric.SKIPPED] for row in rows if row.get(Metric.SKIPPED) is not None]
     wall = summary["wall_s"] if summary else sum(sum_phases(rows).values())
     facts = [
         ("Policy", at("model.path") and Path(at("model.path")).name),
@@ -49,7 +39,7 @@ def facts_of(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], summa
         ("Precision", at("model.dtype") and f"{at('model.dtype')} on {at('run.device')}"),
         ("Learning rate", at("optim.lr")),
         ("Seed", at("run.seed")),
-        ("Time in phases", _duration(wall) if wall else None),
+        ("Time in phases", roughly(wall) if wall else None),
         ("Skipped updates", f"{sum(skipped):.0f}" if skipped else None),
         ("Largest log-prob gap", None if gap is None else f"{gap:.1e}"),
     ]
@@ -68,11 +58,6 @@ def _layout(at: Callable[[str], Any]) -> str:
     return f"TP {at('parallel.tensor')}{context} · PP {at('parallel.pipeline')}{data}"
 
 
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{seconds:.0f} s" if seconds < 120 else f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
 def _ends(summary: Mapping[str, Any] | None, evals: Sequence[dict[str, Any]]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """Held-out scores before and after training (or so far), under the names of summary.json; empty where there are none."""
     if summary:
@@ -83,17 +68,8 @@ def _ends(summary: Mapping[str, Any] | None, evals: Sequence[dict[str, Any]]) ->
 
 
 def outcomes_of(summary: Mapping[str, Any] | None, evals: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of the before/after table; a side that is missing is None."""
-    before, after = _ends(summary, evals)
-    rows = []
-    for key, label, more_is_better in OUTCOMES:
-        left, right = before.get(key), after.get(key)
-        if left is None and right is None:
-            continue
-        change = None if left is None or right is None else right - left
-        errors = [side.get(f"{key}_se") for side in (before, after)]
-        rows.append({"label": label, "sides": list(zip((left, right), errors, strict=True)), "change": change, "judged": more_is_better})
-    return rows
+    """Rows of the before/after table."""
+    return outcomes(*_ends(summary, evals))
 
 
 def count_questions(summary: Mapping[str, Any] | None, evals: Sequence[dict[str, Any]]) -> int | None:
@@ -112,8 +88,8 @@ def scores_by_source(evals: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         {
             "name": name,
             "questions": scores.get("questions"),
-            "before": scores.get("f1"),
-            "after": (last.get(name) or {}).get("f1") if len(evals) > 1 else None,
+            "before": scores.get(Metric.F1),
+            "after": (last.get(name) or {}).get(Metric.F1) if len(evals) > 1 else None,
         }
         for name, scores in first.items()
     ]

@@ -14,11 +14,11 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from igpo_megatron.observability.metrics_file import PHASES, read_metrics, sum_phases
 from igpo_megatron.observability.report.charts import STANDARD, Limits, charts_of
 from igpo_megatron.observability.report.header import count_questions, facts_of, outcomes_of, scores_by_source, value_at
 from igpo_megatron.observability.report.trajectories import files_left_out, find_tokenizer, read_file, rollout_files
-from igpo_megatron.observability.run_folder import write_whole
-from igpo_megatron.observability.tracker import PHASES, public_config, read_metrics, sum_phases
+from igpo_megatron.observability.run_folder import RunFolder, public_config, read_object, write_whole
 from igpo_megatron.types import UserError
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -32,21 +32,20 @@ def write_report(run_folder: Path, limits: Limits = STANDARD) -> Path:
     page = collect(run_folder, limits)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     html = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(page)
-    path = run_folder / "report.html"
-    write_whole(path, html)
-    return path
+    write_whole(RunFolder(run_folder).report, html)
+    return RunFolder(run_folder).report
 
 
 def collect(run_folder: Path, limits: Limits) -> dict[str, Any]:
     """Everything the template shows, as plain data."""
-    metrics = run_folder / "metrics.jsonl"
+    folder = RunFolder(run_folder)
     files = rollout_files(run_folder)
-    evals = [_read_json(path) for path in sorted((run_folder / "eval").glob("step_*.json"))]
-    if not (metrics.is_file() or files or evals):
+    evals = [_read_json(path) for path in sorted(folder.eval.glob("step_*.json"))]
+    if not (folder.metrics.is_file() or files or evals):
         raise UserError(f"{run_folder}: no run to report on; expected metrics.jsonl, rollouts/step_*.parquet or eval/step_*.json in it")
-    config = public_config(_read_json(run_folder / "config.json") or {})
-    summary = _read_json(run_folder / "summary.json")
-    rows = read_metrics(metrics) if metrics.is_file() else []
+    config = public_config(_read_json(folder.config) or {})
+    summary = _read_json(folder.summary)
+    rows = read_metrics(folder.metrics) if folder.metrics.is_file() else []
     phases = summary["phases_s"] if summary else sum_phases(rows)
     tokenizer = find_tokenizer(config)
     return {
@@ -69,12 +68,4 @@ def collect(run_folder: Path, limits: Limits) -> dict[str, Any]:
 
 def _read_json(path: Path) -> Any:
     """The object in a JSON file; None if the file is missing. Raises UserError for anything else."""
-    if not path.is_file():
-        return None
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error}); remove it to leave it out of the report") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected an object, found {type(values).__name__}; remove it to leave it out of the report")
-    return values
+    return read_object(path, "remove it to leave it out of the report") if path.is_file() else None

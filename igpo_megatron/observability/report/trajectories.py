@@ -15,19 +15,20 @@ from tokenizers import Tokenizer
 from igpo_megatron.observability.report.charts import Limits, rounded
 from igpo_megatron.observability.report.header import value_at
 from igpo_megatron.observability.rollout_dump import count_groups, read_rollouts
+from igpo_megatron.observability.run_folder import step_of
 from igpo_megatron.observability.tree_picture import tree_picture
-from igpo_megatron.types import Node, RolloutGroup, Trajectory, UserError
+from igpo_megatron.types import Node, RolloutGroup, Trajectory
 
 
 def rollout_files(run_folder: Path) -> list[tuple[Path, str]]:
     """(file, label): the first, middle and last training step, then the first and last evaluation of each kind."""
     training = sorted((run_folder / "rollouts").glob("step_*.parquet"))
-    picked = [(path, f"Training, step {_step_of(path)}") for path in _spread(training, 3)]
+    picked = [(path, f"Training, step {step_of(path)}") for path in _spread(training, 3)]
     kinds: dict[str, list[Path]] = {}
     for path in sorted((run_folder / "eval").glob("step_*.parquet")):
         kinds.setdefault(re.sub(r"^step_\d+_?", "", path.stem), []).append(path)
     evaluations = [
-        (path, f"Held-out{', ' if kind else ''}{kind}, after step {_step_of(path)}")
+        (path, f"Held-out{', ' if kind else ''}{kind}, after step {step_of(path)}")
         for kind, paths in kinds.items()
         for path in _spread(paths, 2)
     ]
@@ -45,13 +46,6 @@ def _spread(paths: Sequence[Path], count: int) -> list[Path]:
     if len(paths) <= count:
         return list(paths)
     return [paths[round(position * (len(paths) - 1) / (count - 1))] for position in range(count)]
-
-
-def _step_of(path: Path) -> int:
-    match = re.match(r"step_(\d+)", path.stem)
-    if match is None:
-        raise UserError(f"{path}: expected a file named step_<number>.parquet")
-    return int(match[1])
 
 
 def read_file(path: Path, label: str, tokenizer: Tokenizer | None, limits: Limits) -> dict[str, Any]:
