@@ -57,7 +57,7 @@ def load_mapped(path: Path) -> Any:
     """
     try:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=False, pickle_module=_INERT)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+    except (*_DAMAGED, ValueError) as error:
         raise ConversionError(f"{path} is not a complete file of torch.save ({error}); copy the checkpoint again") from error
 
 
@@ -81,7 +81,8 @@ def map_tensor(file: IO[bytes], content: Tensor, start: int, length: int) -> Ten
         (record,) = [name for name in archive.get_all_records() if name.startswith("data/")]
         at, size = start + archive.get_record_offset(record), archive.get_record_size(record)
     except _DAMAGED as error:
-        raise ValueError(f"no archive of one tensor: {error!r}") from error
+        # torch hides what it found behind the advice to load the file unsafely.
+        raise ValueError(f"no archive of one tensor: {error.__context__ or error!r}") from error
     size = min(size, start + length - at)
     if needed > size:
         raise ValueError(f"a tensor of {needed} bytes does not fit into {size} bytes")
