@@ -192,7 +192,7 @@ def test_the_time_to_the_end_is_not_reckoned_from_start_up_and_the_first_evaluat
     clock.now += 1000
     tracker.log(0, {"eval/greedy/f1": 0.5})
     clock.now += 10
-    tracker.log(1, {"reward": 0.5})
+    tracker.log(1, {Metric.REWARD: 0.5})
     assert output.getvalue().splitlines()[-1].endswith("ETA 30 s")
 
 
@@ -268,12 +268,13 @@ import sys
 from pathlib import Path
 from igpo_megatron.config.schema import Track
 from igpo_megatron.observability.tracker import Tracker
+from igpo_megatron.types import Metric
 
 folder = Path(sys.argv[1])
 with Tracker(folder, Track(wandb="online"), name="demo", total_steps=1) as tracker:
     with tracker.phase("train"):
         pass
-    tracker.log(1, {"reward": 0.5})
+    tracker.log(1, {Metric.REWARD: 0.5})
 """
 
 
