@@ -192,7 +192,7 @@ def test_the_time_to_the_end_is_not_reckoned_from_start_up_and_the_first_evaluat
     clock.now += 1000
     tracker.log(0, {"eval/greedy/f1": 0.5})
     clock.now += 10
-    tracker.log(1, {Metric.REWARD: 0.5})
+    tracker.log(1, {"reward": 0.5})
     assert output.getvalue().splitlines()[-1].endswith("ETA 30 s")
 
 
