@@ -75,23 +75,18 @@ def write_classic(
     Files that are there already are those of an interrupted call and are kept: give (a part of) the folder of `new_folder`. The grid
     must divide the model (`check_grid`). `on_bytes` gets the progress, in bytes written.
     """
-    release = folder / "release"
-    make = {unit.rule.megatron_name: unit for unit in units}
     for rank in grid.ranks():
-        path = release / grid.folder_name(*rank) / FILE
+        path = folder / "release" / grid.folder_name(*rank) / FILE
+        held = list(_held(rank, units, rules, shape, grid, te_names))
         if path.is_file():
-            on_bytes(_bytes_on(rank, units, rules, shape, grid))
+            on_bytes(sum(nbytes for *_, nbytes in held))
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
         state: dict[str, Any] = {}
-        for name, rule in rules.items():
-            local = _name_on(rank, rule, shape, grid, te_names)
-            if local is None:
-                continue
-            source = make.get(name) or make["embedding.word_embeddings.weight"]  # a tied output layer is the embedding
-            (full,) = source.make()
+        for local, rule, unit, nbytes in held:
+            (full,) = unit.make()
             state[local] = rule.shard(full, grid.tensor, rank[0]).clone()
-            on_bytes(state[local].nbytes)
+            on_bytes(nbytes)
         content = {"model": state, "checkpoint_version": 3.0, "iteration": 0, "args": _arguments(shape, grid, state)}
         with complete_file(path) as file:
             append_archive(file, content)
@@ -101,17 +96,18 @@ def write_classic(
 
 def total_bytes(units: Sequence[Unit], rules: Mapping[str, Rule], shape: ModelShape, grid: Grid) -> int:
     """Sum of all that `write_classic` reports by `on_bytes`."""
-    return sum(_bytes_on(rank, units, rules, shape, grid) for rank in grid.ranks())
+    return sum(nbytes for rank in grid.ranks() for *_, nbytes in _held(rank, units, rules, shape, grid, te_names=False))
 
 
-def _bytes_on(rank: tuple[int, int, int], units: Sequence[Unit], rules: Mapping[str, Rule], shape: ModelShape, grid: Grid) -> int:
-    nbytes = {unit.rule.megatron_name: unit.nbytes for unit in units}
-    total = 0
+def _held(
+    rank: tuple[int, int, int], units: Sequence[Unit], rules: Mapping[str, Rule], shape: ModelShape, grid: Grid, te_names: bool
+) -> Iterator[tuple[str, Rule, Unit, int]]:
+    """(name, rule, unit that makes the full tensor, bytes of the rank's part) of each tensor on a rank."""
+    makers = {unit.rule.megatron_name: unit for unit in units}
     for name, rule in rules.items():
-        if _name_on(rank, rule, shape, grid, te_names=False) is not None:
-            size = nbytes.get(name, nbytes["embedding.word_embeddings.weight"])
-            total += size // (grid.tensor if rule.split_dim is not None else 1)
-    return total
+        if (local := _name_on(rank, rule, shape, grid, te_names)) is not None:
+            unit = makers.get(name) or makers["embedding.word_embeddings.weight"]  # a tied output layer is the embedding
+            yield local, rule, unit, unit.nbytes // (grid.tensor if rule.split_dim is not None else 1)
 
 
 def check_grid(shape: ModelShape, grid: Grid) -> None:
@@ -188,7 +184,8 @@ class ClassicReader(Reader):
         self.folder = Path(folder)
         self._rules, self._shape = rules, shape
         self._parts: dict[str, dict[int, Tensor]] = {}
-        files = {rank: path for path in sorted(self.folder.glob(f"mp_rank_*/{FILE}")) for rank in _rank_of(path)}
+        paths = [(_RANK.fullmatch(path.parent.name), path) for path in sorted(self.folder.glob(f"mp_rank_*/{FILE}"))]
+        files = {(int(rank[1]), int(rank[2] or 0), int(rank[3] or 0)): path for rank, path in paths if rank}
         states = {rank: load_mapped(path) for rank, path in files.items()}
         chunks = {rank: list(_chunks(state, files[rank])) for rank, state in states.items()}
         self.grid, chunks = _grid_of(chunks)
@@ -200,9 +197,9 @@ class ClassicReader(Reader):
         first_layers = _first_layers(chunks)
         for (tensor, pipeline, expert), models in chunks.items():
             for number, model in enumerate(models):
-                first_expert = expert * _num_experts(model)
+                per_rank = len({match[1] for name in model if (match := _EXPERT.search(local_name(name)))})
                 for name, part in model.items():
-                    name = local_name(name, first_layers[number, pipeline], first_expert)
+                    name = local_name(name, first_layers[number, pipeline], expert * per_rank)
                     self._parts.setdefault(name, {}).setdefault(tensor, part)
 
     def names(self) -> list[str]:
@@ -219,8 +216,6 @@ class ClassicReader(Reader):
         return self._whole(name, lambda part: part)
 
     def _whole(self, name: str, take: Callable[[Tensor], Tensor]) -> Tensor:
-        if name not in self._parts:
-            raise ConversionError(f"{self.folder} holds no tensor {name}")
         rule, parts = self._rules.get(name), self._parts[name]
         first = parts[min(parts)]
         if rule is None or rule.split_dim is None or self._is_whole_expert(rule, first):
@@ -237,12 +232,6 @@ class ClassicReader(Reader):
 
 
 _Ranks = dict[tuple[int, int, int], list[dict[str, Tensor]]]
-
-
-def _rank_of(path: Path) -> Iterator[tuple[int, int, int]]:
-    match = _RANK.fullmatch(path.parent.name)
-    if match:
-        yield int(match[1]), int(match[2] or 0), int(match[3] or 0)
 
 
 def _grid_of(chunks: _Ranks) -> tuple[Grid, _Ranks]:
@@ -263,11 +252,6 @@ def _first_layers(chunks: _Ranks) -> dict[tuple[int, int], int]:
             first[number, pipeline] = at
             at += len({match[1] for name in stages[pipeline][number] if (match := _LAYER.match(name))})
     return first
-
-
-def _num_experts(model: Mapping[str, Tensor]) -> int:
-    """Experts that each layer of this rank holds."""
-    return len({match[1] for name in model if (match := _EXPERT.search(local_name(name)))})
 
 
 def _chunks(state: Any, path: Path) -> Iterator[dict[str, Tensor]]:

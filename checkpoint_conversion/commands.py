@@ -13,8 +13,7 @@ from typing import Annotated
 
 import typer
 
-from checkpoint_conversion import MAX_SHARD_BYTES
-from checkpoint_conversion.errors import ConversionError
+from checkpoint_conversion import MAX_SHARD_BYTES, ConversionError
 
 app = typer.Typer(help="Convert checkpoints between Hugging Face and Megatron-Core.", no_args_is_help=True)
 HfOption = Annotated[Path, typer.Option("--hf", help="Hugging Face folder with config.json and safetensors.")]

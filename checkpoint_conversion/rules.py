@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from checkpoint_conversion.errors import ConversionError as ConversionError  # all converters import it from here
+from checkpoint_conversion import ConversionError as ConversionError  # all converters import it from here
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ the whole model in memory and a running process group.
 from __future__ import annotations
 
 import json
-import mmap
 import pickle
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -91,7 +90,6 @@ class MegatronReader(Reader):
         except _DAMAGED_PICKLE as error:
             raise ConversionError(f"{self.folder / '.metadata'} is damaged ({error}); copy the checkpoint again") from error
         self._place = dict(self._places())
-        self._files: dict[str, mmap.mmap] = {}
         self._check_files()
 
     def names(self) -> list[str]:
@@ -103,15 +101,15 @@ class MegatronReader(Reader):
         return [key for key in self._metadata.state_dict_metadata if not key.startswith(_MODEL_KEYS)]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        place = self._find(name)
+        place = self._place[name]
         return tuple(self._entry(place).size[len(place.index) :])
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._entry(self._find(name)).properties.dtype
+        return self._entry(self._place[name]).properties.dtype
 
     def get(self, name: str) -> Tensor:
         """The full tensor (as at tensor parallel 1, vocabulary padded), put together from all shards."""
-        place = self._find(name)
+        place = self._place[name]
         shape, axes = self.shape(name), len(place.index)
         target: Tensor | None = None
         covered = 0
@@ -135,19 +133,13 @@ class MegatronReader(Reader):
     def _load(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
         info: _StorageInfo = self._metadata.storage_data[MetadataIndex(key, chunk.offsets)]
         try:
-            tensor = map_tensor(self._mapped(info.relative_path), info.offset, info.length)
+            with (self.folder / info.relative_path).open("rb") as file:
+                tensor = map_tensor(file, info.offset, info.length)
         except ValueError as error:
             raise ConversionError(f"{self.folder / info.relative_path} is damaged at {key} ({error}); copy the checkpoint again") from error
         if tuple(tensor.shape) != tuple(chunk.sizes):
             raise ConversionError(f"{key} in {self.folder} is {list(tensor.shape)}, but the index says {list(chunk.sizes)}")
         return tensor
-
-    def _mapped(self, file: str) -> mmap.mmap:
-        if file not in self._files:
-            with (self.folder / file).open("rb") as stream:
-                # A private mapping, because torch requires writable memory; nothing is written to it.
-                self._files[file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
-        return self._files[file]
 
     def _places(self) -> Iterator[tuple[str, Place]]:
         for key, entry in self._metadata.state_dict_metadata.items():
@@ -163,11 +155,6 @@ class MegatronReader(Reader):
                     continue
                 for expert in range(entry.size[len(index)]):
                     yield name.replace(_STORED_EXPERT, f".experts.local_experts.{expert}."), Place(key, (*index, expert))
-
-    def _find(self, name: str) -> Place:
-        if name not in self._place:
-            raise ConversionError(f"{self.folder} holds no tensor {name}")
-        return self._place[name]
 
     def _entry(self, place: Place) -> TensorStorageMetadata:
         return self._metadata.state_dict_metadata[place.key]

@@ -8,19 +8,17 @@ from __future__ import annotations
 import io
 import mmap
 import pickle
-import struct
-import zipfile
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from checkpoint_conversion.rules import ConversionError
+# A part of a file as a file, by which torch's own reader of distributed checkpoints reads.
+from torch.distributed.checkpoint.utils import _create_file_view
 
-_LOCAL_HEADER = struct.Struct("<26xHH")
-"""Local header of a zip archive's entry, 30 bytes: the lengths of its name and of its extra field come last."""
+from checkpoint_conversion.rules import ConversionError
 
 
 def append_archive(file: BinaryIO, content: Any) -> None:
@@ -63,66 +61,31 @@ def load_mapped(path: Path) -> Any:
         raise ConversionError(f"{path} is not a complete file of torch.save ({error}); copy the checkpoint again") from error
 
 
-def map_tensor(file: mmap.mmap, start: int, length: int) -> Tensor:
+def map_tensor(file: IO[bytes], start: int, length: int) -> Tensor:
     """The one tensor of an archive inside a larger file, mapped in place.
 
     Raises ValueError if there is no archive of one tensor.
     """
-    view = memoryview(file)[start : start + length]
     try:
-        with zipfile.ZipFile(_Bytes(view)) as archive:
-            entries = {name.partition("/")[2]: entry for name, entry in ((entry.filename, entry) for entry in archive.infolist())}
-        at, size = _content(view, entries["data.pkl"])
-        described = _Describer(io.BytesIO(view[at : at + size])).load()
-        if not isinstance(described, _Tensor):
-            raise ValueError(f"{described!r} is no tensor")
-        at, size = _content(view, entries[f"data/{described.storage_key}"])
-        empty = 0 in described.shape
-        steps = zip(described.shape, described.stride, strict=True)
-        last = described.offset + sum((count - 1) * stride for count, stride in steps)
-        if not empty and (min((described.offset, *described.stride), default=0) < 0 or (last + 1) * described.dtype.itemsize > size):
-            raise ValueError(f"a tensor {described.shape} with strides {described.stride} does not fit into {size} bytes")
-    except (zipfile.BadZipFile, KeyError, struct.error, pickle.UnpicklingError, EOFError, AttributeError, IndexError, TypeError) as error:
+        described = torch.load(_create_file_view(file, start, length), map_location="meta", weights_only=True)
+        if not isinstance(described, Tensor):
+            raise ValueError(f"a {type(described).__name__} is no tensor")
+        archive = torch._C.PyTorchFileReader(_create_file_view(file, start, length))
+        (record,) = [name for name in archive.get_all_records() if name.startswith("data/")]
+        at, size = start + archive.get_record_offset(record), archive.get_record_size(record)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, AttributeError, TypeError) as error:
         raise ValueError(f"no archive of one tensor: {error!r}") from error
-    if empty:
+    needed = described.untyped_storage().nbytes()
+    if needed > size:
+        raise ValueError(f"a tensor of {needed} bytes does not fit into {size} bytes")
+    if not described.numel():
         return torch.empty(described.shape, dtype=described.dtype)
-    raw = torch.frombuffer(file, dtype=torch.uint8, count=size, offset=start + at)
+    page = at // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+    # A private mapping, because torch requires writable memory; nothing is written to it.
+    mapped = mmap.mmap(file.fileno(), at + needed - page, access=mmap.ACCESS_COPY, offset=page)
+    raw = torch.frombuffer(mapped, dtype=torch.uint8, count=needed, offset=at - page)
     aligned = raw if raw.data_ptr() % described.dtype.itemsize == 0 else raw.clone()
-    return aligned.view(described.dtype).as_strided(described.shape, described.stride, described.offset)
-
-
-def _content(view: memoryview, entry: zipfile.ZipInfo) -> tuple[int, int]:
-    """(where an entry's bytes begin, how many they are). Not read by `zipfile`, because torch may leave their checksum out."""
-    if entry.compress_type != zipfile.ZIP_STORED:
-        raise ValueError(f"{entry.filename} is compressed, which torch.save never does")
-    name, extra = _LOCAL_HEADER.unpack(view[entry.header_offset : entry.header_offset + _LOCAL_HEADER.size])
-    return entry.header_offset + _LOCAL_HEADER.size + name + extra, entry.file_size
-
-
-class _Bytes(io.RawIOBase):
-    """Memory as a file, without a copy of it."""
-
-    def __init__(self, view: memoryview) -> None:
-        self._view, self._at = view, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: len(self._view)}[whence]
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        part = self._view[self._at : self._at + len(buffer)]
-        buffer[: len(part)] = part
-        self._at += len(part)
-        return len(part)
+    return aligned.view(described.dtype).as_strided(described.shape, described.stride(), described.storage_offset())
 
 
 class _StandIn:
@@ -171,34 +134,6 @@ def load_index(path: Path) -> Any:
     """The pickled index of a torch_dist checkpoint, of which only its own classes are built. Raises what a damaged pickle raises."""
     with path.open("rb") as file:
         return _IndexUnpickler(file).load()
-
-
-class _Tensor:
-    """A pickled tensor's description."""
-
-    def __init__(self, storage: tuple[torch.dtype, str], offset: int, shape: Any, stride: Any, *rest: Any) -> None:
-        self.dtype, self.storage_key = storage
-        self.offset, self.shape, self.stride = offset, tuple(shape), tuple(stride)
-
-
-_STORAGE_DTYPES = {
-    **{"DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16},
-    **{"LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16, "CharStorage": torch.int8},
-    **{"ByteStorage": torch.uint8, "BoolStorage": torch.bool},
-}
-
-
-class _Describer(_Unpickler):
-    """Builds the description of a tensor instead of the tensor."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _Tensor
-        return _STORAGE_DTYPES[name] if module == "torch" and name in _STORAGE_DTYPES else super().find_class(module, name)
-
-    def persistent_load(self, pid: Any) -> tuple[torch.dtype, str]:
-        _, dtype, key, *_ = pid
-        return dtype, key
 
 
 _INERT = SimpleNamespace(Unpickler=_Unpickler, load=pickle.load, __name__="pickle")

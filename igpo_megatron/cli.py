@@ -22,6 +22,7 @@ from typer.core import TyperGroup
 from typer.exceptions import TyperException
 from typer.main import get_group
 
+from igpo_megatron.config.checks import planned_over_steps
 from igpo_megatron.config.load import explain, load
 from igpo_megatron.config.schema import Config
 from igpo_megatron.doctor.commands import app as doctor_app
@@ -99,12 +100,13 @@ def _is_finished(settings: Config) -> bool:
     """Whether the run is finished; prints its summary if so. Raises ConfigError if its folder was made with other settings."""
     folder = open_folder(settings)
     summary = read_summary(folder)
-    if summary is None:
+    if summary is None or summary["steps"] < settings.run.steps:
         return False
     from igpo_megatron.observability.summary import show_finished
 
     show_finished(summary, folder.report)
-    typer.echo(f"this run is finished; to train again choose another run.name, or remove {folder.root}")
+    more = "" if planned_over_steps(settings) else ", to go on raise run.steps"
+    typer.echo(f"this run is finished; to train again choose another run.name, or remove {folder.root}{more}")
     return True
 
 

@@ -7,9 +7,11 @@ import importlib
 import inspect
 import re
 from collections.abc import Iterable, Iterator
+from functools import reduce
+from operator import or_
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from igpo_megatron.types import UserError
 
@@ -51,6 +53,16 @@ def ours_or_hooked(value: Any) -> str:
     """Whether a name, or the section that has it, is one of ours or a hook: `OURS` or `HOOKED`."""
     name = value.get("name") if isinstance(value, dict) else getattr(value, "name", value)
     return HOOKED if isinstance(name, str) and is_hook(name) else OURS
+
+
+def one_of(sections: Iterable[type[Section]]) -> Any:
+    """The type of a section that is one of these, chosen by its `name`."""
+    return Annotated[reduce(or_, sections), Field(discriminator="name")]
+
+
+def ours_or(hooked: Any, ours: Any) -> Any:
+    """The type of a setting whose name, or that of its section, is a hook or one of ours: type `hooked` or `ours`."""
+    return Annotated[Annotated[ours, Tag(OURS)] | Annotated[hooked, Tag(HOOKED)], Discriminator(ours_or_hooked)]
 
 
 def unknown(key: str, name: str, known: Iterable[str]) -> str:

@@ -101,9 +101,31 @@ def renamed(name: str, search: str) -> str:
     return {search: SEARCH, SEARCH: search}.get(name, name)
 
 
+@dataclass(frozen=True, slots=True)
+class SamplingRequest:
+    """What an engine is asked to sample: a turn, or a part of one."""
+
+    token_ids: list[int]
+    """[C], the context that it continues."""
+
+    max_tokens: int
+    temperature: float
+    """0 takes the likeliest token."""
+
+    seed: int
+    key: str
+    """Requests with the same key go to the same engine, to use its prefix cache."""
+
+    top_logprobs: int = 0
+    """Other than 0 requests entropies, over that many of the likeliest tokens or, if -1, over all."""
+
+    experts_from: int | None = None
+    """Requests the experts of the context's tokens from this position on, and of the sampled ones."""
+
+
 @dataclass(slots=True)
 class Completion:
-    """What an engine sampled for one turn."""
+    """What an engine sampled for one request."""
 
     token_ids: list[int]
     """[L], the end-of-turn token included when it was sampled."""
@@ -310,14 +332,18 @@ class RolloutGroup:
         """The sampled turns of a trajectory, in order. [num_turns]"""
         return [self.nodes[index] for index in trajectory.path if self.nodes[index].kind == "action"]
 
-    def context(self, index: int) -> list[int]:
-        """All token ids from the root up to and including node `index`."""
-        segments: list[list[int]] = []
+    def path_to(self, index: int) -> list[int]:
+        """Node indices from the root to node `index`."""
+        path: list[int] = []
         cursor: int | None = index
         while cursor is not None:
-            segments.append(self.nodes[cursor].token_ids)
+            path.append(cursor)
             cursor = self.nodes[cursor].parent
-        return [token for segment in reversed(segments) for token in segment]
+        return path[::-1]
+
+    def context(self, index: int) -> list[int]:
+        """All token ids from the root up to and including node `index`."""
+        return [token for number in self.path_to(index) for token in self.nodes[number].token_ids]
 
     @property
     def trained(self) -> list[Trajectory]:
@@ -540,17 +566,17 @@ class Canary:
     """Largest |difference| allowed, nats."""
 
 
+NamedTensors = Iterable[tuple[str, Any]]
+"""(name in the Hugging Face folder, tensor), once each."""
+
+
 class WeightSink(Protocol):
     """Whatever receives new weights: the engine pool, or a test."""
 
     def update_weights(
-        self,
-        named_tensors: Iterable[tuple[str, Any]],
-        version: int,
-        canary: Canary | None = None,
-        exported: Callable[[], None] | None = None,
+        self, named_tensors: NamedTensors, version: int, canary: Canary | None = None, exported: Callable[[], None] | None = None
     ) -> Mapping[str, float]:
-        """Replace all weights by `(hf_name, tensor)` pairs and serve them as `version` from now on; returns metrics.
+        """Replace all weights and serve them as `version` from now on; returns metrics.
 
         `exported` is called when all tensors were taken. With `canary`, whoever serves them is asked before others may. Raises SyncError.
         """

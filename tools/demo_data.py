@@ -48,9 +48,7 @@ def main(out: Annotated[Path, typer.Option(help="Folder to write; made if absent
         world = world_facts.build()
     out.mkdir(parents=True, exist_ok=True)
     with console.status("writing"):
-        write_corpus(world.passages, out / "corpus.jsonl")
-        for split in ("train", "test"):
-            write_questions((question for question in world.questions if question.split == split), out / f"{split}.parquet")
+        write(world, out)
         (out / "SOURCES.md").write_text(sources(world), encoding="utf-8")
     counts = Counter(question.split for question in world.questions)
     console.print(
@@ -58,6 +56,13 @@ def main(out: Annotated[Path, typer.Option(help="Folder to write; made if absent
         f"in [bold]{escape(str(out))}[/bold]",
         soft_wrap=True,
     )
+
+
+def write(world: world_facts.World, folder: Path) -> None:
+    """corpus.jsonl, train.parquet and test.parquet."""
+    write_corpus(world.passages, folder / "corpus.jsonl")
+    for split in ("train", "test"):
+        write_questions((question for question in world.questions if question.split == split), folder / f"{split}.parquet")
 
 
 def write_corpus(passages: Iterable[Passage], path: Path) -> None:

@@ -4,8 +4,6 @@
     no GPU: torch's CPU build ──> requirements.lock (--no-deps) ──> the project, editable ──> a second Triton, for tests
     GPU:    .[gpu,dev] by resolution
 
-On the console is one line for each step, with its time; what pip and uv say is in install.log of the environment.
-
 uv does the work because the CPU build of vLLM asks for three packages that must stay away (tools/overrides.txt), and pip cannot
 override requirements. Standard library only: this runs before anything is installed. The console shows one line for each step, with its
 time; what pip and uv say is kept in install.log of the environment.

@@ -38,6 +38,7 @@ from igpo_megatron.plan.workload import draw, from_rollouts, shares_of
 from igpo_megatron.supervision.endings import one_sentence
 from igpo_megatron.types import UserError
 
+TEMPLATE = Path(__file__).with_suffix(".html.j2")
 COLOURS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2")
 PANELS = (
     ("step", "Step time", "seconds", False),
@@ -92,7 +93,7 @@ def main(
     machine = machines.read(calibration) if calibration else machines.gpu(gpu)
     settings = Settings(dtype_bytes=2 if machine.device == "cuda" else 4)
     # Rollouts run beside training here, so each has devices of its own.
-    plan = search(name, shape, machine, workload, gpus, settings, placement="disaggregated")
+    plan = search(Plan(name, shape, machine, workload, settings, gpus), "disaggregated")
     if not plan.fits:
         raise UserError(f"{name} does not fit on {gpus} devices; `igpo plan --model {model} --gpus {gpus}` says why")
     grid = [(size, k) for size in _numbers("--cells", cells) for k in _numbers("--staleness", staleness)]
@@ -184,27 +185,6 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     return found
 
 
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Scaling of {{ model }}</title>
-<style>
- body { font: 15px/1.5 system-ui, sans-serif; color: #1f2937; max-width: 1080px; margin: 2rem auto; padding: 0 1rem }
- h1 { font-size: 1.5rem; margin-bottom: .2rem } h2 { font-size: 1.05rem; margin: 0 } .note { color: #6b7280; font-size: .85rem }
- .panels { display: grid; grid-template-columns: 1fr 1fr; gap: 1.2rem; margin: 1.2rem 0 } svg { width: 100%; height: auto }
- table { border-collapse: collapse; width: 100%; font-size: .85rem } td, th { text-align: right; padding: .2rem .6rem;
- border-bottom: 1px solid #e5e7eb } td.l, th.l { text-align: left } .key span { margin-right: 1.2rem } .key i { display: inline-block;
- width: 1.4em; height: .25em; vertical-align: middle; margin-right: .4em }
-</style>
-<h1>{{ model }}: scaling, simulated</h1>
-<div class="note">{{ cell }}</div>
-<p class="key">max_staleness: {% for k, colour in keys %}<span><i style="background:{{ colour }}"></i>{{ k }}</span>{% endfor %}</p>
-<div class="panels">{% for title, unit, svg in panels %}
-<figure style="margin:0"><h2>{{ title }}</h2><div class="note">{{ unit }}</div>{{ svg | safe }}</figure>{% endfor %}
-<div><h2>Measured or modelled</h2><table>{% for what, how in facts %}<tr><td class="l">{{ what }}</td><td class="l">{{ how }}</td></tr>
-{% endfor %}</table></div></div>
-<table><tr>{% for name in names %}<th>{{ name }}</th>{% endfor %}</tr>
-{% for row in rows %}<tr>{% for name in names %}<td>{{ row[name] }}</td>{% endfor %}</tr>{% endfor %}</table></html>
-"""
-
-
 def page(model: str, plan: Plan, rows: Sequence[dict[str, Any]], facts: Sequence[tuple[str, str]]) -> str:
     """One page that loads nothing."""
     best = plan.fits[0]
@@ -222,7 +202,7 @@ def page(model: str, plan: Plan, rows: Sequence[dict[str, Any]], facts: Sequence
     ]
     names = [name for name in rows[0] if name != "simulated_s"]
     environment = Environment(autoescape=True)
-    return environment.from_string(PAGE).render(
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         model=model, cell=cell, keys=list(colours.items()), panels=panels, facts=facts, rows=rows, names=names
     )
 

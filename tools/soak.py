@@ -40,6 +40,7 @@ from igpo_megatron.config.load import load
 from igpo_megatron.config.schema import Config
 from igpo_megatron.data.prompts import PromptStream
 from igpo_megatron.observability.metrics_file import read_metrics
+from igpo_megatron.observability.run_folder import write_whole
 from igpo_megatron.supervision.leftovers import is_alive
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -216,61 +217,53 @@ def saved_step(run: Path) -> int:
     return max((int(path.parent.name[5:]) for path in run.glob("checkpoints/step_??????/state.json")), default=0)
 
 
-def soak(
-    arguments: Sequence[str],
-    run: Path,
-    *,
-    kills: int,
-    seed: int,
-    count: int,
-    patience_s: float,
-    until: float = math.inf,
-    faults: Sequence[Fault] = FAULTS,
-    logs: Path,
-    rendezvous: str = "c10d",
-    report: Callable[[dict[str, Any]], None] = lambda result: None,
-) -> dict[str, Any]:
-    """Kill, resume, finish; the result as JSON-able data, told to `report` after every kill, too.
-
-    `arguments`: configuration and overrides; `rendezvous`: how torchrun's agents meet; `patience_s`: for a start, a step or an end;
-    `until`: no kill after it (monotonic).
-    """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_TOKEN": secrets.token_hex(16), "HF_HUB_OFFLINE": "1"}
-    trial = _Trial(arguments, run, seed, count, patience_s, logs, rendezvous, environment)
-    rng = random.Random(seed)
-    with ExitStack() as stack:
-        trial.network = stack.enter_context(hosts.Hosts(count)) if count > 1 else None
-        stack.callback(trial.end)
-        order: list[Fault] = []
-        possible = [fault for fault in faults if count > 1 or not fault.needs_hosts]
-        while trial.goes_on(kills, until):
-            trial.start()
-            while trial.job.running and trial.goes_on(kills, until):
-                order = order or rng.sample(possible, len(possible))  # all kinds come equally often
-                trial.kill(rng, order.pop())
-                report(trial.result())
-        trial.finish()
-        return trial.result()
-
-
 @dataclass(slots=True)
-class _Trial:
-    """A run that is started again and again, and what was done to it."""
+class Trial:
+    """A run that is killed and started again, by the same command each time, until it has finished; and what was done to it."""
 
     arguments: Sequence[str]
+    """Configuration and overrides."""
+
     run: Path
+    kills: int
     seed: int
     count: int
+    """Hosts."""
+
     patience_s: float
+    """For a start, a step or an end."""
+
+    until: float
+    """No kill after it (monotonic)."""
+
+    faults: Sequence[Fault]
     logs: Path
     rendezvous: str
-    environment: dict[str, str]
+    """How torchrun's agents meet."""
+
     network: hosts.Hosts | None = None
     _job: Job | None = None
     _starts: int = 0
     _done: list[Kill] = field(default_factory=list)
     _left: list[str] = field(default_factory=list)
     _began: float = field(default_factory=time.monotonic)
+
+    def soak(self, report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+        """Kill, resume, finish; the result as JSON-able data, told to `report` after every kill, too."""
+        rng = random.Random(self.seed)
+        with ExitStack() as stack:
+            self.network = stack.enter_context(hosts.Hosts(self.count)) if self.count > 1 else None
+            stack.callback(self.end)
+            order: list[Fault] = []
+            possible = [fault for fault in self.faults if self.count > 1 or not fault.needs_hosts]
+            while self.goes_on:
+                self.start()
+                while self.job.running and self.goes_on:
+                    order = order or rng.sample(possible, len(possible))  # all kinds come equally often
+                    self.kill(rng, order.pop())
+                    report(self.result())
+            self.finish()
+            return self.result()
 
     @property
     def job(self) -> Job:
@@ -281,16 +274,18 @@ class _Trial:
     def _finished(self) -> bool:
         return (self.run / "summary.json").exists()
 
-    def goes_on(self, kills: int, until: float) -> bool:
+    @property
+    def goes_on(self) -> bool:
         """There is more to kill, and time for it."""
-        return len(self._done) < kills and time.monotonic() < until and not self._finished
+        return len(self._done) < self.kills and time.monotonic() < self.until and not self._finished
 
     def start(self) -> None:
         """The command, given once more on every host."""
         self._starts += 1
         folder = self.logs / f"start_{self._starts:02d}"
         folder.mkdir(parents=True)
-        self._job = Job(self.network, self.count, [*self.arguments, "--rendezvous", self.rendezvous], folder, self.environment)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_TOKEN": secrets.token_hex(16), "HF_HUB_OFFLINE": "1"}
+        self._job = Job(self.network, self.count, [*self.arguments, "--rendezvous", self.rendezvous], folder, environment)
 
     def end(self) -> None:
         """End whatever runs."""
@@ -384,9 +379,7 @@ def line(kill: Kill) -> str:
 
 def demo_arguments(folder: Path, steps: int) -> list[str]:
     """The demo at tiny size with data of its own below `folder`."""
-    world = world_facts.build()
-    demo_data.write_corpus(world.passages, folder / "corpus.jsonl")
-    demo_data.write_questions((question for question in world.questions if question.split == "train"), folder / "train.parquet")
+    demo_data.write(world_facts.build(), folder)
     return [
         str(ROOT / "examples/quickstart/igpo.yaml"),
         "run.name=soak",
@@ -425,18 +418,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     known = json.loads(options.out.read_text(encoding="utf-8"))["figures"] if options.out.is_file() else {}
 
     def write(result: dict[str, Any]) -> None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
         versions = {name: version(name) for name in ("torch", "megatron-core", "ray")}
         figures = {**known, f"hosts_{options.hosts}": result}
         record = {"name": options.out.stem, "device": "cpu", "figures": figures, "floors": dict.fromkeys(VERDICTS, 0), "versions": versions}
-        partial = options.out.with_suffix(".partial")
-        partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        partial.replace(options.out)
+        write_whole(options.out, json.dumps(record, indent=1) + "\n")
 
     with tempfile.TemporaryDirectory(prefix="igpo-soak-") as folder:
-        result = soak(
-            [*demo_arguments(Path(folder), options.steps or 7 * options.kills + 2), *options.overrides],
-            Path(folder) / "soak",
+        trial = Trial(
+            arguments=[*demo_arguments(Path(folder), options.steps or 7 * options.kills + 2), *options.overrides],
+            run=Path(folder) / "soak",
             kills=options.kills,
             seed=options.seed,
             count=options.hosts,
@@ -445,8 +435,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             faults=faults,
             logs=options.logs or Path(folder) / "logs",
             rendezvous=options.rendezvous,
-            report=write,
         )
+        result = trial.soak(write)
     write(result)
     good = not any(result[key] for key in VERDICTS) and len(result["kills"]) == options.kills
     found = ", ".join(f"{len(result[key])} {words}" for key, words in VERDICTS.items())

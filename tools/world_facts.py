@@ -235,71 +235,61 @@ def _language(listed: str) -> Coded | None:
 # ---- facts -> corpus
 
 
+CITY = (
+    "{name} is a city in {country}. It has a population of {people}.",
+    "{name} is a city of {people} people. The country is {country}.",
+    "{name} is a large town located in {country} with {people} people.",
+    "The city of {name} lies in {country}. About {people} people live in the city.",
+)
+CAPITAL = (
+    "{name} is a country in {continent}. The capital of {name} is {capital}.",
+    "{name} is a country on the continent of {continent}. Its capital is {capital}.",
+    "{capital} is the capital of {name}, a country on the continent {continent}.",
+)
+CURRENCY_OF = (
+    "The currency of {name} is the {currency}. The population of the country is {people}.",
+    "With {people} people, the country of {name} uses the currency {currency}.",
+    "{name} is a country that uses the {currency} as its currency.",
+)
+LANGUAGE_OF = ("The main language of {name} is {language}.{border}", "In {name}, people speak the language {language}.{border}")
+CURRENCY = (
+    "The {name} is a currency with the code {code}. It is used in {where}.",
+    "{name} is the currency of {where}. The code of the currency is {code}.",
+)
+LANGUAGE = (
+    "{name} is a language with the code {code}. It is spoken in {where}.",
+    "The code of the language {name} is {code}. Speakers live in {where}.",
+)
+"""Phrasings of a passage."""
+
+
 def passages(countries: Iterable[Country], cities: Iterable[City]) -> Iterator[Passage]:
     """One passage per city, currency and language, three per country."""
     countries = tuple(countries)
     for city in cities:
-        yield _passage(f"city:{city.geoname_id}", city.name, _city_phrasings(city))
+        yield _passage(f"city:{city.geoname_id}", CITY, city.name, country=city.country.name.text, people=_people(city.population))
     for country in countries:
-        yield _passage(f"country:{country.iso}:capital", country.name.text, _capital_phrasings(country))
-        yield _passage(f"country:{country.iso}:currency", country.name.text, _currency_phrasings(country))
-        yield _passage(f"country:{country.iso}:language", country.name.text, _language_phrasings(country))
-    for currency, users in _by_size(countries, "currency").items():
-        where, name, code = " and ".join(users[:2]), currency.name.text, currency.code.text
-        one = f"The {name} is a currency with the code {code}. It is used in {where}."
-        two = f"{name} is the currency of {where}. The code of the currency is {code}."
-        yield _passage(f"currency:{code}", name, (one, two))
-    for language, users in _by_size(countries, "language").items():
-        where, name, code = " and ".join(users[:2]), language.name.text, language.code.text
-        one = f"{name} is a language with the code {code}. It is spoken in {where}."
-        two = f"The code of the language {name} is {code}. Speakers live in {where}."
-        yield _passage(f"language:{code}", name, (one, two))
+        name, people, currency, language = country.name.text, _people(country.population), country.currency, country.language
+        # GeoNames lists no neighbours for Hong Kong or Macao, so an empty list does not mean an island.
+        border = f" {name} borders {' and '.join(country.neighbours)}." if country.neighbours else ""
+        yield _passage(f"country:{country.iso}:capital", CAPITAL, name, continent=country.continent, capital=country.capital)
+        yield _passage(f"country:{country.iso}:currency", CURRENCY_OF, name, currency=currency.name.text, people=people)
+        yield _passage(f"country:{country.iso}:language", LANGUAGE_OF, name, language=language.name.text, border=border)
+    for kind, phrasings in (("currency", CURRENCY), ("language", LANGUAGE)):
+        for coded, users in _by_size(countries, kind).items():
+            code = coded.code.text
+            yield _passage(f"{kind}:{code}", phrasings, coded.name.text, code=code, where=" and ".join(users[:2]))
 
 
-def _passage(doc_id: str, title: str, phrasings: tuple[str, ...]) -> Passage:
-    return Passage(doc_id, title, phrasings[int(_hash(doc_id), 16) % len(phrasings)])
-
-
-def _city_phrasings(city: City) -> tuple[str, ...]:
-    name, country, people = city.name, city.country.name.text, _people(city.population)
-    return (
-        f"{name} is a city in {country}. It has a population of {people}.",
-        f"{name} is a city of {people} people. The country is {country}.",
-        f"{name} is a large town located in {country} with {people} people.",
-        f"The city of {name} lies in {country}. About {people} people live in the city.",
-    )
-
-
-def _capital_phrasings(country: Country) -> tuple[str, ...]:
-    name, continent, capital = country.name.text, country.continent, country.capital
-    return (
-        f"{name} is a country in {continent}. The capital of {name} is {capital}.",
-        f"{name} is a country on the continent of {continent}. Its capital is {capital}.",
-        f"{capital} is the capital of {name}, a country on the continent {continent}.",
-    )
-
-
-def _currency_phrasings(country: Country) -> tuple[str, ...]:
-    name, currency, people = country.name.text, country.currency.name.text, _people(country.population)
-    return (
-        f"The currency of {name} is the {currency}. The population of the country is {people}.",
-        f"With {people} people, the country of {name} uses the currency {currency}.",
-        f"{name} is a country that uses the {currency} as its currency.",
-    )
-
-
-def _language_phrasings(country: Country) -> tuple[str, ...]:
-    name, language = country.name.text, country.language.name.text
-    # GeoNames lists no neighbours for Hong Kong or Macao, so an empty list does not mean an island.
-    border = f" {name} borders {' and '.join(country.neighbours)}." if country.neighbours else ""
-    return f"The main language of {name} is {language}.{border}", f"In {name}, people speak the language {language}.{border}"
+def _passage(doc_id: str, phrasings: tuple[str, ...], name: str, **facts: str) -> Passage:
+    return Passage(doc_id, name, phrasings[int(_hash(doc_id), 16) % len(phrasings)].format(name=name, **facts))
 
 
 def _people(population: int) -> str:
     return f"{population / 1e6:.1f} million" if population >= 1_000_000 else f"{population // 1000} thousand"
 
 
-def _by_size(countries: Iterable[Country], field: Literal["currency", "language"]) -> dict[Coded, list[str]]:
+def _by_size(countries: Iterable[Country], field: str) -> dict[Coded, list[str]]:
     """Currency or language -> names of its countries, most people first."""
     users: dict[Coded, list[str]] = defaultdict(list)
     for country in sorted(countries, key=lambda country: (-country.population, country.iso)):

@@ -14,12 +14,11 @@ from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from igpo_megatron.agent.prober import Prober, RenderedProbe
 from igpo_megatron.agent.settings import GainBranching, NoBranching, Rollout
-from igpo_megatron.agent.trajectory import Agent, PathPlan, TurnWatch, counter_seed, run_trajectory
+from igpo_megatron.agent.trajectory import UNWATCHED, Agent, PathPlan, TurnWatch, counter_seed, run_trajectory
 from igpo_megatron.agent.trees.entropy import EntropyTree
 from igpo_megatron.agent.trees.gain import GainTree
 from igpo_megatron.chat.format import ChatFormat
@@ -71,26 +70,11 @@ class Rollouter:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.start(self._close()).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-
-    def run_sync(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        samples: int,
-        salt: int | str,
-        temperature: float | None,
-        probe: bool = False,
-        branch: bool = False,
-        on_progress: Callable[[float], None] | None = None,
-    ) -> list[RolloutGroup]:
-        """Call `run` and wait for it."""
-        work = self.run(prompts, samples=samples, salt=salt, temperature=temperature, probe=probe, branch=branch, on_progress=on_progress)
-        return self.start(work).result()
 
     def start(self, work: Coroutine[Any, Any, Result]) -> Future[Result]:
         """Run `work`, such as a `run`, in the background. Cancelling the future ends it."""
@@ -135,7 +119,7 @@ class Rollouter:
         done = 0
 
         async def one(
-            group: RolloutGroup, prober: Prober | None, seed: int, start: Sequence[int], sample: int | str, watch: TurnWatch | None = None
+            group: RolloutGroup, prober: Prober | None, seed: int, start: Sequence[int], sample: int | str, watch: TurnWatch = UNWATCHED
         ) -> Trajectory:
             nonlocal done
             trajectory = await self._bounded(group, agent, PathPlan(sample, seed, salt, chosen, start, prober, watch))

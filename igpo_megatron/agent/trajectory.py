@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from dataclasses import dataclass, replace
 
 from igpo_megatron.agent.prober import Prober
 from igpo_megatron.agent.settings import Rollout
@@ -16,7 +14,7 @@ from igpo_megatron.engines.api import Engine
 from igpo_megatron.engines.recorded_experts import first_unrouted, record_experts
 from igpo_megatron.supervision.waits import ENGINES, ROLLOUTS, waiting
 from igpo_megatron.tools.base import Observed, Tool
-from igpo_megatron.types import Completion, Node, NodeKind, RolloutGroup, Status, ToolCall, Trajectory
+from igpo_megatron.types import Completion, Node, NodeKind, RolloutGroup, SamplingRequest, Status, ToolCall, Trajectory
 from igpo_megatron.untrusted import clean_text
 
 
@@ -30,7 +28,7 @@ class TurnWatch:
 
     @property
     def top_logprobs(self) -> int:
-        """As for `Engine.generate`; not 0 if tokens are measured."""
+        """As in `SamplingRequest`; not 0 if tokens are measured."""
         return 0
 
     async def begins(self, path: Sequence[int], turn: int) -> bool:
@@ -39,6 +37,10 @@ class TurnWatch:
 
     async def measured(self, path: Sequence[int], turn: int, entropies: Sequence[float]) -> None:
         """Called with the `entropies`, nats, of the first tokens of turn `turn` behind `path`; the turn continues when this returns."""
+
+
+UNWATCHED = TurnWatch()
+"""For paths that nobody observes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,7 @@ class PathPlan:
     prober: Prober | None = None
     """Scores every state while the turn that continues it is sampled."""
 
-    watch: TurnWatch | None = None
+    watch: TurnWatch = UNWATCHED
     """Observes every turn and its first tokens. If its `begins` returns True, `chat.asking_ids` are forced before the turn, which must
     then end in an answer."""
 
@@ -81,7 +83,7 @@ async def run_trajectory(group: RolloutGroup, agent: Agent, plan: PathPlan) -> T
 
     The longest probe's tokens are kept free at the end of the context, so that every state can be probed.
     """
-    chat, config, watch = agent.chat, agent.config, plan.watch
+    chat, config = agent.chat, agent.config
     path = list(plan.start)
     used = len(group.context(path[-1]))
     room = config.max_context - probe_tokens(group.prompt, chat)
@@ -94,7 +96,7 @@ async def run_trajectory(group: RolloutGroup, agent: Agent, plan: PathPlan) -> T
             return Trajectory(path, Status.TRUNCATED_CONTEXT)
         if plan.prober is not None:
             plan.prober.start(path[-1])
-        asked = watch is not None and await watch.begins(path, turn)
+        asked = await plan.watch.begins(path, turn)
         if asked:
             path.append(_shared_child(group, path[-1], "asking", chat.asking_ids, chat.asking_text, turn))
             used += len(chat.asking_ids)
@@ -136,22 +138,23 @@ async def _sample(group: RolloutGroup, path: Sequence[int], turn: int, max_token
 
     A measured turn takes two requests: its first tokens, which `watch` measures, and the rest, which the prefix cache makes cheap.
     """
-    seeds = (plan.seed, plan.salt, group.prompt.id, plan.sample, turn)
-    context, watch = group.context(path[-1]), plan.watch
-    generate = partial(agent.engine.generate, temperature=plan.temperature, key=group.prompt.id)
-    routed: dict[str, Any] = {"experts_from": first_unrouted(group, path[-1])} if agent.config.routing_replay else {}
+    seeds, watch = (plan.seed, plan.salt, group.prompt.id, plan.sample, turn), plan.watch
+    routed = first_unrouted(group, path[-1]) if agent.config.routing_replay else None
+    context, seed = group.context(path[-1]), counter_seed(*seeds)
+    whole = SamplingRequest(context, max_tokens, plan.temperature, seed, group.prompt.id, experts_from=routed)
     with waiting(f"turn {turn} of question {group.prompt.id}", on=ENGINES, who=ROLLOUTS):
-        if watch is None or not watch.tokens:
-            return await generate(context, max_tokens=max_tokens, seed=counter_seed(*seeds), **routed)
+        if not watch.tokens:
+            return await agent.engine.generate(whole)
         some = min(watch.tokens, max_tokens)
-        first = await generate(context, max_tokens=some, seed=counter_seed(*seeds), top_logprobs=watch.top_logprobs, **routed)
+        first = await agent.engine.generate(replace(whole, max_tokens=some, top_logprobs=watch.top_logprobs))
         if first.entropies:
             await watch.measured(path, turn, first.entropies)
         if first.finish != "length" or some == max_tokens:
             return first
         if first.experts:  # the second request computes the last token of the first, so its experts follow without a gap
-            routed = {"experts_from": first.experts_from + len(first.experts)}
-        rest = await generate(context + first.token_ids, max_tokens=max_tokens - some, seed=counter_seed(*seeds, "rest"), **routed)
+            routed = first.experts_from + len(first.experts)
+        context, seed = context + first.token_ids, counter_seed(*seeds, "rest")
+        rest = await agent.engine.generate(replace(whole, token_ids=context, max_tokens=max_tokens - some, seed=seed, experts_from=routed))
     ids, logprobs = first.token_ids + rest.token_ids, first.logprobs + rest.logprobs
     # Neither request sees a stop string that spans both.
     stop = agent.chat.first_stop(ids, some)

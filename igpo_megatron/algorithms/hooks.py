@@ -8,9 +8,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from igpo_megatron.algorithms.advantages.base import HookedAdvantage
 from igpo_megatron.algorithms.advantages.outcome import GREEDY_REWARD
-from igpo_megatron.algorithms.advantages.registry import set_advantages
-from igpo_megatron.algorithms.settings import Advantage, HookedAdvantage, HookedLoss, Loss, Reward
+from igpo_megatron.algorithms.advantages.registry import Advantage, set_advantages
+from igpo_megatron.algorithms.losses.base import HookedLoss
+from igpo_megatron.algorithms.losses.registry import Loss
+from igpo_megatron.algorithms.settings import Reward
 from igpo_megatron.settings import is_hook, load_hook
 from igpo_megatron.types import Metric, Node, Prompt, RolloutGroup, Status, Trajectory, UserError
 

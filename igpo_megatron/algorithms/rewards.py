@@ -1,4 +1,4 @@
-"""Outcome rewards: how well a trajectory's answer matches, and whether its text is well-formed.
+"""Rewards of trajectories: the outcome of the answer, and whether the text is well-formed.
 
 The rules are those of the published IGPO code: set F1 on words, exact match after normalisation, tags that open as often as they close.
 One difference in training: the format check reads the model's own text only, so a tool result that contains a tag is harmless.
@@ -11,18 +11,15 @@ ARPO's (arXiv 2507.19849) are `reward.outcome=f1_multiset` and `reward.tool_bonu
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from igpo_megatron.algorithms.settings import Reward
+from igpo_megatron.algorithms.outcomes import exact_match, f1, outcome_of
 from igpo_megatron.chat.protocols.igpo import well_formed_answer
 from igpo_megatron.chat.protocols.registry import protocol_of
 from igpo_megatron.config.schema import Config
-from igpo_megatron.data.normalisation import normalise, normalise_squad
-from igpo_megatron.settings import is_hook, load_hook
 from igpo_megatron.types import SEARCH, Metric, RolloutGroup, Status, Trajectory, UserError
 from igpo_megatron.untrusted import BadJson, json_loads_untrusted
 
@@ -31,59 +28,6 @@ ALIAS_SEPARATOR = "<|answer_split|>"
 
 PUBLISHED_FORMAT_PENALTY = -2.0
 """Reward of malformed text in the published rule (`reward.format_penalty` sets it for training)."""
-
-
-def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """1.0 if the prediction equals any alias after `normalise`, else 0.0 (IGPO; articles count)."""
-    return float(normalise(prediction) in {normalise(answer) for answer in answers})
-
-
-def f1(prediction: str, answers: Sequence[str]) -> float:
-    """Best F1 over aliases between the *sets* of words, so repeated words count once; an empty side scores 0."""
-    predicted = set(normalise(prediction).split())
-    best = 0.0
-    for answer in answers:
-        expected = set(normalise(answer).split())
-        if shared := len(predicted & expected):
-            # 2PR / (P + R) with P = shared / |predicted| and R = shared / |expected|.
-            best = max(best, 2 * shared / (len(predicted) + len(expected)))
-    return best
-
-
-def exact_match_squad(prediction: str, answers: Sequence[str]) -> float:
-    """1.0 if the prediction equals any alias after `normalise_squad`, else 0.0 (SQuAD, Search-R1)."""
-    return float(normalise_squad(prediction) in {normalise_squad(answer) for answer in answers})
-
-
-def f1_multiset(prediction: str, answers: Sequence[str]) -> float:
-    """Best F1 over aliases between the *multisets* of words after `normalise_squad` (ARPO, deep_research.py; HotpotQA's own script).
-
-    Where either side is yes, no or noanswer, only the same word scores; SQuAD's own script knows no such words. An empty side scores 0.
-    """
-    predicted = normalise_squad(prediction)
-    best = 0.0
-    for answer in answers:
-        expected = normalise_squad(answer)
-        if predicted != expected and {predicted, expected} & {"yes", "no", "noanswer"}:
-            continue
-        left, right = Counter(predicted.split()), Counter(expected.split())
-        if shared := (left & right).total():
-            best = max(best, 2 * shared / (left.total() + right.total()))
-    return best
-
-
-REWARDS: dict[str, Callable[[str, Sequence[str]], float]] = {
-    "f1": f1,
-    "em": exact_match,
-    "em_squad": exact_match_squad,
-    "f1_multiset": f1_multiset,
-}
-"""Setting `reward.outcome` -> (prediction, aliases) -> score, 0 to 1."""
-
-
-def outcome_of(config: Reward) -> Callable[[str, Sequence[str]], float]:
-    """The function that `reward.outcome` names; a user's own one is imported. Raises UserError if that fails."""
-    return load_hook("reward.outcome", config.outcome) if is_hook(config.outcome) else REWARDS[config.outcome]
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +127,7 @@ def score(group: RolloutGroup, config: Config) -> None:
             trajectory.reward = reward.format_penalty
             trajectory.reward_parts = {Metric.F1: 0.0, Metric.EM: 0.0, reward.outcome: 0.0, Metric.FORMAT_OK: 0.0}
         else:
-            outcome = trajectory.reward = outcome_of(reward)(answer, answers)
+            outcome = trajectory.reward = outcome_of(reward.outcome)(answer, answers)
             if trajectory.reward > 0 and {SEARCH, "python"} <= tools_that_returned(group, trajectory):
                 trajectory.reward += reward.tool_bonus
             parts: dict[str, float] = {Metric.F1: f1(answer, answers), Metric.EM: exact_match(answer, answers)}

@@ -187,6 +187,20 @@ class ChatFormat:
         before = [*chain.from_iterable(self.frame_ids(ended_by)), *self.opening(2)[0]]
         return [*before, *token_ids], (start + len(before), stop + len(before))
 
+    def probe_problem(self) -> str | None:
+        """Why a probe is no turn that answers in the run's protocol; None if it is, or if there are no gains."""
+        answer = "Oslo"
+        for _, opening in self._openings if self._reward.gain != "none" else ():
+            turn = self._without_end(opening + self._probe_template.replace("{answer}", answer))
+            read, final = self.parse(turn), self.protocol.final_answer([turn])
+            if not isinstance(read, Answer) or {read.text.strip().lower(), (final or "").strip().lower()} != {answer.lower()}:
+                own = self.write("I can answer now.", Answer(answer)).replace(answer, "{answer}")
+                return (
+                    f"reward.probe_template is no answer of rollout.protocol={self._rollout.protocol}, which reads {turn!r} as {read} and "
+                    f"scores {final!r}; so gains are measured on text that earns no reward. Unless you mean that, use {own!r}"
+                )
+        return None
+
     def decode(self, token_ids: list[int]) -> str:
         """Text of sampled tokens, without the token that ends the turn."""
         body = token_ids[:-1] if token_ids and token_ids[-1] in self.turn_ends else token_ids
@@ -214,12 +228,16 @@ class ChatFormat:
 
     def parse(self, text: str) -> Action:
         """The action of a turn; `text` includes the turn's opening. A turn with the template's own control tokens is malformed."""
-        for end in self._ends:
-            text = text.rstrip().removesuffix(end) if text.rstrip().endswith(end) else text
+        text = self._without_end(text)
         forged = self._control.search(text) if self._control is not None else None
         if forged is not None:
             return Malformed(f"the turn writes {forged[0]}, which only the chat template may")
         return self.protocol.parse(text, self._tools)
+
+    def _without_end(self, text: str) -> str:
+        for end in self._ends:
+            text = text.rstrip().removesuffix(end) if text.rstrip().endswith(end) else text
+        return text
 
     def _encode(self, text: str, **options: Any) -> list[int]:
         """Ids of text that follows other text: without the leading space that tokenizers such as Mistral's add."""

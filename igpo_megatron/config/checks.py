@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from importlib.metadata import entry_points
 from typing import Any
 
+from igpo_megatron.algorithms.advantages.registry import ADVANTAGES
 from igpo_megatron.algorithms.settings import algorithm_problems
 from igpo_megatron.config.schema import Config
 from igpo_megatron.policy.settings import divisors, layout_problems, num_experts
-from igpo_megatron.settings import Section
+from igpo_megatron.settings import Section, is_hook
 
 
 def check(config: Config, *, world_size: int | None, local_world_size: int | None = None) -> list[str]:
@@ -51,6 +52,17 @@ def needs_engines(config: Config) -> bool:
 def evaluates(config: Config) -> bool:
     """Whether the run evaluates; a replay starts no engines, so it does not."""
     return needs_engines(config) and config.eval.wanted
+
+
+def planned_over_steps(config: Config) -> list[str]:
+    """Settings by which what a step does depends on run.steps: with another number, the steps so far would have been others."""
+    optim, advantage = config.optim, config.advantage
+    found = [f"optim.decay={optim.decay}"] if optim.decay != "constant" else []
+    if config.loss.learns_from_rewards:
+        weights = advantage.model_dump(include={"gain_weight", "outcome_weight"})
+        found += [f"advantage.{name}={[first, last]}" for name, (first, last) in weights.items() if first != last]
+        found += [f"advantage.name={advantage.name} (it is given its progress)"] if is_hook(advantage.name) else []
+    return found
 
 
 def _sections(config: Config, *, trains: bool) -> Iterator[Section]:
@@ -264,10 +276,11 @@ def _gains_while_growing(config: Config) -> Iterator[str]:
         found.append("reward.gain=none")
     if config.reward.scorer != "engine":
         found.append(f"reward.scorer={config.reward.scorer}, which scores after the rollout")
+    with_probes = [name for name, entry in ADVANTAGES.items() if entry.section.needs_probes]
     if found:
         yield (
             f"rollout.branching.name=gain decides by probes during the rollout; found {' and '.join(found)}; set reward.scorer=engine with "
-            "advantage.name=igpo or igpo_loo, or another rollout.branching.name"
+            f"advantage.name={' or '.join(with_probes)}, or another rollout.branching.name"
         )
 
 

@@ -53,8 +53,11 @@ def parse(text: str) -> Any:
         raise ValueError(str(error)) from None
 
 
-def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, or the config.json of a run, apply `section.key=value` overrides, validate. Raises ConfigError."""
+def load(path: Path | str, overrides: Sequence[str] = (), *, model: str | None = None) -> Config:
+    """Read a YAML file, or the config.json of a run, apply `section.key=value` overrides, validate. Raises ConfigError.
+
+    `model`: model.path where the file has none, which is otherwise refused.
+    """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -68,6 +71,8 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError([f"{path}: not valid {'JSON' if path.suffix == '.json' else 'YAML'}: {error}"]) from None
     if not isinstance(values, dict):
         raise ConfigError([f"{path}: expected sections such as `model:` at the top, found {type(values).__name__}"])
+    if model is not None and isinstance(section := values.get("model") or {}, dict):
+        values["model"] = {"path": model, **section}
     return build(values, overrides)
 
 

@@ -7,7 +7,10 @@ Secrets are never stored: a field ending in `_env` names the environment variabl
 from __future__ import annotations
 
 from igpo_megatron.agent.settings import Rollout
-from igpo_megatron.algorithms.settings import Advantage, Igpo, Loss, Ppo, Reward
+from igpo_megatron.algorithms.advantages.registry import Advantage
+from igpo_megatron.algorithms.advantages.turn import Igpo
+from igpo_megatron.algorithms.losses.registry import Loss, Ppo
+from igpo_megatron.algorithms.settings import Reward
 from igpo_megatron.data.settings import Data
 from igpo_megatron.observability.settings import Track
 from igpo_megatron.packing.settings import Packing

@@ -5,5 +5,5 @@ question_files.py  parquet files of questions, in any known layout
 corpus.py          passages to search in
 questions.py, corpora.py  make such files from published ones, read by records.py. commands.py is `igpo data`
 
-Imports types and supervision; commands.py may import any room below.
+Imports types, supervision and what an outcome compares (algorithms/outcomes.py); commands.py may import any room below.
 """

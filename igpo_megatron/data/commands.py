@@ -128,21 +128,24 @@ def _print_questions(counts: Sequence[FileCount]) -> None:
         }
         shown = ", ".join(f"{number} {name}" for name, number in numbers.items() if number)
         what = f"{count.layout} layout, {count.source or 'unknown set'}, {count.split or 'unknown split'}"
-        console.print(f"[bold]{escape(str(count.path))}[/bold]: {escape(what)}: {shown}", soft_wrap=True)
+        _print_of(count.path, f"{what}: {shown}")
     _print_problems(counts)
 
 
 def _print_corpus(counts: Sequence[CorpusCount]) -> None:
     for count in counts:
-        problems = f", {len(count.problems)} with problems" if count.problems else ""
-        console.print(f"[bold]{escape(str(count.path))}[/bold]: {count.passages} passages{problems}", soft_wrap=True)
+        _print_of(count.path, f"{count.passages} passages" + (f", {len(count.problems)} with problems" if count.problems else ""))
     _print_problems(counts)
 
 
 def _print_problems(counts: Sequence[FileCount] | Sequence[CorpusCount]) -> None:
     for count in counts:
         for problem in count.problems:
-            console.print(f"[red]{escape(str(count.path))}:[/red] {escape(str(problem))}", soft_wrap=True)
+            _print_of(count.path, str(problem), "red")
+
+
+def _print_of(path: Path, text: str, style: str = "bold") -> None:
+    console.print(f"[{style}]{escape(str(path))}:[/{style}] {escape(text)}", soft_wrap=True)
 
 
 def _refusal(problems: Sequence[Problem], out: Path) -> UserError:
@@ -161,20 +164,19 @@ def check(
     ] = None,
     layout: Annotated[str | None, typer.Option(help="auto, igpo, arpo or search_r1; default: data.layout of --config, or auto.")] = None,
 ) -> None:
-    """Print rows per source and every problem; exit code 1 if a run would refuse a file or leave a row out."""
+    """Print rows per source and every problem; exit code 1 if a run would refuse a file or leave a row out.
+
+    Without a model's tokenizer it says that it did not count tokens.
+    """
     if layout is not None and layout not in ("auto", *LAYOUTS):
         raise UserError(f"found --layout {layout}, expected auto, {', '.join(LAYOUTS)}")
-    settings = load(config) if config is not None else None
+    settings = load(config, model="(not set)") if config is not None else None
     paths = files or ([*settings.data.train, *settings.data.eval] if settings else [])
     if not paths:
         raise UserError("no files to check: name parquet files, or a --config with data.train or data.eval")
-    checked = partial(
-        check_file,
-        layout=layout or (settings.data.layout if settings else "auto"),
-        outcome=settings.reward.outcome if settings else "f1",
-        too_long=_context_check(settings) if settings else lambda prompt: None,
-    )
-    reports = [checked(path) for path in paths]
+    outcome = settings.reward.outcome if settings else "f1"
+    fits = _context_check(settings) if settings else lambda prompt: None
+    reports = [check_file(path, layout or (settings.data.layout if settings else "auto"), outcome, fits) for path in paths]
     for report in reports:
         _print_report(report)
     if any(problem.costs != "answer" for report in reports for problem in report.problems):
@@ -182,8 +184,12 @@ def check(
 
 
 def _context_check(config: Config) -> Callable[[Prompt], str | None]:
-    """Question -> why the run's model has no room for a turn after it, or None."""
-    chat = ChatFormat(load_tokenizer(config.model.path), config.rollout, config.reward)
+    """Question -> why the run's model has no room for a turn after it, or None. If the model cannot tell, that is printed."""
+    try:
+        chat = ChatFormat(load_tokenizer(config.model.path), config.rollout, config.reward)
+    except UserError as why:
+        console.print(f"[yellow]not checked:[/yellow] whether questions fit rollout.max_context ({escape(str(why))})\n", soft_wrap=True)
+        return lambda prompt: None
     return partial(too_long, chat=chat, config=config.rollout)
 
 

@@ -8,14 +8,13 @@ Two line formats are understood and may be mixed:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from igpo_megatron.data.json_rows import Flaw, RecordDecoder
-from igpo_megatron.data.problems import shown
+from igpo_megatron.data.json_rows import RecordDecoder, read_line
+from igpo_megatron.data.problems import Problem, shown
 from igpo_megatron.types import UserError
 
 
@@ -47,17 +46,10 @@ def read_corpus(path: Path | str) -> Iterator[Passage]:
 
 def _parse(line: bytes, place: str, decoder: RecordDecoder) -> Passage:
     """One line -> Passage. `place` is `file:line` for the error."""
-    try:
-        record = decoder.loads(line)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{place}: not UTF-8 text ({error.reason} at byte {error.start}); save the corpus as UTF-8") from None
-    except json.JSONDecodeError as error:
-        start = line[:60].decode(errors="replace").rstrip()
-        raise UserError(f"{place}: not JSON ({error.msg} at column {error.colno}); found {start!r}, expected one object per line") from None
-    except Flaw as flaw:
-        raise UserError(f"{place}: {f'field {flaw.column!r}: ' if flaw.column else ''}{flaw}") from None
-    if not isinstance(record, dict):
-        raise UserError(f"{place}: found a JSON {type(record).__name__}, expected an object with id, title and text (or id and contents)")
+    record = read_line(line, decoder)
+    if isinstance(record, Problem):
+        field = f"field {record.column!r}: " if record.column else ""
+        raise UserError(f"{place}: {field}{record.message}; a line holds id, title and text, or id and contents")
     if isinstance(record.get("id"), int):
         record["id"] = str(record["id"])
     if "contents" in record:

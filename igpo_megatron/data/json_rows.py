@@ -107,21 +107,22 @@ def read_json(stream: Any, may_be_list: bool) -> Records:
 
 
 def _lines(stream: IO[bytes]) -> Records:
-    row, decoder = 0, RecordDecoder()
-    for line in stream:
-        if not line.strip():
-            continue
-        record: Any
-        try:
-            record = decoder.loads(line)
-        except UnicodeDecodeError as error:
-            record = Problem(f"not UTF-8 text ({error.reason} at byte {error.start} of the line)", row)
-        except json.JSONDecodeError as error:
-            record = Problem(f"not JSON ({error.msg} at column {error.colno}): {line[:60].decode(errors='replace').strip()!r}", row)
-        except Flaw as flaw:
-            record = Problem(str(flaw), row, flaw.column)
-        yield row, _object(record, row)
-        row += 1
+    decoder = RecordDecoder()
+    for row, line in enumerate(line for line in stream if line.strip()):
+        yield row, read_line(line, decoder, row)
+
+
+def read_line(line: bytes, decoder: RecordDecoder, row: int | None = None) -> dict[str, Any] | Problem:
+    """The object in one line, or what is wrong with it."""
+    try:
+        return _object(decoder.loads(line), row)
+    except UnicodeDecodeError as error:
+        return Problem(f"not UTF-8 text ({error.reason} at byte {error.start} of the line); save the file as UTF-8", row)
+    except json.JSONDecodeError as error:
+        start = line[:60].decode(errors="replace").strip()
+        return Problem(f"not JSON ({error.msg} at column {error.colno}); found {start!r}, expected one object per line", row)
+    except Flaw as flaw:
+        return Problem(str(flaw), row, flaw.column)
 
 
 def _list(stream: IO[bytes]) -> Records:
@@ -156,7 +157,7 @@ def _list(stream: IO[bytes]) -> Records:
         row, size = row + 1, CHUNK
 
 
-def _object(record: Any, row: int) -> dict[str, Any] | Problem:
+def _object(record: Any, row: int | None) -> dict[str, Any] | Problem:
     if isinstance(record, dict | Problem):
         return record
     return Problem(f"found a JSON {type(record).__name__}, expected an object", row)

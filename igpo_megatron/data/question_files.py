@@ -10,13 +10,15 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from igpo_megatron.algorithms.outcomes import normal_form
 from igpo_megatron.data.answers import NotAnswers
 from igpo_megatron.data.layouts import (
     ALIAS_SEPARATOR,
@@ -30,7 +32,6 @@ from igpo_megatron.data.layouts import (
     own_question,
     recognise,
 )
-from igpo_megatron.data.normalisation import normal_form
 from igpo_megatron.data.problems import Problem, shown
 from igpo_megatron.data.records import python_rows, repeated_fields
 from igpo_megatron.types import Prompt, UserError
@@ -41,39 +42,35 @@ BROKEN_BOX, BOX = "\boxed", "\\boxed"
 """ARPO's published files hold a backspace and `oxed` where \\boxed was meant."""
 
 SHOWN_PROBLEMS = 10
-"""Problems that the error of `read_prompts` lists; `igpo data check` lists all."""
+"""Problems that an error lists; `igpo data check` lists all."""
+
+HEAD_ROWS = 256
+"""Rows that `unusable` reads."""
+
+BATCH_ROWS = 65_536
 
 USED = ("data_source", "prompt", "reward_model", "extra_info", "question")
 """Columns that are read."""
 
 
-@dataclass(slots=True)
-class Inspection:
-    """Everything found in a file."""
-
-    layout: Layout | None = None
-    """None if it cannot be determined."""
-
-    questions: list[tuple[int, Prompt]] = field(default_factory=list)
-    """(row, question) of everything that a run would use."""
-
-    problems: list[Problem] = field(default_factory=list)
-    """In row order."""
-
-
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Result of checking one file."""
+    """Everything found in one file."""
 
     path: Path
     layout: str | None
     """IGPO, ARPO or Search-R1; None if it cannot be determined."""
 
-    sources: dict[str, int]
-    """Usable rows per source."""
+    questions: list[Prompt]
+    """What a run would use, in row order."""
 
     problems: tuple[Problem, ...]
-    """In row order; rows that a problem costs are not counted in `sources`."""
+    """In row order; rows that a problem costs are not in `questions`."""
+
+    @property
+    def sources(self) -> Counter[str]:
+        """Usable rows per source."""
+        return Counter(prompt.source for prompt in self.questions)
 
 
 def read_prompts(path: Path | str, layout: LayoutName = "auto", outcome: str = "f1") -> list[Prompt]:
@@ -81,43 +78,16 @@ def read_prompts(path: Path | str, layout: LayoutName = "auto", outcome: str = "
 
     `outcome`: the `reward.outcome` that scores them; rows that it cannot score are left out, which is logged.
     """
-    path = Path(path)
-    found = inspect(path, layout, outcome)
-    if problems := [problem for problem in found.problems if problem.costs == "file"]:
-        listed = [f"  - {problem}" for problem in problems[:SHOWN_PROBLEMS]]
-        if len(problems) > SHOWN_PROBLEMS:
-            listed.append(f"  - and {len(problems) - SHOWN_PROBLEMS} more; `igpo data check {path}` lists all")
-        raise UserError("\n".join([f"{path}: cannot be used as questions:", *listed]))
-    left_out = [problem for problem in found.problems if problem.costs == "row"]
-    if left_out:
-        notice = f"{path}: {len(left_out)} of {len(left_out) + len(found.questions)} questions are left out; the first: {left_out[0]}"
-        if not found.questions:
+    report = check_file(path, layout, outcome)
+    if refusal := _refusal(report.path, report.problems):
+        raise UserError(refusal)
+    if left_out := [problem for problem in report.problems if problem.costs == "row"]:
+        count = len(left_out) + len(report.questions)
+        notice = f"{path}: {len(left_out)} of {count} questions are left out; the first: {left_out[0]}"
+        if not report.questions:
             raise UserError(notice)
         logger.warning("%s", notice)
-    return [prompt for _, prompt in found.questions]
-
-
-def inspect(path: Path, layout: LayoutName = "auto", outcome: str = "f1") -> Inspection:
-    """Every question and every problem of a parquet file; never raises because of its contents."""
-    if not path.is_file():
-        return Inspection(problems=[Problem("no such file; expected a parquet file of questions")])
-    try:
-        schema = pq.read_schema(path)
-    except (pa.ArrowException, OSError) as error:
-        why = str(error).splitlines()[0]
-        return Inspection(problems=[Problem(f"not a parquet file ({why}); `igpo data prepare` makes one of JSON lines or a tsv")])
-    if problems := [Problem(message, column=column) for column, message in _schema_problems(schema)]:
-        return Inspection(problems=problems)
-    try:
-        with pq.ParquetFile(path) as file:
-            batches = file.iter_batches(columns=[name for name in USED if name in schema.names])
-            values = [value for batch in batches for value in python_rows(batch)]
-    except (pa.ArrowException, OSError) as error:
-        return Inspection(problems=[Problem(f"the parquet file is damaged ({str(error).splitlines()[0]})")])
-    if not values:
-        return Inspection(problems=[Problem("the file has no rows; expected at least one question")])
-    rows = [_row(value, number) for number, value in enumerate(values)]
-    return _inspect_rows(_with_boxes(rows, path), layout, outcome)
+    return report.questions
 
 
 def check_file(
@@ -128,23 +98,68 @@ def check_file(
 ) -> Report:
     """Check a parquet file of questions; its contents never raise. `too_long`: why a question does not fit the context, or None."""
     path = Path(path)
-    found = inspect(path, layout, outcome)
-    reasons = {row: reason for row, prompt in found.questions if (reason := too_long(prompt)) is not None}
-    problems = [*found.problems, *(Problem(reason, row, "prompt", "row") for row, reason in reasons.items())]
+    rows, problems = _read(path)
+    found, questions = None, list[Prompt]()
+    if rows:
+        found, prompts, problems = _inspect(_with_boxes(rows, path), layout, outcome)
+        for row, prompt in prompts:
+            if (reason := too_long(prompt)) is None:
+                questions.append(prompt)
+            else:
+                problems.append(Problem(reason, row, "prompt", "row"))
     problems.sort(key=lambda problem: -1 if problem.row is None else problem.row)
-    sources = Counter(prompt.source for row, prompt in found.questions if row not in reasons)
-    return Report(path, found.layout.name if found.layout else None, dict(sources), tuple(problems))
+    return Report(path, found.name if found else None, questions, tuple(problems))
 
 
-def _inspect_rows(rows: Sequence[Row | Problem], layout_name: LayoutName, outcome: str) -> Inspection:
-    bad = {number: [row] if isinstance(row, Problem) else list(_shape_problems(row, number)) for number, row in enumerate(rows)}
+def unusable(path: Path) -> str | None:
+    """The error of `read_prompts` for a file's columns, their types and its first HEAD_ROWS rows, which are all that is read; None if these
+    are sound."""
+    rows, problems = _read(path, HEAD_ROWS)
+    return _refusal(path, [*problems, *(problem for number, row in enumerate(rows) for problem in _bad(row, number))])
+
+
+def _refusal(path: Path, problems: Sequence[Problem]) -> str | None:
+    """Why a file cannot be used; None if no problem costs all of it."""
+    listed = [f"  - {problem}" for problem in problems if problem.costs == "file"]
+    if len(listed) > SHOWN_PROBLEMS:
+        listed[SHOWN_PROBLEMS:] = [f"  - and {len(listed) - SHOWN_PROBLEMS} more; `igpo data check {path}` lists all"]
+    return "\n".join([f"{path}: cannot be used as questions:", *listed]) if listed else None
+
+
+def _read(path: Path, most: int | None = None) -> tuple[list[Row | Problem], list[Problem]]:
+    """The rows of a file, or only the first `most`; and, if there are none, why."""
+    if not path.is_file():
+        return [], [Problem("no such file; expected a parquet file of questions")]
+    try:
+        schema = pq.read_schema(path)
+    except (pa.ArrowException, OSError) as error:
+        why = str(error).splitlines()[0]
+        return [], [Problem(f"not a parquet file ({why}); `igpo data prepare` makes one of JSON lines or a tsv")]
+    if problems := [Problem(message, column=column) for column, message in _schema_problems(schema)]:
+        return [], problems
+    try:
+        with pq.ParquetFile(path) as file:
+            batches = file.iter_batches(most or BATCH_ROWS, columns=[name for name in USED if name in schema.names])
+            values = [value for batch in islice(batches, 1 if most else None) for value in python_rows(batch)]
+    except (pa.ArrowException, OSError) as error:
+        return [], [Problem(f"the parquet file is damaged ({str(error).splitlines()[0]})")]
+    rows = [_row(value, number) for number, value in enumerate(values)]
+    return rows, [] if rows else [Problem("the file has no rows; expected at least one question")]
+
+
+Found = tuple[Layout | None, list[tuple[int, Prompt]], list[Problem]]
+"""Layout, row and question of everything usable, problems."""
+
+
+def _inspect(rows: Sequence[Row | Problem], name: LayoutName, outcome: str) -> Found:
+    bad = {number: list(_bad(row, number)) for number, row in enumerate(rows)}
     try:
         good = [row for number, row in enumerate(rows) if isinstance(row, dict) and not bad[number]]
-        layout = recognise(good) if layout_name == "auto" else LAYOUTS[layout_name]
+        layout = recognise(good) if name == "auto" else LAYOUTS[name]
     except Ambiguous as error:
-        return Inspection(problems=[problem for problems in bad.values() for problem in problems] + [Problem(str(error))])
-    found = Inspection(layout)
-    for number, (row, name) in enumerate(zip(rows, _ids(rows), strict=True)):
+        return None, [], [Problem(str(error)), *chain.from_iterable(bad.values())]
+    questions = []
+    for number, (row, own_id) in enumerate(zip(rows, _ids(rows), strict=True)):
         problems = bad[number]
         if isinstance(row, dict):
             # A row without exactly one user message has no question to check, but its answers are still checked.
@@ -153,26 +168,24 @@ def _inspect_rows(rows: Sequence[Row | Problem], layout_name: LayoutName, outcom
             answers, wrong = _answers(row, number, layout, outcome)
             problems += wrong
             if all(problem.costs == "answer" for problem in problems):
-                found.questions.append((number, Prompt(name, layout.question(row), answers, row["data_source"])))
-        found.problems += problems
-    return found
+                questions.append((number, Prompt(own_id, layout.question(row), answers, row["data_source"])))
+    return layout, questions, list(chain.from_iterable(bad.values()))
 
 
 # ---- columns
 
 
+_STRINGS = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+_LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list, pa.types.is_list_view, pa.types.is_large_list_view)
+
+
 def _is_string(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    return any(is_kind(kind) for is_kind in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view))
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return any(is_kind(kind) for is_kind in _STRINGS)
 
 
 def _is_list(kind: pa.DataType) -> bool:
-    kinds = (
-        *(pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list),
-        *(pa.types.is_list_view, pa.types.is_large_list_view),
-    )
-    return any(is_kind(kind) for is_kind in kinds)
+    return any(is_kind(kind) for is_kind in _LISTS)
 
 
 def _is_strings(kind: pa.DataType) -> bool:
@@ -185,9 +198,7 @@ def _struct_field(kind: pa.DataType, name: str) -> pa.DataType | None:
 
 
 def _is_messages(kind: pa.DataType) -> bool:
-    if not _is_list(kind):
-        return False
-    fields = [_struct_field(kind.value_type, name) for name in ("role", "content")]
+    fields = [_struct_field(kind.value_type, name) for name in ("role", "content")] if _is_list(kind) else [None]
     return all(field is not None and _is_string(field) for field in fields)
 
 
@@ -261,8 +272,11 @@ def _repaired(value: Any) -> Any:
     return {key: _repaired(part) for key, part in value.items()} if isinstance(value, dict) else value
 
 
-def _shape_problems(row: Row, number: int) -> Iterator[Problem]:
+def _bad(row: Row | Problem, number: int) -> Iterator[Problem]:
     """Problems that keep a row from being read in any layout."""
+    if isinstance(row, Problem):
+        yield row
+        return
     if not (row["data_source"] or "").strip():
         yield Problem(f"found {row['data_source']!r}, expected the name of a benchmark", number, "data_source")
     messages = row["prompt"] or []

@@ -23,7 +23,7 @@ from igpo_megatron.config.schema import Config
 from igpo_megatron.data.corpus import Passage
 from igpo_megatron.search.results import SearchResult, SearchStatus
 from igpo_megatron.tools.search_tool import SearchTool
-from igpo_megatron.types import SEARCH, Completion, Node, ProbeScore, Prompt, RolloutGroup, ToolCall
+from igpo_megatron.types import SEARCH, Completion, Node, ProbeScore, Prompt, RolloutGroup, SamplingRequest, ToolCall
 
 Source = Literal["template", "instruction", "forced", "sampled", "result", "probe"]
 
@@ -55,10 +55,6 @@ class Piece:
     scored: tuple[int, int] = (0, 0)
     """Probes: [start, stop) of the answer's tokens."""
 
-    @property
-    def is_trained(self) -> bool:
-        return self.source == "sampled"
-
 
 class ScriptedPolicy:
     """Searches in its first turn and answers in its second, as the protocol writes it."""
@@ -69,7 +65,7 @@ class ScriptedPolicy:
         self._actions = iter(script)
         self._turn = 0
 
-    async def generate(self, token_ids: list[int], **_: object) -> Completion:
+    async def generate(self, request: SamplingRequest) -> Completion:
         """The next turn, without its given opening."""
         self._turn += 1
         text = self._chat.write("I think so.", next(self._actions))
@@ -200,7 +196,8 @@ def show(console: Console, config: Config, chat: ChatFormat, tokenizer: Any) -> 
     console.print(f"igpo doctor chat: {config.model.path}, rollout.protocol={config.rollout.protocol}", soft_wrap=True, markup=False)
     for name, value in facts(config, chat, tokenizer):
         console.print(Text(f"  {name}: {value}"), soft_wrap=True)
-    for note in chat.notes:
+    probe = chat.probe_problem() if config.advantage.needs_probes and config.loss.learns_from_rewards else None
+    for note in (*chat.notes, *([probe] if probe else ())):
         console.print(Text(f"  note: {note}"), soft_wrap=True)
     if (other := rewritten_from(group, chat, tokenizer)) is not None:
         note = f"  note: rendered again, the template would write the text differently from {other!r} on; the run keeps what was sampled"
@@ -217,7 +214,7 @@ def show(console: Console, config: Config, chat: ChatFormat, tokenizer: Any) -> 
         if piece.scored != (0, 0):
             text.append(f"   (scored: the last {piece.scored[1] - piece.scored[0]})", style="dim")
         where = str(piece.turn) if piece.turn else "prompt"
-        table.add_row(where, Text(piece.source, style=colour), "yes" if piece.is_trained else "", str(len(piece.tokens)), text)
+        table.add_row(where, Text(piece.source, style=colour), "yes" if piece.source == "sampled" else "", str(len(piece.tokens)), text)
     console.print(table)
     for source, (colour, meaning) in SOURCES.items():
         console.print(Text.assemble("  ", (source, colour), f": {meaning}"), soft_wrap=True)

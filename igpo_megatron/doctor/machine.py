@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import psutil
 from rich.console import Console
 from rich.table import Table
 
@@ -132,33 +133,29 @@ def gpus() -> list[Row]:
 
 
 def accelerations() -> list[Row]:
-    """Optional parts; a run works without any of them."""
-    rows = []
-    triton = version("triton")
-    rows.append(Row("triton", "ok" if triton else "warn", triton or "not installed", "" if triton else "kernels fall back to torch"))
-    engine = version("transformer-engine")
-    advice = "" if engine or not has_gpu() else "optional: pip install --no-build-isolation of the extra [te] (it compiles)"
-    rows.append(Row("transformer-engine", "ok", engine or "not installed: Megatron's local layers are used", advice))
-    if importlib.util.find_spec("apex") is None:
-        rows.append(Row("apex", "ok", "not installed", APEX_ADVICE if has_gpu() else ""))
-    elif importlib.util.find_spec("amp_C") is not None:
+    """Optional parts, without any of which a run works, and what a run uses of them."""
+    gpu, triton, engine = has_gpu(), version("triton"), version("transformer-engine")
+    apex, kernels, fused = (importlib.util.find_spec(name) is not None for name in ("apex", "amp_C", "fused_weight_gradient_mlp_cuda"))
+    advice = "" if engine or not gpu else "optional: pip install --no-build-isolation of the extra [te] (it compiles)"
+    rows = [
+        Row("triton", "ok" if triton else "warn", triton or "not installed", "" if triton else "kernels fall back to torch"),
+        Row("transformer-engine", "ok", engine or "not installed: Megatron's local layers are used", advice),
+    ]
+    if not apex:
+        rows.append(Row("apex", "ok", "not installed", APEX_ADVICE if gpu else ""))
+    elif kernels:
         rows.append(Row("apex", "ok", "NVIDIA's"))
     else:
         advice = "not NVIDIA's Apex, which is no PyPI package: pip uninstall apex"
         rows.append(Row("apex", "fail", f"apex {version('apex') or '(unknown)'} without its kernels (amp_C)", advice))
-    return [*rows, *_active(transformer_engine=engine is not None)]
-
-
-def _active(transformer_engine: bool) -> list[Row]:
-    """Which implementations a run on this machine uses, in Megatron-Core's order of preference."""
-    gpu = has_gpu()
-    apex = importlib.util.find_spec("apex") is not None and importlib.util.find_spec("amp_C") is not None
-    fuses = gpu and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
-    adam = "TransformerEngine's fused Adam" if transformer_engine else "Apex's fused Adam" if apex else "torch's AdamW"
-    layers = "TransformerEngine's (model.backend=auto)" if gpu and transformer_engine else "Megatron's local layers"
+    # Which implementations a run on this machine uses, in Megatron-Core's order of preference.
+    fuses, nvidias = gpu and fused, apex and kernels
+    adam = "TransformerEngine's fused Adam" if engine else "Apex's fused Adam" if nvidias else "torch's AdamW"
+    layers = "TransformerEngine's (model.backend=auto)" if gpu and engine else "Megatron's local layers"
     return [
+        *rows,
         Row("active: layers", "ok", layers),
-        Row("active: optimizer", "ok", adam, APEX_ADVICE if gpu and not (apex or transformer_engine) else ""),
+        Row("active: optimizer", "ok", adam, APEX_ADVICE if gpu and not (nvidias or engine) else ""),
         Row(
             "active: gradient accumulation",
             "ok",
@@ -195,28 +192,19 @@ def cpu_flags(path: Path) -> set[str]:
 
 def memory() -> list[Row]:
     """Memory this process may still take: what the machine has free, or less where a control group caps it."""
-    free = available_gib(Path("/proc/meminfo"), Path("/sys/fs/cgroup"))
-    if free is None:
-        return [Row("memory", "warn", "unknown", "")]
+    free = available_gib(Path("/sys/fs/cgroup"))
     if free < MIN_MEMORY_GIB:
         return [Row("memory", "warn", f"{free:.1f} GiB available", f"the quickstart wants about {MIN_MEMORY_GIB:.0f} GiB")]
     return [Row("memory", "ok", f"{free:.1f} GiB available")]
 
 
-def available_gib(meminfo: Path, cgroup: Path) -> float | None:
-    """GiB of `MemAvailable`, capped by the control group's limit minus its use; None if the kernel does not report it."""
-    if not meminfo.is_file():
-        return None
-    kib = next(
-        (int(line.split()[1]) for line in meminfo.read_text(encoding="utf-8").splitlines() if line.startswith("MemAvailable:")), None
-    )
-    if kib is None:
-        return None
-    limits = [kib / 2**20]
+def available_gib(cgroup: Path) -> float:
+    """GiB that processes can be given without swapping, capped by the control group's limit minus its use."""
+    free: int = psutil.virtual_memory().available
     limit, used = cgroup / "memory.max", cgroup / "memory.current"
     if limit.is_file() and used.is_file() and (cap := limit.read_text(encoding="utf-8").strip()) != "max":
-        limits.append((int(cap) - int(used.read_text(encoding="utf-8"))) / 2**30)
-    return min(limits)
+        free = min(free, int(cap) - int(used.read_text(encoding="utf-8")))
+    return free / 2**30
 
 
 def shared_memory(folder: Path = Path("/dev/shm")) -> list[Row]:

@@ -22,7 +22,7 @@ from rich.table import Column, Table
 from igpo_megatron.config.load import ConfigError
 from igpo_megatron.config.schema import Config
 from igpo_megatron.data.question_files import read_prompts
-from igpo_megatron.search.registry import backend_of, key_variable
+from igpo_megatron.search.registry import backend_of, key_variable, open_backend
 from igpo_megatron.search.results import SearchClient, SearchStatus, SearchStopped, normalise
 from igpo_megatron.search.settings import Search
 from igpo_megatron.tools.python.tool import PythonTool
@@ -270,7 +270,7 @@ async def check(config: Config, budget: int, pages: Sequence[str], console: Cons
     console.print(announcement(config, stages), soft_wrap=True)
     with console.status(f"opening search.backend={config.search.backend}"):
         queries = questions(config, calls)
-        client = backend_of(config.search).open(live(config.search, calls))
+        client = open_backend(live(config.search, calls))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
 
@@ -295,7 +295,7 @@ async def _visits(config: Config, pages: Sequence[str], advancing: Callable[[str
         advice = f"visit was not measured: search.backend={config.search.backend} gives no addresses of pages; name some with --page."
         return Finding("visit", advice=[advice])
     # How tokens are counted only moves the cut, which takes no time; the policy's tokenizer need not be here.
-    reader = PageReader.from_config(config.visit, lambda text: len(text) // 4)
+    reader = PageReader(config.visit, lambda text: len(text) // 4)
     try:
         stage = Stage(min(4, config.visit.max_concurrency, len(chosen)), len(chosen))
         (level,) = await climb(

@@ -46,13 +46,6 @@ class LogProbGap:
         return self.worst <= MAX_GAP
 
 
-def log_prob_gap(hf: Path, megatron: Path) -> LogProbGap:
-    """Score `TEXT` by both, in fp32 on the CPU, one after the other. Opens and closes a process group of one rank."""
-    tokens = text_tokens(hf)
-    expected = transformers_log_probs(hf, tokens)
-    return compare(expected, megatron_log_probs(hf, megatron, tokens))
-
-
 def compare(expected: torch.Tensor, found: torch.Tensor) -> LogProbGap:
     """The gap between two [N] log-probs."""
     gaps = (expected - found).abs()
@@ -115,7 +108,10 @@ def main(hf: Path, megatron: Path, log_probs: bool) -> int:
 
 
 def _report_gap(hf: Path, megatron: Path) -> bool:
-    gap = log_prob_gap(hf, megatron)
+    """Score `TEXT` by both, in fp32 on the CPU, one after the other. Opens and closes a process group of one rank."""
+    tokens = text_tokens(hf)
+    expected = transformers_log_probs(hf, tokens)
+    gap = compare(expected, megatron_log_probs(hf, megatron, tokens))
     verdict = "agree" if gap.agrees else f"DIFFER by more than {MAX_GAP:g}: one side's weights or config are not the other's"
     typer.echo(
         f"log-probs of {gap.num_tokens} tokens by transformers and Megatron {verdict}; "

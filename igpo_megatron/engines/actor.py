@@ -8,11 +8,12 @@ import itertools
 import math
 import os
 import re
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import Any
 
 from igpo_megatron.config.schema import Config
 from igpo_megatron.engines.recorded_experts import routed_experts
+from igpo_megatron.types import Completion, ProbeScore, SamplingRequest
 from igpo_megatron.weights.store import SharedWeights
 from igpo_megatron.weights.transfer import BACKEND, POSITION_BYTES, as_plain
 
@@ -45,16 +46,16 @@ class EngineActor:
         self._requests = itertools.count()
         self._engine: Any = None
         self._returns_experts = False
-        self._limits: Mapping[str, Any] = {}
+        self._turns: Mapping[str, Any] = {}
         self._copy: SharedWeights | None = None
         # Closed while weights are exchanged: a request in between would be tagged with the wrong weights.
         self._gate = asyncio.Event()
 
-    async def start(self, options: dict[str, Any], weights_path: str | None, limits: Mapping[str, Any]) -> None:
+    async def start(self, options: dict[str, Any], weights_path: str | None, turns: Mapping[str, Any]) -> None:
         """Load the model; returns when requests can be served. Raises EngineLost if a signal ended vLLM meanwhile.
 
-        `weights_path`: the file of later weights on this machine; None to keep a copy here. `limits`: SamplingParams that restrict turns
-        to the tokenizer's tokens.
+        `weights_path`: the file of later weights on this machine; None to keep a copy here. `turns`: SamplingParams of every turn: its
+        stops, and the tokens that it may have.
         """
         from vllm.config import WeightTransferConfig
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
@@ -63,7 +64,7 @@ class EngineActor:
 
         extension = {"worker_extension_cls": "igpo_megatron.weights.transfer.WorkerExtension"}
         self._returns_experts = "enable_return_routed_experts" in options
-        self._limits = limits
+        self._turns = turns
         arguments = AsyncEngineArgs(**{**extension, **options}, weight_transfer_config=WeightTransferConfig(backend=BACKEND))
         try:
             self._engine = AsyncLLM.from_engine_args(arguments)
@@ -82,48 +83,31 @@ class EngineActor:
 
     # ---- requests
 
-    async def generate(
-        self,
-        token_ids: list[int],
-        max_tokens: int,
-        temperature: float,
-        seed: int,
-        stops: Sequence[int],
-        stop_strings: tuple[str, ...] = (),
-        top_logprobs: int = 0,
-        experts_from: int | None = None,
-    ) -> tuple[list[int], list[float], str, int, list[float], list[bytes]]:
-        """Token ids, log-probs, finish reason, weight version and, if requested, entropies and experts of one sampled turn.
-
-        The version is that of the first token; weights may change while the turn is sampled.
-        """
+    async def generate(self, request: SamplingRequest) -> Completion:
+        """As in `Engine`. The version is that of the first token; weights may change while the turn is sampled."""
         from vllm import SamplingParams
 
+        length, first = len(request.token_ids), request.experts_from
         params = SamplingParams(
-            temperature=temperature,
-            max_tokens=max_tokens,
-            seed=seed if temperature > 0 else None,
-            logprobs=top_logprobs,
-            stop_token_ids=list(stops),
-            **self._limits,
-            # Only tag protocols need text in the engine; the ids stay as sampled, those of the tag included.
-            detokenize=bool(stop_strings),
-            stop=list(stop_strings),
-            include_stop_str_in_output=bool(stop_strings),
-            skip_special_tokens=False,
-            **self._experts_from(len(token_ids) if experts_from is None else experts_from),
+            temperature=request.temperature,
+            max_tokens=request.max_tokens,
+            seed=request.seed if request.temperature > 0 else None,
+            logprobs=request.top_logprobs,
+            **self._turns,
+            **self._experts_from(length if first is None else first),
         )
         await self._gate.wait()
         version = self.version
-        output = (await self._last_output(token_ids, params)).outputs[0]
+        output = (await self._last_output(request.token_ids, params)).outputs[0]
         ids = list(output.token_ids)
         logprobs = [position[token].logprob for token, position in zip(ids, output.logprobs, strict=True)]
-        entropies = [entropy(entry.logprob for entry in position.values()) for position in output.logprobs] if top_logprobs else []
-        experts = [] if experts_from is None else routed_experts(output.routed_experts, len(token_ids) + len(ids) - 1 - experts_from)
-        return ids, logprobs, output.finish_reason or "abort", version, entropies, experts
+        entropies = [entropy(entry.logprob for entry in position.values()) for position in output.logprobs] if request.top_logprobs else []
+        experts = [] if first is None else routed_experts(output.routed_experts, length + len(ids) - 1 - first)
+        finish = output.finish_reason
+        return Completion(ids, logprobs, finish if finish in ("stop", "length") else "abort", version, entropies, first or 0, experts)
 
-    async def score(self, token_ids: list[int], first: int = 1, *, cached: bool = False) -> tuple[list[float], int, int]:
-        """Raw log-probs of `token_ids[first:]`, the weight version that computed them, and the prompt tokens taken from the prefix cache.
+    async def score(self, token_ids: list[int], first: int = 1, *, cached: bool = False) -> tuple[ProbeScore, int]:
+        """Raw log-probs of `token_ids[first:]`, with their weight version, and the number of prompt tokens taken from the prefix cache.
 
         With `cached` the prefix cache may be read. vLLM then leaves the rows of cached positions as uninitialised memory, without
         an error: a context that ends on a block boundary, or a probe that was scored before, loses rows. Row `first` comes from the
@@ -141,7 +125,7 @@ class EngineActor:
         if self.version != version:  # it is set before requests resume, so results of new weights come after it
             return await self.score(token_ids, first)
         # Some versions of vLLM return computed rows only, so index from the end. Each row has one token, that of the prompt.
-        return output.prompt_logprobs.logprobs[first - len(token_ids) :], version, hits
+        return ProbeScore(tuple(output.prompt_logprobs.logprobs[first - len(token_ids) :]), version), hits
 
     def _experts_from(self, position: int) -> dict[str, int]:
         """SamplingParams for experts from `position` on; earlier versions of vLLM lack the parameter."""
@@ -242,7 +226,6 @@ async def _lost_by_name() -> AsyncIterator[None]:
 def engine_options(config: Config, *, cuda: bool, stop_strings: bool) -> dict[str, Any]:
     """vLLM's arguments; `stop_strings`: turns may end at a text, so the engine needs the tokenizer."""
     rollout, engine = config.rollout, config.rollout.engine
-    dtype = config.model.dtype if engine.dtype == "auto" else engine.dtype
     top_logprobs = rollout.branching.top_logprobs
     device: dict[str, Any] = (
         {"gpu_memory_utilization": engine.gpu_memory_utilization, "enable_sleep_mode": config.placement.mode == "colocated"}
@@ -259,7 +242,7 @@ def engine_options(config: Config, *, cuda: bool, stop_strings: bool) -> dict[st
     )
     return {
         "model": str(config.model.path),
-        "dtype": {"fp32": "float32", "bf16": "bfloat16"}[dtype],
+        "dtype": {"fp32": "float32", "bf16": "bfloat16"}[engine.dtype_for(config.model.dtype)],
         "tensor_parallel_size": engine.tensor,
         # By default vLLM uses "ray" inside an actor, and that executor refuses a bundle of more than one GPU.
         **({"distributed_executor_backend": "mp"} if engine.tensor > 1 else {}),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from types import TracebackType
+import math
 from typing import Protocol, Self
 
-from igpo_megatron.types import Completion, ProbeScore, RunStopped, WeightSink
+from igpo_megatron.types import Completion, ProbeScore, RunStopped, SamplingRequest, WeightSink
 
 
 class EngineError(RunStopped):
@@ -19,26 +19,12 @@ class EnginesEnded(RunStopped):
 class Engine(Protocol):
     """Continues token sequences and scores probes."""
 
-    async def generate(
-        self,
-        token_ids: list[int],
-        *,
-        max_tokens: int,
-        temperature: float,
-        seed: int,
-        key: str,
-        top_logprobs: int = 0,
-        experts_from: int | None = None,
-    ) -> Completion:
-        """Sample one turn. Requests with the same `key` go to the same engine, to use its prefix cache. Raises EngineError.
-
-        `top_logprobs` other than 0 requests entropies, over that many of the likeliest tokens or, if -1, over all. `experts_from` requests
-        the experts of the context's tokens from there on, and of the sampled ones.
-        """
+    async def generate(self, request: SamplingRequest) -> Completion:
+        """Sample one turn, or a part of one. Raises EngineError."""
         ...
 
     async def score_probe(self, token_ids: list[int], first: int, *, key: str) -> ProbeScore:
-        """Log-probs of `token_ids[first:]` after those before them; `key` as for `generate`. Raises EngineError."""
+        """Log-probs of `token_ids[first:]` after those before them; `key` as in `SamplingRequest`. Raises EngineError."""
         ...
 
 
@@ -49,8 +35,15 @@ class EngineService(Engine, WeightSink, Protocol):
         """Start; returns when requests are served with the weights of the model's folder. Raises RunStopped."""
         ...
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
 
     def sleep(self) -> None:
         """Leave the device to the policy until the next weights arrive. Call it between rollouts."""
         ...
+
+
+def require_logprobs(score: ProbeScore, engine: str) -> ProbeScore:
+    """The score itself. Raises EngineError naming the engine if it is not made of log-probs."""
+    if not all(-math.inf < logprob <= 0.0 for logprob in score.logprobs):
+        raise EngineError(f"{engine} scored a probe with {score.logprobs}, which are no log-probs")
+    return score

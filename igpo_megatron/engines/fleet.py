@@ -82,17 +82,15 @@ class Fleet:
         weights: Path,
         *,
         cuda: bool,
-        stop_strings: bool,
+        turns: Mapping[str, Any],
         fill: Callable[[Member], None],
-        limits: Mapping[str, Any] | None = None,
     ) -> None:
         """`weights`: the file of later weights; `fill` makes a started engine HEALTHY, or raises EngineError or SyncError.
 
-        `limits`: SamplingParams that restrict turns to the tokenizer's tokens.
+        `turns`: SamplingParams of every turn.
         """
         self._config, self._engine, self._cluster = config, config.rollout.engine, cluster
-        self._cuda, self._stop_strings, self._weights, self._fill = cuda, stop_strings, weights, fill
-        self._limits = limits or {}
+        self._cuda, self._turns, self._weights, self._fill = cuda, turns, weights, fill
         self.members = [Member(number) for number in range(self._engine.count)]
         self.problem: RunStopped | None = None
         """Why the run cannot go on."""
@@ -245,8 +243,8 @@ class Fleet:
         member.process, node = self.wait_for(member, member.actor.place.remote(), "was not placed", _PLACE_TIMEOUT_S)
         member.is_local = self._is_here(member, node)
         shares_file = member.is_local and self._config.sync.transport != "object_store"
-        options = engine_options(self._config, cuda=self._cuda, stop_strings=self._stop_strings)
-        return member.actor.start.remote(options, str(self._weights) if shares_file else None, self._limits)
+        options = engine_options(self._config, cuda=self._cuda, stop_strings=bool(self._turns["stop"]))
+        return member.actor.start.remote(options, str(self._weights) if shares_file else None, self._turns)
 
     def _is_here(self, member: Member, node: str) -> bool:
         """True if a Ray node is that of the main rank."""

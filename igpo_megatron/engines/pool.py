@@ -9,15 +9,14 @@ A turn whose engine dies is generated again with the same seed, by another engin
 from __future__ import annotations
 
 import asyncio
-import math
 import random
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from types import TracebackType
 from typing import Any, Self
 
 from igpo_megatron.chat.protocols.registry import protocol_of
@@ -25,14 +24,14 @@ from igpo_megatron.chat.tokenizer import embedding_rows, load_tokenizer
 from igpo_megatron.chat.turn_ends import sampling_limits, stop_tokens
 from igpo_megatron.config.schema import Config
 from igpo_megatron.engines.actor import EngineLost
-from igpo_megatron.engines.api import EngineError
+from igpo_megatron.engines.api import EngineError, require_logprobs
 from igpo_megatron.engines.fleet import EngineState, Fleet, Member, is_lost
 from igpo_megatron.engines.ray_cluster import RayCluster
 from igpo_megatron.supervision.waits import ENGINES, waiting
-from igpo_megatron.types import Canary, Completion, Metric, ProbeScore, SyncError
+from igpo_megatron.types import Canary, Completion, Metric, NamedTensors, ProbeScore, SamplingRequest, SyncError
 from igpo_megatron.weights.send import Transfer, Transport, cause, check_canary, export, fingerprints, largest_gap
 from igpo_megatron.weights.store import Bucket, SharedWeights
-from igpo_megatron.weights.transports import EngineReceiver, ObjectStore, SharedMemory
+from igpo_megatron.weights.transports import EngineReceiver, FileTransport
 
 _OPERATION_TIMEOUT_S = 600
 _TEST_CONTEXT, _TEST_PROBE = 128, 12  # 128 tokens fill complete KV blocks of any size in use
@@ -58,12 +57,21 @@ class EnginePool:
         tokenizer = load_tokenizer(config.model.path)
         self._vocab_size = len(tokenizer)
         embedding = embedding_rows(config.model.path)
-        self._stop_tokens = stop_tokens(tokenizer, embedding)
-        self._limits = sampling_limits(tokenizer, embedding)
-        self._stop_strings = protocol_of(config.rollout).stop
-        self._cluster: RayCluster | None = None
-        self._weights: SharedWeights | None = None
-        self._fleet: Fleet | None = None
+        stops = protocol_of(config.rollout).stop
+        self._turns: dict[str, Any] = {
+            "stop_token_ids": list(stop_tokens(tokenizer, embedding)),
+            # Only tag protocols need text in the engine; the ids stay as sampled, those of the tag included.
+            "detokenize": bool(stops),
+            "stop": list(stops),
+            "include_stop_str_in_output": bool(stops),
+            "skip_special_tokens": False,
+            **sampling_limits(tokenizer, embedding),
+        }
+        """vLLM's SamplingParams of every turn."""
+
+        self._opened = ExitStack()
+        self._weights: SharedWeights  # these two from `__enter__` on
+        self._fleet: Fleet
         self._native: Any = None
         self._synced: Synced | None = None
         self._versions = {0}  # 0: the weights of the model's folder
@@ -73,76 +81,48 @@ class EnginePool:
     # ---- life
 
     def __enter__(self) -> Self:
-        try:
-            self._cluster = RayCluster(self._config, cuda=self._cuda)
+        with ExitStack() as opened:
             self._weights = SharedWeights()
-            self._fleet = Fleet(
-                self._config,
-                self._cluster,
-                self._weights.path,
-                cuda=self._cuda,
-                stop_strings=bool(self._stop_strings),
-                limits=self._limits,
-                fill=self._fill,
-            )
+            opened.callback(self._weights.close)
+            cluster = RayCluster(self._config, cuda=self._cuda)
+            opened.callback(cluster.close)
+            self._fleet = Fleet(self._config, cluster, self._weights.path, cuda=self._cuda, turns=self._turns, fill=self._fill)
+            opened.callback(self._fleet.close)
+            opened.callback(self._close_native)
             self._fleet.start()
             if self._config.reward.scorer == "engine":
                 self.self_test_scoring()
-        except BaseException:
-            self.close()
-            raise
+            self._opened = opened.pop_all()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
         """End the engines and everything this pool started."""
+        self._opened.close()
+
+    def _close_native(self) -> None:
         if self._native is not None:
             self._native.close()
             self._native = None
-        if self._fleet is not None:
-            self._fleet.close()
-        if self._cluster is not None:
-            self._cluster.close()
-            self._cluster = None
-        if self._weights is not None:
-            self._weights.close()
-            self._weights = None
 
     # ---- requests
 
-    async def generate(
-        self,
-        token_ids: list[int],
-        *,
-        max_tokens: int,
-        temperature: float,
-        seed: int,
-        key: str,
-        top_logprobs: int = 0,
-        experts_from: int | None = None,
-    ) -> Completion:
-        """Sample one turn, on the engine of `key` if it can serve. Raises EngineError if none can in time."""
-        arguments = (token_ids, max_tokens, temperature, seed, self._stop_tokens, self._stop_strings, top_logprobs, experts_from)
-        number, found = await self._ask(key, "a turn", lambda actor: actor.generate.remote(*arguments))
-        ids, logprobs, finish, version, entropies, experts = found
-        self._require_known(version, number)
-        return Completion(
-            ids, logprobs, finish if finish in ("stop", "length") else "abort", version, entropies, experts_from or 0, experts
-        )
+    async def generate(self, request: SamplingRequest) -> Completion:
+        """Sample one turn, on the engine of its key if that can serve. Raises EngineError if none can in time."""
+        number, completion = await self._ask(request.key, "a turn", lambda actor: actor.generate.remote(request))
+        self._require_known(completion.weight_version, number)
+        return completion
 
     async def score_probe(self, token_ids: list[int], first: int, *, key: str, cached: bool = True) -> ProbeScore:
         """Log-probs of `token_ids[first:]` by the engine of `key`; with `cached` its prefix cache is used if that is safe.
 
         Raises EngineError if none can serve in time, or if a result is not a valid log-prob.
         """
-        number, found = await self._ask(key, "a probe", lambda actor: actor.score.remote(token_ids, first, cached=cached))
-        logprobs, version, _ = found
-        self._require_known(version, number)
-        if not all(-math.inf < logprob <= 0.0 for logprob in logprobs):
-            raise EngineError(f"engine {number} scored a probe with {logprobs}, which are no log-probs")
-        return ProbeScore(tuple(logprobs), version)
+        number, (score, _) = await self._ask(key, "a probe", lambda actor: actor.score.remote(token_ids, first, cached=cached))
+        self._require_known(score.weight_version, number)
+        return require_logprobs(score, f"engine {number}")
 
     async def _ask(self, key: str, what: str, call: Callable[[Any], Any]) -> tuple[int, Any]:
         """(number of the engine that answered, its answer); repeated if an engine is lost meanwhile."""
@@ -164,16 +144,16 @@ class EnginePool:
             except (ray.exceptions.RayError, EngineLost) as error:
                 if not is_lost(error):
                     raise EngineError(f"engine {member.number} refused {what}: {cause(error)}") from None
-                self._running.lost(member, actor, error)
+                self._fleet.lost(member, actor, error)
 
     async def _unless_stopped(self, asked: Any) -> Any:
         """The answer; raises the run's problem if that comes first."""
         answer = asyncio.ensure_future(asked)
         try:
             while True:
-                change = self._running.changes.next()
-                if self._running.problem is not None:
-                    raise self._running.problem
+                change = self._fleet.changes.next()
+                if self._fleet.problem is not None:
+                    raise self._fleet.problem
                 await asyncio.wait((answer, change), return_when=asyncio.FIRST_COMPLETED)
                 change.cancel()
                 if answer.done():
@@ -183,12 +163,12 @@ class EnginePool:
 
     async def _serving(self, key: str, what: str, deadline: float) -> Member:
         """The engine of a key, always the same one to use its prefix cache; another one while it cannot serve."""
-        members = self._running.members
+        members = self._fleet.members
         first = zlib.crc32(key.encode()) % len(members)
         while True:
-            change = self._running.changes.next()
-            if self._running.problem is not None:
-                raise self._running.problem
+            change = self._fleet.changes.next()
+            if self._fleet.problem is not None:
+                raise self._fleet.problem
             for member in [*members[first:], *members[:first]]:
                 if member.state is EngineState.HEALTHY:
                     return member
@@ -210,22 +190,20 @@ class EnginePool:
 
     def score_on_each(self, token_ids: Sequence[int]) -> list[list[float]]:
         """Raw log-probs of a sequence by every engine, 0.0 for the first token. Raises EngineError naming one that cannot."""
-        members = self._running.members
-        asked = [(member, member.actor.score.remote(list(token_ids))) for member in members]
-        found = [self._running.wait_for(member, reference, "could not score", _OPERATION_TIMEOUT_S) for member, reference in asked]
-        return [[0.0, *logprobs] for logprobs, _, _ in found]
+        numbers = range(len(self._fleet.members))
+        return [[0.0, *self.score_on(number, list(token_ids), 1, cached=False)[0]] for number in numbers]
 
     def score_on(self, number: int, token_ids: list[int], first: int, *, cached: bool) -> tuple[list[float], int]:
         """Blocking `score_probe` on engine `number`: log-probs, and the prompt tokens found in its prefix cache."""
-        member = self._running.members[number]
+        member = self._fleet.members[number]
         reference = member.actor.score.remote(token_ids, first, cached=cached)
-        logprobs, _, hits = self._running.wait_for(member, reference, "could not score a probe", _OPERATION_TIMEOUT_S)
-        return logprobs, hits
+        score, hits = self._fleet.wait_for(member, reference, "could not score a probe", _OPERATION_TIMEOUT_S)
+        return list(score.logprobs), hits
 
     def self_test_scoring(self) -> float:
         """Largest |difference| that the prefix cache makes to scores, over all engines. Raises EngineError if it is too large."""
-        dtype = self._config.model.dtype if self._engine.dtype == "auto" else self._engine.dtype
-        numbers = range(len(self._running.members))
+        dtype = self._engine.dtype_for(self._config.model.dtype)
+        numbers = range(len(self._fleet.members))
         return max(check_prefix_cache(number, partial(self.score_on, number), self._vocab_size, dtype) for number in numbers)
 
     # ---- weights
@@ -234,7 +212,7 @@ class EnginePool:
         """Leave the device to the policy: engines get no requests before the next weights arrive. Call it between rollouts."""
         with self._sync_lock:
             for member in self._awake():
-                self._running.set_state(member, EngineState.STALE)
+                self._fleet.set_state(member, EngineState.STALE)
                 self._tell(member, member.actor.sleep.remote(self._config.placement.sleep_level), "did not go to sleep")
             self._asleep = True
 
@@ -244,21 +222,17 @@ class EnginePool:
 
     def _awake(self) -> list[Member]:
         """Engines that are running, asleep or not."""
-        return [member for member in self._running.members if member.state in (EngineState.HEALTHY, EngineState.STALE)]
+        return [member for member in self._fleet.members if member.state in (EngineState.HEALTHY, EngineState.STALE)]
 
     def _tell(self, member: Member, reference: Any, what: str) -> None:
         actor = member.actor
         try:
-            self._running.wait_for(member, reference, what, self._config.sync.base_s)
+            self._fleet.wait_for(member, reference, what, self._config.sync.base_s)
         except EngineError as error:
-            self._running.lost(member, actor, error)
+            self._fleet.lost(member, actor, error)
 
     def update_weights(
-        self,
-        named_tensors: Iterable[tuple[str, Any]],
-        version: int,
-        canary: Canary | None = None,
-        exported: Callable[[], None] | None = None,
+        self, named_tensors: NamedTensors, version: int, canary: Canary | None = None, exported: Callable[[], None] | None = None
     ) -> dict[str, float]:
         """Replace all weights in all engines; returns metrics when they serve `version` and have passed the canary, if one is given.
 
@@ -268,10 +242,9 @@ class EnginePool:
         Requests in flight are frozen meanwhile and continue afterwards; new ones wait. An engine that dies meanwhile is restarted and
         filled later. Raises SyncError naming the engine and the first tensor that differs from its export, or the run's own problem.
         """
-        assert self._weights is not None
         with self._sync_lock:
-            if self._running.problem is not None:
-                raise self._running.problem
+            if self._fleet.problem is not None:
+                raise self._fleet.problem
             before = fingerprints(self._synced.buckets) if self._synced else {}
             self._synced = None  # the file is about to change
             if self._asleep:
@@ -279,7 +252,7 @@ class EnginePool:
             members = self._awake()
             actors = [member.actor for member in members]
             for member in members:
-                self._running.set_state(member, EngineState.STALE)
+                self._fleet.set_state(member, EngineState.STALE)
             self._versions.add(version)
             transfer = Transfer(version, self._config.sync, is_lost, before)
             source = export(named_tensors, self._weights, self._config.sync.bucket_mib * 2**20)
@@ -299,14 +272,14 @@ class EnginePool:
                             raise EngineError(f"it was lost in sync {version}: {cause(lost)}")
                         worst = max(worst, self._ask_canary(member))
                     except EngineError as error:
-                        self._running.lost(member, actor, error)
+                        self._fleet.lost(member, actor, error)
             except SyncError as error:
-                self._running.stop(error)  # wakes requests that wait for these weights
-                assert self._running.problem is not None
-                raise self._running.problem from None  # Ray may have ended first
+                self._fleet.stop(error)  # wakes requests that wait for these weights
+                assert self._fleet.problem is not None
+                raise self._fleet.problem from None  # Ray may have ended first
             for member, actor in zip(members, actors, strict=True):
                 if member.actor is actor and member.state is EngineState.STALE:
-                    self._running.set_state(member, EngineState.HEALTHY)
+                    self._fleet.set_state(member, EngineState.HEALTHY)
             return {
                 **transfer.metrics(),
                 Metric.SYNC_CANARY_S: time.monotonic() - started,
@@ -316,11 +289,10 @@ class EnginePool:
 
     def metrics(self) -> dict[str, float]:
         """`engine_restarts`: restarts so far."""
-        return {"engine_restarts": float(sum(member.restarts for member in self._running.members))}
+        return {"engine_restarts": float(sum(member.restarts for member in self._fleet.members))}
 
     def _fill(self, member: Member) -> None:
         """Give a started engine the newest weights from the file, if there are any yet, and check the canary."""
-        assert self._weights is not None
         with self._sync_lock:
             if member.state is not EngineState.STALE:
                 return  # a sync has filled it already
@@ -330,7 +302,7 @@ class EnginePool:
                 for error in transfer.lost.values():
                     raise EngineError(f"engine {member.number} was lost when it was given weights {self._synced.version}: {cause(error)}")
                 self._ask_canary(member)
-            self._running.set_state(member, EngineState.HEALTHY)
+            self._fleet.set_state(member, EngineState.HEALTHY)
 
     def _ask_canary(self, member: Member) -> float:
         """Largest |log-prob difference| to the policy. Raises SyncError, or EngineError if the engine does not answer."""
@@ -339,9 +311,10 @@ class EnginePool:
         if canary is None:
             return 0.0
         reference = member.actor.score.remote(list(canary.token_ids))
-        served, version, _ = self._running.wait_for(member, reference, "could not score the canary", self._config.sync.base_s)
-        assert version == self._synced.version, f"engine {member.number} reports that it serves {version}"
-        return check_canary(canary, served, version, member.number)
+        score, _ = self._fleet.wait_for(member, reference, "could not score the canary", self._config.sync.base_s)
+        version = self._synced.version
+        assert score.weight_version == version, f"engine {member.number} reports that it serves {score.weight_version}"
+        return check_canary(canary, score.logprobs, version, member.number)
 
     def _transports(self, members: Sequence[Member]) -> list[Transport]:
         kind = self._config.sync.transport
@@ -349,33 +322,25 @@ class EnginePool:
             return self._files(members)
         from igpo_megatron.weights.cuda_transports import Native
 
-        receivers = [EngineReceiver(member.number, member.actor) for member in members]
+        receivers = _receivers(members)
         if self._native is None or not self._native.reaches(receivers):
-            if self._native is not None:
-                self._native.close()
+            self._close_native()
             self._native = Native(kind, receivers, self._engine.tensor, self._config.sync)
         return [self._native]
 
     def _files(self, members: Sequence[Member]) -> list[Transport]:
         """Transports for the bytes of the shared file."""
-        assert self._weights is not None
         kind = self._config.sync.transport
         away = [member.number for member in members if not member.is_local]
         if away and kind == "shared_memory":
             raise EngineError(f"sync.transport=shared_memory reaches engines on this machine only; {away} are not: use auto")
         near = [member for member in members if member.is_local and kind != "object_store"]
         far = [member for member in members if member not in near]
-        transports: list[Transport] = []
-        if near:
-            transports.append(SharedMemory([EngineReceiver(member.number, member.actor) for member in near]))
-        if far:
-            transports.append(ObjectStore([EngineReceiver(member.number, member.actor) for member in far], self._weights))
-        return transports
+        return [FileTransport(_receivers(some), copied) for some, copied in ((near, None), (far, self._weights)) if some]
 
-    @property
-    def _running(self) -> Fleet:
-        assert self._fleet is not None, "the pool was not entered"
-        return self._fleet
+
+def _receivers(members: Sequence[Member]) -> list[EngineReceiver]:
+    return [EngineReceiver(member.number, member.actor) for member in members]
 
 
 def check_prefix_cache(number: int, score: Callable[..., tuple[list[float], int]], vocab_size: int, dtype: str) -> float:

@@ -10,7 +10,7 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -43,7 +43,9 @@ class RayCluster:
 
     def __init__(self, config: Config, *, cuda: bool) -> None:
         """Raises EngineError if Ray does not start or the cluster to join does not answer, UserError for missing GPUs."""
-        self._folder: Path | None = None
+        self.folder: Path | None = None
+        """Folder of sockets and logs of the Ray started here; None for a joined one."""
+
         self._run = config.run.folder / config.run.name
         self._servers: dict[str, psutil.Process] = {}
         self._family: list[psutil.Process] = []
@@ -59,32 +61,34 @@ class RayCluster:
         import ray
 
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
-        with _without_launcher_variables():
-            if address is not None:
-                os.environ.setdefault("RAY_AUTH_MODE", "token")  # of RAY_AUTH_TOKEN, or the one Ray keeps in the home folder
-                try:
-                    ray.init(address=address, **quiet)
-                except (ConnectionError, ValueError, RuntimeError) as error:
-                    raise EngineError(f"no Ray cluster answers at rollout.engine.ray_address={address}: {error}") from None
-                return
-            devices = visible_devices(engine.gpu_ids) if cuda and engine.gpu_ids else None
-            self._folder = _new_folder()
-            self._claim = claim(self._folder)
-            carried = _BUCKETS_IN_FLIGHT * config.sync.bucket_mib * 2**20 if config.sync.transport == "object_store" else 0
+        variables: dict[str, str | None] = dict.fromkeys(filter(_LAUNCHER_VARIABLES.fullmatch, os.environ))
+        if address is not None:
+            os.environ.setdefault("RAY_AUTH_MODE", "token")  # of RAY_AUTH_TOKEN, or the one Ray keeps in the home folder
             try:
-                with _seeing_only(devices):
-                    ray.init(
-                        address="local",
-                        num_cpus=engine.count + 1,  # logical CPUs; an engine really uses its `threads`
-                        include_dashboard=False,
-                        object_store_memory=_OBJECT_STORE_BYTES + carried,
-                        _node_ip_address="127.0.0.1",
-                        _temp_dir=str(self._folder),
-                        **quiet,
-                    )
-            except Exception as error:  # noqa: BLE001 (Ray raises nothing narrower)
-                raise EngineError(f"Ray did not start on this machine: {cause(error)}") from None
-            self._servers = {child.name(): child for child in psutil.Process().children() if child.name() in _SERVERS}
+                with _environment(variables):
+                    ray.init(address=address, **quiet)
+            except (ConnectionError, ValueError, RuntimeError) as error:
+                raise EngineError(f"no Ray cluster answers at rollout.engine.ray_address={address}: {error}") from None
+            return
+        if cuda and engine.gpu_ids:
+            variables["CUDA_VISIBLE_DEVICES"] = visible_devices(engine.gpu_ids)
+        self.folder = _new_folder()
+        self._claim = claim(self.folder)
+        carried = _BUCKETS_IN_FLIGHT * config.sync.bucket_mib * 2**20 if config.sync.transport == "object_store" else 0
+        try:
+            with _environment(variables):
+                ray.init(
+                    address="local",
+                    num_cpus=engine.count + 1,  # logical CPUs; an engine really uses its `threads`
+                    include_dashboard=False,
+                    object_store_memory=_OBJECT_STORE_BYTES + carried,
+                    _node_ip_address="127.0.0.1",
+                    _temp_dir=str(self.folder),
+                    **quiet,
+                )
+        except Exception as error:  # noqa: BLE001 (Ray raises nothing narrower)
+            raise EngineError(f"Ray did not start on this machine: {cause(error)}") from None
+        self._servers = {child.name(): child for child in psutil.Process().children() if child.name() in _SERVERS}
 
     def remember(self) -> None:
         """Record the raylet's children: its agents survive it if it is killed, and could not be found then."""
@@ -101,11 +105,6 @@ class RayCluster:
         gone = [words for name, words in _SERVERS.items() if name in self._servers and not is_alive(self._servers[name])]
         return f"Ray ended on this machine: {' and '.join(gone)} died" if gone else None
 
-    @property
-    def folder(self) -> Path | None:
-        """Folder of sockets and logs of the Ray started here; None for a joined one."""
-        return self._folder
-
     def close(self) -> None:
         """Leave Ray; if it was started here, end it and remove its files."""
         import ray
@@ -114,12 +113,12 @@ class RayCluster:
         for process in self._family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        if self._folder is not None:
+        if self.folder is not None:
             with contextlib.suppress(OSError):
-                self._keep_logs(self._folder)
-            shutil.rmtree(self._folder, ignore_errors=True)
+                self._keep_logs(self.folder)
+            shutil.rmtree(self.folder, ignore_errors=True)
             os.close(self._claim)
-            self._folder = None
+            self.folder = None
 
     def _keep_logs(self, folder: Path) -> None:
         """Copy the output of the engines' processes into the run's folder, if it exists, replacing that of the previous start."""
@@ -132,10 +131,10 @@ class RayCluster:
 
     def last_log_lines(self, process: int | None) -> str:
         """The end of the error output of actor process `process` (None: of all), for a message; empty if Ray was not started here."""
-        if self._folder is None:
+        if self.folder is None:
             return ""
         pattern = "session_*/logs/worker-*.err" if process is None else f"session_*/logs/worker-*-{process}.err"
-        files = sorted(self._folder.glob(pattern), key=lambda path: path.stat().st_mtime)
+        files = sorted(self.folder.glob(pattern), key=lambda path: path.stat().st_mtime)
         lines = [line for path in files for line in path.read_text(errors="replace").splitlines() if line.strip()]
         return "\nlast lines of the engine's log:\n  " + "\n  ".join(lines[-_LOG_LINES:]) if lines else ""
 
@@ -182,23 +181,13 @@ def _token() -> str:
 
 
 @contextlib.contextmanager
-def _seeing_only(devices: str | None) -> Iterator[None]:
-    """Processes started inside see these GPUs, or (None) those that this process sees. The variable is restored afterwards."""
-    before = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if devices is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = devices
+def _environment(variables: Mapping[str, str | None]) -> Iterator[None]:
+    """Inside, these variables have these values, or (None) do not exist; afterwards they are as before."""
+    before = {name: os.environ.pop(name, None) for name in variables}
+    os.environ.update({name: value for name, value in variables.items() if value is not None})
     try:
         yield
     finally:
-        if devices is not None:
-            os.environ.pop("CUDA_VISIBLE_DEVICES")
-            os.environ.update({} if before is None else {"CUDA_VISIBLE_DEVICES": before})
-
-
-@contextlib.contextmanager
-def _without_launcher_variables() -> Iterator[None]:
-    hidden = {name: os.environ.pop(name) for name in list(os.environ) if _LAUNCHER_VARIABLES.fullmatch(name)}
-    try:
-        yield
-    finally:
-        os.environ.update(hidden)
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            os.environ.update({} if value is None else {name: value})

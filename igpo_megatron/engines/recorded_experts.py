@@ -28,7 +28,7 @@ def routed_experts(rows: Any, expected: int) -> list[bytes]:
 def first_unrouted(group: RolloutGroup, index: int) -> int:
     """Position in the context of node `index` of the first token whose experts are unknown; the context's length if all are known."""
     position = 0
-    for number in _path(group, index):
+    for number in group.path_to(index):
         node = group.nodes[number]
         known = node.experts.index(None) if None in node.experts else len(node.experts)
         position += known
@@ -43,7 +43,7 @@ def record_experts(group: RolloutGroup, index: int, completion: Completion) -> N
     Tokens that have experts keep them. Only samples that computed a shared prompt at the same moment can disagree, at a near tie.
     """
     start = 0
-    for number in _path(group, index):
+    for number in group.path_to(index):
         node = group.nodes[number]
         stop = start + len(node.token_ids)
         found = _between(completion, start, stop)
@@ -56,12 +56,3 @@ def _between(completion: Completion, start: int, stop: int) -> list[bytes | None
     """The completion's experts of positions [start, stop); None for positions without."""
     places: Sequence[int] = range(start - completion.experts_from, stop - completion.experts_from)
     return [completion.experts[place] if 0 <= place < len(completion.experts) else None for place in places]
-
-
-def _path(group: RolloutGroup, index: int) -> list[int]:
-    path: list[int] = []
-    cursor: int | None = index
-    while cursor is not None:
-        path.append(cursor)
-        cursor = group.nodes[cursor].parent
-    return path[::-1]

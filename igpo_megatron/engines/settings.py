@@ -10,6 +10,8 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from igpo_megatron.settings import Section
 
+Dtype = Literal["fp32", "bf16"]
+
 
 class Engine(Section):
     """The engines that generate: vLLM, placed by Ray, or one of this project's own."""
@@ -75,17 +77,21 @@ class Engine(Section):
                     f"which is one engine in the main rank's process, on its device; set it to {json.dumps(expected)}, or use backend=vllm"
                 )
 
-    def cache_slots(self, max_context: int, model_dtype: Literal["fp32", "bf16"], shape: dict[str, Any]) -> int:
+    def dtype_for(self, model_dtype: Dtype) -> Dtype:
+        """Of the engines' weights and caches, for a model of `model_dtype`."""
+        return model_dtype if self.dtype == "auto" else self.dtype
+
+    def cache_slots(self, max_context: int, model_dtype: Dtype, shape: dict[str, Any]) -> int:
         """backend=torch: sequences of `max_context` tokens that `kv_cache_mib` holds, `max_num_seqs` at most; 0 where none fits.
 
         `shape`: config.json of the model.
         """
         return min(self.max_num_seqs, self.kv_cache_mib * 2**20 // self.sequence_bytes(max_context, model_dtype, shape))
 
-    def sequence_bytes(self, max_context: int, model_dtype: Literal["fp32", "bf16"], shape: dict[str, Any]) -> int:
+    def sequence_bytes(self, max_context: int, model_dtype: Dtype, shape: dict[str, Any]) -> int:
         """Keys and values of one sequence of `max_context` tokens."""
         heads = shape["num_attention_heads"]
         head_size = shape.get("head_dim") or shape["hidden_size"] // heads
-        bytes_each = {"fp32": 4, "bf16": 2}[model_dtype if self.dtype == "auto" else self.dtype]
+        bytes_each = {"fp32": 4, "bf16": 2}[self.dtype_for(model_dtype)]
         per_token = 2 * shape["num_hidden_layers"] * (shape.get("num_key_value_heads") or heads) * head_size * bytes_each
         return int(per_token * max_context)

@@ -281,7 +281,8 @@ def partials(form: str, shard: Shard, need_entropy: bool) -> torch.Tensor:
     if problem:
         _log_once(form, problem)
         form = "fused"
-    tile = tile_of(form, rows, hidden.dtype)
+    wide = form == "fused" and hidden.dtype == torch.float32
+    tile = next(tile for most, tile in TILES["fused, fp32" if wide else form] if rows <= most)
     row_tiles, tiles = triton.cdiv(rows, tile.m), triton.cdiv(valid, tile.v)
     programs = tile.resident * _multiprocessors(hidden.device)
     tiles_per_split, splits = split_vocabulary(row_tiles, tiles, programs)
@@ -300,12 +301,6 @@ def partials(form: str, shard: Shard, need_entropy: bool) -> torch.Tensor:
     record = torch.empty_like(records[0])
     _fold_splits[(triton.cdiv(rows, 4),)](records, record, rows, splits, BLOCK_R=4, SPLITS=triton.next_power_of_2(splits))
     return record
-
-
-def tile_of(form: str, rows: int, dtype: torch.dtype) -> Tile:
-    """Tile of TILES for N `rows`."""
-    wide = form == "fused" and dtype == torch.float32
-    return next(tile for most, tile in TILES["fused, fp32" if wide else form] if rows <= most)
 
 
 def why_no_tma(hidden: torch.Tensor, weight: torch.Tensor) -> str | None:

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 
-from igpo_megatron.launch.doorway import Doorway, Line, Unanswered, WrongSecret
+from igpo_megatron.launch.doorway import Doorway, Unanswered, WrongSecret, line
 from igpo_megatron.launch.head import Head
 from igpo_megatron.launch.messages import Answer, Kind, Report, Said, Verdict, clean_sentence
 from igpo_megatron.launch.node import Node
@@ -114,8 +114,8 @@ class Board:
     async def _way(self) -> AsyncIterator[Ask]:
         """A way to ask node 0, which may be this node. Raises PreflightFailed if its port is taken."""
         if not self.node.is_head:
-            async with Line(self._key, self.node.head, self.node.port, self.node.nodes) as line:
-                yield line.ask
+            async with line(self._key, self.node.head, self.node.port, self.node.nodes) as way:
+                yield way.ask
             return
         head = self._head = Head(self.node, lost_after_s=self._lost_after_s)
         self._doorway = Doorway(self._key, self.node.nodes, lambda said: head.hear(said, time.monotonic()))

@@ -13,8 +13,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import aiohttp
 from aiohttp import web
@@ -138,28 +137,23 @@ async def _received(kind: type[Any], request: web.Request) -> Any:
         raise web.HTTPRequestTimeout from None
 
 
-class Line:
-    """A node's way to node 0. Use as a context manager."""
+@asynccontextmanager
+async def line(key: bytes, head: str, port: int, nodes: int) -> AsyncIterator[Line]:
+    """A node's way to node 0."""
+    # One connection, and no proxy: the environment's proxy is for outside addresses.
+    connector, timeout = aiohttp.TCPConnector(limit=1), aiohttp.ClientTimeout(total=REQUEST_S)
+    async with aiohttp.ClientSession(connector=connector, timeout=timeout, trust_env=False, auto_decompress=False) as http:
+        yield Line(key, http, f"http://{head}:{port}", MAX_MESSAGE + nodes * 4096)
 
-    def __init__(self, key: bytes, head: str, port: int, nodes: int) -> None:
-        self._key, self._place = key, f"http://{head}:{port}"
-        self._max_answer = MAX_MESSAGE + nodes * 4096
+
+class Line:
+    """What `line` opens."""
+
+    def __init__(self, key: bytes, http: aiohttp.ClientSession, place: str, max_answer: int) -> None:
+        self._key, self._http, self._place, self._max_answer = key, http, place, max_answer
         self._numbers = itertools.count()
         self._greeted: tuple[str, str] | None = None
         """Nonce and challenge of the session; None before it, and after node 0 has forgotten it."""
-
-        self._http: aiohttp.ClientSession | None = None
-
-    async def __aenter__(self) -> Self:
-        timeout = aiohttp.ClientTimeout(total=REQUEST_S)
-        # One connection, and no proxy: the environment's proxy is for outside addresses.
-        connector = aiohttp.TCPConnector(limit=1)
-        self._http = aiohttp.ClientSession(connector=connector, timeout=timeout, trust_env=False, auto_decompress=False)
-        return self
-
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        assert self._http is not None
-        await self._http.close()
 
     async def ask(self, said: Said) -> Answer:
         """Send a message and return the answer. Raises Unanswered, WrongSecret."""
@@ -181,7 +175,6 @@ class Line:
         return nonce, greeting.challenge
 
     async def _post(self, path: str, message: Any, kind: type[Any]) -> Any:
-        assert self._http is not None
         try:
             async with self._http.post(f"{self._place}/{path}", data=write(message).encode(), allow_redirects=False) as response:
                 if response.status == 403:  # node 0's launcher was restarted and does not know this session

@@ -27,7 +27,7 @@ from igpo_megatron.launch.preflight import Facts, busy_port, disagreements, fact
 from igpo_megatron.launch.processes import Child
 from igpo_megatron.policy.parallel import on_this_machine, wants_cuda
 from igpo_megatron.supervision.leftovers import claim, remove_abandoned
-from igpo_megatron.training.checks import check
+from igpo_megatron.training.checks import check, unusable_questions
 from igpo_megatron.types import UserError
 
 _TEMPORARY_PREFIX = "igpo-node-"
@@ -61,7 +61,9 @@ def run_node(node: Node, config: Config, arguments: list[str], options: Options)
     def judge(facts: list[Facts]) -> list[str]:
         problems = disagreements(facts)
         if not problems and len(facts) == node.nodes:
-            problems = check(on_this_machine(config), world_size=sum(one.ranks for one in facts), local_world_size=node.ranks)
+            world = sum(one.ranks for one in facts)
+            problems = check(on_this_machine(config), world_size=world, local_world_size=node.ranks)
+            problems = problems or unusable_questions(config, world_size=world)
         return problems
 
     try:

@@ -25,6 +25,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from igpo_megatron.config.checks import planned_over_steps
 from igpo_megatron.config.load import ConfigError, build, differing_keys, to_json
 from igpo_megatron.config.schema import Config
 from igpo_megatron.supervision.failures import FOLDER, in_short
@@ -60,7 +61,8 @@ def open_folder(config: Config) -> RunFolder:
     """Check that the run may start or resume in its folder. Raises ConfigError. Writes nothing.
 
     A folder made with other settings is refused, naming the keys that differ; with `run.resume=never` every used folder is refused. A key
-    that is missing in the folder's settings, because it is newer, counts as its default.
+    that is missing in the folder's settings, because it is newer, counts as its default. `run.steps` may be raised where no step depends on
+    it: the run goes on like one of so many steps that was stopped.
     """
     folder = folder_for(config)
     try:
@@ -77,10 +79,26 @@ def open_folder(config: Config) -> RunFolder:
         old = json.loads(to_json(build(old)))
     except ConfigError as error:
         raise ConfigError([f"{folder.config} has settings that this version does not take ({how}):", *error.problems]) from None
-    changed = [row for row in differing_keys(old, json.loads(to_json(config))) if not row.startswith(MAY_CHANGE)]
-    if changed:
+    changed = [row for row in differing_keys(old, json.loads(to_json(config))) if not row.startswith((*MAY_CHANGE, "run.steps:"))]
+    if changed := [*changed, *_steps_refused(config, old["run"]["steps"], folder)]:
         raise ConfigError([f"{folder.root} was made with other settings ({how}):", *changed])
     return folder
+
+
+def _steps_refused(config: Config, before: int, folder: RunFolder) -> Iterator[str]:
+    """Why `run.steps`, which was `before`, may not be what it is now."""
+    row = f"run.steps: {before} -> {config.run.steps}"
+    if config.run.steps < before:
+        yield f"{row} (it may be raised, not lowered)"
+    elif config.run.steps > before and config.run.stop_after == "rollout":
+        yield f"{row}, but run.stop_after=rollout keeps no checkpoint to go on from"
+    elif config.run.steps > before and (planned := planned_over_steps(config)):
+        newest = max(folder.checkpoints.glob("step_??????"), default=folder.checkpoints / "step_N")
+        yield (
+            f"{row}, but the steps so far depend on it by {' and '.join(planned)}; to train on, start a new run from the newest checkpoint "
+            f"(its optimizer and KL reference begin anew): `igpo convert megatron-to-hf --megatron {newest} --out hf/`, then `igpo train` "
+            "with another run.name and model.path=hf/"
+        )
 
 
 @contextmanager
@@ -113,9 +131,10 @@ def held(folder: RunFolder) -> Iterator[None]:
 
 
 def set_up(folder: RunFolder, config: Config) -> None:
-    """Make the folder and save the resolved configuration in it."""
+    """Make the folder and save the resolved configuration in it; the run is unfinished from here on."""
     for path in (folder.rollouts, folder.eval, folder.checkpoints):
         path.mkdir(parents=True, exist_ok=True)
+    folder.summary.unlink(missing_ok=True)  # of a finished run that goes on to more steps
     write_whole(folder.config, to_json(config))
 
 

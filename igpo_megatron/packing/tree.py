@@ -144,7 +144,7 @@ def pack_for_scoring(
     """
     pieces = [piece for index, group in enumerate(groups) for piece in _pieces(index, group, row_tokens, with_probes=scorer == "fold")]
     repeated = [
-        Piece(index, nodes := _ancestors(group, number), [], _num_tokens(group, nodes))
+        Piece(index, nodes := group.path_to(number), [], _num_tokens(group, nodes))
         for index, group in enumerate(groups)
         for number, node in enumerate(group.nodes)
         if node.kind == "probe" and scorer in ("sequential", "batched")
@@ -194,16 +194,6 @@ def per_node(
         assert len(flat) == len(row.targets), f"{len(flat)} results for {len(row.targets)} targets"
         for group, node, start, stop in row.origin:
             yield groups[group].nodes[node], flat[start:stop]
-
-
-def _ancestors(group: RolloutGroup, number: int) -> list[int]:
-    """Node indices from the root to `number`."""
-    path: list[int] = []
-    cursor: int | None = number
-    while cursor is not None:
-        path.append(cursor)
-        cursor = group.nodes[cursor].parent
-    return path[::-1]
 
 
 def _pieces(index: int, group: RolloutGroup, row_tokens: int, *, with_probes: bool) -> Iterable[Piece]:

@@ -9,9 +9,11 @@ Where every rollout takes R and every training T (engines without limit), a step
 from __future__ import annotations
 
 import heapq
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import count
+from functools import partial
+from itertools import count, cycle
 
 from igpo_megatron.plan.workload import Draw
 
@@ -64,11 +66,11 @@ class _Engine:
     """One engine on a clock of tokens. When the number of decoding trajectories changes, only the rate of the clock changes, not the
     remaining lengths."""
 
-    decoding: list[tuple[float, int, int]] = field(default_factory=list)
-    """(token clock at the turn's end, order, trajectory)"""
+    decoding: list[tuple[float, int, _Trajectory]] = field(default_factory=list)
+    """A heap of (token clock at the turn's end, order, trajectory)."""
 
-    queue: list[int] = field(default_factory=list)
-    """Trajectories that wait for a place, the next one at the end."""
+    queue: deque[_Trajectory] = field(default_factory=deque)
+    """Trajectories that wait for a place."""
 
     inside: int = 0
     tokens: float = 0.0
@@ -77,7 +79,15 @@ class _Engine:
 
     busy: float = 0.0
     epoch: int = 0
-    """Counts changes of what is decoded: an event of an earlier epoch is void."""
+    """Counts changes of what is decoded: the end of a turn that was foreseen in an earlier epoch is void."""
+
+
+@dataclass(slots=True)
+class _Trajectory:
+    draw: Draw
+    step: int
+    engine: _Engine
+    turn: int = 0
 
 
 class Simulation:
@@ -86,12 +96,11 @@ class Simulation:
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
         self.now = 0.0
-        self.events: list[tuple[float, int, str, int, int]] = []
+        self.events: list[tuple[float, int, Callable[[], None]]] = []
+        """A heap of (time, order, what happens then)."""
+
         self.order = count()
         self.engines = [_Engine() for _ in range(setup.engines)]
-        self.trajectories: list[Draw] = []
-        self.batch_of: list[int] = []
-        self.turn: list[int] = []
         self.left: dict[int, int] = {}
         """Batch -> trajectories that still run."""
 
@@ -109,17 +118,8 @@ class Simulation:
         """Simulate all steps."""
         self._start_batches()
         while self.trained < self.setup.steps:
-            self.now, _, kind, which, epoch = heapq.heappop(self.events)
-            if kind == "turn":
-                if self.engines[which].epoch == epoch:
-                    self._turn_ends(which)
-            elif kind == "tool":
-                self._decode(engine=epoch, trajectory=which)
-            elif kind == "trained":
-                self._training_ends()
-            else:
-                self.version = max(self.version, which)
-                self._start_batches()
+            self.now, _, happen = heapq.heappop(self.events)
+            happen()
         first = self.setup.warm_up
         span = self.ends[-1] - self.ends[first]
         steps = len(self.ends) - 1 - first
@@ -132,64 +132,56 @@ class Simulation:
             largest_staleness=max(ages),
         )
 
-    def _at(self, when: float, kind: str, which: int, epoch: int = 0) -> None:
-        heapq.heappush(self.events, (when, next(self.order), kind, which, epoch))
+    def _at(self, when: float, happen: Callable[[], None]) -> None:
+        heapq.heappush(self.events, (when, next(self.order), happen))
 
     def _start_batches(self) -> None:
         while self.started < self.setup.steps and self.version >= self.started - self.setup.staleness:
             self.started += 1
             batch = self.setup.batches(self.started)
             self.left[self.started], self.ages[self.started] = len(batch), []
-            for number, one in enumerate(batch):
-                self.trajectories.append(one)
-                self.batch_of.append(self.started)
-                self.turn.append(0)
-                self.engines[number % len(self.engines)].queue.insert(0, len(self.trajectories) - 1)
-            for number in range(len(self.engines)):
-                self._admit(number)
+            for draw, engine in zip(batch, cycle(self.engines)):
+                engine.queue.append(_Trajectory(draw, self.started, engine))
+            for engine in self.engines:
+                self._admit(engine)
 
-    def _admit(self, engine: int) -> None:
-        here = self.engines[engine]
-        while here.queue and here.inside < self.setup.concurrent:
-            here.inside += 1
-            self._decode(engine, here.queue.pop())
+    def _admit(self, engine: _Engine) -> None:
+        while engine.queue and engine.inside < self.setup.concurrent:
+            engine.inside += 1
+            self._decode(engine.queue.popleft())
 
-    def _decode(self, engine: int, trajectory: int) -> None:
+    def _decode(self, one: _Trajectory) -> None:
         """The trajectory begins its next turn."""
-        here = self.engines[engine]
-        self._advance(here)
-        step = self.batch_of[trajectory]
-        self.ages[step].append(max(0, step - 1 - self.version))
-        length = self.trajectories[trajectory].sampled[self.turn[trajectory]]
-        heapq.heappush(here.decoding, (here.tokens + length, next(self.order), trajectory))
+        engine = one.engine
+        self._advance(engine)
+        self.ages[one.step].append(max(0, one.step - 1 - self.version))
+        heapq.heappush(engine.decoding, (engine.tokens + one.draw.sampled[one.turn], next(self.order), one))
         self._schedule(engine)
 
-    def _advance(self, here: _Engine) -> None:
-        if here.decoding:
-            here.tokens += (self.now - here.since) / self.setup.pace(len(here.decoding))
-            here.busy += self.now - here.since
-        here.since = self.now
+    def _advance(self, engine: _Engine) -> None:
+        if engine.decoding:
+            engine.tokens += (self.now - engine.since) / self.setup.pace(len(engine.decoding))
+            engine.busy += self.now - engine.since
+        engine.since = self.now
 
-    def _schedule(self, engine: int) -> None:
-        here = self.engines[engine]
-        here.epoch += 1
-        if here.decoding:
-            left = max(0.0, here.decoding[0][0] - here.tokens)
-            self._at(self.now + left * self.setup.pace(len(here.decoding)), "turn", engine, here.epoch)
+    def _schedule(self, engine: _Engine) -> None:
+        engine.epoch += 1
+        if engine.decoding:
+            left = max(0.0, engine.decoding[0][0] - engine.tokens)
+            self._at(self.now + left * self.setup.pace(len(engine.decoding)), partial(self._turn_ends, engine, engine.epoch))
 
-    def _turn_ends(self, engine: int) -> None:
-        here = self.engines[engine]
-        self._advance(here)
-        here.tokens, _, trajectory = heapq.heappop(here.decoding)
-        one, turn = self.trajectories[trajectory], self.turn[trajectory]
-        if turn < len(one.observed):
-            self.turn[trajectory] += 1
-            self._at(self.now + one.waits[turn], "tool", trajectory, engine)
+    def _turn_ends(self, engine: _Engine, epoch: int) -> None:
+        if engine.epoch != epoch:
+            return
+        self._advance(engine)
+        engine.tokens, _, one = heapq.heappop(engine.decoding)
+        if one.turn < len(one.draw.observed):
+            self._at(self.now + one.draw.waits[one.turn], partial(self._decode, one))
+            one.turn += 1
         else:
-            here.inside -= 1
+            engine.inside -= 1
             self.finished.append(self.now)
-            step = self.batch_of[trajectory]
-            self.left[step] -= 1
+            self.left[one.step] -= 1
             self._admit(engine)
             self._start_training()
         self._schedule(engine)
@@ -197,12 +189,16 @@ class Simulation:
     def _start_training(self) -> None:
         if not self.training and self.left.get(self.trained + 1) == 0:
             self.training = True
-            self._at(self.now + self.setup.train, "trained", 0)
+            self._at(self.now + self.setup.train, self._training_ends)
 
     def _training_ends(self) -> None:
         self.trained += 1
         self.training = False
         self.ends.append(self.now)
-        self.busy_at_end.append(sum(here.busy for here in self.engines))
-        self._at(self.now + self.setup.install, "installed", self.trained)
+        self.busy_at_end.append(sum(engine.busy for engine in self.engines))
+        self._at(self.now + self.setup.install, partial(self._install, self.trained))
         self._start_training()
+
+    def _install(self, version: int) -> None:
+        self.version = max(self.version, version)
+        self._start_batches()

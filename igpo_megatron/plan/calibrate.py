@@ -33,12 +33,12 @@ STREAM_ELEMENTS = 2**20
 """Of an elementwise call: an activation's size, written to fresh memory as activations are."""
 
 
-def calibrate(threads: int = 1, *, links: bool = True) -> Machine:
-    """This machine as the planner sees it: CUDA where there is a GPU, else the CPU with `threads` threads per rank.
+def calibrate(*, links: bool = True) -> Machine:
+    """This machine as the planner sees it: CUDA where there is a GPU, else the CPU with one thread per rank.
 
     `links` False, or a single GPU: what ranks exchange is not measured but taken from the data sheet of an H100.
     """
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     cuda = torch.cuda.is_available()
     device, dtype = torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if cuda else torch.float32
     single = cuda and torch.cuda.device_count() < 2
@@ -64,16 +64,16 @@ def calibrate(threads: int = 1, *, links: bool = True) -> Machine:
         decode_call=3e-3,
         ranks_per_node=8 if single else torch.cuda.device_count() if cuda else 64,
         crowd=crowd,
-        cores=None if cuda else max(1, cores // threads),
+        cores=None if cuda else cores,
         source=f"measured on {name}, {time.strftime('%Y-%m-%d')}; not measured but an H100's: {', '.join(assumed)}",
     )
 
 
-def best_of(call: Callable[[], object], device: torch.device, repeats: int = REPEATS, inner: int = 1, wall: bool = False) -> float:
+def best_of(call: Callable[[], object], device: torch.device, repeats: int = REPEATS, inner: int = 1) -> float:
     """Least seconds of a call, of `repeats` times `inner` of them."""
     call()
-    # On CPU, time that other programs take of the core is not counted; a collective waits, so it is timed by wall clock.
-    clock = time.perf_counter if wall or device.type == "cuda" else time.process_time
+    # On CPU, time that other programs take of the core is not counted.
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
     times = []
     for _ in range(repeats):
         if device.type == "cuda":

@@ -13,7 +13,7 @@ from igpo_megatron.config.load import ConfigError, build, load, parse
 from igpo_megatron.plan import machines
 from igpo_megatron.plan.launch import launch_yaml
 from igpo_megatron.plan.model_shape import find_shape
-from igpo_megatron.plan.search import plan_config, search
+from igpo_megatron.plan.search import Plan, plan_config, search
 from igpo_megatron.plan.show import show, show_run
 from igpo_megatron.plan.types import Placement, Settings, Workload
 from igpo_megatron.plan.workload import from_rollouts
@@ -45,9 +45,8 @@ def plan_run(
         workload = from_rollouts(rollouts, workload)
     machine = machines.read(calibration) if calibration else machines.gpu(gpu)
     settings = Settings(dtype_bytes=2 if machine.device == "cuda" else 4, reference=reference)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about libraries that are missing for a GPU; nothing is computed here
-        plan = search(name, shape, machine, workload, gpus, settings, staleness, placement)
+    with warnings.catch_warnings(action="ignore"):  # about libraries that are missing for a GPU; nothing is computed here
+        plan = search(Plan(name, shape, machine, workload, settings, gpus, staleness), placement)
     show(plan, console or Console(), rows)
     if not plan.fits:
         return 1
@@ -75,8 +74,7 @@ def predict_run(
     if rollouts:
         workload = from_rollouts(rollouts, workload)
     machine = machines.read(calibration) if calibration else machines.gpu(gpu)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         plan = plan_config(config, name, shape, machine, workload)
     show_run(plan, console)
     return 0 if plan.fits else 1

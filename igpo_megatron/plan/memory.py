@@ -107,7 +107,7 @@ def stage_memory(
         always["reference"] = float(held * e)
     moments = [
         _backward(shape, parts, layout, settings, row, rows, stage, cuda=cuda),
-        {"optimizer step": 4.0 * state if cuda and not settings.fused_optimizer else 8.0 * _largest(parts, first, last)},
+        {"optimizer step": 4.0 * state if cuda else 8.0 * _largest(parts, first, last)},
         {"export": export_bytes(parts, layout, settings, first, last)},
     ]
     if settings.reference:

@@ -7,7 +7,6 @@ decoding step, and a step of B of them takes `step_seconds(B)`: weights and keys
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from checkpoint_conversion.architectures import ModelShape
 from igpo_megatron.plan.asynchronous import Setup, Simulation
@@ -22,69 +21,34 @@ RESERVED = 3 * 2**30
 MAX_SEQUENCES = 256
 
 
-@dataclass(frozen=True, slots=True)
-class RolloutTimes:
-    """When trajectories end."""
+def simulate(trajectories: Sequence[Draw], concurrent: int, step_seconds: Callable[[int], float]) -> list[float]:
+    """When trajectories end, in order, on one engine that takes `concurrent` of them at once; those that wait for a tool keep their place.
 
-    seconds: float
-    """The last one."""
-
-    straggler: float
-    """Between the end of nine tenths of them and the last."""
-
-
-def simulate(trajectories: Sequence[Draw], concurrent: int, step_seconds: Callable[[int], float]) -> RolloutTimes:
-    """Run trajectories on one engine that takes `concurrent` of them at once; those that wait for a tool keep their place.
-
-    With one trajectory of n tokens and no tools this is exactly n * step_seconds(1).
+    One trajectory of n tokens and no tools ends after exactly n * step_seconds(1).
     """
     simulation = Simulation(Setup(lambda step: trajectories, 1, concurrent, step_seconds, 0.0, 0.0, staleness=0, steps=1, warm_up=0))
     simulation.run()
-    ends = simulation.finished
-    return RolloutTimes(ends[-1], ends[-1] - ends[int(0.9 * (len(ends) - 1))])
+    return simulation.finished
 
 
-@dataclass(frozen=True, slots=True)
-class Pace:
-    """How fast one engine decodes: seconds of a step in which `batch` trajectories get a token each."""
-
-    weights: float
-    """Bytes that every step reads on each device."""
-
-    asleep: tuple[float, float]
-    """(bytes of all experts, chance that one token leaves an expert out): a small batch wakes only some of them."""
-
-    keys: float
-    """Bytes read for each trajectory, at the mean length."""
-
-    flops: float
-    """Of one token on each device."""
-
-    fixed: float
-    """Seconds of a step however small."""
-
-    machine: Machine
-
-    def __call__(self, batch: int) -> float:
-        expert_bytes, missed = self.asleep
-        read = self.weights - expert_bytes * missed**batch + batch * self.keys
-        flops = batch * self.flops
-        return max(read / self.machine.stream, flops / self.machine.matmul_rate(flops)) + self.fixed
-
-
-def pace_of(shape: ModelShape, machine: Machine, workload: Workload, tensor: int, dtype_bytes: int) -> Pace:
-    """The pace of an engine of `tensor` devices."""
+def pace_of(shape: ModelShape, machine: Machine, workload: Workload, tensor: int, dtype_bytes: int) -> Callable[[int], float]:
+    """How fast an engine of `tensor` devices decodes: seconds of a step in which so many trajectories get a token each."""
     mixture = shape.mixture
-    experts = shape.num_layers * count_parts(shape, 1, 1).layer_experts * dtype_bytes / tensor
-    return Pace(
-        weights=total_parameters(shape) * dtype_bytes / tensor,
-        asleep=(experts, 1 - mixture.top_k / mixture.num_experts) if mixture else (0.0, 0.0),
-        keys=_key_bytes(shape, tensor, dtype_bytes) * mean_tokens(workload) / 2,
-        flops=2.0 * active_parameters(shape) / tensor,
-        # Two small all-reduces in every layer, which engines do by kernels of their own.
-        fixed=machine.decode_call + (2 * shape.num_layers * machine.link_latency / 3 if tensor > 1 else 0.0),
-        machine=machine,
-    )
+    # Bytes that every step reads on each device: weights, of which a small batch leaves some experts asleep, and a trajectory's keys.
+    weights = total_parameters(shape) * dtype_bytes / tensor
+    experts = shape.num_layers * count_parts(shape, 1, 1).layer_experts * dtype_bytes / tensor if mixture else 0.0
+    missed = 1 - mixture.top_k / mixture.num_experts if mixture else 0.0  # chance that one token leaves an expert out
+    keys = _key_bytes(shape, tensor, dtype_bytes) * mean_tokens(workload) / 2
+    token_flops = 2.0 * active_parameters(shape) / tensor
+    # However small a step is. Two small all-reduces in every layer, which engines do by kernels of their own.
+    fixed = machine.decode_call + (2 * shape.num_layers * machine.link_latency / 3 if tensor > 1 else 0.0)
+
+    def seconds(batch: int) -> float:
+        read = weights - experts * missed**batch + batch * keys
+        flops = batch * token_flops
+        return max(read / machine.stream, flops / machine.matmul_rate(flops)) + fixed
+
+    return seconds
 
 
 def mean_tokens(workload: Workload) -> float:
@@ -113,10 +77,9 @@ def serve(
         )
     concurrent = max(1, min(MAX_SEQUENCES, int(cache / mean_tokens(workload))))
     share = draw(workload)[::count]
-    times = simulate(share, concurrent, pace_of(shape, machine, workload, tensor, dtype_bytes))
+    ends = simulate(share, concurrent, pace_of(shape, machine, workload, tensor, dtype_bytes))
     # Prompts (once for a group) and tool results are read in large batches, at the rate of training.
     read = sum(one.prompt / workload.samples + sum(one.observed) for one in share)
     flops = 2.0 * active_parameters(shape) / tensor * read
-    return Engines(
-        count, tensor, times.seconds + flops / machine.matmul_rate(flops), weights, cache, cache * keys, concurrent, times.straggler
-    )
+    straggler = ends[-1] - ends[int(0.9 * (len(ends) - 1))]
+    return Engines(count, tensor, ends[-1] + flops / machine.matmul_rate(flops), weights, cache, cache * keys, concurrent, straggler)

@@ -29,7 +29,7 @@ UTILISATION = 0.85
 
 @dataclass(slots=True)
 class Plan:
-    """Everything the search found."""
+    """What is planned, and everything that the search found."""
 
     model: str
     shape: ModelShape
@@ -47,19 +47,10 @@ class Plan:
     tried: int = 0
 
 
-def search(
-    model: str,
-    shape: ModelShape,
-    machine: Machine,
-    workload: Workload,
-    gpus: int,
-    settings: Settings,
-    staleness: int = 0,
-    placement: Placement | None = None,
-) -> Plan:
-    """Plan `gpus` devices; `placement` None tries both. Raises UserError for a number or a combination that cannot be used."""
-    _check(gpus, machine, workload, shape, staleness, placement)
-    plan = Plan(model, shape, machine, workload, settings, gpus, staleness)
+def search(plan: Plan, placement: Placement | None = None) -> Plan:
+    """Fill in the plan; `placement` None tries both. Raises UserError for a number or a combination that cannot be used."""
+    _check(plan, placement)
+    shape, machine, workload, gpus, staleness = plan.shape, plan.machine, plan.workload, plan.gpus, plan.staleness
     misses: dict[str, Misfit] = {}
     shared = placement != "disaggregated" and not staleness and machine.device == "cuda"
     for training in [*(splits(gpus, machine.ranks_per_node) if placement != "colocated" else []), *([gpus] if shared else [])]:
@@ -214,7 +205,8 @@ def _why(memory: Memory, limit: float, layout: Layout) -> str:
     return f"needs {total / GIB:.1f} GiB of {limit / GIB:.1f}: {name} {size / GIB:.1f} GiB ({others}); {advice}"
 
 
-def _check(gpus: int, machine: Machine, workload: Workload, shape: ModelShape, staleness: int, placement: Placement | None) -> None:
+def _check(plan: Plan, placement: Placement | None) -> None:
+    gpus, machine, workload, staleness = plan.gpus, plan.machine, plan.workload, plan.staleness
     if placement == "colocated" and staleness:
         raise UserError(f"--placement colocated lets ranks and engines take turns, which --staleness {staleness} does not; use 0")
     if placement == "colocated" and machine.device == "cpu":
@@ -228,5 +220,5 @@ def _check(gpus: int, machine: Machine, workload: Workload, shape: ModelShape, s
             f"--gpus {gpus}: several machines are used with all {machine.ranks_per_node} devices each; use {below} or "
             f"{below + machine.ranks_per_node}"
         )
-    if workload.max_context > shape.max_positions:
-        raise UserError(f"--max-context {workload.max_context}: the model has {shape.max_positions} positions; use at most that")
+    if workload.max_context > plan.shape.max_positions:
+        raise UserError(f"--max-context {workload.max_context}: the model has {plan.shape.max_positions} positions; use at most that")

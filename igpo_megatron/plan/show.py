@@ -77,14 +77,11 @@ def ranked_table(plan: Plan, rows: int) -> Table:
 
 def distinct(fits: list[Estimate]) -> list[Estimate]:
     """The fastest estimate of each cut and split; the same with other recomputation or rows is left out."""
-    seen: set[tuple[object, ...]] = set()
-    kept = []
+    kept: dict[tuple[object, ...], Estimate] = {}
     for one in fits:
-        key = (one.layout.tensor, one.layout.pipeline, one.layout.context, one.layout.expert, one.layout.ranks, one.placement)
-        if key not in seen:
-            seen.add(key)
-            kept.append(one)
-    return kept
+        cut = (one.layout.tensor, one.layout.pipeline, one.layout.context, one.layout.expert, one.layout.ranks, one.placement)
+        kept.setdefault(cut, one)
+    return list(kept.values())
 
 
 def details(best: Estimate, plan: Plan) -> str:

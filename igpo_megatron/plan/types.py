@@ -213,9 +213,6 @@ class Settings:
     minibatches: int = 1
     """Optimizer steps over a step's trajectories."""
 
-    fused_optimizer: bool = False
-    """Adam updates in place; without it the update keeps temporary copies."""
-
     head_workspace: int = 128 * 2**20
     """Bytes of logits that the head holds at a time on a GPU (`model.head_workspace_mib`)."""
 

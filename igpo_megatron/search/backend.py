@@ -8,7 +8,6 @@ from typing import ClassVar
 
 from igpo_megatron.search.results import SearchClient
 from igpo_megatron.search.settings import Search
-from igpo_megatron.types import UserError
 
 
 class SearchBackend(ABC):
@@ -33,24 +32,13 @@ class SearchBackend(ABC):
     """It searches in this process, so limits on requests and attempts do not apply."""
 
     @classmethod
-    def missing(cls, search: Search) -> Iterator[str]:
-        """One sentence per required setting that is missing."""
+    def problems(cls, search: Search) -> Iterator[str]:
+        """Everything that can be found wrong before the back-end is opened: one sentence per required setting that is missing, and more."""
         for setting, what in cls.needs:
             if getattr(search, setting) is None:
                 yield f"search.backend={cls.provider} needs search.{setting}{what}"
 
     @classmethod
-    def problems(cls, search: Search) -> Iterator[str]:
-        """Everything that can be found wrong before the back-end is opened."""
-        yield from cls.missing(search)
-
-    @classmethod
     @abstractmethod
     def open(cls, search: Search) -> SearchClient:
-        """A client ready for use. Raises UserError if its settings, its key or its files are wrong."""
-
-
-def require(backend: type[SearchBackend], search: Search) -> None:
-    """Raise UserError for the first missing setting."""
-    for problem in backend.missing(search):
-        raise UserError(problem)
+        """A client ready for use; `registry.open_backend` has checked the settings. Raises UserError if its files are wrong."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from igpo_megatron.search.cache import CachedClient, CacheNamespace, RecordingClient, ReplayClient, Store
 from igpo_megatron.search.chaos import ChaosClient
-from igpo_megatron.search.registry import backend_of
+from igpo_megatron.search.registry import backend_of, open_backend
 from igpo_megatron.search.results import SearchClient, SearchStatus
 from igpo_megatron.search.settings import Search
 from igpo_megatron.types import UserError
@@ -20,7 +20,7 @@ from igpo_megatron.types import UserError
 
 def make_client(config: Search) -> SearchClient:
     """The configured client, ready for use (bm25 reads its corpus here). UserError if its settings, key or corpus are wrong."""
-    client = stored(config, namespace(config), lambda: backend_of(config).open(config))
+    client = stored(config, namespace(config), lambda: open_backend(config))
     return ChaosClient(client, config.chaos) if config.mode == "chaos" else client
 
 

@@ -11,18 +11,19 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import json
+import math
 import re
 import time
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import aiohttp
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, stop_before_delay, wait_exponential_jitter
 
-from igpo_megatron.search.backend import SearchBackend, require
+from igpo_megatron.search.backend import SearchBackend
 from igpo_megatron.search.flights import SingleFlight
 from igpo_megatron.search.limits import AdaptiveLimit, Blocked, Gate
 from igpo_megatron.search.providers.base import Meaning, Passages, Request, Secret, Sign, Unreadable, blot
@@ -88,15 +89,10 @@ class HttpClient:
     async def _fly(self, queries: Sequence[str]) -> dict[str, SearchResult]:
         """A result for each of at most `batch` queries. All queries of a request share its failure."""
         until = asyncio.get_running_loop().time() + self.config.deadline_s
-        retrying = AsyncRetrying(
-            stop=stop_after_attempt(self.config.attempts) | stop_before_delay(self.config.deadline_s),
-            wait=_backoff,
-            retry=retry_if_exception(lambda error: isinstance(error, RequestFailed) and error.passing),
-            reraise=True,
-        )
+        retry = retrying(self.config.attempts, may_pass, self.config.deadline_s)
         try:
             async with asyncio.timeout_at(until):
-                found: list[Passages] = await retrying(self._attempt, queries, until)
+                found: list[Passages] = await retry(self._attempt, queries, until)
         except TimeoutError:
             why = f"not finished within search.deadline_s={self.config.deadline_s:g}"
             return {query: self._failed(query, SearchStatus.TIMEOUT, why) for query in queries}
@@ -141,20 +137,10 @@ class HttpClient:
 
     async def _ask(self, queries: Sequence[str]) -> list[Passages]:
         """Send one request and read the response. Raises RequestFailed, SearchStopped."""
-        try:
-            status, headers, body = await self._send(queries)
-        except TimeoutError:
-            raise RequestFailed(SearchStatus.TIMEOUT, f"no answer within {self.config.timeout_s:g} s", passing=True) from None
-        except aiohttp.InvalidURL:
-            raise RequestFailed(SearchStatus.ERROR, "not a valid address; expected http://host:port/path", passing=False) from None
-        except (aiohttp.ClientError, OSError) as error:
-            # Without the cause: it may hold the whole address, parameters and key included.
-            why = blot(clean_text(f"{type(error).__name__}: {error}"), self.backend.key)
-            raise RequestFailed(SearchStatus.ERROR, why, passing=True) from None
-        except (ValueError, LookupError, ArithmeticError, AssertionError) as error:  # raised by header parsers
-            why = blot(clean_text(f"no proper answer ({type(error).__name__}: {error})"), self.backend.key)
-            raise RequestFailed(SearchStatus.ERROR, why, passing=True) from None
-        text = blot(body.decode(errors="replace"), self.backend.key)
+        if self._session is None:
+            # Created here because a session belongs to its event loop.
+            self._session = open_session(self.config.timeout_s, trust_env=self.config.use_proxy)
+        status, headers, text = await exchange(self._session, self.backend.request(queries), self.backend.key)
         if status != 200:
             raise self._refusal(status, headers, text, queries)
         try:
@@ -169,23 +155,6 @@ class HttpClient:
             if any(sign.fits(status, without(text, queries)) for sign in self.backend.signs):
                 raise self._refusal(status, headers, text, queries) from None
             raise RequestFailed(SearchStatus.ERROR, f"{unreadable}; found {shown(text)}", passing=False) from None
-
-    async def _send(self, queries: Sequence[str]) -> tuple[int, Mapping[str, str], bytes]:
-        if self._session is None:
-            # Created here because a session belongs to its event loop. The slots are the only limit on connections.
-            self._session = aiohttp.ClientSession(
-                headers={"Accept": "application/json"},
-                timeout=aiohttp.ClientTimeout(total=self.config.timeout_s),
-                connector=aiohttp.TCPConnector(limit=0),
-                cookie_jar=aiohttp.DummyCookieJar(),
-                trust_env=self.config.use_proxy,
-            )
-        request = self.backend.request(queries)
-        # No redirects: they would carry the key to another host.
-        async with self._session.request(
-            request.method, request.url, params=request.params, headers=request.headers, json=request.body, allow_redirects=False
-        ) as response:
-            return response.status, response.headers, await read_body(response)
 
     def _refusal(self, status: int, headers: Mapping[str, str], text: str, queries: Sequence[str]) -> RequestFailed | SearchStopped:
         """The error for a response that is not an answer."""
@@ -234,15 +203,9 @@ class HttpBackend(SearchBackend):
 
     @classmethod
     def open(cls, search: Search) -> HttpClient:
-        return HttpClient(cls.from_config(search), search)
-
-    @classmethod
-    def from_config(cls, search: Search) -> Self:
-        """Raises UserError if a setting or the key's variable is missing."""
-        key = Secret.from_config(search, cls.key_variable)
-        require(cls, search)
+        key = Secret.read(search.api_key_env or cls.key_variable)
         own = {field.name: getattr(search, field.name) for field in fields(cls) if field.name in Search.model_fields}
-        return cls(**{**own, "url": search.url or cls.official, "key": key})
+        return HttpClient(cls(**{**own, "url": search.url or cls.official, "key": key}), search)
 
     @abstractmethod
     def request(self, queries: Sequence[str]) -> Request:
@@ -279,14 +242,57 @@ def without(text: str, queries: Sequence[str]) -> str:
     return text
 
 
-async def read_body(response: aiohttp.ClientResponse) -> bytes:
-    """The complete body. Raises ClientPayloadError if it is longer than MOST_BYTES."""
+def retrying(attempts: int, may_pass: Callable[[BaseException], bool], within_s: float = math.inf) -> AsyncRetrying:
+    """Up to `attempts` tries with back-off, none begun after `within_s`, while `may_pass` is true of the error; the last is raised."""
+    stop = stop_after_attempt(attempts) | stop_before_delay(within_s)
+    return AsyncRetrying(stop=stop, wait=_backoff, retry=retry_if_exception(may_pass), reraise=True)
+
+
+def may_pass(error: BaseException) -> bool:
+    """A request failed for a reason that may be gone at another attempt."""
+    return isinstance(error, RequestFailed) and error.passing
+
+
+def open_session(timeout_s: float, trust_env: bool = False) -> aiohttp.ClientSession:
+    """A session for JSON, without cookies and without a limit on connections, which its callers have; `trust_env` uses a proxy."""
+    return aiohttp.ClientSession(
+        headers={"Accept": "application/json"},
+        timeout=aiohttp.ClientTimeout(total=timeout_s),
+        connector=aiohttp.TCPConnector(limit=0),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        trust_env=trust_env,
+    )
+
+
+async def exchange(session: aiohttp.ClientSession, request: Request, key: Secret | None) -> tuple[int, Mapping[str, str], str]:
+    """Send one request; (status, headers, body without the key). Raises RequestFailed if there is no complete answer."""
+    try:
+        status, headers, body = await _send(session, request)
+        return status, headers, blot(body.decode(errors="replace"), key)
+    except TimeoutError:
+        raise RequestFailed(SearchStatus.TIMEOUT, f"no answer within {session.timeout.total:g} s", passing=True) from None
+    except aiohttp.InvalidURL:
+        raise RequestFailed(SearchStatus.ERROR, "not a valid address; expected http://host:port/path", passing=False) from None
+    except (aiohttp.ClientError, OSError) as error:
+        # Without the cause: it may hold the whole address, parameters and key included.
+        why = blot(clean_text(f"{type(error).__name__}: {error}"), key)
+        raise RequestFailed(SearchStatus.ERROR, why, passing=True) from None
+    except (ValueError, LookupError, ArithmeticError, AssertionError) as error:  # raised by header parsers
+        why = blot(clean_text(f"no proper answer ({type(error).__name__}: {error})"), key)
+        raise RequestFailed(SearchStatus.ERROR, why, passing=True) from None
+
+
+async def _send(session: aiohttp.ClientSession, request: Request) -> tuple[int, Mapping[str, str], bytes]:
     body = bytearray()
-    async for chunk in response.content.iter_any():
-        body += chunk
-        if len(body) > MOST_BYTES:
-            raise aiohttp.ClientPayloadError(f"the body is longer than {MOST_BYTES} bytes")
-    return bytes(body)
+    # No redirects: they would carry the key to another host.
+    async with session.request(
+        request.method, request.url, params=request.params, headers=request.headers, json=request.body, allow_redirects=False
+    ) as response:
+        async for chunk in response.content.iter_any():
+            body += chunk
+            if len(body) > MOST_BYTES:
+                raise aiohttp.ClientPayloadError(f"the body is longer than {MOST_BYTES} bytes")
+        return response.status, response.headers, bytes(body)
 
 
 def shown(text: str) -> str:

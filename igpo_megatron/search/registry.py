@@ -91,6 +91,13 @@ def backend_of(search: Search) -> type[SearchBackend]:
     raise UserError(unknown(KEY, search.backend, BACKENDS))
 
 
+def open_backend(search: Search) -> SearchClient:
+    """The chosen back-end's client, ready for use. Raises UserError if its settings, its key or its files are wrong."""
+    for problem in problems(search):
+        raise UserError(problem)
+    return backend_of(search).open(search)
+
+
 def key_variable(search: Search) -> str | None:
     """Environment variable of the key; None if no key is needed."""
     return search.api_key_env or backend_of(search).key_variable
@@ -112,7 +119,7 @@ def problems(search: Search) -> Iterator[str]:
     if most is not None and search.top_k > most:
         yield f"search.top_k={search.top_k}: {search.backend} gives at most {most} results per query; use {most}"
     variable = key_variable(search)
-    if search.mode == "replay" or variable is None or os.environ.get(variable):
+    if search.mode == "replay" or variable is None or os.environ.get(variable, "").strip():
         return
     if search.api_key_env is None:
         yield f"search.backend={search.backend} needs a key in {variable}: that environment variable is not set; export it"

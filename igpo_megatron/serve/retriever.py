@@ -75,14 +75,7 @@ def open_index(corpus: Path, dense: Dense | None, *, progress: bool) -> tuple[in
         vectors=vectors,
         encoder=dense.encoder,
     )
-    return len(passages), lambda queries, k: _with_words(nearest, queries, k)
-
-
-def _with_words(index: DenseIndex, queries: Sequence[str], k: int) -> list[Hits]:
-    """Search, but find nothing for queries without words, which also have nearest passages."""
-    asked = [query for query in queries if query.strip()]
-    found = dict(zip(asked, index.search(asked, k) if asked else [], strict=True))
-    return [found.get(query, ()) for query in queries]
+    return len(passages), nearest.search
 
 
 def _track(corpus: Path) -> Iterable[Passage]:

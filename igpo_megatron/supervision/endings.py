@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from checkpoint_conversion.errors import ConversionError
+from checkpoint_conversion import ConversionError
 from igpo_megatron.supervision.failures import in_short, keep_failure
 from igpo_megatron.types import PeerStopped, RunStopped, UserError
 

@@ -32,8 +32,8 @@ class Entry:
 
 def _visit(config: Config, count_tokens: CountTokens) -> Tool:
     if config.search.cache is None and config.search.mode not in ("record", "replay"):
-        return PageReader.from_config(config.visit, count_tokens)
-    client = stored(config.search, visit_namespace(config.visit), lambda: PageClient(PageReader.from_config(config.visit, count_tokens)))
+        return PageReader(config.visit, count_tokens)
+    client = stored(config.search, visit_namespace(config.visit), lambda: PageClient(PageReader(config.visit, count_tokens)))
     return StoredTool(client)
 
 

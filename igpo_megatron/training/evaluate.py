@@ -83,7 +83,8 @@ def evaluate(
             if on_progress:
                 on_progress((done + fraction * samples) / total)
 
-        groups = rollouter.run_sync(prompts, samples=samples, salt=SALTS[name], temperature=temperature, on_progress=advance)
+        work = rollouter.run(prompts, samples=samples, salt=SALTS[name], temperature=temperature, on_progress=advance)
+        groups = rollouter.start(work).result()
         done += samples
         for group in groups:
             score(group, config)

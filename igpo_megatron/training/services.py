@@ -128,8 +128,9 @@ def open_services(
         from igpo_megatron.chat.tokenizer import load_tokenizer
 
         services.chat = ChatFormat(load_tokenizer(config.model.path), config.rollout, config.reward)
-        for note in services.chat.notes:
-            logger.warning(note)
+        probe = services.chat.probe_problem() if config.advantage.needs_probes else None
+        for note in (*services.chat.notes, *([probe] if probe else ())):
+            logger.warning("%s", note)
     if config.run.replay is not None:
         services.replay = replayed(config.run.replay, config, first_step, services.chat.vocab_size if services.chat else None)
         return services

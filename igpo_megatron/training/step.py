@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from igpo_megatron.algorithms.advantages.registry import set_advantages
 from igpo_megatron.algorithms.advantages.tree import entropy_stats
 from igpo_megatron.algorithms.info_gain import turn_gains
-from igpo_megatron.algorithms.settings import Loss
+from igpo_megatron.algorithms.losses.registry import Loss
 from igpo_megatron.config.schema import Config
 from igpo_megatron.observability.metrics import logprob_gap, rollout_metrics, routed_share
 from igpo_megatron.training.queue import staleness_metrics

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
-from igpo_megatron.types import Canary, Metric, SyncError
+from igpo_megatron.types import Canary, Metric, NamedTensors, SyncError
 from igpo_megatron.weights.settings import Sync
 from igpo_megatron.weights.store import Bucket, Entry, Received, SharedWeights, in_buckets
 
@@ -61,7 +61,7 @@ class Transport(Protocol):
         ...
 
 
-def export(named_tensors: Iterable[tuple[str, torch.Tensor]], store: SharedWeights, bucket_bytes: int) -> Iterator[Export]:
+def export(named_tensors: NamedTensors, store: SharedWeights, bucket_bytes: int) -> Iterator[Export]:
     """Cut the stream into buckets and write each to the file."""
     end = 0
     for number, tensors in enumerate(in_buckets(named_tensors, bucket_bytes)):
@@ -92,7 +92,7 @@ class Transfer:
     def run(self, source: Iterable[Export], transports: Sequence[Transport]) -> None:
         """Send everything. Raises SyncError if an engine received something else, or if a deadline has passed."""
         receivers = [receiver for transport in transports for receiver in transport.receivers]
-        self._each("pause", receivers, [receiver.begin() for receiver in receivers], "did not pause", 0)
+        self._each("pause", [(receiver, receiver.begin()) for receiver in receivers], "did not pause", 0)
         on_the_way: list[tuple[Receiver, Future[Rows]]] = []
         exports = iter(source)
         while True:
@@ -112,8 +112,8 @@ class Transfer:
                 if receiver.name not in self.lost
             ]
         total = sum(bucket.nbytes for bucket in self.buckets)
-        rest = [receiver for receiver in receivers if receiver.name not in self.lost]
-        self._each("finish", rest, [receiver.finish(self.version) for receiver in rest], "did not finish the update", total)
+        rest = [(receiver, receiver.finish(self.version)) for receiver in receivers if receiver.name not in self.lost]
+        self._each("finish", rest, "did not finish the update", total)
 
     def metrics(self) -> dict[str, float]:
         """Flat numbers of the transfer: `sync/...`."""
@@ -129,8 +129,7 @@ class Transfer:
         what = f"did not load bucket {bucket.number} ({first} to {last}, {bucket.nbytes / 2**20:.1f} MiB)"
         at = newest or bucket
         reached = f"the policy's side had exported bucket {at.number} up to {at.entries[-1].name}"
-        receivers, futures = [receiver for receiver, _ in on_the_way], [future for _, future in on_the_way]
-        for receiver, rows in self._each("wait", receivers, futures, what, bucket.nbytes, reached):
+        for receiver, rows in self._each("wait", on_the_way, what, bucket.nbytes, reached):
             for worker, found in enumerate(rows):
                 problem = difference(bucket.entries, [Received(row[0], row[1], tuple(row[2]), row[3]) for row in found], self.before)
                 if problem:
@@ -141,13 +140,13 @@ class Transfer:
                 raise SyncError(f"{receiver.name} does not report what it received of bucket {bucket.number} of sync {self.version}")
 
     def _each(
-        self, phase: str, receivers: Sequence[Receiver], futures: Sequence[Future[Any]], what: str, nbytes: int, reached: str = ""
+        self, phase: str, asked: Sequence[tuple[Receiver, Future[Any]]], what: str, nbytes: int, reached: str = ""
     ) -> list[tuple[Receiver, Any]]:
         """Results of one step from every receiver that is not lost."""
         started = time.monotonic()
         limit = deadline_s(self.limits, nbytes)
         results = []
-        for receiver, future in zip(receivers, futures, strict=True):
+        for receiver, future in asked:
             try:
                 results.append((receiver, future.result(timeout=max(0.0, started + limit - time.monotonic()))))
             except TimeoutError:

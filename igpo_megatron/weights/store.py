@@ -12,13 +12,13 @@ import ctypes
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from igpo_megatron.supervision.leftovers import claim, remove_abandoned
-from igpo_megatron.types import SyncError
+from igpo_megatron.types import NamedTensors, SyncError
 
 _ALIGNMENT = 64
 _PREFIX = "igpo-weights-"
@@ -65,7 +65,7 @@ class Bucket:
         return self.entries[-1].offset + self.entries[-1].nbytes - self.begin
 
 
-def in_buckets(named_tensors: Iterable[tuple[str, torch.Tensor]], size: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
+def in_buckets(named_tensors: NamedTensors, size: int) -> Iterator[list[tuple[str, torch.Tensor]]]:
     """The same tensors in the same order, in lists of at most `size` bytes; a larger tensor is alone in its list."""
     bucket: list[tuple[str, torch.Tensor]] = []
     held = 0
@@ -104,13 +104,8 @@ def fingerprint(tensor: torch.Tensor) -> int:
 
 
 def received(name: str, tensor: torch.Tensor) -> Received:
-    """An engine's record of a tensor that it is about to load."""
-    return Received(name, dtype_name(tensor), tuple(tensor.shape), fingerprint(tensor))
-
-
-def dtype_name(tensor: torch.Tensor) -> str:
-    """`bfloat16` for torch.bfloat16."""
-    return str(tensor.dtype).removeprefix("torch.")
+    """The record of a tensor that is exported, or that an engine is about to load."""
+    return Received(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), fingerprint(tensor))
 
 
 class SharedWeights:
@@ -130,7 +125,7 @@ class SharedWeights:
         for name, tensor in tensors:
             cursor += -cursor % _ALIGNMENT
             data = tensor.detach().to("cpu").contiguous()
-            entries.append(Entry(name, dtype_name(data), tuple(data.shape), fingerprint(tensor), cursor, data.nbytes))
+            entries.append(Entry(**asdict(received(name, tensor)), offset=cursor, nbytes=data.nbytes))
             self.write_bytes(_memory_of(data), cursor)
             cursor += data.nbytes
         return Bucket(number, tuple(entries))

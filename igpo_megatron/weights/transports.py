@@ -44,31 +44,17 @@ class EngineReceiver:
             return f"unknown, its actor does not answer ({cause(error)})"
 
 
-class SharedMemory:
-    """Engines on the main rank's machine read the file directly."""
+class FileTransport:
+    """Engines load each bucket from the main rank's file or from a copy of it."""
 
-    def __init__(self, receivers: Sequence[EngineReceiver]) -> None:
-        self.receivers = receivers
-
-    def send(self, bucket: Bucket, tensors: Sequence[tuple[str, torch.Tensor]]) -> list[Future[Rows]]:
-        """As in `Transport`."""
-        return [receiver.actor.load_bucket.remote(from_file(bucket)).future() for receiver in self.receivers]
-
-
-class ObjectStore:
-    """Engines on other machines get each bucket through Ray's object store, which sends it once per machine."""
-
-    def __init__(self, receivers: Sequence[EngineReceiver], store: SharedWeights) -> None:
-        self.receivers, self._store = receivers, store
+    def __init__(self, receivers: Sequence[EngineReceiver], copied: SharedWeights | None = None) -> None:
+        """`copied`: the file whose bytes go through Ray's object store, once per machine, into copies; None where engines can read it."""
+        self.receivers, self._copied = receivers, copied
 
     def send(self, bucket: Bucket, tensors: Sequence[tuple[str, torch.Tensor]]) -> list[Future[Rows]]:
         """As in `Transport`."""
         import ray
 
-        data = ray.put(self._store.read_bytes(bucket).numpy())
-        return [receiver.actor.load_bucket.remote(from_file(bucket), data, bucket.begin).future() for receiver in self.receivers]
-
-
-def from_file(bucket: Bucket) -> dict[str, Any]:
-    """What an engine's worker needs to load a bucket from its file."""
-    return {"number": bucket.number, "entries": tuple(astuple(entry) for entry in bucket.entries)}
+        place = {"number": bucket.number, "entries": tuple(astuple(entry) for entry in bucket.entries)}
+        data = () if self._copied is None else (ray.put(self._copied.read_bytes(bucket).numpy()), bucket.begin)
+        return [receiver.actor.load_bucket.remote(place, *data).future() for receiver in self.receivers]

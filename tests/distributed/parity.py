@@ -13,8 +13,7 @@ from groups import random_groups
 from test_layouts import gradients, relative_error, with_off_policy_logprobs
 
 from checkpoint_conversion.architectures import rules_for
-from igpo_megatron.algorithms.losses.registry import objective
-from igpo_megatron.algorithms.settings import Ppo
+from igpo_megatron.algorithms.losses.registry import Ppo, objective
 from igpo_megatron.packing.tree import pack_for_scoring, pack_for_training, step_counts
 from igpo_megatron.policy import attention
 from igpo_megatron.policy.model import global_names

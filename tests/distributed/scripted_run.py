@@ -5,10 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -18,7 +17,7 @@ from igpo_megatron.chat.tokenizer import load_tokenizer
 from igpo_megatron.config.schema import Config
 from igpo_megatron.engines import factory
 from igpo_megatron.training.main import main
-from igpo_megatron.types import Canary, Completion, ProbeScore
+from igpo_megatron.types import Canary, Completion, NamedTensors, ProbeScore, SamplingRequest
 
 Script = Sequence[Sequence[str]]
 """For each turn the texts that samples take in rotation."""
@@ -40,27 +39,25 @@ class ScriptedEngines:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
 
     def sleep(self) -> None: ...
 
-    async def generate(self, token_ids: list[int], *, max_tokens: int, key: str, **options: object) -> Completion:
+    async def generate(self, request: SamplingRequest) -> Completion:
         """Turn k says the next text of script[k]; k is the number of turns before it in the conversation."""
-        turn = sum(self._tokenizer.decode(token_ids).count(text) for texts in self._script for text in texts)
+        turn = sum(self._tokenizer.decode(request.token_ids).count(text) for texts in self._script for text in texts)
         texts = self._script[min(turn, len(self._script) - 1)]
-        count = self._asked[key, turn] = self._asked.get((key, turn), -1) + 1
-        ids = [*self._tokenizer.encode(texts[count % len(texts)], add_special_tokens=False), self._tokenizer.eos_token_id][:max_tokens]
+        count = self._asked[request.key, turn] = self._asked.get((request.key, turn), -1) + 1
+        ids = [*self._tokenizer.encode(texts[count % len(texts)], add_special_tokens=False), self._tokenizer.eos_token_id][
+            : request.max_tokens
+        ]
         return Completion(ids, [-1.0] * len(ids), "stop", weight_version=self._version)
 
     async def score_probe(self, token_ids: list[int], first: int, *, key: str) -> ProbeScore:
         return ProbeScore(tuple(-1.0 for _ in token_ids[first:]), self._version)
 
     def update_weights(
-        self,
-        named_tensors: Iterable[tuple[str, Any]],
-        version: int,
-        canary: Canary | None = None,
-        exported: Callable[[], None] | None = None,
+        self, named_tensors: NamedTensors, version: int, canary: Canary | None = None, exported: Callable[[], None] | None = None
     ) -> Mapping[str, float]:
         for _ in named_tensors:
             pass

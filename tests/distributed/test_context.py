@@ -24,8 +24,8 @@ from test_layouts import (
     worst,
 )
 
+from igpo_megatron.algorithms.losses.clipped import Gspo
 from igpo_megatron.algorithms.losses.registry import objective, token_weight
-from igpo_megatron.algorithms.settings import Gspo
 from igpo_megatron.packing.tree import pack_for_training, step_counts
 from igpo_megatron.policy import attention, context
 from igpo_megatron.policy.policy import Policy

@@ -21,9 +21,10 @@ from groups import random_groups
 from host_waits import Operations, host_waits, place
 from test_layouts import ROW_TOKENS, with_off_policy_logprobs
 
-from igpo_megatron.algorithms.losses.registry import LOSSES, objective
+from igpo_megatron.algorithms.losses.clipped import Bapo, Cispo, Gspo
+from igpo_megatron.algorithms.losses.entropy import Aepo, Hapo
+from igpo_megatron.algorithms.losses.registry import LOSSES, Loss, Ppo, Sft, objective
 from igpo_megatron.algorithms.losses.tokens import Tokens
-from igpo_megatron.algorithms.settings import Aepo, Bapo, Cispo, Gspo, Hapo, Loss, Ppo, Sft
 from igpo_megatron.packing.tree import ExpertShape, pack_for_scoring, pack_for_training, step_counts
 from igpo_megatron.policy import attention, cpu, host_memory, schedule
 from igpo_megatron.policy.policy import Policy

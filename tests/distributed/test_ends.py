@@ -231,3 +231,19 @@ def test_a_damaged_tokenizer_is_the_users_mistake(tmp_path: Path) -> None:
         (tmp_path / "tokenizer.json").write_text(content, encoding="utf-8")
         with pytest.raises(UserError, match="its tokenizer cannot be read"):
             load_tokenizer(tmp_path)
+
+
+def test_a_finished_run_that_goes_on_to_more_steps_trains_as_one_that_had_them_from_the_beginning(
+    hf_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    losses = {}
+    for name, lengths in (("at_once", [4]), ("raised", [2, 4])):
+        for steps in lengths:
+            run = {"run__name": name, "run__steps": steps, "checkpoint__every": 0, "loss__entropy_coef": 0.1}
+            ending, printed = run_ranks(settings(hf_folders["qwen2"], tmp_path, parallel__tensor=1, **run), lambda rank: None, world=1)
+            assert ending.kind == "done", printed
+            assert json.loads((tmp_path / name / "summary.json").read_text())["steps"] == steps
+        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        losses[name] = {row["step"]: row["loss"] for row in rows if "loss" in row}
+    assert losses["raised"].keys() == {1, 2, 3, 4} and len(set(losses["raised"].values())) == 4
+    assert losses["raised"] == pytest.approx(losses["at_once"], rel=1e-6)

@@ -17,9 +17,10 @@ from host_waits import host_waits
 from test_layouts import LOSS, gradients, relative_error, with_off_policy_logprobs
 
 from igpo_megatron.algorithms.advantages.tree import entropy_stats
-from igpo_megatron.algorithms.losses.registry import objective, token_weight
-from igpo_megatron.algorithms.settings import Aepo, Cispo, Gspo, Hapo, Sft
-from igpo_megatron.algorithms.settings import Loss as LossConfig
+from igpo_megatron.algorithms.losses.clipped import Cispo, Gspo
+from igpo_megatron.algorithms.losses.entropy import Aepo, Hapo
+from igpo_megatron.algorithms.losses.registry import Loss as LossConfig
+from igpo_megatron.algorithms.losses.registry import Sft, objective, token_weight
 from igpo_megatron.kernels import token_loss
 from igpo_megatron.packing.tree import PackedRow, pack_for_scoring, pack_for_training, step_counts
 from igpo_megatron.policy import model, schedule

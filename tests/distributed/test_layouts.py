@@ -17,9 +17,9 @@ from megatron.core import parallel_state
 
 from checkpoint_conversion.architectures import rules_for
 from igpo_megatron.algorithms.advantages.tree import entropy_stats
-from igpo_megatron.algorithms.losses.registry import LossResult, objective, token_weight
+from igpo_megatron.algorithms.losses.entropy import Aepo, Hapo
+from igpo_megatron.algorithms.losses.registry import LossResult, Ppo, objective, token_weight
 from igpo_megatron.algorithms.losses.tokens import Tokens
-from igpo_megatron.algorithms.settings import Aepo, Hapo, Ppo
 from igpo_megatron.packing.tree import ProbeScorer, pack_for_scoring, pack_for_training, per_node, step_counts
 from igpo_megatron.policy.model import global_names, tensor_shards
 from igpo_megatron.policy.policy import Policy

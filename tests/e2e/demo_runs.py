@@ -30,10 +30,7 @@ class DemoRuns:
 
     def __init__(self, folder: Path, temporary: Path) -> None:
         self.folder, self.temporary = folder, temporary
-        world = world_facts.build()
-        demo_data.write_corpus(world.passages, folder / "corpus.jsonl")
-        for split in ("train", "test"):
-            demo_data.write_questions((question for question in world.questions if question.split == split), folder / f"{split}.parquet")
+        demo_data.write(world_facts.build(), folder)
 
     def arguments(self, name: str, *overrides: str) -> list[str]:
         """Configuration and overrides of the run `name`."""

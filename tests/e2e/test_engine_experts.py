@@ -12,6 +12,7 @@ from checkpoint_conversion.convert import hf_to_megatron, megatron_to_hf
 from checkpoint_conversion.hf_folder import HfReader
 from igpo_megatron.config.load import build
 from igpo_megatron.engines.pool import EnginePool
+from igpo_megatron.types import SamplingRequest
 
 POLICY = Path(__file__).parents[2] / "examples/quickstart/policy"
 TOKENS = torch.randint(0, 600, (49,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -73,7 +74,7 @@ def test_an_exported_folder_and_new_experts_serve_what_transformers_says(tmp_pat
         def assert_serves(folder: Path) -> None:
             served = torch.tensor(pool.score_on_each(TOKENS)[0][1:])
             assert (served - expected[folder][0]).abs().max() < 2e-5
-            turn = asyncio.run(pool.generate(TOKENS, max_tokens=NEW_TOKENS, temperature=0.0, seed=0, key="k"))
+            turn = asyncio.run(pool.generate(SamplingRequest(TOKENS, max_tokens=NEW_TOKENS, temperature=0.0, seed=0, key="k")))
             assert turn.token_ids == expected[folder][1][: len(turn.token_ids)] and turn.token_ids
 
         assert_serves(first)

@@ -17,7 +17,7 @@ from checkpoint_conversion.hf_folder import HfReader
 from igpo_megatron.config.load import build
 from igpo_megatron.engines.fleet import EngineState, Fleet
 from igpo_megatron.engines.pool import EnginePool
-from igpo_megatron.types import Canary, Completion
+from igpo_megatron.types import Canary, Completion, SamplingRequest
 
 POLICY = Path(__file__).parents[2] / "examples/quickstart/policy"
 PROMPT = [1, 85, 96, 110, 64, 87, 2]
@@ -84,7 +84,7 @@ def test_an_engine_killed_in_a_rollout_comes_back_with_the_newest_weights_and_no
     keys = [str(number) for number in range(16)]
 
     async def turns() -> list[Completion]:
-        asked = (pool.generate(PROMPT, max_tokens=200, temperature=1.0, seed=n, key=key) for n, key in enumerate(keys))
+        asked = (pool.generate(SamplingRequest(PROMPT, max_tokens=200, temperature=1.0, seed=n, key=key)) for n, key in enumerate(keys))
         return await asyncio.gather(*asked)
 
     async def rollout() -> list[Completion]:

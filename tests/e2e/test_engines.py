@@ -31,7 +31,7 @@ from igpo_megatron.engines.pool import EnginePool
 from igpo_megatron.observability.rollout_dump import write_rollouts
 from igpo_megatron.tools.registry import make_tools
 from igpo_megatron.training import evaluate
-from igpo_megatron.types import Canary, Completion, SyncError
+from igpo_megatron.types import Canary, Completion, ProbeScore, SamplingRequest, SyncError
 from igpo_megatron.weights.send import check_canary
 
 POLICY = Path(__file__).parents[2] / "examples/quickstart/policy"
@@ -97,7 +97,7 @@ def generate(pool: EnginePool, count: int, temperature: float, max_tokens: int =
     async def all_at_once() -> list:
         return await asyncio.gather(
             *(
-                pool.generate(prompt, max_tokens=max_tokens, temperature=temperature, seed=number, key=str(number))
+                pool.generate(SamplingRequest(prompt, max_tokens=max_tokens, temperature=temperature, seed=number, key=str(number)))
                 for number in range(count)
             )
         )
@@ -129,7 +129,7 @@ def test_entropies_are_those_of_transformers_over_all_tokens_or_the_likeliest(po
     model = policy()
 
     async def ask(top: int) -> Completion:
-        return await pool.generate(PROMPT, max_tokens=12, temperature=0.7, seed=3, key="0", top_logprobs=top)
+        return await pool.generate(SamplingRequest(PROMPT, max_tokens=12, temperature=0.7, seed=3, key="0", top_logprobs=top))
 
     for top in (-1, 10):
         done = asyncio.run(ask(top))
@@ -176,8 +176,8 @@ def check_health(pool: EnginePool) -> None:
         pool._fleet.wait_for(member, member.actor.check_health.remote(), "is not healthy", 60)
 
 
-def score(pool: EnginePool, token_ids: list[int], first: int, cached: bool) -> tuple[list[float], int, int]:
-    """Straight from the actor: log-probs, weight version, cached tokens."""
+def score(pool: EnginePool, token_ids: list[int], first: int, cached: bool) -> tuple[ProbeScore, int]:
+    """Straight from the actor: log-probs with their weight version, cached tokens."""
     import ray
 
     return ray.get(pool._fleet.members[0].actor.score.remote(token_ids, first, cached=cached), timeout=60)
@@ -194,9 +194,9 @@ def test_probes_are_scored_from_the_cache_as_without_it_wherever_the_context_end
         probe = LONG[: first + 9]
         wanted = expected[first - 1 : first + 8]
         for _ in range(3):
-            found, _, hit = score(pool, probe, first, cached=True)
+            found, hit = score(pool, probe, first, cached=True)
             hits.append(hit > first - 1)
-            assert torch.allclose(torch.tensor(found), wanted, atol=1e-4), first
+            assert torch.allclose(torch.tensor(found.logprobs), wanted, atol=1e-4), first
     assert any(hits) and not all(hits)  # the guard had to act, and the cache was of use
 
 
@@ -255,7 +255,7 @@ def test_requests_in_flight_outlive_a_sync_and_carry_the_weights_they_began_with
     send(pool, version=20, scale=1.0)
 
     async def ask(number: int, max_tokens: int) -> Completion:
-        return await pool.generate([*PROMPT, 40 + number], max_tokens=max_tokens, temperature=1.0, seed=number, key="q")
+        return await pool.generate(SamplingRequest([*PROMPT, 40 + number], max_tokens=max_tokens, temperature=1.0, seed=number, key="q"))
 
     async def probe() -> int:
         return (await pool.score_probe(LONG[:200], 190, key="q")).weight_version
@@ -307,7 +307,7 @@ def test_both_backends_write_the_same_greedy_rollouts_and_score_alike(pool: Engi
             probes_of = partial(rendered_probes, render_probe=chat.render_probe, config=config.reward)
             tools = make_tools(config, chat.count_tokens, chat.protocol.hit)
             with Rollouter(engine, tools, chat, config.rollout, seed=1, probes_of=probes_of) as rollouter:
-                groups = rollouter.run_sync(prompts, samples=1, salt=1, temperature=0.0, probe=True)
+                groups = rollouter.start(rollouter.run(prompts, samples=1, salt=1, temperature=0.0, probe=True)).result()
             write_rollouts(tmp_path / f"{name}.parquet", 1, groups)
             tables[name] = pq.read_table(tmp_path / f"{name}.parquet").to_pylist()
             scores[name] = [group.probe_scores for group in groups]
@@ -392,7 +392,7 @@ def test_a_killed_engine_is_named_within_seconds_and_nothing_is_left_behind(pool
     engine = [actor, *actor.children(recursive=True)]
 
     async def kill_while_generating() -> None:
-        work = asyncio.ensure_future(pool.generate(PROMPT, max_tokens=400, temperature=1.0, seed=0, key="k"))
+        work = asyncio.ensure_future(pool.generate(SamplingRequest(PROMPT, max_tokens=400, temperature=1.0, seed=0, key="k")))
         await asyncio.sleep(0.05)
         for process in engine[1:]:
             process.kill()
@@ -408,7 +408,7 @@ def test_a_killed_engine_is_named_within_seconds_and_nothing_is_left_behind(pool
         check_health(pool)
     with pytest.raises(EnginesEnded, match="engine 0 died"):
         send(pool, version=99, scale=1.0)
-    weights, folder = pool._weights.path, pool._cluster.folder
+    weights, folder = pool._weights.path, pool._fleet._cluster.folder
     pool.close()
     assert not weights.exists() and not folder.exists()
     _, alive = psutil.wait_procs(engine, timeout=10)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -29,7 +28,7 @@ from igpo_megatron.policy.policy import Policy
 from igpo_megatron.search.results import SearchResult, SearchStatus
 from igpo_megatron.tools.search_tool import SearchTool
 from igpo_megatron.training.step import routing_metrics, score_tokens
-from igpo_megatron.types import Completion, Prompt, RolloutGroup, ToolCall
+from igpo_megatron.types import Completion, Prompt, RolloutGroup, SamplingRequest, ToolCall
 
 LAYERS, TOP_K = 2, 2
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: vLLM returns experts from a runner of Triton kernels")
@@ -41,8 +40,8 @@ class Talkative:
     def __init__(self, pool: EnginePool) -> None:
         self.pool = pool
 
-    async def generate(self, token_ids: list[int], **options: Any) -> Completion:
-        return replace(await self.pool.generate(token_ids, **options), finish="stop")
+    async def generate(self, request: SamplingRequest) -> Completion:
+        return replace(await self.pool.generate(request), finish="stop")
 
 
 class OnePassage:
@@ -61,7 +60,7 @@ def roll_out(config: Config, monkeypatch: pytest.MonkeyPatch) -> list[RolloutGro
         EnginePool(config) as pool,
         Rollouter(Talkative(pool), {"search": SearchTool(OnePassage())}, form, config.rollout, seed=0) as rollouter,  # type: ignore[arg-type]
     ):
-        return rollouter.run_sync(prompts, samples=4, salt=1, temperature=1.0, branch=True)
+        return rollouter.start(rollouter.run(prompts, samples=4, salt=1, temperature=1.0, branch=True)).result()
 
 
 def chosen_by_transformers(folder: Path, token_ids: list[int]) -> torch.Tensor:

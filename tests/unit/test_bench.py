@@ -363,7 +363,6 @@ def test_an_algorithm_runs_by_its_own_file_or_as_a_name_on_the_demos(tmp_path, m
     monkeypatch.setattr(algorithms, "QUICKSTART", tmp_path)
     assert algorithms.config_of("igpo_loo") == (tmp_path / "igpo.yaml", ["advantage.name=igpo_loo"])
     assert algorithms.config_of("grpo") == (tmp_path / "igpo.yaml", ["advantage.name=grpo", "reward.gain=none"])
-    assert algorithms.config_of("arpo") is None
     (tmp_path / "arpo.yaml").touch()
     assert algorithms.config_of("arpo") == (tmp_path / "arpo.yaml", [])
 

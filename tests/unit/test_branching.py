@@ -21,7 +21,7 @@ from igpo_megatron.observability.metrics import rollout_metrics
 from igpo_megatron.observability.report.page import write_report
 from igpo_megatron.observability.rollout_dump import read_rollouts, write_rollouts
 from igpo_megatron.observability.tree_picture import tree_picture
-from igpo_megatron.types import Completion, Prompt, RolloutGroup, Status
+from igpo_megatron.types import Completion, Prompt, RolloutGroup, SamplingRequest, Status
 
 CALM, UNSURE = 0.1, 1.0
 """Nats per token."""
@@ -37,19 +37,17 @@ class UnsureEngine:
         self.nats, self.searches, self.wait = nats, searches, wait
         self.calls: list[tuple[list[int], int, int, int]] = []
 
-    async def generate(
-        self, token_ids: list[int], *, max_tokens: int, temperature: float, seed: int, key: str, top_logprobs: int = 0
-    ) -> Completion:
+    async def generate(self, request: SamplingRequest) -> Completion:
         number = len(self.calls)
-        self.calls.append((token_ids, max_tokens, seed, top_logprobs))
+        self.calls.append((request.token_ids, request.max_tokens, request.seed, request.top_logprobs))
         await asyncio.sleep(self.wait[number] if number < len(self.wait) else 0.002)
-        text = WORDS.decode(token_ids)
+        text = WORDS.decode(request.token_ids)
         turn = text.count("</tool_response>")
         whole = completion(SEARCH if turn < self.searches else ANSWER).token_ids
-        done = next(n for n in range(len(whole), -1, -1) if n == 0 or token_ids[-n:] == whole[:n])
-        ids = whole[done : done + max_tokens]
+        done = next(n for n in range(len(whole), -1, -1) if n == 0 or request.token_ids[-n:] == whole[:n])
+        ids = whole[done : done + request.max_tokens]
         finish = "stop" if ids[-1:] == whole[-1:] else "length"
-        return Completion(ids, [-0.5] * len(ids), finish, 7, [self.nats[turn]] * len(ids) if top_logprobs else [])  # type: ignore[arg-type]
+        return Completion(ids, [-0.5] * len(ids), finish, 7, [self.nats[turn]] * len(ids) if request.top_logprobs else [])  # type: ignore[arg-type]
 
 
 def grow(
@@ -58,7 +56,7 @@ def grow(
     config = Rollout(**{**SETTINGS, "max_failed_fraction": 1.0, "branching": branching, **changes})  # type: ignore[arg-type]
     questions = [Prompt(f"q{number}", "What is the capital of Italy?", ("Rome",), "test") for number in range(prompts)]
     with Rollouter(engine, searching(ScriptedSearch()), ChatFormat(WORDS, config, Reward()), config, seed=seed) as rollouter:  # type: ignore[arg-type]
-        return rollouter.run_sync(questions, samples=samples, salt=1, temperature=None, branch=True)
+        return rollouter.start(rollouter.run(questions, samples=samples, salt=1, temperature=None, branch=True)).result()
 
 
 THRESHOLD = {"initial_rollouts": 2, "entropy_tokens": 4, "decision": "threshold", "threshold": 0.5}
@@ -148,11 +146,11 @@ def test_a_stop_string_across_the_seam_ends_the_turn_wherever_the_seam_is() -> N
     answer = "<think>I know.</think>\n<answer>\\boxed{Rome}</answer>"
 
     class Tagged(UnsureEngine):
-        async def generate(self, token_ids: list[int], **options: object) -> Completion:  # type: ignore[override]
-            text = WORDS.decode(token_ids)
+        async def generate(self, request: SamplingRequest) -> Completion:
+            text = WORDS.decode(request.token_ids)
             line = completion(answer if "</result>" in text else call + more).token_ids
-            done = next(n for n in range(len(line), -1, -1) if n == 0 or token_ids[-n:] == line[:n])
-            ids = line[done : done + options["max_tokens"]]  # type: ignore[operator]
+            done = next(n for n in range(len(line), -1, -1) if n == 0 or request.token_ids[-n:] == line[:n])
+            ids = line[done : done + request.max_tokens]
             for stop in range(1, len(ids) + 1):  # as vLLM does: in the text of this request alone
                 if "</search>" in WORDS.decode(ids[:stop]):
                     return Completion(ids[:stop], [-0.5] * stop, "stop", 7, [CALM] * stop)
@@ -213,9 +211,9 @@ def test_nothing_is_left_over_from_one_question_or_step_to_the_next() -> None:
         found = []
         for nats in ((CALM, UNSURE), (UNSURE, UNSURE), (CALM, UNSURE)):
             engine.nats = nats
-            (group,) = rollouter.run_sync(question, samples=4, salt=1, temperature=None, branch=True)
+            (group,) = rollouter.start(rollouter.run(question, samples=4, salt=1, temperature=None, branch=True)).result()
             found.append(group.branch_points)
-        (plain,) = rollouter.run_sync(question, samples=4, salt=1, temperature=None)
+        (plain,) = rollouter.start(rollouter.run(question, samples=4, salt=1, temperature=None)).result()
     assert found[0] == found[2] and all(not point.children for point in found[1])
     assert not plain.branch_points and not plain.is_branched, "evaluations draw independent samples"
 
@@ -224,12 +222,12 @@ def test_no_path_waits_for_a_slow_one() -> None:
     """The slowest first turn is its rest: the others have long forked and finished when it comes."""
 
     class OneSlow(UnsureEngine):
-        async def generate(self, token_ids: list[int], **options: object) -> Completion:  # type: ignore[override]
-            result = await super().generate(token_ids, **options)  # type: ignore[arg-type]
-            if not options.get("top_logprobs") and not self.released.is_set() and not self.slow:
+        async def generate(self, request: SamplingRequest) -> Completion:
+            result = await super().generate(request)
+            if not request.top_logprobs and not self.released.is_set() and not self.slow:
                 self.slow = True
                 await asyncio.wait_for(self.released.wait(), 10)
-            if WORDS.decode([*token_ids, *result.token_ids]).count("</answer>"):
+            if WORDS.decode([*request.token_ids, *result.token_ids]).count("</answer>"):
                 self.released.set()
             return result
 
@@ -241,11 +239,11 @@ def test_no_path_waits_for_a_slow_one() -> None:
 
 def test_a_failed_first_sample_holds_up_no_decision() -> None:
     class FirstFails(UnsureEngine):
-        async def generate(self, token_ids: list[int], **options: object) -> Completion:  # type: ignore[override]
+        async def generate(self, request: SamplingRequest) -> Completion:
             if not self.calls:
-                self.calls.append((token_ids, 0, 0, 0))
+                self.calls.append((request.token_ids, 0, 0, 0))
                 raise EngineError("engine 0 died")
-            return await super().generate(token_ids, **options)  # type: ignore[arg-type]
+            return await super().generate(request)
 
     (group,) = grow(FirstFails(CALM, UNSURE), ArpoBranching(**THRESHOLD), samples=4, deadline_s=20)  # type: ignore[arg-type]
     assert [end.status for end in group.trajectories] == [Status.ENGINE_FAILED, *[Status.FINISHED] * 3]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from igpo_megatron.agent.settings import Rollout
 from igpo_megatron.algorithms.settings import Reward
-from igpo_megatron.chat.format import Answer, ChatFormat, Malformed
-from igpo_megatron.chat.protocols.base import ToolSet
+from igpo_megatron.chat.format import Action, Answer, ChatFormat, Malformed
+from igpo_megatron.chat.protocols.base import ToolProtocol, ToolSet
 from igpo_megatron.chat.protocols.igpo import parse
 from igpo_megatron.types import ToolCall
 
@@ -151,3 +153,36 @@ def test_a_tokenizer_without_a_template_is_refused() -> None:
     words.chat_template = None
     with pytest.raises(ValueError, match="chat template"):
         ChatFormat(words, Rollout(), Reward())
+
+
+@pytest.mark.parametrize("protocol", ["igpo", "hermes", "search_r1", "arpo"])
+@pytest.mark.parametrize("force_think", [True, False])
+def test_a_probe_in_another_form_than_the_protocols_is_named_with_the_form_that_the_protocol_writes(
+    protocol: str, force_think: bool
+) -> None:
+    settings = {"protocol": protocol, "force_think": force_think}
+    problem = chat(**settings).probe_problem()
+    # The published probe continues a forced <think>; arpo's answers also need a box.
+    assert (problem is None) == (force_think and protocol != "arpo"), problem
+    plain = chat(**settings, reward=Reward(probe_template="The answer is {answer}.")).probe_problem()
+    assert plain is not None and f"reward.probe_template is no answer of rollout.protocol={protocol}, which reads" in plain
+    advised = ast.literal_eval(plain.partition("Unless you mean that, use ")[2])
+    assert chat(**settings, reward=Reward(probe_template=advised)).probe_problem() is None
+    assert chat(**settings, reward=Reward(probe_template="{answer}", gain="none")).probe_problem() is None
+
+
+def test_a_probe_for_a_protocol_of_ones_own_is_judged_by_that_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(text: str, tools: ToolSet) -> Action:
+        said = text.rpartition("Answer: ")
+        return Answer(said[2]) if said[1] else Malformed("no answer")
+
+    def final_answer(turns: Sequence[str]) -> str | None:
+        return turns[-1].rpartition("Answer: ")[2] or None
+
+    lines = ToolProtocol(read, lambda thought, action, tools: f"{thought}\nAnswer: {action.text}", final_answer)  # type: ignore[union-attr]
+    monkeypatch.setattr("igpo_megatron.chat.protocols.registry.load_hook", lambda *_: lines)
+    own = {"protocol": "my_package.lines:LINES", "force_think": True}
+    problem = chat(**own).probe_problem()
+    assert problem is not None and problem.endswith(r"use 'I can answer now.\nAnswer: {answer}'")
+    for end in ("", "<|im_end|>"):
+        assert chat(**own, reward=Reward(probe_template="Thus:\nAnswer: {answer}" + end)).probe_problem() is None

@@ -37,7 +37,7 @@ from igpo_megatron.doctor import chat as chat_check
 from igpo_megatron.doctor import commands
 from igpo_megatron.engines.pool import EnginePool
 from igpo_megatron.tools.search_tool import SearchTool
-from igpo_megatron.types import Completion, Node, Prompt, RolloutGroup, Status, ToolCall, Trajectory, UserError
+from igpo_megatron.types import Completion, Node, Prompt, RolloutGroup, SamplingRequest, Status, ToolCall, Trajectory, UserError
 
 NOW = datetime(2026, 3, 4, 5, 6, 7, 89, UTC)
 FAMILIES, THINKERS = tuple(TOKENS), ("qwen3_thinking", "r1_distill")
@@ -308,8 +308,14 @@ def test_engines_stop_at_every_eos_and_bar_rows_of_the_embedding_without_a_token
 ) -> None:
     """The demo's embedding has 656 rows, its tokenizer 650 tokens. The template's own end comes first."""
     pool = EnginePool(build({"model": {"path": str(model(tmp_path, eos))}, "run": {"device": "cpu"}}))
-    assert pool._stop_tokens == stops
-    assert pool._limits == {"logit_bias": dict.fromkeys(range(650, 656), float("-inf"))}
+    assert pool._turns == {
+        "stop_token_ids": list(stops),
+        "detokenize": False,
+        "stop": [],
+        "include_stop_str_in_output": False,
+        "skip_special_tokens": False,
+        "logit_bias": dict.fromkeys(range(650, 656), float("-inf")),
+    }
     assert form_of(AutoTokenizer.from_pretrained(tmp_path), tool_in_prompt=False).turn_ends == stops
 
 
@@ -353,8 +359,8 @@ class Lines:
     def __init__(self, words: Any, lines: list[tuple[str, int]]) -> None:
         self.words, self.lines, self.seen = words, iter(lines), []
 
-    async def generate(self, token_ids: list[int], **_: object) -> Completion:
-        self.seen.append(token_ids)
+    async def generate(self, request: SamplingRequest) -> Completion:
+        self.seen.append(request.token_ids)
         line, end = next(self.lines)
         ids = [*self.words.encode(line, add_special_tokens=False), end]
         return Completion(ids, [-0.5] * len(ids), "stop", 1)
@@ -521,13 +527,14 @@ def test_doctor_chat_shows_every_token_of_a_template_conversation_with_its_sourc
     words = family(name)
     config = build({"model": {"path": str(POLICY)}, "rollout": {"protocol": protocol, "system_prompt": "Be brief."}})
     form = ChatFormat(words, config.rollout, config.reward, NOW)
+    assert (form.probe_problem() is None) == (protocol != "arpo"), "the published probe has no box"
     group = chat_check.converse(config, form, words)
     end: Trajectory = group.trajectories[0]
     assert (end.status, end.answer) == (Status.FINISHED, "Shakespeare"), end
     score(group, config)
     assert end.reward == 1.0, own_turns(group, end)
     shown = list(chat_check.pieces(group, form, words))
-    trained = [token for piece in shown if piece.is_trained for token in piece.tokens]
+    trained = [token for piece in shown if piece.source == "sampled" for token in piece.tokens]
     assert trained == [decode(words, [token]) for node in group.actions(end) for token in node.token_ids]
     path = "".join(token for piece in shown if piece.source != "probe" for token in piece.tokens)
     whole = decode(words, [token for number in end.path for token in group.nodes[number].token_ids])
@@ -551,9 +558,19 @@ def test_doctor_chat_can_be_read_without_colour_and_tells_what_the_template_lack
         "rendered again",
     ):
         assert part in text, part
+    assert "note: reward.probe_template" not in text, "this template opens <think> itself, so the published probe fits"
     for source in chat_check.SOURCES:
         assert re.search(rf"│ {source} +│", text), source
     assert len(re.findall(r"│ sampled +│ yes", text)) == 2 and len(re.findall(r"│ yes", text)) == 2
+
+
+def test_doctor_chat_tells_that_a_probe_is_no_answer_where_probes_are_scored() -> None:
+    words = family("qwen2.5")
+    for advantage, told in (("igpo", True), ("grpo", False)):
+        config = build({"model": {"path": "a/model"}, "reward": {"probe_template": "So: {answer}"}, "advantage": {"name": advantage}})
+        out = io.StringIO()
+        chat_check.show(Console(file=out, width=160), config, ChatFormat(words, config.rollout, config.reward, NOW), words)
+        assert ("note: reward.probe_template is no answer of rollout.protocol=igpo" in out.getvalue()) == told
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from test_conversion import hf_folder
+from typer.testing import CliRunner
 
 from checkpoint_conversion.convert import hf_to_megatron
-from igpo_megatron.config.load import build
+from igpo_megatron.cli import app
+from igpo_megatron.config.load import ConfigError, build, to_json
+from igpo_megatron.config.schema import Config
 from igpo_megatron.observability.run_folder import RunFolder, folder_for, forget_after, open_folder, read_summary, set_up
 from igpo_megatron.policy import checkpoint_sums, parallel
 from igpo_megatron.policy.checkpoint_sums import Found, damage, newest_whole, set_aside
@@ -188,3 +192,55 @@ def test_half_a_file_of_the_run_is_one_sentence(tmp_path: Path, content: str) ->
     folder.summary.write_text(content)
     with pytest.raises(UserError, match=r"x/summary\.json is damaged .*remove it"):
         read_summary(folder)
+
+
+def of_steps(folder: Path, steps: int, *more: str) -> Config:
+    return build({"model": {"path": "m"}}, [f"run.folder={folder}", "run.name=x", f"run.steps={steps}", "run.device=cpu", *more])
+
+
+def finished(folder: Path, *more: str) -> RunFolder:
+    """A run that has finished its 40 steps."""
+    config = of_steps(folder, 40, *more)
+    set_up(found := folder_for(config), config)
+    (found.checkpoints / "step_000040").mkdir()
+    found.summary.write_text(json.dumps({"steps": 40, "wall_s": 1, "phases_s": {}, "max_logprob_gap": 0, "gain_by_turn": []}))
+    return found
+
+
+def test_a_finished_run_goes_on_to_more_steps_where_none_depends_on_their_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = finished(tmp_path, "optim.warmup_steps=5", "advantage.gain_weight=[0.5,0.5]")
+    same = ["optim.warmup_steps=5", "advantage.gain_weight=[0.5,0.5]"]
+    assert open_folder(of_steps(tmp_path, 80, *same)).root == folder.root
+    started: list[int] = []
+    monkeypatch.setattr("igpo_megatron.cli._launcher", lambda settings, ranks: nullcontext(lambda *_: started.append(settings.run.steps)))
+    path = tmp_path / "run.yaml"
+    path.write_text(to_json(of_steps(tmp_path, 40, *same)))
+    again = CliRunner().invoke(app, ["train", str(path)])
+    assert again.exit_code == 0 and started == []
+    assert "this run is finished; to train again choose another run.name" in again.output and "to go on raise run.steps" in again.output
+    assert CliRunner().invoke(app, ["train", str(path), "run.steps=80"]).exit_code == 0 and started == [80]
+    set_up(folder, of_steps(tmp_path, 80, *same))
+    assert read_summary(folder) is None, "it is unfinished until step 80"
+    with pytest.raises(ConfigError, match=r"\n  - run\.steps: 80 -> 40 \(it may be raised, not lowered\)$"):
+        open_folder(of_steps(tmp_path, 40, *same))
+
+
+@pytest.mark.parametrize(
+    ("setting", "why"),
+    [
+        ("optim.decay=linear", "optim.decay=linear; to train on"),
+        ("advantage.gain_weight=[1.0,0.5]", "advantage.gain_weight=[1.0, 0.5]; to train on"),
+        ("advantage.outcome_weight=[0.0,1.0]", "advantage.outcome_weight=[0.0, 1.0]; to train on"),
+        ("advantage.name=my_package.mine:advantage", "advantage.name=my_package.mine:advantage (it is given its progress); to train on"),
+        ("run.stop_after=rollout", "run.steps: 40 -> 80, but run.stop_after=rollout keeps no checkpoint to go on from"),
+    ],
+)
+def test_a_run_whose_steps_depend_on_their_number_says_how_to_train_on(setting: str, why: str, tmp_path: Path) -> None:
+    folder = finished(tmp_path, setting)
+    assert open_folder(of_steps(tmp_path, 40, setting)).root == folder.root
+    with pytest.raises(ConfigError) as refused:
+        open_folder(of_steps(tmp_path, 80, setting))
+    assert why in str(refused.value)
+    if "to train on" in why:
+        command = f"`igpo convert megatron-to-hf --megatron {folder.checkpoints}/step_000040 --out hf/`"
+        assert command in str(refused.value) and "another run.name and model.path=hf/" in str(refused.value)

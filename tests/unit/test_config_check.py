@@ -3,17 +3,21 @@
 import json
 from typing import get_args
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from igpo_megatron.algorithms.settings import Ppo
+from igpo_megatron.algorithms.losses.registry import Ppo
 from igpo_megatron.cli import world_size
 from igpo_megatron.config.load import ConfigError, build
 from igpo_megatron.config.schema import Config
+from igpo_megatron.data.question_files import HEAD_ROWS, read_prompts, unusable
 from igpo_megatron.engines.settings import Engine
 from igpo_megatron.kernels.linear_logprob import FORMS, WORKSPACE
 from igpo_megatron.plan.types import Settings
 from igpo_megatron.policy.settings import Model, divisors, stage_layers
 from igpo_megatron.training.checks import check, require
+from igpo_megatron.types import UserError
 
 SHAPE = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 6, "max_position_embeddings": 1024}
 
@@ -328,6 +332,62 @@ def test_every_problem_is_listed_at_once(sound):
         "3 ranks are no multiple of parallel.tensor",
         "reward.gain",
     ]
+
+
+def questions(path, **columns: object) -> str:
+    """A file of one question, with other values in some columns; None drops one. Returns the path."""
+    row = {
+        "data_source": "nq",
+        "prompt": [{"role": "user", "content": "Which city?"}],
+        "reward_model": {"ground_truth": "Oslo"},
+        **columns,
+    }
+    pq.write_table(pa.Table.from_pylist([{name: value for name, value in row.items() if value is not None}]), path)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"reward_model": None},
+        {"prompt": "Which city?"},
+        {"data_source": "  "},
+        {"prompt": [{"role": "user", "content": "Which?"}] * 2},
+        {"reward_model": "not JSON"},
+    ],
+)
+def test_files_of_questions_that_a_run_would_refuse_are_refused_before_any_rank_starts(columns, sound, tmp_path):
+    """With the error of the run, which reads them completely."""
+    good, bad = questions(tmp_path / "good.parquet"), questions(tmp_path / "bad.parquet", **columns)
+    require(build({}, [*sound, f"data.train=[{good}]", f"data.eval=[{good}]"]), 1)
+    with pytest.raises(UserError) as run:
+        read_prompts(bad)
+    for files in ([f"data.train=[{good},{bad}]", "data.eval=[]"], [f"data.train=[{good}]", f"data.eval=[{bad}]"]):
+        with pytest.raises(UserError) as start:
+            require(build({}, [*sound, *files]), 1)
+        assert str(start.value) == str(run.value)
+    with pytest.raises(UserError, match=r"bad\.parquet: cannot be used as questions"):
+        require(build({}, [*sound, f"data.eval=[{bad}]"]), None)
+
+
+def test_files_of_questions_that_a_run_does_not_read_are_not_looked_at(sound, tmp_path):
+    bad, good = questions(tmp_path / "bad.parquet", prompt=None), questions(tmp_path / "good.parquet")
+    require(build({}, [*sound, f"data.train=[{bad}]", f"data.eval=[{bad}]", f"run.replay={tmp_path}/replay.parquet"]), 1)
+    require(build({}, [*sound, f"data.train=[{bad}]", f"data.eval=[{good}]"]), None)
+
+
+def test_the_start_reads_columns_and_first_rows_only(tmp_path):
+    rows = [pq.read_table(questions(tmp_path / "one.parquet"))] * HEAD_ROWS
+    last = pq.read_table(questions(tmp_path / "last.parquet", data_source=""))
+    pq.write_table(pa.concat_tables([*rows, last]), tmp_path / "all.parquet")
+    assert unusable(tmp_path / "all.parquet") is None
+    with pytest.raises(UserError, match=f"row {HEAD_ROWS}, column data_source"):
+        read_prompts(tmp_path / "all.parquet")
+    assert unusable(tmp_path / "gone.parquet") == (
+        f"{tmp_path}/gone.parquet: cannot be used as questions:\n  - no such file; expected a parquet file of questions"
+    )
+    pq.write_table(pa.concat_tables([last] * 12), tmp_path / "many.parquet")
+    assert str(unusable(tmp_path / "many.parquet")).splitlines()[-1].startswith("  - and 2 more; `igpo data check")
 
 
 def test_a_value_from_the_default_configuration_is_complete_enough_to_check():

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from igpo_megatron.algorithms.settings import Grpo, Igpo, Ppo
+from igpo_megatron.algorithms.advantages.outcome import Grpo
+from igpo_megatron.algorithms.advantages.turn import Igpo
+from igpo_megatron.algorithms.losses.registry import Ppo
 from igpo_megatron.config.load import ConfigError, build, differing_keys, explain, load, to_json
 from igpo_megatron.config.schema import Config
 from igpo_megatron.settings import Section

@@ -5,7 +5,6 @@ import errno
 import fcntl
 import io
 import json
-import mmap
 import multiprocessing
 import os
 import pickle
@@ -13,8 +12,11 @@ import resource
 import shutil
 import signal
 import time
+import zipfile
+from collections import OrderedDict
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -241,8 +243,8 @@ def test_a_config_of_other_sizes_is_refused_in_both_directions(hf, megatron, tmp
     assert not (tmp_path / "out").exists() and not partial_of(tmp_path / "out").exists()
 
 
-def archives(folder: Path, *contents: object) -> tuple[mmap.mmap, list[tuple[int, int]]]:
-    """Files of torch.save one behind the other, at odd places; (the mapped file, where each lies)."""
+def archives(folder: Path, *contents: object) -> tuple[BinaryIO, list[tuple[int, int]]]:
+    """A file with files of torch.save in it, one behind the other, at odd places; (the open file, where each lies)."""
     whole, spans = b"odd", []
     for content in contents:
         stream = io.BytesIO()
@@ -250,24 +252,56 @@ def archives(folder: Path, *contents: object) -> tuple[mmap.mmap, list[tuple[int
         spans.append((len(whole), stream.tell()))
         whole += stream.getvalue() + b"!"
     (folder / "file").write_bytes(whole)
-    with (folder / "file").open("rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), spans
+    return (folder / "file").open("rb"), spans
 
 
 def test_tensors_inside_a_file_are_mapped_whatever_their_strides(tmp_path):
     base = torch.arange(24.0).reshape(4, 6)
-    tensors = [base, base.T, base[1:3, 2:], base.bfloat16(), base.long(), torch.tensor(3.0), torch.empty(0, 5), base[:1].expand(4, 6)]
+    large = torch.arange(10**5)
+    tensors = [
+        base,
+        base.T,
+        base[1:3, 2:],
+        base.bfloat16(),
+        base.long(),
+        torch.tensor(3.0),
+        torch.empty(0, 5),
+        base[:1].expand(4, 6),
+        large,
+    ]
     file, spans = archives(tmp_path, *tensors)
-    for tensor, span in zip(tensors, spans, strict=True):
-        found = map_tensor(file, *span)
-        assert found.dtype == tensor.dtype and found.shape == tensor.shape and torch.equal(found, tensor)
+    with file:
+        found = [map_tensor(file, *span) for span in spans]
+    for tensor, mapped in zip(tensors, found, strict=True):
+        assert mapped.dtype == tensor.dtype and mapped.shape == tensor.shape and torch.equal(mapped, tensor)
 
 
 def test_what_is_no_tensor_in_a_file_is_refused(tmp_path):
     file, spans = archives(tmp_path, {"a": torch.ones(2)}, [1], torch.ones(200))
-    for start, length in [*spans[:2], (0, 10), (spans[2][0], spans[2][1] - 60), (spans[2][0] + 7, spans[2][1] - 7)]:
-        with pytest.raises(ValueError):
-            map_tensor(file, start, length)
+    with file:
+        for start, length in [*spans[:2], (0, 10), (spans[2][0], spans[2][1] - 60), (spans[2][0] + 7, spans[2][1] - 7)]:
+            with pytest.raises(ValueError):
+                map_tensor(file, start, length)
+
+
+class Liar:
+    """To torch.load a tensor of 200 numbers, in the memory of four."""
+
+    def __reduce__(self):
+        return torch._utils._rebuild_tensor_v2, (torch.ones(4)._typed_storage(), 0, (200,), (1,), False, OrderedDict())
+
+
+def test_a_tensor_that_says_it_is_larger_than_its_bytes_is_refused(tmp_path):
+    file, (span,) = archives(tmp_path, Liar())
+    with file, pytest.raises(ValueError, match="a tensor of 800 bytes does not fit into 16 bytes"):
+        map_tensor(file, *span)
+    whole = io.BytesIO()
+    torch.save(torch.ones(200)[:150], whole)
+    with zipfile.ZipFile(whole) as old, zipfile.ZipFile(tmp_path / "short", "w") as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name)[:8] if name.endswith("data/0") else old.read(name))
+    with (tmp_path / "short").open("rb") as file, pytest.raises(ValueError, match="a tensor of 800 bytes does not fit into 8 bytes"):
+        map_tensor(file, 0, (tmp_path / "short").stat().st_size)
 
 
 # ---- classic layout

@@ -27,7 +27,7 @@ from igpo_megatron.observability.metrics import rollout_metrics
 from igpo_megatron.search.results import SearchResult
 from igpo_megatron.supervision.failures import MOST_BYTES, MOST_CHARS, CrashLog
 from igpo_megatron.training.evaluate import evaluate
-from igpo_megatron.types import Completion, ProbeScore, Prompt, RolloutGroup, Status
+from igpo_megatron.types import Completion, ProbeScore, Prompt, RolloutGroup, SamplingRequest, Status
 
 CRASHED, FINISHED = Status.CRASHED, Status.FINISHED
 BOOM = "nobody expected \ud800 this"
@@ -40,11 +40,11 @@ class OneCrashes(ScriptedEngine):
         super().__init__(*script)
         self.always = always
 
-    async def generate(self, token_ids: list[int], **options: object) -> Completion:
+    async def generate(self, request: SamplingRequest) -> Completion:
         if self.always or not self.calls:
-            self.calls.append((token_ids, 0, 0))
+            self.calls.append((request.token_ids, 0, 0))
             raise ZeroDivisionError(BOOM)
-        return await super().generate(token_ids, **options)  # type: ignore[arg-type]
+        return await super().generate(request)
 
 
 def rollouter(engine: object, crashes: Path | None, search: object = None, reward: Reward | None = None, **changes: object) -> Rollouter:
@@ -59,7 +59,7 @@ def run(
 ) -> list[RolloutGroup]:
     questions = [Prompt(f"q{number}", "What is the capital of Italy?", ("Rome",), "test") for number in range(prompts)]
     with rollouter(engine, crashes, **changes) as rollouts:  # type: ignore[arg-type]
-        return rollouts.run_sync(questions, samples=samples, salt=1, temperature=None, probe=branch, branch=branch)
+        return rollouts.start(rollouts.run(questions, samples=samples, salt=1, temperature=None, probe=branch, branch=branch)).result()
 
 
 def statuses(group: RolloutGroup) -> list[Status]:
@@ -96,8 +96,8 @@ def test_a_tool_that_raises_is_a_crash_and_its_own_timeout_is_not_the_deadlines(
 
 def test_what_is_cancelled_has_not_crashed(tmp_path: Path) -> None:
     class Never(ScriptedEngine):
-        async def generate(self, token_ids: list[int], **options: object) -> Completion:
-            self.calls.append((token_ids, 0, 0))
+        async def generate(self, request: SamplingRequest) -> Completion:
+            self.calls.append((request.token_ids, 0, 0))
             await asyncio.Event().wait()
             raise AssertionError
 

@@ -30,11 +30,11 @@ def test_joining_contents_is_the_inverse_of_splitting_them(tmp_path):
     ("line", "message"),
     [
         ("not json", r"corpus\.jsonl:2: not JSON .*found 'not json', expected one object per line"),
-        ('["a list"]', r"corpus\.jsonl:2: found a JSON list, expected an object with id, title and text"),
+        ('["a list"]', r"corpus\.jsonl:2: found a JSON list, expected an object; a line holds id, title and text, or id and contents"),
         ('{"id": "2", "title": "x"}', r"corpus\.jsonl:2: field 'text' is missing \(found id, title\)"),
         ('{"contents": "x"}', r"corpus\.jsonl:2: field 'id' is missing"),
         ('{"id": "2", "title": "x", "text": null}', r"corpus\.jsonl:2: field 'text' is null, expected a string"),
-        (b'{"id": "2", "title": "\xff", "text": "x"}', r"corpus\.jsonl:2: not UTF-8 text"),
+        (b'{"id": "2", "title": "\xff", "text": "x"}', r"corpus\.jsonl:2: not UTF-8 text .*save the file as UTF-8"),
     ],
 )
 def test_a_bad_line_is_named_with_what_was_found_and_expected(tmp_path, line, message):

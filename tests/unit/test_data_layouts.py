@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from igpo_megatron.algorithms.rewards import exact_match, f1
+from igpo_megatron.algorithms.outcomes import exact_match, f1
 from igpo_megatron.config.load import build
 from igpo_megatron.data.answers import NotAnswers, as_answers
 from igpo_megatron.data.corpus import read_corpus

@@ -4,6 +4,7 @@ import importlib.util
 import socket
 from collections import namedtuple
 
+import psutil
 import pytest
 from rich.console import Console
 
@@ -11,6 +12,7 @@ from igpo_megatron.doctor import machine as doctor
 from igpo_megatron.doctor.machine import Row
 
 Usage = namedtuple("Usage", "total used free")
+Memory = namedtuple("Memory", "available")
 
 
 def test_this_machine_can_run_the_project():
@@ -80,15 +82,14 @@ def test_the_active_accelerations_are_named_and_a_gpu_without_them_is_told_how_t
     assert ("NVIDIA/apex" in found.advice) == (gpu and gradients != "fused into the matmul")
 
 
-def test_memory_is_capped_by_the_control_group(tmp_path):
-    (tmp_path / "meminfo").write_text(f"MemTotal: 1 kB\nMemAvailable: {8 * 2**20} kB\n", encoding="utf-8")
-    assert doctor.available_gib(tmp_path / "meminfo", tmp_path) == 8.0
+def test_memory_is_capped_by_the_control_group(tmp_path, monkeypatch):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: Memory(8 * 2**30))
+    assert doctor.available_gib(tmp_path) == 8.0
     (tmp_path / "memory.max").write_text(f"{4 * 2**30}\n", encoding="utf-8")
     (tmp_path / "memory.current").write_text(f"{2**30}\n", encoding="utf-8")
-    assert doctor.available_gib(tmp_path / "meminfo", tmp_path) == 3.0
+    assert doctor.available_gib(tmp_path) == 3.0
     (tmp_path / "memory.max").write_text("max\n", encoding="utf-8")
-    assert doctor.available_gib(tmp_path / "meminfo", tmp_path) == 8.0
-    assert doctor.available_gib(tmp_path / "none", tmp_path) is None
+    assert doctor.available_gib(tmp_path) == 8.0
 
 
 def test_processor_flags_are_those_of_the_first_processor(tmp_path):

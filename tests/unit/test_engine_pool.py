@@ -18,7 +18,7 @@ from igpo_megatron.engines.actor import KILLED, EngineLost
 from igpo_megatron.engines.api import EngineError, EnginesEnded
 from igpo_megatron.engines.fleet import EngineDied, EngineState, Fleet
 from igpo_megatron.engines.pool import EnginePool
-from igpo_megatron.types import SyncError
+from igpo_megatron.types import Completion, ProbeScore, SamplingRequest, SyncError
 
 POLICY = Path(__file__).parents[2] / "examples/quickstart/policy"
 DEAD, HEALTHY, STALE, STARTING = EngineState.DEAD, EngineState.HEALTHY, EngineState.STALE, EngineState.STARTING
@@ -41,7 +41,7 @@ class Actor:
 
 
 def turn(version: int = 0) -> Callable[..., Any]:
-    return lambda *arguments: ([7], [-0.5], "stop", version, [], [])
+    return lambda *arguments: Completion([7], [-0.5], "stop", version)
 
 
 def settings(count: int, **engine: Any) -> Config:
@@ -53,7 +53,7 @@ def pool_of(*actors: Actor, states: tuple[EngineState, ...] | None = None, **eng
     config = settings(len(actors), **engine)
     pool, wanted = EnginePool(config), []
     cluster: Any = SimpleNamespace(last_log_lines=lambda process: f"\nlast lines of the engine's log:\n  of {process}", ended=lambda: None)
-    fleet = Fleet(config, cluster, Path("weights"), cuda=False, stop_strings=False, fill=lambda member: None)
+    fleet = Fleet(config, cluster, Path("weights"), cuda=False, turns=pool._turns, fill=lambda member: None)
     for number, (member, actor) in enumerate(zip(fleet.members, actors, strict=True)):
         member.actor, member.process, member.state = actor, 100 + number, (states or (HEALTHY,) * len(actors))[number]
     fleet._run = lambda work, name: wanted.append(work)  # type: ignore[method-assign]
@@ -63,7 +63,7 @@ def pool_of(*actors: Actor, states: tuple[EngineState, ...] | None = None, **eng
 
 
 def ask(pool: EnginePool, key: str = "q", seed: int = 3) -> Any:
-    return pool.generate([1, 2], max_tokens=5, temperature=1.0, seed=seed, key=key)
+    return pool.generate(SamplingRequest([1, 2], max_tokens=5, temperature=1.0, seed=seed, key=key))
 
 
 def test_equal_keys_go_to_the_same_engine_and_others_are_spread() -> None:
@@ -72,7 +72,7 @@ def test_equal_keys_go_to_the_same_engine_and_others_are_spread() -> None:
     for key in "abcdefgh":
         for _ in range(2):
             asyncio.run(ask(pool, key))
-    assert actors[0].asked[0][4] == (2,)  # the tokens at which a turn stops
+    assert pool._fleet._turns["stop_token_ids"] == [2]
     assert sum(len(actor.asked) for actor in actors) == 16 and all(actor.asked and len(actor.asked) % 2 == 0 for actor in actors)
 
 
@@ -86,13 +86,13 @@ def test_a_turn_whose_engine_dies_is_generated_again_elsewhere_with_the_same_see
             found = [asyncio.run(ask(pool, key, seed=40)) for key in "abcd"]
         assert all(done.token_ids == [7] for done in found)
         assert len(dying[place].asked) == 1 and len(actors[1 - place].asked) == 4
-        assert dying[place].asked[0] in actors[1 - place].asked and dying[place].asked[0][3] == 40
+        assert dying[place].asked[0] in actors[1 - place].asked and dying[place].asked[0][0].seed == 40
         assert pool._fleet.members[place].state is DEAD and len(wanted) == 1 and pool.metrics() == {"engine_restarts": 1.0}
         assert f"engine {place} died (EngineCore died); restart 1 of at most 3" in caplog.text and f"of {100 + place}" in caplog.text
 
 
 def test_a_request_waits_for_the_only_engine_to_come_back() -> None:
-    answers = iter([EngineLost("gone"), ([9], [-0.1], "stop", 0, [], [])])
+    answers = iter([EngineLost("gone"), Completion([9], [-0.1], "stop", 0)])
     pool, wanted = pool_of(Actor(lambda *arguments: next(answers)))
 
     async def wait() -> Any:
@@ -174,11 +174,17 @@ def test_a_death_that_is_heard_of_late_is_not_counted_again_while_the_next_actor
 
 
 def test_probes_are_asked_again_like_turns() -> None:
-    answers = iter([EngineLost("gone"), ([-0.25], 0, 0)])
+    answers = iter([EngineLost("gone"), (ProbeScore((-0.25,), 0), 0)])
     actor = Actor(lambda *arguments: next(answers))
     pool, _ = pool_of(actor, actor)
     assert asyncio.run(pool.score_probe([1, 2, 3], 2, key="q")).logprobs == (-0.25,)
     assert len(actor.asked) == 2
+
+
+def test_scores_that_are_no_log_probs_are_refused() -> None:
+    pool, _ = pool_of(Actor(lambda *arguments: (ProbeScore((-0.25, 0.5), 0), 0)))
+    with pytest.raises(EngineError, match=r"engine 0 scored a probe with \(-0.25, 0.5\), which are no log-probs"):
+        asyncio.run(pool.score_probe([1, 2, 3], 1, key="q"))
 
 
 @pytest.mark.parametrize("first", [True, False])

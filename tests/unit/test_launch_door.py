@@ -160,9 +160,9 @@ async def through_the_door(use: Callable[[str, Doorway], Awaitable[None]], head:
         await use(f"127.0.0.1:{listener.getsockname()[1]}", door)
 
 
-def line(place: str, secret: str = SECRET) -> Line:
+def line(place: str, secret: str = SECRET) -> contextlib.AbstractAsyncContextManager[Line]:
     host, port = place.split(":")
-    return Line(derive_key(secret), host, int(port), 2)
+    return doorway.line(derive_key(secret), host, int(port), 2)
 
 
 def test_what_is_said_can_be_read_on_the_way_but_neither_repeated_nor_changed_and_holds_no_secret() -> None:

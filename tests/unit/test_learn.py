@@ -10,9 +10,10 @@ import torch
 from igpo_megatron.algorithms.advantages.outcome import scale_by_informative, whiten
 from igpo_megatron.algorithms.advantages.registry import ADVANTAGES, set_advantages
 from igpo_megatron.algorithms.info_gain import add_probes, turn_gains
+from igpo_megatron.algorithms.losses.clipped import Bapo
 from igpo_megatron.algorithms.losses.registry import LOSSES, LossEntry, denominator, objective
 from igpo_megatron.algorithms.replay import SuccessBuffer
-from igpo_megatron.algorithms.settings import Bapo, Reward
+from igpo_megatron.algorithms.settings import Reward
 from igpo_megatron.config.load import build
 from igpo_megatron.observability.metrics import rollout_metrics
 from igpo_megatron.packing.tree import pack_for_scoring, pack_for_training, step_counts
@@ -276,7 +277,7 @@ def test_bapo_balances_the_advantages_that_the_loss_trains(mismatch, disputed, e
     assert (share_of_positive(trained, (now - old).exp(), lower, upper) >= config.positive_share) != ends
 
     seen = {}
-    look = LossEntry(lambda tokens, counts, config: (seen.update(advantages=tokens.advantages) or tokens.logprobs.sum(), {}))
+    look = LossEntry(Bapo, lambda tokens, counts, config: (seen.update(advantages=tokens.advantages) or tokens.logprobs.sum(), {}))
     monkeypatch.setitem(LOSSES, "bapo", look)
     objective(tokens_of(row, now), StepCounts(n, 8), config.model_copy(update={"kl_coef": 0.0}))
     assert torch.equal(seen["advantages"], trained), "what the bounds balance is what the loss is given"

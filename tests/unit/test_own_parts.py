@@ -219,7 +219,7 @@ def test_a_protocol_of_the_users_reads_scores_and_ends_like_ours(name: str) -> N
     engine = Lines("igpo", ["CALCULATOR 1+1", "SAY 2"])
     tools = {**searching(ScriptedSearch()), "calculator": _made(settings)}
     with Rollouter(engine, tools, form, settings.rollout, seed=1) as rollouter:  # type: ignore[arg-type]
-        (group,) = rollouter.run_sync([Prompt("q", "?", ("2",), "t")], samples=1, salt=1, temperature=None)
+        (group,) = rollouter.start(rollouter.run([Prompt("q", "?", ("2",), "t")], samples=1, salt=1, temperature=None)).result()
     score(group, settings)
     assert group.trajectories[0].reward == 1.0
 
@@ -260,7 +260,7 @@ def test_the_policy_knows_search_by_its_own_name_and_everything_else_by_ours() -
     assert '"google_search"' in form.write("t", ToolCall("search", ("x",)))
     engine = Lines("igpo", [wanted % "search", "<think>a</think><answer>x</answer>"])
     with Rollouter(engine, searching(ScriptedSearch()), form, settings.rollout, seed=1) as rollouter:  # type: ignore[arg-type]
-        (group,) = rollouter.run_sync([Prompt("q", "?", ("x",), "t")], samples=1, salt=1, temperature=None)
+        (group,) = rollouter.start(rollouter.run([Prompt("q", "?", ("x",), "t")], samples=1, salt=1, temperature=None)).result()
     (told,) = [node.text for node in group.nodes if node.kind == "observation"]
     assert told == "There is no tool named search. The only tool is google_search."
     assert group.actions(group.trajectories[0])[0].call == ToolCall("google_search", ("x",)), "not counted as a search"

@@ -6,6 +6,7 @@ import asyncio
 import gzip
 import io
 import socket
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from aiohttp import web
 from igpo_megatron.tools.settings import Summary, Visit
 from igpo_megatron.tools.visit.addresses import NOT_PUBLIC, is_public
 from igpo_megatron.tools.visit.extract import ExtractionFailed, Extractor, kind_of
-from igpo_megatron.tools.visit.fetch import PageStatus
+from igpo_megatron.tools.visit.fetch import PageStatus, system_lookup
 from igpo_megatron.tools.visit.reader import GAP, Page, PageReader, cut, fit, render_page, split_passages
 
 ARTICLE = """<!DOCTYPE html><html><head><title>Lake Tana</title></head><body>
@@ -160,9 +161,9 @@ def serve(scenario: Scenario, server: Server | None = None) -> Any:
     return asyncio.run(main())
 
 
-async def visit(url: str, goal: str | None = None, *, lookup: Any = None, **settings: Any) -> Page:
+async def visit(url: str, goal: str | None = None, *, lookup: Any = system_lookup, **settings: Any) -> Page:
     config = Visit(**{**FAST, **settings})
-    reader = PageReader(config, words, lookup=lookup) if lookup else PageReader.from_config(config, words)
+    reader = PageReader(config, words, lookup=lookup)
     try:
         return await reader.visit(url, goal)
     finally:
@@ -214,10 +215,11 @@ def test_a_redirect_is_followed() -> None:
 )
 def test_every_trouble_has_its_status(path: str, status: PageStatus, error: str | None) -> None:
     seconds = 0.5 if status is PageStatus.TIMEOUT else 20.0
+    started = time.monotonic()
     page = visit_path(path, timeout_s=seconds, max_page_kib=2048 if path == "/deep" else 4, max_redirects=3)
     assert page.status is status and page.text == ""
     assert page.error is None if error is None else error in str(page.error)
-    assert page.latency_s < 10
+    assert time.monotonic() - started < 10
 
 
 def test_trouble_that_may_pass_is_tried_again_and_other_trouble_is_not() -> None:
@@ -492,7 +494,7 @@ def test_a_failing_summariser_is_an_error_of_ours_and_its_key_is_not_shown(answe
 @pytest.mark.parametrize(("settings", "complaint"), [({}, "model"), ({"model": "m", "api_key_env": "NO_SUCH_KEY"}, "NO_SUCH_KEY")])
 def test_the_summarisers_settings_are_checked(settings: dict[str, str], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
-        PageReader.from_config(Visit(summary=Summary(url="http://127.0.0.1:9/v1", **settings)), words)
+        PageReader(Visit(summary=Summary(url="http://127.0.0.1:9/v1", **settings)), words)
 
 
 # ---- as a tool

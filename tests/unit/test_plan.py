@@ -18,7 +18,7 @@ from igpo_megatron.plan.memory import export_bytes
 from igpo_megatron.plan.model_shape import KNOWN, find_shape
 from igpo_megatron.plan.parts import count_parts
 from igpo_megatron.plan.rollout_time import serve
-from igpo_megatron.plan.search import ASLEEP, HEADROOM, estimate, search
+from igpo_megatron.plan.search import ASLEEP, HEADROOM, Plan, estimate, search
 from igpo_megatron.plan.train_time import pass_time, row_time
 from igpo_megatron.plan.types import Layout, Row, Settings, Workload
 from igpo_megatron.training.checks import check
@@ -37,7 +37,7 @@ SMALL = Workload(prompts=8, samples=4, max_context=8192)
 
 
 def planned(model: str, gpus: int, name: str = "h100", workload: Workload = SMALL):
-    return search(model, find_shape(model)[1], gpu(name), workload, gpus, Settings())
+    return search(Plan(model, find_shape(model)[1], gpu(name), workload, Settings(), gpus))
 
 
 def fake_folder(folder: Path, model: str) -> Path:
@@ -169,7 +169,7 @@ def test_on_shared_devices_both_take_all_of_them_and_pay_for_the_exchange():
     shape, machine = find_shape("Qwen2.5-1.5B")[1], gpu("h100")
 
     def best(gpus, staleness=0, placement=None, link=machine.host_link):
-        plan = search("m", shape, replace(machine, host_link=link), SMALL, gpus, Settings(), staleness, placement)
+        plan = search(Plan("m", shape, replace(machine, host_link=link), SMALL, Settings(), gpus, staleness), placement)
         return plan.fits[0] if plan.fits else None
 
     (one,) = {best(1).layout}
@@ -182,7 +182,7 @@ def test_on_shared_devices_both_take_all_of_them_and_pay_for_the_exchange():
 
 
 def test_weights_must_fit_beside_the_engines_while_they_are_handed_over():
-    roomy = search("m", find_shape("Qwen2.5-32B")[1], gpu("h200"), SMALL, 8, Settings(), placement="colocated")
+    roomy = search(Plan("m", find_shape("Qwen2.5-32B")[1], gpu("h200"), SMALL, Settings(), 8), "colocated")
     assert roomy.fits and all(one.peak <= HEADROOM * roomy.machine.memory for one in roomy.fits)
     assert all({"asleep", "optimizer"} < set(one.memory) for one in roomy.fits)
     # With engines whose weights dwarf all else, the fullest moment is that of the exchange.
@@ -191,7 +191,7 @@ def test_weights_must_fit_beside_the_engines_while_they_are_handed_over():
     export = export_bytes(count_parts(roomy.shape, one.layout.tensor, 1), one.layout, roomy.settings)
     held = sum(one.memory[name] for name in ("weights", "gradients", "optimizer"))
     assert export > 1e8 and found.peak == pytest.approx(held + export + 200 * GIB + ASLEEP)
-    tight = search("m", find_shape("Qwen2.5-32B")[1], gpu("h100"), SMALL, 8, Settings(), placement="colocated")
+    tight = search(Plan("m", find_shape("Qwen2.5-32B")[1], gpu("h100"), SMALL, Settings(), 8), "colocated")
     assert not tight.fits and "weights" in tight.misfits[0].reason
 
 

@@ -14,7 +14,7 @@ import scaling_study
 from igpo_megatron.observability.rollout_dump import write_rollouts
 from igpo_megatron.plan.machines import gpu
 from igpo_megatron.plan.model_shape import find_shape
-from igpo_megatron.plan.search import search
+from igpo_megatron.plan.search import Plan, search
 from igpo_megatron.plan.types import Settings, Workload
 from igpo_megatron.plan.workload import from_rollouts
 from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, Trajectory
@@ -47,7 +47,7 @@ def test_a_runs_rollouts_give_the_lengths(tmp_path):
 
 def test_the_page_has_a_curve_for_every_staleness_and_says_what_was_measured():
     machine, workload = gpu("h100"), Workload(prompts=4, samples=4, max_context=8192)
-    plan = search("Qwen2.5-1.5B", find_shape("Qwen2.5-1.5B")[1], machine, workload, 2, Settings())
+    plan = search(Plan("Qwen2.5-1.5B", find_shape("Qwen2.5-1.5B")[1], machine, workload, Settings(), 2))
     points = [scaling_study.point(plan, cells, k, 6) for cells in (1, 2) for k in (0, 1)]
     assert [one.gpus for one in points] == [2, 2, 4, 4]
     synchronous, stale = points[0].outcome, points[1].outcome

@@ -30,7 +30,7 @@ from igpo_megatron.plan.flops import model_flops
 from igpo_megatron.plan.machines import gpu
 from igpo_megatron.plan.model_shape import KNOWN, find_shape
 from igpo_megatron.plan.parts import active_parameters, count_parts
-from igpo_megatron.plan.search import plan_config, search
+from igpo_megatron.plan.search import Plan, plan_config, search
 from igpo_megatron.plan.timed import Timed, corrected, modelled
 from igpo_megatron.plan.train_time import pass_time, update_time
 from igpo_megatron.plan.types import Layout, Row, Settings, Workload
@@ -198,7 +198,7 @@ def test_one_result_of_the_benchmark_calibrates_and_table_file_and_page_say_so(t
     path = write(tmp_path, result_of([timed("score", factor=1.2), timed(factor=1.6)]))
     console = Console(record=True, width=400, file=open("/dev/null", "w"))  # noqa: SIM115
     assert plan_run("Qwen2.5-1.5B", 2, calibration=path, out=tmp_path / "run.yaml", workload=SMALL, console=console) == 0
-    plan = search("Qwen2.5-1.5B", find_shape("Qwen2.5-1.5B")[1], machines.read(path), SMALL, 2, Settings())
+    plan = search(Plan("Qwen2.5-1.5B", find_shape("Qwen2.5-1.5B")[1], machines.read(path), SMALL, Settings(), 2))
     facts = scaling_study.provenance(plan, measured_lengths=False, measured_latency=False)
     point = scaling_study.point(plan, 1, 0, 6)
     page = scaling_study.page("Qwen2.5-1.5B", plan, [scaling_study.as_row(point, point)], facts)
@@ -343,7 +343,7 @@ def test_passes_that_no_factor_corrects_are_a_result_all_the_same():
 def test_a_steps_rows_are_trees_that_fill_their_length():
     rows, counts = step.packed(512, 2048, 656)
     assert [row.num_tokens for row in rows] == [512] * 4
-    shaped = [step.shape_row(row) for row in rows]
+    shaped = [step.row_shape(row) for row in rows]
     assert shaped[0].pairs < 512 * 513 / 2 and sum(row.targets for row in shaped) == counts.trained_tokens
 
 

@@ -100,9 +100,28 @@ def test_check_says_what_is_wrong_with_what_it_was_asked(tmp_path):
     code, said = check(DEV, "--layout", "verl")
     assert code == 2 and "found --layout verl, expected auto, igpo, arpo, search_r1" in said
     assert check(DEV, "--layout", "igpo")[0] == 0
-    (tmp_path / "run.yaml").write_text(f"model: {{path: {tmp_path}/none}}\n")
-    code, said = check(DEV, "--config", tmp_path / "run.yaml")
-    assert code == 2 and "no such folder" in said
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        ("model: {path: gone}\n", "model.path=gone: no such folder"),
+        ("model: {dtype: fp32}\n", "model.path=(not set): no such folder"),
+        ("model:\n", "model.path=(not set): no such folder"),
+        ("", "model.path=(not set): no such folder"),
+    ],
+)
+def test_check_without_a_model_checks_the_rest_and_says_what_it_did_not(model, why, tmp_path):
+    bad = write(tmp_path, [igpo_row("0"), igpo_row("1", truth="The")])
+    config = tmp_path / "run.yaml"
+    config.write_text(f"{model}data: {{train: [{DEV}], eval: [{bad}]}}\nreward: {{outcome: em_squad}}\n")
+    code, said = check("--config", config)
+    assert code == 1 and "15 usable rows, no problems" in said and "1 usable rows, 1 problem" in said, said
+    assert f"not checked: whether questions fit rollout.max_context ({why}; name a model's folder)" in said
+    assert check(DEV, "--config", config)[0] == 0, "what was not checked is no problem of the file"
+    config.write_text(f"{model}data: {{trian: [{DEV}]}}\n")
+    code, said = check("--config", config)
+    assert code == 2 and "did you mean 'data.train'?" in said and "model" not in said
 
 
 def test_an_alias_that_is_left_out_is_named_and_costs_no_row(tmp_path):

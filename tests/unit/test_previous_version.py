@@ -21,9 +21,9 @@ from test_report import Page
 
 from checkpoint_conversion.convert import megatron_to_hf
 from checkpoint_conversion.hf_folder import HfReader
+from igpo_megatron.algorithms.losses.registry import Ppo
 from igpo_megatron.algorithms.replay import SuccessBuffer
 from igpo_megatron.algorithms.rewards import score
-from igpo_megatron.algorithms.settings import Ppo
 from igpo_megatron.config.load import ConfigError, build, load, parse, to_json
 from igpo_megatron.config.schema import Config
 from igpo_megatron.data.corpus import Passage

@@ -19,7 +19,7 @@ from igpo_megatron.chat.protocols.json_calls import tool_schemas
 from igpo_megatron.chat.protocols.registry import PROTOCOLS
 from igpo_megatron.chat.protocols.tagged import boxed
 from igpo_megatron.tools.base import Observed
-from igpo_megatron.types import Completion, Node, Prompt, RolloutGroup, Status, ToolCall, Trajectory
+from igpo_megatron.types import Completion, Node, Prompt, RolloutGroup, SamplingRequest, Status, ToolCall, Trajectory
 
 TOOLS = BUILT_IN
 CODE = "def f(x):\n    return x < 3 and x > 1\n\nprint(f(2), '}', \"</p>\")"
@@ -273,8 +273,8 @@ class Lines:
         self.stop, self.lines = PROTOCOLS[name].stop, lines
         self.seen: list[list[int]] = []
 
-    async def generate(self, token_ids: list[int], **_: object) -> Completion:
-        self.seen.append(token_ids)
+    async def generate(self, request: SamplingRequest) -> Completion:
+        self.seen.append(request.token_ids)
         line = self.lines[len(self.seen) - 1]
         if not line.endswith(self.stop or ("\0",)):
             return completion(line)
@@ -288,7 +288,7 @@ def play(name: str, lines: list[str], tools: dict[str, ScriptedTool], **changes:
     form = ChatFormat(WORDS, config, Reward())
     every = {**searching(ScriptedSearch(text=ATTACK), form.protocol.hit), **tools}
     with Rollouter(engine, every, form, config, seed=1) as rollouter:  # type: ignore[arg-type]
-        (group,) = rollouter.run_sync([Prompt("q", "Where?", ("Oslo",), "t")], samples=1, salt=1, temperature=None)
+        (group,) = rollouter.start(rollouter.run([Prompt("q", "Where?", ("Oslo",), "t")], samples=1, salt=1, temperature=None)).result()
     assert all(tool.closed for tool in tools.values())
     return group, group.trajectories[0], engine
 

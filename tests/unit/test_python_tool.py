@@ -135,10 +135,11 @@ def test_code_that_prints_nothing_is_not_run_again() -> None:
 )
 def test_every_limit_holds(code: str, status: PythonStatus | None, error: str) -> None:
     seconds = 1.0 if status is PythonStatus.TIMEOUT else 20.0
+    started = time.monotonic()
     result = run(code, SMALL.model_copy(update={"timeout_s": seconds}))
     assert status is None or result.status is status
     assert any(part in str(result.error) for part in error.split("|")), result
-    assert result.latency_s < 8, "no limit waits for the clock of the code"
+    assert time.monotonic() - started < 8, "no limit waits for the clock of the code"
 
 
 @isolated
@@ -326,10 +327,11 @@ needs_filter = pytest.mark.skipif("not filtered" in OPEN, reason="libseccomp is 
 def test_a_loop_of_forks_is_ended_at_once_and_leaves_no_process_and_no_group(group: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not group:
         without(monkeypatch, "PidsGroup.enter")
+    started = time.monotonic()
     result = run(BOMB, SMALL.model_copy(update={"timeout_s": 30.0}))
     if group or os.getuid() == 0:  # elsewhere the kernel's limit per user lets the bomb fizzle out
         assert result.status is PythonStatus.LIMIT and result.error == "the code had more than 8 processes and threads; 8 are allowed"
-    assert result.latency_s < 5, "it was ended, and did not end by itself"
+    assert time.monotonic() - started < 5, "it was ended, and did not end by itself"
     assert processes_with("struct.unpack") == [] and abandoned_groups() == []
 
 

@@ -6,9 +6,9 @@ import zlib
 
 import pytest
 
+from igpo_megatron.algorithms.advantages.outcome import Grpo
 from igpo_megatron.algorithms.advantages.registry import set_advantages
 from igpo_megatron.algorithms.replay import SuccessBuffer
-from igpo_megatron.algorithms.settings import Grpo
 from igpo_megatron.packing.tree import pack_for_training
 from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, ToolCall, Trajectory
 

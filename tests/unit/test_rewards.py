@@ -5,26 +5,13 @@ import re
 import string
 from collections import Counter
 from pathlib import Path
-from typing import get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from igpo_megatron.algorithms.rewards import (
-    REWARDS,
-    exact_match,
-    exact_match_squad,
-    f1,
-    f1_multiset,
-    normalise,
-    normalise_squad,
-    overlong_penalty,
-    published_score,
-    score,
-    score_lines,
-)
-from igpo_megatron.algorithms.settings import BuiltinOutcome
+from igpo_megatron.algorithms.outcomes import REWARDS, exact_match, exact_match_squad, f1, f1_multiset, normalise, normalise_squad
+from igpo_megatron.algorithms.rewards import overlong_penalty, published_score, score, score_lines
 from igpo_megatron.chat.protocols.igpo import tags_balanced
 from igpo_megatron.config.load import build
 from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, ToolCall, Trajectory
@@ -116,8 +103,11 @@ def test_a_trajectory_earns_the_configured_outcome_and_records_all_parts():
     assert scored(finished_group(answers=("Paris", "ancient rome")), outcome="em").reward == 1.0
 
 
-def test_every_outcome_of_the_schema_has_a_reward():
-    assert set(REWARDS) == set(get_args(BuiltinOutcome))
+@pytest.mark.parametrize("name", REWARDS)
+def test_an_outcome_can_be_chosen_and_compares_texts_in_its_normal_form(name):
+    function, normal_form = REWARDS[name]
+    assert function("The U.S.A.", [normal_form("The U.S.A.")]) == 1.0
+    assert build({"model": {"path": "m"}, "reward": {"outcome": name}}).reward.outcome == name
 
 
 def test_tags_in_tool_results_and_prompts_do_not_break_the_format():

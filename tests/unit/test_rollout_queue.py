@@ -20,7 +20,7 @@ from igpo_megatron.engines.api import EngineError
 from igpo_megatron.observability.metrics import logprob_gap, rollout_metrics
 from igpo_megatron.training.queue import RolloutQueue, check_staleness, staleness_metrics
 from igpo_megatron.training.services import queue_state
-from igpo_megatron.types import Completion, Node, Prompt, RolloutGroup, RunStopped, Status, ToolCall, Trajectory
+from igpo_megatron.types import Completion, Node, Prompt, RolloutGroup, RunStopped, SamplingRequest, Status, ToolCall, Trajectory
 from tests.unit.test_rollouts import SETTINGS, WORDS, ScriptedSearch, searching
 from tests.unit.test_rollouts import completion as said
 
@@ -294,8 +294,8 @@ class Held:
         self.go = threading.Event()
         self.asked: list[str] = []
 
-    async def generate(self, token_ids: list[int], **_: object) -> Completion:
-        text = WORDS.decode(token_ids)
+    async def generate(self, request: SamplingRequest) -> Completion:
+        text = WORDS.decode(request.token_ids)
         self.asked.append(text)
         while self.held in text and not self.go.is_set():
             await asyncio.sleep(0.002)
@@ -314,10 +314,10 @@ class Named(Questions):
 
 def test_a_batch_ahead_goes_on_while_another_is_trained_and_its_failure_waits_for_its_step() -> None:
     class Failing(Held):
-        async def generate(self, token_ids: list[int], **more: object) -> Completion:
-            if "capital" in WORDS.decode(token_ids):
+        async def generate(self, request: SamplingRequest) -> Completion:
+            if "capital" in WORDS.decode(request.token_ids):
                 raise EngineError("engine 0 died")
-            return await super().generate(token_ids, **more)
+            return await super().generate(request)
 
     engine = Failing("nothing")
     config = Rollout(**SETTINGS)  # type: ignore[arg-type]
@@ -348,8 +348,8 @@ def test_leaving_the_rollouter_ends_what_is_under_way() -> None:
 
 def test_a_group_closes_when_enough_have_ended_and_gives_up_the_others() -> None:
     class Straggler(Held):
-        async def generate(self, token_ids: list[int], *, seed: int, **more: object) -> Completion:  # type: ignore[override]
-            self.asked.append(str(seed))
+        async def generate(self, request: SamplingRequest) -> Completion:
+            self.asked.append(str(request.seed))
             if len(self.asked) in (2, 4):
                 await asyncio.sleep(3600)
             return Completion(*_fields(0))
@@ -368,9 +368,9 @@ def test_a_group_closes_when_enough_have_ended_and_gives_up_the_others() -> None
 class Seeded:
     """An engine that says more or less by its seed, slower or faster by its seed."""
 
-    async def generate(self, token_ids: list[int], *, seed: int, **_: object) -> Completion:
-        await asyncio.sleep(seed % 7 / 1000)
-        spoken = said("<think>" + "x " * (seed % 5) + "</think><answer>Rome</answer>")
+    async def generate(self, request: SamplingRequest) -> Completion:
+        await asyncio.sleep(request.seed % 7 / 1000)
+        spoken = said("<think>" + "x " * (request.seed % 5) + "</think><answer>Rome</answer>")
         return Completion(spoken.token_ids, [-0.25] * len(spoken.token_ids), "stop", 0)
 
 
@@ -391,7 +391,7 @@ def test_the_queue_gives_what_rolling_out_step_by_step_gives(ahead: int) -> None
             queue.weights_arrived(step - 1)
             groups = queue.take(step)
             prompts = [Questions().question(ordinal) for ordinal in (2 * step - 2, 2 * step - 1)]
-            alone = rollouter.run_sync(prompts, samples=4, salt=step, temperature=None)
+            alone = rollouter.start(rollouter.run(prompts, samples=4, salt=step, temperature=None)).result()
             assert texts(groups) == texts(alone)
             assert len({text for path in texts(groups) for text in path}) > 2, "samples differ"
             queue.done(step)

@@ -31,7 +31,7 @@ from igpo_megatron.search.results import SearchClient, SearchResult, SearchStatu
 from igpo_megatron.tools.base import HIT, Tool
 from igpo_megatron.tools.search_tool import SearchTool, render_results
 from igpo_megatron.training.evaluate import evaluate
-from igpo_megatron.types import Completion, ProbeScore, Prompt, RolloutGroup, Status
+from igpo_megatron.types import Completion, ProbeScore, Prompt, RolloutGroup, SamplingRequest, Status
 
 WORDS = tokenizer()
 ANSWER = "<think>I can answer now.</think>\n<answer>Rome</answer>"
@@ -68,11 +68,12 @@ class ScriptedEngine:
         await asyncio.sleep(0.01)
         return ProbeScore(tuple(-1.0 for _ in token_ids[first:]), 7)
 
-    async def generate(self, token_ids: list[int], *, max_tokens: int, temperature: float, seed: int, key: str) -> Completion:
-        self.calls.append((token_ids, max_tokens, seed))
+    async def generate(self, request: SamplingRequest) -> Completion:
+        assert not request.top_logprobs, "nothing here needs entropies"
+        self.calls.append((request.token_ids, request.max_tokens, request.seed))
         await asyncio.sleep(0.005)
         self.finished += 1
-        text = WORDS.decode(token_ids)
+        text = WORDS.decode(request.token_ids)
         line = self.script[text.count("</tool_response>")]
         if isinstance(line, Exception):
             raise line
@@ -112,7 +113,7 @@ def run(
     probes_of = partial(rendered_probes, render_probe=form.render_probe, config=reward or Reward())
     questions = [Prompt(f"q{number}", "What is the capital of Italy?", ("Rome",), "test") for number in range(prompts)]
     with Rollouter(engine, searching(search or ScriptedSearch()), form, config, seed=1, probes_of=probes_of) as rollouter:  # type: ignore[arg-type]
-        return rollouter.run_sync(questions, samples=samples, salt=1, temperature=None, probe=probe)
+        return rollouter.start(rollouter.run(questions, samples=samples, salt=1, temperature=None, probe=probe)).result()
 
 
 def test_what_ends_every_engine_stops_the_rollout_by_its_own_sentence() -> None:
@@ -260,7 +261,7 @@ def test_a_question_that_comes_again_in_a_step_is_sampled_with_other_seeds() -> 
     assert set(again) == set(twice), "in place of a group of the same step it counts as the second, too; a resumed run repeats it"
     assert len(set(seeds((1, [[question] * 3]), (2, [[question] * 3])))) == 12
     with Rollouter(ScriptedEngine(ANSWER), searching(ScriptedSearch()), form, Rollout(**SETTINGS), seed=1) as rollouter:  # type: ignore[arg-type]
-        rollouter.run_sync([question, question], samples=1, salt=-2, temperature=None)
+        rollouter.start(rollouter.run([question, question], samples=1, salt=-2, temperature=None)).result()
         calls = rollouter._agent.engine.calls  # type: ignore[attr-defined]
     assert len({seed for _, _, seed in calls}) == 2, "so it is in an evaluation of a file that holds a question twice"
 
@@ -273,9 +274,9 @@ def test_a_slow_trajectory_holds_up_no_other() -> None:
             super().__init__(SEARCH, ANSWER)
             self.fast_are_done = asyncio.Event()
 
-        async def generate(self, token_ids: list[int], **options: object) -> Completion:
+        async def generate(self, request: SamplingRequest) -> Completion:
             number = len(self.calls)
-            result = await super().generate(token_ids, **options)  # type: ignore[arg-type]
+            result = await super().generate(request)
             if number == 0:
                 await self.fast_are_done.wait()
             elif len(self.calls) == 1 + 14:
@@ -288,11 +289,11 @@ def test_a_slow_trajectory_holds_up_no_other() -> None:
 
 def test_a_trajectory_past_its_deadline_fails_alone() -> None:
     class NeverFirst(ScriptedEngine):
-        async def generate(self, token_ids: list[int], **options: object) -> Completion:
+        async def generate(self, request: SamplingRequest) -> Completion:
             if not self.calls:
-                self.calls.append((token_ids, 0, 0))
+                self.calls.append((request.token_ids, 0, 0))
                 await asyncio.Event().wait()
-            return await super().generate(token_ids, **options)  # type: ignore[arg-type]
+            return await super().generate(request)
 
     (group,) = run(NeverFirst(ANSWER), samples=2, deadline_s=0.3)
     assert [end.status for end in group.trajectories] == [Status.ENGINE_FAILED, Status.FINISHED]
@@ -307,8 +308,8 @@ def test_too_many_failures_stop_the_run_and_name_the_culprit() -> None:
 @pytest.mark.parametrize("failed_search", ["mask", "end"])
 def test_too_many_failed_searches_stop_the_run_even_where_few_trajectories_search(failed_search: str) -> None:
     class OneSearches(ScriptedEngine):
-        async def generate(self, token_ids: list[int], **options: object) -> Completion:
-            self.calls.append((token_ids, 0, 0))
+        async def generate(self, request: SamplingRequest) -> Completion:
+            self.calls.append((request.token_ids, 0, 0))
             return completion(SEARCH if len(self.calls) == 1 else ANSWER)
 
     with pytest.raises(RolloutFailure, match=r"1 of 1 searches failed.*max_failed_fraction=0\.5.*scripted: rate_limited: HTTP 500"):
@@ -340,10 +341,10 @@ def test_200_trajectories_end_in_time_while_the_provider_fails_every_third_reque
     monkeypatch.setattr(http, "_backoff", lambda state: 0.001)
 
     class Curious(ScriptedEngine):
-        async def generate(self, token_ids: list[int], *, seed: int, **options: object) -> Completion:
+        async def generate(self, request: SamplingRequest) -> Completion:
             await asyncio.sleep(0.005)
-            turn = WORDS.decode(token_ids).count("</tool_response>")
-            return completion(ANSWER if turn == 2 else SEARCH.replace("capital of Italy", f"q {seed % 97} {turn}"))
+            turn = WORDS.decode(request.token_ids).count("</tool_response>")
+            return completion(ANSWER if turn == 2 else SEARCH.replace("capital of Italy", f"q {request.seed % 97} {turn}"))
 
     def fault(asked: Asked) -> str | None:
         draw = random.Random(f"{asked.queries}|{asked.number}")
@@ -375,10 +376,10 @@ def test_a_replayed_step_has_the_same_trajectories_without_the_provider(tmp_path
     monkeypatch.setenv(KEY_VARIABLE, KEY)
 
     class Choosy(ScriptedEngine):
-        async def generate(self, token_ids: list[int], *, seed: int, **options: object) -> Completion:
+        async def generate(self, request: SamplingRequest) -> Completion:
             await asyncio.sleep(random.random() / 100)  # an order of its own in every run
-            said = WORDS.decode(token_ids).count("source 0")
-            return completion(ANSWER if seed % 3 == 0 or said == 2 else SEARCH.replace("capital of Italy", f"q {seed % 7}"))
+            said = WORDS.decode(request.token_ids).count("source 0")
+            return completion(ANSWER if request.seed % 3 == 0 or said == 2 else SEARCH.replace("capital of Italy", f"q {request.seed % 7}"))
 
     async def step(mode: str) -> tuple[list[RolloutGroup], int]:
         config = Rollout(**SETTINGS)  # type: ignore[arg-type]
@@ -402,7 +403,7 @@ def test_progress_reaches_the_end() -> None:
     report: Callable[[float], None] = seen.append
     config = Rollout(**SETTINGS)  # type: ignore[arg-type]
     with Rollouter(ScriptedEngine(ANSWER), searching(ScriptedSearch()), ChatFormat(WORDS, config, Reward()), config, seed=0) as rollouter:
-        rollouter.run_sync([Prompt("q", "?", ("a",), "t")], samples=4, salt=1, temperature=None, on_progress=report)
+        rollouter.start(rollouter.run([Prompt("q", "?", ("a",), "t")], samples=4, salt=1, temperature=None, on_progress=report)).result()
     assert seen == [0.25, 0.5, 0.75, 1.0]
 
 

@@ -15,7 +15,7 @@ from igpo_megatron.engines.recorded_experts import first_unrouted, record_expert
 from igpo_megatron.observability.metrics import routed_share
 from igpo_megatron.observability.rollout_dump import read_rollouts, write_rollouts
 from igpo_megatron.packing.tree import ExpertShape, expert_rows, pack_for_scoring, pack_for_training
-from igpo_megatron.types import Completion, Node, Prompt, RolloutGroup, Status, Trajectory
+from igpo_megatron.types import Completion, Node, Prompt, RolloutGroup, SamplingRequest, Status, Trajectory
 
 SHAPE = ExpertShape(layers=2, top_k=2)
 
@@ -81,13 +81,15 @@ class RoutingEngine(ScriptedEngine):
 
     def __init__(self, *script: str) -> None:
         super().__init__(*script)
-        self.asked: list[int] = []
+        self.asked: list[int | None] = []
 
-    async def generate(self, token_ids: list[int], *, experts_from: int, **options: object) -> Completion:  # type: ignore[override]
-        self.asked.append(experts_from)
-        result = await super().generate(token_ids, **options)  # type: ignore[arg-type]
-        known = range(experts_from, len(token_ids) + len(result.token_ids) - 1)
-        return replace(result, experts_from=experts_from, experts=[mark(place % 250) for place in known])
+    async def generate(self, request: SamplingRequest) -> Completion:
+        self.asked.append(request.experts_from)
+        result = await super().generate(request)
+        if request.experts_from is None:
+            return result
+        known = range(request.experts_from, len(request.token_ids) + len(result.token_ids) - 1)
+        return replace(result, experts_from=request.experts_from, experts=[mark(place % 250) for place in known])
 
 
 def experts_along(group: RolloutGroup, trajectory: Trajectory) -> list[bytes | None]:
@@ -105,8 +107,9 @@ def test_a_rollout_knows_the_experts_of_every_token_but_the_last() -> None:
 
 
 def test_a_rollout_without_replay_asks_for_no_experts() -> None:
-    (group,) = run(ScriptedEngine(SEARCH, ANSWER))  # whose generate() knows no such argument
-    assert not any(node.experts for node in group.nodes)
+    engine = RoutingEngine(SEARCH, ANSWER)
+    (group,) = run(engine)
+    assert engine.asked == [None, None] and not any(node.experts for node in group.nodes)
 
 
 def test_rows_carry_the_nodes_experts_and_leave_the_rest_to_the_routers() -> None:

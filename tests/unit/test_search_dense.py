@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 import numpy as np
@@ -108,6 +109,7 @@ def test_a_sentence_transformer_is_loaded_by_name(tmp_path, monkeypatch):
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text('{"id": "1", "title": "t", "text": "cat"}\n{"id": "2", "title": "t", "text": "dog"}\n')
     library = ModuleType("sentence_transformers")
+    library.__spec__ = ModuleSpec(library.__name__, None)
 
     class SentenceTransformer(Counter):
         def __init__(self, name):

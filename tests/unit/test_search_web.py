@@ -186,7 +186,7 @@ def test_every_back_end_is_explained_and_every_setting_that_decides_its_answers_
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"backend": "serper"}, "search.backend=serper needs SERPER_API_KEY: that environment variable is not set"),
+        ({"backend": "serper"}, "search.backend=serper needs a key in SERPER_API_KEY: that environment variable is not set"),
         ({"backend": "brave", "api_key_env": "MINE"}, "search.api_key_env=MINE: that environment variable is not set"),
         ({"backend": "azure_bing", "api_key_env": KEY_VARIABLE}, "needs search.url: Microsoft retired Bing Search v7"),
         ({"backend": "brightdata", "api_key_env": KEY_VARIABLE}, "needs search.zone"),

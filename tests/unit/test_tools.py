@@ -70,7 +70,7 @@ def test_a_trajectory_visits_a_page_computes_and_answers() -> None:
 
         def play() -> None:
             with Rollouter(engine, tools, chat, settings.rollout, seed=0) as rollouter:  # type: ignore[arg-type]
-                (group,) = rollouter.run_sync([Prompt("q", "?", ("788",), "t")], samples=1, salt=1, temperature=None)
+                (group,) = rollouter.start(rollouter.run([Prompt("q", "?", ("788",), "t")], samples=1, salt=1, temperature=None)).result()
             (end,) = group.trajectories
             assert (end.status, end.answer) == (Status.FINISHED, "788"), end.reason
             page, output = [node.text for node in group.nodes if node.kind == "observation"]

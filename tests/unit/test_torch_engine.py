@@ -24,7 +24,7 @@ from igpo_megatron.engines.torch_engine import engine as torch_engine
 from igpo_megatron.engines.torch_engine.cache import SlotLayer
 from igpo_megatron.engines.torch_engine.engine import TorchEngine, _Turn
 from igpo_megatron.engines.torch_engine.model import TorchModel
-from igpo_megatron.types import Canary, Completion, SyncError, UserError
+from igpo_megatron.types import Canary, Completion, SamplingRequest, SyncError, UserError
 
 POLICY = Path(__file__).parents[2] / "examples/quickstart/policy"
 PROMPT = [1, 85, 96, 110, 64, 87, 2]
@@ -82,7 +82,7 @@ def generate(engine: TorchEngine, numbers: Sequence[int], temperature: float = 1
     async def ask() -> list[Completion]:
         def one(number: int) -> Any:
             asked = {"max_tokens": 8 + number % 9, "temperature": temperature, **options}
-            return engine.generate(context(number), seed=number, key="q", **asked)
+            return engine.generate(SamplingRequest(context(number), seed=number, key="q", **asked))
 
         return await asyncio.gather(*map(one, numbers))
 
@@ -183,7 +183,7 @@ def test_sampled_frequencies_are_the_probabilities(engine: TorchEngine) -> None:
 
     async def ask() -> list[Completion]:
         return await asyncio.gather(
-            *(engine.generate(PROMPT, max_tokens=1, temperature=2.0, seed=7919 * seed, key="q") for seed in range(count))
+            *(engine.generate(SamplingRequest(PROMPT, max_tokens=1, temperature=2.0, seed=7919 * seed, key="q")) for seed in range(count))
         )
 
     drawn = torch.tensor([done.token_ids[0] for done in asyncio.run(ask())]).bincount(minlength=TOKENS) / count
@@ -197,7 +197,7 @@ def test_sampled_frequencies_are_the_probabilities(engine: TorchEngine) -> None:
 
 def test_equal_seeds_sample_equal_tokens_and_others_do_not(engine: TorchEngine) -> None:
     async def ask(seed: int) -> list[int]:
-        return (await engine.generate(PROMPT, max_tokens=24, temperature=1.5, seed=seed, key="q")).token_ids
+        return (await engine.generate(SamplingRequest(PROMPT, max_tokens=24, temperature=1.5, seed=seed, key="q"))).token_ids
 
     first, again, other = asyncio.run(ask(5)), asyncio.run(ask(5)), asyncio.run(ask(6))
     assert first == again != other
@@ -227,7 +227,7 @@ def test_turns_end_at_their_end_token_at_their_length_or_with_the_context(engine
         assert not engine._stop_tokens.intersection(done.token_ids[:-1])
 
     async def ask(length: int) -> Completion:
-        return await engine.generate(LONG[:1] * length, max_tokens=40, temperature=1.0, seed=1, key="q")
+        return await engine.generate(SamplingRequest(LONG[:1] * length, max_tokens=40, temperature=1.0, seed=1, key="q"))
 
     assert len(asyncio.run(ask(254)).token_ids) <= 2
     with pytest.raises(EngineError, match=r"engine 0 refused a turn: 256 tokens leave no room in rollout.max_context"):
@@ -250,7 +250,7 @@ def test_a_stop_string_in_tokens_of_one_letter_is_seen_whole() -> None:
     engine = TorchEngine(settings("rollout.protocol=search_r1"))
     letters = engine._tokenizer.convert_tokens_to_ids(list("so </search>"))
     for count in range(1, len(letters) + 1):
-        turn = _Turn([1], 100, 1.0, random.Random(0), 0, token_ids=letters[:count])
+        turn = _Turn(SamplingRequest([1], 100, 1.0, 0, "q"), random.Random(0), token_ids=letters[:count])
         assert engine._finish(turn) == ("stop" if count == len(letters) else None)
 
 
@@ -285,7 +285,7 @@ def test_probes_are_scored_together_as_transformers_scores_them(engine: TorchEng
     async def ask() -> list[Any]:
         return await asyncio.gather(
             *(engine.score_probe(ids, first, key="q") for ids, first in cases),
-            engine.generate(PROMPT, max_tokens=8, temperature=1.0, seed=0, key="q"),
+            engine.generate(SamplingRequest(PROMPT, max_tokens=8, temperature=1.0, seed=0, key="q")),
         )
 
     *scores, _ = asyncio.run(ask())
@@ -329,14 +329,14 @@ def test_turns_in_flight_outlive_a_sync_and_carry_the_weights_they_began_with(en
 
     async def across() -> tuple[list[Completion], Completion]:
         asked = [
-            asyncio.ensure_future(engine.generate(context(number), max_tokens=30, temperature=1.0, seed=number, key="q"))
+            asyncio.ensure_future(engine.generate(SamplingRequest(context(number), max_tokens=30, temperature=1.0, seed=number, key="q")))
             for number in range(6)
         ]
         await asyncio.to_thread(reached.wait, 20)
         sending = asyncio.ensure_future(asyncio.to_thread(send, engine, 21, 0.9, canary=canary_of(0.9)))
         await asyncio.sleep(0.05)
         assert not sending.done(), "weights were exchanged within a step"
-        late = asyncio.ensure_future(engine.generate(context(7), max_tokens=8, temperature=1.0, seed=7, key="q"))
+        late = asyncio.ensure_future(engine.generate(SamplingRequest(context(7), max_tokens=8, temperature=1.0, seed=7, key="q")))
         may_go_on.set()
         await sending
         return await asyncio.gather(*asked), await late
@@ -408,7 +408,7 @@ def test_an_engine_that_sleeps_holds_no_memory_and_wakes_with_the_next_weights(e
     seen: list[bool] = []
 
     async def asked_in_its_sleep() -> Completion:
-        waits = asyncio.ensure_future(engine.generate(context(1), max_tokens=9, temperature=0.0, seed=0, key="q"))
+        waits = asyncio.ensure_future(engine.generate(SamplingRequest(context(1), max_tokens=9, temperature=0.0, seed=0, key="q")))
         await asyncio.sleep(0.05)
         assert not waits.done()
         # The cache comes back when the policy has left, not before.
@@ -431,7 +431,7 @@ def test_an_engine_sleeps_when_the_last_request_has_ended(engine: TorchEngine, m
     monkeypatch.setattr(TorchModel, "prefill", slowly)
 
     async def ask() -> Completion:
-        asked = asyncio.ensure_future(engine.generate(PROMPT, max_tokens=9, temperature=0.0, seed=0, key="q"))
+        asked = asyncio.ensure_future(engine.generate(SamplingRequest(PROMPT, max_tokens=9, temperature=0.0, seed=0, key="q")))
         await asyncio.sleep(0)
         sleeping = asyncio.ensure_future(asyncio.to_thread(engine.sleep))
         await asyncio.sleep(0.05)
@@ -453,7 +453,7 @@ def test_what_the_engine_cannot_compute_ends_the_run_in_one_sentence_for_everybo
         setattr(engine._served, method, lambda *arguments: 1 / 0)
 
         async def ask() -> list[Any]:
-            turns = [engine.generate(PROMPT, max_tokens=200, temperature=3.0, seed=0, key="q") for _ in range(3)]
+            turns = [engine.generate(SamplingRequest(PROMPT, max_tokens=200, temperature=3.0, seed=0, key="q")) for _ in range(3)]
             return await asyncio.gather(*turns, engine.score_probe(PROMPT, 3, key="q"), return_exceptions=True)
 
         for _ in range(2):  # those in flight, and those that come later
@@ -470,7 +470,10 @@ def test_whoever_was_just_answered_does_not_keep_the_others_from_being_told() ->
 
         async def ask() -> list[Any]:
             lengths = [1, 2] * 4
-            asked = [asyncio.ensure_future(engine.generate(PROMPT, max_tokens=most, temperature=0.0, seed=0, key="q")) for most in lengths]
+            asked = [
+                asyncio.ensure_future(engine.generate(SamplingRequest(PROMPT, max_tokens=most, temperature=0.0, seed=0, key="q")))
+                for most in lengths
+            ]
             await asyncio.sleep(0)
             engine._resume()
             engine._thread.join(20)
@@ -498,7 +501,7 @@ def test_scores_that_are_no_log_probs_are_refused(engine: TorchEngine, monkeypat
 def test_a_bad_request_is_refused_alone(engine: TorchEngine) -> None:
     async def ask() -> list[Any]:
         bad = ([], [656], [-1])
-        asked = [engine.generate(ids, max_tokens=4, temperature=0.0, seed=0, key="q") for ids in (*bad, PROMPT)]
+        asked = [engine.generate(SamplingRequest(ids, max_tokens=4, temperature=0.0, seed=0, key="q")) for ids in (*bad, PROMPT)]
         too_long = engine.score_probe([5] * 257, 250, key="q")
         return await asyncio.gather(too_long, *asked, return_exceptions=True)
 
@@ -524,7 +527,7 @@ def test_contexts_are_prefilled_together_up_to_a_number_of_padded_tokens_and_not
     async def ask() -> None:
         engine._freeze()
         asked = [
-            asyncio.ensure_future(engine.generate(LONG[:length], max_tokens=1, temperature=0.0, seed=0, key="q"))
+            asyncio.ensure_future(engine.generate(SamplingRequest(LONG[:length], max_tokens=1, temperature=0.0, seed=0, key="q")))
             for length in (30, 35, 36, 5, 100, 9)
         ]
         await asyncio.sleep(0)
@@ -539,11 +542,14 @@ def test_contexts_are_prefilled_together_up_to_a_number_of_padded_tokens_and_not
 
 def test_a_turn_that_is_given_up_leaves_its_slot(engine: TorchEngine) -> None:
     async def ask() -> Completion:
-        given_up = [asyncio.ensure_future(engine.generate(LONG[:9], max_tokens=240, temperature=3.0, seed=n, key="q")) for n in range(30)]
+        given_up = [
+            asyncio.ensure_future(engine.generate(SamplingRequest(LONG[:9], max_tokens=240, temperature=3.0, seed=n, key="q")))
+            for n in range(30)
+        ]
         await asyncio.sleep(0.02)
         for task in given_up:
             task.cancel()
-        done = await engine.generate(context(2), max_tokens=10, temperature=1.0, seed=2, key="q")
+        done = await engine.generate(SamplingRequest(context(2), max_tokens=10, temperature=1.0, seed=2, key="q"))
         assert engine._running == []
         return done
 
@@ -564,7 +570,7 @@ def test_closing_ends_the_thread_and_tells_whoever_waits() -> None:
         engine._freeze()
 
         async def ask() -> None:
-            waits = asyncio.ensure_future(engine.generate(PROMPT, max_tokens=4, temperature=0.0, seed=0, key="q"))
+            waits = asyncio.ensure_future(engine.generate(SamplingRequest(PROMPT, max_tokens=4, temperature=0.0, seed=0, key="q")))
             await asyncio.sleep(0.02)
             engine.close()
             await waits
@@ -637,7 +643,7 @@ def test_a_forward_pass_that_hangs_ends_a_sync_by_name(monkeypatch: pytest.Monke
     monkeypatch.setattr(TorchModel, "prefill", hangs)
 
     async def ask(engine: Any) -> None:
-        waits = asyncio.ensure_future(engine.generate(PROMPT, max_tokens=4, temperature=0.0, seed=0, key="q"))
+        waits = asyncio.ensure_future(engine.generate(SamplingRequest(PROMPT, max_tokens=4, temperature=0.0, seed=0, key="q")))
         await asyncio.to_thread(begun.wait, 20)
         with pytest.raises(EnginesEnded, match=r"engine 0 did not stop for new weights within sync.base_s=0.1"):
             engine.update_weights([], 1)

@@ -1,15 +1,17 @@
 """Stages of the training loop that need neither model nor engine: what is refused."""
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
-from igpo_megatron.algorithms.settings import Gspo, Ppo
+from igpo_megatron.algorithms.losses.clipped import Gspo
+from igpo_megatron.algorithms.losses.registry import Ppo
 from igpo_megatron.config.load import build
 from igpo_megatron.observability.rollout_dump import write_rollouts
-from igpo_megatron.observability.run_folder import RunFolder
-from igpo_megatron.training.services import Services, collect, replayed
+from igpo_megatron.observability.run_folder import RunFolder, folder_for
+from igpo_megatron.training.services import Services, collect, open_services, replayed
 from igpo_megatron.training.step import refuse_shared_turns
 from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, ToolCall, Trajectory
 
@@ -53,3 +55,17 @@ def test_a_replay_of_an_older_file_gives_the_tool_bonus_by_the_name_that_the_pol
         (read,) = collect(config, Services(RunFolder(tmp_path), replay=replayed(path, config, 1)), step=1)
         assert read.trajectories[0].reward == pytest.approx(expected)
         assert [node.call.name for node in read.nodes if node.call] == ["search" if expected == 1.1 else "look_up", "python"]
+
+
+@pytest.mark.parametrize(
+    ("advantage", "probe", "warned"), [("igpo", "It is {answer}.", 1), ("igpo", None, 0), ("grpo", "It is {answer}.", 0)]
+)
+def test_a_run_warns_of_a_probe_in_another_form_than_its_protocols(
+    advantage: str, probe: str | None, warned: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    policy = Path(__file__).parents[2] / "examples/quickstart/policy"
+    given = [f"model.path={policy}", f"run.replay={tmp_path}/r.parquet", f"advantage.name={advantage}", "rollout.force_think=true"]
+    config = build({}, [*given, *([f"reward.probe_template={probe!r}"] if probe else [])])
+    with ExitStack() as stack:
+        open_services(config, folder_for(config), stack, None, 1, None)  # type: ignore[arg-type]
+    assert sum("reward.probe_template is no answer of rollout.protocol=igpo" in record.getMessage() for record in caplog.records) == warned

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from igpo_megatron.algorithms.advantages.registry import set_advantages
-from igpo_megatron.algorithms.advantages.tree import arpo_advantages, entropy_stats
-from igpo_megatron.algorithms.losses.registry import objective
+from igpo_megatron.algorithms.advantages.tree import Arpo, arpo_advantages, entropy_stats
+from igpo_megatron.algorithms.losses.entropy import Aepo
+from igpo_megatron.algorithms.losses.registry import Ppo, objective
 from igpo_megatron.algorithms.losses.tokens import Tokens
-from igpo_megatron.algorithms.settings import Aepo, Arpo, Ppo
 from igpo_megatron.packing.tree import pack_for_training, step_counts
 from igpo_megatron.types import EntropyStats, Node, Prompt, RolloutGroup, StepCounts, Trajectory
 from igpo_megatron.types import Status as End

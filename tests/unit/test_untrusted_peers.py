@@ -15,12 +15,13 @@ from test_page_reader import FAST, words
 from test_untrusted_text import BODIES, CHARSETS, PAGES, assert_clean, inputs
 
 from igpo_megatron.search.client import make_client
+from igpo_megatron.search.http import RequestFailed
 from igpo_megatron.search.results import SearchStopped
 from igpo_megatron.search.settings import Search
 from igpo_megatron.tools.settings import Summary, Visit
 from igpo_megatron.tools.visit.fetch import PageStatus
 from igpo_megatron.tools.visit.reader import Page, PageReader
-from igpo_megatron.tools.visit.summary import Summariser, SummaryFailed
+from igpo_megatron.tools.visit.summary import Summariser
 
 DEEP_PAGE = b"<html><body>" + b"<div>" * 100_000 + b"text here" + b"</div>" * 100_000
 
@@ -113,7 +114,7 @@ def test_untrusted_bytes_of_any_server_end_in_a_typed_outcome(monkeypatch: pytes
                 await client.close()
             try:
                 assert_clean(await summariser.summarise("page", None))
-            except SummaryFailed as failed:
+            except RequestFailed as failed:
                 assert_clean(str(failed))
 
         manager = raw_server()

@@ -20,8 +20,9 @@ from test_page_reader import pdf
 
 from igpo_megatron.chat.protocols.base import BUILT_IN, Answer, Malformed, ToolSet
 from igpo_megatron.chat.protocols.registry import PROTOCOLS
+from igpo_megatron.search import http
 from igpo_megatron.search.cache import _read_row
-from igpo_megatron.search.http import LONGEST_PAUSE_S, HttpClient, parse_retry_after
+from igpo_megatron.search.http import LONGEST_PAUSE_S, HttpClient, RequestFailed, parse_retry_after
 from igpo_megatron.search.registry import BACKENDS
 from igpo_megatron.search.results import SearchStatus, SearchStopped
 from igpo_megatron.search.settings import Search
@@ -31,7 +32,7 @@ from igpo_megatron.tools.settings import Summary
 from igpo_megatron.tools.visit import page_text
 from igpo_megatron.tools.visit.extract import KINDS
 from igpo_megatron.tools.visit.reader import fit
-from igpo_megatron.tools.visit.summary import Summariser, SummaryFailed
+from igpo_megatron.tools.visit.summary import Summariser
 from igpo_megatron.types import ToolCall
 from igpo_megatron.untrusted import BadJson, clean_text, json_loads_untrusted
 
@@ -166,10 +167,10 @@ def test_untrusted_answer_of_a_provider_is_results_or_a_typed_failure(provider: 
     def holds(body: bytes, status: int, headers: dict[str, str]) -> None:
         client = backend(provider)
 
-        async def send(queries: Sequence[str]) -> tuple[int, dict[str, str], bytes]:
+        async def send(*_: Any) -> tuple[int, dict[str, str], bytes]:
             return status, headers, body
 
-        monkeypatch.setattr(client, "_send", send)
+        monkeypatch.setattr(http, "_send", send)
         try:
             (result,) = loop.run_until_complete(client.search(["who \ud800\0 wrote it"]))
         except SearchStopped as stopped:
@@ -199,10 +200,10 @@ def test_untrusted_results_that_cannot_be_read_are_not_an_empty_result(provider:
     monkeypatch.setenv(KEY_VARIABLE, KEY)
     client = backend(provider)
 
-    async def send(queries: Sequence[str]) -> tuple[int, dict[str, str], bytes]:
+    async def send(*_: Any) -> tuple[int, dict[str, str], bytes]:
         return 200, {}, json.dumps(body).encode()
 
-    monkeypatch.setattr(client, "_send", send)
+    monkeypatch.setattr(http, "_send", send)
     (result,) = asyncio.run(client.search(["a"]))
     assert result.status is SearchStatus.ERROR and "expected" in str(result.error)
 
@@ -229,8 +230,8 @@ def test_a_pause_that_a_server_may_ask_for_is_kept() -> None:
 def test_untrusted_answer_of_a_summariser_is_text_or_a_typed_failure(body: bytes) -> None:
     summariser = Summariser(Summary(url="http://127.0.0.1:9/v1", model="m"))
     try:
-        assert_clean(summariser._read(body))
-    except SummaryFailed as failed:
+        assert_clean(summariser._read(body.decode(errors="replace")))
+    except RequestFailed as failed:
         assert_clean(str(failed))
 
 

@@ -13,7 +13,7 @@ from igpo_megatron.observability.metrics import SCORES
 from igpo_megatron.observability.summary import summary_table
 from igpo_megatron.plan.machines import gpu
 from igpo_megatron.plan.model_shape import find_shape
-from igpo_megatron.plan.search import search
+from igpo_megatron.plan.search import Plan, search
 from igpo_megatron.plan.show import show
 from igpo_megatron.plan.types import Settings, Workload
 from igpo_megatron.tools.tally import Tally
@@ -45,7 +45,7 @@ def test_the_summary_of_a_run_fits() -> None:
 @pytest.mark.parametrize(("model", "gpus"), [("Qwen2.5-7B", 1), ("Qwen2.5-72B", 64), ("Qwen3-235B-A22B", 128)])
 def test_plans_fit(model: str, gpus: int) -> None:
     workload = Workload(prompts=256, samples=16, max_context=32768)
-    plan = search(model, find_shape(model)[1], gpu("h100"), workload, gpus, Settings())
+    plan = search(Plan(model, find_shape(model)[1], gpu("h100"), workload, Settings(), gpus))
     console = Console(file=io.StringIO(), width=80, _environ={})
     show(plan, console)
     assert f"{plan.tried} layouts tried" in fits(console)

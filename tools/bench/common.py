@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
+import os
 import platform
 import random
 import re
@@ -11,19 +13,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from statistics import median, stdev
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
 from rich.progress import track
+from rich.table import Table
 
 from igpo_megatron.doctor.machine import version
 
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results"
 BOOTSTRAP_SAMPLES = 2000
+T = TypeVar("T")
 
 torch.set_num_threads(1)  # on CPU as a rank of a run has; two would wait for each other where anything else runs
 
@@ -100,16 +106,46 @@ def kept_cell(path: Path, wanted: Mapping[str, Any], make: Callable[[], Mapping[
     return cell
 
 
-def train(config: Path | str, name: str, settings: Sequence[str]) -> Path:
-    """One `igpo train`; its folder."""
-    command = [sys.executable, "-m", "igpo_megatron.cli", "train", str(config), f"run.name={name}", *settings]
-    subprocess.run(command, check=True)
-    return Path("runs") / name
+def world_facts() -> Path:
+    """The folder of the demo's questions and passages, made where it is not there yet."""
+    folder = ROOT / "runs" / "world-facts"
+    if not folder.is_dir():
+        command = [sys.executable, "tools/prepare_data.py", "world-facts", "--out", str(folder)]
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    return folder
+
+
+def train(config: Path | str, name: str, settings: Sequence[str], runs: Path = ROOT / "runs") -> Path:
+    """One `igpo train` from the repository's root; its folder below `runs`."""
+    command = [sys.executable, "-m", "igpo_megatron.cli", "train", str(config), f"run.folder={runs}", f"run.name={name}", *settings]
+    subprocess.run(command, cwd=ROOT, env={"OMP_NUM_THREADS": "1", **os.environ}, check=True)
+    return runs / name
+
+
+def table(of: str, rows: Mapping[str, Mapping[str, float]]) -> Table:
+    """One row per name, one column per figure; behind a figure stands its error, which is named NAME_se or NAME_sd."""
+    names = [name for name in next(iter(rows.values())) if not name.endswith(("_se", "_sd"))]
+    shown = Table(of, *names)
+
+    def cell(found: Mapping[str, float], name: str) -> str:
+        value, error = found[name], found.get(f"{name}_se", found.get(f"{name}_sd"))
+        text = f"{value:,}" if isinstance(value, int) else f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}"
+        return text if error is None else f"{text} ± {error:.3f}"
+
+    for row, found in rows.items():
+        shown.add_row(row, *(cell(found, name) for name in names))
+    return shown
 
 
 def standard_error(values: Sequence[float]) -> float:
     """Of their mean; 0 for one value."""
     return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+
+
+def in_a_process(call: Callable[..., T], *arguments: Any) -> T:
+    """What a call returns in a new process of its own. Raises BrokenProcessPool where the process dies."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(call, *arguments).result()
 
 
 def matmul_tflops(cuda: bool) -> float:

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from common import finish
-from models import CONTEXT, SHAPES, save_random
+from models import config_for, hf_config, save_random
 from ranks import on_ranks
 
 from igpo_megatron.policy import cpu
@@ -28,7 +28,6 @@ cpu.install()
 from megatron.core import parallel_state  # noqa: E402
 
 from igpo_megatron.algorithms.losses.tokens import Tokens  # noqa: E402
-from igpo_megatron.config.load import build  # noqa: E402
 from igpo_megatron.packing.tree import PackedRow, pack_for_training  # noqa: E402
 from igpo_megatron.policy import parallel  # noqa: E402
 from igpo_megatron.policy.policy import Policy  # noqa: E402
@@ -46,16 +45,16 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Result file; default: results/cpu/context_memory.json.")] = None,
 ) -> None:
     """Measure every degree, with and without recomputation of the attention."""
+    at = hf_config(shape, LAYERS)
     figures: dict[str, Any] = {"shape": shape, "layers": LAYERS, "tokens": tokens, "saved_mib_per_rank": {}}
     with TemporaryDirectory(prefix="igpo-bench-") as folder:
-        save_random({**SHAPES[shape], "num_hidden_layers": LAYERS, "vocab_size": VOCAB, "max_position_embeddings": CONTEXT}, folder)
+        save_random(at | {"vocab_size": VOCAB}, folder)
         for degree in DEGREES:
             ranks = on_ranks(degree, partial(_saved_by_mode, degree, folder, tokens))
             figures["saved_mib_per_rank"][str(degree)] = {mode: round(max(found[mode] for found in ranks), 2) for mode in RECOMPUTE}
     saved = figures["saved_mib_per_rank"]
     for mode in RECOMPUTE:
         figures[f"share_of_one_rank_{mode}"] = {str(degree): round(saved[str(degree)][mode] / saved["1"][mode], 3) for degree in DEGREES}
-    at = SHAPES[shape]
     gathered = LAYERS * tokens * 2 * at["num_key_value_heads"] * (at["hidden_size"] // at["num_attention_heads"]) * 4 / MIB
     floors = {"share": {str(degree): 1 / degree for degree in DEGREES}, "keys_and_values_of_the_row_mib": round(gathered, 2)}
     finish("context_memory", figures, floors, ("torch", "megatron-core"), out)
@@ -65,13 +64,8 @@ def _saved_by_mode(degree: int, folder: str, tokens: int) -> dict[str, float]:
     """MiB that a rank saves, by recomputation mode."""
     found = {}
     for mode in RECOMPUTE:
-        values = {
-            "model": {"path": folder, "dtype": "fp32", "recompute": mode},
-            "run": {"device": "cpu"},
-            "loss": {"kl_coef": 0.0},
-            "parallel": {"context": degree},
-        }
-        config = build(values)
+        own = {"run": {"device": "cpu"}, "loss": {"kl_coef": 0.0}, "parallel": {"context": degree}}
+        config = config_for(folder, dtype="fp32", model={"recompute": mode}, **own)
         policy = Policy(config, parallel.init(config))
         group = canary_group(VOCAB, tokens - 1, seed=0)
         rows = pack_for_training([group], row_tokens=tokens, multiple=policy.row_multiple, token_weight=lambda n: 1.0)

@@ -16,8 +16,6 @@ import importlib.util
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,9 +25,10 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from common import finish, ratio
+from common import finish, in_a_process, ratio
+from huggingface_hub import split_torch_state_dict_into_shards
 from memory import anonymous_peak
-from models import size_of
+from models import qwen2, random_model
 from rich.console import Console
 from rich.progress import track
 from safetensors import safe_open
@@ -44,7 +43,7 @@ from checkpoint_conversion.units import to_megatron
 
 FLOOR = 0.6
 SLACK_MB = 512
-HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 2048, 8192, 16, 4, 128, 65536
+HIDDEN, FFN, HEADS, KV_HEADS, VOCAB = 2048, 8192, 16, 4, 65536
 
 
 def main(
@@ -68,7 +67,7 @@ def main(
                 source = root / "hf_to_megatron" if kind == "megatron_to_hf" else hf
                 shutil.rmtree(root / kind, ignore_errors=True)
                 os.sync()  # what earlier calls wrote is not this one's to wait for
-                measured = in_a_process(kind, source, root / kind)
+                measured = in_a_process(one, kind, source, root / kind)
                 if number > 0:
                     found.append(measured)
         mbridge = mbridge_row(hf, nbytes)
@@ -93,53 +92,30 @@ def main(
 
 def make_checkpoint(folder: Path, nbytes: int, shard_bytes: int) -> int:
     """A random bf16 Qwen2 in safetensors shards, as near to `nbytes` as whole layers come; returns its size."""
-    size = size_of(HIDDEN, FFN, 1, HEADS, KV_HEADS, VOCAB, tied=False)
-    config: dict[str, Any] = {"model_type": "qwen2", **size, "rope_theta": 1e6, "dtype": "bfloat16"}
-    shapes = tensor_shapes(1)
-    per_layer = 2 * sum(torch.Size(shape).numel() for name, shape in shapes.items() if ".layers." in name)
-    outside = 2 * sum(torch.Size(shape).numel() for name, shape in shapes.items() if ".layers." not in name)
-    config["num_hidden_layers"] = layers = max(1, round((nbytes - outside) / per_layer))
-    check_total(rules_for(shape_of(config), 128), hf_names=tensor_shapes(layers))
+    one, two = (sum(tensor.nbytes for tensor in tensors_of(layers).values()) for layers in (1, 2))
+    layers = max(1, round((nbytes - one) / (two - one)) + 1)
+    tensors = tensors_of(layers)
+    check_total(rules_for(shape_of(config_of(layers)), 128), hf_names=tensors)
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    noise = torch.randn(max(torch.Size(shape).numel() for shape in shapes.values()), generator=torch.Generator().manual_seed(0)).bfloat16()
-    files: list[dict[str, tuple[int, ...]]] = [{}]
-    for name, shape in tensor_shapes(layers).items():
-        if 2 * sum(torch.Size(held).numel() for held in [*files[-1].values(), shape]) > shard_bytes and files[-1]:
-            files.append({})
-        files[-1][name] = shape
-    weight_map: dict[str, str] = {}
-    for number, file in enumerate(files, start=1):
-        path = folder / f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        tensors = {}
-        for order, (name, shape) in enumerate(file.items()):
-            tensors[name] = noise[: torch.Size(shape).numel()].clone().roll(order).view(shape)
-        save_file(tensors, path, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(file, path.name)
-    (folder / HF_INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(config_of(layers)), encoding="utf-8")
+    noise = torch.randn(max(map(torch.Tensor.numel, tensors.values())), generator=torch.Generator().manual_seed(0)).bfloat16()
+    split = split_torch_state_dict_into_shards(tensors, max_shard_size=shard_bytes)
+    for file, names in split.filename_to_tensors.items():
+        filled = {name: noise[: tensors[name].numel()].clone().roll(order).view(tensors[name].shape) for order, name in enumerate(names)}
+        save_file(filled, folder / file, metadata={"format": "pt"})
+    (folder / HF_INDEX).write_text(json.dumps({"metadata": {}, "weight_map": split.tensor_to_filename}), encoding="utf-8")
     sync(folder)
-    return outside + layers * per_layer
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def tensor_shapes(layers: int) -> dict[str, tuple[int, ...]]:
-    """HF name -> shape."""
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCAB, HIDDEN)}
-    for layer in range(layers):
-        prefix = f"model.layers.{layer}."
-        for part, rows in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS)):
-            shapes[f"{prefix}self_attn.{part}_proj.weight"] = (rows * HEAD_DIM, HIDDEN)
-            shapes[f"{prefix}self_attn.{part}_proj.bias"] = (rows * HEAD_DIM,)
-        shapes[f"{prefix}self_attn.o_proj.weight"] = (HIDDEN, HEADS * HEAD_DIM)
-        shapes[f"{prefix}mlp.gate_proj.weight"] = shapes[f"{prefix}mlp.up_proj.weight"] = (FFN, HIDDEN)
-        shapes[f"{prefix}mlp.down_proj.weight"] = (HIDDEN, FFN)
-        shapes[f"{prefix}input_layernorm.weight"] = shapes[f"{prefix}post_attention_layernorm.weight"] = (HIDDEN,)
-    return {**shapes, "model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCAB, HIDDEN)}
+def config_of(layers: int) -> dict[str, Any]:
+    """config.json of a model with so many layers."""
+    return qwen2(HIDDEN, FFN, layers, HEADS, KV_HEADS, VOCAB, tied=False) | {"dtype": "bfloat16"}
 
 
-def in_a_process(kind: str, source: Path, target: Path, stderr: int | None = None) -> dict[str, float]:
-    """{"seconds", "peak_mb"} of one call."""
-    command = [sys.executable, __file__, "--one", kind, str(source), str(target)]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=stderr, text=True).stdout)
+def tensors_of(layers: int) -> dict[str, torch.Tensor]:
+    """Its tensors by name, without storage."""
+    return random_model(config_of(layers), "meta", dtype=torch.bfloat16).state_dict()
 
 
 def mbridge_row(hf: Path, nbytes: int) -> dict[str, float] | str:
@@ -148,9 +124,9 @@ def mbridge_row(hf: Path, nbytes: int) -> dict[str, float] | str:
         if importlib.util.find_spec(package) is None:
             return f"not run: {package} is not installed"
     try:
-        found = in_a_process("mbridge", hf, hf, subprocess.PIPE)
-    except subprocess.CalledProcessError as error:
-        return f"not run: {(error.stderr.strip().splitlines() or ['it ended without a word'])[-1]}"
+        found = in_a_process(one, "mbridge", hf, hf)
+    except Exception as error:  # noqa: BLE001  a peer may fail in any way
+        return f"not run: {type(error).__name__}: {error}"
     return {"load_gb_per_s": round(nbytes / 1e9 / found["seconds"], 3), "peak_mb": found["peak_mb"]}
 
 
@@ -166,9 +142,8 @@ def mbridge_load(source: Path, target: Path) -> None:
     bridge.load_weights(bridge.get_model(), str(source))
 
 
-def one(kind: str, source: Path, target: Path) -> None:
-    """What `in_a_process` starts."""
-    torch.set_num_threads(1)
+def one(kind: str, source: Path, target: Path) -> dict[str, float]:
+    """{"seconds", "peak_mb"} of one call."""
     # Opened once: what the libraries allocate on first use belongs to the imports.
     HfReader(source) if kind != "megatron_to_hf" else MegatronReader(source / "model")
     calls: dict[str, Callable[[Path, Path], None]] = {
@@ -183,7 +158,7 @@ def one(kind: str, source: Path, target: Path) -> None:
         started = time.perf_counter()
         calls[kind](source, target)
         seconds = time.perf_counter() - started
-    print(json.dumps({"seconds": seconds, "peak_mb": round(peak[0] / 1e6, 1)}))
+    return {"seconds": seconds, "peak_mb": round(peak[0] / 1e6, 1)}
 
 
 def plain_copy(source: Path, target: Path) -> None:
@@ -200,7 +175,4 @@ def plain_copy(source: Path, target: Path) -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    if sys.argv[1:2] == ["--one"]:
-        one(sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]))
-    else:
-        typer.run(main)
+    typer.run(main)

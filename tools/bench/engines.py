@@ -54,7 +54,7 @@ def main(
 
         def roll_out(backend: str) -> None:
             step = len(sampled[backend])
-            groups = rollouters[backend].run_sync(prompts, samples=SAMPLES, salt=step, temperature=1.0)
+            groups = rollouters[backend].start(rollouters[backend].run(prompts, samples=SAMPLES, salt=step, temperature=1.0)).result()
             sampled[backend].append(sum(len(node.token_ids) for group in groups for node in group.nodes if node.kind == "action"))
 
         seconds = interleaved({backend: partial(roll_out, backend) for backend in rollouters}, repeats)

@@ -27,7 +27,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from common import copy_gb_per_s, device_name, finish, interleaved, matmul_tflops, ratio, versions
-from heads import Head, load_heads
+from heads import Head, exact, load_heads
 
 from igpo_megatron.kernels.linear_logprob import FORM_TABLE, FORMS, linear_logprob
 
@@ -121,7 +121,7 @@ def measure(
     weight = (torch.randn(vocab, hidden_size, device=device, dtype=dtype, generator=generator) / hidden_size**0.5).requires_grad_()
     targets = torch.randint(0, vocab, (count,), device=device, generator=generator)
     upstream = torch.randn(count, device=device, generator=generator)
-    exact = _exact(hidden[:64].detach(), weight.detach(), targets[:64])
+    true = exact(hidden[:64].detach(), weight.detach(), targets[:64])
 
     def forward(head: Head) -> torch.Tensor:
         with torch.no_grad():
@@ -132,7 +132,7 @@ def measure(
         head.train(hidden, weight, targets, upstream)
 
     def agree(head: Head) -> None:
-        wrong = float((forward(head)[:64].double() - exact).abs().max())
+        wrong = float((forward(head)[:64].double() - true).abs().max())
         if not wrong <= AGREES:
             raise ArithmeticError(f"log-probs are off by {wrong:.2g} nats")
 
@@ -273,10 +273,6 @@ def _fastest(times: Sequence[Mapping[str, float]]) -> str:
     """Form that is nearest to the best of each measurement; a form that failed in one of them is out."""
     forms_of_all = [form for form in times[0] if all(form in each for each in times)]
     return min(forms_of_all, key=lambda form: sum(each[form] / min(each.values()) for each in times))
-
-
-def _exact(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return torch.log_softmax(hidden.double() @ weight.double().t(), -1).gather(-1, targets[:, None])[:, 0]
 
 
 if __name__ == "__main__":

@@ -8,15 +8,15 @@ figure is the growth of its resident set; on a GPU it is torch's allocator peak.
 
 from __future__ import annotations
 
-import multiprocessing
-from multiprocessing.connection import Connection
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from common import finish
+from common import finish, in_a_process
 from heads import load_heads
+from memory import forget_peak, status_bytes
 
 ROWS, SHAPE = (1024, 4096, 16384, 65536), (896, 151936)
 CPU_ROWS, CPU_SHAPE = (256, 4096), (64, 32768)
@@ -48,16 +48,10 @@ def _measured(name: str, rows: int, hidden: int, vocab: int) -> float | None:
             return _on_gpu(name, rows, hidden, vocab)
         except torch.OutOfMemoryError:
             return None
-    here, there = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("spawn").Process(target=_on_cpu, args=(there, name, rows, hidden, vocab))
-    process.start()
-    there.close()
     try:
-        return here.recv()
-    except EOFError:
+        return in_a_process(_on_cpu, name, rows, hidden, vocab)
+    except BrokenProcessPool:
         return None
-    finally:
-        process.join()
 
 
 def _work(name: str, rows: int, hidden: int, vocab: int, device: str, dtype: torch.dtype) -> tuple[Any, int]:
@@ -83,20 +77,14 @@ def _on_gpu(name: str, rows: int, hidden: int, vocab: int) -> float:
     return round((torch.cuda.max_memory_allocated() - before - gradients) / MIB, 1)
 
 
-def _on_cpu(connection: Connection, name: str, rows: int, hidden: int, vocab: int) -> None:
+def _on_cpu(name: str, rows: int, hidden: int, vocab: int) -> float:
     call, gradients = _work(name, rows, hidden, vocab, "cpu", torch.float32)
     call(8)  # loads libraries and compiles, and makes the weight's gradient
     gradients = 4 * rows * hidden + 4 * vocab * hidden  # the second call's dW is added to the first's
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = _status("VmRSS")
+    forget_peak()
+    before = status_bytes("VmRSS")
     call(rows)
-    connection.send(round((_status("VmHWM") - before - gradients) / MIB, 1))
-
-
-def _status(field: str) -> int:
-    """Bytes, from Linux's account of this process."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
+    return round((status_bytes("VmHWM") - before - gradients) / MIB, 1)
 
 
 if __name__ == "__main__":

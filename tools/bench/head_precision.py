@@ -8,7 +8,6 @@ The second figure is the error of the mean over an 8-token answer, whose exponen
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -16,8 +15,9 @@ from typing import Annotated
 import torch
 import typer
 from common import finish
+from heads import LogProbs, exact, ours
 
-from igpo_megatron.kernels.linear_logprob import FORMS, Form, Implementation, linear_logprob
+from igpo_megatron.kernels.linear_logprob import FORMS
 
 ROWS, HIDDEN, VOCAB = 64, 896, 30000
 ANSWER = 8
@@ -28,8 +28,8 @@ def main(out: Annotated[Path | None, typer.Option(help="Result file; default: re
     """Compare with fp64."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     hidden, weight, targets = (tensor.to(device) for tensor in inputs())
-    exact = torch.log_softmax(hidden.double() @ weight.double().t(), -1).gather(-1, targets[:, None])[:, 0]
-    errors = {name: error(provider(hidden, weight, targets), exact) for name, provider in providers(device).items()}
+    true = exact(hidden, weight, targets)
+    errors = {name: error(provider(hidden, weight, targets), true) for name, provider in providers(device).items()}
     figures = {"rows": ROWS, "hidden": HIDDEN, "vocab": VOCAB, "errors": errors, **{f"ours_{k}": v for k, v in errors["ours"].items()}}
     floors = {"fp32_spacing_at_largest_logit": 2.0 ** (4 - 23), "note": "one logit near 28 is rounded by up to half of this spacing"}
     finish("head_precision", figures, floors, ("torch", "triton"), out)
@@ -46,35 +46,28 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return hidden.bfloat16(), weight.bfloat16(), targets
 
 
-def providers(device: str) -> dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]]:
-    """(hidden, weight, targets) -> log-probs [N]; what published heads do to logits on their way."""
+def providers(device: str) -> dict[str, LogProbs]:
+    """What published heads do to logits on their way to log-probs, and ours."""
 
-    def rounded(dtype: torch.dtype, softmax: torch.dtype) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+    def rounded(dtype: torch.dtype, softmax: torch.dtype) -> LogProbs:
         def logprobs(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
             logits = (hidden.float() @ weight.float().t()).to(dtype).to(softmax)
             return torch.log_softmax(logits, -1).gather(-1, targets[:, None])[:, 0]
 
         return logprobs
 
-    found: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]] = {
-        "ours": partial(_ours, "torch", "auto"),
+    return {
+        "ours": partial(ours, "torch", "auto"),
         "fp16_logits": rounded(torch.float16, torch.float32),
         "bf16_logits": rounded(torch.bfloat16, torch.float32),
         "bf16_log_softmax": rounded(torch.bfloat16, torch.bfloat16),
+        **{f"ours_{form}": partial(ours, "triton", form) for form in FORMS if device == "cuda"},
     }
-    if device == "cuda":
-        for form in FORMS:
-            found[f"ours_{form}"] = partial(_ours, "triton", form)
-    return found
 
 
-def _ours(implementation: Implementation, form: Form, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return linear_logprob(hidden, weight, targets, implementation=implementation, form=form)[0]
-
-
-def error(found: torch.Tensor, exact: torch.Tensor) -> dict[str, float]:
+def error(found: torch.Tensor, true: torch.Tensor) -> dict[str, float]:
     """Largest error of a log-prob, and of the mean over an answer. [nats]"""
-    wrong = found.double() - exact
+    wrong = found.double() - true
     return {"max_abs": float(wrong.abs().max()), "max_abs_answer_mean": float(wrong.view(-1, ANSWER).mean(1).abs().max())}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +53,7 @@ def load_heads(cuda: bool) -> tuple[dict[str, Head], dict[str, str]]:
     heads = {"eager": Head(_eager), "compiled_chunks": Head(_compiled_chunks)}
     missing: dict[str, str] = {}
     if cuda:
-        heads |= {f"ours_{form}": Head(partial(_ours, "triton", form)) for form in FORMS}
+        heads |= {f"ours_{form}": Head(partial(ours, "triton", form)) for form in FORMS}
         heads |= {"ours_in_forward": _in_forward("triton", None), "ours_in_forward_wide": _in_forward("triton", WIDE_ROWS)}
         for name, load in (("fixed_split", _fixed_split), ("cce", _cce), ("liger", _liger), ("liger_cute", _liger_cute)):
             try:
@@ -60,17 +61,21 @@ def load_heads(cuda: bool) -> tuple[dict[str, Head], dict[str, str]]:
             except Exception as error:  # noqa: BLE001  a peer may fail to load in any way; the benchmark goes on without it and says why
                 missing[name] = f"{type(error).__name__}: {error}"[:200]
     else:
-        heads["ours_torch"] = Head(partial(_ours, "torch", "auto"))
+        heads["ours_torch"] = Head(partial(ours, "torch", "auto"))
         heads["ours_in_forward"] = _in_forward("torch", None)
         missing = dict.fromkeys((*(f"ours_{form}" for form in FORMS), "fixed_split", "cce", "liger", "liger_cute"), "needs a GPU")
     return heads, missing
 
 
-def _ours(implementation: Implementation, form: Form, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    logp, _, _ = linear_logprob(
-        hidden, weight, targets, temperature=TEMPERATURE, need_entropy=False, implementation=implementation, form=form
-    )
-    return logp
+def ours(implementation: Implementation, form: Form, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Our head's log-probs in one of its forms."""
+    how: dict[str, Any] = {"temperature": TEMPERATURE, "need_entropy": False, "implementation": implementation, "form": form}
+    return linear_logprob(hidden, weight, targets, **how)[0]
+
+
+def exact(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The log-probs in fp64."""
+    return torch.log_softmax(hidden.double() @ weight.double().t(), -1).gather(-1, targets[:, None])[:, 0]
 
 
 def _in_forward(implementation: Implementation, rows: int | None) -> Head:

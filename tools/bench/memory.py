@@ -27,6 +27,16 @@ def anonymous_peak(every_s: float = 0.005) -> Iterator[list[int]]:
 
 
 def anonymous_bytes() -> int:
-    """RssAnon of this process, from /proc/self/status."""
+    """Bytes of this process that no file backs."""
+    return status_bytes("RssAnon")
+
+
+def status_bytes(field: str) -> int:
+    """A number of bytes by its name in /proc/self/status, such as VmRSS, or VmHWM for the most since `forget_peak`."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon:"))
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(f"{field}:"))
+
+
+def forget_peak() -> None:
+    """The highest resident memory begins again."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")

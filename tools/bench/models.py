@@ -13,14 +13,20 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from igpo_megatron.config.load import build
 from igpo_megatron.config.schema import Config
+from igpo_megatron.plan.model_shape import KNOWN
 
 POLICY = Path(__file__).resolve().parents[2] / "examples" / "quickstart" / "policy"
 CONTEXT = 32768
 
 
-def size_of(hidden: int, ffn: int, layers: int, heads: int, kv_heads: int, vocab: int, tied: bool) -> dict[str, int | bool]:
-    """The part of config.json that decides size and time."""
+def qwen2(
+    hidden: int, ffn: int, layers: int, heads: int, kv_heads: int, vocab: int, *, tied: bool, context: int = CONTEXT
+) -> dict[str, Any]:
+    """config.json of a Qwen2 of that size."""
     return {
+        "model_type": "qwen2",
+        "rope_theta": 1e6,
+        "rms_norm_eps": 1e-6,
         "hidden_size": hidden,
         "intermediate_size": ffn,
         "num_hidden_layers": layers,
@@ -28,35 +34,30 @@ def size_of(hidden: int, ffn: int, layers: int, heads: int, kv_heads: int, vocab
         "num_key_value_heads": kv_heads,
         "vocab_size": vocab,
         "tie_word_embeddings": tied,
+        "max_position_embeddings": context,
     }
 
 
-SHAPES = {
-    "demo": size_of(128, 384, 4, 4, 4, 656, tied=True),
-    "0.5B": size_of(896, 4864, 24, 14, 2, 151936, tied=True),
-    "1.5B": size_of(1536, 8960, 28, 12, 2, 151936, tied=True),
-    "7B": size_of(3584, 18944, 28, 28, 4, 152064, tied=False),
-}
-"""Qwen2.5's, and the demo's."""
+SHAPES = {"demo": qwen2(128, 384, 4, 4, 4, 656, tied=True), **{size: KNOWN[f"Qwen2.5-{size}"] for size in ("0.5B", "1.5B", "7B")}}
+"""config.json of the demo's policy and of Qwen2.5's sizes, as far as it decides size and time."""
 
 
 def hf_config(shape: str, layers: int | None = None) -> dict[str, Any]:
-    """config.json of a shape, as far as it decides size and time; `layers`: instead of the shape's own."""
-    return qwen2({**SHAPES[shape], **({} if layers is None else {"num_hidden_layers": layers})}, CONTEXT)
+    """config.json of a shape; `layers`: instead of its own."""
+    return SHAPES[shape] | ({} if layers is None else {"num_hidden_layers": layers})
 
 
-def qwen2(size: Mapping[str, int | bool], context: int) -> dict[str, Any]:
-    """config.json of a Qwen2 of that size."""
-    return {"model_type": "qwen2", **size, "max_position_embeddings": context, "rms_norm_eps": 1e-6, "rope_theta": 1e6}
+def random_model(config: Mapping[str, Any], device: str, **more: Any) -> Qwen2ForCausalLM:
+    """A model of a config.json, of `more` settings such as its dtype; on the device "meta" it has shapes alone."""
+    torch.manual_seed(0)
+    described = Qwen2Config(**{key: value for key, value in config.items() if key not in ("model_type", "torch_dtype", "dtype")}, **more)
+    with torch.device(device):
+        return Qwen2ForCausalLM(described).to(more.get("dtype", torch.float32))
 
 
 def save_random(config: Mapping[str, Any], folder: Path | str, **more: Any) -> None:
     """A Hugging Face folder, without a tokenizer, of random weights for a config.json; `more` of its settings."""
-    torch.manual_seed(0)
-    described = Qwen2Config(**{key: value for key, value in config.items() if key != "model_type"}, **more)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = Qwen2ForCausalLM(described).to(more.get("dtype", torch.float32))
-    model.save_pretrained(folder)
+    random_model(config, "cuda" if torch.cuda.is_available() else "cpu", **more).save_pretrained(folder)
 
 
 def config_for(folder: Path | str, *, dtype: str | None = None, model: Mapping[str, Any] | None = None, **sections: Any) -> Config:

@@ -13,21 +13,39 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
+import torch
 import typer
-from models import qwen2, save_random, size_of
+from common import ROOT, finish, kept_cell
+from memory import anonymous_peak
+from models import config_for, qwen2, save_random
 from ranks import on_ranks
 
+from checkpoint_conversion.architectures import shape_of
+from igpo_megatron.algorithms.losses.registry import objective
+from igpo_megatron.packing.batches import balance
+from igpo_megatron.packing.tree import PackedRow, pack_for_training, step_counts
+from igpo_megatron.plan import machines
+from igpo_megatron.plan.calibrate import calibrate
+from igpo_megatron.plan.layouts import stages_of
+from igpo_megatron.plan.memory import fullest_stage
+from igpo_megatron.plan.parts import count_parts
+from igpo_megatron.plan.train_time import pass_time, update_time
 from igpo_megatron.plan.types import Layout, Machine, Memory, Row, Settings
+from igpo_megatron.policy import cpu, parallel
+from igpo_megatron.policy.tree_plan import plan_of
+from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, Trajectory
 
-ROOT = Path(__file__).resolve().parents[2]
+CELLS = ROOT / "runs" / "bench-plan"
 TIMED_STEPS = 6
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """glibc's numbers of these settings (malloc.h)."""
@@ -35,8 +53,8 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 MIB = 2**20
 CONTEXT = 4096
 MODELS = {
-    "tiny": size_of(256, 768, 4, 4, 2, 8192, tied=True),
-    "small": size_of(512, 1408, 6, 8, 4, 8192, tied=False),
+    "tiny": qwen2(256, 768, 4, 4, 2, 8192, tied=True, context=CONTEXT),
+    "small": qwen2(512, 1408, 6, 8, 4, 8192, tied=False, context=CONTEXT),
 }
 GROUPS, SAMPLES, PROMPT, SAMPLED, OBSERVED = 4, 2, 128, 128, 128
 """Questions, trajectories of each, and tokens: a prompt, a turn, a result, a turn, so 512 on a trajectory and 896 in a group."""
@@ -90,16 +108,8 @@ def main(
     only: Annotated[str, typer.Option(help="Only cases whose name holds this text.")] = "",
 ) -> None:
     """Measure every case, predict it, compare."""
-    from common import finish
-
-    from igpo_megatron.plan import machines
-    from igpo_megatron.plan.calibrate import calibrate
-    from igpo_megatron.policy import cpu
-
-    state = ROOT / "runs" / "bench-plan.json"
     if fresh:
-        state.unlink(missing_ok=True)
-    known: dict[str, Any] = json.loads(state.read_text()) if state.is_file() else {}
+        shutil.rmtree(CELLS, ignore_errors=True)
     machine = machines.read(calibration) if calibration else calibrate()
     cpu.install()
     from igpo_megatron.policy import policy  # noqa: F401  imported before ranks are forked
@@ -109,11 +119,8 @@ def main(
         for case in GRID:
             if only not in case.name:
                 continue
-            if case.name not in known:
-                known[case.name] = measure(case, Path(folder))
-                state.parent.mkdir(exist_ok=True)
-                state.write_text(json.dumps(known))
-            rows.append(compare(case, known[case.name], machine))
+            measured = kept_cell(CELLS / f"{case.name}.json", asdict(case), partial(measure, case, Path(folder)))
+            rows.append(compare(case, measured, machine))
             print(json.dumps(rows[-1]), file=sys.stderr)
     finish("plan", summary(rows, machine), {"memory_error": 0.10, "median_time_error": 0.25}, ("torch", "megatron-core"), out)
 
@@ -149,7 +156,7 @@ def ranking(rows: list[dict[str, Any]], clear: float = 1.15) -> tuple[int, int]:
 
 def compare(case: Case, measured: dict[str, Any], machine: Machine) -> dict[str, Any]:
     """One case, predicted beside measured."""
-    rows = [Row(*row) for row in measured["rows"]]
+    rows = [Row(**row) for row in measured["rows"]]
     memory, seconds = predict(case, machine, rows)
     peak = sum(memory.values()) / MIB
     return {
@@ -169,14 +176,7 @@ def compare(case: Case, measured: dict[str, Any], machine: Machine) -> dict[str,
 
 def predict(case: Case, machine: Machine, rows: list[Row]) -> tuple[Memory, float]:
     """The planner's answer for these very rows."""
-    from checkpoint_conversion.architectures import shape_of
-    from igpo_megatron.packing.batches import balance
-    from igpo_megatron.plan.layouts import stages_of
-    from igpo_megatron.plan.memory import fullest_stage
-    from igpo_megatron.plan.parts import count_parts
-    from igpo_megatron.plan.train_time import pass_time, update_time
-
-    shape = shape_of(qwen2(MODELS[case.model], CONTEXT))
+    shape = shape_of(MODELS[case.model])
     parts = count_parts(shape, case.tensor, 1)
     stages = stages_of(shape.num_layers, case.pipeline, 1)
     assert stages is not None
@@ -201,7 +201,7 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
     """Start the ranks twice: {mib, seconds, rows}."""
     model = folder / case.model
     if not model.exists():
-        save_random(qwen2(MODELS[case.model], CONTEXT), model)
+        save_random(MODELS[case.model], model)
     memory = run_ranks(case, model, 3, lean=True)
     timed = run_ranks(case, model, TIMED_STEPS, lean=False)
     steps = [max(rank["seconds"][step] for rank in timed) for step in range(1, TIMED_STEPS)]
@@ -228,28 +228,18 @@ def run_ranks(case: Case, model: Path, steps: int, *, lean: bool) -> list[dict[s
 
 def rank_main(case: Case, model: Path, steps: int) -> dict[str, Any]:
     """One rank: build the policy, take the steps, say what they took."""
-    import torch
-
-    from igpo_megatron.policy import parallel
-
-    parallel_config = {"tensor": case.tensor, "pipeline": case.pipeline, "data": case.data, "sequence": case.tensor > 1}
-    from igpo_megatron.config.load import build
-
-    config = build(
-        {
-            "model": {"path": str(model), "dtype": "fp32", "recompute": case.recompute},
-            "run": {"device": "cpu"},
-            "loss": {"kl_coef": 0.0},
-            "parallel": parallel_config,
-            "packing": {"row_tokens": case.row_tokens},
-        }
-    )
-    ranks = parallel.init(config)
-    from memory import anonymous_peak
-
-    from igpo_megatron.packing.tree import pack_for_training, step_counts
     from igpo_megatron.policy.policy import Policy
 
+    config = config_for(
+        model,
+        dtype="fp32",
+        model={"recompute": case.recompute},
+        run={"device": "cpu"},
+        loss={"kl_coef": 0.0},
+        parallel={"tensor": case.tensor, "pipeline": case.pipeline, "data": case.data, "sequence": case.tensor > 1},
+        packing={"row_tokens": case.row_tokens},
+    )
+    ranks = parallel.init(config)
     torch.ones(64, 64) @ torch.ones(64, 64)  # the matmul library's own buffers
     # What the parent had freed would be filled first, without a trace.
     gc.collect()
@@ -261,38 +251,29 @@ def rank_main(case: Case, model: Path, steps: int) -> dict[str, Any]:
         counts = step_counts(groups)
 
         def loss(tokens: Any) -> Any:
-            from igpo_megatron.algorithms.losses.registry import objective
-
             return objective(replace(tokens, old_logprobs=tokens.logprobs.detach()), counts, config.loss)
 
-        seconds, cpu = [], []
+        seconds, busy_s = [], []
         for _ in range(steps):
             torch.distributed.barrier()
             started, busy = time.perf_counter(), time.process_time()
             policy.optimizer_step(policy.forward_backward(rows, loss))
             seconds.append(time.perf_counter() - started)
-            cpu.append(time.process_time() - busy)
-    shapes = [row_shape(row) for row in rows]
-    return {"peak": peak[0], "seconds": seconds, "cpu": cpu, "rows": shapes}
+            busy_s.append(time.process_time() - busy)
+    return {"peak": peak[0], "seconds": seconds, "cpu": busy_s, "rows": [asdict(row_shape(row)) for row in rows]}
 
 
-def row_shape(row: Any) -> list[float]:
-    """The fields of `Row` of a packed row, with what its attention plan copies."""
-    import torch
-
-    from igpo_megatron.policy.tree_plan import plan_of
-
+def row_shape(row: PackedRow) -> Row:
+    """What the planner reckons with of a packed row, with what its attention plan copies."""
     calls = plan_of(row.subtree_end).calls
     gathered = sum(len(call.keys) for call in calls if isinstance(call.keys, torch.Tensor))
     masked = sum(call.mask.numel() for call in calls if call.mask is not None)
     pairs = int((row.subtree_end - torch.arange(row.num_tokens)).sum())
-    return [row.num_tokens, pairs, len(row.targets), gathered, masked]
+    return Row(row.num_tokens, pairs, len(row.targets), gathered, masked)
 
 
 def synthetic_groups() -> list[Any]:
     """Rollouts of fixed lengths: questions whose samples share the prompt alone."""
-    from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, Trajectory
-
     groups = []
     for number in range(GROUPS):
         group = RolloutGroup(Prompt(str(number), "?", ("a",), "bench"), [Node(None, "prompt", [7] * PROMPT)])

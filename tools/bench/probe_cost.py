@@ -20,10 +20,11 @@ import torch
 import typer
 from common import finish, interleaved, ratio
 from models import SHAPES, config_for, random_policy
+from tree_attention import extra_pairs
 
 from igpo_megatron.doctor.probes import gap, probe_logprobs, score_in_trainer, synthetic_group
 from igpo_megatron.policy import parallel
-from igpo_megatron.types import RolloutGroup
+from igpo_megatron.types import RolloutGroup, SamplingRequest
 
 PROMPT, TURN, PROBE = 500, 1500, 24
 """Tokens at full size; on CPU prompt and turns have a tenth of that."""
@@ -85,17 +86,6 @@ def headline(figures: dict[str, Any], other: str) -> str:
     return f"{figures['shape']}, {figures['layers']} layers, {turns} turns: {added}; {times}"
 
 
-def extra_pairs(group: RolloutGroup) -> float:
-    """Pairs of tokens that see each other because of the probes, over those of the trajectory alone."""
-    trunk = sum(len(node.token_ids) for node in group.nodes if node.kind != "probe")
-    extra = 0
-    for number, node in enumerate(group.nodes):
-        if node.kind == "probe":
-            whole, own = len(group.context(number)), len(node.token_ids)
-            extra += own * (whole - own) + own * (own + 1) // 2
-    return round(extra / (trunk * (trunk + 1) // 2), 4)
-
-
 def schemes(policy: Any, group: RolloutGroup, published: list[str], repeats: int) -> dict[str, Any]:
     """Times, token counts and differences of the trainer's schemes on one trajectory."""
     found: dict[str, list[float]] = {}
@@ -139,7 +129,7 @@ async def _turn_by_turn(engines: Any, group: RolloutGroup) -> float:
     for node in group.nodes:
         if node.kind == "probe" and node.parent is not None and node.scored:
             context = group.context(node.parent)
-            await engines.generate(context, max_tokens=1, temperature=0.0, seed=0, key=group.prompt.id)
+            await engines.generate(SamplingRequest(context, max_tokens=1, temperature=0.0, seed=0, key=group.prompt.id))
             started = time.perf_counter()
             score = await engines.score_probe(context + node.token_ids, len(context) + node.scored[0], key=group.prompt.id)
             total += time.perf_counter() - started

@@ -16,7 +16,6 @@ import importlib
 import json
 import os
 import random
-import re
 import socket
 import struct
 import subprocess
@@ -31,6 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import typer
+from memory import forget_peak, status_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = (1, 4, 16)
@@ -123,9 +123,6 @@ def _group(rng: random.Random, number: int) -> Any:
 
 def _rank_1(code: Path, folder: Path, policy: Path, ranks: int, size: int) -> dict[str, float]:
     """What rank 1 counted in a run of the code in `code`."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
     name = f"{code.name}_{ranks}_{size}"
     config, result = folder / f"{name}.yaml", folder / f"{name}.json"
     values = {
@@ -139,22 +136,12 @@ def _rank_1(code: Path, folder: Path, policy: Path, ranks: int, size: int) -> di
         "track": {"dump_every": 0},
     }
     config.write_text(json.dumps(values), encoding="utf-8")
-    shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    quiet = {"PYTHONPATH": str(code), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, __file__, "rank", str(config), str(result)]
-    said = folder / f"{name}.log"
-    with said.open("w", encoding="utf-8") as log:
-        running = [
-            subprocess.Popen(
-                command, env={**os.environ, **shared, **quiet, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=log, stderr=log
-            )
-            for rank in range(ranks)
-        ]
-    try:
-        assert [process.wait() for process in running] == [0] * ranks, said.read_text(encoding="utf-8")
-    finally:
-        for process in running:
-            process.kill()
+    place = {"PYTHONPATH": str(code), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    ended = subprocess.run(
+        [*torchrun, __file__, "rank", str(config), str(result)], env={**os.environ, **place}, capture_output=True, text=True
+    )
+    assert not ended.returncode, ended.stdout + ended.stderr
     return {key: round(value / MIB, 2) for key, value in json.loads(result.read_text(encoding="utf-8")).items()}
 
 
@@ -182,10 +169,10 @@ def _observe(tracker: Any, schedule: Any, result: Path) -> None:
     def logged(self: Any, step: int, metrics: Any) -> None:
         if step == 1:
             gc.collect()
-            Path("/proc/self/clear_refs").write_text("5")  # the highest resident memory begins again
-            counted.update(received_mib=_received(), highest_mib=_memory("VmRSS"))
+            forget_peak()
+            counted.update(received_mib=_received(), highest_mib=status_bytes("VmRSS"))
         elif not result.exists():
-            counted.update(received_mib=_received() - counted["received_mib"], highest_mib=_memory("VmHWM") - counted["highest_mib"])
+            counted.update(received_mib=_received() - counted["received_mib"], highest_mib=status_bytes("VmHWM") - counted["highest_mib"])
             result.write_text(json.dumps(counted), encoding="utf-8")
         log(self, step, metrics)
 
@@ -203,13 +190,6 @@ def _received() -> int:
         with socket.socket(fileno=os.dup(connection.fd)) as found:
             total += struct.unpack_from("Q", found.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256), BYTES_RECEIVED)[0]
     return total
-
-
-def _memory(kind: str) -> int:
-    """Bytes by name in /proc/self/status."""
-    found = re.search(rf"{kind}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found
-    return int(found[1]) * 1024
 
 
 def _held() -> dict[str, float]:

@@ -21,7 +21,6 @@ import random
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -31,7 +30,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from common import finish, ratio
+from common import ROOT, finish, ratio, world_facts
 from rich.console import Console
 from rich.progress import track
 
@@ -42,12 +41,13 @@ from igpo_megatron.config.schema import Config
 from igpo_megatron.data.question_files import read_prompts
 from igpo_megatron.engines.api import Engine
 from igpo_megatron.engines.pool import EnginePool
+from igpo_megatron.search.chaos import ChaosClient, added_latency
 from igpo_megatron.search.local.bm25 import Bm25Client
 from igpo_megatron.search.results import SearchClient, SearchResult
+from igpo_megatron.search.settings import Chaos
 from igpo_megatron.tools.search_tool import SearchTool
-from igpo_megatron.types import SEARCH, Completion, ProbeScore, Prompt
+from igpo_megatron.types import SEARCH, Completion, ProbeScore, Prompt, SamplingRequest
 
-ROOT = Path(__file__).resolve().parents[2]
 CONSOLE = Console(stderr=True)
 
 PASSAGES, WORDS, VOCABULARY, QUERY_WORDS = 100_000, 40, 50_000, 5
@@ -64,6 +64,8 @@ MEDIAN_S, P99_S = 0.5, 8.0
 
 SIGMA = math.log(P99_S / MEDIAN_S) / 2.3263
 """Of its logarithm: the 99th percentile of a normal distribution lies 2.3263 deviations above the median."""
+
+SLOW = Chaos(latency_s=MEDIAN_S * math.exp(SIGMA**2 / 2), latency_sigma=SIGMA, failed_fraction=0)
 
 Job = tuple[int, Prompt]
 """(number, question) of one trajectory; the number decides its seeds."""
@@ -83,10 +85,11 @@ def main(
         if servers:
             figures |= compare_servers(Path(folder), repeats)
         if agents:
-            figures |= compare_loops(Path(folder), rounds, batches)
-    draws = [max(latencies(f"floor {n}") for n in range(first, first + IN_FLIGHT)) for first in range(0, 1000 * IN_FLIGHT, IN_FLIGHT)]
+            figures |= compare_loops(rounds, batches)
+    draw = random.Random(0)
+    draws = [max(added_latency(SLOW, draw) for _ in range(IN_FLIGHT)) for _ in range(1000)]
     floors = {
-        "mean_search_s": round(MEDIAN_S * math.exp(SIGMA**2 / 2), 3),
+        "mean_search_s": round(SLOW.latency_s, 3),
         "mean_slowest_of_64_s": round(fmean(draws), 3),
         "note": "a barrier waits for the slowest of 64 in every turn; a loop without one for nobody, until the engine is busy all the time",
     }
@@ -187,16 +190,11 @@ async def ask_for(seconds: float, port: int, clients: int, queries: Iterator[str
 # ---- agents
 
 
-def compare_loops(folder: Path, rounds: int, batches: int) -> dict[str, Any]:
+def compare_loops(rounds: int, batches: int) -> dict[str, Any]:
     """Rollouts per second of both loops over one engine, and the ratio."""
     from transformers import AutoTokenizer
 
-    world = ROOT / "runs/world-facts"
-    if not world.is_dir():
-        world = folder / "world-facts"
-        subprocess.run(
-            [sys.executable, ROOT / "tools/prepare_data.py", "world-facts", "--out", world], check=True, stdout=subprocess.DEVNULL
-        )
+    world = world_facts()
     policy = ROOT / "examples/quickstart/policy"
     config = load(
         ROOT / "examples/quickstart/igpo.yaml",
@@ -210,7 +208,7 @@ def compare_loops(folder: Path, rounds: int, batches: int) -> dict[str, Any]:
     found: dict[str, list[float]] = {"agent_loop": [], "barrier": []}
     with EnginePool(config) as engines:
         # After the engine's start: bm25s brings numba, which vLLM does not bear.
-        search = SlowSearch(Bm25Client.open(config.search))
+        search = ChaosClient(Bm25Client.open(config.search), SLOW)
         for _ in track(range(rounds), description="agent loops", transient=True, console=CONSOLE):
             found["agent_loop"].append(asyncio.run(refilled(one_by(engines, search, chat, config), jobs, batches)))
             found["barrier"].append(asyncio.run(with_barrier(engines, search, chat, config, list(itertools.islice(jobs, IN_FLIGHT)))))
@@ -220,30 +218,6 @@ def compare_loops(folder: Path, rounds: int, batches: int) -> dict[str, Any]:
         "rollouts_per_s": {name: [round(1 / seconds, 2) for seconds in each] for name, each in found.items()},
         "agent_loop_vs_barrier": ratio(found["barrier"], found["agent_loop"]),
     }
-
-
-def latencies(draw: str) -> float:
-    """Seconds of the search with that name."""
-    return random.Random(draw).lognormvariate(math.log(MEDIAN_S), SIGMA)
-
-
-class SlowSearch:
-    """SearchClient that takes its time; how long the n-th asking of a query takes depends on both alone."""
-
-    def __init__(self, inner: SearchClient):
-        self.inner = inner
-        self._asked: Counter[str] = Counter()
-
-    async def search(self, queries: Sequence[str]) -> list[SearchResult]:
-        """The other client's results, later."""
-        name = "|".join(queries)
-        self._asked[name] += 1
-        results = await self.inner.search(queries)
-        await asyncio.sleep(latencies(f"{name}|{self._asked[name]}"))
-        return results
-
-    async def close(self) -> None:
-        """Nothing to give back."""
 
 
 def one_by(engine: Engine, search: SearchClient, chat: ChatFormat, config: Config) -> Callable[[Job], Awaitable[Any]]:
@@ -304,32 +278,25 @@ class Barrier:
             self._arrived, self._opened = 0, asyncio.Event()
 
 
-class TogetherEngine:
-    """Engine that generates only when every trajectory wants to."""
+class Together:
+    """Engine and SearchClient that generates, or searches, only when every trajectory wants to."""
 
-    def __init__(self, inner: Engine, barrier: Barrier):
-        self.inner, self.barrier = inner, barrier
+    def __init__(self, engine: Engine, search: SearchClient, barrier: Barrier):
+        self._engine, self._search, self._barrier = engine, search, barrier
 
-    async def generate(self, token_ids: list[int], **sampling: Any) -> Completion:
+    async def generate(self, request: SamplingRequest) -> Completion:
         """The other engine's completion."""
-        await self.barrier.meet()
-        return await self.inner.generate(token_ids, **sampling)
+        await self._barrier.meet()
+        return await self._engine.generate(request)
 
     async def score_probe(self, token_ids: list[int], first: int, *, key: str) -> ProbeScore:
         """Not used here."""
         raise NotImplementedError
 
-
-class TogetherSearch:
-    """SearchClient that searches only when every trajectory wants to."""
-
-    def __init__(self, inner: SearchClient, barrier: Barrier):
-        self.inner, self.barrier = inner, barrier
-
     async def search(self, queries: Sequence[str]) -> list[SearchResult]:
         """The other client's results."""
-        await self.barrier.meet()
-        return await self.inner.search(queries)
+        await self._barrier.meet()
+        return await self._search.search(queries)
 
     async def close(self) -> None:
         """Nothing to give back."""
@@ -338,7 +305,8 @@ class TogetherSearch:
 async def with_barrier(engine: Engine, search: SearchClient, chat: ChatFormat, config: Config, jobs: Sequence[Job]) -> float:
     """Seconds per trajectory of one batch, from its first prompt to the end of its last trajectory."""
     barrier = Barrier(len(jobs))
-    one = one_by(TogetherEngine(engine, barrier), TogetherSearch(search, barrier), chat, config)
+    together = Together(engine, search, barrier)
+    one = one_by(together, together, chat, config)
 
     async def run(job: Job) -> None:
         await one(job)

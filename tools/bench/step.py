@@ -150,7 +150,7 @@ def measure(config: Any, ranks: parallel.Ranks, cases: Sequence[Case], repeats: 
     for case in cases if policy else ():
         begun = time.monotonic()
         rows, counts = packed(case.row_tokens, max(one.row_tokens for one in cases), policy.shape.vocab_size)
-        case.rows = [shape_row(row) for row in rows]
+        case.rows = [row_shape(row) for row in rows]
         passes: dict[str, Callable[[], Any]] = {"train": partial(train, policy, rows, counts), "update": partial(update, policy)}
         if case.recompute == "none":  # which changes nothing without gradients
             passes["score"] = partial(policy.log_probs, rows)
@@ -212,12 +212,6 @@ def packed(row_tokens: int, step_tokens: int, vocab: int) -> tuple[list[PackedRo
     groups = [branched(SAMPLES, SAMPLES, prompt, turn, TURNS, vocab, seed) for seed in range(step_tokens // row_tokens)]
     rows = pack_for_training(groups, row_tokens=row_tokens, token_weight=partial(token_weight, "token_mean"))
     return rows, step_counts(groups)
-
-
-def shape_row(row: PackedRow) -> Row:
-    """What the planner reckons with of a packed row."""
-    tokens, pairs, targets, gathered, masked = (int(number) for number in row_shape(row))
-    return Row(tokens, pairs, targets, gathered, masked)
 
 
 def update(policy: Policy) -> None:

@@ -10,7 +10,7 @@ for every probe with its whole context. Also: how long the plan or block mask of
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -23,6 +23,7 @@ from common import finish, interleaved, ratio
 from igpo_megatron.doctor.probes import synthetic_group
 from igpo_megatron.packing.tree import pack_for_scoring
 from igpo_megatron.policy import attention, tree_plan
+from igpo_megatron.types import RolloutGroup
 
 PROMPT, TURN, PROBE = 500, 1500, 24
 HEADS, KV_HEADS, DIM = 28, 4, 128
@@ -48,7 +49,7 @@ def main(
         forms["flex"] = attention.flex_tree_attention
     used = "flex" if cuda else "chains"
     figures: dict[str, Any] = {"trunk_tokens": len(trunk), "row_tokens": len(tree), "form": used}
-    q, k, v = inputs(len(tree), cuda)
+    q, k, v = inputs(len(tree))
     reference = forms["chains"](q, k, v, tree, 1.0)
     figures["max_abs_diff"] = max(float((form(q, k, v, tree, 1.0) - reference).abs().max()) for form in forms.values())
     for mode in ("forward", "forward_backward"):
@@ -65,21 +66,32 @@ def main(
     padded = attention.padded_row(tree)
     padded = padded.cuda() if cuda else padded
     figures["block_mask_ms"] = round(1000 * median(interleaved({"mask": partial(attention.block_mask, padded)}, 5)["mask"]), 3)
-    pairs = sum(range(1, len(trunk) + 1))
-    extra = sum(PROBE * (context - PROBE) + PROBE * (PROBE + 1) // 2 for context in contexts)
     floors = {
-        "extra_pairs": round(extra / pairs, 4),
+        "extra_pairs": extra_pairs(group),
         "note": "tokens that see each other, probes over trunk: the least that the tree can add",
     }
     finish("tree_attention", figures, floors, ("torch", "triton"), out)
 
 
-def inputs(tokens: int, cuda: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q [T, heads, d], k and v [T, kv_heads, d]"""
+def extra_pairs(group: RolloutGroup) -> float:
+    """Pairs of tokens that see each other because of the probes, over those of the trajectory alone."""
+    trunk = sum(len(node.token_ids) for node in group.nodes if node.kind != "probe")
+    extra = 0
+    for number, node in enumerate(group.nodes):
+        if node.kind == "probe":
+            whole, own = len(group.context(number)), len(node.token_ids)
+            extra += own * (whole - own) + own * (own + 1) // 2
+    return round(extra / (trunk * (trunk + 1) // 2), 4)
+
+
+@cache
+def inputs(tokens: int) -> tuple[torch.Tensor, ...]:
+    """q [T, heads, d], k and v [T, kv_heads, d]; the same for the same length, so that making them is not timed."""
+    cuda = torch.cuda.is_available()
     heads, kv_heads, dim = (HEADS, KV_HEADS, DIM) if cuda else (CPU_HEADS, CPU_KV_HEADS, CPU_DIM)
     options: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16} if cuda else {}
     generator = torch.Generator("cuda" if cuda else "cpu").manual_seed(0)
-    return tuple(torch.randn(tokens, count, dim, generator=generator, **options) for count in (heads, kv_heads, kv_heads))  # type: ignore[return-value]
+    return tuple(torch.randn(tokens, count, dim, generator=generator, **options) for count in (heads, kv_heads, kv_heads))
 
 
 def over(form: Attend, tree: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
@@ -89,20 +101,10 @@ def over(form: Attend, tree: torch.Tensor) -> Callable[[torch.Tensor, torch.Tens
 
 def run(attend: Callable[..., torch.Tensor], tokens: int, mode: str) -> None:
     """One call on fresh leaves."""
-    q, k, v = (tensor.requires_grad_(mode != "forward") for tensor in cached_inputs(tokens))
+    q, k, v = (tensor.detach().requires_grad_(mode != "forward") for tensor in inputs(tokens))
     output = attend(q, k, v)
     if mode != "forward":
         output.sum().backward()
-
-
-_INPUTS: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
-
-
-def cached_inputs(tokens: int) -> tuple[torch.Tensor, ...]:
-    """The same tensors for the same length, so that making them is not timed."""
-    if tokens not in _INPUTS:
-        _INPUTS[tokens] = inputs(tokens, torch.cuda.is_available())
-    return tuple(tensor.detach() for tensor in _INPUTS[tokens])
 
 
 def causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

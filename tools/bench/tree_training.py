@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -85,14 +86,8 @@ def flattened(group: RolloutGroup) -> list[RolloutGroup]:
     """Every trajectory as a group of its own."""
     found = []
     for trajectory in group.trajectories:
-        nodes = [
-            Node(parent, node.kind, node.token_ids, node.turn, old_logprobs=node.old_logprobs)
-            for parent, node in zip(
-                [None, *range(len(trajectory.path) - 1)], (group.nodes[index] for index in trajectory.path), strict=True
-            )
-        ]
-        path = list(range(len(nodes)))
-        found.append(RolloutGroup(group.prompt, nodes, [Trajectory(path, Status.FINISHED, turn_advantages=trajectory.turn_advantages)]))
+        nodes = [replace(group.nodes[index], parent=place - 1 if place else None) for place, index in enumerate(trajectory.path)]
+        found.append(RolloutGroup(group.prompt, nodes, [replace(trajectory, path=list(range(len(nodes))))]))
     return found
 
 

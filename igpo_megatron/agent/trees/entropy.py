@@ -149,17 +149,14 @@ class EntropyTree(TreeRollout[EntropyWatch]):
         initial = self._initial(watch)
         probability = branch_probability(entropy - initial, watch.consecutive, self.config)
         behind = self._behind(path)
-        before, children = watch.consecutive, []
+        before = watch.consecutive
         wanted = [attempt for attempt in range(self.config.beam - 1) if self._forks(watch.label, turn, attempt, probability)]
         watch.consecutive = before + 1 if wanted else 0
-        for attempt in wanted[: self._free]:
-            child = self._launch(behind, f"{watch.label}.{turn - 1}.{attempt}")
+        children = self._fork(behind, watch.label, turn, wanted)
+        for child in children:
             child.consecutive = watch.consecutive
-            children.append(child.number)
-        kind = self.config.entropy
-        self.group.branch_points.append(
-            BranchPoint(behind[-1], watch.number, turn, entropy, initial, kind, probability, before, tuple(children))
-        )
+        numbers, kind = tuple(child.number for child in children), self.config.entropy
+        self.group.branch_points.append(BranchPoint(behind[-1], watch.number, turn, entropy, initial, kind, probability, before, numbers))
 
     def _forks(self, label: str, turn: int, attempt: int, probability: float) -> bool:
         if self.config.decision == "threshold":

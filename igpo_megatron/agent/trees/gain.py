@@ -138,8 +138,7 @@ class GainTree(TreeRollout[GainWatch]):
         if own is not None and not stopped and self._free > 0:
             probability = fork_probability(siblings, self.config)
             wanted = [attempt for attempt in range(self.config.beam - 1) if self._uniform(watch.label, turn, attempt) < probability]
-            for attempt in wanted[: self._free]:
-                children.append(self._launch(behind, f"{watch.label}.{finished}.{attempt}").number)
+            children = self._fork(behind, watch.label, turn, wanted)
         self.group.value_points.append(
             ValuePoint(
                 node=behind[-1],
@@ -149,7 +148,7 @@ class GainTree(TreeRollout[GainWatch]):
                 siblings=len(siblings),
                 spread=disagreement(siblings),
                 probability=probability,
-                children=tuple(children),
+                children=tuple(child.number for child in children),
                 change=change,
                 stop_probability=stop,
                 stopped=stopped,

@@ -7,11 +7,28 @@ sample 2:  question ── search B ── [passages P] ── search C    {ques
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
+from typing import Annotated, Literal
 
+from pydantic import Field, NonNegativeFloat
+
+from igpo_megatron.algorithms.advantages.base import AdvantageSection
 from igpo_megatron.algorithms.advantages.outcome import grpo_advantages
 from igpo_megatron.algorithms.advantages.turn import discounted_outcome
-from igpo_megatron.algorithms.settings import GiGpo
 from igpo_megatron.types import RolloutGroup, Trajectory
+
+
+class GiGpo(AdvantageSection):
+    """GiGPO (arXiv 2505.10978): group z-score of the outcome plus that of the discounted outcome among visits of the same state."""
+
+    name: Literal["gigpo"] = "gigpo"
+    gamma: Annotated[float, Field(ge=0, le=1)] = 0.95
+    """Discount of the outcome per remaining turn, for the comparison within a state."""
+
+    step_weight: NonNegativeFloat = 1.0
+    """Weight of the comparison within a state."""
+
+    divide_by_std: bool = True
+    """False subtracts means only, in both parts."""
 
 
 def gigpo_turn_advantages(

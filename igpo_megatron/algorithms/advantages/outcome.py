@@ -8,12 +8,59 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from statistics import fmean
+from typing import ClassVar, Literal
 
-from igpo_megatron.algorithms.settings import Grpo, Rapo, ReinforcePp, ReinforcePpBaseline, ReMax, Rloo
+from igpo_megatron.algorithms.advantages.base import AdvantageSection
 from igpo_megatron.types import RolloutGroup, Trajectory, UserError
 
 GREEDY_REWARD = "greedy_reward"
 """Key in `RolloutGroup.metrics`: reward of a greedy trajectory of the group's question; nan if it failed for external reasons."""
+
+
+class Grpo(AdvantageSection):
+    """GRPO (arXiv 2402.03300): group z-score of the outcome, the same for every turn."""
+
+    name: Literal["grpo"] = "grpo"
+    divide_by_std: bool = True
+    """False subtracts the mean only (Dr. GRPO, arXiv 2503.20783)."""
+
+    statistics: Literal["trajectories", "tokens"] = "trajectories"
+    """What mean and std are taken over; `tokens` counts every trajectory by its length (HAPO's token-level group average, 2509.16591)."""
+
+
+class Rloo(AdvantageSection):
+    """RLOO (arXiv 2402.14740): outcome minus the mean outcome of the other samples."""
+
+    name: Literal["rloo"] = "rloo"
+
+
+class Rapo(AdvantageSection):
+    """RAPO's advantage scaling (Fathom-DeepResearch, arXiv 2509.24107, eq. 6): GRPO's advantages, times groups per group that differs."""
+
+    name: Literal["rapo"] = "rapo"
+
+
+class ReinforcePp(AdvantageSection):
+    """REINFORCE++ (arXiv 2501.03262): the outcome, whitened over the whole batch."""
+
+    compares_samples: ClassVar[bool] = False
+
+    name: Literal["reinforce_pp"] = "reinforce_pp"
+
+
+class ReinforcePpBaseline(AdvantageSection):
+    """REINFORCE++-baseline (arXiv 2501.03262): outcome minus the mean of its group, whitened over the whole batch."""
+
+    name: Literal["reinforce_pp_baseline"] = "reinforce_pp_baseline"
+
+
+class ReMax(AdvantageSection):
+    """ReMax (arXiv 2310.10505): outcome minus that of a greedy trajectory, which is sampled beside the group and not trained."""
+
+    compares_samples: ClassVar[bool] = False
+    needs_greedy: ClassVar[bool] = True
+
+    name: Literal["remax"] = "remax"
 
 
 def zscore(population: list[float], *, divide_by_std: bool) -> Callable[[float], float]:

@@ -1,4 +1,4 @@
-"""Every advantage by its name.
+"""Every advantage by its name; and section `advantage`, which is made of the rows.
 
 RolloutGroup ── score ── add_probes ──(actor scores probes)── turn_gains ── set_advantages ──> trajectory.turn_advantages
 """
@@ -6,28 +6,19 @@ RolloutGroup ── score ── add_probes ──(actor scores probes)── tu
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from igpo_megatron.algorithms.advantages.anchor import gigpo
-from igpo_megatron.algorithms.advantages.outcome import (
-    grpo,
-    rapo,
-    reinforce_pp,
-    reinforce_pp_baseline,
-    remax,
-    rloo,
-    scale_by_informative,
-    whiten,
-)
-from igpo_megatron.algorithms.advantages.tree import arpo
-from igpo_megatron.algorithms.advantages.turn import eapo, igpo, igpo_loo
-from igpo_megatron.algorithms.settings import Advantage, HookedAdvantage
-from igpo_megatron.settings import load_hook
+from igpo_megatron.algorithms.advantages import anchor, outcome, tree, turn
+from igpo_megatron.algorithms.advantages.base import AdvantageSection, HookedAdvantage
+from igpo_megatron.settings import load_hook, one_of, ours_or
 from igpo_megatron.types import RolloutGroup
 
 
 class AdvantageEntry(NamedTuple):
-    """One row of `ADVANTAGES`. Its section of the settings states what a run must prepare for it (probes, a greedy sample)."""
+    """One row of `ADVANTAGES`."""
+
+    section: type[AdvantageSection] | type[HookedAdvantage]
+    """Its settings, and what a run must prepare for it (probes, a greedy sample)."""
 
     function: Callable[[RolloutGroup, Any, float], None]
     """(group, its own section, progress in [0, 1] from the first step to the last): sets `turn_advantages` of all in `group.trained`,
@@ -38,18 +29,23 @@ class AdvantageEntry(NamedTuple):
 
 
 ADVANTAGES: dict[str, AdvantageEntry] = {
-    "igpo": AdvantageEntry(igpo),
-    "igpo_loo": AdvantageEntry(igpo_loo),
-    "grpo": AdvantageEntry(grpo),
-    "rloo": AdvantageEntry(rloo),
-    "gigpo": AdvantageEntry(gigpo),
-    "reinforce_pp": AdvantageEntry(reinforce_pp, over_batch=whiten),
-    "reinforce_pp_baseline": AdvantageEntry(reinforce_pp_baseline, over_batch=whiten),
-    "remax": AdvantageEntry(remax),
-    "arpo": AdvantageEntry(arpo),
-    "eapo": AdvantageEntry(eapo),
-    "rapo": AdvantageEntry(rapo, over_batch=scale_by_informative),
+    "igpo": AdvantageEntry(turn.Igpo, turn.igpo),
+    "igpo_loo": AdvantageEntry(turn.IgpoLoo, turn.igpo_loo),
+    "grpo": AdvantageEntry(outcome.Grpo, outcome.grpo),
+    "rloo": AdvantageEntry(outcome.Rloo, outcome.rloo),
+    "arpo": AdvantageEntry(tree.Arpo, tree.arpo),
+    "gigpo": AdvantageEntry(anchor.GiGpo, anchor.gigpo),
+    "eapo": AdvantageEntry(turn.Eapo, turn.eapo),
+    "rapo": AdvantageEntry(outcome.Rapo, outcome.rapo, over_batch=outcome.scale_by_informative),
+    "reinforce_pp": AdvantageEntry(outcome.ReinforcePp, outcome.reinforce_pp, over_batch=outcome.whiten),
+    "reinforce_pp_baseline": AdvantageEntry(outcome.ReinforcePpBaseline, outcome.reinforce_pp_baseline, over_batch=outcome.whiten),
+    "remax": AdvantageEntry(outcome.ReMax, outcome.remax),
 }
+
+if TYPE_CHECKING:  # mypy cannot see a type that is made of rows
+    Advantage = AdvantageSection | HookedAdvantage
+else:
+    Advantage = ours_or(HookedAdvantage, one_of(entry.section for entry in ADVANTAGES.values()))
 
 
 def entry_of(config: Advantage) -> AdvantageEntry:
@@ -57,7 +53,7 @@ def entry_of(config: Advantage) -> AdvantageEntry:
     if not isinstance(config, HookedAdvantage):
         return ADVANTAGES[config.name]
     over_batch = load_hook("advantage.over_batch", config.over_batch) if config.over_batch else None
-    return AdvantageEntry(load_hook("advantage.name", config.name), over_batch)
+    return AdvantageEntry(HookedAdvantage, load_hook("advantage.name", config.name), over_batch)
 
 
 def set_advantages(groups: Sequence[RolloutGroup], config: Advantage, progress: float) -> None:

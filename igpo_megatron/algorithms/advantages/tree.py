@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import math
 from statistics import fmean, stdev
+from typing import Literal
 
+from igpo_megatron.algorithms.advantages.base import AdvantageSection
 from igpo_megatron.algorithms.advantages.outcome import set_same_for_all_turns
-from igpo_megatron.algorithms.settings import Arpo
 from igpo_megatron.types import EntropyStats, RolloutGroup, Trajectory
+
+
+class Arpo(AdvantageSection):
+    """ARPO (arXiv 2507.19849, section 3.2): group z-score of the outcome, on trees."""
+
+    name: Literal["arpo"] = "arpo"
+    attribution: Literal["soft", "hard"] = "soft"
+    """A turn that several trajectories share is trained with the advantage of each (soft, published) or with their mean (hard)."""
 
 
 def arpo_advantages(rewards: list[float]) -> list[float]:

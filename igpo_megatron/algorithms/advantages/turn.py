@@ -9,9 +9,12 @@ import math
 from collections.abc import Callable
 from functools import partial
 from statistics import pstdev
+from typing import Annotated, ClassVar, Literal
 
+from pydantic import Field
+
+from igpo_megatron.algorithms.advantages.base import AdvantageSection
 from igpo_megatron.algorithms.advantages.outcome import grpo_advantages, zscore
-from igpo_megatron.algorithms.settings import Eapo, Igpo, IgpoLoo
 from igpo_megatron.types import RolloutGroup, Trajectory
 
 Gains = list[list[float | None]]
@@ -19,6 +22,55 @@ Gains = list[list[float | None]]
 
 _DEGENERATE_STD = 1e-4
 """igpo_loo: a spread below this says nothing about scale; the published z-score has the same floor, sqrt(1e-8)."""
+
+
+class Igpo(AdvantageSection):
+    """IGPO (arXiv 2510.14967): turn gains and outcome, normalised over the group, summed over the remaining turns."""
+
+    needs_probes: ClassVar[bool] = True
+
+    name: Literal["igpo"] = "igpo"
+    normalise: Literal["separate", "joint"] = "separate"
+    """z-score gains and outcomes each among themselves (paper) or in one population (code default)."""
+
+    divide_by_std: bool = True
+    """False subtracts the mean only."""
+
+    gamma: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Discount per turn."""
+
+    gain_weight: tuple[float, float] = (1.0, 1.0)
+    """Weight of gains at the first and last step, linear between; applied after normalisation."""
+
+    outcome_weight: tuple[float, float] = (1.0, 1.0)
+    """Weight of the outcome at the first and last step."""
+
+
+class IgpoLoo(AdvantageSection):
+    """IGPO with a leave-one-out baseline per turn index instead of mean subtraction before summing."""
+
+    needs_probes: ClassVar[bool] = True
+
+    name: Literal["igpo_loo"] = "igpo_loo"
+    gamma: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Discount per turn."""
+
+    gain_weight: tuple[float, float] = (1.0, 1.0)
+    """Weight of gains at the first and last step, linear between."""
+
+    outcome_weight: tuple[float, float] = (1.0, 1.0)
+    """Weight of the outcome at the first and last step."""
+
+
+class Eapo(AdvantageSection):
+    """EAPO (IterResearch, arXiv 2511.07327, eq. 5): the outcome discounted per remaining turn, z-scored over all turns of the group.
+
+    Its downsampling to a multiple of the data-parallel size is not needed here: ranks with fewer rows get blank ones.
+    """
+
+    name: Literal["eapo"] = "eapo"
+    gamma: Annotated[float, Field(ge=0, le=1)] = 0.95
+    """Discount of the outcome per remaining turn. The paper asks for less than 1 and does not state its value."""
 
 
 def igpo_turn_advantages(

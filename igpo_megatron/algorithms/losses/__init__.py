@@ -1,1 +1,1 @@
-"""Losses: per-token tensors in, sums out; the only files of this room that need torch. registry.py lists them. Begin there."""
+"""Losses: per-token tensors in, sums out. Their settings are read without torch. registry.py lists them. Begin there."""

@@ -2,14 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
-from torch import Tensor
+from pydantic import Field, NonNegativeFloat, PositiveFloat
 
+from igpo_megatron.algorithms.losses.base import Aggregation, PolicyLoss
 from igpo_megatron.algorithms.losses.tokens import Terms, Tokens, bounded_exp, clipped_surrogate, sequence_mean, unit
-from igpo_megatron.algorithms.settings import Bapo, Cispo, Gspo
 from igpo_megatron.types import Metric, StepCounts
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Gspo(PolicyLoss):
+    """GSPO (arXiv 2507.18071): PPO's clip on the geometric mean of a trajectory's ratios; turns keep their own advantages."""
+
+    name: Literal["gspo"] = "gspo"
+    clip_low: NonNegativeFloat = 3e-4
+    """Trajectories below 1 - clip_low get no gradient when the advantage is negative."""
+
+    clip_high: NonNegativeFloat = 4e-4
+    """Trajectories above 1 + clip_high get no gradient when the advantage is positive."""
+
+    @property
+    def sequence_level(self) -> bool:
+        return True
+
+
+class Cispo(PolicyLoss):
+    """CISPO (arXiv 2506.13585): REINFORCE weighted by a clipped ratio without gradient, so that no token loses its gradient."""
+
+    name: Literal["cispo"] = "cispo"
+    clip_low: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Ratios count at least 1 - clip_low; 1 sets no bound, as in the paper."""
+
+    clip_high: NonNegativeFloat = 0.28
+    """Ratios count at most 1 + clip_high. The paper tunes it and does not state its value; this is DAPO's."""
+
+    aggregation: Aggregation = "token_mean"
+    """As for ppo; the paper takes token_mean."""
+
+
+class Bapo(PolicyLoss):
+    """BAPO (arXiv 2510.18927): PPO whose bounds move, before every optimizer step, until positive advantages have their share.
+
+    Defaults are the paper's; its code has `first=lower`, `lower_step=0.05`, `positive_share=0.5`, and `lower=[0.6, 0.8]`,
+    `upper=[1.2, 2.0]` in its settings file.
+    """
+
+    name: Literal["bapo"] = "bapo"
+    lower: tuple[PositiveFloat, PositiveFloat] = (0.6, 0.9)
+    """First and last value of the lower bound on ratios."""
+
+    upper: tuple[PositiveFloat, PositiveFloat] = (1.2, 3.0)
+    """First and last value of the upper bound on ratios."""
+
+    first: Literal["upper", "lower"] = "upper"
+    """The bound that moves first; the other one moves when it has come to its end."""
+
+    lower_step: PositiveFloat = 0.02
+    """How far the lower bound moves at a time."""
+
+    upper_step: PositiveFloat = 0.05
+    """How far the upper bound moves at a time."""
+
+    positive_share: Annotated[float, Field(ge=0, le=1)] = 0.4
+    """Share of the clipped surrogate that positive advantages shall have; the bounds move until it is reached."""
+
+    dual_clip: Annotated[float, Field(gt=1)] | None = 3.0
+    """With a negative advantage the ratio counts at most this much; null turns it off."""
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        for name, (first, last) in (("lower", self.lower), ("upper", self.upper)):
+            if first > last:
+                yield f"loss.{name}={[first, last]}: expected [first, last] with first <= last"
+        if self.lower[1] > 1 or self.upper[0] < 1:
+            yield f"loss.lower={list(self.lower)} and loss.upper={list(self.upper)}: expected bounds below and above 1"
 
 
 def gspo(tokens: Tokens, counts: StepCounts, config: Gspo) -> Terms:
@@ -55,6 +125,8 @@ def balanced_bounds(log_ratios: Sequence[Tensor], advantages: Sequence[Tensor], 
     code, M counts the tokens that l clips, so a higher l takes gradient from negative tokens but never raises the share; and tokens are
     not weighted by the probability with which they were sampled, as the paper's sum is.
     """
+    import torch  # not above: the settings of these losses are read without it
+
     ratio = bounded_exp(torch.cat(list(log_ratios)))
     positive, negative = torch.cat(list(advantages)).unbind(-1)
     bound = {"upper": config.upper[0], "lower": config.lower[0]}

@@ -1,4 +1,6 @@
-"""Every loss by its name, and `objective`, by which all of them are trained: what it multiplies, adds and divides is the same for all.
+"""Every loss by its name; section `loss`, which is made of the rows; and `objective`, by which all losses are trained.
+
+What it multiplies, adds and divides is the same for all:
 
     Tokens ──mismatch──> advantages ──LOSSES[name]──> sum over tokens ──entropy bonus, KL term──> / count of the step ──> scalar
 
@@ -10,24 +12,41 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
-import torch
-from torch import Tensor
-
-from igpo_megatron.algorithms.losses.clipped import balanced_bounds, bapo, cispo, gspo
-from igpo_megatron.algorithms.losses.entropy import aepo, hapo
+from igpo_megatron.algorithms.losses.base import Aggregation, ClippedLoss, HookedLoss, LossSection, PolicyLoss
+from igpo_megatron.algorithms.losses.clipped import Bapo, Cispo, Gspo, balanced_bounds, bapo, cispo, gspo
+from igpo_megatron.algorithms.losses.entropy import Aepo, Hapo, aepo, hapo
 from igpo_megatron.algorithms.losses.tokens import Terms, Tokens, bounded_exp, clipped_surrogate, k3, sequence_mean
-from igpo_megatron.algorithms.settings import Aggregation, HookedLoss, Loss, PolicyLoss, Ppo, Sft
-from igpo_megatron.settings import load_hook
+from igpo_megatron.settings import load_hook, one_of, ours_or
 from igpo_megatron.types import Metric, StepCounts
 
-LossResult = tuple[Tensor, dict[str, Tensor]]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LossResult = tuple["Tensor", dict[str, "Tensor"]]
 """(scalar with gradient, metric name -> detached sum over trained tokens)."""
 
 
+class Ppo(ClippedLoss):
+    """Clipped policy gradient (PPO, arXiv 1707.06347) with dual clip (arXiv 1912.09729) and asymmetric bounds."""
+
+    name: Literal["ppo"] = "ppo"
+
+
+class Sft(LossSection):
+    """Cross-entropy on the action tokens of demonstrations."""
+
+    aggregation: ClassVar[Aggregation] = "token_mean"
+
+    name: Literal["sft"] = "sft"
+
+
 class LossEntry(NamedTuple):
-    """One row of `LOSSES`. What a run has to prepare for it (old entropies, a reference) is said by its section of the settings."""
+    """One row of `LOSSES`."""
+
+    section: type[LossSection]
+    """Its settings, and what a run has to prepare for it (old entropies, a reference)."""
 
     function: Callable[[Tokens, StepCounts, Any], Terms]
     """(tokens, counts of the step, its own section) -> its sum over tokens, which `objective` completes, and metrics per token."""
@@ -56,19 +75,24 @@ def sft(tokens: Tokens, counts: StepCounts, config: Sft) -> Terms:
 
 
 LOSSES: dict[str, LossEntry] = {
-    "ppo": LossEntry(ppo),
-    "aepo": LossEntry(aepo),
-    "hapo": LossEntry(hapo),
-    "bapo": LossEntry(bapo, bounds=balanced_bounds),
-    "gspo": LossEntry(gspo),
-    "cispo": LossEntry(cispo),
-    "sft": LossEntry(sft),
+    "ppo": LossEntry(Ppo, ppo),
+    "aepo": LossEntry(Aepo, aepo),
+    "hapo": LossEntry(Hapo, hapo),
+    "bapo": LossEntry(Bapo, bapo, bounds=balanced_bounds),
+    "gspo": LossEntry(Gspo, gspo),
+    "cispo": LossEntry(Cispo, cispo),
+    "sft": LossEntry(Sft, sft),
 }
+
+if TYPE_CHECKING:  # mypy cannot see a type that is made of rows
+    Loss = PolicyLoss | Sft
+else:
+    Loss = ours_or(HookedLoss, one_of(entry.section for entry in LOSSES.values()))
 
 
 def entry_of(config: Loss) -> LossEntry:
     """The row of a loss; one of the user's own is imported. Raises UserError where it cannot be."""
-    return LossEntry(load_hook("loss.name", config.name)) if isinstance(config, HookedLoss) else LOSSES[config.name]
+    return LossEntry(HookedLoss, load_hook("loss.name", config.name)) if isinstance(config, HookedLoss) else LOSSES[config.name]
 
 
 def objective(tokens: Tokens, counts: StepCounts, config: Loss) -> LossResult:
@@ -137,15 +161,15 @@ def mismatch_factor(old_logprobs: Tensor, behavior_logprobs: Tensor, sequence: T
             return bounded_exp(log_ratio).clamp(max=high)
         case "mask":
             ratio = bounded_exp(log_ratio)
-            return torch.where((ratio >= low) & (ratio <= high), ratio, 0.0)
+            return ratio.where((ratio >= low) & (ratio <= high), 0.0)
         case "mask_sequence":
             mean = bounded_exp(sequence_mean(log_ratio, sequence, sequences))
             return ((mean >= low) & (mean <= high)).to(log_ratio.dtype)
-    return torch.ones_like(log_ratio)
+    return log_ratio.new_ones(log_ratio.shape)
 
 
 def _sums_over_trained(per_token: dict[str, Tensor], weight: Tensor) -> dict[str, Tensor]:
     # Not values[trained]: a GPU would have to tell the host how many there are.
     trained = weight > 0
-    sums = {name: torch.where(trained, values, 0.0).sum() for name, values in per_token.items()}
+    sums = {name: values.where(trained, 0.0).sum() for name, values in per_token.items()}
     return {Metric.TRAINED_TOKENS: trained.sum().to(weight.dtype), **sums}

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from igpo_megatron.algorithms.losses.base import HookedLoss
 from igpo_megatron.algorithms.losses.tokens import Tokens
-from igpo_megatron.algorithms.settings import HookedLoss
 from igpo_megatron.types import EntropyStats, StepCounts
 
 

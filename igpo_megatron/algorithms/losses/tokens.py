@@ -12,13 +12,14 @@ A token with weight 0 is not trained.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # settings stand beside the losses, and are read without torch
+    from torch import Tensor
 
 from igpo_megatron.types import Metric
 
-Terms = tuple[Tensor, dict[str, Tensor]]
+Terms = tuple["Tensor", dict[str, "Tensor"]]
 """(sum over tokens with gradient, metric name -> [N] without gradient)."""
 
 _MAX_LOG_RATIO = 20.0
@@ -76,7 +77,7 @@ def sequence_mean(values: Tensor, sequence: Tensor, sequences: int) -> Tensor:
     """Every token's mean over the tokens of its own trajectory, of `sequences`. [N], [N] -> [N]"""
     sums, tokens = values.new_zeros(sequences), values.new_zeros(sequences)
     sums.index_add_(0, sequence, values)
-    tokens.index_add_(0, sequence, torch.ones_like(values))
+    tokens.index_add_(0, sequence, values.new_ones(values.shape))
     return (sums / tokens)[sequence]
 
 
@@ -104,12 +105,13 @@ def clipped_surrogate(
     """
     positive, negative = advantages.unbind(-1)
     lower, upper = 1.0 - clip_low, 1.0 + clip_high
-    floored = torch.clamp(ratio, min=lower)
+    floored = ratio.clamp(min=lower)
     floored = floored.clamp(max=dual_clip) if dual_clip else floored
-    total = (negative * floored - positive * (torch.clamp(ratio, max=upper) if capped is None else capped)).sum()
+    total = (negative * floored - positive * (ratio.clamp(max=upper) if capped is None else capped)).sum()
     fixed_ratio = ratio.detach()
-    dual_clipped = (negative > 0) & (fixed_ratio > dual_clip) if dual_clip else torch.zeros_like(negative, dtype=torch.bool)
-    clipped = ((positive > 0) & (fixed_ratio > upper)) | ((negative > 0) & (fixed_ratio < lower)) | dual_clipped
+    clipped = ((positive > 0) & (fixed_ratio > upper)) | ((negative > 0) & (fixed_ratio < lower))
+    if dual_clip:
+        clipped |= (negative > 0) & (fixed_ratio > dual_clip)
     return total, {Metric.CLIP_FRACTION: clipped.to(ratio.dtype)}
 
 

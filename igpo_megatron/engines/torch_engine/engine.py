@@ -16,12 +16,11 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
-from contextlib import nullcontext
-from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, InvalidStateError
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Self
 
 import torch
 
@@ -29,14 +28,12 @@ from igpo_megatron.chat.protocols.registry import protocol_of
 from igpo_megatron.chat.tokenizer import embedding_rows, load_tokenizer
 from igpo_megatron.chat.turn_ends import barred_rows, stop_tokens
 from igpo_megatron.config.schema import Config
-from igpo_megatron.engines.api import EngineError, EnginesEnded
+from igpo_megatron.engines.api import EngineError, EnginesEnded, require_logprobs
 from igpo_megatron.engines.torch_engine.model import TorchModel
 from igpo_megatron.engines.torch_engine.sampling import choose, entropies, processed_logprobs
 from igpo_megatron.supervision.waits import ENGINES, waiting
-from igpo_megatron.types import Canary, Completion, Metric, ProbeScore, RunStopped, SyncError
+from igpo_megatron.types import Canary, Completion, Metric, NamedTensors, ProbeScore, RunStopped, SamplingRequest, SyncError
 from igpo_megatron.weights.send import check_canary
-
-Answer = TypeVar("Answer")
 
 _NAME = "engine 0"
 _BATCH_TOKENS = 8192
@@ -49,11 +46,10 @@ _END_TIMEOUT_S = 20
 class _Turn:
     """One turn being sampled."""
 
-    context: list[int]
-    max_tokens: int
-    temperature: float
+    request: SamplingRequest
+    """Its `max_tokens` fit the context."""
+
     draws: random.Random
-    top_logprobs: int
     done: Future[Completion] = field(default_factory=Future)
     version: int = -1
     """Version of the weights that sampled the first token; -1 before it."""
@@ -67,7 +63,7 @@ class _Turn:
     @property
     def length(self) -> int:
         """Tokens whose keys and values are, or will be, cached when the next one is sampled."""
-        return len(self.context) + len(self.token_ids)
+        return len(self.request.token_ids) + len(self.token_ids)
 
 
 @dataclass(eq=False, slots=True)
@@ -100,7 +96,7 @@ class TorchEngine:
         # The following belongs to the thread while it steps, and otherwise to the holder of the condition.
         self._state = threading.Condition()
         self._open: set[_Turn | _Probe] = set()
-        """Requests without an answer."""
+        """Requests whose callers wait."""
 
         self._waiting: deque[_Turn] = deque()
         self._probes: deque[_Probe] = deque()
@@ -113,10 +109,9 @@ class TorchEngine:
 
     def __enter__(self) -> Self:
         device = self._device = _device(self._config)
-        dtype = self._config.model.dtype if self._engine.dtype == "auto" else self._engine.dtype
         self._model = TorchModel(
             self._config.model.path,
-            dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[dtype],
+            dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[self._engine.dtype_for(self._config.model.dtype)],
             device=device,
             slots=self._slots,
             capacity=self._config.rollout.max_context,
@@ -127,7 +122,7 @@ class TorchEngine:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -146,53 +141,32 @@ class TorchEngine:
             left = list(self._open)
             self._state.notify_all()
         for request in left:
-            if self._is_awaited(request):
+            with suppress(InvalidStateError):
                 request.done.set_exception(self._problem)
 
     def _answer(self, request: Any, answer: Any) -> None:
-        """Answer a request, if its caller still waits."""
-        if self._is_awaited(request):
+        """Answer a request, unless its caller has given up or been told of a problem."""
+        with suppress(InvalidStateError):
             request.done.set_result(answer)
-
-    def _is_awaited(self, request: Any) -> bool:
-        """True, once, if the request's caller still waits; whoever gets True must answer."""
-        with self._state:
-            if request not in self._open:
-                return False
-            self._open.remove(request)
-        return bool(request.done.set_running_or_notify_cancel())
 
     # ---- requests
 
-    async def generate(
-        self,
-        token_ids: list[int],
-        *,
-        max_tokens: int,
-        temperature: float,
-        seed: int,
-        key: str,
-        top_logprobs: int = 0,
-        experts_from: int | None = None,
-    ) -> Completion:
+    async def generate(self, request: SamplingRequest) -> Completion:
         """Sample one turn. Raises EngineError if it does not fit the context or takes too long."""
-        assert experts_from is None, "this engine returns no experts"
-        room = self._config.rollout.max_context - len(token_ids)
-        self._require("a turn", token_ids, room)
-        turn = _Turn(list(token_ids), min(max_tokens, room), temperature, random.Random(seed), top_logprobs)
-        return await self._ask("a turn", turn, self._waiting, turn.done)
+        assert request.experts_from is None, "this engine returns no experts"
+        room = self._config.rollout.max_context - len(request.token_ids)
+        self._require("a turn", request.token_ids, room)
+        turn = _Turn(replace(request, max_tokens=min(request.max_tokens, room)), random.Random(request.seed))
+        return await self._ask("a turn", turn, self._waiting)
 
     async def score_probe(self, token_ids: list[int], first: int, *, key: str) -> ProbeScore:
         """Raw log-probs of `token_ids[first:]`. Raises EngineError if they are not valid, or take too long."""
         assert 1 <= first < len(token_ids), f"tokens from {first} on of {len(token_ids)} cannot be scored"
         self._require("a probe", token_ids, self._config.rollout.max_context + 1 - len(token_ids))
         probe = _Probe(list(token_ids), first)
-        score = await self._ask("a probe", probe, self._probes, probe.done)
-        if not all(-math.inf < logprob <= 0.0 for logprob in score.logprobs):
-            raise EngineError(f"{_NAME} scored a probe with {score.logprobs}, which are no log-probs")
-        return score
+        return require_logprobs(await self._ask("a probe", probe, self._probes), _NAME)
 
-    async def _ask(self, what: str, request: Any, queue: deque[Any], done: Future[Answer]) -> Answer:
+    async def _ask(self, what: str, request: Any, queue: deque[Any]) -> Any:
         with self._state:
             if self._problem is not None:
                 raise self._problem
@@ -203,7 +177,7 @@ class TorchEngine:
         try:
             with waiting(what, on=_NAME, who=ENGINES):
                 async with asyncio.timeout(limit):
-                    return await asyncio.wrap_future(done)
+                    return await asyncio.wrap_future(request.done)
         except TimeoutError:
             raise EngineError(f"{_NAME} did not answer {what} within rollout.engine.request_timeout_s={limit:g}") from None
         finally:
@@ -248,7 +222,7 @@ class TorchEngine:
     def _step(self) -> None:
         """Sample one token for every new and running turn, and score the waiting probes."""
         if admitted := self._take(self._waiting, self._slots - len(self._running)):
-            logits = self._served.prefill([turn.context + turn.token_ids for turn in admitted], len(self._running))
+            logits = self._served.prefill([turn.request.token_ids + turn.token_ids for turn in admitted], len(self._running))
             self._running += admitted
             self._append(admitted, logits)
             self._retire()
@@ -279,20 +253,20 @@ class TorchEngine:
     def _append(self, turns: Sequence[_Turn], logits: torch.Tensor) -> None:
         """Sample the next token of each turn."""
         device = logits.device
-        temperatures = torch.tensor([turn.temperature for turn in turns], device=device)
+        temperatures = torch.tensor([turn.request.temperature for turn in turns], device=device)
         uniforms = torch.tensor([turn.draws.random() for turn in turns], dtype=torch.float64, device=device)
         logprobs = processed_logprobs(logits, temperatures, self._barred)
         tokens = choose(logprobs, temperatures, uniforms)
         chosen = logprobs.gather(-1, tokens[:, None])[:, 0].tolist()
         if not all(map(math.isfinite, chosen)):
             raise ArithmeticError("it computed logits that are not finite numbers")
-        spread = {top: entropies(logprobs, tokens, top).tolist() for top in {turn.top_logprobs for turn in turns} - {0}}
+        spread = {top: entropies(logprobs, tokens, top).tolist() for top in {turn.request.top_logprobs for turn in turns} - {0}}
         for row, (turn, token, logprob) in enumerate(zip(turns, tokens.tolist(), chosen, strict=True)):
             turn.version = self._version if turn.version < 0 else turn.version
             turn.token_ids.append(token)
             turn.logprobs.append(logprob)
-            if turn.top_logprobs:
-                turn.entropies.append(spread[turn.top_logprobs][row])
+            if top := turn.request.top_logprobs:
+                turn.entropies.append(spread[top][row])
             turn.finish = self._finish(turn)
 
     def _retire(self) -> None:
@@ -316,16 +290,12 @@ class TorchEngine:
             text = self._tokenizer.decode(turn.token_ids[-self._stop_window :], skip_special_tokens=False)
             if any(stop in text for stop in self._stop_strings):
                 return "stop"
-        return "length" if len(turn.token_ids) >= turn.max_tokens else None
+        return "length" if len(turn.token_ids) >= turn.request.max_tokens else None
 
     # ---- weights
 
     def update_weights(
-        self,
-        named_tensors: Iterable[tuple[str, Any]],
-        version: int,
-        canary: Canary | None = None,
-        exported: Callable[[], None] | None = None,
+        self, named_tensors: NamedTensors, version: int, canary: Canary | None = None, exported: Callable[[], None] | None = None
     ) -> dict[str, float]:
         """Replace all weights and serve them as `version` once they have passed the canary; returns metrics. Raises SyncError.
 

@@ -10,7 +10,7 @@ depends on the others in the batch; it stops at token ids but not at texts, scor
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from igpo_megatron.engines.torch_engine import weights as torch_weights
 from igpo_megatron.engines.torch_engine.cache import SlotCache
-from igpo_megatron.types import UserError
+from igpo_megatron.types import NamedTensors, UserError
 
 _LOGIT_ROWS = 512
 """Rows of fp32 logits in memory at once while sequences are scored."""
@@ -101,7 +101,7 @@ class TorchModel:
 
     # ---- weights and memory
 
-    def load(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int, engine: str) -> int:
+    def load(self, named_tensors: NamedTensors, version: int, engine: str) -> int:
         """Replace all weights; returns their bytes. Raises SyncError naming `engine` and the first tensor that is missing or wrong."""
         return torch_weights.load(named_tensors, self._places, version, engine)
 

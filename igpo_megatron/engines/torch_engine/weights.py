@@ -6,12 +6,12 @@ its own: it is the embedding.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
-from igpo_megatron.types import SyncError
+from igpo_megatron.types import NamedTensors, SyncError
 
 _EXPERTS = {"mixtral": ("block_sparse_moe", "w1", "w3", "w2")}
 _USUAL_EXPERTS = ("mlp", "gate_proj", "up_proj", "down_proj")
@@ -39,7 +39,7 @@ def _names(kept: str, tensor: torch.Tensor, module: str, gate: str, up: str, dow
 
 
 @torch.no_grad()
-def load(named_tensors: Iterable[tuple[str, torch.Tensor]], held: Mapping[str, torch.Tensor], version: int, engine: str) -> int:
+def load(named_tensors: NamedTensors, held: Mapping[str, torch.Tensor], version: int, engine: str) -> int:
     """Copy a complete model into `held`; returns its bytes. Raises SyncError naming the first tensor that is missing or wrong."""
     missing, nbytes = dict(held), 0
     for name, tensor in named_tensors:

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from igpo_megatron.data.corpus import Passage, read_corpus
-from igpo_megatron.search.backend import SearchBackend, require
+from igpo_megatron.search.backend import SearchBackend
 from igpo_megatron.search.results import SearchResult
 from igpo_megatron.search.settings import Search
 from igpo_megatron.types import UserError
@@ -169,7 +169,6 @@ class Bm25Client(CorpusClient):
     @classmethod
     def open(cls, search: Search) -> Bm25Client:
         """Read and index the corpus. UserError names the line at fault."""
-        require(cls, search)
         assert search.corpus is not None
         return cls(Bm25Index(read_corpus(search.corpus)), search.top_k)
 

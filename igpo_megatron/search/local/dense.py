@@ -20,7 +20,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from igpo_megatron.data.corpus import Passage, join_contents, read_corpus
-from igpo_megatron.search.backend import require
 from igpo_megatron.search.local.bm25 import CorpusClient, some_passages
 from igpo_megatron.search.results import SearchResult
 from igpo_megatron.search.settings import Search
@@ -82,14 +81,18 @@ class DenseIndex:
         self._nearest = _faiss(self.vectors) or _numpy(self.vectors)
 
     def search(self, queries: Sequence[str], k: int) -> list[tuple[tuple[Passage, float], ...]]:
-        """Per query the `k` best (passage, cosine), best first."""
+        """Per query the `k` best (passage, cosine), best first; none for a query without words, which also has nearest passages."""
+        asked = [query for query in queries if query.strip()]
+        if not asked:
+            return [()] * len(queries)
         with self._encoding:  # encoders are not thread-safe
-            asked = unit_rows(self._encode([self._query_prefix + query for query in queries]))
-        scores, rows = self._nearest(asked, min(k, len(self.passages)))
-        return [
-            tuple((self.passages[row], float(score)) for row, score in zip(best, values, strict=True))
-            for best, values in zip(rows, scores, strict=True)
-        ]
+            vectors = unit_rows(self._encode([self._query_prefix + query for query in asked]))
+        scores, rows = self._nearest(vectors, min(k, len(self.passages)))
+        found = {
+            query: tuple((self.passages[row], float(score)) for row, score in zip(best, values, strict=True))
+            for query, best, values in zip(asked, rows, scores, strict=True)
+        }
+        return [found.get(query, ()) for query in queries]
 
 
 def unit_rows(vectors: NDArray[Any]) -> Vectors:
@@ -151,7 +154,6 @@ class DenseClient(CorpusClient):
     @classmethod
     def open(cls, config: Search) -> DenseClient:
         """Load the encoder, read and embed `search.corpus`. UserError if something is missing."""
-        require(cls, config)
         assert config.corpus is not None and config.encoder is not None
         index = DenseIndex(
             read_corpus(config.corpus),
@@ -166,8 +168,7 @@ class DenseClient(CorpusClient):
     async def search(self, queries: Sequence[str]) -> list[SearchResult]:
         """One result per query: the nearest passages, at any distance. A query without words is `empty`."""
         start = time.perf_counter()
-        asked = [query for query in queries if query.strip()]
-        found = await asyncio.to_thread(self.index.search, asked, self.top_k) if asked else []
+        found = await asyncio.to_thread(self.index.search, queries, self.top_k)
         took = time.perf_counter() - start
-        hits = {query: [passage for passage, _ in best] for query, best in zip(asked, found, strict=True)}
-        return [SearchResult.answered(query, self.provider, hits.get(query, ()), took) for query in queries]
+        hits = ([passage for passage, _ in best] for best in found)
+        return [SearchResult.answered(query, self.provider, best, took) for query, best in zip(queries, hits, strict=True)]

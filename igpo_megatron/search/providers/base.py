@@ -12,9 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from igpo_megatron.data.corpus import Passage
-from igpo_megatron.search.settings import Search
 from igpo_megatron.supervision.blotting import blot_value
-from igpo_megatron.types import UserError
 
 Passages = tuple[Passage, ...]
 """Of one query, best first."""
@@ -34,24 +32,19 @@ class Secret:
     value: str = field(repr=False)
 
     @classmethod
-    def from_config(cls, config: Search, usual: str | None) -> Secret | None:
-        """The back-end's key, from the variable `usual` unless the settings name another; None if it needs none.
-
-        Raises UserError if its variable is not set.
-        """
-        variable = config.api_key_env or usual
-        if variable is None:
-            return None
-        value = os.environ.get(variable, "").strip()
-        if not value:
-            where = f"search.api_key_env={variable}" if config.api_key_env else f"search.backend={config.backend} needs {variable}"
-            raise UserError(f"{where}: that environment variable is not set; export it")
-        return cls(variable, value)
+    def read(cls, variable: str | None) -> Secret | None:
+        """The key in an environment variable, which is set; None without a variable."""
+        return cls(variable, os.environ[variable].strip()) if variable else None
 
 
 def blot(text: str, key: Secret | None) -> str:
     """The text without the key, in any form in which it is sent."""
     return text if key is None else blot_value(text, key.value)
+
+
+def bearer(key: Secret | None) -> dict[str, str]:
+    """The usual header of a token; none without a key."""
+    return {} if key is None else {"Authorization": f"Bearer {key.value}"}
 
 
 @dataclass(frozen=True, slots=True)

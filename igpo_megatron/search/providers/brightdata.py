@@ -7,8 +7,8 @@ from typing import Any
 from urllib.parse import urlencode
 
 from igpo_megatron.data.corpus import Passage
-from igpo_megatron.search.providers.base import Request, Sign
-from igpo_megatron.search.providers.web import WebApi, bearer, items, passage
+from igpo_megatron.search.providers.base import Request, Sign, bearer
+from igpo_megatron.search.providers.web import WebApi, items, passage
 
 
 @dataclass(frozen=True, kw_only=True)

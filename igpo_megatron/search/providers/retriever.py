@@ -15,7 +15,7 @@ from typing import Any
 
 from igpo_megatron.data.corpus import Passage, split_contents
 from igpo_megatron.search.http import HttpBackend
-from igpo_megatron.search.providers.base import Passages, Request, Unreadable
+from igpo_megatron.search.providers.base import Passages, Request, Unreadable, bearer
 from igpo_megatron.search.settings import Search
 
 
@@ -28,7 +28,6 @@ class Retriever(HttpBackend):
 
     provider = "retriever"
     decides = ("url", "top_k")
-    needs = (("url", ", such as http://127.0.0.1:8000/retrieve"),)
 
     @classmethod
     def problems(cls, search: Search) -> Iterator[str]:
@@ -37,9 +36,8 @@ class Retriever(HttpBackend):
             yield f"search.backend=retriever needs search.url, such as http://127.0.0.1:8000/retrieve; found {search.url!r}"
 
     def request(self, queries: Sequence[str]) -> Request:
-        headers = {"Authorization": f"Bearer {self.key.value}"} if self.key else {}
         body = {"queries": list(queries), "topk": self.top_k, "return_scores": self.return_scores}
-        return Request("POST", self.url, headers=headers, body=body)
+        return Request("POST", self.url, headers=bearer(self.key), body=body)
 
     def read(self, answer: Any, num_queries: int) -> list[Passages]:
         lists = answer.get("result") if isinstance(answer, dict) else None

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from igpo_megatron.data.corpus import Passage
-from igpo_megatron.search.providers.base import Request, Sign
-from igpo_megatron.search.providers.web import WebApi, bearer, items, passage
+from igpo_megatron.search.providers.base import Request, Sign, bearer
+from igpo_megatron.search.providers.web import WebApi, items, passage
 
 
 class Tavily(WebApi):

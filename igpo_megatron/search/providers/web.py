@@ -91,8 +91,3 @@ def cut(query: str, most: int) -> str:
     if len(query) <= most:
         return query
     return query[:most].rpartition(" ")[0] or query[:most]
-
-
-def bearer(key: Secret) -> dict[str, str]:
-    """The usual header of a token."""
-    return {"Authorization": f"Bearer {key.value}"}

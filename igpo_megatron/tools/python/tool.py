@@ -30,7 +30,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -87,8 +86,6 @@ class PythonResult:
     error: str | None = None
     """Traceback, or one sentence; None on success."""
 
-    latency_s: float = 0.0
-
 
 class PythonTool:
     """Runs code for the policy. Used from one event loop; nothing is kept between calls."""
@@ -133,13 +130,11 @@ class PythonTool:
     async def run(self, code: str) -> PythonResult:
         """Run `code` once. Problems are statuses, never exceptions; if the call is cancelled, the code is killed."""
         async with self._slots:
-            start = time.perf_counter()
             with _scratch() as folder:
                 report = await self._call_runner(self._job(code, folder), folder)
-            took = time.perf_counter() - start
         if report.get("end") in (PythonStatus.OK, PythonStatus.ERROR, PythonStatus.TIMEOUT, PythonStatus.LIMIT):
-            return PythonResult(PythonStatus(report["end"]), report["stdout"], report["value"], report["error"], took)
-        return PythonResult(PythonStatus.FAILED, error=report.get("error") or "the sandbox ended without a report", latency_s=took)
+            return PythonResult(PythonStatus(report["end"]), report["stdout"], report["value"], report["error"])
+        return PythonResult(PythonStatus.FAILED, error=report.get("error") or "the sandbox ended without a report")
 
     async def _call_runner(self, job: bytes, folder: str) -> dict[str, Any]:
         """The runner's report; empty if there is none."""

@@ -18,6 +18,7 @@ import aiohttp
 import yarl
 from aiohttp.abc import AbstractResolver, ResolveResult
 
+from igpo_megatron.tools.settings import Visit
 from igpo_megatron.tools.visit.addresses import is_public
 
 Lookup = Callable[[str], Awaitable[Sequence[str]]]
@@ -68,9 +69,6 @@ class FetchFailed(Exception):
 @dataclass(frozen=True, slots=True)
 class Fetched:
     """A page as it was received."""
-
-    url: str
-    """Final address, after redirects."""
 
     content_type: str
     """Media type in lower case without parameters, e.g. `text/html`."""
@@ -128,31 +126,22 @@ class CheckedResolver(AbstractResolver):
 class Fetcher:
     """Downloads pages. Used from one event loop; connections belong to it."""
 
-    def __init__(
-        self,
-        *,
-        timeout_s: float,
-        max_bytes: int,
-        max_redirects: int,
-        user_agent: str,
-        allow_hosts: Sequence[str] = (),
-        lookup: Lookup = system_lookup,
-    ):
-        self.timeout_s, self.max_bytes, self.max_redirects = timeout_s, max_bytes, max_redirects
+    def __init__(self, config: Visit, lookup: Lookup):
+        self.config = config
         self._headers = {
-            "User-Agent": user_agent,
+            "User-Agent": config.user_agent,
             "Accept": "text/html,application/xhtml+xml,application/pdf;q=0.9,text/plain;q=0.8",
         }
-        self._resolver = CheckedResolver(lookup, allow_hosts)
+        self._resolver = CheckedResolver(lookup, config.allow_hosts)
         self._session: aiohttp.ClientSession | None = None
 
     async def fetch(self, url: str) -> Fetched:
         """The page at `url`, redirects followed, within the limits. Raises FetchFailed."""
         try:
-            async with asyncio.timeout(self.timeout_s):
+            async with asyncio.timeout(self.config.timeout_s):
                 return await self._follow(url)
         except TimeoutError:
-            raise FetchFailed(PageStatus.TIMEOUT, f"no answer within {self.timeout_s:g} s") from None
+            raise FetchFailed(PageStatus.TIMEOUT, f"no answer within {self.config.timeout_s:g} s") from None
         except aiohttp.ClientConnectorDNSError as error:
             missing = error.os_error.errno in (socket.EAI_NONAME, socket.EAI_NODATA)
             status = PageStatus.UNREADABLE if missing else PageStatus.ERROR
@@ -171,12 +160,12 @@ class Fetcher:
 
     async def _follow(self, url: str) -> Fetched:
         target = self._checked(url)
-        for _ in range(self.max_redirects + 1):
+        for _ in range(self.config.max_redirects + 1):
             found = await self._hop(target)
             if isinstance(found, Fetched):
                 return found
             target = self._checked(found, base=target)
-        raise FetchFailed(PageStatus.UNREADABLE, f"more than {self.max_redirects} redirects")
+        raise FetchFailed(PageStatus.UNREADABLE, f"more than {self.config.max_redirects} redirects")
 
     def _checked(self, text: str, base: yarl.URL | None = None) -> yarl.URL:
         """A permitted address. Host names are checked when they are resolved, numeric addresses here."""
@@ -202,7 +191,7 @@ class Fetcher:
             # Created here because a session belongs to its event loop. No proxies (trust_env is off) and no cookies.
             self._session = aiohttp.ClientSession(
                 headers=self._headers,
-                timeout=aiohttp.ClientTimeout(total=self.timeout_s),
+                timeout=aiohttp.ClientTimeout(total=self.config.timeout_s),
                 connector=aiohttp.TCPConnector(resolver=self._resolver, use_dns_cache=False, limit=0),
                 cookie_jar=aiohttp.DummyCookieJar(),
             )
@@ -215,10 +204,10 @@ class Fetcher:
             packed = response.headers.get("Content-Encoding", "").strip().lower()
             if packed not in DECODED:
                 raise FetchFailed(PageStatus.UNREADABLE, f"encoded as {packed[:80]!r}, which is not supported")
-            body = bytearray()
+            body, most = bytearray(), self.config.max_page_kib * 2**10
             # Decoded bytes are counted, so a page that unpacks to gigabytes is abandoned early.
             async for part in response.content.iter_chunked(65_536):
                 body += part
-                if len(body) > self.max_bytes:
-                    raise FetchFailed(PageStatus.UNREADABLE, f"larger than {self.max_bytes} bytes")
-            return Fetched(str(url), response.content_type.lower(), response.charset, bytes(body))
+                if len(body) > most:
+                    raise FetchFailed(PageStatus.UNREADABLE, f"larger than {most} bytes")
+            return Fetched(response.content_type.lower(), response.charset, bytes(body))

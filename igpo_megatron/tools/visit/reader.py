@@ -6,18 +6,18 @@ url, goal ──fetch──> body ──extract──> title, text ──start |
 from __future__ import annotations
 
 import asyncio
-import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from igpo_megatron.data.corpus import Passage
+from igpo_megatron.search.http import RequestFailed, retrying
 from igpo_megatron.search.local.bm25 import Bm25Index
 from igpo_megatron.tools.base import Description, Observed
 from igpo_megatron.tools.settings import Visit
 from igpo_megatron.tools.visit.extract import ExtractionFailed, Extractor, kind_of
 from igpo_megatron.tools.visit.fetch import Fetched, Fetcher, FetchFailed, Lookup, PageStatus, system_lookup
-from igpo_megatron.tools.visit.summary import Summariser, SummaryFailed, retrying
+from igpo_megatron.tools.visit.summary import Summariser
 from igpo_megatron.untrusted import clean_text
 
 VISIT = Description(
@@ -41,9 +41,6 @@ CountTokens = Callable[[str], int]
 class Page:
     """The outcome of one visit."""
 
-    url: str
-    """As asked for."""
-
     status: PageStatus
     title: str = ""
     text: str = ""
@@ -52,32 +49,18 @@ class Page:
     error: str | None = None
     """One sentence for people; None if the page was read."""
 
-    latency_s: float = 0.0
-    """Wall time of the visit, waiting for a slot excluded."""
-
 
 class PageReader:
     """Visits pages for the policy. Used from one event loop."""
 
-    def __init__(self, config: Visit, count_tokens: CountTokens, *, summariser: Summariser | None = None, lookup: Lookup = system_lookup):
+    def __init__(self, config: Visit, count_tokens: CountTokens, *, lookup: Lookup = system_lookup):
+        """Raises UserError if the summariser's settings are wrong."""
         self.config = config
         self._count = count_tokens
-        self._summariser = summariser
+        self._summariser = Summariser(config.summary) if config.summary.url else None
         self._slots = asyncio.Semaphore(config.max_concurrency)
         self._extractor = Extractor(config.workers, config.extract_timeout_s)
-        self._fetcher = Fetcher(
-            timeout_s=config.timeout_s,
-            max_bytes=config.max_page_kib * 2**10,
-            max_redirects=config.max_redirects,
-            user_agent=config.user_agent,
-            allow_hosts=config.allow_hosts,
-            lookup=lookup,
-        )
-
-    @classmethod
-    def from_config(cls, config: Visit, count_tokens: CountTokens) -> PageReader:
-        """Raises UserError if the summariser's settings are wrong."""
-        return cls(config, count_tokens, summariser=Summariser.from_config(config.summary))
+        self._fetcher = Fetcher(config, lookup)
 
     async def use(self, arguments: Sequence[str]) -> Observed:
         """Visit `arguments[0]`, looking for `arguments[1]` if it is given."""
@@ -89,13 +72,11 @@ class PageReader:
     async def visit(self, url: str, goal: str | None = None) -> Page:
         """Read a page. Problems are statuses, never exceptions."""
         async with self._slots:
-            start = time.perf_counter()
             try:
                 title, text = await self._read(url, goal)
-                status, error = PageStatus.OK if text else PageStatus.EMPTY, None
+                return Page(PageStatus.OK if text else PageStatus.EMPTY, title, text)
             except FetchFailed as failed:
-                status, title, text, error = failed.status, "", "", clean_text(f"{url[:200]}: {failed}")
-            return Page(url, status, title, text, error, time.perf_counter() - start)
+                return Page(failed.status, error=clean_text(f"{url[:200]}: {failed}"))
 
     async def close(self) -> None:
         """Close connections and end the workers."""
@@ -121,9 +102,8 @@ class PageReader:
         if text and self._summariser is not None:
             try:
                 text = await self._summariser.summarise(text, goal)
-            except SummaryFailed as error:
-                status = PageStatus.TIMEOUT if error.timeout else PageStatus.ERROR
-                raise FetchFailed(status, f"the summariser failed: {error}") from None
+            except RequestFailed as error:
+                raise FetchFailed(PageStatus(error.status), f"the summariser failed: {self._summariser.url}: {error}") from None
         return page.title, text
 
 
