@@ -284,7 +284,7 @@ async def exchange(session: aiohttp.ClientSession, request: Request, key: Secret
 
 async def _send(session: aiohttp.ClientSession, request: Request) -> tuple[int, Mapping[str, str], bytes]:
     body = bytearray()
-    # No redirects: they would carry the key to another host.
+    # No redirects: they would carry the key and the body to another host.
     async with session.request(
         request.method, request.url, params=request.params, headers=request.headers, json=request.body, allow_redirects=False
     ) as response:

@@ -17,8 +17,6 @@ from igpo_megatron.config.load import load
 from igpo_megatron.data.prompts import PromptStream
 from igpo_megatron.types import Node, RolloutGroup
 
-pytestmark = pytest.mark.timeout(600)
-
 STEPS, QUESTIONS, AHEAD = 4, 3, 1
 SETTINGS = (
     f"run.steps={STEPS}",

@@ -16,8 +16,6 @@ from demo_runs import ROOT, DemoRuns, end, family
 
 from igpo_megatron.types import RolloutGroup, Status
 
-pytestmark = pytest.mark.timeout(600)  # the first test pays for the start of the engine
-
 QUESTIONS, SAMPLES = 3, 6
 SMALL = (
     "run.steps=2",

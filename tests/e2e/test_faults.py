@@ -146,7 +146,6 @@ def wait_for(path: Path, processes: list[subprocess.Popen[str]], timeout_s: floa
         time.sleep(0.005)
 
 
-@pytest.mark.timeout(600)
 def test_two_hosts_survive_a_killed_rank_and_a_cut_link_and_train_what_one_node_trains(folder: Path, uninterrupted: list[float]) -> None:
     reason = hosts.available()
     if reason:

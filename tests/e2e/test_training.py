@@ -24,8 +24,6 @@ from igpo_megatron.cli import app
 from igpo_megatron.config.load import load
 from igpo_megatron.data.prompts import PromptStream
 
-pytestmark = pytest.mark.timeout(600)  # the first test pays for starting the whole stack twice
-
 STEPS, QUESTIONS, SAMPLES = 3, 3, 4
 SMALL = (
     f"run.steps={STEPS}",
