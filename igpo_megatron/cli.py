@@ -203,6 +203,8 @@ def _torchrun(ranks: int, max_restarts: int = 0) -> Iterator[Callable[..., objec
         except RanksFailed as failed:
             typer.echo(failed.ending.text, err=True, nl=False)
             raise typer.Exit(failed.ending.code) from None
+        finally:
+            del os.environ[MEETING_FOLDER]
 
 
 @app.command("eval", epilog="Example: igpo eval run.yaml --model runs/a/checkpoints/step_000040 --data test.parquet")
