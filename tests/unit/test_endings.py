@@ -27,6 +27,7 @@ from igpo_megatron.launch import agent
 from igpo_megatron.observability.rollout_dump import write_rollouts
 from igpo_megatron.observability.run_folder import RunFolder, held, read_summary, write_whole
 from igpo_megatron.plan import machines
+from igpo_megatron.policy.parallel import MEETING_FOLDER
 from igpo_megatron.supervision.endings import LAUNCHED, Ended, Ending, ending_of, interruptible, leave, reason_left, signals_restored
 from igpo_megatron.types import Node, PeerStopped, Prompt, RolloutGroup, RunStopped, Status, Trajectory, UserError
 
@@ -240,8 +241,9 @@ def test_the_launcher_tells_the_first_cause_of_a_rank_that_failed_alone(
     monkeypatch.setattr(agent, "RANK_MODULE", "failing_rank")
     environment = mock.patch.dict(os.environ, PYTHONPATH=f"{tmp_path}:{ROOT}")
     with environment, signals_restored(), pytest.raises(typer.Exit) as ended, cli._torchrun(2) as start:
+        assert Path(os.environ[MEETING_FOLDER]).is_dir()
         start(str(tmp_path))
-    assert ended.value.exit_code == 1
+    assert ended.value.exit_code == 1 and MEETING_FOLDER not in os.environ
     said = "ValueError: zip() argument 2 is shorter than argument 1"
     why = f"stopped: rank 1 failed: {said} (traceback: {tmp_path}/failures/rank1.txt); the same command resumes from the last checkpoint\n"
     assert capfd.readouterr() == ("", why)
