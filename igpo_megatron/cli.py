@@ -204,7 +204,7 @@ def _torchrun(ranks: int, max_restarts: int = 0) -> Iterator[Callable[..., objec
             typer.echo(failed.ending.text, err=True, nl=False)
             raise typer.Exit(failed.ending.code) from None
         finally:
-            os.environ.pop(MEETING_FOLDER)  # the folder ends here; ranks that this process starts otherwise must not look for it
+            del os.environ[MEETING_FOLDER]  # its folder ends here; ranks that this process starts otherwise must not look for it
 
 
 @app.command("eval", epilog="Example: igpo eval run.yaml --model runs/a/checkpoints/step_000040 --data test.parquet")

@@ -276,12 +276,13 @@ import sys
 from pathlib import Path
 from igpo_megatron.config.schema import Track
 from igpo_megatron.observability.tracker import Tracker
+from igpo_megatron.types import Metric
 
 folder = Path(sys.argv[1])
 with Tracker(folder, Track(wandb="online"), name="demo", total_steps=1) as tracker:
     with tracker.phase("train"):
         pass
-    tracker.log(1, {"reward": 0.5})
+    tracker.log(1, {Metric.REWARD: 0.5})
 """
 
 
