@@ -52,6 +52,7 @@ setup(
         "dev": [
             "fastapi",
             "furo",
+            "huggingface-hub",
             "hypothesis",
             "markdown-it-py",
             "mypy",

@@ -105,7 +105,7 @@ def _is_finished(settings: Config) -> bool:
     from igpo_megatron.observability.summary import show_finished
 
     show_finished(summary, folder.report)
-    more = "" if planned_over_steps(settings) else ", to go on raise run.steps"
+    more = "" if planned_over_steps(settings) or settings.run.stop_after == "rollout" else ", to go on raise run.steps"
     typer.echo(f"this run is finished; to train again choose another run.name, or remove {folder.root}{more}")
     return True
 
@@ -203,6 +203,8 @@ def _torchrun(ranks: int, max_restarts: int = 0) -> Iterator[Callable[..., objec
         except RanksFailed as failed:
             typer.echo(failed.ending.text, err=True, nl=False)
             raise typer.Exit(failed.ending.code) from None
+        finally:
+            del os.environ[MEETING_FOLDER]  # its folder ends here; ranks that this process starts otherwise must not look for it
 
 
 @app.command("eval", epilog="Example: igpo eval run.yaml --model runs/a/checkpoints/step_000040 --data test.parquet")

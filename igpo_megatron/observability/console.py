@@ -51,15 +51,15 @@ SHOWN_EVAL = {
 class Display:
     """The console of one run."""
 
-    def __init__(self, name: str, total_steps: int, step: int, console: Console) -> None:
-        """`step`: the last one that is done."""
+    def __init__(self, name: str, total_steps: int, step: int, row: Mapping[str, Any], console: Console) -> None:
+        """`step`: the last one that is done; `row`: its metrics."""
         self._name, self._total_steps, self._step, self._console = name, total_steps, step, console
         self._live: Live | None = None
         self._phase: Phase | None = None
         self._phase_since = time.monotonic()
         self._detail: float | str | None = None
         self._printed_detail_at = -math.inf
-        self._row: Mapping[str, Any] = {}
+        self._row = row
         self._step_ends = deque([(step, time.monotonic())], maxlen=RATE_STEPS + 1)
         self._unshown_s = 0.0
         """Time of steps that no printed line has included yet."""

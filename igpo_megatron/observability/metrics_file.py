@@ -28,22 +28,22 @@ class MetricsFile:
     """The file of one run, to which its main rank writes."""
 
     def __init__(self, path: Path, resumed_step: int) -> None:
-        """Keep the rows of steps up to `resumed_step`, whose phases are `totals`; the file is replaced in one go."""
+        """Keep rows up to step `resumed_step`: `row` is the last, `totals` has their phases. The file is replaced in one go."""
         rows = read_metrics(path) if path.exists() else []
         kept = [row for row in rows if row["step"] <= resumed_step]
         with whole(path) as part:
             part.write_bytes(b"".join(map(_line, kept)))
         self.totals = sum_phases(kept)
         self._path = path
-        self._row: dict[str, Any] = kept[-1] if kept else {"step": None}
-        self._row_offset = path.stat().st_size - len(_line(self._row)) if kept else 0
+        self.row: dict[str, Any] = kept[-1] if kept else {"step": None}
+        self._row_offset = path.stat().st_size - len(_line(self.row)) if kept else 0
 
     def write(self, step: int, metrics: Mapping[str, float], times: Mapping[str, float]) -> dict[str, Any]:
         """Append the step's row, or replace the last row if it belongs to the same step; return it."""
         row: dict[str, Any] = {"step": step, "time": round(time.time(), 3), "phases_s": {}}
         with self._path.open("r+b") as file:
-            if self._row["step"] == step:
-                row = {**self._row, "time": row["time"]}
+            if self.row["step"] == step:
+                row = {**self.row, "time": row["time"]}
                 file.seek(self._row_offset)
             else:
                 self._row_offset = file.seek(0, os.SEEK_END)
@@ -53,7 +53,7 @@ class MetricsFile:
             row.update((name, value if math.isfinite(value) else None) for name, value in metrics.items())
             file.write(_line(row))
             file.truncate()
-        self._row = row
+        self.row = row
         return row
 
 

@@ -168,10 +168,10 @@ def read_summary(folder: RunFolder) -> dict[str, Any] | None:
 
 
 def read_object(path: Path, what_to_do: str) -> dict[str, Any]:
-    """The object in a JSON file of the run. Raises UserError with `what_to_do` if the file is damaged."""
+    """The object in a JSON file of the run. Raises UserError with `what_to_do` if the file is damaged, OSError if it cannot be read."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged (not JSON: {error}); {what_to_do}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} is damaged (it holds a {type(value).__name__}, expected an object); {what_to_do}")

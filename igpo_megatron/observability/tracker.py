@@ -62,7 +62,7 @@ class Tracker:
             self._file = MetricsFile(folder / "metrics.jsonl", resumed_step)
             self._totals = self._file.totals
             self._wandb = start_wandb(folder, config, name)
-        self._display = Display(name, total_steps, resumed_step, console or Console(highlight=False))
+        self._display = Display(name, total_steps, resumed_step, self._file.row if self._file else {}, console or Console(highlight=False))
 
     @contextmanager
     def phase(self, name: Phase) -> Iterator[None]:

@@ -22,7 +22,7 @@ from igpo_megatron.types import UserError
 Value = TypeVar("Value")
 
 MEETING_FOLDER = "IGPO_MEETING_FOLDER"
-"""Environment variable of ranks that `igpo` started on one machine: an empty folder, in which rank 0 says on which port they meet."""
+"""Environment variable of ranks that `igpo` started on one machine: a folder of their own, in which rank 0 says where they meet."""
 
 
 @dataclass(frozen=True, slots=True)

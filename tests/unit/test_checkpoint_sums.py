@@ -225,6 +225,15 @@ def test_a_finished_run_goes_on_to_more_steps_where_none_depends_on_their_number
         open_folder(of_steps(tmp_path, 40, *same))
 
 
+@pytest.mark.parametrize(("setting", "advised"), [("run.seed=1", True), ("optim.decay=linear", False), ("run.stop_after=rollout", False)])
+def test_more_steps_are_advised_only_where_they_are_accepted(setting: str, advised: bool, tmp_path: Path) -> None:
+    finished(tmp_path, setting)
+    path = tmp_path / "run.yaml"
+    path.write_text(to_json(of_steps(tmp_path, 40, setting)))
+    again = CliRunner().invoke(app, ["train", str(path)])
+    assert "this run is finished" in again.output and ("to go on raise run.steps" in again.output) == advised
+
+
 @pytest.mark.parametrize(
     ("setting", "why"),
     [

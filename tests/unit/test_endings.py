@@ -27,6 +27,7 @@ from igpo_megatron.launch import agent
 from igpo_megatron.observability.rollout_dump import write_rollouts
 from igpo_megatron.observability.run_folder import RunFolder, held, read_summary, write_whole
 from igpo_megatron.plan import machines
+from igpo_megatron.policy.parallel import MEETING_FOLDER
 from igpo_megatron.supervision.endings import LAUNCHED, Ended, Ending, ending_of, interruptible, leave, reason_left, signals_restored
 from igpo_megatron.types import Node, PeerStopped, Prompt, RolloutGroup, RunStopped, Status, Trajectory, UserError
 
@@ -239,8 +240,11 @@ def test_the_launcher_tells_the_first_cause_of_a_rank_that_failed_alone(
     (tmp_path / "failing_rank.py").write_text(RANK, encoding="utf-8")
     monkeypatch.setattr(agent, "RANK_MODULE", "failing_rank")
     environment = mock.patch.dict(os.environ, PYTHONPATH=f"{tmp_path}:{ROOT}")
-    with environment, signals_restored(), pytest.raises(typer.Exit) as ended, cli._torchrun(2) as start:
-        start(str(tmp_path))
+    with environment:  # which forgets what is set inside
+        with signals_restored(), pytest.raises(typer.Exit) as ended, cli._torchrun(2) as start:
+            assert Path(os.environ[MEETING_FOLDER]).is_dir()
+            start(str(tmp_path))
+        assert MEETING_FOLDER not in os.environ, "ranks that are started otherwise would look for a folder that is gone"
     assert ended.value.exit_code == 1
     said = "ValueError: zip() argument 2 is shorter than argument 1"
     why = f"stopped: rank 1 failed: {said} (traceback: {tmp_path}/failures/rank1.txt); the same command resumes from the last checkpoint\n"

@@ -66,13 +66,28 @@ def ask(pool: EnginePool, key: str = "q", seed: int = 3) -> Any:
     return pool.generate(SamplingRequest([1, 2], max_tokens=5, temperature=1.0, seed=seed, key=key))
 
 
+def test_an_engine_is_started_with_what_ends_every_turn_and_asked_with_the_whole_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    actor, started = Actor(turn()), []
+    pool, _ = pool_of(actor)
+    member = pool._fleet.members[0]
+    actor.place = SimpleNamespace(remote=lambda: None)  # type: ignore[attr-defined]
+    actor.start = SimpleNamespace(remote=lambda *arguments: started.append(arguments))  # type: ignore[attr-defined]
+    monkeypatch.setattr(pool._fleet, "wait_for", lambda *_: (7, "node"))
+    monkeypatch.setattr(pool._fleet, "_is_here", lambda *_: True)
+    pool._fleet._load(member)
+    ((options, weights, turns),) = started
+    assert (weights, turns["stop_token_ids"], turns["stop"], options["skip_tokenizer_init"]) == ("weights", [2], [], True)
+    request = SamplingRequest([1, 2], 5, 0.5, 3, "q", top_logprobs=-1, experts_from=1)
+    asyncio.run(pool.generate(request))
+    assert actor.asked == [(request,)]
+
+
 def test_equal_keys_go_to_the_same_engine_and_others_are_spread() -> None:
     actors = [Actor(turn()), Actor(turn())]
     pool, _ = pool_of(*actors)
     for key in "abcdefgh":
         for _ in range(2):
             asyncio.run(ask(pool, key))
-    assert pool._fleet._turns["stop_token_ids"] == [2]
     assert sum(len(actor.asked) for actor in actors) == 16 and all(actor.asked and len(actor.asked) % 2 == 0 for actor in actors)
 
 

@@ -129,7 +129,8 @@ def test_scores_of_a_checkpoint_carry_the_step_after_which_it_was_saved(tmp_path
             "engines.factory.open_engines",
         ):
             stack.enter_context(mock.patch(f"igpo_megatron.{name}", return_value=mock.MagicMock(notes=[])))
-        rollouter = mock.Mock(run_sync=mock.Mock(return_value=[group_of(1.0)]))
+        rollouter = mock.Mock()
+        rollouter.start.return_value.result.return_value = [group_of(1.0)]
         stack.enter_context(mock.patch("igpo_megatron.agent.rollouter.Rollouter", return_value=nullcontext(rollouter)))
         stack.enter_context(mock.patch("igpo_megatron.training.evaluate.score"))
         assert evaluate_checkpoint(config, checkpoint, tmp_path / "out")["step"] == 2

@@ -298,6 +298,14 @@ def test_size_is_bounded_and_what_is_left_out_is_counted(tmp_path):
     assert (len(small["groups"]), small["total"]) == (1, 5)
 
 
+def test_rollout_files_that_are_not_named_after_a_step_are_not_the_runs(tmp_path):
+    folder = make_run(tmp_path)
+    shown = [file["label"] for file in page_of(folder).data["files"]]
+    for place in ("rollouts", "eval"):
+        shutil.copy(next((folder / place).glob("step_*.parquet")), folder / place / "step_mine.parquet")
+    assert [file["label"] for file in page_of(folder).data["files"]] == shown
+
+
 def test_rollout_files_left_out_are_counted(tmp_path):
     folder = make_run(tmp_path)
     shown = len(page_of(folder).data["files"])

@@ -217,6 +217,14 @@ def test_a_terminal_shows_phase_progress_numbers_and_eta_in_place(tmp_path, cloc
     assert "step 1/4  reward +0.500  F1 0.125  0.0 s\n" in output.getvalue(), "the live display has the ETA"
 
 
+def test_a_terminal_shows_the_last_numbers_of_a_run_that_resumes(tmp_path):
+    open_tracker(tmp_path)[0].log(1, {"reward": 0.5})
+    tracker, _ = open_tracker(tmp_path, resumed_step=1, terminal=True)
+    view = Console(file=io.StringIO(), width=120, highlight=False, _environ={})
+    view.print(tracker._display.render())
+    assert view.file.getvalue().splitlines()[1].strip() == "reward +0.500"
+
+
 def test_what_the_project_logs_is_printed_while_asked_for(tmp_path):
     tracker, output = open_tracker(tmp_path)
     log = logging.getLogger("igpo_megatron.kernels.somewhere")
@@ -268,12 +276,13 @@ import sys
 from pathlib import Path
 from igpo_megatron.config.schema import Track
 from igpo_megatron.observability.tracker import Tracker
+from igpo_megatron.types import Metric
 
 folder = Path(sys.argv[1])
 with Tracker(folder, Track(wandb="online"), name="demo", total_steps=1) as tracker:
     with tracker.phase("train"):
         pass
-    tracker.log(1, {"reward": 0.5})
+    tracker.log(1, {Metric.REWARD: 0.5})
 """
 
 

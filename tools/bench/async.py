@@ -20,11 +20,10 @@ import typer
 from common import RESULTS, ROOT, finish, kept_cell, standard_error, table, train
 from rich.console import Console
 
-from igpo_megatron.observability.metrics_file import read_metrics
+from igpo_megatron.observability.metrics_file import STEP_PHASES, read_metrics
 
 CONFIG = ROOT / "examples/quickstart/igpo.yaml"
 CELLS = RESULTS / "cpu" / "async"
-STEP_PHASES = ("rollout", "score", "advantage", "train", "sync")
 
 
 def main(

@@ -16,10 +16,9 @@ from typing import Annotated, Any
 import typer
 from common import finish, train, world_facts
 
-from igpo_megatron.observability.metrics_file import read_metrics
+from igpo_megatron.observability.metrics_file import STEP_PHASES, read_metrics
 
 SCORERS = ("fold", "sequential")
-PHASES = ("rollout", "score", "advantage", "train", "sync")
 
 
 def main(
@@ -49,7 +48,7 @@ def main(
 def phases(metrics: Path) -> dict[str, Any]:
     """Median seconds of each phase of a step, and their shares of the step."""
     rows = [row["phases_s"] for row in read_metrics(metrics) if row["step"] > 1]
-    seconds = {name: median(row.get(name, 0.0) for row in rows) for name in PHASES}
+    seconds = {name: median(row.get(name, 0.0) for row in rows) for name in STEP_PHASES}
     total = sum(seconds.values())
     return {
         "seconds": {"step": round(total, 3), **{name: round(value, 3) for name, value in seconds.items()}},

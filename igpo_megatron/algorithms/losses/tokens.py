@@ -14,10 +14,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from igpo_megatron.types import Metric
+
 if TYPE_CHECKING:  # settings stand beside the losses, and are read without torch
     from torch import Tensor
-
-from igpo_megatron.types import Metric
 
 Terms = tuple["Tensor", dict[str, "Tensor"]]
 """(sum over tokens with gradient, metric name -> [N] without gradient)."""

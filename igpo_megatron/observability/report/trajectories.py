@@ -22,10 +22,10 @@ from igpo_megatron.types import Node, RolloutGroup, Trajectory
 
 def rollout_files(run_folder: Path) -> list[tuple[Path, str]]:
     """(file, label): the first, middle and last training step, then the first and last evaluation of each kind."""
-    training = sorted((run_folder / "rollouts").glob("step_*.parquet"))
+    training = _files(run_folder / "rollouts")
     picked = [(path, f"Training, step {step_of(path)}") for path in _spread(training, 3)]
     kinds: dict[str, list[Path]] = {}
-    for path in sorted((run_folder / "eval").glob("step_*.parquet")):
+    for path in _files(run_folder / "eval"):
         kinds.setdefault(re.sub(r"^step_\d+_?", "", path.stem), []).append(path)
     evaluations = [
         (path, f"Held-out{', ' if kind else ''}{kind}, after step {step_of(path)}")
@@ -37,8 +37,13 @@ def rollout_files(run_folder: Path) -> list[tuple[Path, str]]:
 
 def files_left_out(run_folder: Path, shown: Sequence[tuple[Path, str]]) -> str:
     """One sentence about rollout files that are not on the page; empty if all are."""
-    count = sum(len(list((run_folder / folder).glob("step_*.parquet"))) for folder in ("rollouts", "eval"))
+    count = sum(len(_files(run_folder / folder)) for folder in ("rollouts", "eval"))
     return f"The page holds {len(shown)} of the run's {count} rollout files." if count > len(shown) else ""
+
+
+def _files(folder: Path) -> list[Path]:
+    """Rollout files of steps, in order; files of other names are not the run's."""
+    return sorted(path for path in folder.glob("step_*.parquet") if step_of(path) is not None)
 
 
 def _spread(paths: Sequence[Path], count: int) -> list[Path]:
