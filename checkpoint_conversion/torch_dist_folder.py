@@ -38,7 +38,7 @@ from checkpoint_conversion.architectures import local_name
 from checkpoint_conversion.folders import complete_file
 from checkpoint_conversion.hf_folder import raw_bytes
 from checkpoint_conversion.rules import ConversionError, Rule
-from checkpoint_conversion.torch_file import append_archive, load_index, map_tensor
+from checkpoint_conversion.torch_file import append_archive, load_index, map_file, map_tensor
 from checkpoint_conversion.units import MAX_SHARD_BYTES, Reader, Unit, shards
 
 _LAYER_KEY = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
@@ -90,6 +90,7 @@ class MegatronReader(Reader):
         except _DAMAGED_PICKLE as error:
             raise ConversionError(f"{self.folder / '.metadata'} is damaged ({error}); copy the checkpoint again") from error
         self._place = dict(self._places())
+        self._contents: dict[str, Tensor] = {}
         self._check_files()
 
     def names(self) -> list[str]:
@@ -134,12 +135,17 @@ class MegatronReader(Reader):
         info: _StorageInfo = self._metadata.storage_data[MetadataIndex(key, chunk.offsets)]
         try:
             with (self.folder / info.relative_path).open("rb") as file:
-                tensor = map_tensor(file, info.offset, info.length)
+                tensor = map_tensor(file, self._content(info.relative_path), info.offset, info.length)
         except ValueError as error:
             raise ConversionError(f"{self.folder / info.relative_path} is damaged at {key} ({error}); copy the checkpoint again") from error
         if tuple(tensor.shape) != tuple(chunk.sizes):
             raise ConversionError(f"{key} in {self.folder} is {list(tensor.shape)}, but the index says {list(chunk.sizes)}")
         return tensor
+
+    def _content(self, file: str) -> Tensor:
+        if file not in self._contents:  # one mapping for all tensors of a file: the system limits their number
+            self._contents[file] = map_file(self.folder / file)
+        return self._contents[file]
 
     def _places(self) -> Iterator[tuple[str, Place]]:
         for key, entry in self._metadata.state_dict_metadata.items():

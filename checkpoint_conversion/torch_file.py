@@ -6,8 +6,8 @@ torch.save writes a zip archive, not compressed: `NAME/data.pkl` describes the o
 from __future__ import annotations
 
 import io
-import mmap
 import pickle
+import struct
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any, BinaryIO
@@ -57,12 +57,18 @@ def load_mapped(path: Path) -> Any:
     """
     try:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=False, pickle_module=_INERT)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+    except (*_DAMAGED, ValueError) as error:
         raise ConversionError(f"{path} is not a complete file of torch.save ({error}); copy the checkpoint again") from error
 
 
-def map_tensor(file: IO[bytes], start: int, length: int) -> Tensor:
-    """The one tensor of an archive inside a larger file, mapped in place.
+def map_file(path: Path) -> Tensor:
+    """A file's bytes, [N] uint8, mapped; the file does not stay open."""
+    # A private mapping, because torch requires writable memory; nothing is written to it.
+    return torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+
+
+def map_tensor(file: IO[bytes], content: Tensor, start: int, length: int) -> Tensor:
+    """The one tensor of an archive inside a larger file, a part of the file's `content` (`map_file`).
 
     Raises ValueError if there is no archive of one tensor.
     """
@@ -70,22 +76,29 @@ def map_tensor(file: IO[bytes], start: int, length: int) -> Tensor:
         described = torch.load(_create_file_view(file, start, length), map_location="meta", weights_only=True)
         if not isinstance(described, Tensor):
             raise ValueError(f"a {type(described).__name__} is no tensor")
+        needed = described.untyped_storage().nbytes()
         archive = torch._C.PyTorchFileReader(_create_file_view(file, start, length))
         (record,) = [name for name in archive.get_all_records() if name.startswith("data/")]
         at, size = start + archive.get_record_offset(record), archive.get_record_size(record)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, AttributeError, TypeError) as error:
-        raise ValueError(f"no archive of one tensor: {error!r}") from error
-    needed = described.untyped_storage().nbytes()
+    except _DAMAGED as error:
+        # torch hides what it found behind the advice to load the file unsafely.
+        raise ValueError(f"no archive of one tensor: {error.__context__ or error!r}") from error
+    size = min(size, start + length - at)
     if needed > size:
         raise ValueError(f"a tensor of {needed} bytes does not fit into {size} bytes")
     if not described.numel():
         return torch.empty(described.shape, dtype=described.dtype)
-    page = at // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
-    # A private mapping, because torch requires writable memory; nothing is written to it.
-    mapped = mmap.mmap(file.fileno(), at + needed - page, access=mmap.ACCESS_COPY, offset=page)
-    raw = torch.frombuffer(mapped, dtype=torch.uint8, count=needed, offset=at - page)
+    raw = content[at : at + needed]
     aligned = raw if raw.data_ptr() % described.dtype.itemsize == 0 else raw.clone()
-    return aligned.view(described.dtype).as_strided(described.shape, described.stride(), described.storage_offset())
+    values = aligned.view(described.dtype)
+    return values.as_strided(described.shape, described.stride(), values.storage_offset() + described.storage_offset())
+
+
+_DAMAGED = (
+    *(pickle.UnpicklingError, struct.error, EOFError, RuntimeError, AssertionError, ArithmeticError, MemoryError),
+    *(LookupError, AttributeError, TypeError),
+)
+"""What torch.load raises for damaged bytes, besides ValueError."""
 
 
 class _StandIn:

@@ -242,6 +242,7 @@ class Trial:
     """How torchrun's agents meet."""
 
     network: hosts.Hosts | None = None
+    _token: str = field(default_factory=lambda: secrets.token_hex(16))
     _job: Job | None = None
     _starts: int = 0
     _done: list[Kill] = field(default_factory=list)
@@ -284,7 +285,7 @@ class Trial:
         self._starts += 1
         folder = self.logs / f"start_{self._starts:02d}"
         folder.mkdir(parents=True)
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_TOKEN": secrets.token_hex(16), "HF_HUB_OFFLINE": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_TOKEN": self._token, "HF_HUB_OFFLINE": "1"}
         self._job = Job(self.network, self.count, [*self.arguments, "--rendezvous", self.rendezvous], folder, environment)
 
     def end(self) -> None:

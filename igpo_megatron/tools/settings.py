@@ -42,7 +42,7 @@ class Summary(Section):
             yield f"visit.summary.url={self.url!r}: expected an address such as http://127.0.0.1:8001/v1"
         if self.model is None:
             yield "visit.summary.url needs visit.summary.model, the model's name at that server"
-        if self.api_key_env is not None and not os.environ.get(self.api_key_env):
+        if self.api_key_env is not None and not os.environ.get(self.api_key_env, "").strip():
             yield f"visit.summary.api_key_env={self.api_key_env}: that environment variable is not set; export it, or set it to null"
 
 

@@ -20,8 +20,10 @@ from typing import BinaryIO
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from test_conversion import CONFIGS, SMALL, assert_same_bits, hf_folder
+from torch import Tensor
 from typer.testing import CliRunner
 
 from bench.memory import anonymous_peak
@@ -35,7 +37,8 @@ from checkpoint_conversion.folders import new_folder, partial_of
 from checkpoint_conversion.hf_folder import HfReader
 from checkpoint_conversion.inspection import inspect
 from checkpoint_conversion.rules import ConversionError
-from checkpoint_conversion.torch_file import map_tensor
+from checkpoint_conversion.torch_dist_folder import MegatronReader
+from checkpoint_conversion.torch_file import load_mapped, map_file, map_tensor
 
 SHARD_BYTES = 60_000
 
@@ -243,8 +246,8 @@ def test_a_config_of_other_sizes_is_refused_in_both_directions(hf, megatron, tmp
     assert not (tmp_path / "out").exists() and not partial_of(tmp_path / "out").exists()
 
 
-def archives(folder: Path, *contents: object) -> tuple[BinaryIO, list[tuple[int, int]]]:
-    """A file with files of torch.save in it, one behind the other, at odd places; (the open file, where each lies)."""
+def archives(folder: Path, *contents: object) -> tuple[BinaryIO, Tensor, list[tuple[int, int]]]:
+    """A file with files of torch.save in it, one behind the other, at odd places; (the open file, its bytes, where each lies)."""
     whole, spans = b"odd", []
     for content in contents:
         stream = io.BytesIO()
@@ -252,7 +255,7 @@ def archives(folder: Path, *contents: object) -> tuple[BinaryIO, list[tuple[int,
         spans.append((len(whole), stream.tell()))
         whole += stream.getvalue() + b"!"
     (folder / "file").write_bytes(whole)
-    return (folder / "file").open("rb"), spans
+    return (folder / "file").open("rb"), map_file(folder / "file"), spans
 
 
 def test_tensors_inside_a_file_are_mapped_whatever_their_strides(tmp_path):
@@ -263,25 +266,26 @@ def test_tensors_inside_a_file_are_mapped_whatever_their_strides(tmp_path):
         base.T,
         base[1:3, 2:],
         base.bfloat16(),
+        base.byte()[1:],
         base.long(),
         torch.tensor(3.0),
         torch.empty(0, 5),
         base[:1].expand(4, 6),
         large,
     ]
-    file, spans = archives(tmp_path, *tensors)
+    file, content, spans = archives(tmp_path, *tensors)
     with file:
-        found = [map_tensor(file, *span) for span in spans]
+        found = [map_tensor(file, content, *span) for span in spans]
     for tensor, mapped in zip(tensors, found, strict=True):
         assert mapped.dtype == tensor.dtype and mapped.shape == tensor.shape and torch.equal(mapped, tensor)
 
 
 def test_what_is_no_tensor_in_a_file_is_refused(tmp_path):
-    file, spans = archives(tmp_path, {"a": torch.ones(2)}, [1], torch.ones(200))
+    file, content, spans = archives(tmp_path, {"a": torch.ones(2)}, [1], torch.ones(200))
     with file:
         for start, length in [*spans[:2], (0, 10), (spans[2][0], spans[2][1] - 60), (spans[2][0] + 7, spans[2][1] - 7)]:
             with pytest.raises(ValueError):
-                map_tensor(file, start, length)
+                map_tensor(file, content, start, length)
 
 
 class Liar:
@@ -292,16 +296,46 @@ class Liar:
 
 
 def test_a_tensor_that_says_it_is_larger_than_its_bytes_is_refused(tmp_path):
-    file, (span,) = archives(tmp_path, Liar())
+    file, content, (span,) = archives(tmp_path, Liar())
     with file, pytest.raises(ValueError, match="a tensor of 800 bytes does not fit into 16 bytes"):
-        map_tensor(file, *span)
+        map_tensor(file, content, *span)
     whole = io.BytesIO()
     torch.save(torch.ones(200)[:150], whole)
     with zipfile.ZipFile(whole) as old, zipfile.ZipFile(tmp_path / "short", "w") as new:
         for name in old.namelist():
             new.writestr(name, old.read(name)[:8] if name.endswith("data/0") else old.read(name))
     with (tmp_path / "short").open("rb") as file, pytest.raises(ValueError, match="a tensor of 800 bytes does not fit into 8 bytes"):
-        map_tensor(file, 0, (tmp_path / "short").stat().st_size)
+        map_tensor(file, map_file(tmp_path / "short"), 0, (tmp_path / "short").stat().st_size)
+
+
+def test_damaged_bytes_of_a_tensor_are_a_tensor_or_one_kind_of_error(tmp_path):
+    stream = io.BytesIO()
+    torch.save(torch.arange(12.0).reshape(3, 4), stream)
+    whole, path = stream.getvalue(), tmp_path / "file"
+    described = whole.index(b"\x80\x02", whole.index(b"data.pkl"))
+    refused = 0
+    for place in range(described, whole.index(b"PK", described), 3):
+        for value in b"\x00BJR\xff":
+            path.write_bytes(whole[:place] + bytes([value]) + whole[place + 1 :])
+            try:
+                with path.open("rb") as file:
+                    map_tensor(file, map_file(path), 0, len(whole))
+            except ValueError as error:
+                assert "weights_only" not in str(error), "torch's advice to load damaged bytes without care"
+                refused += 1
+    assert refused > 50
+    path.write_bytes(whole.replace(b"_rebuild_tensor_v2", b"\xffrebuild_tensor_v2"))
+    with pytest.raises(ConversionError, match=r"file is not a complete file of torch\.save \('utf-8' codec can't decode byte 0xff"):
+        load_mapped(path)
+
+
+def test_a_reader_holds_no_file_open_however_many_tensors_it_has_given(tmp_path):
+    state = {f"decoder.layers.{layer}.input_layernorm.weight": torch.full((8,), float(layer), dtype=torch.uint8) for layer in range(64)}
+    dcp.save(state, checkpoint_id=tmp_path, no_dist=True)
+    reader = MegatronReader(tmp_path)
+    before = os.listdir("/proc/self/fd")
+    held = [reader.get(name) for name in reader.names()]
+    assert len(os.listdir("/proc/self/fd")) == len(before) and sum(int(tensor[0]) for tensor in held) == 63 * 32
 
 
 # ---- classic layout

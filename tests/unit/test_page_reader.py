@@ -480,7 +480,7 @@ def test_a_page_is_summarised_by_an_openai_compatible_server(monkeypatch: pytest
     ("answer", "tries", "error"),
     [
         (lambda: web.Response(status=500, text="overloaded"), 2, "HTTP 500"),
-        (lambda: web.Response(status=401, text="no such key"), 1, "HTTP 401"),
+        (lambda: web.Response(status=401, text="no such key: s3cret"), 1, "HTTP 401: 'no such key: ***'"),
         (lambda: {"error": "x"}, 1, "choices"),
         (lambda: reply(None), 1, "wrote nothing"),
     ],
@@ -491,8 +491,16 @@ def test_a_failing_summariser_is_an_error_of_ours_and_its_key_is_not_shown(answe
     assert len(server.chat) == tries and "s3cret" not in str(page)
 
 
-@pytest.mark.parametrize(("settings", "complaint"), [({}, "model"), ({"model": "m", "api_key_env": "NO_SUCH_KEY"}, "NO_SUCH_KEY")])
-def test_the_summarisers_settings_are_checked(settings: dict[str, str], complaint: str) -> None:
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({}, "model"),
+        ({"model": "m", "api_key_env": "NO_SUCH_KEY"}, "NO_SUCH_KEY"),
+        ({"model": "m", "api_key_env": "BLANK_KEY"}, "BLANK_KEY: that environment variable is not set"),
+    ],
+)
+def test_the_summarisers_settings_are_checked(settings: dict[str, str], complaint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BLANK_KEY", " \n")
     with pytest.raises(ValueError, match=complaint):
         PageReader(Visit(summary=Summary(url="http://127.0.0.1:9/v1", **settings)), words)
 
