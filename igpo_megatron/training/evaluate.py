@@ -234,5 +234,5 @@ def saved_after(checkpoint: Path) -> int:
         return 0
     try:
         return int(json.loads(state.read_text(encoding="utf-8"))["step"])
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
+    except (ValueError, OverflowError, LookupError, TypeError, RecursionError) as error:
         raise UserError(f"{state} is damaged ({error!r}), expected an object with a step; restore the checkpoint from a copy") from None

@@ -140,7 +140,7 @@ def test_scores_of_a_checkpoint_carry_the_step_after_which_it_was_saved(tmp_path
 
 def test_a_checkpoint_of_the_converter_has_no_step_and_a_damaged_one_is_named(tmp_path):
     assert saved_after(tmp_path) == 0
-    for text in ("{", "[]", '{"step": null}'):
+    for text in ("{", "[]", '{"step": null}', '{"step": Infinity}'):
         (tmp_path / "state.json").write_text(text)
         with pytest.raises(UserError, match=r"state\.json is damaged"):
             saved_after(tmp_path)
