@@ -41,8 +41,9 @@ docs: venv
 	@$(DOCS)
 	@echo "open docs/_build/index.html"
 
-# What starts no vLLM, so that two files fit beside each other; test_checks.py runs tests/gpu/test_policy_gpu.py.
-LIGHT := tests/gpu/test_checks.py $(addprefix tests/e2e/test_,faults.py torch_training.py previous_run.py) \
+# One process each, and no vLLM, so that they fit beside the distributed tests. Runs of several ranks do not: ranks that wait for each other
+# on busy cores take twice as long. test_checks.py runs tests/gpu/test_policy_gpu.py.
+LIGHT := $(addprefix tests/e2e/test_,torch_training.py previous_run.py) \
   $(addprefix tests/gpu/test_,linear_logprob_gpu.py token_loss_gpu.py transformer_engine.py)
 
 test: check
