@@ -41,7 +41,7 @@ docs: venv
 	@$(DOCS)
 	@echo "open docs/_build/index.html"
 
-# One process each, and no vLLM, so that they fit beside the distributed tests. Runs of several ranks do not: ranks that wait for each other
+# Short, and without vLLM, so that they fit beside the distributed tests. Long runs of several ranks do not: ranks that wait for each other
 # on busy cores take twice as long. test_checks.py runs tests/gpu/test_policy_gpu.py.
 LIGHT := $(addprefix tests/e2e/test_,torch_training.py previous_run.py) \
   $(addprefix tests/gpu/test_,linear_logprob_gpu.py token_loss_gpu.py transformer_engine.py)
