@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from igpo_megatron.supervision.endings import LAUNCHED, Ending, read, signals_restored
-from igpo_megatron.supervision.leftovers import end_with_parent
+from igpo_megatron.supervision.leftovers import end_with_parent, whole
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -103,7 +103,8 @@ def main(spec: dict[str, Any]) -> int:
         ending = failed.ending
     except RendezvousError as error:
         ending = Ending("error", 1, f"the agents of the nodes did not meet: {error}")
-    Path(spec["outcome"]).write_text(json.dumps(asdict(ending)), encoding="utf-8")
+    with whole(Path(spec["outcome"])) as part:
+        part.write_text(json.dumps(asdict(ending)), encoding="utf-8")
     return ending.code
 
 

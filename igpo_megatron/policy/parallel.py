@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from igpo_megatron.config.schema import Config
+from igpo_megatron.supervision.leftovers import whole
 from igpo_megatron.supervision.waits import waiting
 from igpo_megatron.types import UserError
 
@@ -159,9 +160,8 @@ def _loopback_store(rank: int, timeout: timedelta) -> dist.TCPStore:
     listener = socket.create_server((host, port if said is None else 0), backlog=1024)
     port = listener.getsockname()[1]
     if said is not None:
-        whole = said.with_suffix(".partial")
-        whole.write_text(str(port), encoding="ascii")
-        whole.rename(said)
+        with whole(said) as part:
+            part.write_text(str(port), encoding="ascii")
     return dist.TCPStore(host, port, is_master=True, timeout=timeout, wait_for_workers=False, master_listen_fd=listener.detach())
 
 

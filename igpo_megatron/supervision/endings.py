@@ -30,6 +30,7 @@ from typing import Any, Literal, NoReturn
 
 from checkpoint_conversion import ConversionError
 from igpo_megatron.supervision.failures import in_short, keep_failure
+from igpo_megatron.supervision.leftovers import whole
 from igpo_megatron.types import PeerStopped, RunStopped, UserError
 
 Kind = Literal["done", "interrupted", "signal", "error", "peer"]
@@ -160,9 +161,10 @@ def leave(ending: Ending) -> Ending:
     path, written = os.environ.get("TORCHELASTIC_ERROR_FILE"), False
     if path:
         values = {"message": ending.sentence, "timestamp": int(ending.time), "ending": asdict(ending)}
-        with suppress(OSError):  # the temporary folder may be full, too
-            Path(path).write_text(json.dumps(values), encoding="utf-8")
-            written = True
+        # Whole or absent: torchrun's agent dies of half a file. This rank may be killed here when another ends, and the disk may be full.
+        with suppress(OSError), whole(Path(path)) as part:
+            part.write_text(json.dumps(values), encoding="utf-8")
+        written = Path(path).is_file()
     if not (written and os.environ.get(LAUNCHED)) and ending.kind != "peer":
         sys.stderr.write(ending.text)
         sys.stderr.flush()

@@ -17,6 +17,7 @@ from unittest import mock
 import pytest
 import torch
 import typer
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from typer.testing import CliRunner
 
 from checkpoint_conversion import ConversionError
@@ -207,9 +208,31 @@ def test_a_rank_whose_reason_cannot_be_left_says_it_itself(
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     leave(Ending("error", 1, "engine 0 died"))
     assert capsys.readouterr().err == "" and (tmp_path / "error.json").is_file()
-    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "absent/error.json"))
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json/error.json"))
     leave(Ending("error", 1, "engine 0 died"))
     assert capsys.readouterr().err.startswith("stopped: engine 0 died")
+
+
+CUT_SHORT = """
+import os, resource, sys
+from igpo_megatron.supervision.endings import Ending, leave
+how = sys.argv[1]
+if how == "full":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20))
+else:
+    os.replace = os.rename = lambda *_: os.kill(os.getpid(), 9)
+leave(Ending("error", 1, "engine 0 died"))
+"""
+
+
+@pytest.mark.parametrize("how", ["full", "killed"])
+def test_a_reason_that_could_not_be_written_whole_is_absent_for_the_agent_of_torchrun(how: str, tmp_path: Path) -> None:
+    path = tmp_path / "error.json"
+    environment = {**os.environ, LAUNCHED: "1", "TORCHELASTIC_ERROR_FILE": str(path), "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run([sys.executable, "-c", CUT_SHORT, how], env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == (0 if how == "full" else -9), ended.stderr
+    assert ProcessFailure(0, 1, 1, str(path)).message, "it raises on half a file"
+    assert how == "killed" or ended.stderr.startswith("stopped: engine 0 died")
 
 
 def test_a_rank_that_a_signal_without_a_name_ended_is_told_too() -> None:
