@@ -30,7 +30,7 @@ from igpo_megatron.observability.run_folder import RunFolder, held, read_summary
 from igpo_megatron.plan import machines
 from igpo_megatron.policy.parallel import MEETING_FOLDER
 from igpo_megatron.supervision.endings import LAUNCHED, Ended, Ending, ending_of, interruptible, leave, reason_left, signals_restored
-from igpo_megatron.types import Node, PeerStopped, Prompt, RolloutGroup, RunStopped, Status, Trajectory, UserError
+from igpo_megatron.types import Node, Prompt, RolloutGroup, RunStopped, Status, Trajectory, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "examples/quickstart/igpo.yaml")
@@ -44,7 +44,6 @@ NCCL_REMOTE = "remote process exited or there was a network error, NCCL version 
         (UserError("no such file"), "error", 2, "no such file"),
         (ConversionError("no such folder"), "error", 2, "no such folder"),
         (RunStopped("engine 0 died"), "error", 1, "engine 0 died"),
-        (PeerStopped("step_000001 could not be written"), "peer", 1, "step_000001 could not be written"),
         (KeyboardInterrupt(), "interrupted", 130, "rank 1 was interrupted by SIGINT"),
         (KeyboardInterrupt("SIGTERM"), "interrupted", 143, "rank 1 was interrupted by SIGTERM"),
         (SystemExit(15), "interrupted", 143, "rank 1 was interrupted by SIGTERM"),  # Ray's answer to SIGTERM
