@@ -48,7 +48,7 @@ def make_config(model: Path, **overrides: Any) -> Config:
         "run": {"device": "cpu", "steps": 10},
         "loss": {"kl_coef": 0.0},
         "optim": {"lr": 1e-2, "weight_decay": 0.01},
-        "parallel": {"timeout_s": 60},
+        "parallel": {"timeout_s": 300},
     }
     for key, value in overrides.items():
         section, name = key.split("__")
@@ -108,12 +108,12 @@ def run_ranks_for_each(function: Callable[..., Any], configs: Sequence[Config], 
     finally:
         for process in ranks:
             process.join(timeout=10)
-            if process.is_alive():
-                process.kill()
+            process.kill()
+            process.join()
     return [[results[rank][number] for rank in range(world)] for number in range(len(configs))]
 
 
-def _next(queue: Any, ranks: Sequence[Any], timeout: float = 120) -> Any:
+def _next(queue: Any, ranks: Sequence[Any], timeout: float = 300) -> Any:
     """What the next rank has to say. Raises AssertionError at once where one died without a word, instead of waiting for it."""
     deadline = time.monotonic() + timeout
     while True:

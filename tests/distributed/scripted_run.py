@@ -79,7 +79,7 @@ def run(folder: Path, arguments: Sequence[str], script: Script, world: int = 1) 
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(120)
+        process.join(300)
         process.kill()
         process.join()
     return [process.exitcode or 0 for process in ranks], (folder / "printed.txt").read_text(encoding="utf-8")

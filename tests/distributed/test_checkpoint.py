@@ -50,7 +50,7 @@ def save_behind_training(
     trained, write = threading.Event(), checkpoint_writer._write
 
     def late(*arguments: Any) -> None:
-        assert trained.wait(120)
+        assert trained.wait(300)
         write(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -221,8 +221,9 @@ def run_file(path: Path, code: str) -> tuple[int | None, str]:
     path.write_text(code, encoding="utf-8")
     process = FORK.Process(target=_run_file, args=(path,))
     process.start()
-    process.join(120)
+    process.join(300)
     process.kill()
+    process.join()
     return process.exitcode, path.with_suffix(".txt").read_text(encoding="utf-8")
 
 

@@ -29,7 +29,7 @@ def run_verify(*folders: Path) -> tuple[int, str]:
 
     process = context.Process(target=work)
     process.start()
-    found: tuple[int, str] = queue.get(timeout=120)
+    found: tuple[int, str] = queue.get(timeout=300)
     process.join()
     return found
 
