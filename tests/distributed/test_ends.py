@@ -196,6 +196,17 @@ def test_an_interruption_in_any_phase_is_one_sentence_and_what_was_opened_is_clo
     assert (tmp_path / "closed").is_file() or phase == "starting"
 
 
+def test_rollouts_that_hang_are_the_cause_and_not_the_rank_that_waits_for_them(
+    hf_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both ranks wait since the same moment."""
+    monkeypatch.setattr(Queue, "take", lambda self, step: time.sleep(600))
+    ending, printed = run_ranks(settings(hf_folders["qwen2"], tmp_path, parallel__timeout_s=1), lambda rank: None)
+    sentence = r"rank 0 has waited \d+ s for the groups of step 1 \(from the rollouts\); held up by the rollouts \(record: .*\)"
+    assert (ending.kind, ending.code) == ("error", 1) and re.fullmatch(sentence, ending.sentence), ending
+    assert (tmp_path / "closed").is_file() and "Traceback" not in printed
+
+
 @pytest.mark.parametrize(("rank", "in_background"), [(0, False), (1, True)])
 def test_a_save_that_is_cut_short_is_one_sentence_on_whichever_rank_it_happens(
     rank: int, in_background: bool, hf_folders: dict[str, Path], tmp_path: Path
