@@ -302,6 +302,26 @@ def test_a_second_trainer_on_a_folder_is_told_who_has_it_and_a_third_may_follow(
         pass
 
 
+LEAVES_A_CHILD = """
+import os, sys
+from pathlib import Path
+from igpo_megatron.observability.run_folder import RunFolder, held
+with held(RunFolder(Path(sys.argv[1]))):
+    if os.fork():
+        os._exit(0)
+    print("forked", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_child_that_outlives_its_run_does_not_hold_the_folder(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", LEAVES_A_CHILD, str(tmp_path)]
+    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as run:
+        assert run.stdout is not None and run.stdout.readline() == b"forked\n" and run.wait(timeout=60) == 0
+        with held(RunFolder(tmp_path)):
+            pass
+
+
 def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
     with (
