@@ -10,6 +10,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +18,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import make_config
+from conftest import become_rank, make_config
 from groups import random_groups
-from ports import free_port
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from igpo_megatron.chat.tokenizer import load_tokenizer
@@ -86,8 +86,8 @@ def run_ranks(path: Path, prepare: Callable[[int], None], world: int = 2) -> tup
 
     The bounds are for ranks that hang: they end by themselves within seconds, or a minute on a busy machine.
     """
-    port = free_port()
-    processes = [FORK.Process(target=_rank, args=(rank, world, port, path, prepare)) for rank in range(world)]
+    meeting = tempfile.mkdtemp(dir=path.parent)
+    processes = [FORK.Process(target=_rank, args=(rank, world, meeting, path, prepare)) for rank in range(world)]
     for process in processes:
         process.start()
     try:
@@ -113,12 +113,12 @@ def run_ranks(path: Path, prepare: Callable[[int], None], world: int = 2) -> tup
             process.join()  # before its files are looked at, or their disk is unmounted
 
 
-def _rank(rank: int, world: int, port: int, path: Path, prepare: Callable[[int], None]) -> None:
+def _rank(rank: int, world: int, meeting: str, path: Path, prepare: Callable[[int], None]) -> None:
     output = os.open(path.parent / f"out{rank}.txt", os.O_WRONLY | os.O_CREAT)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    os.environ.update({"GLOO_SOCKET_IFNAME": "lo", "TORCHELASTIC_ERROR_FILE": str(path.parent / f"error{rank}.json"), LAUNCHED: "1"})
+    become_rank(rank, world, meeting)
+    os.environ.update({"TORCHELASTIC_ERROR_FILE": str(path.parent / f"error{rank}.json"), LAUNCHED: "1"})
     services.open_services = open_services
     train.require = lambda *_: None
     prepare(rank)
