@@ -57,7 +57,7 @@ def is_running(process_id: int) -> bool:
 
 def test_parts_end_at_their_limits_with_their_children_and_fail_alone(tmp_path: Path) -> None:
     process = call(tmp_path, {"good": 60, "broken": 60, "slow": 1, "litters": 60, "silent": 60, "last": 60})
-    printed, complaints = process.communicate(timeout=60)
+    printed, complaints = process.communicate(timeout=120)
     assert process.returncode == 1, complaints
     results = {result["name"]: result for result in summary(tmp_path)["parts"]}
     with tarfile.open(tmp_path / "all.tar.gz") as tar:
@@ -68,13 +68,13 @@ def test_parts_end_at_their_limits_with_their_children_and_fail_alone(tmp_path: 
     assert {name: (result["state"], result["headline"]) for name, result in results.items()} == {
         "good": ("ok", "42 apples"),
         "broken": ("FAILED", "exit code 1: ValueError: no pears"),
-        "slow": ("FAILED", f"stopped at its limit of 3 s after: {children['slow']}"),
+        "slow": ("FAILED", f"stopped at its limit of 10 s after: {children['slow']}"),
         "litters": ("ok", str(children["litters"])),
         "silent": ("FAILED", "exit code 0 without a result in silent.json"),
         "last": ("ok", "still run"),
     }
     assert [name for name, child in children.items() if is_running(child)] == []
-    assert 3.0 <= results["slow"]["seconds"] < 20
+    assert 10.0 <= results["slow"]["seconds"] < 60
     at_once, table = printed.split("\n\n")
     assert sorted(at_once.splitlines()) == sorted(table.splitlines()[1:]) and table.startswith("cpu, python 3.")
     assert summary(tmp_path).keys() == {"device", "gpu", "started", "commit", "versions", "seconds", "parts"}
