@@ -146,11 +146,11 @@ async def serve(app: web.Application, listener: socket.socket, *, stop: asyncio.
     signals = (signal.SIGINT, signal.SIGTERM)
     # No access log: paths may contain run names, and a line per search is of no use.
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=grace_s)
-    await runner.setup()
-    await web.SockSite(runner, listener, backlog=1024).start()
     for number in signals:
         loop.add_signal_handler(number, stop.set)
     try:
+        await runner.setup()
+        await web.SockSite(runner, listener, backlog=1024).start()
         await stop.wait()
     finally:
         for number in signals:
