@@ -11,7 +11,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from patient import PatientLoop, run as on_patient_loop
+from patient import PatientLoop
+from patient import run as on_patient_loop
 from search_server import KEY, KEY_VARIABLE, Asked, serving, settings
 from test_chat import tokenizer
 
