@@ -16,7 +16,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -32,6 +32,17 @@ def claim(path: Path) -> int:
     descriptor = os.open(path, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     return descriptor
+
+
+def claimed(make: Callable[[], Path]) -> tuple[Path, int]:
+    """The file or folder that `make` makes, with its claim; made anew where another process has removed it as abandoned before."""
+    while True:
+        path = make()
+        with suppress(FileNotFoundError):
+            descriptor = claim(path)
+            if path.exists():
+                return path, descriptor
+            os.close(descriptor)
 
 
 def remove_abandoned(folder: Path, prefix: str) -> None:

@@ -15,7 +15,7 @@ def meet() -> list[bytes]:
     """What each of two ranks reads in the store of rank 0. The second looks for it before it is there."""
 
     def read(rank: int) -> tuple[bytes, object]:
-        store = _loopback_store(rank, timedelta(seconds=5))
+        store = _loopback_store(rank, timedelta(seconds=60))
         store.set(f"from {rank}", str(rank))
         return store.get("from 0") + store.get("from 1"), store
 
