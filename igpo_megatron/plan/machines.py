@@ -118,6 +118,9 @@ def write(machine: Machine, path: Path) -> None:
 def write_asked(path: Path, text: str, option: str) -> None:
     """Write the file that an option named. Raises UserError where it cannot be written."""
     try:
-        write_whole(path, text)
+        if path.is_symlink() or (path.exists() and not path.is_file()):  # such as /dev/stdout
+            path.write_text(text, encoding="utf-8")
+        else:
+            write_whole(path, text)
     except OSError as error:
         raise UserError(f"{option} {path}: cannot be written ({os.strerror(error.errno or 0).lower()}); name another file") from None
