@@ -20,7 +20,7 @@ from igpo_megatron.config.schema import Config
 from igpo_megatron.engines.api import EngineError
 from igpo_megatron.supervision.blotting import blot_environment
 from igpo_megatron.supervision.failures import MOST_BYTES
-from igpo_megatron.supervision.leftovers import claim, is_alive, remove_abandoned
+from igpo_megatron.supervision.leftovers import claimed, is_alive, remove_abandoned
 from igpo_megatron.supervision.library_log import LOGS
 from igpo_megatron.types import UserError
 from igpo_megatron.weights.send import cause
@@ -72,8 +72,7 @@ class RayCluster:
             return
         if cuda and engine.gpu_ids:
             variables["CUDA_VISIBLE_DEVICES"] = visible_devices(engine.gpu_ids)
-        self.folder = _new_folder()
-        self._claim = claim(self.folder)
+        self.folder, self._claim = claimed(_new_folder)
         carried = _BUCKETS_IN_FLIGHT * config.sync.bucket_mib * 2**20 if config.sync.transport == "object_store" else 0
         try:
             with _environment(variables):

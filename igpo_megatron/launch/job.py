@@ -26,7 +26,7 @@ from igpo_megatron.launch.node import Node, interface_of, reachable
 from igpo_megatron.launch.preflight import Facts, busy_port, disagreements, facts_of, ray_token
 from igpo_megatron.launch.processes import Child
 from igpo_megatron.policy.parallel import on_this_machine, wants_cuda
-from igpo_megatron.supervision.leftovers import claim, remove_abandoned
+from igpo_megatron.supervision.leftovers import claimed, remove_abandoned
 from igpo_megatron.training.checks import check, unusable_questions
 from igpo_megatron.types import UserError
 
@@ -102,9 +102,9 @@ class _Job:
             signal.signal(number, self._note_signal)
         with ExitStack() as stack:
             remove_abandoned(Path(tempfile.gettempdir()), _TEMPORARY_PREFIX)
-            folder = Path(tempfile.mkdtemp(prefix=_TEMPORARY_PREFIX))
+            folder, descriptor = claimed(lambda: Path(tempfile.mkdtemp(prefix=_TEMPORARY_PREFIX)))
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
-            stack.callback(os.close, claim(folder))
+            stack.callback(os.close, descriptor)
             stack.callback(self._stop)
             self._start(folder)
             while (verdict := self.board.verdict) is None:

@@ -11,6 +11,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from igpo_megatron.observability.run_folder import write_whole
 from igpo_megatron.plan.timed import corrected, timed_from
 from igpo_megatron.plan.types import Machine
 from igpo_megatron.types import UserError
@@ -117,7 +118,9 @@ def write(machine: Machine, path: Path) -> None:
 def write_asked(path: Path, text: str, option: str) -> None:
     """Write the file that an option named. Raises UserError where it cannot be written."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        if path.is_symlink() or (path.exists() and not path.is_file()):  # such as /dev/stdout
+            path.write_text(text, encoding="utf-8")
+        else:
+            write_whole(path, text)
     except OSError as error:
         raise UserError(f"{option} {path}: cannot be written ({os.strerror(error.errno or 0).lower()}); name another file") from None

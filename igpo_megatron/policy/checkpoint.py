@@ -161,13 +161,17 @@ def _complete(policy: Policy, final: Path, state: dict[str, Any], own: dict[str,
         (partial / "state.json").write_text(json.dumps({**own, "checksums": True, "run": state}, indent=2), encoding="utf-8")
         checkpoint_sums.write(partial, {name: found for rank in everyones for name, found in rank.items()})
         sync(partial)
-        if final.exists():  # the same step saved again after a resume
-            shutil.rmtree(final)
+        gone = [_set_aside(final)] if final.exists() else []  # the same step saved again after a resume
         partial.rename(final)
         sync_one(final.parent)
-        for old in complete(final.parent)[:-keep]:
-            shutil.rmtree(old)
+        for folder in (*gone, *map(_set_aside, complete(final.parent)[:-keep])):
+            shutil.rmtree(folder)
     dist.barrier()
+
+
+def _set_aside(folder: Path) -> Path:
+    """Rename a checkpoint that is to be removed, so that none is ever half removed; if this run is killed, the next save removes it."""
+    return folder.rename(folder.with_suffix(".old.partial"))
 
 
 def load(policy: Policy, folder: Path) -> tuple[int, dict[str, Any]]:

@@ -140,17 +140,23 @@ def base_url(host: str, listener: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
 
 
-async def serve(app: web.Application, listener: socket.socket, *, stop: asyncio.Event, grace_s: float) -> None:
-    """Answer until SIGINT, SIGTERM or `stop`, then end gracefully. A second signal ends the process at once."""
+async def serve(
+    app: web.Application, listener: socket.socket, *, stop: asyncio.Event, grace_s: float, announce: Callable[[], None] = lambda: None
+) -> None:
+    """Answer until SIGINT, SIGTERM or `stop`, then end gracefully. A second signal ends the process at once.
+
+    `announce` is called once signals are heeded.
+    """
     loop = asyncio.get_running_loop()
     signals = (signal.SIGINT, signal.SIGTERM)
     # No access log: paths may contain run names, and a line per search is of no use.
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=grace_s)
-    await runner.setup()
-    await web.SockSite(runner, listener, backlog=1024).start()
     for number in signals:
         loop.add_signal_handler(number, stop.set)
     try:
+        await runner.setup()
+        await web.SockSite(runner, listener, backlog=1024).start()
+        announce()
         await stop.wait()
     finally:
         for number in signals:

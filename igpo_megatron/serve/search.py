@@ -222,5 +222,6 @@ def search(
     proxy = Proxy(given)
     listener = listen(host, port)
     guarded = f"token in {token_env}" if given.token else "no token"
-    typer.echo(f"serving {given.search.backend} on {base_url(host, listener)}/retrieve ({guarded}, {budget} paid searches per run)")
-    asyncio.run(serve(proxy.app(), listener, stop=asyncio.Event(), grace_s=given.search.deadline_s + GRACE_S))
+    said = f"serving {given.search.backend} on {base_url(host, listener)}/retrieve ({guarded}, {budget} paid searches per run)"
+    grace_s = given.search.deadline_s + GRACE_S
+    asyncio.run(serve(proxy.app(), listener, stop=asyncio.Event(), grace_s=grace_s, announce=lambda: typer.echo(said)))

@@ -7,14 +7,17 @@ a temporary name (`whole`), so they are either complete or absent.
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
+import glob
 import os
 import shutil
 import signal
+import socket
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -29,6 +32,17 @@ def claim(path: Path) -> int:
     descriptor = os.open(path, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     return descriptor
+
+
+def claimed(make: Callable[[], Path]) -> tuple[Path, int]:
+    """The file or folder that `make` makes, with its claim; made anew where another process has removed it as abandoned before."""
+    while True:
+        path = make()
+        with suppress(FileNotFoundError):
+            descriptor = claim(path)
+            if path.exists():
+                return path, descriptor
+            os.close(descriptor)
 
 
 def remove_abandoned(folder: Path, prefix: str) -> None:
@@ -53,17 +67,36 @@ def remove_abandoned(folder: Path, prefix: str) -> None:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write a file or folder under; it becomes `path` when the block ends, and is removed if the block fails."""
+    """A name beside `path` to write a file or folder under; it becomes `path` when the block ends, and is removed if the block fails.
+
+    Of processes that write the same `path` at once, each has its own; the last one to end stays. A file never replaces a folder.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    _remove(part)  # left by a killed run
+    name = f"{path.name}.{socket.gethostname()}-"
+    for left in path.parent.glob(f"{glob.escape(name)}*.part"):
+        pid = left.name.removeprefix(name).partition(".")[0]
+        if pid.isdecimal() and (int(pid) == os.getpid() or not psutil.pid_exists(int(pid))):
+            _remove(left)
+    part = path.with_name(f"{name}{os.getpid()}.part")
     try:
         yield part
-        if path.is_dir():
-            shutil.rmtree(path)
-        part.replace(path)
+        _rename(part, path, aside=part.with_suffix(".old.part"))
     finally:
         _remove(part)
+
+
+def _rename(part: Path, path: Path, aside: Path) -> None:
+    """A folder at `path` is moved aside first: nobody sees it half removed."""
+    while True:
+        try:
+            part.replace(path)
+            break
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        with suppress(FileNotFoundError):  # another process was faster
+            path.replace(aside)
+    _remove(aside)
 
 
 def _remove(path: Path) -> None:

@@ -149,7 +149,7 @@ class Recorder:
         path = self._folder / f"record_{self._file}_{next(self._records)}.txt"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("w", encoding="utf-8") as file:
+            with whole(path) as part, part.open("w", encoding="utf-8") as file:
                 file.write(f"{sentence}\n\nwho waits for whom:\n")
                 file.writelines(f"  {wait.sentence(now)}\n" for wait in sorted(waits, key=attrgetter("since")))
                 file.write("\nstacks of this process:\n")
@@ -229,10 +229,10 @@ def recording(who: str, folder: Path, last_words: Callable[[WaitExpired], object
     try:
         yield recorder
     finally:
+        _recorder = None
+        recorder.close()  # first: its thread may be about to send SIGUSR2, which would end the process
         for number, handler in before.items():
             signal.signal(number, handler)
-        _recorder = None
-        recorder.close()
 
 
 @contextlib.contextmanager

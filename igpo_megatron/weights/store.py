@@ -13,11 +13,12 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from igpo_megatron.supervision.leftovers import claim, remove_abandoned
+from igpo_megatron.supervision.leftovers import claimed, remove_abandoned
 from igpo_megatron.types import NamedTensors, SyncError
 
 _ALIGNMENT = 64
@@ -115,9 +116,8 @@ class SharedWeights:
         room = Path("/dev/shm")
         folder = room if os.access(room, os.W_OK) else Path(tempfile.gettempdir())
         remove_abandoned(folder, _PREFIX)
-        self._descriptor, name = tempfile.mkstemp(prefix=_PREFIX, dir=folder)
-        self.path = Path(name)
-        self._claim = claim(self.path)
+        self.path, self._claim = claimed(partial(_new_file, folder))
+        self._descriptor = os.open(self.path, os.O_RDWR)
 
     def write(self, number: int, tensors: Sequence[tuple[str, torch.Tensor]], begin: int) -> Bucket:
         """Write bucket `number` at the first aligned byte from `begin` on."""
@@ -151,6 +151,12 @@ class SharedWeights:
         self.path.unlink(missing_ok=True)
         os.close(self._descriptor)
         os.close(self._claim)
+
+
+def _new_file(folder: Path) -> Path:
+    descriptor, name = tempfile.mkstemp(prefix=_PREFIX, dir=folder)
+    os.close(descriptor)
+    return Path(name)
 
 
 def read(path: str, entries: Iterable[Entry]) -> Iterator[tuple[str, torch.Tensor]]:

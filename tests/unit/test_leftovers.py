@@ -52,6 +52,21 @@ def test_the_claim_of_a_killed_process_ends_with_it(tmp_path: Path) -> None:
     assert not path.exists()
 
 
+def test_what_another_process_removes_before_it_is_claimed_is_made_anew(tmp_path: Path) -> None:
+    made: list[Path] = []
+
+    def slowly() -> Path:
+        made.append(make(tmp_path, f"igpo-weights-{len(made)}"))
+        if len(made) == 1:
+            leftovers.remove_abandoned(tmp_path, "igpo-weights-")
+        return made[-1]
+
+    path, descriptor = leftovers.claimed(slowly)
+    leftovers.remove_abandoned(tmp_path, "igpo-weights-")
+    assert [path] == made[1:] == list(tmp_path.iterdir())
+    os.close(descriptor)
+
+
 def test_a_temporary_folder_too_deep_for_sockets_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     deep = tmp_path / ("d" * 60)
     deep.mkdir()

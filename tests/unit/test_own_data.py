@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import socket
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -216,16 +217,43 @@ def test_sets_and_splits_are_told_by_names_of_files_and_folders() -> None:
 
 
 def test_what_a_killed_run_left_is_removed_and_a_failure_leaves_the_old_file_alone(tmp_path: Path) -> None:
-    path, part = tmp_path / "a.jsonl", tmp_path / "a.jsonl.part"
+    path, part = tmp_path / "a.jsonl", tmp_path / f"a.jsonl.{socket.gethostname()}-{2**22 + 1}.part"  # no process has this number
     part.mkdir()
     path.write_text("old")
     with pytest.raises(KeyboardInterrupt), whole(path) as new:
         new.write_text("half")
         raise KeyboardInterrupt
-    assert path.read_text() == "old" and not part.exists()
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
     with whole(path) as new:
         new.write_text("new")
-    assert path.read_text() == "new" and not part.exists()
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_two_processes_write_at_once_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    path = tmp_path / "a"
+
+    def inside(part: Path) -> Path:
+        part.mkdir(exist_ok=True) if kind == "folder" else None
+        return part / "file" if kind == "folder" else part
+
+    with whole(path) as ours:
+        inside(ours).write_text("ha")
+        with monkeypatch.context() as other:
+            other.setattr("os.getpid", os.getppid)
+            with whole(path) as theirs:
+                inside(theirs).write_text("theirs")
+        assert inside(path).read_text() == "theirs"
+        inside(ours).write_text("half")
+    assert inside(path).read_text() == "half" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_never_replaces_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/kept").write_text("mine")
+    with pytest.raises(IsADirectoryError), whole(tmp_path / "data") as part:
+        part.write_text("x")
+    assert [path.name for path in tmp_path.rglob("*")] == ["data", "kept"]
 
 
 # ---- containers

@@ -96,11 +96,11 @@ async def _answer(request: web.Request, num_seen: int) -> web.StreamResponse:
             response.enable_compression(web.ContentCoding.gzip)
             return response
         case "slow":
-            await asyncio.sleep(20)
+            await asyncio.sleep(200)
         case "drip":
             stream = web.StreamResponse()
             await stream.prepare(request)
-            for _ in range(200):
+            for _ in range(2000):
                 await stream.write(b"x")
                 await asyncio.sleep(0.1)
             return stream
@@ -219,7 +219,7 @@ def test_every_trouble_has_its_status(path: str, status: PageStatus, error: str 
     page = visit_path(path, timeout_s=seconds, max_page_kib=2048 if path == "/deep" else 4, max_redirects=3)
     assert page.status is status and page.text == ""
     assert page.error is None if error is None else error in str(page.error)
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60
 
 
 def test_trouble_that_may_pass_is_tried_again_and_other_trouble_is_not() -> None:
@@ -233,9 +233,9 @@ def test_trouble_that_may_pass_is_tried_again_and_other_trouble_is_not() -> None
 
 
 def test_an_unreachable_site_is_an_error_and_an_unknown_host_is_not_the_sites_fault() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    assert asyncio.run(visit(f"http://127.0.0.1:{port}/")).status is PageStatus.ERROR
+    with socket.socket() as silent:  # its port is nobody else's, and it does not listen
+        silent.bind(("127.0.0.1", 0))
+        assert asyncio.run(visit(f"http://127.0.0.1:{silent.getsockname()[1]}/")).status is PageStatus.ERROR
 
     async def unknown(host: str) -> list[str]:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")

@@ -18,7 +18,7 @@ from igpo_megatron.tools.python import cgroup, syscalls, tool
 from igpo_megatron.tools.python.tool import PythonResult, PythonStatus, PythonTool, render_result
 from igpo_megatron.tools.settings import Python
 
-SMALL = Python(timeout_s=20, max_memory_mib=512, max_file_mib=1, max_processes=8, max_output_kib=1)
+SMALL = Python(timeout_s=120, max_memory_mib=512, max_file_mib=1, max_processes=8, max_output_kib=1)
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -46,7 +46,7 @@ open("/proc/sys/user/max_user_namespaces", "w").write("0")
 import asyncio
 from igpo_megatron.config.schema import Python
 from igpo_megatron.tools.python.tool import PythonTool
-settings = Python(timeout_s=5, max_processes=8, allow_network=sys.argv[1] == "allow")
+settings = Python(timeout_s=100, max_processes=8, allow_network=sys.argv[1] == "allow")
 try:
     tool = PythonTool.from_config(settings)
 except ValueError as error:
@@ -62,7 +62,7 @@ def run(code: str, config: Python = SMALL) -> PythonResult:
 
 def run_without_namespaces(allow: str, code: str) -> str:
     """Output of a process tree that may not make user namespaces."""
-    done = subprocess.run([sys.executable, "-c", WITHOUT_NAMESPACES, allow, code], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", WITHOUT_NAMESPACES, allow, code], capture_output=True, text=True, timeout=300, cwd=ROOT)
     if done.returncode == 77:
         pytest.skip("this system has no user namespaces to take away")
     assert done.returncode == 0, done.stderr
@@ -116,30 +116,30 @@ def test_code_that_prints_nothing_is_not_run_again() -> None:
 @pytest.mark.parametrize(
     ("code", "status", "error"),
     [
-        ("import time; time.sleep(60)", PythonStatus.TIMEOUT, "within 1 s"),
+        ("import time; time.sleep(90)", PythonStatus.TIMEOUT, "within 1 s"),
         ("while True: pass", PythonStatus.TIMEOUT, "within 1 s"),
         ("x = bytearray(2**30)", PythonStatus.ERROR, "MemoryError"),
         ("open('a', 'wb').write(bytes(2**21))", PythonStatus.ERROR, "File too large"),
         ("for n in range(4): open(str(n), 'wb').write(bytes(2**19))", PythonStatus.ERROR, "No space left"),
         (
-            "import os, time\nfor _ in range(40):\n    if os.fork() == 0: time.sleep(60)\ntime.sleep(60)",
+            "import os, time\nfor _ in range(40):\n    if os.fork() == 0: time.sleep(90)\ntime.sleep(90)",
             None,
             "8 are allowed|temporarily unavailable",
         ),
         (
-            "import threading, time\nfor _ in range(40): threading.Thread(target=time.sleep, args=(9,)).start()",
+            "import threading, time\nfor _ in range(40): threading.Thread(target=time.sleep, args=(90,)).start()",
             None,
             "8 are allowed|new thread",
         ),
     ],
 )
 def test_every_limit_holds(code: str, status: PythonStatus | None, error: str) -> None:
-    seconds = 1.0 if status is PythonStatus.TIMEOUT else 20.0
+    seconds = 1.0 if status is PythonStatus.TIMEOUT else SMALL.timeout_s
     started = time.monotonic()
     result = run(code, SMALL.model_copy(update={"timeout_s": seconds}))
     assert status is None or result.status is status
     assert any(part in str(result.error) for part in error.split("|")), result
-    assert time.monotonic() - started < 8, "no limit waits for the clock of the code"
+    assert time.monotonic() - started < 60, "no limit waits for the clock of the code"
 
 
 @isolated
@@ -231,7 +231,7 @@ def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 import os, subprocess
 if os.fork() == 0:
     os.setsid()
-    subprocess.run(["/bin/sh", "-c", "sleep 30; : {mark}"])
+    subprocess.run(["/bin/sh", "-c", "sleep 300; : {mark}"])
 else:
     import time; time.sleep(0.2)
     print("left")
@@ -244,7 +244,7 @@ else:
 @isolated
 def test_a_cancelled_call_takes_its_code_with_it() -> None:
     mark = f"igpo-cancelled-{os.getpid()}"
-    code = f"import subprocess; subprocess.run(['/bin/sh', '-c', 'sleep 30; : {mark}'])"
+    code = f"import subprocess; subprocess.run(['/bin/sh', '-c', 'sleep 300; : {mark}'])"
 
     async def cancel() -> None:
         task = asyncio.create_task(PythonTool(SMALL).run(code))
@@ -256,19 +256,34 @@ def test_a_cancelled_call_takes_its_code_with_it() -> None:
 
     start = time.monotonic()
     asyncio.run(cancel())
-    assert processes_with(mark) == [] and time.monotonic() - start < 10
+    assert processes_with(mark) == [] and time.monotonic() - start < 60
 
 
 @isolated
 def test_calls_run_side_by_side_up_to_the_limit() -> None:
-    async def four(limit: int) -> float:
-        tool = PythonTool(SMALL.model_copy(update={"max_concurrency": limit}))
-        start = time.monotonic()
-        await asyncio.gather(*(tool.run("import time; time.sleep(0.25)") for _ in range(4)))
-        return time.monotonic() - start
+    async def most_of_four(limit: int) -> int:
+        """Calls that were under way at once. Each ends when so many are, and 0.2 s have passed for a further one to begin."""
+        running = most = 0
+        all_there = asyncio.Event()
 
-    alone = asyncio.run(four(1))
-    assert alone >= 1.0 and asyncio.run(four(4)) < alone
+        async def hold(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            nonlocal running, most
+            running, most = running + 1, max(most, running + 1)
+            if running == limit:
+                all_there.set()
+            await all_there.wait()
+            await asyncio.sleep(0.2)
+            running -= 1
+            writer.close()
+
+        async with await asyncio.start_server(hold, "127.0.0.1", 0) as server:
+            code = f"import socket\nsocket.create_connection({server.sockets[0].getsockname()!r}).recv(1)"
+            tool = PythonTool(SMALL.model_copy(update={"max_concurrency": limit, "allow_network": True}))
+            ends = await asyncio.gather(*(tool.run(code) for _ in range(4)))
+        assert [end.status for end in ends] == [PythonStatus.OK] * 4, ends
+        return most
+
+    assert [asyncio.run(most_of_four(limit)) for limit in (1, 2, 4)] == [1, 2, 4]
 
 
 def test_where_the_network_cannot_be_cut_it_refuses_to_start() -> None:
@@ -277,17 +292,17 @@ def test_where_the_network_cannot_be_cut_it_refuses_to_start() -> None:
 
 def test_allow_network_runs_there_with_limits_only_and_still_leaves_nothing() -> None:
     mark = f"igpo-orphan-{os.getpid()}"
-    code = f"import os, subprocess\nif os.fork() == 0:\n    os.setsid(); subprocess.run(['/bin/sh', '-c', 'sleep 30; : {mark}'])\n6 * 7"
+    code = f"import os, subprocess\nif os.fork() == 0:\n    os.setsid(); subprocess.run(['/bin/sh', '-c', 'sleep 300; : {mark}'])\n6 * 7"
     assert "value='42'" in run_without_namespaces("allow", code) and processes_with(mark) == []
-    bomb = "import os, time\nfor _ in range(40):\n    if os.fork() == 0: time.sleep(60)"
+    bomb = "import os, time\nfor _ in range(40):\n    if os.fork() == 0: time.sleep(90)\ntime.sleep(90)"
     assert "8 are allowed" in run_without_namespaces("allow", bomb)
 
 
-# ---- a loop of forks, at most 150 of them, which end by themselves after 3 s
+# ---- a loop of forks, at most 150 of them, which end by themselves after 90 s
 
 BOMB = """
 import mmap, os, struct, time
-shared, end = mmap.mmap(-1, 8), time.time() + 6
+shared, end = mmap.mmap(-1, 8), time.time() + 90
 while (count := struct.unpack("q", shared[:8])[0]) < 150 and time.time() < end:
     shared[:8] = struct.pack("q", count + 1)
     try:
@@ -327,11 +342,12 @@ needs_filter = pytest.mark.skipif("not filtered" in OPEN, reason="libseccomp is 
 def test_a_loop_of_forks_is_ended_at_once_and_leaves_no_process_and_no_group(group: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not group:
         without(monkeypatch, "PidsGroup.enter")
+    is_ended = group or os.getuid() == 0  # elsewhere the kernel's limit per user lets the bomb fizzle out
     started = time.monotonic()
-    result = run(BOMB, SMALL.model_copy(update={"timeout_s": 30.0}))
-    if group or os.getuid() == 0:  # elsewhere the kernel's limit per user lets the bomb fizzle out
+    result = run(BOMB if is_ended else BOMB.replace("+ 90", "+ 3"))
+    if is_ended:
         assert result.status is PythonStatus.LIMIT and result.error == "the code had more than 8 processes and threads; 8 are allowed"
-    assert time.monotonic() - started < 5, "it was ended, and did not end by itself"
+        assert time.monotonic() - started < 60, "it was ended, and did not end by itself"
     assert processes_with("struct.unpack") == [] and abandoned_groups() == []
 
 
@@ -361,7 +377,7 @@ def test_whoever_kills_the_keeper_kills_the_code_and_the_next_call_removes_its_g
     mark = f"igpo-keeper-{os.getpid()}"
 
     async def kill() -> PythonResult:
-        call = asyncio.create_task(PythonTool(SMALL).run(f"import subprocess; subprocess.run(['/bin/sh', '-c', 'sleep 30; : {mark}'])"))
+        call = asyncio.create_task(PythonTool(SMALL).run(f"import subprocess; subprocess.run(['/bin/sh', '-c', 'sleep 300; : {mark}'])"))
         while not processes_with(f": {mark}"):
             await asyncio.sleep(0.02)
         (keeper,) = [one for one in psutil.Process().children() if "tools.python import runner" in " ".join(one.cmdline())]
@@ -369,7 +385,7 @@ def test_whoever_kills_the_keeper_kills_the_code_and_the_next_call_removes_its_g
         return await call
 
     assert asyncio.run(kill()).status is PythonStatus.FAILED
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while processes_with(f": {mark}"):
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -379,7 +395,7 @@ def test_whoever_kills_the_keeper_kills_the_code_and_the_next_call_removes_its_g
 def test_a_bomb_without_namespaces_is_ended_too() -> None:
     began = time.monotonic()
     assert "8 are allowed" in run_without_namespaces("allow", BOMB)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 60
 
 
 @isolated

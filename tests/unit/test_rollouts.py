@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from patient import PatientLoop
+from patient import run as on_patient_loop
 from search_server import KEY, KEY_VARIABLE, Asked, serving, settings
 from test_chat import tokenizer
 
@@ -68,10 +70,13 @@ class ScriptedEngine:
         await asyncio.sleep(0.01)
         return ProbeScore(tuple(-1.0 for _ in token_ids[first:]), 7)
 
+    async def pause(self) -> None:
+        await asyncio.sleep(0.005)
+
     async def generate(self, request: SamplingRequest) -> Completion:
         assert not request.top_logprobs, "nothing here needs entropies"
         self.calls.append((request.token_ids, request.max_tokens, request.seed))
-        await asyncio.sleep(0.005)
+        await self.pause()
         self.finished += 1
         text = WORDS.decode(request.token_ids)
         line = self.script[text.count("</tool_response>")]
@@ -287,7 +292,9 @@ def test_a_slow_trajectory_holds_up_no_other() -> None:
     assert all(end.status is Status.FINISHED for end in group.trajectories)
 
 
-def test_a_trajectory_past_its_deadline_fails_alone() -> None:
+def test_a_trajectory_past_its_deadline_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("asyncio.new_event_loop", PatientLoop)  # the other one ends in time, however slow the machine is
+
     class NeverFirst(ScriptedEngine):
         async def generate(self, request: SamplingRequest) -> Completion:
             if not self.calls:
@@ -361,7 +368,7 @@ def test_200_trajectories_end_in_time_while_the_provider_fails_every_third_reque
             await search.close()
             return groups
 
-    groups = asyncio.run(call())
+    groups = on_patient_loop(call())
     ends = Counter(end.status for group in groups for end in group.trajectories)
     assert sum(ends.values()) == 200 and set(ends) == {Status.FINISHED, Status.TOOL_FAILED} and ends[Status.FINISHED] > 100
     for group in groups:
@@ -394,7 +401,7 @@ def test_a_replayed_step_has_the_same_trajectories_without_the_provider(tmp_path
     def paths(groups: list[RolloutGroup]) -> list[list[str]]:
         return [[group.nodes[index].text for index in end.path] for group in groups for end in group.trajectories]
 
-    (recorded, asked), (replayed, asked_again) = asyncio.run(step("record")), asyncio.run(step("replay"))
+    (recorded, asked), (replayed, asked_again) = on_patient_loop(step("record")), on_patient_loop(step("replay"))
     assert paths(replayed) == paths(recorded) and 0 < asked <= 7 and asked_again == 0
 
 
@@ -414,8 +421,24 @@ def test_results_are_numbered_and_several_queries_have_headings() -> None:
     assert render_results([one, none]) == "Results for: a\n(1) first\n(2) second\n\nResults for: b\nNo results."
 
 
+class InStep(ScriptedEngine):
+    """Ends turns together, as many as it is told, once all have begun."""
+
+    def __init__(self, together: int, *script: str) -> None:
+        super().__init__(*script)
+        self.together, self.begun, self.go = together, 0, asyncio.Event()
+
+    async def pause(self) -> None:
+        go = self.go
+        self.begun += 1
+        if self.begun % self.together == 0:
+            self.go = asyncio.Event()
+            asyncio.get_running_loop().call_later(0.005, go.set)
+        await go.wait()
+
+
 def test_each_state_is_probed_once_beside_the_turn_that_continues_it() -> None:
-    engine = ScriptedEngine(SEARCH, ANSWER)
+    engine = InStep(3, SEARCH, ANSWER)
     (group,) = run(engine, samples=3, probe=True)
     probe, (start, stop) = ChatFormat(WORDS, Rollout(**SETTINGS), Reward()).render_probe("Rome")  # type: ignore[arg-type]
     # The prompt once for all samples, and one state after each sample's search.

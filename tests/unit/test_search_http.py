@@ -6,12 +6,12 @@ import asyncio
 import logging
 import random
 import sqlite3
-import time
 import traceback
 from collections import Counter, defaultdict
 from urllib.parse import quote
 
 import pytest
+from patient import now, run
 from search_server import KEY, KEY_VARIABLE, PROVIDERS, Asked, in_turn, passages, serving, settings
 
 from igpo_megatron.search import http
@@ -35,9 +35,9 @@ def quick_backoff_and_key(monkeypatch):
     monkeypatch.setenv(KEY_VARIABLE, KEY)
 
 
-async def until(condition, seconds=5.0):
+async def until(condition):
     """Wait for something that happens elsewhere on the loop."""
-    async with asyncio.timeout(seconds):
+    async with asyncio.timeout(5):
         while not condition():
             await asyncio.sleep(0.002)
 
@@ -54,7 +54,7 @@ def test_identical_queries_share_one_request_and_a_cancelled_caller_takes_nobody
             await client.close()
             return results, again, len(server.asked)
 
-    results, again, asked = asyncio.run(call())
+    results, again, asked = run(call())
     assert {result.passages for result in results} == {passages("a query")} and {r.query for r in results} == {"a query", " a  query "}
     assert again[0].status is OK and asked == 2, "one flight for all, and a new one once it has landed"
 
@@ -72,7 +72,7 @@ def test_a_request_nobody_waits_for_is_given_up_and_asked_anew_when_wanted():
             await client.close()
             return result
 
-    assert asyncio.run(call()).status is OK
+    assert run(call()).status is OK
 
 
 def test_a_batch_back_end_asks_only_for_what_is_not_on_its_way():
@@ -86,7 +86,7 @@ def test_a_batch_back_end_asks_only_for_what_is_not_on_its_way():
             await client.close()
             return [asked.queries for asked in server.asked], first.result(), second
 
-    asked, first, second = asyncio.run(call())
+    asked, first, second = run(call())
     assert asked == [["a", "b"], ["c"]]
     assert [r.query for r in first] == ["a", "b", "a"] and [r.passages for r in second] == [passages("b"), passages("c")]
 
@@ -95,12 +95,12 @@ def test_a_search_ends_by_its_deadline_whatever_it_waits_for():
     async def call():
         async with serving(lambda asked: "never") as server:
             client = make_client(settings("serper", server, timeout_s=5.0, deadline_s=0.4, attempts=100, max_concurrency=2))
-            start = time.monotonic()
+            start = now()
             results = await asyncio.gather(*(client.search([f"q{n}"]) for n in range(4)))
             await client.close()
-            return [result.status for (result,) in results], time.monotonic() - start
+            return [result.status for (result,) in results], now() - start
 
-    statuses, took_s = asyncio.run(call())
+    statuses, took_s = run(call())
     assert statuses == [TIMEOUT] * 4 and took_s < 4
 
 
@@ -110,12 +110,12 @@ def test_a_pause_that_would_pass_the_deadline_is_not_begun(monkeypatch):
     async def call():
         async with serving(lambda asked: "500") as server:
             client = make_client(settings("serper", server, deadline_s=10.0, timeout_s=1.0))
-            start = time.monotonic()
+            start = now()
             (result,) = await client.search(["a"])
             await client.close()
-            return result, time.monotonic() - start
+            return result, now() - start
 
-    result, took_s = asyncio.run(call())
+    result, took_s = run(call())
     assert result.status is ERROR and "HTTP 500" in result.error and took_s < 8
 
 
@@ -131,7 +131,7 @@ def test_concurrency_shrinks_and_recovers_with_the_provider():
             await client.close()
             return limits
 
-    limits = asyncio.run(call())
+    limits = run(call())
     assert limits[0] == 2 and limits[-1] == 4
 
 
@@ -142,13 +142,13 @@ def test_retry_after_holds_back_every_caller():
             first = asyncio.create_task(client.search(["a"]))
             await until(lambda: server.asked)
             await asyncio.sleep(0.05)  # the refusal has arrived
-            start = time.monotonic()
+            start = now()
             (result,) = await client.search(["b"])
             await first
             await client.close()
-            return result.status, time.monotonic() - start
+            return result.status, now() - start
 
-    status, took_s = asyncio.run(call())
+    status, took_s = run(call())
     assert status is OK and 0.8 < took_s < 5
 
 
@@ -156,12 +156,12 @@ def test_no_more_requests_start_per_second_than_allowed():
     async def call():
         async with serving() as server:
             client = make_client(settings("serper", server, rate_per_s=50))
-            start = time.monotonic()
+            start = now()
             results = await asyncio.gather(*(client.search([f"q{n}"]) for n in range(21)))
             await client.close()
-            return [result.status for (result,) in results], time.monotonic() - start
+            return [result.status for (result,) in results], now() - start
 
-    statuses, took_s = asyncio.run(call())
+    statuses, took_s = run(call())
     assert statuses == [OK] * 21 and took_s >= 0.4, "20 intervals of 20 ms"
 
 
@@ -169,12 +169,12 @@ def test_a_search_that_the_rate_leaves_no_time_for_is_told_at_once():
     async def call():
         async with serving() as server:
             client = make_client(settings("serper", server, rate_per_s=0.1, timeout_s=1, deadline_s=5))
-            start = time.monotonic()
+            start = now()
             (first,), (second,) = await asyncio.gather(client.search(["a"]), client.search(["b"]))
             await client.close()
-            return first, second, time.monotonic() - start
+            return first, second, now() - start
 
-    first, second, took_s = asyncio.run(call())
+    first, second, took_s = run(call())
     assert first.status is OK and second.status is TIMEOUT and "wait for search.rate_per_s" in second.error and took_s < 4
 
 
@@ -194,7 +194,7 @@ def test_the_breaker_stops_asking_and_lets_one_request_find_out():
             await client.close()
             return down, held_back, up, server
 
-    down, held_back, up, server = asyncio.run(call())
+    down, held_back, up, server = run(call())
     assert [result.status for result in down] == [ERROR] * 5 and held_back == 5
     assert [result.status for result in up] == [OK] * 20 and len(server.asked) == 25
 
@@ -205,19 +205,19 @@ def test_an_open_breaker_fails_at_once_what_cannot_wait_for_it():
             client = make_client(
                 settings("serper", server, attempts=1, breaker_failures=2, breaker_pause_s=60, timeout_s=1.0, deadline_s=10.0)
             )
-            start = time.monotonic()
+            start = now()
             results = [result for n in range(10) for result in await client.search([f"q{n}"])]
             await client.close()
-            return results, len(server.asked), time.monotonic() - start
+            return results, len(server.asked), now() - start
 
-    results, asked, took_s = asyncio.run(call())
+    results, asked, took_s = run(call())
     assert [result.status for result in results] == [ERROR] * 10 and asked == 2 and took_s < 5
     assert "not sent: 2 requests in a row had failed; the next request may leave in" in results[-1].error
 
 
 def test_a_single_request_probes_an_open_breaker_and_its_answer_lets_the_others_go():
     async def call():
-        gate, now = Gate(None, 1, 30.0), asyncio.get_running_loop().time
+        gate = Gate(None, 1, 30.0)
         gate.failed(ERROR)
         gate._open_until = now()  # the pause is over
         await gate.enter(now() + 5)
@@ -235,7 +235,7 @@ def test_a_single_request_probes_an_open_breaker_and_its_answer_lets_the_others_
             await waiting
         assert gate._open_until is None
 
-    asyncio.run(call())
+    run(call())
 
 
 def test_a_slot_given_to_somebody_who_is_cancelled_goes_on_to_the_next():
@@ -254,7 +254,7 @@ def test_a_slot_given_to_somebody_who_is_cancelled_goes_on_to_the_next():
             assert await second == 1
         assert first.cancelled() and limit.running == 0
 
-    asyncio.run(call())
+    run(call())
 
 
 def test_concurrency_is_judged_by_rounds_of_at_least_20_outcomes():
@@ -306,7 +306,7 @@ def test_a_slot_is_never_lost_however_its_takers_are_cancelled():
         async with asyncio.timeout(1), limit.slot(), limit.slot():
             pass
 
-    asyncio.run(call())
+    run(call())
 
 
 def test_a_provider_that_takes_few_requests_at_once_is_asked_few_at_once():
@@ -321,7 +321,7 @@ def test_a_provider_that_takes_few_requests_at_once_is_asked_few_at_once():
             refused = sum(asked.fault == "429" for asked in server.asked)
             return [result.status for (result,) in results], refused, client._slots.limit
 
-    statuses, refused, limit = asyncio.run(call())
+    statuses, refused, limit = run(call())
     assert Counter(statuses) == {OK: 200}
     assert limit < 32 and refused < 800, "without adaptation some 1300 are refused, and a third of the callers for good"
 
@@ -334,7 +334,7 @@ def test_a_refused_key_stops_everybody_after_the_requests_in_flight():
             await client.close()
             return results, len(server.asked)
 
-    results, asked = asyncio.run(call())
+    results, asked = run(call())
     assert all(isinstance(result, SearchStopped) for result in results) and asked <= 4
 
 
@@ -347,7 +347,7 @@ def test_no_redirect_is_followed(provider):
             await client.close()
             return result, server.asked
 
-    result, asked = asyncio.run(call())
+    result, asked = run(call())
     assert result.status is ERROR and "HTTP 302" in result.error and len(asked) == 1
 
 
@@ -367,7 +367,7 @@ def test_no_key_reaches_a_log_an_error_or_the_cache(provider, tmp_path, caplog, 
             texts.append(repr(client.inner.backend) + repr(client.inner.backend.request(["x"])))
             await client.close()
 
-    asyncio.run(call())
+    run(call())
     kept = (tmp_path / "cache.sqlite").read_bytes().decode(errors="replace")
     assert "has to say about q0 ***" in kept and "has to say about q0 ***" in texts[0]
     assert "unknown key ***" in texts[-2]
@@ -390,7 +390,7 @@ def test_a_query_cannot_stop_the_run_by_what_it_asks(query, status):
             finally:
                 await client.close()
 
-    assert asyncio.run(call()) is status
+    assert run(call()) is status
 
 
 def test_what_is_blotted_out():
@@ -420,20 +420,20 @@ def test_30_percent_faults_under_200_callers_lose_nothing_and_store_no_failure(t
             async def caller(number: int):
                 seen = []
                 for turn in range(4):
-                    start = time.monotonic()
+                    start = now()
                     # Half of the queries are asked by several callers.
                     query = f"shared {number % 50} {turn}" if turn % 2 else f"own {number} {turn}" + " nothing" * (number % 10 == 0)
                     seen += zip([query], await client.search([query]), strict=True)
-                    took_s.append(time.monotonic() - start)
+                    took_s.append(now() - start)
                 return seen
 
-            start = time.monotonic()
+            start = now()
             seen = [pair for pairs in await asyncio.gather(*(caller(n) for n in range(200))) for pair in pairs]
-            wall_s = time.monotonic() - start
+            wall_s = now() - start
             await client.close()
             return seen, took_s, wall_s, server.asked
 
-    seen, took_s, wall_s, asked = asyncio.run(call())
+    seen, took_s, wall_s, asked = run(call())
     requests = defaultdict(list)
     for request in asked:
         requests[request.queries[0]].append(request.fault)

@@ -9,6 +9,7 @@ from email.utils import format_datetime
 
 import pytest
 from aiohttp import web
+from patient import run
 
 from igpo_megatron.data.corpus import Passage
 from igpo_megatron.search import http
@@ -78,7 +79,7 @@ def ask(*answers, queries=("iran",), timeout_s=5.0, attempts=3, **settings):
             finally:
                 await client.close()
 
-    return asyncio.run(call())
+    return run(call())
 
 
 def test_all_queries_go_in_one_request_and_each_gets_its_own_status():
@@ -177,7 +178,7 @@ def test_a_server_that_is_not_there_is_an_error():
         await client.close()
         return results
 
-    result = asyncio.run(call())[0]
+    result = run(call())[0]
     assert result.status == SearchStatus.ERROR and "127.0.0.1:9" in result.error
 
 
@@ -198,7 +199,7 @@ def test_no_more_requests_run_at_once_than_allowed():
             await client.close()
             return results
 
-    assert [result[0].status for result in asyncio.run(call())] == [SearchStatus.OK] * 12
+    assert [result[0].status for result in run(call())] == [SearchStatus.OK] * 12
     assert most == 3
 
 
@@ -215,7 +216,7 @@ def test_a_cancelled_search_leaves_the_client_usable():
             await client.close()
             return result
 
-    assert asyncio.run(call())[0].status == SearchStatus.OK
+    assert run(call())[0].status == SearchStatus.OK
 
 
 def test_the_key_is_read_from_its_variable_and_sent_as_a_bearer_token(monkeypatch):
@@ -228,7 +229,7 @@ def test_the_key_is_read_from_its_variable_and_sent_as_a_bearer_token(monkeypatc
             await client.close()
             return seen
 
-    assert asyncio.run(call())[0][1] == "Bearer s3cret"
+    assert run(call())[0][1] == "Bearer s3cret"
 
 
 def test_a_missing_address_or_key_is_named(monkeypatch):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from patient import run
 from search_server import FAULTS, KEY, KEY_VARIABLE, PROVIDERS, Asked, in_turn, passages, serving, settings
 
 from igpo_megatron.data.corpus import Passage
@@ -45,7 +45,7 @@ def ask(
             finally:
                 await client.close()
 
-    return asyncio.run(call())
+    return run(call())
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)

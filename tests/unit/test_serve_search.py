@@ -14,6 +14,7 @@ import aiohttp
 import pytest
 import search_server
 from aiohttp.test_utils import TestClient, TestServer
+from patient import run
 from search_server import KEY, KEY_VARIABLE, in_turn, passages
 
 from igpo_megatron.search import http
@@ -67,7 +68,7 @@ def test_our_client_searches_through_the_proxy_and_the_second_run_pays_nothing(t
             spent = [await (await client.get(f"/runs/{run}", headers=BEARER)).json() for run in ("a", "b")]
             return found, spent, [asked.queries for asked in provider.asked]
 
-    found, spent, asked = asyncio.run(call())
+    found, spent, asked = run(call())
     for results in found:
         assert [result.status for result in results] == [SearchStatus.OK, SearchStatus.EMPTY, SearchStatus.OK]
         assert results[0].passages == passages("who wrote Ulysses", 2)
@@ -82,7 +83,7 @@ def test_both_forms_of_the_answer_follow_the_protocol(tmp_path):
 
     (first,) = passages("q", 1)
     document = {"id": first.doc_id, "contents": f'"{first.title}"\n{first.text}'}
-    assert asyncio.run(call()) == [(200, {"result": [[{"document": document}]]}), (200, {"result": [[document]]})]
+    assert run(call()) == [(200, {"result": [[{"document": document}]]}), (200, {"result": [[document]]})]
 
 
 @pytest.mark.parametrize("sent", [None, TOKEN, f"Bearer {TOKEN}x", "Bearer ", f"Basic {TOKEN}", "Bearer \xff"])
@@ -96,7 +97,7 @@ def test_without_the_token_nothing_is_answered_and_nothing_is_asked(tmp_path, se
             async with method(path, headers=headers, **({"json": {"queries": ["q"]}} if path.endswith("retrieve") else {})) as response:
                 return response.status, response.headers["WWW-Authenticate"], await response.text(), len(provider.asked)
 
-    status, challenge, text, asked = asyncio.run(call())
+    status, challenge, text, asked = run(call())
     assert (status, challenge, asked) == (401, "Bearer", 0) and TOKEN not in text
 
 
@@ -112,7 +113,7 @@ def test_our_client_stops_the_run_where_its_token_is_wrong(tmp_path, monkeypatch
                 await ours.close()
 
     with pytest.raises(SearchStopped, match=rf"refuses the key in {TOKEN_VARIABLE} with HTTP 401"):
-        asyncio.run(call())
+        run(call())
 
 
 def test_a_spent_budget_is_refused_clearly_and_cached_answers_stay_free(tmp_path):
@@ -122,7 +123,7 @@ def test_a_spent_budget_is_refused_clearly_and_cached_answers_stay_free(tmp_path
             found.append(await ask(client, "c", path="/runs/r2/retrieve"))
             return found, len(provider.asked)
 
-    (first, refused, cached, other), asked = asyncio.run(call())
+    (first, refused, cached, other), asked = run(call())
     assert (first[0], refused[0], cached[0], other[0], asked) == (200, 402, 200, 200, 3)
     assert refused[1]["detail"].startswith("run r1 has used 2 of its 2 paid searches and asks for 1 more; cached answers stay free;")
 
@@ -139,7 +140,7 @@ def test_our_client_stops_the_run_where_its_budget_is_spent(tmp_path):
                 await ours.close()
 
     with pytest.raises(SearchStopped, match=r"no searches left, it says HTTP 402: .*run r1 has used 0 of its 0 paid searches"):
-        asyncio.run(call())
+        run(call())
 
 
 def test_budgets_outlive_the_server_and_are_never_overdrawn(tmp_path):
@@ -176,7 +177,7 @@ def test_a_failed_search_fails_the_request_and_is_not_cached(tmp_path, fault, st
             seen.append(first)
             return first, await ask(client, "good", "bad")
 
-    first, second = asyncio.run(call())
+    first, second = run(call())
     assert first[0] == status and first[1]["detail"].startswith(message), first
     # A refused key or quota stays refused until somebody starts the proxy again.
     assert second[0] == (402 if status == 402 else 200)
@@ -198,7 +199,7 @@ def test_requests_of_another_shape_are_refused(tmp_path, body, content_type, sta
             response = await client.post("/retrieve", data=body, headers={**BEARER, "Content-Type": content_type})
             return response.status, "detail" in await response.json(), len(provider.asked)
 
-    assert asyncio.run(call()) == (status, True, 0)
+    assert run(call()) == (status, True, 0)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +226,7 @@ def test_nobody_is_sent_to_another_address(tmp_path, head):
             writer.close()
             return status, int(answer[1]), [asked.provider for asked in provider.asked]
 
-    status, answered, asked = asyncio.run(call())
+    status, answered, asked = run(call())
     assert status == 200 and asked == ["serper"] and reached == [] and 400 <= answered < 500
 
 
@@ -237,7 +238,7 @@ def test_without_a_token_a_web_page_that_points_its_name_here_is_refused(tmp_pat
         async with proxy(tmp_path, token=None) as (_, client):
             return (await ask(client, "q", headers={"Host": host}))[0]
 
-    assert asyncio.run(call()) == status
+    assert run(call()) == status
 
 
 def test_no_key_and_no_token_is_in_a_log_an_error_an_answer_or_the_cache(tmp_path, caplog):
@@ -254,7 +255,7 @@ def test_no_key_and_no_token_is_in_a_log_an_error_an_answer_or_the_cache(tmp_pat
                     texts.append(await (await client.get(path, headers=BEARER)).text())
         return texts
 
-    texts = asyncio.run(call())
+    texts = run(call())
     files = [path.read_bytes() for path in tmp_path.iterdir()]
     assert any("***" in text for text in texts) and any(b"***" in content for content in files)
     for secret in (KEY, TOKEN):
@@ -269,7 +270,7 @@ def test_metrics_tell_what_each_run_has_cost(tmp_path):
             await ask(client, "a", "b", "a", path="/runs/r1/retrieve")
             return await (await client.get("/metrics", headers=BEARER)).text()
 
-    lines = asyncio.run(call()).splitlines()
+    lines = run(call()).splitlines()
     assert 'search_proxy_paid_queries_total{run="r1"} 2.0' in lines and 'search_proxy_queries_total{run="r1"} 3.0' in lines
 
 
@@ -324,7 +325,7 @@ def test_a_signal_ends_it_after_the_answer_under_way_and_its_output_holds_no_sec
             out, err = await asyncio.wait_for(server.communicate(), 30)
             return line, status, body, out + err, server.returncode
 
-    line, status, body, rest, code = asyncio.run(call())
+    line, status, body, rest, code = run(call())
     assert line.startswith("serving serper on http://127.0.0.1:") and line.endswith(
         f"(token in {TOKEN_VARIABLE}, 5 paid searches per run)\n"
     )

@@ -32,8 +32,8 @@ def measure(search: dict[str, Any], fault: Any = lambda asked: None, budget: int
 
     async def work() -> tuple[int, str, SearchServer]:
         async with serving(fault) as server:
-            server.slow_s = 0.05
-            config = configured({"backend": "serper", "url": f"{server.url}/serper", **search}, **sections)
+            server.slow_s = 0.2
+            config = configured({"backend": "serper", "url": f"{server.url}/serper", "timeout_s": 60.0, **search}, **sections)
             console = Console(file=io.StringIO(), width=120)
             code = await asyncio.to_thread(tool_check.main, config, budget, (), console)
             return code, console.file.getvalue(), server  # type: ignore[attr-defined]
@@ -80,8 +80,8 @@ def test_the_concurrency_at_which_errors_start_is_found_and_ends_the_climb() -> 
     async def work() -> tuple[int, str]:
         async with serving(crowded) as server:
             servers.append(server)
-            server.slow_s = 0.05
-            config = configured({"backend": "serper", "url": f"{server.url}/serper", "max_concurrency": 32})
+            server.slow_s = 0.2
+            config = configured({"backend": "serper", "url": f"{server.url}/serper", "timeout_s": 60.0, "max_concurrency": 32})
             console = Console(file=io.StringIO(), width=120)
             return await asyncio.to_thread(tool_check.main, config, 200, (), console), console.file.getvalue()  # type: ignore[attr-defined]
 

@@ -322,7 +322,7 @@ def test_turns_in_flight_outlive_a_sync_and_carry_the_weights_they_began_with(en
     def slowly(self: TorchModel, *arguments: Any) -> torch.Tensor:
         if next(steps) == 5:
             reached.set()
-            assert may_go_on.wait(20)
+            assert may_go_on.wait(60)
         return decode(self, *arguments)
 
     monkeypatch.setattr(TorchModel, "decode", slowly)
@@ -332,8 +332,10 @@ def test_turns_in_flight_outlive_a_sync_and_carry_the_weights_they_began_with(en
             asyncio.ensure_future(engine.generate(SamplingRequest(context(number), max_tokens=30, temperature=1.0, seed=number, key="q")))
             for number in range(6)
         ]
-        await asyncio.to_thread(reached.wait, 20)
+        await asyncio.to_thread(reached.wait, 60)
         sending = asyncio.ensure_future(asyncio.to_thread(send, engine, 21, 0.9, canary=canary_of(0.9)))
+        while not engine._frozen:  # else the turns could end before their weights change
+            await asyncio.sleep(0.005)
         await asyncio.sleep(0.05)
         assert not sending.done(), "weights were exchanged within a step"
         late = asyncio.ensure_future(engine.generate(SamplingRequest(context(7), max_tokens=8, temperature=1.0, seed=7, key="q")))
@@ -425,7 +427,7 @@ def test_an_engine_sleeps_when_the_last_request_has_ended(engine: TorchEngine, m
     may_go_on, prefill = threading.Event(), TorchModel.prefill
 
     def slowly(self: TorchModel, *arguments: Any) -> torch.Tensor:
-        assert may_go_on.wait(20)
+        assert may_go_on.wait(60)
         return prefill(self, *arguments)
 
     monkeypatch.setattr(TorchModel, "prefill", slowly)
@@ -464,7 +466,7 @@ def test_what_the_engine_cannot_compute_ends_the_run_in_one_sentence_for_everybo
 
 def test_whoever_was_just_answered_does_not_keep_the_others_from_being_told() -> None:
     """The loop hears of nothing before the thread has ended: answered turns still look as if somebody waited for them."""
-    with open_engines(settings("rollout.engine.request_timeout_s=5")) as engine:
+    with open_engines(settings("rollout.engine.request_timeout_s=60")) as engine:
         engine._served.decode = lambda *arguments: 1 / 0  # type: ignore[method-assign,assignment,return-value]
         engine._freeze()
 
@@ -476,7 +478,7 @@ def test_whoever_was_just_answered_does_not_keep_the_others_from_being_told() ->
             ]
             await asyncio.sleep(0)
             engine._resume()
-            engine._thread.join(20)
+            engine._thread.join(60)
             engine.close()
             return await asyncio.gather(*asked, return_exceptions=True)
 
@@ -549,6 +551,7 @@ def test_a_turn_that_is_given_up_leaves_its_slot(engine: TorchEngine) -> None:
         await asyncio.sleep(0.02)
         for task in given_up:
             task.cancel()
+        await asyncio.gather(*given_up, return_exceptions=True)
         done = await engine.generate(SamplingRequest(context(2), max_tokens=10, temperature=1.0, seed=2, key="q"))
         assert engine._running == []
         return done
@@ -637,14 +640,14 @@ def test_a_forward_pass_that_hangs_ends_a_sync_by_name(monkeypatch: pytest.Monke
 
     def hangs(model: TorchModel, contexts: Sequence[Sequence[int]], first_slot: int) -> torch.Tensor:
         begun.set()
-        go_on.wait(20)
+        go_on.wait(60)
         return prefill(model, contexts, first_slot)
 
     monkeypatch.setattr(TorchModel, "prefill", hangs)
 
     async def ask(engine: Any) -> None:
         waits = asyncio.ensure_future(engine.generate(SamplingRequest(PROMPT, max_tokens=4, temperature=0.0, seed=0, key="q")))
-        await asyncio.to_thread(begun.wait, 20)
+        await asyncio.to_thread(begun.wait, 60)
         with pytest.raises(EnginesEnded, match=r"engine 0 did not stop for new weights within sync.base_s=0.1"):
             engine.update_weights([], 1)
         with pytest.raises(EnginesEnded, match="did not stop for new weights"):

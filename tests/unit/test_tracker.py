@@ -74,6 +74,20 @@ def test_a_second_log_of_a_step_joins_its_row(tmp_path, clock):
     assert rows[1] | {"time": 0} == {"step": 2, "time": 0, "phases_s": {"train": 1.0, "eval": 3.0}, "reward": 0.5, "eval/sampled/f1": 0.25}
 
 
+def test_a_row_never_shrinks_so_that_a_reader_or_a_kill_finds_no_rest_of_an_earlier_one(tmp_path, clock):
+    tracker, _ = open_tracker(tmp_path)
+    path, sizes = tmp_path / "metrics.jsonl", []
+    for reward in (0.123456789, 0.5, 0.25):
+        tracker.log(1, {"reward": reward})
+        sizes.append(path.stat().st_size)
+    assert sizes == [sizes[0]] * 3
+    tracker.log(2, {})
+    assert [row.get("reward") for row in read_metrics(path)] == [0.25, None]
+    tracker, _ = open_tracker(tmp_path, resumed_step=1)
+    tracker.log(1, {"reward": 1.0})
+    assert [row["reward"] for row in read_metrics(path)] == [1.0]
+
+
 def test_a_nested_phase_takes_its_time_from_the_outer_one(tmp_path, clock):
     tracker, _ = open_tracker(tmp_path)
     with tracker.phase("eval"):

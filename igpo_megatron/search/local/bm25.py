@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import shutil
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,6 +23,7 @@ from igpo_megatron.data.corpus import Passage, read_corpus
 from igpo_megatron.search.backend import SearchBackend
 from igpo_megatron.search.results import SearchResult
 from igpo_megatron.search.settings import Search
+from igpo_megatron.supervision.leftovers import whole
 from igpo_megatron.types import UserError
 
 CACHED_QUERIES = 65_536
@@ -55,7 +55,8 @@ class Bm25Index:
         else:
             self._scorer = _build(self.passages, show_progress)
             if folder is not None:
-                _write(self._scorer, folder)
+                with whole(folder) as part:
+                    self._scorer.save(part, show_progress=False)
         self._sums = threading.local()
         self._cached = lru_cache(maxsize=CACHED_QUERIES)(self._search)
 
@@ -116,15 +117,6 @@ def _build(passages: Sequence[Passage], show_progress: bool) -> Any:
     scorer = bm25s.BM25()
     scorer.index(tokens, show_progress=show_progress)
     return scorer
-
-
-def _write(scorer: Any, folder: Path) -> None:
-    """Write to a temporary folder and rename it, so that the folder is always complete."""
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    scorer.save(part, show_progress=False)
-    part.replace(folder)
 
 
 def _read(folder: Path, num_passages: int) -> Any:

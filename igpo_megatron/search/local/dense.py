@@ -23,6 +23,7 @@ from igpo_megatron.data.corpus import Passage, join_contents, read_corpus
 from igpo_megatron.search.local.bm25 import CorpusClient, some_passages
 from igpo_megatron.search.results import SearchResult
 from igpo_megatron.search.settings import Search
+from igpo_megatron.supervision.leftovers import whole
 from igpo_megatron.types import UserError
 
 Vectors = NDArray[np.float32]
@@ -126,10 +127,8 @@ def _kept(path: Path, encoder: str, texts: list[str], encode: Encoder) -> Vector
     digest = hashlib.blake2b("\0".join([encoder, *texts]).encode(), digest_size=16).hexdigest()
     if not path.is_file():
         vectors = unit_rows(encode(texts))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part.npz")  # numpy would add the suffix
-        np.savez(part, vectors=vectors, digest=np.array(digest))
-        part.replace(path)
+        with whole(path) as part, part.open("wb") as file:  # to a name numpy would add a suffix
+            np.savez(file, vectors=vectors, digest=np.array(digest))
         return vectors
     with np.load(path) as kept:
         if str(kept["digest"]) != digest:
