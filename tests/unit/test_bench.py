@@ -126,7 +126,7 @@ def test_the_barrier_opens_when_all_that_still_run_have_come():
         barrier = Barrier(3)
         await asyncio.gather(trajectory(barrier, "a", 3), trajectory(barrier, "b", 1), trajectory(barrier, "c", 2))
 
-    asyncio.run(asyncio.wait_for(call(), 10))
+    asyncio.run(asyncio.wait_for(call(), 60))
     assert [turn for turn, _ in order] == [0, 0, 0, 1, 1, 2] and order[-1] == (2, "a")
 
 

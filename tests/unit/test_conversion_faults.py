@@ -528,7 +528,7 @@ def peaks_in_a_process(*calls) -> list[int]:
     """Of each (function, arguments), the most bytes that were in use above those at its start."""
     # A new process: in the heap of this one are holes that earlier tests left, which are filled before the system is asked.
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-        return [process.submit(peak_of, *call).result(timeout=120) for call in calls]
+        return [process.submit(peak_of, *call).result(timeout=400) for call in calls]
 
 
 def peak_of(function, *arguments) -> int:
