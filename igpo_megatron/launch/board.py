@@ -61,7 +61,7 @@ class Board:
         met: Future[list[Facts]] = Future()
         threading.Thread(target=lambda: asyncio.run(self._live(own, deadline_s, judge, met)), daemon=True).start()
         try:
-            return met.result(deadline_s + 1)
+            return met.result(deadline_s + _HEAD_SPARES_S)  # the thread itself gives up at the deadline
         except TimeoutError:
             raise PreflightFailed(self._no_answer(deadline_s)) from None
 
