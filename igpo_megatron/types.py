@@ -544,10 +544,6 @@ class RunStopped(RuntimeError):
     """The run cannot go on; the message names the culprit in one sentence. What was saved stays, and the run can be resumed."""
 
 
-class PeerStopped(RunStopped):
-    """The same, for a reason that another rank knows and tells."""
-
-
 class SyncError(RunStopped):
     """A weight transfer did not bring the policy's weights; the message names the engine and the first tensor that shows it."""
 

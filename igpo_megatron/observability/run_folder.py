@@ -114,6 +114,7 @@ def held(folder: RunFolder) -> Iterator[None]:
     except OSError as error:
         why = os.strerror(error.errno or 0).lower()
         raise UserError(f"{error.filename or path} cannot be written ({why}): choose another run.folder, or make it writable") from None
+    os.register_at_fork(after_in_child=file.close)  # Megatron's writers are forked: one that outlives a killed run must not hold its folder
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -39,7 +39,7 @@ from igpo_megatron.policy import checkpoint_sums, megatron_fixes, parallel
 from igpo_megatron.policy.checkpoint_sums import Sums
 from igpo_megatron.policy.checkpoint_writer import write_in_thread
 from igpo_megatron.policy.policy import Policy
-from igpo_megatron.types import PeerStopped, RunStopped
+from igpo_megatron.types import RunStopped
 
 SHARDING = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -130,19 +130,24 @@ def finish(policy: Policy, *, wait: bool) -> bool:
 
 @contextmanager
 def _failures_named(final: Path) -> Iterator[None]:
-    """Turn what Megatron raises on every rank, when one could not write, into RunStopped. Only the main rank knows the reason."""
+    """Turn what Megatron raises on every rank, when one could not write, into RunStopped.
+
+    Only the main rank knows the reason. It tells the others: if one of them ended first, it would be killed before it could leave it.
+    """
     try:
         yield
     except CheckpointException as error:
-        if not error.failures:
-            raise PeerStopped(f"{final.name} could not be written; the reason is in the log of rank 0") from None
-        rank, (problem, _) = min(error.failures.items())
-        why = str(problem).removeprefix("Worker failure: ")
-        # All that torch and Megatron-Core 0.19 report when a file system is full.
-        if any(sign in why for sign in ("inline_container", "PytorchStreamWriter", "<class 'OSError'>")):
-            free = shutil.disk_usage(final.parent).free
-            why = f"a file was cut short; {final.parent} has {free:,} bytes free (otherwise a quota, or `ulimit -f`)"
-        raise RunStopped(f"{final.name} could not be written by rank {rank}: {why}") from error
+        raise RunStopped(parallel.broadcast(_reason(final, error) if error.failures else None)) from error
+
+
+def _reason(final: Path, error: CheckpointException) -> str:
+    rank, (problem, _) = min(error.failures.items())
+    why = str(problem).removeprefix("Worker failure: ")
+    # All that torch and Megatron-Core 0.19 report when a file system is full.
+    if any(sign in why for sign in ("inline_container", "PytorchStreamWriter", "<class 'OSError'>")):
+        free = shutil.disk_usage(final.parent).free
+        why = f"a file was cut short; {final.parent} has {free:,} bytes free (otherwise a quota, or `ulimit -f`)"
+    return f"{final.name} could not be written by rank {rank}: {why}"
 
 
 def _complete(policy: Policy, final: Path, state: dict[str, Any], own: dict[str, Any], keep: int, sums: Sums) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import time
@@ -24,6 +25,10 @@ Value = TypeVar("Value")
 
 MEETING_FOLDER = "IGPO_MEETING_FOLDER"
 """Environment variable of ranks that `igpo` started on one machine: a folder of their own, in which rank 0 says where they meet."""
+
+_GRACE_S = 30.0
+"""Collectives last this much longer than `parallel.timeout_s`, after which the main rank names what it waits for and ends (waits.py, in
+22 s at most). Otherwise ranks that wait for it would end first, and their timeout would be reported as the cause."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +96,7 @@ def init(config: Config) -> Ranks:
     from megatron.core import parallel_state, tensor_parallel
 
     torch.set_num_threads(config.run.threads)
-    timeout = timedelta(seconds=config.parallel.timeout_s)
+    timeout = timedelta(seconds=config.parallel.timeout_s + _GRACE_S)
     if not dist.is_initialized():
         if cuda:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -111,7 +116,7 @@ def init(config: Config) -> Ranks:
         expert_model_parallel_size=config.parallel.expert,
         # Experts are never cut: small matrices, and gloo cannot gather their tokens unevenly.
         expert_tensor_parallel_size=1,
-        distributed_timeout_minutes=max(1, round(config.parallel.timeout_s / 60)),
+        distributed_timeout_minutes=math.ceil(timeout.total_seconds() / 60),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(config.run.seed + 1)
     return Ranks(
@@ -170,7 +175,7 @@ def _read_port(said: Path, timeout: timedelta) -> int:
     until = time.monotonic() + timeout.total_seconds()
     while not said.exists():
         if time.monotonic() > until:
-            raise TimeoutError(f"rank 0 did not open the ranks' store within parallel.timeout_s={timeout.total_seconds():g}")
+            raise TimeoutError(f"rank 0 did not open the ranks' store within {timeout.total_seconds():g} s (see parallel.timeout_s)")
         time.sleep(0.02)
     return int(said.read_text(encoding="ascii"))
 

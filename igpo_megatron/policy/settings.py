@@ -104,7 +104,7 @@ class Parallel(Section):
     """Shard optimizer state over data-parallel ranks."""
 
     timeout_s: PositiveFloat = 1800
-    """A collective that waits longer than this ends the job."""
+    """The job ends when rollouts take longer than this, or half a minute later when a collective does."""
 
     def problems(self) -> Iterator[str]:
         if self.sequence and self.tensor == 1:

@@ -31,7 +31,7 @@ from typing import Any, Literal, NoReturn
 from checkpoint_conversion import ConversionError
 from igpo_megatron.supervision.failures import in_short, keep_failure
 from igpo_megatron.supervision.leftovers import whole
-from igpo_megatron.types import PeerStopped, RunStopped, UserError
+from igpo_megatron.types import RunStopped, UserError
 
 Kind = Literal["done", "interrupted", "signal", "error", "peer"]
 """`interrupted`: it was asked to end; `signal`: a signal killed it; `error`: it ended itself; `peer`: it lost another rank, which is never
@@ -80,7 +80,7 @@ def ending_of(error: BaseException, who: str, folder: Path | None) -> Ending:
     if isinstance(error, (UserError, ConversionError)):
         return Ending("error", 2, str(error), now)
     if isinstance(error, RunStopped):
-        return Ending("peer" if isinstance(error, PeerStopped) else "error", 1, str(error), now)
+        return Ending("error", 1, str(error), now)
     if (number := _signal_of(error)) is not None:
         return Ending("interrupted", 128 + number, f"{who} was interrupted by {number.name}".removeprefix(" was "), now)
     if _lost_peer(error):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -18,7 +19,6 @@ from typing import Any
 import pytest
 import torch
 from megatron.core import parallel_state
-from ports import free_port
 from tiny_models import ARCHITECTURES, MIXTURES, VOCAB, make_hf_folder  # noqa: F401  (tests import them from here)
 
 from igpo_megatron.cli import world_size
@@ -48,7 +48,7 @@ def make_config(model: Path, **overrides: Any) -> Config:
         "run": {"device": "cpu", "steps": 10},
         "loss": {"kl_coef": 0.0},
         "optim": {"lr": 1e-2, "weight_decay": 0.01},
-        "parallel": {"timeout_s": 60},
+        "parallel": {"timeout_s": 300},
     }
     for key, value in overrides.items():
         section, name = key.split("__")
@@ -92,28 +92,28 @@ def run_ranks_for_each(function: Callable[..., Any], configs: Sequence[Config], 
     """The same for several configurations of as many ranks each, one after the other in one process group."""
     (world,) = {world_size(config) for config in configs}
     context: Any = multiprocessing.get_context(method)
-    port = free_port()
     queue = context.Queue()
     torch.set_num_threads(1)  # a pool of threads does not survive the fork, and a rank would wait for it
-    ranks = [context.Process(target=_rank, args=(rank, world, port, configs, function, arguments, queue)) for rank in range(world)]
-    for process in ranks:
-        process.start()
     results: dict[int, Any] = {}
-    try:
-        for _ in ranks:
-            rank, value, error = _next(queue, ranks)
-            if error:
-                raise AssertionError(f"rank {rank} failed:\n{error}")
-            results[rank] = pickle.loads(value)
-    finally:
+    with tempfile.TemporaryDirectory() as meeting:
+        ranks = [context.Process(target=_rank, args=(rank, world, meeting, configs, function, arguments, queue)) for rank in range(world)]
         for process in ranks:
-            process.join(timeout=10)
-            if process.is_alive():
+            process.start()
+        try:
+            for _ in ranks:
+                rank, value, error = _next(queue, ranks)
+                if error:
+                    raise AssertionError(f"rank {rank} failed:\n{error}")
+                results[rank] = pickle.loads(value)
+        finally:
+            for process in ranks:
+                process.join(timeout=10)
                 process.kill()
+                process.join()
     return [[results[rank][number] for rank in range(world)] for number in range(len(configs))]
 
 
-def _next(queue: Any, ranks: Sequence[Any], timeout: float = 120) -> Any:
+def _next(queue: Any, ranks: Sequence[Any], timeout: float = 300) -> Any:
     """What the next rank has to say. Raises AssertionError at once where one died without a word, instead of waiting for it."""
     deadline = time.monotonic() + timeout
     while True:
@@ -125,10 +125,17 @@ def _next(queue: Any, ranks: Sequence[Any], timeout: float = 120) -> Any:
             assert time.monotonic() < deadline, f"no rank has said anything for {timeout:g} s"
 
 
+def become_rank(rank: int, world: int, meeting: str) -> None:
+    """Let this process be one of the ranks of a machine, which meet as those of `igpo train` do: at a port that no other test can take."""
+    place = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    os.environ.update({"GLOO_SOCKET_IFNAME": "lo", parallel.MEETING_FOLDER: meeting})
+
+
 def _rank(
-    rank: int, world: int, port: int, configs: Sequence[Config], function: Callable[..., Any], arguments: tuple[Any, ...], queue: Any
+    rank: int, world: int, meeting: str, configs: Sequence[Config], function: Callable[..., Any], arguments: tuple[Any, ...], queue: Any
 ) -> None:
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+    become_rank(rank, world, meeting)
     try:
         values = []
         for config in configs:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from ports import free_port
+from conftest import become_rank
 
 from igpo_megatron.chat.tokenizer import load_tokenizer
 from igpo_megatron.config.schema import Config
@@ -72,14 +73,14 @@ def run(folder: Path, arguments: Sequence[str], script: Script, world: int = 1) 
 
     The ranks are forked, so that nothing is imported anew. They work in `folder`, which they can import from.
     """
-    port = free_port()
+    meeting = tempfile.mkdtemp(dir=folder)
     torch.set_num_threads(1)  # a pool of threads does not survive the fork, and a rank would wait for it
     open_engines = partial(ScriptedEngines, script)
-    ranks = [FORK.Process(target=_rank, args=(rank, world, port, folder, arguments, open_engines)) for rank in range(world)]
+    ranks = [FORK.Process(target=_rank, args=(rank, world, meeting, folder, arguments, open_engines)) for rank in range(world)]
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(120)
+        process.join(300)
         process.kill()
         process.join()
     return [process.exitcode or 0 for process in ranks], (folder / "printed.txt").read_text(encoding="utf-8")
@@ -92,13 +93,12 @@ def print_to(path: Path) -> None:
     os.dup2(sys.stdout.fileno(), 2)
 
 
-def _rank(rank: int, world: int, port: int, folder: Path, arguments: Sequence[str], open_engines: Callable[[Config], Any]) -> None:
+def _rank(rank: int, world: int, meeting: str, folder: Path, arguments: Sequence[str], open_engines: Callable[[Config], Any]) -> None:
     print_to(folder / "printed.txt")
     os.chdir(folder)
     sys.path.insert(0, str(folder))
     if world > 1:
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+        become_rank(rank, world, meeting)
     factory.open_engines = open_engines  # type: ignore[assignment]
     code = 99
     try:

@@ -50,7 +50,7 @@ def save_behind_training(
     trained, write = threading.Event(), checkpoint_writer._write
 
     def late(*arguments: Any) -> None:
-        assert trained.wait(120)
+        assert trained.wait(300)
         write(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -98,8 +98,7 @@ def fail_to_write(policy: Policy, folder: Path) -> tuple[str, list[Path]]:
 def test_a_rank_that_cannot_write_behind_training_is_told_by_every_rank(hf_folders: dict[str, Path], tmp_path: Path) -> None:
     config = make_config(hf_folders["qwen2_tied"], parallel__tensor=2, checkpoint__in_background=True)
     answers = run_ranks(fail_to_write, config, tmp_path)
-    assert all(message.startswith("step_000001 could not be written") and folders == [] for message, folders in answers)
-    assert "no space left on device" in answers[0][0]
+    assert answers == [("step_000001 could not be written by rank 1: no space left on device", [])] * 2
 
 
 def load_and_train(policy: Policy, folder: Path, groups: list[RolloutGroup]) -> tuple[int, dict[str, Any], int, list[tuple[float, float]]]:

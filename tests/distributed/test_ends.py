@@ -7,8 +7,10 @@ import multiprocessing
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +18,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import make_config
+from conftest import become_rank, make_config
 from groups import random_groups
-from ports import free_port
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from igpo_megatron.chat.tokenizer import load_tokenizer
@@ -81,20 +82,24 @@ def settings(hf_folder: Path, folder: Path, **overrides: Any) -> Path:
 
 
 def run_ranks(path: Path, prepare: Callable[[int], None], world: int = 2) -> tuple[Ending, str]:
-    """What torchrun's agent does with the ranks of one machine: the first that fails ends the others. The cause, and what they printed."""
-    port = free_port()
-    processes = [FORK.Process(target=_rank, args=(rank, world, port, path, prepare)) for rank in range(world)]
+    """What torchrun's agent does with the ranks of one machine: the first that fails ends the others. The cause, and what they printed.
+
+    The bounds are for ranks that hang: they end by themselves within seconds, or a minute on a busy machine.
+    """
+    meeting = tempfile.mkdtemp(dir=path.parent)
+    processes = [FORK.Process(target=_rank, args=(rank, world, meeting, path, prepare)) for rank in range(world)]
     for process in processes:
         process.start()
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while any(process.is_alive() for process in processes) and not any(process.exitcode for process in processes):
             assert time.monotonic() < deadline, "the ranks go on"
             time.sleep(0.02)
         for process in processes:
             process.terminate()
         for process in processes:
-            process.join(30)
+            process.join(120)
+            assert not process.is_alive(), "a rank goes on after SIGTERM"
         failures = {
             rank: ProcessFailure(rank, process.pid or 0, process.exitcode, str(path.parent / f"error{rank}.json"))
             for rank, process in enumerate(processes)
@@ -105,14 +110,15 @@ def run_ranks(path: Path, prepare: Callable[[int], None], world: int = 2) -> tup
     finally:
         for process in processes:
             process.kill()
+            process.join()  # before its files are looked at, or their disk is unmounted
 
 
-def _rank(rank: int, world: int, port: int, path: Path, prepare: Callable[[int], None]) -> None:
+def _rank(rank: int, world: int, meeting: str, path: Path, prepare: Callable[[int], None]) -> None:
     output = os.open(path.parent / f"out{rank}.txt", os.O_WRONLY | os.O_CREAT)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    os.environ.update({"GLOO_SOCKET_IFNAME": "lo", "TORCHELASTIC_ERROR_FILE": str(path.parent / f"error{rank}.json"), LAUNCHED: "1"})
+    become_rank(rank, world, meeting)
+    os.environ.update({"TORCHELASTIC_ERROR_FILE": str(path.parent / f"error{rank}.json"), LAUNCHED: "1"})
     services.open_services = open_services
     train.require = lambda *_: None
     prepare(rank)
@@ -190,13 +196,32 @@ def test_an_interruption_in_any_phase_is_one_sentence_and_what_was_opened_is_clo
     assert (tmp_path / "closed").is_file() or phase == "starting"
 
 
+def test_rollouts_that_hang_are_the_cause_and_not_the_rank_that_waits_for_them(
+    hf_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both ranks wait since the same moment."""
+    monkeypatch.setattr(Queue, "take", lambda self, step: time.sleep(600))
+    ending, printed = run_ranks(settings(hf_folders["qwen2"], tmp_path, parallel__timeout_s=1), lambda rank: None)
+    sentence = r"rank 0 has waited \d+ s for the groups of step 1 \(from the rollouts\); held up by the rollouts \(record: .*\)"
+    assert (ending.kind, ending.code) == ("error", 1) and re.fullmatch(sentence, ending.sentence), ending
+    assert (tmp_path / "closed").is_file() and "Traceback" not in printed
+
+
 @pytest.mark.parametrize(("rank", "in_background"), [(0, False), (1, True)])
 def test_a_save_that_is_cut_short_is_one_sentence_on_whichever_rank_it_happens(
     rank: int, in_background: bool, hf_folders: dict[str, Path], tmp_path: Path
 ) -> None:
+    def slow(path: Path) -> Any:
+        time.sleep(0.5)  # the other rank, which is told of the failure first, would end meanwhile, and thereby this one
+        return disk_usage(path)
+
+    disk_usage = shutil.disk_usage
+
     def prepare(number: int) -> None:
         if number == rank:
             resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))
+        if number == 0:
+            shutil.disk_usage = slow  # type: ignore[assignment]
 
     ending, printed = run_ranks(settings(hf_folders["qwen2"], tmp_path, checkpoint__in_background=in_background), prepare)
     assert (ending.kind, ending.code) == ("error", 1)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from conftest import make_config, run_ranks
 from groups import random_groups
 from markdown_it import MarkdownIt
@@ -219,10 +220,12 @@ def _run_file(path: Path) -> None:
 def run_file(path: Path, code: str) -> tuple[int | None, str]:
     """Exit code and what is printed."""
     path.write_text(code, encoding="utf-8")
+    torch.set_num_threads(1)  # a pool of threads does not survive the fork
     process = FORK.Process(target=_run_file, args=(path,))
     process.start()
-    process.join(120)
+    process.join(300)
     process.kill()
+    process.join()
     return process.exitcode, path.with_suffix(".txt").read_text(encoding="utf-8")
 
 

@@ -44,7 +44,7 @@ def resume(policy: Policy, folder: Path, groups: list[RolloutGroup]) -> dict[str
 @pytest.mark.parametrize("layout", [[], ["parallel.tensor=2"], ["parallel.pipeline=2"], ["parallel.data=2"]])
 def test_a_checkpoint_of_then_resumes_at_any_layout(tmp_path: Path, layout: list[str]) -> None:
     folder = unpack_stopped_run(tmp_path)
-    config = load(folder / "config.yaml", [f"model.path={folder / 'policy'}", "parallel.timeout_s=60", *layout])
+    config = load(folder / "config.yaml", [f"model.path={folder / 'policy'}", "parallel.timeout_s=300", *layout])
     (saved,) = checkpoint.complete(folder / "runs/stopped/checkpoints")
     assert checkpoint_sums.damage(saved) == []
     found = run_ranks(resume, config, saved, with_off_policy_logprobs(random_groups(seed=6, probes=False)))[0]

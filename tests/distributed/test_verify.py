@@ -27,9 +27,10 @@ def run_verify(*folders: Path) -> tuple[int, str]:
         result = CliRunner().invoke(cli.app, ["convert", "verify", "--hf", str(folders[0]), "--megatron", str(folders[1])])
         queue.put((result.exit_code, result.output + (repr(result.exception) if result.exit_code not in (0, 1) else "")))
 
+    torch.set_num_threads(1)  # a pool of threads does not survive the fork
     process = context.Process(target=work)
     process.start()
-    found: tuple[int, str] = queue.get(timeout=120)
+    found: tuple[int, str] = queue.get(timeout=300)
     process.join()
     return found
 

@@ -30,7 +30,7 @@ from igpo_megatron.observability.run_folder import RunFolder, held, read_summary
 from igpo_megatron.plan import machines
 from igpo_megatron.policy.parallel import MEETING_FOLDER
 from igpo_megatron.supervision.endings import LAUNCHED, Ended, Ending, ending_of, interruptible, leave, reason_left, signals_restored
-from igpo_megatron.types import Node, PeerStopped, Prompt, RolloutGroup, RunStopped, Status, Trajectory, UserError
+from igpo_megatron.types import Node, Prompt, RolloutGroup, RunStopped, Status, Trajectory, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "examples/quickstart/igpo.yaml")
@@ -44,7 +44,6 @@ NCCL_REMOTE = "remote process exited or there was a network error, NCCL version 
         (UserError("no such file"), "error", 2, "no such file"),
         (ConversionError("no such folder"), "error", 2, "no such folder"),
         (RunStopped("engine 0 died"), "error", 1, "engine 0 died"),
-        (PeerStopped("step_000001 could not be written"), "peer", 1, "step_000001 could not be written"),
         (KeyboardInterrupt(), "interrupted", 130, "rank 1 was interrupted by SIGINT"),
         (KeyboardInterrupt("SIGTERM"), "interrupted", 143, "rank 1 was interrupted by SIGTERM"),
         (SystemExit(15), "interrupted", 143, "rank 1 was interrupted by SIGTERM"),  # Ray's answer to SIGTERM
@@ -303,6 +302,26 @@ def test_a_second_trainer_on_a_folder_is_told_who_has_it_and_a_third_may_follow(
         pass
     with held(folder):
         pass
+
+
+LEAVES_A_CHILD = """
+import os, sys
+from pathlib import Path
+from igpo_megatron.observability.run_folder import RunFolder, held
+with held(RunFolder(Path(sys.argv[1]))):
+    if os.fork():
+        os._exit(0)
+    print("forked", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_child_that_outlives_its_run_does_not_hold_the_folder(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", LEAVES_A_CHILD, str(tmp_path)]
+    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as run:
+        assert run.stdout is not None and run.stdout.readline() == b"forked\n" and run.wait(timeout=60) == 0
+        with held(RunFolder(tmp_path)):
+            pass
 
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:

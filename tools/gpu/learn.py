@@ -245,7 +245,12 @@ def make_files(data: Path, model: Path | None) -> None:
             "and pycountry are installed, and bring the folder"
         ) from None
     if set(missing) & set(FILES):
-        demo_data.main(data)
+        data.mkdir(parents=True, exist_ok=True)
+        # Two parts of checks.py make them at once: neither may find half a file, or rewrite one that the other's runs read.
+        with tempfile.TemporaryDirectory(dir=data) as new:
+            demo_data.main(Path(new))
+            for path in Path(new).iterdir():
+                path.replace(data / path.name)
     if model is not None and wanted[-1].name in missing:
         demonstrator = Demonstrator(world_facts.build(), load_tokenizer(model), load(DEMO, [f"search.corpus={data / 'corpus.jsonl'}"]))
         rng = random.Random(0)
