@@ -27,6 +27,7 @@ Judge = Callable[[list[Facts]], list[str]]
 """Facts of all nodes -> their disagreements, one sentence each."""
 
 _POLL_S = 0.2
+_POLLS_TO_TELL = 20
 _LEAVE_S = 20.0
 _HEAD_SPARES_S = 5.0  # node 0 decides this early, so that the others hear it before their deadline
 
@@ -60,7 +61,7 @@ class Board:
         met: Future[list[Facts]] = Future()
         threading.Thread(target=lambda: asyncio.run(self._live(own, deadline_s, judge, met)), daemon=True).start()
         try:
-            return met.result(deadline_s + 1)
+            return met.result(deadline_s + _HEAD_SPARES_S)  # the thread itself gives up at the deadline
         except TimeoutError:
             raise PreflightFailed(self._no_answer(deadline_s)) from None
 
@@ -148,8 +149,8 @@ class Board:
                 continue
             if answer.nodes:
                 return answer.nodes
-            if answer.stop and self.node.is_head:
-                await asyncio.sleep(5 * _POLL_S)  # the others hear it before this process ends
+            if answer.stop and self._head:
+                await self._tell_all(self._head)
             if answer.stop or answer.refused:
                 raise PreflightFailed(answer.stop or answer.refused)
             if self._head and self._doorway:
@@ -161,6 +162,17 @@ class Board:
                 self._head.conclude(facts, problems, deadline_s, overdue=overdue, strangers=self._doorway.strangers)
             await asyncio.sleep(_POLL_S)
         raise PreflightFailed(self._no_answer(deadline_s))
+
+    async def _tell_all(self, head: Head) -> None:
+        """Let the others hear why the job cannot start before this process, and with it the server, ends.
+
+        Counted in polls and not in seconds: when a machine stands still, none passes. A node that was killed does not ask any more.
+        """
+        for _ in range(_POLLS_TO_TELL):
+            if head.all_are_told:
+                break
+            await asyncio.sleep(_POLL_S)
+        await asyncio.sleep(_POLL_S)  # the last answer is on its way
 
     async def _talk(self, ask: Ask) -> None:
         """Heartbeats; on node 0 also the decision."""

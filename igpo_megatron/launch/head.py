@@ -47,6 +47,8 @@ class _Seat:
     heard: float
     report: Report | None = None
     left: bool = False
+    told: bool = False
+    """It has been answered why the job cannot start."""
 
 
 class Head:
@@ -75,7 +77,7 @@ class Head:
                 nodes = self._node.nodes
                 return Answer(refused=f"the job at {self._node.head}:{self._node.port} already has its {nodes} nodes")
             seat = self._seats[said.launcher] = _Seat(said.facts, now)
-        seat.heard = now
+        seat.heard, seat.told = now, bool(self._stop)
         if self._starts:
             if seat.report is None and said.report is not None:
                 seat.report = replace(said.report, rank=seat.facts.rank)  # a node reports only for itself
@@ -90,6 +92,11 @@ class Head:
     def facts(self) -> list[Facts]:
         """Facts of all nodes that are present."""
         return [seat.facts for seat in self._seats.values()]
+
+    @property
+    def all_are_told(self) -> bool:
+        """Whether every node that is present knows why the job cannot start."""
+        return all(seat.told for seat in self._seats.values())
 
     def forget_silent(self, now: float) -> None:
         """Free the places of launchers that ended before the start."""

@@ -226,14 +226,14 @@ def test_no_path_waits_for_a_slow_one() -> None:
             result = await super().generate(request)
             if not request.top_logprobs and not self.released.is_set() and not self.slow:
                 self.slow = True
-                await asyncio.wait_for(self.released.wait(), 10)
+                await asyncio.wait_for(self.released.wait(), 60)
             if WORDS.decode([*request.token_ids, *result.token_ids]).count("</answer>"):
                 self.released.set()
             return result
 
     engine = OneSlow(CALM, UNSURE)
     engine.released, engine.slow = asyncio.Event(), False  # type: ignore[attr-defined]
-    (group,) = grow(engine, ArpoBranching(**THRESHOLD), samples=4, deadline_s=20)  # type: ignore[arg-type]
+    (group,) = grow(engine, ArpoBranching(**THRESHOLD), samples=4, deadline_s=120)  # type: ignore[arg-type]
     assert [end.status for end in group.trajectories] == [Status.FINISHED] * 4
 
 
@@ -245,7 +245,7 @@ def test_a_failed_first_sample_holds_up_no_decision() -> None:
                 raise EngineError("engine 0 died")
             return await super().generate(request)
 
-    (group,) = grow(FirstFails(CALM, UNSURE), ArpoBranching(**THRESHOLD), samples=4, deadline_s=20)  # type: ignore[arg-type]
+    (group,) = grow(FirstFails(CALM, UNSURE), ArpoBranching(**THRESHOLD), samples=4, deadline_s=120)  # type: ignore[arg-type]
     assert [end.status for end in group.trajectories] == [Status.ENGINE_FAILED, *[Status.FINISHED] * 3]
     assert group.branch_points[0].trajectory == 1
 

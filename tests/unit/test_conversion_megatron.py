@@ -44,7 +44,7 @@ def folders(tmp_path_factory):
             hf_to_megatron(hf, root / kind / f"classic_{suffix(layout)}", vocab_multiple=512, classic=classic, te_names=False)
     repository = str(Path(__file__).parents[2])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": repository}
-    result = subprocess.run([sys.executable, __file__, str(root)], env=environment, capture_output=True, text=True, timeout=240)
+    result = subprocess.run([sys.executable, __file__, str(root)], env=environment, capture_output=True, text=True, timeout=500)
     assert result.returncode == 0, result.stdout + result.stderr
     return root
 

@@ -123,7 +123,7 @@ def test_a_crash_while_a_path_is_measured_ends_that_path(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(branching, "step_entropy", once)
     way = ArpoBranching(**THRESHOLD)  # type: ignore[arg-type]
-    (group,) = run(UnsureEngineWithProbes(CALM, UNSURE), tmp_path / "c", samples=4, branch=True, branching=way, deadline_s=20)
+    (group,) = run(UnsureEngineWithProbes(CALM, UNSURE), tmp_path / "c", samples=4, branch=True, branching=way, deadline_s=120)
     assert sorted(statuses(group)) == [CRASHED, *[FINISHED] * 3]
 
 
@@ -144,7 +144,7 @@ def test_a_crash_of_what_decides_on_forks_takes_its_group_and_no_other(tmp_path:
     monkeypatch.setattr(gain_branching, "fork_probability", breaks)
     engine = KnowingEngine(dict.fromkeys("abcdefgh", (0.2, 0.5)))
     way = GainBranching(initial_rollouts=2)
-    settings = {"branching": way, "max_turns": 5, "max_context": 1200, "deadline_s": 20, "reward": REWARD}
+    settings = {"branching": way, "max_turns": 5, "max_context": 1200, "deadline_s": 120, "reward": REWARD}
     pair = run(engine, tmp_path / "c", samples=3, prompts=2, branch=True, **settings)
     assert sorted(map(statuses, pair)) == [[CRASHED] * 3, [FINISHED] * 3]
     assert "OverflowError" in (tmp_path / "c").read_text(encoding="utf-8")
@@ -159,7 +159,7 @@ def test_a_crash_of_a_probe_ends_the_path_that_waits_for_it(tmp_path: Path) -> N
 
     engine = Probed({letter: (0.2, value) for letter, value in zip("abcdefgh", (0.1, 0.5, 0.9) * 3, strict=False)})
     way = GainBranching(initial_rollouts=3, spread_weight=2.5, stop_probability=0.0)
-    settings = {"branching": way, "max_turns": 5, "max_context": 1200, "deadline_s": 20, "reward": REWARD}
+    settings = {"branching": way, "max_turns": 5, "max_context": 1200, "deadline_s": 120, "reward": REWARD}
     (group,) = run(engine, tmp_path / "c", samples=5, branch=True, **settings)
     assert statuses(group) == [FINISHED, CRASHED, *[FINISHED] * 3] and "LookupError" in group.trajectories[1].reason
 

@@ -38,7 +38,7 @@ QUESTIONS = {
 def build(source: Path, out: Path) -> subprocess.CompletedProcess[str]:
     """As `make docs` does it."""
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", str(source), str(out)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, timeout=500)
 
 
 @cache

@@ -33,7 +33,7 @@ def dry_run(script: str, *arguments: str, **environment: str) -> subprocess.Comp
     keep = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     command = ["bash", str(EXAMPLES / script), *arguments]
     env = {**keep, "DRY_RUN": "1", **environment}
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=30, check=False)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
@@ -121,7 +121,7 @@ def test_there_are_scripts_and_bash_can_read_them():
     assert {path.name for path in SCRIPTS} >= {"launch.sh", "launch.sbatch", "train_1node.sh", "train_multinode.sh", "start_ray.sh"}
     for path in SCRIPTS:
         assert os.access(path, os.X_OK), f"{path.name} is not executable"
-        subprocess.run(["bash", "-n", str(path)], check=True, timeout=30)
+        subprocess.run(["bash", "-n", str(path)], check=True, timeout=120)
         assert "pkill" not in path.read_text(encoding="utf-8")
 
 

@@ -51,6 +51,9 @@ class KnowingEngine:
         self.broken, self.new_weights = broken, new_weights
         self.begun = 0
         self.slow: dict[str, float] = {}
+        self.last = ""
+        """The sample whose turns come when another one has answered."""
+        self.answered = asyncio.Event()
 
     async def generate(self, request: SamplingRequest) -> Completion:
         text = WORDS.decode(request.token_ids)
@@ -62,7 +65,12 @@ class KnowingEngine:
             letter = "abcdefgh"[self.begun]
             self.begun += 1
         await asyncio.sleep(self.slow.get(letter, 0.0))
-        return completion(f"<think>{letter}</think>{CALL}" if turns < self.searches else ANSWER)
+        if letter == self.last:
+            await asyncio.wait_for(self.answered.wait(), 60)
+        if turns < self.searches:
+            return completion(f"<think>{letter}</think>{CALL}")
+        self.answered.set()
+        return completion(ANSWER)
 
     async def score_probe(self, token_ids: list[int], first: int, *, key: str) -> ProbeScore:
         turns, letter = self.state(WORDS.decode(token_ids))
@@ -130,7 +138,7 @@ def test_paths_fork_where_their_values_are_far_apart_and_nowhere_else() -> None:
 def test_a_fork_waits_for_slow_siblings_but_no_path_does() -> None:
     """Sample b is slow: a has long answered when b's value makes a's state worth a fork, which then starts from where a was."""
     engine = KnowingEngine({"a": (0.2, 0.1), "b": (0.2, 0.9)})
-    engine.slow["b"] = 0.1
+    engine.last = "b"
     group = grow(engine, GainBranching(initial_rollouts=2, spread_weight=2.5), samples=4)
     kinds = [(node.kind, node.turn) for node in group.nodes if node.kind in ("action", "observation")]
     assert kinds[:3] == [("action", 1), ("observation", 1), ("action", 2)], "a's answer was sampled before b's first turn was there"
@@ -214,7 +222,7 @@ def test_values_of_other_weights_are_not_compared() -> None:
 
 def test_a_sibling_whose_probe_fails_fails_alone_and_holds_up_no_decision() -> None:
     engine = KnowingEngine({letter: (0.2, value) for letter, value in zip("abcdefgh", (0.1, 0.5, 0.9) * 3, strict=False)}, broken="b")
-    group = grow(engine, GainBranching(initial_rollouts=3, spread_weight=2.5, stop_probability=0.0), samples=5, deadline_s=20)
+    group = grow(engine, GainBranching(initial_rollouts=3, spread_weight=2.5, stop_probability=0.0), samples=5, deadline_s=120)
     assert [end.status for end in group.trajectories] == [Status.FINISHED, Status.ENGINE_FAILED, *[Status.FINISHED] * 3]
     sound = [point for point in group.value_points if point.trajectory in (0, 2)]
     assert [(point.siblings, round(point.spread, 3)) for point in sound] == [(2, 0.4)] * 2 and all(point.children for point in sound)

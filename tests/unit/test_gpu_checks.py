@@ -35,12 +35,21 @@ SCRIPTS = {
 }
 
 
-def call(folder: Path, limits_s: dict[str, float], needs: str = "sys") -> subprocess.Popen[str]:
-    """checks.py with fake parts, two at a time."""
+CLOCK = """
+import time, types
+from pathlib import Path
+log = Path({log!r})
+checks.time = types.SimpleNamespace(monotonic=lambda: time.monotonic() + 200 * (log.is_file() and log.stat().st_size > 0))
+"""
+
+
+def call(folder: Path, limits_s: dict[str, float], needs: str = "sys", late: str = "none") -> subprocess.Popen[str]:
+    """checks.py with fake parts, two at a time. Once part `late` has said something its clock goes 200 s ahead."""
     for name, script in SCRIPTS.items():
         (folder / f"{name}.py").write_text(script, encoding="utf-8")
     parts = [f"checks.Part({n!r}, {limit}, '', {str(folder / n) + '.py'!r}, needs=({needs!r},))" for n, limit in limits_s.items()]
-    code = f"import sys, checks; checks.PARTS = ({', '.join(parts)},); sys.exit(checks.main())"
+    clock = CLOCK.format(log=str(folder / f"out/{late}.log"))
+    code = f"import sys, checks\n{clock}\nchecks.PARTS = ({', '.join(parts)},); sys.exit(checks.main())"
     command = [sys.executable, "-c", code, "--device", "cpu", "--small", "--out", str(folder / "out")]
     command += ["--archive", str(folder / "all.tar.gz")]
     return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(GPU)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -50,14 +59,22 @@ def summary(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "out/summary.json").read_text(encoding="utf-8"))
 
 
-def is_running(process_id: int) -> bool:
-    status = Path(f"/proc/{process_id}/status")
-    return status.exists() and "State:\tZ" not in status.read_text(encoding="ascii")
+def ends(process_id: int) -> bool:
+    """Whether it does: one that was killed ends when it has its turn."""
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        try:
+            if "State:\tZ" in Path(f"/proc/{process_id}/status").read_text(encoding="ascii"):
+                return True
+        except OSError:  # it is gone
+            return True
+        time.sleep(0.01)
+    return False
 
 
 def test_parts_end_at_their_limits_with_their_children_and_fail_alone(tmp_path: Path) -> None:
-    process = call(tmp_path, {"good": 60, "broken": 60, "slow": 1, "litters": 60, "silent": 60, "last": 60})
-    printed, complaints = process.communicate(timeout=120)
+    process = call(tmp_path, {"good": 600, "broken": 600, "slow": 10, "litters": 600, "silent": 600, "last": 600}, late="slow")
+    printed, complaints = process.communicate(timeout=250)
     assert process.returncode == 1, complaints
     results = {result["name"]: result for result in summary(tmp_path)["parts"]}
     with tarfile.open(tmp_path / "all.tar.gz") as tar:
@@ -68,13 +85,13 @@ def test_parts_end_at_their_limits_with_their_children_and_fail_alone(tmp_path: 
     assert {name: (result["state"], result["headline"]) for name, result in results.items()} == {
         "good": ("ok", "42 apples"),
         "broken": ("FAILED", "exit code 1: ValueError: no pears"),
-        "slow": ("FAILED", f"stopped at its limit of 10 s after: {children['slow']}"),
+        "slow": ("FAILED", f"stopped at its limit of 100 s after: {children['slow']}"),
         "litters": ("ok", str(children["litters"])),
         "silent": ("FAILED", "exit code 0 without a result in silent.json"),
         "last": ("ok", "still run"),
     }
-    assert [name for name, child in children.items() if is_running(child)] == []
-    assert 10.0 <= results["slow"]["seconds"] < 60
+    assert all(map(ends, children.values()))
+    assert 200 <= results["slow"]["seconds"] < 1800
     at_once, table = printed.split("\n\n")
     assert sorted(at_once.splitlines()) == sorted(table.splitlines()[1:]) and table.startswith("cpu, python 3.")
     assert summary(tmp_path).keys() == {"device", "gpu", "started", "commit", "versions", "seconds", "parts"}
@@ -82,7 +99,7 @@ def test_parts_end_at_their_limits_with_their_children_and_fail_alone(tmp_path: 
 
 def test_a_part_whose_needs_are_missing_is_skipped_with_a_reason_and_is_no_failure(tmp_path: Path) -> None:
     process = call(tmp_path, {"good": 60}, needs="nothing_by_this_name")
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=250) == 0
     (result,) = summary(tmp_path)["parts"]
     assert (result["state"], result["headline"]) == ("skipped", "not importable: nothing_by_this_name")
 
@@ -109,11 +126,11 @@ def test_what_was_found_before_an_interruption_is_kept(tmp_path: Path) -> None:
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 1
+    assert process.wait(timeout=250) == 1
     results = {result["name"]: result for result in summary(tmp_path)["parts"]}
     assert results["good"]["state"] == "ok"
     assert results["slow"]["headline"] == f"interrupted after: {int(log.read_text(encoding='utf-8'))}"
-    assert len(results) == 4 and not is_running(int(log.read_text(encoding="utf-8")))
+    assert len(results) == 4 and ends(int(log.read_text(encoding="utf-8")))
 
 
 def test_all_limits_together_are_twelve_minutes_at_most_and_leave_room_in_a_call_of_ten_without_a_model() -> None:
@@ -210,7 +227,7 @@ def suite(folder: Path, *words: str | Path) -> tuple[subprocess.CompletedProcess
     (folder / "test_some.py").write_text(TESTS, encoding="utf-8")
     command = [sys.executable, GPU / "suite.py", "--out", folder / "some.json", folder / "test_some.py", *words]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # both take a second
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=folder, env=environment)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=250, cwd=folder, env=environment)
     return result, json.loads((folder / "some.json").read_text(encoding="utf-8"))
 
 
@@ -254,8 +271,8 @@ def test_after():
 def test_a_test_that_hangs_and_hears_no_signal_costs_the_head_s_others_nothing(tmp_path: Path) -> None:
     (tmp_path / "test_hanging.py").write_text(HANGING, encoding="utf-8")
     words = next(part.on_gpu for part in checks.PARTS if part.name == "head_parity").split()
-    for option in ("-n", "--timeout"):
-        words[words.index(option) + 1] = "1"
+    for option, value in {"-n": "1", "--timeout": "5"}.items():
+        words[words.index(option) + 1] = value
     plugins = ("-p", "xdist.plugin", "-p", "pytest_timeout")
     result, found = suite(tmp_path, tmp_path / "test_hanging.py", "-k", "before or hangs or after", *plugins, *words[words.index("-n") :])
     figures = found["figures"]

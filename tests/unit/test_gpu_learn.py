@@ -129,14 +129,15 @@ def started(learn: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_a_run_that_fails_is_named_with_its_last_line_and_no_other_goes_on(learn: Any, started: Any) -> None:
-    good, bad = started("grpo", "import time; time.sleep(60)"), started("igpo", "raise SystemExit('stopped: no canary')")
+    good, bad = started("grpo", "import time; time.sleep(600)"), started("igpo", "raise SystemExit('stopped: no canary')")
+    bad._process.wait(60)
     with pytest.raises(RunStopped, match="igpo ended with exit code 1: stopped: no canary"):
-        learn.finish([bad, good], time.time() + 1)
+        learn.finish([bad, good], time.time())
     assert good._process.poll() is not None
 
 
 def test_a_run_is_in_the_group_that_ends_with_the_part(learn: Any, started: Any) -> None:
-    run = started("igpo", "import time; time.sleep(60)")
+    run = started("igpo", "import time; time.sleep(600)")
     assert os.getpgid(run._process.pid) == os.getpgid(0)
     run.kill()
     assert run._process.returncode == -9
@@ -145,14 +146,17 @@ def test_a_run_is_in_the_group_that_ends_with_the_part(learn: Any, started: Any)
 def test_a_run_whose_time_is_over_is_interrupted_and_one_without_a_step_says_so(
     learn: Any, started: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(learn, "_CLOSING_S", 0.5)
+    begun = "print('begun', flush=True); time.sleep(600)"
     polite = started(
-        "igpo", "import time\ntry:\n  time.sleep(60)\nexcept KeyboardInterrupt:\n  print('closed', flush=True); raise SystemExit(130)"
+        "igpo", f"import time\ntry:\n  {begun}\nexcept KeyboardInterrupt:\n  print('closed', flush=True); raise SystemExit(130)"
     )
-    deaf = started("grpo", "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)")
-    began = time.monotonic()
-    learn.finish([polite, deaf], time.time() + 1)
-    assert time.monotonic() - began < 10 and polite._process.returncode == 130 and deaf._process.returncode == -9
+    deaf = started("grpo", f"import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); {begun}")
+    for run, closing_s in ((polite, 60.0), (deaf, 0.5)):
+        while "begun" not in run._log.read_text():
+            time.sleep(0.01)
+        monkeypatch.setattr(learn, "_CLOSING_S", closing_s)
+        learn.finish([run], time.time() + 0.1)
+    assert polite._process.returncode == 130 and deaf._process.returncode == -9
     assert "closed" in polite._log.read_text()
     with pytest.raises(RunStopped, match="grpo did not finish a step in its time"):
         deaf.rows()

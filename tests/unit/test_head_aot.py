@@ -26,7 +26,7 @@ def rows(tmp_path_factory) -> list[dict]:
     out = tmp_path_factory.mktemp("aot") / "table.json"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(BENCH / "head_aot.py"), "--out", str(out)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     return json.loads(out.read_text(encoding="utf-8"))
 

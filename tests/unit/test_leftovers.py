@@ -26,7 +26,7 @@ def make(folder: Path, name: str, age: float = OLD) -> Path:
 
 def test_only_abandoned_paths_of_that_prefix_go(tmp_path: Path) -> None:
     abandoned, claimed = make(tmp_path, "igpo-weights-a"), make(tmp_path, "igpo-weights-b")
-    young, other = make(tmp_path, "igpo-weights-c", time.time()), make(tmp_path, "weights-d")
+    young, other = make(tmp_path, "igpo-weights-c", time.time() + 3600), make(tmp_path, "weights-d")
     (tmp_path / "igpo-weights-e").mkdir()
     make(tmp_path / "igpo-weights-e", "inside")
     os.utime(tmp_path / "igpo-weights-e", (OLD, OLD))

@@ -34,7 +34,8 @@ def test_warnings_and_records_of_libraries_are_kept_and_ours_are_shown(
     text = log.read_text(encoding="utf-8")
     assert "/site-packages/megatron/core/x.py:7: FutureWarning: of Megatron" in text and "hunter2" not in text
     assert "apex.normalisation WARNING: no kernels\n" in text and "unimportant" not in text and "ours" not in text
-    assert [str(warning.message) for warning in recwarn] == ["of ours"] and "a question is left out\n" in capsys.readouterr().err
+    ours = [str(warning.message) for warning in recwarn if warning.category is FutureWarning]  # not of sockets that other tests left
+    assert ours == ["of ours"] and "a question is left out\n" in capsys.readouterr().err
     assert logging.root.handlers == root
 
 
