@@ -88,7 +88,9 @@ class RayCluster:
                 )
         except Exception as error:  # noqa: BLE001 (Ray raises nothing narrower)
             raise EngineError(f"Ray did not start on this machine: {cause(error)}") from None
-        self._servers = {child.name(): child for child in psutil.Process().children() if child.name() in _SERVERS}
+        # Living ones only: of another Ray that this process ended in a hurry, a server may wait to be reaped.
+        children = [child for child in psutil.Process().children() if is_alive(child)]
+        self._servers = {child.name(): child for child in children if child.name() in _SERVERS}
 
     def remember(self) -> None:
         """Record the raylet's children: its agents survive it if it is killed, and could not be found then."""

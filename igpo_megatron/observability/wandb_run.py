@@ -7,7 +7,7 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-from igpo_megatron.observability.run_folder import RunFolder, public_config, read_object
+from igpo_megatron.observability.run_folder import RunFolder, public_config, read_object, write_whole
 from igpo_megatron.observability.settings import Track
 
 
@@ -29,8 +29,7 @@ def start_wandb(folder: Path, config: Track, name: str) -> Any:
     online = config.wandb == "online" and bool(os.environ.get("WANDB_API_KEY"))
     id_file = folder / "wandb" / "run_id"
     if not id_file.exists():
-        id_file.parent.mkdir(parents=True, exist_ok=True)
-        id_file.write_text(secrets.token_hex(4))
+        write_whole(id_file, secrets.token_hex(4))
     resolved = RunFolder(folder).config
     return wandb.init(
         project=config.project,
