@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 
-from demo_runs import POLICY, alive
+from demo_runs import POLICY
 
 from igpo_megatron.config.load import build
 from igpo_megatron.engines.ray_cluster import RayCluster
+from igpo_megatron.supervision.leftovers import is_alive
 
 
 def test_a_killed_raylet_is_named_and_its_agents_end_with_the_cluster() -> None:
@@ -28,4 +29,4 @@ def test_a_killed_raylet_is_named_and_its_agents_end_with_the_cluster() -> None:
         assert cluster.ended() == "Ray ended on this machine: its raylet died"
     finally:
         cluster.close()
-    assert not alive(agents)
+    assert not any(map(is_alive, agents))
