@@ -88,17 +88,20 @@ def test_an_engine_killed_in_a_rollout_comes_back_with_the_newest_weights_and_no
     def is_of_engine_1(key: str) -> bool:
         return zlib.crc32(key.encode()) % 2 == 1
 
+    def ask(key: str, max_tokens: int) -> asyncio.Future[Completion]:
+        request = SamplingRequest(PROMPT, max_tokens=max_tokens, temperature=1.0, seed=int(key), key=key)
+        return asyncio.ensure_future(pool.generate(request))
+
     async def turns() -> list[Completion]:
-        asked = (pool.generate(SamplingRequest(PROMPT, max_tokens=200, temperature=1.0, seed=n, key=key)) for n, key in enumerate(keys))
-        return await asyncio.gather(*asked)
+        return await asyncio.gather(*(ask(key, 200) for key in keys))
 
     async def rollout() -> list[Completion]:
-        work = asyncio.ensure_future(turns())
+        work = [ask(key, 200) for key in keys]
         # First come, first served: when this short turn has ended, all turns of that engine are under way.
-        await pool.generate(SamplingRequest(PROMPT, max_tokens=4, temperature=1.0, seed=0, key=next(filter(is_of_engine_1, keys))))
+        await ask(next(filter(is_of_engine_1, keys)), 4)
         for process in psutil.Process(pool._fleet.members[1].process).children(recursive=True):
             signal_to(process, signal.SIGKILL)
-        return await work
+        return await asyncio.gather(*work)
 
     calm = asyncio.run(turns())
     disturbed = asyncio.run(rollout())

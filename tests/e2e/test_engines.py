@@ -264,7 +264,7 @@ def test_requests_in_flight_outlive_a_sync_and_carry_the_weights_they_began_with
 
     async def across() -> tuple[list[Completion], list[Completion], list[int]]:
         first = [asyncio.ensure_future(ask(number, 400)) for number in range(12)]
-        await ask(99, 4)  # first come, first served: when this short turn has ended, all the others are under way
+        await asyncio.ensure_future(ask(99, 4))  # first come, first served: when this short turn has ended, all others are under way
         syncing = asyncio.ensure_future(asyncio.to_thread(send, pool, 21, 0.9, canary))
         during, probes = [], []
         while not syncing.done():
