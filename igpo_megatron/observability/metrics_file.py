@@ -42,17 +42,18 @@ class MetricsFile:
         """Append the step's row, or replace the last row if it belongs to the same step; return it."""
         row: dict[str, Any] = {"step": step, "time": round(time.time(), 3), "phases_s": {}}
         with self._path.open("r+b") as file:
+            end = file.seek(0, os.SEEK_END)
             if self.row["step"] == step:
                 row = {**self.row, "time": row["time"]}
                 file.seek(self._row_offset)
             else:
-                self._row_offset = file.seek(0, os.SEEK_END)
+                self._row_offset = end
             row["phases_s"] = {
                 name: round(row["phases_s"].get(name, 0.0) + times.get(name, 0.0), 4) for name in {**row["phases_s"], **times}
             }
             row.update((name, value if math.isfinite(value) else None) for name, value in metrics.items())
-            file.write(_line(row))
-            file.truncate()
+            # Not shorter than the line it replaces: whoever reads at that moment would find the end of the old one behind it.
+            file.write(_line(row)[:-1].ljust(end - self._row_offset - 1) + b"\n")
         self.row = row
         return row
 

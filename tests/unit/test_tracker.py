@@ -74,6 +74,18 @@ def test_a_second_log_of_a_step_joins_its_row(tmp_path, clock):
     assert rows[1] | {"time": 0} == {"step": 2, "time": 0, "phases_s": {"train": 1.0, "eval": 3.0}, "reward": 0.5, "eval/sampled/f1": 0.25}
 
 
+def test_a_row_that_grows_shorter_leaves_no_end_of_the_longer_one_for_a_reader_to_find(tmp_path):
+    """The rest was cut off behind the write: a reader in between, or a run that resumed after a kill in between, took it for a row."""
+    tracker, _ = open_tracker(tmp_path)
+    tracker.log(1, {"loss": 0.123456789})
+    longer = (tmp_path / "metrics.jsonl").stat().st_size
+    tracker.log(1, {"loss": 0.5})
+    tracker.log(2, {"loss": 0.25})
+    assert [(row["step"], row["loss"]) for row in read_metrics(tmp_path / "metrics.jsonl")] == [(1, 0.5), (2, 0.25)]
+    first, _ = (tmp_path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    assert len(first) == longer
+
+
 def test_a_nested_phase_takes_its_time_from_the_outer_one(tmp_path, clock):
     tracker, _ = open_tracker(tmp_path)
     with tracker.phase("eval"):
