@@ -78,7 +78,8 @@ class EngineActor:
         self._position = SharedWeights()
         self._position.write_bytes(memoryview(b"before the first tensor".ljust(POSITION_BYTES)), 0)
         paths = {"path": weights_path, "position": str(self._position.path)}
-        await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=paths))
+        async with _lost_by_name():  # it may be killed here, too, when it has just started
+            await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=paths))
         self._gate.set()
 
     # ---- requests

@@ -10,6 +10,7 @@ import re
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -31,6 +32,7 @@ _RAY_PREFIX = "igpo-ray-"
 _SOCKET_PATH_BYTES = 107
 _RAY_SOCKET_BYTES = len("/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store")
 _LOG_LINES = 12
+_END_S = 20.0
 _SERVERS = {"gcs_server": "its head (gcs_server)", "raylet": "its raylet"}
 # torchrun's variables must not reach the engines: vLLM makes its own process groups.
 _LAUNCHER_VARIABLES = re.compile(
@@ -87,7 +89,9 @@ class RayCluster:
                 )
         except Exception as error:  # noqa: BLE001 (Ray raises nothing narrower)
             raise EngineError(f"Ray did not start on this machine: {cause(error)}") from None
-        self._servers = {child.name(): child for child in psutil.Process().children() if child.name() in _SERVERS}
+        # Living ones only: of another Ray that this process ended in a hurry, a server may wait to be reaped.
+        children = [child for child in psutil.Process().children() if is_alive(child)]
+        self._servers = {child.name(): child for child in children if child.name() in _SERVERS}
 
     def remember(self) -> None:
         """Record the raylet's children: its agents survive it if it is killed, and could not be found then."""
@@ -112,6 +116,9 @@ class RayCluster:
         for process in self._family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
+        until = time.monotonic() + _END_S
+        while any(map(is_alive, self._family)) and time.monotonic() < until:  # until then they may write to the folder
+            time.sleep(0.01)
         if self.folder is not None:
             with contextlib.suppress(OSError):
                 self._keep_logs(self.folder)

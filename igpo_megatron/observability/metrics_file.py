@@ -36,26 +36,24 @@ class MetricsFile:
         self.totals = sum_phases(kept)
         self._path = path
         self.row: dict[str, Any] = kept[-1] if kept else {"step": None}
-        self._row_bytes = len(_line(self.row)) if kept else 0
-        self._row_offset = path.stat().st_size - self._row_bytes
+        self._row_offset = path.stat().st_size - len(_line(self.row)) if kept else 0
 
     def write(self, step: int, metrics: Mapping[str, float], times: Mapping[str, float]) -> dict[str, Any]:
         """Append the step's row, or replace the last row if it belongs to the same step; return it."""
         row: dict[str, Any] = {"step": step, "time": round(time.time(), 3), "phases_s": {}}
         with self._path.open("r+b") as file:
+            end = file.seek(0, os.SEEK_END)
             if self.row["step"] == step:
                 row = {**self.row, "time": row["time"]}
                 file.seek(self._row_offset)
             else:
-                self._row_offset, self._row_bytes = file.seek(0, os.SEEK_END), 0
+                self._row_offset = end
             row["phases_s"] = {
                 name: round(row["phases_s"].get(name, 0.0) + times.get(name, 0.0), 4) for name in {**row["phases_s"], **times}
             }
             row.update((name, value if math.isfinite(value) else None) for name, value in metrics.items())
-            # At least as long as the row it replaces: a reader, or a kill, before the rest of that was cut off would find a broken line.
-            line = _line(row)[:-1].ljust(self._row_bytes - 1) + b"\n"
-            file.write(line)
-            self._row_bytes = len(line)
+            # Not shorter than the line it replaces: whoever reads at that moment would find the end of the old one behind it.
+            file.write(_line(row)[:-1].ljust(end - self._row_offset - 1) + b"\n")
         self.row = row
         return row
 

@@ -27,6 +27,7 @@ from igpo_megatron.untrusted import BadJson, json_loads_untrusted
 
 logger = logging.getLogger(__name__)
 
+_BUSY_S = 30.0
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS answers (
     backend TEXT NOT NULL, parameters TEXT NOT NULL, query TEXT NOT NULL,
@@ -51,6 +52,19 @@ class CacheNamespace:
         return cls(backend, json.dumps(parameters, sort_keys=True))
 
 
+def _write_ahead(database: sqlite3.Connection) -> None:
+    """Switch to a write-ahead log. SQLite's own timeout does not hold here: while another process writes, it refuses at once."""
+    deadline = time.monotonic() + _BUSY_S
+    while True:
+        try:
+            database.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+        time.sleep(0.01)
+
+
 class Store:
     """The file. Several runs may open it at once (SQLite's write-ahead log). It is read and written in its own thread."""
 
@@ -60,8 +74,8 @@ class Store:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="search-cache")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._database = sqlite3.connect(path, timeout=30, check_same_thread=False, isolation_level=None)
-            self._database.execute("PRAGMA journal_mode=WAL")
+            self._database = sqlite3.connect(path, timeout=_BUSY_S, check_same_thread=False, isolation_level=None)
+            _write_ahead(self._database)
             self._database.execute("PRAGMA synchronous=NORMAL")
             self._database.execute(SCHEMA)
         except (sqlite3.Error, OSError) as error:

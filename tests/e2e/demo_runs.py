@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -18,11 +19,14 @@ import demo_data
 import world_facts
 from igpo_megatron.observability.metrics_file import read_metrics
 from igpo_megatron.observability.rollout_dump import read_rollouts
+from igpo_megatron.supervision.leftovers import is_alive
 from igpo_megatron.types import RolloutGroup
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "examples/quickstart/igpo.yaml"
 POLICY = ROOT / "examples/quickstart/policy"
+PATIENCE_S = 1200
+"""The end of every wait: it ends a test that hangs, and none on a slow machine."""
 
 
 class DemoRuns:
@@ -57,15 +61,9 @@ class DemoRuns:
             start_new_session=True,
         )
 
-    def train(self, name: str, *overrides: str, timeout_s: float = 280, **environment: str) -> tuple[int, str]:
+    def train(self, name: str, *overrides: str, **environment: str) -> tuple[int, str]:
         """Exit code and output of a whole `igpo train`."""
-        process = self.start(["-m", "igpo_megatron.cli", "train", *self.arguments(name, *overrides)], **environment)
-        try:
-            output, _ = process.communicate(timeout=timeout_s)
-        except subprocess.TimeoutExpired:
-            end(family(process.pid))
-            raise
-        return process.returncode, output
+        return outcome(self.start(["-m", "igpo_megatron.cli", "train", *self.arguments(name, *overrides)], **environment))
 
     def rows(self, name: str) -> list[dict[str, float]]:
         """Metrics of the training steps, step 0 (evaluation only) left out."""
@@ -85,14 +83,45 @@ class DemoRuns:
         return path
 
 
-def wait_for(happened: Callable[[], bool], process: subprocess.Popen[str], timeout_s: float) -> None:
-    """Poll every two milliseconds. Raises AssertionError with the process's output if it ends first, or at the deadline."""
-    deadline = time.monotonic() + timeout_s
+def outcome(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Exit code and output of a command, when it ends."""
+    try:
+        output, _ = process.communicate(timeout=PATIENCE_S)
+    finally:
+        end_command(process)
+    return process.returncode, output
+
+
+def wait_for(happened: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """Poll every two milliseconds. Raises AssertionError with the process's output if it ends first, or too late."""
+    deadline = time.monotonic() + PATIENCE_S
     while not happened():
         if process.poll() is not None or time.monotonic() > deadline:
-            end(family(process.pid) if process.poll() is None else [])
+            end_command(process)
             raise AssertionError(f"did not happen; exit code {process.returncode}:\n{process.communicate()[0]}")
         time.sleep(0.002)
+
+
+def kill_while(happening: Callable[[], bool], process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """SIGKILL a command, whose ranks are there, and all below it while something happens; returns them.
+
+    They are stopped first: what happens could be over before the last of them is found and killed. If it is, the next time is awaited.
+    """
+    known = family(process.pid)
+    while True:
+        wait_for(happening, process)
+        for one in known:
+            signal_to(one, signal.SIGSTOP)
+        while not all(map(stands_still, known)):
+            time.sleep(0.001)
+        if happening():
+            break
+        for one in known:
+            signal_to(one, signal.SIGCONT)
+    doomed = [*known, *family(process.pid)]
+    end(doomed)
+    process.communicate()
+    return doomed
 
 
 def family(pid: int) -> list[psutil.Process]:
@@ -114,16 +143,34 @@ def listening(processes: Sequence[psutil.Process]) -> dict[str, str]:
     return found
 
 
+def signal_to(process: psutil.Process, number: int) -> None:
+    """A signal to a process that may be gone."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.send_signal(number)
+
+
+def stands_still(process: psutil.Process) -> bool:
+    """It is stopped, or has ended."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.status() in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE)
+    return True
+
+
 def end(processes: Sequence[psutil.Process]) -> None:
     """SIGKILL all of them and wait until they are gone."""
     for process in processes:
-        try:
-            process.send_signal(signal.SIGKILL)
-        except psutil.NoSuchProcess:
-            continue
-    psutil.wait_procs(processes, timeout=20)
+        signal_to(process, signal.SIGKILL)
+    alive(processes)
 
 
-def alive(processes: Sequence[psutil.Process]) -> list[str]:
-    """Command lines of those that still run."""
-    return [" ".join(row.cmdline()) for row in processes if row.is_running() and row.status() != psutil.STATUS_ZOMBIE]
+def end_command(process: subprocess.Popen[str]) -> None:
+    """The same for a command, if it still runs, and everything below it."""
+    end(family(process.pid) if process.poll() is None else [])
+
+
+def alive(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
+    """Those that still run after a minute: one that ends takes a moment."""
+    deadline = time.monotonic() + 60
+    while (left := [one for one in processes if is_alive(one)]) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return left

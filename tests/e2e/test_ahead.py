@@ -43,7 +43,7 @@ def ahead(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DemoRuns]:
         demo = DemoRuns(tmp_path_factory.mktemp("ahead"), Path(temporary))
         command = ["-m", "igpo_megatron.cli", "train", *demo.arguments("ahead", *SETTINGS)]
         first = demo.start(command)
-        wait_for((demo.folder / "ahead/checkpoints/step_000002").is_dir, first, timeout_s=280)
+        wait_for((demo.folder / "ahead/checkpoints/step_000002").is_dir, first)
         stored = json.loads((demo.folder / "ahead/checkpoints/step_000002/state.json").read_text())
         end(family(first.pid))
         first.communicate()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from demo_runs import ROOT, DemoRuns, end, family
+from demo_runs import ROOT, DemoRuns, outcome
 
 from igpo_megatron.types import RolloutGroup, Status
 
@@ -74,12 +74,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DemoRuns]:
         for name, (recipe, *overrides) in (RUNS | MORE_RUNS).items():
             _, *common = demo.arguments(name, *SMALL, *overrides, *([f"data.train=[{few}]"] if name == "replay" else []))
             arguments += [*(["--"] if arguments else []), str(ROOT / f"examples/quickstart/{recipe}.yaml"), *common]
-        process = demo.start([str(ROOT / "tests/e2e/branching_runs.py"), *arguments])
-        try:
-            output, _ = process.communicate(timeout=500)
-        finally:
-            end(family(process.pid) if process.poll() is None else [])
-        assert process.returncode == 0, output
+        code, output = outcome(demo.start([str(ROOT / "tests/e2e/branching_runs.py"), *arguments]))
+        assert code == 0, output
         yield demo
 
 

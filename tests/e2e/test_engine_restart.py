@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from demo_runs import PATIENCE_S, signal_to
 
 from checkpoint_conversion.hf_folder import HfReader
 from igpo_megatron.config.load import build
@@ -23,7 +26,6 @@ POLICY = Path(__file__).parents[2] / "examples/quickstart/policy"
 PROMPT = [1, 85, 96, 110, 64, 87, 2]
 TOKENS = [(7 * number + number**2) % 600 + 20 for number in range(65)]
 SCALE = 0.9
-RESTART_S = 400
 
 
 @pytest.fixture(scope="module")
@@ -83,24 +85,30 @@ def test_an_engine_killed_in_a_rollout_comes_back_with_the_newest_weights_and_no
 
     keys = [str(number) for number in range(16)]
 
+    def is_of_engine_1(key: str) -> bool:
+        return zlib.crc32(key.encode()) % 2 == 1
+
+    def ask(key: str, max_tokens: int) -> asyncio.Future[Completion]:
+        request = SamplingRequest(PROMPT, max_tokens=max_tokens, temperature=1.0, seed=int(key), key=key)
+        return asyncio.ensure_future(pool.generate(request))
+
     async def turns() -> list[Completion]:
-        asked = (pool.generate(SamplingRequest(PROMPT, max_tokens=200, temperature=1.0, seed=n, key=key)) for n, key in enumerate(keys))
-        return await asyncio.gather(*asked)
+        return await asyncio.gather(*(ask(key, 200) for key in keys))
 
     async def rollout() -> list[Completion]:
-        work = asyncio.ensure_future(turns())
-        await asyncio.sleep(0.3)
-        actor = psutil.Process(pool._fleet.members[1].process)
-        for process in actor.children(recursive=True):
-            process.kill()
-        return await work
+        work = [ask(key, 200) for key in keys]
+        # First come, first served: when this short turn has ended, all turns of that engine are under way.
+        await ask(next(filter(is_of_engine_1, keys)), 4)
+        for process in psutil.Process(pool._fleet.members[1].process).children(recursive=True):
+            signal_to(process, signal.SIGKILL)
+        return await asyncio.gather(*work)
 
     calm = asyncio.run(turns())
     disturbed = asyncio.run(rollout())
     assert all(done.weight_version == 1 and done.finish in ("stop", "length") for done in disturbed)
     assert [done.token_ids for done in disturbed] == [done.token_ids for done in calm]  # the same seeds, whoever sampled them
     assert pool.metrics()["engine_restarts"] == 2
-    deadline = time.monotonic() + RESTART_S
+    deadline = time.monotonic() + PATIENCE_S
     while [member.state for member in pool._fleet.members] != [EngineState.HEALTHY] * 2:
         assert pool._fleet.problem is None, pool._fleet.problem
         assert time.monotonic() < deadline, [member.state for member in pool._fleet.members]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 import time
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -14,7 +15,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
-from demo_runs import DemoRuns
+from demo_runs import DemoRuns, alive, listening, signal_to
 
 from checkpoint_conversion.hf_folder import HfReader
 from igpo_megatron.agent.rollouter import Rollouter
@@ -253,6 +254,7 @@ def test_handles_of_cuda_ipc_pass_vllms_encoder_on_their_way_to_the_workers(pool
 def test_requests_in_flight_outlive_a_sync_and_carry_the_weights_they_began_with(pool: EnginePool) -> None:
     """Turns before, across and after a sync; none is lost, and each that saw one version only is as its seed says."""
     send(pool, version=20, scale=1.0)
+    canary = canary_of(0.9)  # here, because the turns would end while it is made
 
     async def ask(number: int, max_tokens: int) -> Completion:
         return await pool.generate(SamplingRequest([*PROMPT, 40 + number], max_tokens=max_tokens, temperature=1.0, seed=number, key="q"))
@@ -262,8 +264,8 @@ def test_requests_in_flight_outlive_a_sync_and_carry_the_weights_they_began_with
 
     async def across() -> tuple[list[Completion], list[Completion], list[int]]:
         first = [asyncio.ensure_future(ask(number, 400)) for number in range(12)]
-        await asyncio.sleep(0.4)
-        syncing = asyncio.ensure_future(asyncio.to_thread(send, pool, 21, 0.9, canary_of(0.9)))
+        await asyncio.ensure_future(ask(99, 4))  # first come, first served: when this short turn has ended, all others are under way
+        syncing = asyncio.ensure_future(asyncio.to_thread(send, pool, 21, 0.9, canary))
         during, probes = [], []
         while not syncing.done():
             during.append(asyncio.ensure_future(ask(len(during), 8)))
@@ -381,9 +383,8 @@ def test_damaged_weights_are_caught_before_anything_is_sampled_from_them(pool: E
 
 def test_everything_listens_on_loopback_only(pool: EnginePool) -> None:
     actor = psutil.Process(pool._fleet.members[0].process)
-    processes = [actor, *actor.children(recursive=True), *psutil.Process().children(recursive=True)]
-    open_ports = [c.laddr.ip for p in processes for c in p.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
-    assert open_ports and set(open_ports) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+    found = listening([actor, *actor.children(recursive=True), *psutil.Process().children(recursive=True)])
+    assert found and {address.rpartition(":")[0] for address in found} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
 
 def test_a_killed_engine_is_named_within_seconds_and_nothing_is_left_behind(pool: EnginePool) -> None:
@@ -395,7 +396,7 @@ def test_a_killed_engine_is_named_within_seconds_and_nothing_is_left_behind(pool
         work = asyncio.ensure_future(pool.generate(SamplingRequest(PROMPT, max_tokens=400, temperature=1.0, seed=0, key="k")))
         await asyncio.sleep(0.05)
         for process in engine[1:]:
-            process.kill()
+            signal_to(process, signal.SIGKILL)
         await work
 
     started = time.monotonic()
@@ -403,7 +404,7 @@ def test_a_killed_engine_is_named_within_seconds_and_nothing_is_left_behind(pool
     pool._fleet.set_state(pool._fleet.members[0], EngineState.HEALTHY)  # which the last fault made it lose
     with pytest.raises(EnginesEnded, match=r"engine 0 died .*rollout.engine.max_restarts=0 restarts of it have been used"):
         asyncio.run(kill_while_generating())
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 60
     with pytest.raises(EnginesEnded, match="engine 0"):
         check_health(pool)
     with pytest.raises(EnginesEnded, match="engine 0 died"):
@@ -411,5 +412,4 @@ def test_a_killed_engine_is_named_within_seconds_and_nothing_is_left_behind(pool
     weights, folder = pool._weights.path, pool._fleet._cluster.folder
     pool.close()
     assert not weights.exists() and not folder.exists()
-    _, alive = psutil.wait_procs(engine, timeout=10)
-    assert alive == []
+    assert alive(engine) == []

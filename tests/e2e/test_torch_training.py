@@ -41,11 +41,11 @@ def test_a_killed_run_by_turns_on_one_device_resumes_and_nothing_is_left_behind(
     settings = (*SMALL, "placement.mode=colocated", "reward.scorer=engine")
     command = ["-m", "igpo_megatron.cli", "train", *demo.arguments("turns", *settings)]
     first = demo.start(command, PYTHONPATH=without)
-    wait_for((demo.folder / "turns/checkpoints/step_000001").is_dir, first, timeout_s=120)
+    wait_for((demo.folder / "turns/checkpoints/step_000001").is_dir, first)
     processes = family(first.pid)
     end(processes)
     first.communicate()
-    code, output = demo.train("turns", *settings, timeout_s=120, PYTHONPATH=without)
+    code, output = demo.train("turns", *settings, PYTHONPATH=without)
     assert code == 0 and "resuming from" in output, output
     rows = demo.rows("turns")
     assert [row["step"] for row in rows] == [1, 2, 3]

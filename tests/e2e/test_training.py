@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from demo_runs import CONFIG, POLICY, DemoRuns, alive, end, family, listening, wait_for
+from demo_runs import CONFIG, POLICY, DemoRuns, alive, end, end_command, family, kill_while, listening, outcome, wait_for
 from ports import free_port
 from typer.testing import CliRunner
 
@@ -66,20 +66,17 @@ def finished(demo: DemoRuns) -> Iterator[Finished]:
     checkpoints = demo.folder / "whole" / "checkpoints"
     command = ["-m", "igpo_megatron.cli", "train", *demo.arguments("whole", *SMALL)]
     first = demo.start(command)
-    wait_for((checkpoints / "step_000001").is_dir, first, timeout_s=250)
-    doomed = family(first.pid)
-    sockets = listening(doomed)
-    wait_for((checkpoints / "step_000002.partial").is_dir, first, timeout_s=100)
-    end([*doomed, *family(first.pid)])
-    first.communicate()
+    wait_for((checkpoints / "step_000001").is_dir, first)
+    sockets = listening(family(first.pid))
+    doomed = kill_while((checkpoints / "step_000002.partial").is_dir, first)
     left = sorted(checkpoints.iterdir())
     damage_newest(checkpoints)
     second = demo.start(command)
-    wait_for((checkpoints / "step_000002.damaged").is_dir, second, timeout_s=100)
-    wait_for((checkpoints / "step_000002").is_dir, second, timeout_s=250)
+    wait_for((checkpoints / "step_000002.damaged").is_dir, second)
+    wait_for((checkpoints / "step_000002").is_dir, second)
     processes = family(second.pid)
-    output, _ = second.communicate(timeout=100)
-    assert second.returncode == 0, output
+    code, output = outcome(second)
+    assert code == 0, output
     yield Finished(demo, sockets, left, output, processes)
     end([*processes, *doomed])
 
@@ -132,13 +129,13 @@ def test_nothing_of_a_finished_run_or_of_the_killed_one_before_it_is_left_behind
 
 def test_a_second_call_prints_the_table_again_and_starts_nothing(finished: Finished) -> None:
     before = (finished.folder / "metrics.jsonl").read_bytes()
-    code, output = finished.demo.train("whole", *SMALL, timeout_s=60)
+    code, output = finished.demo.train("whole", *SMALL)
     assert code == 0 and "held-out" in output and "this run is finished; to train again" in output
     assert (finished.folder / "metrics.jsonl").read_bytes() == before
 
 
 def test_changed_settings_are_refused_with_both_values(finished: Finished) -> None:
-    code, output = finished.demo.train("whole", *SMALL, "optim.lr=0.5", timeout_s=60)
+    code, output = finished.demo.train("whole", *SMALL, "optim.lr=0.5")
     assert code == 2 and "optim.lr: 0.0003 -> 0.5" in output and "Traceback" not in output
 
 
@@ -147,7 +144,7 @@ def test_recorded_steps_train_on_one_rank_without_engines_to_the_same_losses(fin
         (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name} must not be imported by a replay')")
     replay = f"run.replay={finished.demo.recording('whole')}"
     settings = [*SMALL, replay, "parallel.tensor=1", "reward.evidence=true"]
-    code, output = finished.demo.train("one-rank", *settings, timeout_s=120, PYTHONPATH=str(tmp_path))
+    code, output = finished.demo.train("one-rank", *settings, PYTHONPATH=str(tmp_path))
     assert code == 0, output
     rows = finished.demo.rows("one-rank")
     assert_same_training(rows, finished.demo.rows("whole"))
@@ -162,10 +159,11 @@ def test_two_torchrun_agents_train_together_to_the_same_losses(finished: Finishe
     script = ["-m", "igpo_megatron.training.main", *finished.demo.arguments("two-agents", *SMALL, replay)]
     agents = [finished.demo.start([*launch, "--node-rank", str(rank), *script], GLOO_SOCKET_IFNAME="lo") for rank in (0, 1)]
     try:
-        outputs = [agent.communicate(timeout=150)[0] for agent in agents]
+        ends = [outcome(agent) for agent in agents]
     finally:
-        end([process for agent in agents if agent.poll() is None for process in family(agent.pid)])
-    assert [agent.returncode for agent in agents] == [0, 0], outputs
+        for agent in agents:
+            end_command(agent)
+    assert [code for code, _ in ends] == [0, 0], ends
     assert_same_training(finished.demo.rows("two-agents"), finished.demo.rows("whole"))
 
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import ray
 
 from igpo_megatron.config.load import build
 from igpo_megatron.config.schema import Config
-from igpo_megatron.engines.actor import KILLED, EngineLost
+from igpo_megatron.engines.actor import KILLED, EngineActor, EngineLost
 from igpo_megatron.engines.api import EngineError, EnginesEnded
 from igpo_megatron.engines.fleet import EngineDied, EngineState, Fleet
 from igpo_megatron.engines.pool import EnginePool
@@ -260,3 +262,18 @@ def test_a_health_check_outlives_what_ends_the_run(monkeypatch: pytest.MonkeyPat
 def test_a_signal_that_ends_a_starting_engine_is_told_from_its_own_end(codes: str, killed: bool) -> None:
     said = f"Engine core initialization failed. See root cause above. Failed core proc(s): {codes}"
     assert bool(KILLED.search(said)) is killed
+
+
+def test_an_engine_that_is_killed_right_behind_its_start_is_lost_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that it is started again: one that refuses to start the first time ends the run."""
+    dead = type("EngineDeadError", (Exception,), {})
+    vllm = mock.MagicMock(EngineDeadError=dead)
+    vllm.AsyncLLM.from_engine_args.return_value.init_weight_transfer_engine.side_effect = dead("EngineCore died")
+    for name in ("config", "distributed.weight_transfer.base", "engine.arg_utils", "v1.engine.async_llm", "v1.engine.exceptions"):
+        parts = ["vllm", *name.split(".")]
+        for end in range(1, len(parts) + 1):
+            monkeypatch.setitem(sys.modules, ".".join(parts[:end]), vllm)
+    actor = EngineActor(0)
+    with pytest.raises(EngineLost, match="EngineCore died"):
+        asyncio.run(actor.start({}, "weights", {}))
+    asyncio.run(actor.stop())

@@ -193,6 +193,16 @@ def test_an_answer_that_something_else_has_damaged_counts_as_absent(path, column
     assert asked == ["a", "a"] and first != again == kept
 
 
+def test_a_file_that_another_process_is_opening_is_opened_too(tmp_path, monkeypatch):
+    """SQLite waits for other locks, but not for a writer's while it switches to the write-ahead log."""
+    other = sqlite3.connect(tmp_path / "cache.sqlite", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    monkeypatch.setattr(cache.time, "sleep", lambda seconds: other.execute("COMMIT"))
+    asyncio.run(Store(tmp_path / "cache.sqlite").close())
+    assert not other.in_transaction
+    other.close()
+
+
 def test_a_cache_that_breaks_stops_the_run(path):
     async def work(store, counting):
         other = sqlite3.connect(path)
