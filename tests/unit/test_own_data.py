@@ -248,6 +248,24 @@ def test_what_two_processes_write_at_once_is_whole(tmp_path: Path, monkeypatch: 
     assert inside(path).read_text() == "half" and list(tmp_path.iterdir()) == [path]
 
 
+def test_a_folder_that_another_process_writes_while_it_is_replaced_is_replaced_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, replace, moved = tmp_path / "a", Path.replace, []
+
+    def then_another_writes(source: Path, target: Path) -> None:
+        replace(source, target)
+        if source == path and len(moved) < 2:
+            moved.append(target)
+            path.mkdir()
+            (path / "file").write_text("theirs")
+
+    monkeypatch.setattr(Path, "replace", then_another_writes)
+    for text in ("old", "new"):
+        with whole(path) as part:
+            part.mkdir()
+            (part / "file").write_text(text)
+    assert len(moved) == 2 and (path / "file").read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
 def test_a_file_never_replaces_a_folder(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data/kept").write_text("mine")
