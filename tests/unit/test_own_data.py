@@ -381,6 +381,13 @@ def test_corpus_command_names_every_problem_and_leaves_nothing(tmp_path: Path) -
         assert words in said and "w.jsonl: row" in said
 
 
+def test_an_existing_folder_is_refused_as_a_file_to_write_before_anything_is_read(tmp_path: Path) -> None:
+    for command in ("prepare", "corpus"):
+        result = run(command, tmp_path / "absent", "--out", tmp_path)
+        assert result.exit_code == 2 and "is a directory" in " ".join(result.output.replace("│", "").split())
+        assert not list(tmp_path.iterdir())
+
+
 def test_questions_command_shows_counts_and_refuses_in_one_sentence(tmp_path: Path) -> None:
     good = one_list(tmp_path / "hotpot_train_v1.1.json", HOTPOT)
     result = run("prepare", good, "--out", tmp_path / "o.parquet")
