@@ -39,7 +39,7 @@ SkipProblems = Annotated[bool, typer.Option(help="Write the good records even if
 @app.command(epilog="Example: igpo data prepare hotpot_train_v1.1.json --out train.parquet")
 def prepare(
     files: Annotated[list[Path], typer.Argument(help="jsonl, json, tsv or parquet, the text formats also as .gz.")],
-    out: Annotated[Path, typer.Option(help="Parquet file to write.")],
+    out: Annotated[Path, typer.Option(help="Parquet file to write.", dir_okay=False)],
     source: Annotated[str | None, typer.Option(help="Name of the set, if neither the files nor their paths give it.")] = None,
     split: Annotated[str | None, typer.Option(help="train, dev or test, if file names do not give it.")] = None,
     aliases: Annotated[Path | None, typer.Option(help="id_aliases.json of 2WikiMultihopQA: more aliases for its answers.")] = None,
@@ -70,7 +70,7 @@ def prepare(
 @app.command(epilog="Example: igpo data corpus wiki-18.jsonl.gz --out data/wiki-18.jsonl")
 def corpus(
     files: Annotated[list[Path], typer.Argument(help="wiki-18's jsonl, DPR's tsv, or parquet; the text formats also as .gz.")],
-    out: Annotated[Path, typer.Option(help="JSON lines to write; the index is put into OUT.index beside it.")],
+    out: Annotated[Path, typer.Option(help="JSON lines to write; the index is put into OUT.index beside it.", dir_okay=False)],
     index: Annotated[bool, typer.Option(help="Build the BM25 index, too.")] = True,
     skip_problems: SkipProblems = False,
 ) -> None:

@@ -89,7 +89,7 @@ class RayCluster:
                 )
         except Exception as error:  # noqa: BLE001 (Ray raises nothing narrower)
             raise EngineError(f"Ray did not start on this machine: {cause(error)}") from None
-        # Living ones only: of another Ray that this process ended in a hurry, a server may wait to be reaped.
+        # Only living ones: the servers of an earlier Ray of this process may not have been reaped yet.
         children = [child for child in psutil.Process().children() if is_alive(child)]
         self._servers = {child.name(): child for child in children if child.name() in _SERVERS}
 
@@ -117,7 +117,7 @@ class RayCluster:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         until = time.monotonic() + _END_S
-        while any(map(is_alive, self._family)) and time.monotonic() < until:  # until then they may write to the folder
+        while any(map(is_alive, self._family)) and time.monotonic() < until:  # until they are gone they may write to the folder
             time.sleep(0.01)
         if self.folder is not None:
             with contextlib.suppress(OSError):

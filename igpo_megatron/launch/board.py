@@ -166,7 +166,7 @@ class Board:
     async def _tell_all(self, head: Head) -> None:
         """Let the others hear why the job cannot start before this process, and with it the server, ends.
 
-        Counted in polls and not in seconds: when a machine stands still, none passes. A node that was killed does not ask any more.
+        The wait is counted in polls, not in seconds: none passes while a machine stands still. It ends even if a node was killed.
         """
         for _ in range(_POLLS_TO_TELL):
             if head.all_are_told:

@@ -52,7 +52,7 @@ class MetricsFile:
                 name: round(row["phases_s"].get(name, 0.0) + times.get(name, 0.0), 4) for name in {**row["phases_s"], **times}
             }
             row.update((name, value if math.isfinite(value) else None) for name, value in metrics.items())
-            # Not shorter than the line it replaces: whoever reads at that moment would find the end of the old one behind it.
+            # Never shorter than the row it replaces: a reader, or a run resumed after a kill, would find the end of the old row after it.
             file.write(_line(row)[:-1].ljust(end - self._row_offset - 1) + b"\n")
         self.row = row
         return row

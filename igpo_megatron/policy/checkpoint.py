@@ -132,7 +132,8 @@ def finish(policy: Policy, *, wait: bool) -> bool:
 def _failures_named(final: Path) -> Iterator[None]:
     """Turn what Megatron raises on every rank, when one could not write, into RunStopped.
 
-    Only the main rank knows the reason. It tells the others: if one of them ended first, it would be killed before it could leave it.
+    Only the main rank knows the reason. It tells the others first: one that ended without it could have the main rank killed before it
+    has reported the reason.
     """
     try:
         yield

@@ -94,16 +94,15 @@ def _rename(part: Path, path: Path, aside: Path) -> None:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
+        _remove(aside)  # another process has written `path` since this one moved it
         with suppress(FileNotFoundError):  # another process was faster
             path.replace(aside)
     _remove(aside)
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    with suppress(FileNotFoundError):  # another process was faster
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def end_with_parent() -> None:

@@ -25,7 +25,7 @@ from igpo_megatron.types import RolloutGroup
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "examples/quickstart/igpo.yaml"
 POLICY = ROOT / "examples/quickstart/policy"
-PATIENCE_S = 1200
+PATIENCE_S = 600
 """The end of every wait: it ends a test that hangs, and none on a slow machine."""
 
 
@@ -92,13 +92,15 @@ def outcome(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, output
 
 
-def wait_for(happened: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    """Poll every two milliseconds. Raises AssertionError with the process's output if it ends first, or too late."""
+def wait_for(happened: Callable[[], bool], *processes: subprocess.Popen[str]) -> None:
+    """Poll every two milliseconds. Ends the processes, and raises AssertionError with their output, if one ends first, or too late."""
     deadline = time.monotonic() + PATIENCE_S
     while not happened():
-        if process.poll() is not None or time.monotonic() > deadline:
-            end_command(process)
-            raise AssertionError(f"did not happen; exit code {process.returncode}:\n{process.communicate()[0]}")
+        if any(process.poll() is not None for process in processes) or time.monotonic() > deadline:
+            for process in processes:
+                end_command(process)
+            ends = [f"exit code {process.wait()}:\n{process.communicate()[0]}" for process in processes]
+            raise AssertionError("\n--- ".join(["did not happen", *ends]))
         time.sleep(0.002)
 
 

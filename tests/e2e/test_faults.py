@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from demo_runs import PATIENCE_S, alive, end_command, family, kill_while, outcome, wait_for
+from demo_runs import alive, end_command, family, kill_while, outcome, wait_for
 
 import hosts
 from igpo_megatron.observability.metrics_file import read_metrics
@@ -134,15 +134,6 @@ def start_on(network: hosts.Hosts, number: int, arguments: list[str], *how: str)
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
 
 
-def wait_for_hosts(path: Path, processes: list[subprocess.Popen[str]]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not path.exists():
-        if any(process.poll() is not None for process in processes):
-            pytest.fail("\n--- the other host:\n".join(outcome(process)[1] for process in processes))
-        assert time.monotonic() < deadline, path
-        time.sleep(0.005)
-
-
 def test_two_hosts_survive_a_killed_rank_and_a_cut_link_and_train_what_one_node_trains(folder: Path, uninterrupted: list[float]) -> None:
     reason = hosts.available()
     if reason:
@@ -151,11 +142,11 @@ def test_two_hosts_survive_a_killed_rank_and_a_cut_link_and_train_what_one_node_
     checkpoints = folder / "hosts" / "checkpoints"
     with hosts.Hosts(2) as network:
         first, second = (start_on(network, number, arguments, "--max-restarts", "1") for number in (0, 1))
-        wait_for_hosts(checkpoints / "step_000002", [first, second])
+        wait_for((checkpoints / "step_000002").is_dir, first, second)
         (agent,) = [one for one in psutil.Process(second.pid).children() if "igpo_megatron.launch.agent" in one.cmdline()]
         (rank,) = agent.children()
         rank.kill()  # torchrun starts both ranks again, once
-        wait_for_hosts(checkpoints / "step_000005", [first, second])
+        wait_for((checkpoints / "step_000005").is_dir, first, second)
         network.cut(1)
         cut = time.monotonic()
         codes, outputs = zip(*map(outcome, (first, second)), strict=True)

@@ -12,8 +12,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 ROOT = Path(__file__).resolve().parents[2]
 FIGURES = {
     "smoke": {"chunk_tflops", "chunk_relative_error", "memory_gib"},
@@ -35,8 +33,8 @@ def read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-@pytest.mark.timeout(1800)  # on a busy machine it has taken five minutes instead of one
 def test_every_part_runs_small_on_a_cpu_and_leaves_its_figures(tmp_path: Path) -> None:
+    # On a busy machine it has taken five minutes instead of one.
     command = [
         ROOT / "tools/gpu/checks.sh",
         "--device",
@@ -47,7 +45,7 @@ def test_every_part_runs_small_on_a_cpu_and_leaves_its_figures(tmp_path: Path) -
         "--out",
         tmp_path,
     ]
-    result = subprocess.run(command, env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True, timeout=1700)
+    result = subprocess.run(command, env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True, timeout=850)
     assert result.returncode == 0, result.stdout + result.stderr
     summary = read(tmp_path / "summary.json")
     assert {part["name"]: part["state"] for part in summary["parts"]} == dict.fromkeys(FIGURES, "ok")

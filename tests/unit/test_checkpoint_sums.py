@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from test_conversion import hf_folder
@@ -17,7 +18,7 @@ from igpo_megatron.cli import app
 from igpo_megatron.config.load import ConfigError, build, to_json
 from igpo_megatron.config.schema import Config
 from igpo_megatron.observability.run_folder import RunFolder, folder_for, forget_after, open_folder, read_summary, set_up
-from igpo_megatron.policy import checkpoint_sums, parallel
+from igpo_megatron.policy import checkpoint, checkpoint_sums, parallel
 from igpo_megatron.policy.checkpoint_sums import Found, damage, newest_whole, set_aside
 from igpo_megatron.types import UserError
 
@@ -253,3 +254,22 @@ def test_a_run_whose_steps_depend_on_their_number_says_how_to_train_on(setting: 
     if "to train on" in why:
         command = f"`igpo convert megatron-to-hf --megatron {folder.checkpoints}/step_000040 --out hf/`"
         assert command in str(refused.value) and "another run.name and model.path=hf/" in str(refused.value)
+
+
+def test_a_checkpoint_that_is_replaced_or_not_kept_is_renamed_before_it_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a run that is killed meanwhile leaves none that is half removed."""
+    removed: list[str] = []
+
+    def remove(folder: Path) -> None:
+        removed.append(folder.name)
+        folder.rename(tmp_path / f"removed {len(removed)}")
+
+    monkeypatch.setattr("shutil.rmtree", remove)
+    for name in ("dist.barrier", "copy_config", "write_metadata"):
+        monkeypatch.setattr(f"igpo_megatron.policy.checkpoint.{name}", mock.Mock())
+    for step in (1, 2, 3, 3):
+        (tmp_path / f"step_{step:06d}.partial").mkdir()
+        checkpoint._complete(mock.Mock(), tmp_path / f"step_{step:06d}", {}, {}, 2, {})
+    monkeypatch.undo()
+    assert removed == ["step_000001.old.partial", "step_000003.old.partial"]
+    assert [folder.name for folder in checkpoint.complete(tmp_path)] == ["step_000002", "step_000003"]

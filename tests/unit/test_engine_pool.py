@@ -264,7 +264,7 @@ def test_a_signal_that_ends_a_starting_engine_is_told_from_its_own_end(codes: st
     assert bool(KILLED.search(said)) is killed
 
 
-def test_an_engine_that_is_killed_right_behind_its_start_is_lost_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_is_killed_right_after_its_start_is_lost_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that it is started again: one that refuses to start the first time ends the run."""
     dead = type("EngineDeadError", (Exception,), {})
     vllm = mock.MagicMock(EngineDeadError=dead)

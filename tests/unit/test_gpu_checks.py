@@ -85,7 +85,7 @@ def test_parts_end_at_their_limits_with_their_children_and_fail_alone(tmp_path: 
     assert {name: (result["state"], result["headline"]) for name, result in results.items()} == {
         "good": ("ok", "42 apples"),
         "broken": ("FAILED", "exit code 1: ValueError: no pears"),
-        "slow": ("FAILED", f"stopped at its limit of 100 s after: {children['slow']}"),
+        "slow": ("FAILED", f"stopped at its limit of 60 s after: {children['slow']}"),
         "litters": ("ok", str(children["litters"])),
         "silent": ("FAILED", "exit code 0 without a result in silent.json"),
         "last": ("ok", "still run"),

@@ -248,6 +248,24 @@ def test_what_two_processes_write_at_once_is_whole(tmp_path: Path, monkeypatch: 
     assert inside(path).read_text() == "half" and list(tmp_path.iterdir()) == [path]
 
 
+def test_a_folder_that_another_process_writes_while_it_is_replaced_is_replaced_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, replace, moved = tmp_path / "a", Path.replace, []
+
+    def then_another_writes(source: Path, target: Path) -> None:
+        replace(source, target)
+        if source == path and len(moved) < 2:
+            moved.append(target)
+            path.mkdir()
+            (path / "file").write_text("theirs")
+
+    monkeypatch.setattr(Path, "replace", then_another_writes)
+    for text in ("old", "new"):
+        with whole(path) as part:
+            part.mkdir()
+            (part / "file").write_text(text)
+    assert len(moved) == 2 and (path / "file").read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
 def test_a_file_never_replaces_a_folder(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data/kept").write_text("mine")
@@ -361,6 +379,13 @@ def test_corpus_command_names_every_problem_and_leaves_nothing(tmp_path: Path) -
     assert result.exit_code == 2 and "4 problems" in said and not list(out.parent.iterdir())
     for words in ("row 1, column text: found the fields id", "row 2, column id", "row 3, column id: found True", "row 4, column text"):
         assert words in said and "w.jsonl: row" in said
+
+
+def test_an_existing_folder_is_refused_as_a_file_to_write_before_anything_is_read(tmp_path: Path) -> None:
+    for command in ("prepare", "corpus"):
+        result = run(command, tmp_path / "absent", "--out", tmp_path)
+        assert result.exit_code == 2 and "is a directory" in " ".join(result.output.replace("│", "").split())
+        assert not list(tmp_path.iterdir())
 
 
 def test_questions_command_shows_counts_and_refuses_in_one_sentence(tmp_path: Path) -> None:

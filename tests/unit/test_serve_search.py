@@ -325,7 +325,7 @@ def test_a_signal_ends_it_after_the_answer_under_way_and_its_output_holds_no_sec
             out, err = await asyncio.wait_for(server.communicate(), 30)
             return line, status, body, out + err, server.returncode
 
-    line, status, body, rest, code = run(call())
+    line, status, body, rest, code = asyncio.run(call())
     assert line.startswith("serving serper on http://127.0.0.1:") and line.endswith(
         f"(token in {TOKEN_VARIABLE}, 5 paid searches per run)\n"
     )

@@ -38,7 +38,7 @@ import machine
 ROOT = machine.ROOT
 ON_PATH = ("", "tests/unit", "tests/distributed", "tools", "tools/bench", "tools/gpu")
 HEADLINE_LENGTH = 300
-_PATIENCE_ON_CPU = 10
+_PATIENCE_ON_CPU = 6
 
 
 @dataclass(frozen=True)
@@ -102,14 +102,14 @@ PARTS = (
         "learn",
         80,
         "tools/gpu/learn.py --device cuda --seconds 70",
-        "tools/gpu/learn.py --device cpu --small --seconds 780",
+        "tools/gpu/learn.py --device cpu --small --seconds 460",
         needs=("torch", "megatron"),
     ),
     Part(
         "learn_model",
         120,
         f"tools/gpu/learn.py --device cuda --seconds 110 --model {MODEL}",
-        f"tools/gpu/learn.py --device cpu --small --seconds 1180 --model {MODEL}",
+        f"tools/gpu/learn.py --device cpu --small --seconds 700 --model {MODEL}",
         needs=("torch", "megatron"),
     ),
 )
