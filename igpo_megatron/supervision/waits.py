@@ -148,7 +148,6 @@ class Recorder:
         sentence = f"{start.sentence(now)}; held up by {culprit(waits, start)}" if start else idle
         path = self._folder / f"record_{self._file}_{next(self._records)}.txt"
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             with whole(path) as part, part.open("w", encoding="utf-8") as file:
                 file.write(f"{sentence}\n\nwho waits for whom:\n")
                 file.writelines(f"  {wait.sentence(now)}\n" for wait in sorted(waits, key=attrgetter("since")))

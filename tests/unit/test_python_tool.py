@@ -70,16 +70,21 @@ def run_without_namespaces(allow: str, code: str) -> str:
 
 
 def processes_with(mark: str) -> list[str]:
-    """Command lines of running processes that contain `mark`."""
+    """Names and command lines of running processes that contain `mark`. Code is in neither: it travels by standard input."""
     found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+    for process in Path("/proc").glob("[0-9]*"):
         try:
-            text = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            text = b" ".join((process / file).read_bytes().replace(b"\0", b" ") for file in ("comm", "cmdline")).decode(errors="replace")
         except OSError:
             continue
         if mark in text:
             found.append(text)
     return found
+
+
+def named(mark: str, code: str) -> str:
+    """Code whose process, and all that it forks, have the name `mark`, of at most 15 letters."""
+    return f"import ctypes\nctypes.CDLL(None).prctl(15, {mark.encode()!r})\n{code}"
 
 
 @isolated
@@ -242,13 +247,15 @@ else:
 
 
 @isolated
-def test_a_cancelled_call_takes_its_code_with_it() -> None:
-    mark = f"igpo-cancelled-{os.getpid()}"
-    code = f"import subprocess; subprocess.run(['/bin/sh', '-c', 'sleep 300; : {mark}'])"
+@pytest.mark.parametrize("is_named", [False, True])
+def test_a_cancelled_call_takes_its_code_with_it(is_named: bool) -> None:
+    mark = f"gone-{os.getpid()}"
+    sleeps = f"import subprocess; subprocess.run(['/bin/sh', '-c', 'sleep 300; : {mark}'])"
+    code = named(mark, "import time; time.sleep(300)") if is_named else sleeps
 
     async def cancel() -> None:
         task = asyncio.create_task(PythonTool(SMALL).run(code))
-        while not processes_with(f": {mark}"):
+        while not processes_with(mark):
             await asyncio.sleep(0.02)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -343,12 +350,12 @@ def test_a_loop_of_forks_is_ended_at_once_and_leaves_no_process_and_no_group(gro
     if not group:
         without(monkeypatch, "PidsGroup.enter")
     is_ended = group or os.getuid() == 0  # elsewhere the kernel's limit per user lets the bomb fizzle out
-    started = time.monotonic()
-    result = run(BOMB if is_ended else BOMB.replace("+ 90", "+ 3"))
+    started, mark = time.monotonic(), f"bomb-{os.getpid()}"
+    result = run(named(mark, BOMB if is_ended else BOMB.replace("+ 90", "+ 3")))
     if is_ended:
         assert result.status is PythonStatus.LIMIT and result.error == "the code had more than 8 processes and threads; 8 are allowed"
         assert time.monotonic() - started < 60, "it was ended, and did not end by itself"
-    assert processes_with("struct.unpack") == [] and abandoned_groups() == []
+    assert processes_with(mark) == [] and abandoned_groups() == []
 
 
 @isolated
@@ -393,9 +400,9 @@ def test_whoever_kills_the_keeper_kills_the_code_and_the_next_call_removes_its_g
 
 
 def test_a_bomb_without_namespaces_is_ended_too() -> None:
-    began = time.monotonic()
-    assert "8 are allowed" in run_without_namespaces("allow", BOMB)
-    assert time.monotonic() - began < 60
+    began, mark = time.monotonic(), f"bomb-{os.getpid()}"
+    assert "8 are allowed" in run_without_namespaces("allow", named(mark, BOMB))
+    assert time.monotonic() - began < 60 and processes_with(mark) == []
 
 
 @isolated
