@@ -103,8 +103,8 @@ class Fleet:
 
     # ---- life
 
-    def start(self) -> None:
-        """Place and start all engines, and monitor them from now on. Raises RunStopped naming the first that does not start."""
+    def begin(self) -> None:
+        """Place all engines and let them start; `wait` says when they serve. Raises RunStopped if Ray cannot place them."""
         import ray
         from ray.util.placement_group import placement_group
 
@@ -120,6 +120,9 @@ class Fleet:
             ) from None
         for member in self.members:
             self._run(partial(self._start, member, first=True), f"start of engine {member.number}")
+
+    def wait(self) -> None:
+        """Return when all engines serve; they are monitored from now on. Raises RunStopped naming the first that does not start."""
         while any(member.state is not EngineState.HEALTHY for member in self.members):
             if self.problem is not None:
                 raise self.problem

@@ -69,8 +69,8 @@ class EnginePool:
         }
         """vLLM's SamplingParams of every turn."""
 
-        self._opened = ExitStack()
-        self._weights: SharedWeights  # these two from `__enter__` on
+        self._opened, self._begun = ExitStack(), False
+        self._weights: SharedWeights  # these two from `begin` on
         self._fleet: Fleet
         self._native: Any = None
         self._synced: Synced | None = None
@@ -80,7 +80,8 @@ class EnginePool:
 
     # ---- life
 
-    def __enter__(self) -> Self:
+    def begin(self) -> None:
+        """Start Ray and let the engines start beside what follows; entering the pool waits for them. `close` ends them before that, too."""
         with ExitStack() as opened:
             self._weights = SharedWeights()
             opened.callback(self._weights.close)
@@ -89,10 +90,18 @@ class EnginePool:
             self._fleet = Fleet(self._config, cluster, self._weights.path, cuda=self._cuda, turns=self._turns, fill=self._fill)
             opened.callback(self._fleet.close)
             opened.callback(self._close_native)
-            self._fleet.start()
+            self._fleet.begin()
+            self._opened, self._begun = opened.pop_all(), True
+
+    def __enter__(self) -> Self:
+        if not self._begun:
+            self.begin()
+        with ExitStack() as opened:
+            opened.callback(self.close)
+            self._fleet.wait()
             if self._config.reward.scorer == "engine":
                 self.self_test_scoring()
-            self._opened = opened.pop_all()
+            opened.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:

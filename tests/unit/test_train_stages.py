@@ -67,5 +67,5 @@ def test_a_run_warns_of_a_probe_in_another_form_than_its_protocols(
     given = [f"model.path={policy}", f"run.replay={tmp_path}/r.parquet", f"advantage.name={advantage}", "rollout.force_think=true"]
     config = build({}, [*given, *([f"reward.probe_template={probe!r}"] if probe else [])])
     with ExitStack() as stack:
-        open_services(config, folder_for(config), stack, None, 1, None)  # type: ignore[arg-type]
+        open_services(config, folder_for(config), stack, None, 1)  # type: ignore[arg-type]
     assert sum("reward.probe_template is no answer of rollout.protocol=igpo" in record.getMessage() for record in caplog.records) == warned
