@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import threading
 
 import numpy as np
 import pytest
+from rich.console import Console
 
+from igpo_megatron.config.load import build
 from igpo_megatron.data.corpus import Passage
+from igpo_megatron.doctor import tools as tool_check
 from igpo_megatron.search.client import make_client, namespace
 from igpo_megatron.search.local import dense
 from igpo_megatron.search.local.bm25 import Bm25Index
@@ -110,13 +114,17 @@ def test_both_halves_are_asked_at_the_same_time():
     assert HybridIndex(Words(), nearest(met), 60).search(["sol"], 1)[0]
 
 
-def test_the_backend_is_made_from_settings_and_its_constant_is_part_of_what_is_stored(tmp_path, monkeypatch):
+@pytest.fixture
+def settings(tmp_path, monkeypatch):
+    """Of the back-end, as a user would write them; the encoder is the one above."""
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text("\n".join(f'{{"id": "{p.doc_id}", "title": "{p.title}", "text": "{p.text}"}}' for p in PASSAGES))
     monkeypatch.setattr(dense, "sentence_transformer", lambda name: encode)
     monkeypatch.setattr(dense, "find_spec", lambda name: name)
-    settings = Search(backend="hybrid", corpus=corpus, encoder="toy", query_prefix="", passage_prefix="", top_k=2)
+    return Search(backend="hybrid", corpus=corpus, encoder="toy", query_prefix="", passage_prefix="", top_k=2)
 
+
+def test_the_backend_is_made_from_settings_and_its_constant_is_part_of_what_is_stored(settings):
     async def ask():
         client = make_client(settings)
         results = await client.search(["capital", " "])
@@ -127,3 +135,10 @@ def test_the_backend_is_made_from_settings_and_its_constant_is_part_of_what_is_s
     assert (capital.status, blank.status) == (SearchStatus.OK, SearchStatus.EMPTY) and capital.provider == "hybrid"
     assert [passage.doc_id for passage in capital.passages] == ["oslo", "rial"]
     assert namespace(settings) != namespace(settings.model_copy(update={"rrf_constant": 10}))
+
+
+def test_the_check_of_the_tools_asks_it_like_any_other(settings):
+    config = build({"model": {"path": "nowhere"}, "search": settings.model_dump(exclude={"chaos"})}, [])
+    console = Console(file=io.StringIO(), width=120)
+    assert tool_check.main(config, 8, (), console) == 0
+    assert "hybrid runs in this process; nothing to set" in console.file.getvalue()
