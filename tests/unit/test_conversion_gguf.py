@@ -335,6 +335,22 @@ def test_other_architectures_and_missing_packages_are_named(tmp_path, monkeypatc
         conversion.demo_gguf()
 
 
+def test_igpo_demo_model_converts_the_file_of_the_package(tmp_path, monkeypatch):
+    from igpo_megatron.cli import app as igpo
+
+    path = write_gguf(tmp_path / "m.gguf", "llama", tiny("llama"))
+    monkeypatch.setattr(conversion, "demo_gguf", lambda: path)
+    shown = CliRunner().invoke(igpo, ["demo-model", "--out", str(tmp_path / "hf"), "--dtype", "bfloat16"])
+    assert shown.exit_code == 0 and shown.stderr == ""
+    assert shown.output.splitlines() == [
+        "reading m.gguf: weights are dequantised to bfloat16 and compared",
+        f"wrote {tmp_path / 'hf'}",
+    ]
+    assert HfReader(tmp_path / "hf").dtype("model.norm.weight") == torch.bfloat16
+    shown = CliRunner().invoke(igpo, ["demo-model", "--out", str(tmp_path / "x"), "--dtype", "int4"])
+    assert shown.exit_code == 2 and "use one of float32, bfloat16" in shown.output
+
+
 def test_the_demo_model_s_file_is_what_it_says():
     try:
         importlib.metadata.distribution(conversion.DEMO_PACKAGE)
