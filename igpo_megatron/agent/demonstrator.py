@@ -127,9 +127,8 @@ def _wrong_query(hops: Sequence[Hop], found: int, values: Mapping[str, Sequence[
     """A query for something else than `hops[found]`; it names that fact's entity or none."""
     hop, last = hops[found], hops[-1].relation
     others = [relation for relation in values if relation != hop.relation]
-    kinds: list[Purpose] = ["vague"]
-    kinds += ["wrong_relation"] * bool(others) + ["skip"] * (last != hop.relation)
-    purpose = rng.choice(kinds)
+    kinds: dict[Purpose, bool] = {"vague": True, "wrong_relation": bool(others), "skip": last != hop.relation}
+    purpose = rng.choice([kind for kind, can_be in kinds.items() if can_be])
     if purpose == "vague":
         return purpose, _fill(rng.choice(VAGUE), hop)
     return purpose, _fill(rng.choice(QUERIES), Hop(hop.entity, rng.choice(others) if purpose == "wrong_relation" else last, ""))

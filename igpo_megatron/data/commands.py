@@ -1,4 +1,7 @@
-"""`igpo data`: make and check files of questions and corpora, and make demonstrations. Prints progress, counts, and every problem with file, row and column."""
+"""`igpo data`: make and check files of questions and corpora, and make demonstrations.
+
+Prints progress, counts, and every problem with file, row and column.
+"""
 
 from __future__ import annotations
 
@@ -305,9 +308,10 @@ def _has_recovery(one: Demonstration) -> bool:
 
 
 def _print_demonstration(one: Demonstration) -> None:
-    """All text that the model would see or write; its own between marks."""
+    """Its text, without the frames around results; what the model learns to write is green."""
     for number in one.group.trajectories[0].path:
         node = one.group.nodes[number]
         style = {"action": "green", "observation": "cyan"}.get(node.kind, "dim")
-        console.print(f"[{style}]{escape(node.text)}[/{style}]", soft_wrap=True, highlight=False)
+        end = "" if node.kind == "forced" else "\n"
+        console.print(f"[{style}]{escape(node.text)}[/{style}]", soft_wrap=True, highlight=False, end=end)
     console.rule()

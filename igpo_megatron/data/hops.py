@@ -99,7 +99,8 @@ def split(chains: Sequence[ChainQuestion], share: float, seed: int) -> tuple[lis
     count = round(share * len(entities)) or (1 if share else 0)
     if share and count >= len(entities):
         raise UserError(
-            f"--held-out {share:g} holds out all {len(entities)} entities with which the questions begin; hold out less, or give more questions"
+            f"--held-out {share:g} holds out all {len(entities)} entities with which the questions begin; hold out less, or "
+            "give more questions"
         )
     held_out = {entities[place] for place in permutation(len(entities), f"{seed}/held out")[:count]}
     kept: list[ChainQuestion] = [chain for chain in chains if chain.hops[0].entity not in held_out]
