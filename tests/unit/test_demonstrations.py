@@ -7,6 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,10 @@ class LocalSearch:
         self._index = Bm25Index([Passage(str(number), "", text) for number, text in enumerate(PASSAGES)])
 
     async def search(self, queries: Sequence[str]) -> list[SearchResult]:
-        return [SearchResult(query, SearchStatus.OK, "local", tuple(self._index.search(query, 2))) for query in queries]
+        return [
+            SearchResult(query, SearchStatus.OK, "local", tuple(passage for passage, _ in self._index.search(query, 2)))
+            for query in queries
+        ]
 
     async def close(self) -> None: ...
 
@@ -143,7 +147,7 @@ def test_after_a_query_in_vain_the_agent_says_what_is_missing_and_asks_honestly(
     assert vain == [0]
     for seed in range(50):
         turns = play((Hop("Iran", "capital", "Tehran"),), Mistakes(0.0, 1.0), 9, seed, lambda query: "No results.")
-        for before, after in zip(turns, turns[1:], strict=False):
+        for before, after in pairwise(turns):
             if before.purpose not in ("search", "lost") and after.purpose != "lost":
                 assert after.purpose == "search" and "the capital of Iran. I " in after.thought
 
