@@ -61,7 +61,7 @@ class ScriptedEngine:
         intention = self._script.send(shown) if self.intentions else next(self._script)
         self.intentions.append(intention)
         try:
-            ids = self._chat.turn_ids(len(self.intentions), intention.thought, intention.action)
+            ids = turn_that_reads_back(self._chat, len(self.intentions), intention)
         except ValueError as error:
             self.refusal = clean_text(str(error))
             ids = [self._chat.end_of_turn]
@@ -70,6 +70,15 @@ class ScriptedEngine:
 
     async def score_probe(self, token_ids: list[int], first: int, *, key: str) -> ProbeScore:
         raise AssertionError("demonstrations have no probes")
+
+
+def turn_that_reads_back(chat: ChatFormat, turn: int, intention: Intention) -> list[int]:
+    """The tokens of turn `turn`. Raises ValueError if the protocol cannot write it, or reads them as another action."""
+    ids = chat.turn_ids(turn, intention.thought, intention.action)
+    read = chat.parse(chat.opening(turn)[1] + chat.decode(ids))
+    if read != intention.action:
+        raise ValueError(f"the protocol reads {chat.decode(ids)!r}, which it wrote of {intention.action}, as {read}")
+    return ids
 
 
 def demonstrate(

@@ -226,7 +226,7 @@ def _print_report(report: Report) -> None:
     console.print(f"{sum(report.sources.values())} usable rows, {verdict}\n")
 
 
-@app.command(epilog="Example: igpo data demonstrations run.yaml --out demos.parquet --count 2000 --held-out 0.1")
+@app.command(epilog="Example: igpo data demonstrations run.yaml --out demos.parquet --count 2000")
 def demonstrations(
     config: Annotated[Path, typer.Argument(help="YAML file of the run that is to learn from them.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Settings that replace those of the file.")] = None,
@@ -266,7 +266,7 @@ def demonstrations(
             prompt = replace(chain.prompt, id=f"{chain.prompt.id}/{part}-{number}")
             yield Task(prompt, write_script(chain.hops, prompt.answers, values, own, settings.rollout.max_turns, rng))
 
-    kept, other = split(chains, held_out, seed)
+    kept, other = split(chains, held_out)
     parts = [(out, kept, count, "demo")]
     if held_out:
         parts.append((out.with_suffix(f".held-out{out.suffix}"), other, max(1, round(held_out * count)), "held-out"))

@@ -90,10 +90,11 @@ def _require_chain(prompt: Prompt, hops: Sequence[Hop], outcome: str) -> None:
         raise ValueError(f"the last value {shown(hops[-1].value)} is none of the answers, the first of which is {shown(prompt.answers[0])}")
 
 
-def split(chains: Sequence[ChainQuestion], share: float, seed: int) -> tuple[list[ChainQuestion], list[ChainQuestion]]:
+def split(chains: Sequence[ChainQuestion], share: float) -> tuple[list[ChainQuestion], list[ChainQuestion]]:
     """(the others, held out): about `share` of the entities with which chains begin, with all of their questions.
 
-    Raises UserError if either part would be empty.
+    The same ones for every seed of demonstrations, so that several files can share what they hold out. Raises
+    UserError if either part would be empty.
     """
     entities = sorted({chain.hops[0].entity for chain in chains})
     count = round(share * len(entities)) or (1 if share else 0)
@@ -102,7 +103,7 @@ def split(chains: Sequence[ChainQuestion], share: float, seed: int) -> tuple[lis
             f"--held-out {share:g} holds out all {len(entities)} entities with which the questions begin; hold out less, or "
             "give more questions"
         )
-    held_out = {entities[place] for place in permutation(len(entities), f"{seed}/held out")[:count]}
+    held_out = {entities[place] for place in permutation(len(entities), "held out")[:count]}
     kept: list[ChainQuestion] = [chain for chain in chains if chain.hops[0].entity not in held_out]
     return kept, [chain for chain in chains if chain.hops[0].entity in held_out]
 

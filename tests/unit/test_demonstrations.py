@@ -21,7 +21,7 @@ from typer.testing import CliRunner, Result
 
 from igpo_megatron import cli
 from igpo_megatron.agent import demonstrations as making
-from igpo_megatron.agent.demonstrations import Demonstration, Task, demonstrate
+from igpo_megatron.agent.demonstrations import Demonstration, Task, demonstrate, turn_that_reads_back
 from igpo_megatron.agent.demonstrator import NO_MISTAKES, USUAL, Intention, Mistakes, count_found, values_by_relation, write_script
 from igpo_megatron.agent.settings import Rollout
 from igpo_megatron.algorithms.settings import Reward
@@ -218,8 +218,10 @@ def test_a_protocol_that_cannot_write_an_action_refuses_it() -> None:
     chat, _ = chat_of("search_r1")
     with pytest.raises(ValueError, match="one call; this protocol writes one"):
         chat.turn_ids(1, "Two at once.", ToolCall(SEARCH, ("a", "b")))
-    with pytest.raises(ValueError, match="and reads"):
-        chat_of("hermes")[0].turn_ids(1, "Blank ends.", Answer(" Oslo "))
+    with pytest.raises(ValueError, match="which it wrote of"):
+        turn_that_reads_back(chat_of("hermes")[0], 1, Intention("Blank ends.", Answer(" Oslo "), "answer"))
+    with pytest.raises(UserError, match="contains a think tag"):
+        make(10, NO_MISTAKES, chat_of(), of=[replace(CHAINS[0], hops=(replace(CHAINS[0].hops[0], relation="<think>"),))])
 
 
 @pytest.mark.parametrize(
@@ -294,15 +296,15 @@ def test_a_file_without_facts_is_refused_by_name_and_column(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("share", [0.2, 0.5])
 def test_held_out_questions_begin_with_other_entities(share: float) -> None:
-    kept, out = split(CHAINS, share, seed=3)
+    kept, out = split(CHAINS, share)
     assert {chain.hops[0].entity for chain in kept}.isdisjoint(chain.hops[0].entity for chain in out)
     assert len({chain.hops[0].entity for chain in out}) == round(share * 6) and len(kept) + len(out) == len(CHAINS)
-    assert split(CHAINS, 0.0, seed=3) == (CHAINS, [])
+    assert split(CHAINS, 0.0) == (CHAINS, [])
 
 
 def test_no_question_is_held_out_from_a_single_entity() -> None:
     with pytest.raises(UserError, match="holds out all 1 entities"):
-        split(CHAINS[:1], 0.1, seed=0)
+        split(CHAINS[:1], 0.1)
 
 
 def test_every_source_gives_a_question_in_turn() -> None:
