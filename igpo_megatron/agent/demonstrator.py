@@ -21,8 +21,8 @@ Purpose = Literal["search", "vague", "wrong_relation", "skip", "answer", "early"
 answer: the right one. early: a guess instead of a search. lost: a guess because the searches did not show the chain."""
 
 QUERIES = ("{relation} of {entity}", "{entity} {relation}", "What is the {relation} of {entity}?")
-QUERIES_OF: Mapping[str, tuple[str, ...]] = {"country": ("{entity} country", "Which country is {entity} in?", "country of {entity}")}
-"""Relations for which the general wordings would be odd."""
+QUERIES_OF: Mapping[str, tuple[str, ...]] = {"country": (*QUERIES[:2], "Which country does {entity} belong to?")}
+"""Relations for which a general wording would be odd."""
 VAGUE = ("{relation}", "the {relation}", "what is the {relation}")
 
 FIRST = ("First I need the {relation} of {entity}.", "I start with the {relation} of {entity}.")
@@ -88,14 +88,13 @@ def write_script(
         if rng.random() < mistakes.early:
             yield Intention(_join(known, rng.choice(EARLY)), Answer(_guess(hops, answers, values, rng)), "early")
             return
-        purpose: Purpose = "search"
         if not missed and left > len(hops) - found and rng.random() < mistakes.query:
-            purpose, query = _wrong_query(hops, found, values, rng)
+            purpose, query, asked = _wrong_query(hops, found, values, rng)
         else:
-            query = _fill(unused[hop][0], hop)
+            purpose, query, asked = "search", _fill(unused[hop][0], hop), hop
             unused[hop].append(unused[hop].pop(0))  # another wording if it has to be asked again
         needed = MISSED if missed else NEXT if found else FIRST if len(hops) > 1 else ONLY
-        shown = yield Intention(_join(known, _fill(rng.choice(needed), hop)), ToolCall(SEARCH, (query,)), purpose)
+        shown = yield Intention(_join(known, _fill(rng.choice(needed), asked)), ToolCall(SEARCH, (query,)), purpose)
         new = count_found(hops[found:], shown)
         missed, known = new == 0, " ".join(_fill(FACT, fact) for fact in hops[found : found + new])
         found += new
@@ -123,15 +122,16 @@ def _wordings(hops: Sequence[Hop], rng: random.Random) -> dict[Hop, list[str]]:
     return {hop: rng.sample(forms, len(forms)) for hop in hops for forms in [QUERIES_OF.get(hop.relation, QUERIES)]}
 
 
-def _wrong_query(hops: Sequence[Hop], found: int, values: Mapping[str, Sequence[str]], rng: random.Random) -> tuple[Purpose, str]:
-    """A query for something else than `hops[found]`; it names that fact's entity or none."""
+def _wrong_query(hops: Sequence[Hop], found: int, values: Mapping[str, Sequence[str]], rng: random.Random) -> tuple[Purpose, str, Hop]:
+    """(purpose, query, the fact that the agent believes to need) in place of `hops[found]`; it names that fact's entity or none."""
     hop, last = hops[found], hops[-1].relation
     others = [relation for relation in values if relation != hop.relation]
     kinds: dict[Purpose, bool] = {"vague": True, "wrong_relation": bool(others), "skip": last != hop.relation}
     purpose = rng.choice([kind for kind, can_be in kinds.items() if can_be])
     if purpose == "vague":
-        return purpose, _fill(rng.choice(VAGUE), hop)
-    return purpose, _fill(rng.choice(QUERIES), Hop(hop.entity, rng.choice(others) if purpose == "wrong_relation" else last, ""))
+        return purpose, _fill(rng.choice(VAGUE), hop), hop
+    wrong = Hop(hop.entity, rng.choice(others) if purpose == "wrong_relation" else last, "")
+    return purpose, _fill(rng.choice(QUERIES), wrong), wrong
 
 
 def _guess(hops: Sequence[Hop], answers: Sequence[str], values: Mapping[str, Sequence[str]], rng: random.Random) -> str:

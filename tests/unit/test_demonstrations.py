@@ -152,6 +152,14 @@ def test_after_a_query_in_vain_the_agent_says_what_is_missing_and_asks_honestly(
                 assert after.purpose == "search" and "the capital of Iran. I " in after.thought
 
 
+def test_a_thought_says_what_its_query_asks_for() -> None:
+    for one in make(100, Mistakes(0.0, 0.8), chat_of()):
+        for intention in one.intentions:
+            if isinstance(intention.action, ToolCall) and intention.purpose != "vague":
+                asked = [relation for relation in VALUES if relation in intention.action.queries[0]]
+                assert len(asked) == 1 and f"the {asked[0]} of " in intention.thought.split(" is ")[-1], intention
+
+
 def test_an_honest_query_in_vain_is_asked_again_in_other_words() -> None:
     turns = play((Hop("Iran", "capital", "Tehran"),), NO_MISTAKES, 4, 1, lambda query: "No results.")
     assert [turn.purpose for turn in turns] == ["search"] * 3 + ["lost"] and len({turn.action for turn in turns}) == 4
