@@ -33,8 +33,9 @@ def score_tokens(policy: Policy, groups: Sequence[RolloutGroup]) -> None:
 
     config = policy.config
     experts = replayed_experts(policy)
-    layout = {"multiple": policy.row_multiple, "ranks": policy.ranks.data_size}
-    pack = partial(pack_for_scoring, groups, row_tokens=config.packing.row_tokens, **layout)
+    pack = partial(
+        pack_for_scoring, groups, row_tokens=config.packing.row_tokens, multiple=policy.row_multiple, ranks=policy.ranks.data_size
+    )
     if config.loss.skips_old_logprobs:
         for group in groups:
             for node in group.nodes:

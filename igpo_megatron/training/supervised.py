@@ -13,7 +13,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from igpo_megatron.algorithms.losses.registry import Sft
 from igpo_megatron.config.schema import Config
 from igpo_megatron.observability.rollout_dump import RolloutRows
 from igpo_megatron.observability.run_folder import step_name
@@ -72,7 +71,7 @@ def read_demonstrations(path: Path, config: Config) -> RolloutRows:
 
 
 def in_order(steps: Sequence[int], size: int) -> list[list[int]]:
-    """Rows by the order of the file, at most `size` together, of one recorded step each: `in_order([1, 1, 1, 2], 2) == [[0, 1], [2], [3]]`."""
+    """Rows by the order of the file, at most `size` together, of one recorded step: `in_order([1, 1, 2], 2) == [[0, 1], [2]]`."""
     parts = [[*rows] for _, rows in groupby(range(len(steps)), key=steps.__getitem__)]
     return [part[start : start + size] for part in parts for start in range(0, len(part), size)]
 
@@ -135,7 +134,7 @@ class Supervision:
 
         config = policy.config
         self._policy, self._tracker, self._replay, self._steps = policy, tracker, replay, config.run.steps
-        self._loss = config.loss if isinstance(config.loss, Sft) and config.loss.held_out is not None else None
+        self._loss = config.loss.held_out_loss
         self._groups = parallel.on_main(policy.ranks, self._read) or []
         self.progress = Progress(**(state or {}).get("held_out", {}))
         best = self.progress.best_step
@@ -151,7 +150,7 @@ class Supervision:
     def metrics(self, step: int) -> dict[str, float]:
         """After a step, or before the first (0): its epoch, and the held-out loss where it is due."""
         metrics: dict[str, float] = {Metric.EPOCH: self._replay.epoch} if step and isinstance(self._replay, Demonstrations) else {}
-        if self._loss is None or not (step == self._steps or step % self._loss.held_out_every == 0):
+        if self._loss is None or not (step == self._steps or step % self._loss.every == 0):
             return metrics
         with self._tracker.phase("eval"):
             nll = held_out_nll(self._policy, self._groups)
@@ -167,10 +166,10 @@ class Supervision:
         return {"held_out": asdict(self.progress)} if self._loss is not None else {}
 
     def _read(self) -> list[RolloutGroup]:
-        if self._loss is None or self._loss.held_out is None:
+        if self._loss is None:
             return []
-        rows = read_demonstrations(self._loss.held_out, self._policy.config)
+        rows = read_demonstrations(self._loss.file, self._policy.config)
         groups = [rows[row] for row in range(len(rows))]
         if not any(node.kind == "action" for group in groups if group.trained for node in group.nodes):
-            raise UserError(f"{self._loss.held_out}: no demonstration in it has an action to measure; write it as run.replay is")
+            raise UserError(f"{self._loss.file}: no demonstration in it has an action to measure; write it as run.replay is")
         return groups

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import NonNegativeInt, PositiveInt
 
-from igpo_megatron.algorithms.losses.base import Aggregation, ClippedLoss, HookedLoss, LossSection, PolicyLoss
+from igpo_megatron.algorithms.losses.base import Aggregation, ClippedLoss, HeldOut, HookedLoss, LossSection, PolicyLoss
 from igpo_megatron.algorithms.losses.clipped import Bapo, Cispo, Gspo, balanced_bounds, bapo, cispo, gspo
 from igpo_megatron.algorithms.losses.entropy import Aepo, Hapo, aepo, hapo
 from igpo_megatron.algorithms.losses.tokens import Terms, Tokens, bounded_exp, clipped_surrogate, k3, sequence_mean
@@ -53,6 +53,10 @@ class Sft(LossSection):
 
     patience: NonNegativeInt = 0
     """The run ends after so many measurements in a row without a new best; 0 trains all `run.steps`, which the schedule is made for."""
+
+    @property
+    def held_out_loss(self) -> HeldOut | None:
+        return HeldOut(self.held_out, self.held_out_every, self.patience) if self.held_out is not None else None
 
     def problems(self) -> Iterator[str]:
         if self.held_out is not None and not self.held_out.is_file():
