@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -106,12 +107,16 @@ def test_a_run_that_is_killed_before_its_summary_trains_no_step_more(tmp_path: P
     assert rows(tmp_path) == before and (tmp_path / "run/summary.json").is_file()
 
 
-def test_a_run_whose_best_checkpoint_was_damaged_takes_the_next_one_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervised, "held_out_nll", lambda policy, _: float(policy.steps_taken))
-    shown = ("run.steps=6", "checkpoint.every=1", "checkpoint.keep=2")
-    monkeypatch.setattr(main, "update_metrics", stopping(at=6))
-    assert train(tmp_path, *shown)[0] == [1]  # step 0 is best, which has no checkpoint
-    assert checkpoints(tmp_path) == ["step_000004", "step_000005"]
+def test_a_run_whose_best_checkpoint_is_lost_takes_the_next_measurement_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervised, "held_out_nll", lambda policy, _: LOSSES[policy.steps_taken])
+    given = ("run.steps=4", "checkpoint.every=1", "checkpoint.keep=1")
+    with monkeypatch.context() as patch:
+        patch.setattr(main, "update_metrics", stopping(at=4))
+        assert train(tmp_path, *given)[0] == [1]
+    assert checkpoints(tmp_path) == ["best", "step_000002", "step_000003"]
+    shutil.rmtree(tmp_path / "run/checkpoints/step_000002")
+    assert train(tmp_path, *given)[0] == [0]
+    assert checkpoints(tmp_path) == ["best", "step_000004"] and (tmp_path / "run/checkpoints/best").resolve().name == "step_000004"
 
 
 def stopping(at: int) -> Any:
