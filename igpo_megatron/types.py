@@ -34,6 +34,15 @@ class Prompt:
     """Benchmark name, e.g. `hotpotqa`; evaluation averages per source."""
 
 
+@dataclass(frozen=True, slots=True)
+class Hop:
+    """One fact of the chain behind a question's answer, e.g. `Hop("Iran", "currency", "Iranian Rial")`."""
+
+    entity: str
+    relation: str
+    value: str
+
+
 class Status(StrEnum):
     """How a trajectory ended."""
 
