@@ -1,4 +1,4 @@
-"""Build "Element facts": chemical elements, their isotopes and what those decay into; nobody knows the numbers, so they must be searched.
+"""Build "Element facts": chemical elements, their isotopes and what these decay into; hardly a number of it is known by heart.
 
     mendeleev's database -> Element, Isotope -> Passage     two passages per isotope, up to four per element
                                              -> Question    1 to 3 hops, e.g. isotope -> its decay product -> that one's half-life

@@ -7,17 +7,21 @@ import sqlite3
 from collections import Counter, defaultdict
 from contextlib import closing
 from itertools import pairwise
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
 import demo_data
 import element_facts
+import world_facts
 from element_facts import split_of
 from facts import Hop
 from igpo_megatron.data.question_files import check_file
 from igpo_megatron.search.local.bm25 import Bm25Index
 from igpo_megatron.types import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -218,6 +222,21 @@ def test_it_is_written_as_the_demos_set_is(made, tmp_path):
     sources = " ".join((tmp_path / "SOURCES.md").read_text().split())
     for word in ("mendeleev", "licence: MIT", "NUBASE2020", "CRC Handbook", f"{len(made.questions)} questions"):
         assert word in sources
+
+
+def test_one_corpus_may_hold_both_sets(made):
+    world = world_facts.build()
+    ids = [passage.doc_id for passage in (*world.passages, *made.passages)]
+    assert len(set(ids)) == len(ids)
+    assert {question.text for question in world.questions}.isdisjoint(question.text for question in made.questions)
+
+
+def test_the_table_in_the_documentation_has_the_sizes_of_both_sets(made):
+    page = (ROOT / "docs/training.md").read_text()
+    for name, built in (("world-facts", world_facts.build()), ("element-facts", made)):
+        row = next(line for line in page.splitlines() if line.startswith(f"| `{name}` |"))
+        kinds = {question.kind for question in built.questions}
+        assert f"| {len(built.passages):,} | {len(built.questions):,} | {len(kinds)} |" in row
 
 
 def test_without_the_package_one_sentence_says_how_to_get_it(monkeypatch):
