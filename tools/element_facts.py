@@ -471,9 +471,9 @@ def _asked(place: Place, key: str, fact: Fact, entity: str) -> Asked:
 def _element_facts(element: Element, extreme: Extremes | None) -> Iterator[Fact]:
     yield Fact("CAS number", "What is the CAS number of {place}?", Name(element.cas))
     if element.melting:
-        yield Fact("melting point", "In kelvin, what is the melting point of {place}?", _measured(element.melting, "kelvin", "K"))
+        yield Fact("melting point", "In kelvin, what is the melting point of {place}?", Name(element.melting))
         if element.boiling:
-            yield Fact("boiling point", "In kelvin, what is the boiling point of {place}?", _measured(element.boiling, "kelvin", "K"))
+            yield Fact("boiling point", "In kelvin, what is the boiling point of {place}?", Name(element.boiling))
     if extreme and extreme.abundant:
         yield Fact("most abundant isotope", "What is the most abundant isotope of {place}?", extreme.abundant.name)
     if extreme and extreme.longest:
@@ -481,17 +481,14 @@ def _element_facts(element: Element, extreme: Extremes | None) -> Iterator[Fact]
 
 
 def _isotope_facts(isotope: Isotope) -> Iterator[Fact]:
+    # The unit is in the question and no part of an answer: half an F1 would be had by repeating it.
     yield Fact("discovery year", "In which year was {place} discovered?", Name(str(isotope.year)))
     if isotope.half_life is not None and isotope.unit:
         unit = isotope.unit.text
-        yield Fact("half-life", f"In {unit}, what is the half-life of {{place}}?", _measured(_number(isotope.half_life), unit))
+        yield Fact("half-life", f"In {unit}, what is the half-life of {{place}}?", Name(_number(isotope.half_life)))
     if isotope.product:
         yield Fact("decay product", "What is the main decay product of {place}?", isotope.product)
     # Of the only isotope in nature it would be 100, which needs no search.
     if isotope.abundance and isotope.abundance < 100:
-        value = _measured(_number(isotope.abundance), "percent", "%")
+        value = Name(_number(isotope.abundance))
         yield Fact("natural abundance", "In percent, what is the natural abundance of {place}?", value)
-
-
-def _measured(number: str, *units: str) -> Name:
-    return Name(number, tuple(f"{number}{unit}" if unit == "%" else f"{number} {unit}" for unit in units))

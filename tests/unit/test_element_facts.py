@@ -52,7 +52,7 @@ def test_a_three_hop_question_follows_a_decay_series(made):
         ("Polonium-218", "decay product", "Lead-214"),
         ("Lead-214", "half-life", "27.06"),
     ]
-    assert (question.answer, question.aliases, question.split) == ("27.06", ("27.06 minutes",), "test")
+    assert (question.answer, question.aliases, question.split) == ("27.06", (), "test")
 
 
 def test_a_three_hop_question_starts_from_a_number_of_the_chemical_register(made):
@@ -103,7 +103,7 @@ def test_every_figure_is_the_databases(made):
     for question in made.questions:
         if question.hops[-1].relation == "half-life":
             unit = element_facts.UNITS[isotopes[question.hops[-1].entity][1]].text
-            assert question.text.startswith(f"In {unit}, ") and question.aliases == (f"{question.answer} {unit}",)
+            assert question.text.startswith(f"In {unit}, ") and question.aliases == ()
 
 
 def test_a_decay_never_leaves_its_series_so_that_one_of_four_can_be_held_out(made):
