@@ -322,22 +322,29 @@ class Changes:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._waiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
+        self._waiting: dict[asyncio.Future[None], asyncio.AbstractEventLoop] = {}
 
     def next(self) -> asyncio.Future[None]:
-        """A future that ends with the next announcement. Get it before checking whether to wait, so that none is missed."""
+        """A future that ends with the next announcement. Get it before checking whether to wait, so that none is missed.
+
+        Cancel it if nobody waits for it any more: thousands of requests are under way between two announcements.
+        """
         loop = asyncio.get_running_loop()
         future = loop.create_future()
         with self._lock:
-            self._waiting = [(other, waiting) for other, waiting in self._waiting if not waiting.done()]
-            self._waiting.append((loop, future))
+            self._waiting[future] = loop
+        future.add_done_callback(self._forget)
         return future
+
+    def _forget(self, future: asyncio.Future[None]) -> None:
+        with self._lock:
+            self._waiting.pop(future, None)
 
     def announce(self) -> None:
         """Wake all waiters."""
         with self._lock:
-            waiting, self._waiting = self._waiting, []
-        for loop, future in waiting:
+            waiting, self._waiting = self._waiting, {}
+        for future, loop in waiting.items():
             with contextlib.suppress(RuntimeError):  # that loop was closed
                 loop.call_soon_threadsafe(_done, future)
 

@@ -161,10 +161,12 @@ class EnginePool:
         try:
             while True:
                 change = self._fleet.changes.next()
-                if self._fleet.problem is not None:
-                    raise self._fleet.problem
-                await asyncio.wait((answer, change), return_when=asyncio.FIRST_COMPLETED)
-                change.cancel()
+                try:
+                    if self._fleet.problem is not None:
+                        raise self._fleet.problem
+                    await asyncio.wait((answer, change), return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    change.cancel()
                 if answer.done():
                     return answer.result()
         finally:
@@ -176,12 +178,12 @@ class EnginePool:
         first = zlib.crc32(key.encode()) % len(members)
         while True:
             change = self._fleet.changes.next()
-            if self._fleet.problem is not None:
-                raise self._fleet.problem
-            for member in [*members[first:], *members[:first]]:
-                if member.state is EngineState.HEALTHY:
-                    return member
             try:
+                if self._fleet.problem is not None:
+                    raise self._fleet.problem
+                for member in [*members[first:], *members[:first]]:
+                    if member.state is EngineState.HEALTHY:
+                        return member
                 with waiting(what, on="engines that are started or take weights", who=ENGINES):
                     async with asyncio.timeout_at(deadline):
                         await change
@@ -190,6 +192,8 @@ class EnginePool:
                 raise EngineError(
                     f"{what} found no engine within rollout.engine.request_timeout_s={self._engine.request_timeout_s:g}: {states}"
                 ) from None
+            finally:
+                change.cancel()
 
     def _require_known(self, version: int, number: int) -> None:
         if version not in self._versions:
