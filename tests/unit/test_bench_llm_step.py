@@ -8,6 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import typer
+from typer.testing import CliRunner
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCH = ROOT / "tools" / "bench"
@@ -69,6 +71,33 @@ def test_a_step_counts_prompts_once_and_no_probes():
     row |= {Metric.LOGPROB_GAP_MEAN: 0.01, Metric.LOGPROB_GAP_MAX: 0.1}
     found = llm_step.step_of(row, [RolloutGroup(Prompt("q", "?", ("a",), "s"), nodes)])
     assert (found["step_s"], found["train_tokens"], found["generated_tokens"], found["score_s"]) == (3.0, 12, 7, 0.0)
+
+
+def test_runs_of_ours_and_of_the_peer_alternate_and_all_are_in_the_result(tmp_path, monkeypatch):
+    order: list[str] = []
+
+    def fake(who: str, seconds: float):
+        def steps(dtype: str, overrides: list[str], count: int) -> list[dict]:
+            order.append(f"{who} {dtype}")
+            assert overrides == [f"model.path={POLICY}", "run.threads=2"]
+            return [step(seconds)] * (count - 1)
+
+        return steps
+
+    monkeypatch.setattr(llm_step, "world_facts", lambda: None)
+    monkeypatch.setattr(llm_step, "in_a_process", lambda call, names, *rest: TRAINING)
+    monkeypatch.setattr(llm_step, "our_steps", fake("ours", 10.0))
+    monkeypatch.setattr(llm_step, "their_steps", fake("trl", 15.0))
+    app, out = typer.Typer(), tmp_path / "llm_step.json"
+    app.command()(llm_step.main)
+    words = ["--model", str(POLICY), "--peer", "--set", "run.threads=2", "--out", str(out)]
+    assert CliRunner().invoke(app, words, catch_exceptions=False).exit_code == 0
+    assert order == ["ours fp32", "trl fp32", "ours bf16", "trl bf16"] * 2
+    result = json.loads(out.read_text(encoding="utf-8"))
+    assert result["figures"]["step"]["bf16"]["steps"] == 4 and result["figures"]["step_vs_trl"]["fp32"]["median"] == 1.5
+    assert result["figures"]["settings"] == ["run.threads=2"] and result["floors"]["train_s"]["fp32"] == 2.0
+    refused = CliRunner().invoke(app, ["--dtypes", "fp8"])
+    assert refused.exit_code == 2 and "'fp8' is not one of fp32, bf16" in refused.output
 
 
 def event(name: str, own_us: float, parent: SimpleNamespace | None = None) -> SimpleNamespace:
