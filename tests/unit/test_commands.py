@@ -49,7 +49,7 @@ def helps() -> dict[str, str]:
 def test_every_command_helps_without_torch_in_80_columns_and_gives_an_example(helps: dict[str, str]) -> None:
     commands = {
         *("train", "launch", "eval", "score", "report", "plan", "config", "doctor", "doctor probes", "doctor chat", "doctor tools"),
-        *("data", "data prepare", "data corpus", "data check", "serve", "serve retriever", "serve search"),
+        *("data", "data prepare", "data corpus", "data check", "data demonstrations", "serve", "serve retriever", "serve search"),
         *("convert", "convert hf-to-megatron", "convert megatron-to-hf", "convert inspect", "convert verify"),
     }
     assert set(helps) == {"", *commands}
