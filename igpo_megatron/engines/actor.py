@@ -268,10 +268,11 @@ def engine_options(config: Config, *, cuda: bool, stop_strings: bool) -> dict[st
 
 def engine_environment(config: Config, *, cuda: bool) -> dict[str, str]:
     """Environment of an engine's processes."""
-    threads = str(config.rollout.engine.threads)
+    threads = config.rollout.engine.threads
     cpu = {
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "OMP_NUM_THREADS": threads,
+        # A run has replaced `auto`; an engine that is opened otherwise is the only one who knows what it shares its cores with.
+        "OMP_NUM_THREADS": str(1 if threads == "auto" else threads),
         "VLLM_TARGET_DEVICE": "cpu",
         # Eager models still compile a small function with g++ when the first probe is scored: 7 s.
         "TORCH_COMPILE_DISABLE": "1",
