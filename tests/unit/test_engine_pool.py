@@ -47,7 +47,9 @@ def turn(version: int = 0) -> Callable[..., Any]:
 
 
 def settings(count: int, **engine: Any) -> Config:
-    return build({"model": {"path": str(POLICY)}, "run": {"device": "cpu"}, "rollout": {"engine": {"count": count, **engine}}})
+    return build(
+        {"model": {"path": str(POLICY), "dtype": "fp32"}, "run": {"device": "cpu"}, "rollout": {"engine": {"count": count, **engine}}}
+    )
 
 
 def pool_of(*actors: Actor, states: tuple[EngineState, ...] | None = None, **engine: Any) -> tuple[EnginePool, list[Callable[[], None]]]:
