@@ -386,7 +386,7 @@ def test_an_engine_is_as_urgent_as_its_run_and_one_process_computes(pool: Engine
     actor = psutil.Process(pool._fleet.members[0].process)
     children = actor.children(recursive=True)
     assert {process.nice() for process in [actor, *children]} == {psutil.Process().nice()}
-    assert [process.name() for process in children if process.name().startswith("VLLM::")] == ["VLLM::EngineCor"]
+    assert sum(process.name().startswith("VLLM::") for process in children) == 1
 
 
 def test_everything_listens_on_loopback_only(pool: EnginePool) -> None:
