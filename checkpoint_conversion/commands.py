@@ -6,7 +6,7 @@ Torch is imported when a conversion begins, so that --help is quick.
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +15,7 @@ import typer
 
 from checkpoint_conversion import MAX_SHARD_BYTES, ConversionError
 
-app = typer.Typer(help="Convert checkpoints between Hugging Face and Megatron-Core.", no_args_is_help=True)
+app = typer.Typer(help="Convert checkpoints between Hugging Face and Megatron-Core, and GGUF files to Hugging Face.", no_args_is_help=True)
 HfOption = Annotated[Path, typer.Option("--hf", help="Hugging Face folder with config.json and safetensors.")]
 MegatronOption = Annotated[
     Path, typer.Option("--megatron", help="Checkpoint folder with model/ and hf/ in it, or one that Megatron itself wrote.")
@@ -23,6 +23,8 @@ MegatronOption = Annotated[
 OutOption = Annotated[
     Path, typer.Option("--out", help="Folder to create; must not exist. The same command resumes one that was interrupted.")
 ]
+NewOption = Annotated[Path, typer.Option("--out", help="Hugging Face folder to create; must not exist.")]
+GgufDtypeOption = Annotated[str, typer.Option("--dtype", help="float32 or bfloat16: what the quantised weights become.")]
 ShardOption = Annotated[float, typer.Option("--max-shard-gb", help="Largest file; a larger tensor has a file of its own.")]
 
 
@@ -91,6 +93,35 @@ def megatron_to_hf_command(
     typer.echo(f"wrote {out}")
 
 
+@app.command("gguf-to-hf", epilog="Example: igpo convert gguf-to-hf --gguf model.Q4_1.gguf --out models/my")
+def gguf_to_hf_command(
+    gguf: Annotated[Path, typer.Option("--gguf", help="A .gguf file of a Llama, Qwen 2 or 3, or Gemma 2 or 3 model.")],
+    out: NewOption,
+    dtype: GgufDtypeOption = "float32",
+) -> None:
+    """Convert a GGUF file to a Hugging Face folder: weights dequantised, tokenizer and chat template compared with the file."""
+    _write_gguf(lambda: gguf, out, dtype)
+
+
+def demo_model(out: NewOption, dtype: GgufDtypeOption = "float32") -> None:
+    """Make the Hugging Face folder of SmolLM2-135M-Instruct from the package that the extra `llm` installs."""
+    from checkpoint_conversion.gguf_to_hf import demo_gguf
+
+    _write_gguf(demo_gguf, out, dtype)
+
+
+def _write_gguf(find: Callable[[], Path], out: Path, dtype: str) -> None:
+    from checkpoint_conversion.gguf_to_hf import DTYPES, gguf_to_hf
+
+    with _one_sentence_errors():
+        if dtype not in DTYPES:
+            raise ConversionError(f"--dtype {dtype} is not known; use one of {', '.join(DTYPES)}")
+        gguf = find()
+        typer.echo(f"reading {gguf.name}: weights are dequantised to {dtype} and compared")
+        notes = gguf_to_hf(gguf, out, dtype)
+    typer.echo("\n".join([f"wrote {out}", *notes]))
+
+
 @app.command("verify", epilog="Example: igpo convert verify --hf models/qwen --megatron models/qwen-mcore")
 def verify_command(hf: HfOption, megatron: MegatronOption) -> None:
     """Compare a Hugging Face folder with a Megatron checkpoint: names, shapes, dtypes, checksums; fails unless bit-equal."""
@@ -115,10 +146,10 @@ def report_verification(hf: Path, megatron: Path) -> bool:
 
 @app.command("inspect", epilog="Example: igpo convert inspect models/qwen-mcore")
 def inspect_command(
-    folder: Annotated[Path, typer.Argument(help="Any folder: Hugging Face, Megatron, or an unfinished conversion.")],
+    folder: Annotated[Path, typer.Argument(help="Any folder: Hugging Face, Megatron, or an unfinished conversion; or a .gguf file.")],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
 ) -> None:
-    """Describe a folder and its contents."""
+    """Describe a folder, or a GGUF file, and its contents."""
     from checkpoint_conversion.inspection import inspect
 
     with _one_sentence_errors():

@@ -12,6 +12,7 @@ import torch
 from checkpoint_conversion.architectures import ModelShape, check_sizes, check_total, read_shape, rules_for
 from checkpoint_conversion.classic_folder import ClassicReader, is_classic
 from checkpoint_conversion.convert import VOCAB_MULTIPLE, find_weights
+from checkpoint_conversion.gguf_to_hf import inspect_gguf
 from checkpoint_conversion.hf_folder import HfReader
 from checkpoint_conversion.rules import ConversionError
 from checkpoint_conversion.torch_dist_folder import MegatronReader
@@ -19,10 +20,13 @@ from checkpoint_conversion.units import Reader
 
 
 def inspect(folder: Path, list_tensors: bool = False) -> Iterator[str]:
-    """Lines about the folder. A folder that is incomplete or unsupported is described as far as it can be read, with the reason.
+    """Lines about the folder, or a GGUF file. What is incomplete or unsupported is described as far as it can be read, with the reason.
 
-    Raises ConversionError if it is no model folder at all.
+    Raises ConversionError if it is no model at all.
     """
+    if folder.is_file():
+        yield from inspect_gguf(folder, list_tensors)
+        return
     if not folder.is_dir():
         raise ConversionError(f"{folder} does not exist")
     weights = find_weights(folder)
@@ -37,9 +41,13 @@ def inspect(folder: Path, list_tensors: bool = False) -> Iterator[str]:
         yield from _run_state(folder)
     elif (folder / "config.json").is_file() or any(folder.glob("*.safetensors")):
         yield from _hf(folder, list_tensors)
+    elif files := sorted(folder.glob("*.gguf")):
+        for file in files:
+            yield from inspect_gguf(file, list_tensors)
     else:
         raise ConversionError(
-            f"{folder} is neither a Hugging Face folder (config.json) nor a Megatron checkpoint (model/, .metadata, mp_rank_*)"
+            f"{folder} is neither a Hugging Face folder (config.json) nor a Megatron checkpoint (model/, .metadata, mp_rank_*), "
+            "and holds no .gguf file"
         )
 
 

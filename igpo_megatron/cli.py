@@ -1,6 +1,6 @@
 """The `igpo` command: a thin layer over the modules.
 
-igpo train | launch | eval | score | report | plan | config | doctor | data | serve | convert
+igpo train | launch | eval | score | report | plan | config | demo-model | doctor | data | serve | convert
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typer.core import TyperGroup
 from typer.exceptions import TyperException
 from typer.main import get_group
 
+from checkpoint_conversion.commands import demo_model
 from igpo_megatron.config.checks import planned_over_steps
 from igpo_megatron.config.load import explain, load
 from igpo_megatron.config.schema import Config
@@ -41,7 +42,7 @@ def _convert() -> typer.Typer:
     from igpo_megatron.doctor.commands import verify
 
     # The converter's own `verify` does not compare log-probs.
-    room = typer.Typer(no_args_is_help=True, help="Move checkpoints between Hugging Face and Megatron formats.")
+    room = typer.Typer(no_args_is_help=True, help="Move checkpoints between Hugging Face and Megatron formats, and from GGUF.")
     room.registered_commands = [command for command in converter.registered_commands if command.name != "verify"]
     room.command("verify", epilog="Example: igpo convert verify --hf models/qwen --megatron models/qwen-mcore")(verify)
     return room
@@ -105,7 +106,8 @@ def _is_finished(settings: Config) -> bool:
     from igpo_megatron.observability.summary import show_finished
 
     show_finished(summary, folder.report)
-    more = "" if planned_over_steps(settings) or settings.run.stop_after == "rollout" else ", to go on raise run.steps"
+    is_complete = "stopped_at" in summary or settings.run.stop_after == "rollout"
+    more = "" if is_complete or planned_over_steps(settings) else ", to go on raise run.steps"
     typer.echo(f"this run is finished; to train again choose another run.name, or remove {folder.root}{more}")
     return True
 
@@ -251,6 +253,7 @@ def config_command(section: Annotated[str | None, typer.Argument(help="Section s
     typer.echo(explain(section))
 
 
+app.command("demo-model", epilog="Example: igpo demo-model --out models/smollm2")(demo_model)
 app.command("plan", epilog="Example: igpo plan --model Qwen2.5-7B --gpus 8 --gpu h100 --out run.yaml")(plan)
 app.add_typer(doctor_app, name="doctor")
 

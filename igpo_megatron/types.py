@@ -34,6 +34,15 @@ class Prompt:
     """Benchmark name, e.g. `hotpotqa`; evaluation averages per source."""
 
 
+@dataclass(frozen=True, slots=True)
+class Hop:
+    """One fact of the chain behind a question's answer, e.g. `Hop("Iran", "currency", "Iranian Rial")`."""
+
+    entity: str
+    relation: str
+    value: str
+
+
 class Status(StrEnum):
     """How a trajectory ended."""
 
@@ -473,6 +482,10 @@ class Metric(StrEnum):
     """Mean over the optimizer steps."""
     NLL = "nll"
     """Mean negative log-likelihood of the trained tokens, nats; supervised only."""
+    HELD_OUT_NLL = "held_out_nll"
+    """The same of all action tokens of `loss.held_out`, at temperature 1."""
+    EPOCH = "epoch"
+    """Passes through the file of demonstrations, this step included; supervised only."""
     ENTROPY = "entropy"
     """Mean entropy at the trained tokens, nats."""
     TRAINED_TOKENS = "tokens"

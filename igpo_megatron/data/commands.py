@@ -1,9 +1,16 @@
-"""`igpo data`: make and check files of questions and corpora. Prints progress, counts, and every problem with file, row and column."""
+"""`igpo data`: make and check files of questions and corpora, and make demonstrations.
+
+Prints progress, counts, and every problem with file, row and column.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +21,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
+from igpo_megatron.agent.demonstrations import Demonstration, Task, demonstrate
+from igpo_megatron.agent.demonstrator import NO_MISTAKES, USUAL, Mistakes, values_by_relation, write_script
 from igpo_megatron.chat.format import ChatFormat
 from igpo_megatron.chat.room import too_long
 from igpo_megatron.chat.tokenizer import load_tokenizer
@@ -21,16 +30,21 @@ from igpo_megatron.config.load import load
 from igpo_megatron.config.schema import Config
 from igpo_megatron.data.corpora import CorpusCount, read_passages, total_bytes, write_passages
 from igpo_megatron.data.corpus import Passage, read_corpus
+from igpo_megatron.data.hops import ChainQuestion, endless, read_chains, split
 from igpo_megatron.data.layouts import LAYOUTS
 from igpo_megatron.data.problems import Problem
 from igpo_megatron.data.question_files import Report, check_file
 from igpo_megatron.data.questions import FileCount, Refused, convert
+from igpo_megatron.observability.rollout_dump import write_rollouts
+from igpo_megatron.search.client import make_client
 from igpo_megatron.search.local.bm25_build import build_index
 from igpo_megatron.search.local.index_place import Digest, bm25_settings, place
 from igpo_megatron.supervision.leftovers import whole
-from igpo_megatron.types import Prompt, UserError
+from igpo_megatron.tools.base import Tool
+from igpo_megatron.tools.search_tool import SearchTool
+from igpo_megatron.types import SEARCH, Prompt, RolloutGroup, UserError
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="Make and check files of questions and corpora.")
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Make and check files of questions and corpora; make demonstrations.")
 console = Console()
 
 SkipProblems = Annotated[bool, typer.Option(help="Write the good records even if others have problems.")]
@@ -210,3 +224,94 @@ def _print_report(report: Report) -> None:
     count = sum(problem.costs != "answer" for problem in report.problems)
     verdict = f"[red]{count} problem{'s' if count > 1 else ''}[/red]" if count else "[green]no problems[/green]"
     console.print(f"{sum(report.sources.values())} usable rows, {verdict}\n")
+
+
+@app.command(epilog="Example: igpo data demonstrations run.yaml --out demos.parquet --count 2000")
+def demonstrations(
+    config: Annotated[Path, typer.Argument(help="YAML file of the run that is to learn from them.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Settings that replace those of the file.")] = None,
+    *,
+    out: Annotated[Path, typer.Option(help="Replay file to write, for run.replay.", dir_okay=False)],
+    count: Annotated[int, typer.Option(min=1, help="Demonstrations to write.")],
+    questions: Annotated[
+        list[Path] | None, typer.Option(help="Parquet file of questions with extra_info.hops; may be repeated; default: data.train.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Other seeds give other demonstrations.")] = 0,
+    clean: Annotated[float, typer.Option(min=0, max=1, help="Share of demonstrations without any mistake.")] = 0.25,
+    early: Annotated[float, typer.Option(min=0, max=1, help="Chance per search that a guess takes its place.")] = USUAL.early,
+    wrong_query: Annotated[float, typer.Option(min=0, max=1, help="Chance per search of a wrong query before it.")] = USUAL.query,
+    held_out: Annotated[
+        float, typer.Option(min=0, max=0.9, help="Also write OUT.held-out.parquet: this share of --count, on other questions.")
+    ] = 0.0,
+    show: Annotated[int, typer.Option(min=0, help="Print the first ones as text.")] = 0,
+) -> None:
+    """Let a scripted agent answer questions by really searching, in the run's own protocol, as examples for loss.name=sft.
+
+    It follows the facts of extra_info.hops, makes mistakes and recovers from them.
+    """
+    settings = load(config, overrides or [])
+    paths = questions or [*settings.data.train]
+    if not paths:
+        raise UserError("no questions: name files by --questions or in data.train")
+    chains = [chain for path in paths for chain in read_chains(path, settings.data.layout, settings.reward.outcome)]
+    values = values_by_relation([chain.hops for chain in chains])
+    chat = ChatFormat(load_tokenizer(settings.model.path), settings.rollout, settings.reward)
+    tools: dict[str, Tool] = {SEARCH: SearchTool(make_client(settings.search), chat.protocol.hit)}
+    mistakes = Mistakes(early, wrong_query)
+
+    def tasks(of: Sequence[ChainQuestion], part: str) -> Iterator[Task]:
+        for number, chain in enumerate(endless(of, settings.data.balance, f"{seed}/{part}")):
+            rng = random.Random(f"{seed}/{part}/{number}")
+            own = NO_MISTAKES if rng.random() < clean else mistakes
+            prompt = replace(chain.prompt, id=f"{chain.prompt.id}/{part}-{number}")
+            yield Task(prompt, write_script(chain.hops, prompt.answers, values, own, settings.rollout.max_turns, rng))
+
+    kept, other = split(chains, held_out)
+    parts = [(out, kept, count, "demo")]
+    if held_out:
+        parts.append((out.with_suffix(f".held-out{out.suffix}"), other, max(1, round(held_out * count)), "held-out"))
+    try:
+        for path, of, number, part in parts:
+            skipped: Counter[str] = Counter()
+            made = demonstrate(tasks(of, part), number, tools, chat, settings.rollout, skipped)
+            _write_demonstrations(path, made, number, skipped, show if part == "demo" else 0)
+    finally:
+        asyncio.run(tools[SEARCH].close())
+
+
+def _write_demonstrations(path: Path, made: Iterator[Demonstration], count: int, skipped: Counter[str], show: int) -> None:
+    """Write a replay file, print the first `show`, and what is in the file."""
+    purposes: Counter[str] = Counter()
+    ends: Counter[str] = Counter()
+
+    def groups(advance: Callable[[], None]) -> Iterator[RolloutGroup]:
+        for number, one in enumerate(made):
+            if number < show:
+                _print_demonstration(one)
+            purposes.update(intention.purpose for intention in one.intentions)
+            ends["recovered" if _has_recovery(one) else one.intentions[-1].purpose] += 1
+            advance()
+            yield one.group
+
+    columns = (TextColumn("demonstrating"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=count)
+        write_rollouts(path, 0, groups(lambda: bar.advance(task)))
+    _print_of(path, f"{count} demonstrations: {ends['answer']} without a detour, {ends['recovered']} after one, {ends['early']} end wrong")
+    for reason, times in skipped.most_common():
+        _print_of(path, f"{times} skipped: {reason}", "yellow")
+
+
+def _has_recovery(one: Demonstration) -> bool:
+    purposes = [intention.purpose for intention in one.intentions]
+    return purposes[-1] == "answer" and any(purpose not in ("search", "answer") for purpose in purposes)
+
+
+def _print_demonstration(one: Demonstration) -> None:
+    """Its text, without the frames around results; what the model learns to write is green."""
+    for number in one.group.trajectories[0].path:
+        node = one.group.nodes[number]
+        style = {"action": "green", "observation": "cyan"}.get(node.kind, "dim")
+        end = "" if node.kind == "forced" else "\n"
+        console.print(f"[{style}]{escape(node.text)}[/{style}]", soft_wrap=True, highlight=False, end=end)
+    console.rule()

@@ -147,6 +147,13 @@ def _read(path: Path, most: int | None = None) -> tuple[list[Row | Problem], lis
     return rows, [] if rows else [Problem("the file has no rows; expected at least one question")]
 
 
+def read_extra(path: Path, key: str) -> dict[str, Any]:
+    """`extra_info[key]` of every readable row that has it, by the id of the row's question."""
+    rows, _ = _read(path)
+    pairs = zip(_ids(rows), rows, strict=True)
+    return {own_id: row["extra_info"][key] for own_id, row in pairs if isinstance(row, dict) and row["extra_info"].get(key) is not None}
+
+
 Found = tuple[Layout | None, list[tuple[int, Prompt]], list[Problem]]
 """Layout, row and question of everything usable, problems."""
 

@@ -59,8 +59,8 @@ class Piece:
 class ScriptedPolicy:
     """Searches in its first turn and answers in its second, as the protocol writes it."""
 
-    def __init__(self, chat: ChatFormat, tokenizer: Any) -> None:
-        self._chat, self._tokenizer = chat, tokenizer
+    def __init__(self, chat: ChatFormat) -> None:
+        self._chat = chat
         script: list[ToolCall | Answer] = [ToolCall(SEARCH, ("author of Hamlet",)), Answer(ANSWER)]
         self._actions = iter(script)
         self._turn = 0
@@ -68,11 +68,7 @@ class ScriptedPolicy:
     async def generate(self, request: SamplingRequest) -> Completion:
         """The next turn, without its given opening."""
         self._turn += 1
-        text = self._chat.write("I think so.", next(self._actions))
-        opening = self._chat.opening(self._turn)[1]
-        ids = self._tokenizer.encode(text.removeprefix(opening.strip()), add_special_tokens=False)
-        ended = bool(self._chat.protocol.stop) and text.endswith(self._chat.protocol.stop)
-        ids = ids if ended else [*ids, self._chat.end_of_turn]
+        ids = self._chat.turn_ids(self._turn, "I think so.", next(self._actions))
         return Completion(ids, [0.0] * len(ids), "stop", 0)
 
     async def score_probe(self, token_ids: list[int], first: int, *, key: str) -> ProbeScore:
@@ -97,7 +93,7 @@ def converse(config: Config, chat: ChatFormat, tokenizer: Any) -> RolloutGroup:
     ids, text = chat.open(QUESTION)
     group = RolloutGroup(Prompt("doctor-chat", QUESTION, (ANSWER,), "doctor"), [Node(None, "prompt", ids, text=text)])
     search = SearchTool(ScriptedSearch(tokenizer.decode([chat.end_of_turn])), chat.protocol.hit)
-    agent = Agent(ScriptedPolicy(chat, tokenizer), {SEARCH: search}, chat, rollout)
+    agent = Agent(ScriptedPolicy(chat), {SEARCH: search}, chat, rollout)
     group.trajectories = [asyncio.run(run_trajectory(group, agent, PathPlan(0, seed=0, salt=0, temperature=0.0)))]
     add_probes(group, chat.render_probe, config.reward, chat.render_hidden_probe)
     return group

