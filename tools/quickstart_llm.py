@@ -23,11 +23,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from igpo_megatron.config.host import best_dtype, cpu_flags
 from igpo_megatron.config.load import load
 from igpo_megatron.observability.metrics import headline, outcomes
 from igpo_megatron.observability.rollout_dump import read_rollouts
 from igpo_megatron.observability.run_folder import folder_for, read_object, step_name
-from igpo_megatron.policy.host import best_dtype, cpu_flags
 from igpo_megatron.types import Metric, RolloutGroup, UserError
 
 SETTINGS = Path("examples/quickstart-llm/igpo.yaml")

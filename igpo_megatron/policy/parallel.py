@@ -16,8 +16,8 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from igpo_megatron.config import host
 from igpo_megatron.config.schema import Config
-from igpo_megatron.policy import host
 from igpo_megatron.supervision.leftovers import whole
 from igpo_megatron.supervision.waits import waiting
 from igpo_megatron.types import UserError

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from igpo_megatron.config import host
 from igpo_megatron.config.load import ConfigError, build
 from igpo_megatron.config.schema import Config
-from igpo_megatron.policy import host, parallel, weight_sync
+from igpo_megatron.policy import parallel, weight_sync
 
 DEMO = Path(__file__).resolve().parents[2] / "examples/quickstart/policy"
 CASES = [({"amx_bf16"}, "bf16"), ({"avx512_bf16", "avx2"}, "bf16"), ({"avx2", "avx512f", "amx_tile", "amx_int8"}, "fp32"), (set(), "fp32")]
