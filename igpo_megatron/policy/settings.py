@@ -21,7 +21,7 @@ class Model(Section):
 
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Parameter and activation type; master weights are fp32, and gradients are accumulated and reduced in fp32. `auto`: bf16 on CUDA, and
-    on CPU where the processor has AMX or AVX512-BF16, else fp32."""
+    on CPU where the processor has AMX or AVX512-BF16, else fp32; a run that is resumed keeps the one it began with."""
 
     backend: Literal["auto", "local", "te"] = "auto"
     """Layer implementation: Megatron's local layers, or TransformerEngine; `auto` takes te on CUDA when importable."""
