@@ -165,7 +165,7 @@ class Checkpoint(Section):
     """When and how checkpoints are saved."""
 
     every: NonNegativeInt = 10
-    """Steps between checkpoints; 0 saves only at the end."""
+    """Steps between checkpoints; 0 saves only at the end. A run with `loss.held_out` also saves after each new best measurement."""
 
     keep: PositiveInt = 2
     """Newest checkpoints kept, beside the best one of a run with `loss.held_out`."""
