@@ -9,9 +9,9 @@ import re
 from collections.abc import Iterable, Iterator
 from functools import reduce
 from operator import or_
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
 from igpo_megatron.types import UserError
 
@@ -20,6 +20,17 @@ HOOK = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
 
 HOOK_RULE = Field(pattern=HOOK)
 HookName = Annotated[str, HOOK_RULE]
+
+
+def _auto_or_positive(value: Any) -> Any:
+    if value == "auto" or (type(value) is int and value > 0):
+        return value
+    raise ValueError("expected auto or a number of at least 1")
+
+
+Threads = Annotated[int | Literal["auto"], BeforeValidator(_auto_or_positive)]
+"""How many threads a process has; `auto` is replaced where it starts (policy/parallel.py)."""
+
 OURS, HOOKED = "ours", "package.module:function"
 """Tags of what `ours_or_hooked` chooses between."""
 

@@ -38,8 +38,8 @@ def probes(
     from igpo_megatron.training.checks import require
 
     stay_offline()
-    settings = load(config, overrides or [])
-    require(on_this_machine(settings), None)
+    settings = on_this_machine(load(config, overrides or []))
+    require(settings, None)
     raise typer.Exit(probe_check.main(settings))
 
 

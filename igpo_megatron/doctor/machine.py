@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import os
 import platform
 import shutil
 import socket
@@ -21,6 +20,8 @@ from typing import Literal
 import psutil
 from rich.console import Console
 from rich.table import Table
+
+from igpo_megatron.policy.host import cpu_cores, cpu_flags
 
 Verdict = Literal["ok", "warn", "fail"]
 
@@ -167,8 +168,7 @@ def accelerations() -> list[Row]:
 
 def processor() -> list[Row]:
     """Cores this process may use, and instruction sets that speed up CPU engines."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    flags = cpu_flags(Path("/proc/cpuinfo"))
+    cores, flags = cpu_cores(), cpu_flags()
     useful = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
     found = f"{cores} cores, {' '.join(useful) or 'no AVX2'}"
     if not has_gpu() and "avx2" not in flags:
@@ -178,16 +178,6 @@ def processor() -> list[Row]:
     if not has_gpu() and not {"avx512_bf16", "amx_bf16"} & flags:
         return [Row("processor", "ok", found, "no bf16 instructions: use model.dtype=fp32, bf16 is slower here")]
     return [Row("processor", "ok", found)]
-
-
-def cpu_flags(path: Path) -> set[str]:
-    """Instruction sets of the first processor in a file like /proc/cpuinfo; empty where it cannot be read."""
-    if not path.is_file():
-        return set()
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if line.startswith("flags"):
-            return set(line.partition(":")[2].split())
-    return set()
 
 
 def memory() -> list[Row]:

@@ -94,6 +94,7 @@ def compare(config: Config, *, say: Callable[[str], None] = lambda message: None
     from igpo_megatron.engines.factory import open_engines
     from igpo_megatron.policy import parallel
     from igpo_megatron.policy.policy import Policy
+    from igpo_megatron.policy.weight_sync import gap_allowed
 
     reward = config.reward.model_copy(update={"probe_temperature": 1, "scorer": "engine"})
     config = config.model_copy(update={"parallel": Parallel(), "reward": reward})
@@ -118,7 +119,15 @@ def compare(config: Config, *, say: Callable[[str], None] = lambda message: None
         started = time.perf_counter()
         tokens = asyncio.run(_score_in_engine(engines, groups))
         seconds = time.perf_counter() - started
-        results.append(Result("engine", tokens, seconds, relative_gap(probe_logprobs(groups), expected), config.sync.max_gap))
+        results.append(
+            Result(
+                "engine",
+                tokens,
+                seconds,
+                relative_gap(probe_logprobs(groups), expected),
+                gap_allowed(config),
+            )
+        )
     parallel.shutdown()
     return results
 

@@ -262,8 +262,10 @@ def engine_options(config: Config, *, cuda: bool, stop_strings: bool) -> dict[st
 
 def engine_environment(config: Config, *, cuda: bool) -> dict[str, str]:
     """Environment of an engine's processes."""
-    threads = str(config.rollout.engine.threads)
-    cpu = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": threads, "VLLM_TARGET_DEVICE": "cpu"}
+    threads = config.rollout.engine.threads
+    # A run has replaced `auto`; an engine that is opened otherwise is the only one who knows what it shares its cores with.
+    count = str(1 if threads == "auto" else threads)
+    cpu = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": count, "VLLM_TARGET_DEVICE": "cpu"}
     routed = {"VLLM_USE_V2_MODEL_RUNNER": "1"} if config.rollout.routing_replay else {}
     return {**_QUIET, "IGPO_ENGINE_PROCESS": "1", "VLLM_HOST_IP": "127.0.0.1", **routed, **({} if cuda else cpu)}
 

@@ -8,9 +8,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from igpo_megatron.settings import Section
+from igpo_megatron.settings import Section, Threads
 
-Dtype = Literal["fp32", "bf16"]
+Dtype = Literal["auto", "fp32", "bf16"]
+"""Of a configuration whose `auto`s are replaced (policy/parallel.py) it is one of the other two."""
 
 
 class Engine(Section):
@@ -38,8 +39,9 @@ class Engine(Section):
     kv_cache_mib: PositiveInt = 256
     """KV-cache size of each engine, on CPU, and of backend=torch on any device: there it holds full sequences of `rollout.max_context`."""
 
-    threads: PositiveInt = 1
-    """CPU: OpenMP threads of each vLLM engine; backend=torch uses those of its rank (`run.threads`)."""
+    threads: Threads = "auto"
+    """CPU: OpenMP threads of each vLLM engine; backend=torch uses those of its rank (`run.threads`). `auto`: the machine's cores shared by
+    the engines, which work while the ranks wait, or half of the cores where they do not wait (`rollout.max_staleness` above 0)."""
 
     gpu_ids: tuple[NonNegativeInt, ...] = ()
     """CUDA: devices the engines may use on this node, counted from 0 among those that the run sees (its CUDA_VISIBLE_DEVICES, if a

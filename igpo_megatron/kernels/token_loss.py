@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from igpo_megatron.kernels import torch_chunked
 from igpo_megatron.kernels.linear_logprob import WORKSPACE, Implementation, check_inputs, local_targets, merge, resolve, valid_columns
-from igpo_megatron.kernels.torch_chunked import accumulate, accumulator, empty_records, fold, matmul, widened
+from igpo_megatron.kernels.torch_chunked import accumulate, accumulator, empty_records, fold, matmul, products_of, widened
 
 Upstream = Callable[[slice, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """(which of the N targets, their logp [b], their entropy [b]) -> the loss's derivatives by these, (g [b], h [b])."""
@@ -58,13 +58,11 @@ def linear_logprob_with_gradients(
         hidden: [N, H], a row for each target.
         targets: as in `linear_logprob`; ignored ones get zeros, and their g and h do not count.
         upstream: called once per block, in order, on every rank of `tp_group` with the same numbers.
-        workspace: bytes of fp32 logits at a time; at least one row's, on CPU no more than torch_chunked.CHUNK_BYTES, which caches hold.
+        workspace: bytes of fp32 logits at a time; at least one row's.
 
     The others as in `linear_logprob`, but shards have the same number of rows on every rank: they decide how many all-gathers there are.
     """
     check_inputs(hidden, weight, targets, temperature)
-    if not hidden.is_cuda:
-        workspace = min(workspace, torch_chunked.CHUNK_BYTES)
     call = _Call(
         upstream=upstream,
         shard=_shard(implementation, hidden.device),
@@ -75,7 +73,8 @@ def linear_logprob_with_gradients(
         need_entropy=need_entropy,
         rows=max(1, workspace // (4 * len(weight))),
     )
-    return _WithGradients.apply(hidden, weight, targets, call)
+    with products_of(hidden):
+        return _WithGradients.apply(hidden, weight, targets, call)
 
 
 @dataclass(frozen=True, slots=True)

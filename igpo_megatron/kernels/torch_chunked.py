@@ -15,12 +15,17 @@ Backward recomputes z. With upstream gradients g of logp, h of the entropy, e of
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 CHUNK_BYTES = 16 * 2**20
 """Largest chunk of logits on CPU; larger ones do not fit the caches. Two are alive at a time."""
+
+CHUNK_COLUMNS = 8192
+"""Most columns of a chunk on CPU: 512 rows by 8192 columns multiply twice as fast as 85 rows by 49,152, which are as many bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +58,13 @@ def partials(shard: Shard, need_entropy: bool) -> torch.Tensor:
     if not valid:
         return record
     used = widened(shard.weight[:valid])
-    for part in _row_chunks(hidden, valid, shard.workspace):
-        z = matmul(widened(hidden[part]), used.t()).div_(shard.temperature)
-        record[part] = _records(z, shard.targets[part], need_entropy)
+    with products_of(hidden):
+        for part, columns in _chunks(hidden, valid, shard.workspace):
+            rows, records = widened(hidden[part]), []
+            for block in columns:
+                z = matmul(rows, used[block].t()).div_(shard.temperature)
+                records.append(_records(z, _within(shard.targets[part], block), need_entropy))
+            record[part] = fold(torch.stack(records))
     return record
 
 
@@ -71,14 +80,19 @@ def gradients(
     grad_weight = torch.zeros_like(weight, dtype=accumulator(weight.dtype)) if need_weight else None
     if valid and len(hidden):
         used = widened(weight[:valid])
-        for part in _row_chunks(hidden, valid, shard.workspace):
-            rows = widened(hidden[part])
-            z = matmul(rows, used.t()).div_(shard.temperature)
-            dz = _slopes(z, shard.targets[part], coefficients[part]).div_(shard.temperature).to(rows.dtype)
-            if grad_hidden is not None:
-                grad_hidden[part] = matmul(dz, used)
-            if grad_weight is not None:
-                accumulate(grad_weight[:valid], dz.t(), rows)
+        with products_of(hidden):
+            for part, columns in _chunks(hidden, valid, shard.workspace):
+                rows = widened(hidden[part])
+                grad_rows = torch.zeros_like(rows, dtype=accumulator(rows.dtype)) if need_hidden else None
+                for block in columns:
+                    z = matmul(rows, used[block].t()).div_(shard.temperature)
+                    dz = _slopes(z, _within(shard.targets[part], block), coefficients[part]).div_(shard.temperature).to(rows.dtype)
+                    if grad_rows is not None:
+                        accumulate(grad_rows, dz, used[block])
+                    if grad_weight is not None:
+                        accumulate(grad_weight[block], dz.t(), rows)
+                if grad_hidden is not None:
+                    grad_hidden[part] = grad_rows
     return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
 
 
@@ -160,6 +174,35 @@ def widened(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.is_cuda else tensor.to(accumulator(tensor.dtype))
 
 
-def _row_chunks(hidden: torch.Tensor, columns: int, workspace: int) -> list[slice]:
-    size = max(1, (workspace if hidden.is_cuda else min(workspace, CHUNK_BYTES)) // (4 * columns))
-    return [slice(start, min(start + size, len(hidden))) for start in range(0, len(hidden), size)]
+@contextmanager
+def products_of(hidden: torch.Tensor) -> Iterator[None]:
+    """Inside, fp32 products on CPU may run on the processor's bf16 units where `hidden` is bf16: sums and results stay fp32.
+
+    Of widened bf16 numbers such a product is exact. An fp32 factor, which is only ever dz, is rounded to bf16, as in every linear layer.
+    torch has no bf16 product with an fp32 result on CPU: this switch of oneDNN's is the way to it. Without such units it changes nothing.
+    It holds for the process.
+    """
+    matmuls = getattr(torch.backends.mkldnn, "matmul", None)
+    if hidden.dtype != torch.bfloat16 or hidden.is_cuda or matmuls is None:  # torch before 2.9 has no such switch
+        yield
+        return
+    before = matmuls.fp32_precision
+    matmuls.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmuls.fp32_precision = before
+
+
+def _chunks(hidden: torch.Tensor, valid: int, workspace: int) -> Iterator[tuple[slice, list[slice]]]:
+    """Rows, and the columns of each of their chunks: all columns on CUDA, where `workspace` is large, and few enough for caches on CPU."""
+    wide = valid if hidden.is_cuda else min(valid, CHUNK_COLUMNS)
+    size = max(1, (workspace if hidden.is_cuda else min(workspace, CHUNK_BYTES)) // (4 * wide))
+    columns = [slice(start, min(start + wide, valid)) for start in range(0, valid, wide)]
+    for start in range(0, len(hidden), size):
+        yield slice(start, min(start + size, len(hidden))), columns
+
+
+def _within(targets: torch.Tensor, columns: slice) -> torch.Tensor:
+    """Columns [n] of the shard as columns of this part of it, -1 where they are not in it."""
+    return torch.where((targets >= columns.start) & (targets < columns.stop), targets - columns.start, -1)

@@ -33,7 +33,7 @@ from igpo_megatron.supervision.leftovers import whole
 from igpo_megatron.types import UserError
 
 MAY_CHANGE = (
-    *("parallel.", "rollout.engine.", "run.threads", "run.resume", "track.", "checkpoint.keep", "checkpoint.in_background"),
+    *("parallel.", "rollout.engine.", "run.threads", "run.resume", "sync.max_gap", "track.", "checkpoint.keep", "checkpoint.in_background"),
     # A run that its search provider stopped may resume with another key, more slowly, or through a proxy.
     *("search.api_key_env", "search.attempts", "search.breaker_", "search.cache", "search.deadline_s", "search.max_concurrency"),
     *("search.rate_per_s", "search.timeout_s", "search.use_proxy", "search.vectors"),

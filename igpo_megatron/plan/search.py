@@ -112,7 +112,7 @@ def plan_config(config: Config, model: str, shape: ModelShape, machine: Machine,
         sequence=parallel.sequence,
     )
     settings = Settings(
-        dtype_bytes=2 if config.model.dtype == "bf16" else 4,
+        dtype_bytes=4 if config.model.dtype == "fp32" else 2,
         reference=config.loss.keeps_reference,
         distributed_optimizer=parallel.distributed_optimizer,
         minibatches=config.optim.minibatches,

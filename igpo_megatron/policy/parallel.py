@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from igpo_megatron.config.schema import Config
+from igpo_megatron.policy import host
 from igpo_megatron.supervision.leftovers import whole
 from igpo_megatron.supervision.waits import waiting
 from igpo_megatron.types import UserError
@@ -72,11 +73,34 @@ def wants_cuda(device: str) -> bool:
 
 
 def on_this_machine(config: Config) -> Config:
-    """The configuration with `run.device=auto` replaced by what it is here, for checks that depend on it."""
-    if config.run.device != "auto":
-        return config
-    device = "cuda" if wants_cuda("auto") else "cpu"
-    return config.model_copy(update={"run": config.run.model_copy(update={"device": device})})
+    """The configuration with `auto` replaced by what it is here: `run.device`, `model.dtype` and both sides' threads.
+
+    Ranks that torchrun started on this machine count as LOCAL_WORLD_SIZE; without it the process is alone.
+    """
+    run, model, engine = config.run, config.model, config.rollout.engine
+    cuda = run.device == "cuda" or (run.device == "auto" and wants_cuda("auto"))
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    engines = engine.count if run.replay is None and engine.backend == "vllm" else 0
+    for_ranks, for_engines = host.thread_counts(host.cpu_cores(), ranks, engines, together=config.rollout.max_staleness > 0)
+    run = run.model_copy(update={"device": "cuda" if cuda else "cpu"})
+    if run.threads == "auto":
+        run = run.model_copy(update={"threads": 1 if cuda else for_ranks})
+    if engine.threads == "auto":
+        engine = engine.model_copy(update={"threads": for_engines})
+    if model.dtype == "auto":
+        model = model.model_copy(update={"dtype": host.best_dtype(cuda, host.cpu_flags())})
+    return config.model_copy(update={"run": run, "model": model, "rollout": config.rollout.model_copy(update={"engine": engine})})
+
+
+def choices(config: Config, chosen: Config) -> str | None:
+    """What `on_this_machine` chose for `auto`, as a line for people; None where nothing was left to it."""
+    rows = (
+        ("model.dtype", config.model.dtype, chosen.model.dtype),
+        ("run.threads", config.run.threads, chosen.run.threads),
+        ("rollout.engine.threads", config.rollout.engine.threads, chosen.rollout.engine.threads),
+    )
+    found = [f"{key}={value}" for key, setting, value in rows if setting == "auto"]
+    return f"auto: {', '.join(found)}" if found else None
 
 
 def init(config: Config) -> Ranks:
@@ -95,7 +119,7 @@ def init(config: Config) -> Ranks:
     megatron_fixes.install()
     from megatron.core import parallel_state, tensor_parallel
 
-    torch.set_num_threads(config.run.threads)
+    torch.set_num_threads(int(on_this_machine(config).run.threads))
     timeout = timedelta(seconds=config.parallel.timeout_s + _GRACE_S)
     if not dist.is_initialized():
         if cuda:

@@ -19,8 +19,9 @@ class Model(Section):
     path: Path
     """Hugging Face folder with config.json, safetensors and tokenizer."""
 
-    dtype: Literal["fp32", "bf16"] = "bf16"
-    """Parameter and activation type; gradients are accumulated and reduced in fp32."""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Parameter and activation type; master weights are fp32, and gradients are accumulated and reduced in fp32. `auto`: bf16 on CUDA, and
+    on CPU where the processor has AMX or AVX512-BF16, else fp32."""
 
     backend: Literal["auto", "local", "te"] = "auto"
     """Layer implementation: Megatron's local layers, or TransformerEngine; `auto` takes te on CUDA when importable."""

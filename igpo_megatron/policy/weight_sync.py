@@ -16,6 +16,7 @@ from megatron.core import parallel_state
 from checkpoint_conversion.architectures import rules_for
 from checkpoint_conversion.hf_folder import HfReader
 from checkpoint_conversion.rules import Rule
+from igpo_megatron.config.schema import Config
 from igpo_megatron.packing.tree import pack_for_scoring
 from igpo_megatron.policy import parallel
 from igpo_megatron.policy.model import global_names, tensor_shards
@@ -178,6 +179,12 @@ def checked(
         raise SyncError(
             f"sync {version} exports {len(expected) - len(missing)} of {len(expected)} tensors; {next(iter(missing))} is missing"
         )
+
+
+def gap_allowed(config: Config) -> float:
+    """Largest |log-prob difference| on the canary between policy and engine: `sync.max_gap`, or what their dtypes may differ by."""
+    policy = config.model.dtype
+    return config.sync.gap_for(policy, config.rollout.engine.dtype_for(policy))
 
 
 def canary_group(vocab_size: int, num_tokens: int, seed: int) -> RolloutGroup:

@@ -67,12 +67,19 @@ class Session:
 
 @contextmanager
 def opened(config: Config) -> Iterator[Session]:
-    """Start or resume one rank; finish the run after the block. An early end raises `Ended` after everything is closed."""
+    """Start or resume one rank; finish the run after the block. An early end raises `Ended` after everything is closed.
+
+    The run's folder keeps the settings as they were given; everything else sees what `auto` means here.
+    """
     from igpo_megatron.policy import checkpoint, checkpoint_sums, parallel
     from igpo_megatron.policy.policy import Policy
 
+    given, config = config, parallel.on_this_machine(config)
     ranks = parallel.init(config)
-    folder, who = open_folder(config), f"rank {ranks.rank}"
+    # One dtype for all ranks and engines, whatever processor the other machines have.
+    dtype = parallel.broadcast(config.model.dtype)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
+    folder, who = open_folder(given), f"rank {ranks.rank}"
     with signals_restored(), ExitStack() as stack, reason_left(who, folder.root), interruptible() if ranks.is_main else nullcontext():
         if ranks.is_main:
             stack.enter_context(held(folder))
@@ -94,6 +101,8 @@ def opened(config: Config) -> Iterator[Session]:
         if ranks.is_main:
             stack.enter_context(tracker.shows_log("igpo_megatron"))
         with tracker.phase("startup"):
+            if ranks.is_main and (chosen := parallel.choices(given, config)):
+                tracker.message(chosen)
             tracker.progress("building the model")
             policy = Policy(config, ranks)
             share = DeviceShare(config, policy)
@@ -108,7 +117,7 @@ def opened(config: Config) -> Iterator[Session]:
             services = parallel.on_main(ranks, opening) or Services(folder)
             policy.sampled_vocab = parallel.broadcast(services.chat.vocab_size if services.chat else None)
             if ranks.is_main:
-                set_up(folder, config)  # not before: a run that could not start leaves its name free for corrected settings
+                set_up(folder, given)  # not before: a run that could not start leaves its name free for corrected settings
                 if config.run.stop_after == "none":
                     forget_after(folder, resumed)
         yield Session(policy, services, tracker, share, resumed + 1)
@@ -231,7 +240,12 @@ def sync_weights(session: Session, version: int) -> dict[str, float]:
     policy, services, tracker = session.policy, session.services, session.tracker
     config = policy.config
     with tracker.phase("sync"):
-        canary = weight_sync.make_canary(policy, config.sync.canary_tokens, seed=config.run.seed, max_gap=config.sync.max_gap)
+        canary = weight_sync.make_canary(
+            policy,
+            config.sync.canary_tokens,
+            seed=config.run.seed,
+            max_gap=weight_sync.gap_allowed(config),
+        )
         metrics = weight_sync.push(policy, services.engines, version, canary, exported=session.share.policy_leaves)
     if services.queue is not None:
         services.queue.weights_arrived(version)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
-from igpo_megatron.settings import Section
+from igpo_megatron.settings import Section, Threads
 
 
 class Run(Section):
@@ -29,8 +29,9 @@ class Run(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` uses CUDA when torch sees a GPU. `cpu` also works on a machine that has GPUs."""
 
-    threads: PositiveInt = 1
-    """CPU threads of each rank; 1 is safest when ranks and engines share cores."""
+    threads: Threads = "auto"
+    """CPU threads of each rank, whatever OMP_NUM_THREADS says. `auto`: 1 where the ranks compute on GPUs; on CPU the machine's cores
+    shared by its ranks, or half of the cores where rollouts go on meanwhile (`rollout.max_staleness` above 0)."""
 
     resume: Literal["auto", "never"] = "auto"
     """`auto` continues from the newest complete checkpoint of this run; `never` refuses a folder that already holds a run."""

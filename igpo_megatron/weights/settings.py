@@ -8,6 +8,9 @@ from pydantic import PositiveFloat, PositiveInt
 
 from igpo_megatron.settings import Section
 
+MAX_GAP = {"fp32": 1e-3, "bf16": 2.0}
+"""Largest |log-prob difference| between engine and trainer on the canary's random tokens, whose log-probs are around -15."""
+
 
 class Sync(Section):
     """Weight transfer to the engines."""
@@ -15,8 +18,9 @@ class Sync(Section):
     canary_tokens: PositiveInt = 64
     """Fixed tokens scored by policy and engine after every sync."""
 
-    max_gap: PositiveFloat = 0.15
-    """Largest |log-prob difference| allowed on the canary; a larger one stops the run. fp32 on both sides: about 1e-5."""
+    max_gap: PositiveFloat | None = None
+    """Largest |log-prob difference| allowed on the canary; a larger one stops the run. null: 1e-3 where policy and engine compute in fp32
+    (measured on a real model: 5e-5), 2 where one of them computes in bf16 (1.0). Fingerprints compare the weights' bytes in any case."""
 
     transport: Literal["auto", "shared_memory", "object_store", "nccl", "ipc"] = "auto"
     """How weights travel. `shared_memory`: a file that engines on this machine map. `object_store`: Ray's, over TCP, to any machine.
@@ -31,3 +35,7 @@ class Sync(Section):
 
     min_mib_per_s: PositiveFloat = 50
     """A slower transfer counts as hanging."""
+
+    def gap_for(self, *dtypes: str) -> float:
+        """`max_gap` between policy and engine of these dtypes."""
+        return self.max_gap or (MAX_GAP["bf16"] if "bf16" in dtypes else MAX_GAP["fp32"])

@@ -45,7 +45,7 @@ def make_config(model: Path, **overrides: Any) -> Config:
     """A small fp32 CPU configuration; keyword `parallel__tensor=2` means `parallel.tensor=2`."""
     values: dict[str, Any] = {
         "model": {"path": str(model), "dtype": "fp32"},
-        "run": {"device": "cpu", "steps": 10},
+        "run": {"device": "cpu", "steps": 10, "threads": 1},
         "loss": {"kl_coef": 0.0},
         "optim": {"lr": 1e-2, "weight_decay": 0.01},
         "parallel": {"timeout_s": 300},

@@ -32,7 +32,7 @@ QUESTIONS = ROOT / "tests/fixtures/igpo_dev_15.parquet"
 
 
 def settings(*overrides: str) -> Config:
-    return build({"model": {"path": str(POLICY)}, "run": {"device": "cuda"}}, overrides)
+    return build({"model": {"path": str(POLICY), "dtype": "bf16"}, "run": {"device": "cuda"}}, overrides)
 
 
 # ---- engines over several GPUs

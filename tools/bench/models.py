@@ -64,7 +64,7 @@ def config_for(folder: Path | str, *, dtype: str | None = None, model: Mapping[s
     """A run's configuration on this device, in bf16 on a GPU unless `dtype` says otherwise; `sections` of it, `model` beside its path."""
     cuda = torch.cuda.is_available()
     described = {"path": str(folder), "dtype": dtype or ("bf16" if cuda else "fp32"), **(model or {})}
-    return build({"model": described, "run": {"device": "cuda" if cuda else "cpu"}, **sections})
+    return build({"model": described, "run": {"device": "cuda" if cuda else "cpu", "threads": 1}, **sections})
 
 
 @contextmanager

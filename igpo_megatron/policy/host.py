@@ -1,0 +1,42 @@
+"""What the machine that a process runs on allows: the model's dtype and the number of threads where the settings say `auto`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Set
+from pathlib import Path
+from typing import Literal
+
+BF16_FLAGS = frozenset({"amx_bf16", "avx512_bf16"})
+"""Flags of processors that multiply bf16 faster than fp32. Others emulate it, several times slower."""
+
+
+def cpu_flags(path: Path = Path("/proc/cpuinfo")) -> set[str]:
+    """Instruction sets of the first processor in a file like /proc/cpuinfo; empty where it cannot be read."""
+    if not path.is_file():
+        return set()
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.startswith("flags"):
+            return set(line.partition(":")[2].split())
+    return set()
+
+
+def cpu_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def best_dtype(cuda: bool, flags: Set[str]) -> Literal["fp32", "bf16"]:
+    """`model.dtype=auto`: bf16 on a GPU and on a processor with these flags if it has instructions for it."""
+    return "bf16" if cuda or BF16_FLAGS & flags else "fp32"
+
+
+def thread_counts(cores: int, ranks: int, engines: int, together: bool) -> tuple[int, int]:
+    """`auto` threads of each of the `ranks` and `engines` of a machine.
+
+    Where they take turns both sides have all `cores`; where they work at the same time (`together`) each has about half of them.
+    """
+    if together and engines:
+        for_ranks = max(1, cores // 2)
+        return max(1, for_ranks // ranks), max(1, (cores - for_ranks) // engines)
+    return max(1, cores // ranks), max(1, cores // max(1, engines))
