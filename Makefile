@@ -3,6 +3,7 @@
 # make test        everything that CI runs; `make check` is its static part
 # make docs        build the documentation into docs/_build; a broken link fails, in `make check` too
 # make quickstart  train the demo policy and write runs/quickstart/report.html (ARGS="section.key=value ..." changes settings)
+# make quickstart-llm  the second demo: a real language model learns the tool by demonstrations, then by IGPO; about 45 minutes with AMX
 # make warmstart   rebuild the shipped starting policy from scratch
 # make lock        resolve requirements.lock and requirements-llm.lock anew
 
@@ -26,7 +27,7 @@ INSTALL = $(or $(PYTHON),$(error no Python 3.11 or newer was found; name one wit
 
 VENV = $(INSTALL) venv --accelerator $(ACCELERATOR) --torch-cpu-index $(TORCH_CPU_INDEX)
 
-.PHONY: venv venv-llm lock check docs test quickstart warmstart
+.PHONY: venv venv-llm lock check docs test quickstart quickstart-llm warmstart
 
 venv:
 	@$(VENV)
@@ -61,6 +62,10 @@ test: check
 quickstart: venv
 	@test -e runs/world-facts || $(BIN)/python tools/prepare_data.py world-facts --out runs/world-facts
 	@$(BIN)/igpo train examples/quickstart/igpo.yaml $(ARGS)
+
+quickstart-llm: venv-llm
+	@test -e runs/world-facts || $(BIN)/python tools/prepare_data.py world-facts --out runs/world-facts
+	@$(BIN)/python tools/quickstart_llm.py $(ARGS)
 
 warmstart: venv
 	@$(BIN)/python tools/make_demo_policy.py

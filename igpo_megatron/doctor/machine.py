@@ -21,7 +21,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from igpo_megatron.policy.host import cpu_cores, cpu_flags
+from igpo_megatron.config.host import cpu_cores, cpu_flags
 
 Verdict = Literal["ok", "warn", "fail"]
 

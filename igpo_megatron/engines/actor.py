@@ -29,6 +29,9 @@ _QUIET = {
 }
 _CPU_BATCH_TOKENS = 4096
 _VLLM_LOGPROBS = 20
+# A worker in a process of its own imports vLLM once more and takes half of every decoding step of a small model. By its path: vLLM replaces
+# the name "uni" on CPU, because it cannot set the threads of a process that runs; ours start with them (`engine_environment`).
+_IN_ENGINE_CORE = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 KILLED = re.compile(r"Failed core proc\(s\): \{(\}|[^}]*: -\d)")
 """vLLM's error if a signal ended a starting process, or its exit code is not known yet; a process that gives up has a positive code."""
 
@@ -87,6 +90,7 @@ class EngineActor:
     async def generate(self, request: SamplingRequest) -> Completion:
         """As in `Engine`. The version is that of the first token; weights may change while the turn is sampled."""
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
         length, first = len(request.token_ids), request.experts_from
         params = SamplingParams(
@@ -94,6 +98,7 @@ class EngineActor:
             max_tokens=request.max_tokens,
             seed=request.seed if request.temperature > 0 else None,
             logprobs=request.top_logprobs,
+            output_kind=RequestOutputKind.FINAL_ONLY,  # nobody reads the tokens of an unfinished turn
             **self._turns,
             **self._experts_from(length if first is None else first),
         )
@@ -233,6 +238,7 @@ def engine_options(config: Config, *, cuda: bool, stop_strings: bool) -> dict[st
         if cuda
         else {
             "enforce_eager": True,
+            **({"distributed_executor_backend": _IN_ENGINE_CORE} if engine.tensor == 1 else {}),
             "kv_cache_memory_bytes": engine.kv_cache_mib * 2**20,
             # A seeded request with a chunked prefill crashes vLLM 0.32's CPU worker, which cannot reset its generators.
             "enable_chunked_prefill": False,
@@ -263,9 +269,14 @@ def engine_options(config: Config, *, cuda: bool, stop_strings: bool) -> dict[st
 def engine_environment(config: Config, *, cuda: bool) -> dict[str, str]:
     """Environment of an engine's processes."""
     threads = config.rollout.engine.threads
-    # A run has replaced `auto`; an engine that is opened otherwise is the only one who knows what it shares its cores with.
-    count = str(1 if threads == "auto" else threads)
-    cpu = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": count, "VLLM_TARGET_DEVICE": "cpu"}
+    cpu = {
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        # A run has replaced `auto`; an engine that is opened otherwise is the only one who knows what it shares its cores with.
+        "OMP_NUM_THREADS": str(1 if threads == "auto" else threads),
+        "VLLM_TARGET_DEVICE": "cpu",
+        # Eager models still compile a small function with g++ when the first probe is scored: 7 s.
+        "TORCH_COMPILE_DISABLE": "1",
+    }
     routed = {"VLLM_USE_V2_MODEL_RUNNER": "1"} if config.rollout.routing_replay else {}
     return {**_QUIET, "IGPO_ENGINE_PROCESS": "1", "VLLM_HOST_IP": "127.0.0.1", **routed, **({} if cuda else cpu)}
 

@@ -31,6 +31,14 @@ class Engine(Protocol):
 class EngineService(Engine, WeightSink, Protocol):
     """All engines of a run: they continue token sequences, score probes and take new weights. Entered and left on the main rank."""
 
+    def begin(self) -> None:
+        """Let engines in processes of their own start beside what follows; entering waits for them. Raises RunStopped."""
+        ...
+
+    def close(self) -> None:
+        """End the engines, entered or not; a second call does nothing."""
+        ...
+
     def __enter__(self) -> Self:
         """Start; returns when requests are served with the weights of the model's folder. Raises RunStopped."""
         ...

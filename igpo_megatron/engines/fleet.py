@@ -103,8 +103,8 @@ class Fleet:
 
     # ---- life
 
-    def start(self) -> None:
-        """Place and start all engines, and monitor them from now on. Raises RunStopped naming the first that does not start."""
+    def begin(self) -> None:
+        """Place all engines and let them start; `wait` says when they serve. Raises RunStopped if Ray cannot place them."""
         import ray
         from ray.util.placement_group import placement_group
 
@@ -120,6 +120,9 @@ class Fleet:
             ) from None
         for member in self.members:
             self._run(partial(self._start, member, first=True), f"start of engine {member.number}")
+
+    def wait(self) -> None:
+        """Return when all engines serve; they are monitored from now on. Raises RunStopped naming the first that does not start."""
         while any(member.state is not EngineState.HEALTHY for member in self.members):
             if self.problem is not None:
                 raise self.problem
@@ -319,22 +322,29 @@ class Changes:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._waiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
+        self._waiting: dict[asyncio.Future[None], asyncio.AbstractEventLoop] = {}
 
     def next(self) -> asyncio.Future[None]:
-        """A future that ends with the next announcement. Get it before checking whether to wait, so that none is missed."""
+        """A future that ends with the next announcement. Get it before checking whether to wait, so that none is missed.
+
+        Cancel it if nobody waits for it any more: thousands of requests are under way between two announcements.
+        """
         loop = asyncio.get_running_loop()
         future = loop.create_future()
         with self._lock:
-            self._waiting = [(other, waiting) for other, waiting in self._waiting if not waiting.done()]
-            self._waiting.append((loop, future))
+            self._waiting[future] = loop
+        future.add_done_callback(self._forget)
         return future
+
+    def _forget(self, future: asyncio.Future[None]) -> None:
+        with self._lock:
+            self._waiting.pop(future, None)
 
     def announce(self) -> None:
         """Wake all waiters."""
         with self._lock:
-            waiting, self._waiting = self._waiting, []
-        for loop, future in waiting:
+            waiting, self._waiting = self._waiting, {}
+        for future, loop in waiting.items():
             with contextlib.suppress(RuntimeError):  # that loop was closed
                 loop.call_soon_threadsafe(_done, future)
 

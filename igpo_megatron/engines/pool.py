@@ -69,8 +69,8 @@ class EnginePool:
         }
         """vLLM's SamplingParams of every turn."""
 
-        self._opened = ExitStack()
-        self._weights: SharedWeights  # these two from `__enter__` on
+        self._opened, self._begun = ExitStack(), False
+        self._weights: SharedWeights  # these two from `begin` on
         self._fleet: Fleet
         self._native: Any = None
         self._synced: Synced | None = None
@@ -80,7 +80,8 @@ class EnginePool:
 
     # ---- life
 
-    def __enter__(self) -> Self:
+    def begin(self) -> None:
+        """Start Ray and let the engines start beside what follows; entering the pool waits for them. `close` ends them before that, too."""
         with ExitStack() as opened:
             self._weights = SharedWeights()
             opened.callback(self._weights.close)
@@ -89,10 +90,18 @@ class EnginePool:
             self._fleet = Fleet(self._config, cluster, self._weights.path, cuda=self._cuda, turns=self._turns, fill=self._fill)
             opened.callback(self._fleet.close)
             opened.callback(self._close_native)
-            self._fleet.start()
+            self._fleet.begin()
+            self._opened, self._begun = opened.pop_all(), True
+
+    def __enter__(self) -> Self:
+        if not self._begun:
+            self.begin()
+        with ExitStack() as opened:
+            opened.callback(self.close)
+            self._fleet.wait()
             if self._config.reward.scorer == "engine":
                 self.self_test_scoring()
-            self._opened = opened.pop_all()
+            opened.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -152,10 +161,12 @@ class EnginePool:
         try:
             while True:
                 change = self._fleet.changes.next()
-                if self._fleet.problem is not None:
-                    raise self._fleet.problem
-                await asyncio.wait((answer, change), return_when=asyncio.FIRST_COMPLETED)
-                change.cancel()
+                try:
+                    if self._fleet.problem is not None:
+                        raise self._fleet.problem
+                    await asyncio.wait((answer, change), return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    change.cancel()
                 if answer.done():
                     return answer.result()
         finally:
@@ -167,12 +178,12 @@ class EnginePool:
         first = zlib.crc32(key.encode()) % len(members)
         while True:
             change = self._fleet.changes.next()
-            if self._fleet.problem is not None:
-                raise self._fleet.problem
-            for member in [*members[first:], *members[:first]]:
-                if member.state is EngineState.HEALTHY:
-                    return member
             try:
+                if self._fleet.problem is not None:
+                    raise self._fleet.problem
+                for member in [*members[first:], *members[:first]]:
+                    if member.state is EngineState.HEALTHY:
+                        return member
                 with waiting(what, on="engines that are started or take weights", who=ENGINES):
                     async with asyncio.timeout_at(deadline):
                         await change
@@ -181,6 +192,8 @@ class EnginePool:
                 raise EngineError(
                     f"{what} found no engine within rollout.engine.request_timeout_s={self._engine.request_timeout_s:g}: {states}"
                 ) from None
+            finally:
+                change.cancel()
 
     def _require_known(self, version: int, number: int) -> None:
         if version not in self._versions:

@@ -57,6 +57,7 @@ class RayCluster:
         if address is None or address.startswith("127."):
             os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 lets whatever else runs here go before the engines
         if address is None:
             os.environ["RAY_AUTH_MODE"] = "token"
             os.environ["RAY_AUTH_TOKEN"] = _token()  # otherwise Ray writes a token into the home folder

@@ -30,6 +30,8 @@ SHOWN = {
     Metric.REWARD: "reward {:+.3f}",
     Metric.GAIN: "gain {:+.3f}",
     Metric.F1: "F1 {:.3f}",
+    Metric.NLL: "loss {:.3f}",
+    Metric.HELD_OUT_NLL: "held-out loss {:.3f}",
     Metric.TOKENS_PER_S: "{:,.0f} tok/s",
     Metric.SKIPPED: "skipped {:.0f}",
     Metric.CRASHED: "crashed {:.1%}",

@@ -10,13 +10,16 @@ Reading and writing work on columns: a file of 30 thousand demonstrations takes 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from itertools import accumulate, groupby, islice, pairwise
 from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from igpo_megatron.supervision.leftovers import whole
@@ -137,6 +140,44 @@ def read_rollouts(path: Path, max_groups: int | None = None, *, search: str = SE
     return _steps(_rows(path, _open(path), min(ROWS, max_groups or ROWS), search), max_groups)
 
 
+class RolloutRows:
+    """The groups of a rollout file in any order: its columns stay in memory as they are, and a group is decoded when it is asked for."""
+
+    def __init__(self, path: Path, *, search: str = SEARCH) -> None:
+        """`search` and errors as for `read_rollouts`."""
+        self._path, self._search = path, search
+        self._places: list[tuple[pa.RecordBatch, int]] = []
+        """Batch and row within it, of every group."""
+        self.steps: list[int] = []
+        """The step that a group is of."""
+        self.num_tokens: list[int] = []
+        """Tokens of all of a group's nodes."""
+        self.last_token = -1
+        """The greatest id of all tokens."""
+        with _open(path) as file, _damage_named(path, 0):
+            self._is_old = _is_old(file)
+            for batch in file.iter_batches(batch_size=ROWS, columns=_names(file)):
+                self._places += [(batch, row) for row in range(batch.num_rows)]
+                self.steps += batch.column("step").to_pylist()
+                nodes = batch.column("nodes")
+                tokens = nodes.values.field("token_ids")
+                self.num_tokens += np.diff(tokens.offsets.to_numpy()[nodes.offsets.to_numpy()]).tolist()
+                self.last_token = max(self.last_token, pc.max(tokens.values).as_py() or 0)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, row: int) -> RolloutGroup:
+        """A new group each time. Raises UserError for a damaged one."""
+        batch, place = self._places[row]
+        with _damage_named(self._path, row):
+            (group,) = _groups(batch.slice(place, 1))
+            _check_tree(group)
+        if self._is_old:
+            rename_search(group, self._search)
+        return group
+
+
 def _steps(rows: Iterable[tuple[int, RolloutGroup]], max_groups: int | None) -> Iterator[tuple[int, list[RolloutGroup]]]:
     for step, pairs in groupby(rows, key=itemgetter(0)):
         while part := [group for _, group in islice(pairs, max_groups)]:
@@ -145,23 +186,45 @@ def _steps(rows: Iterable[tuple[int, RolloutGroup]], max_groups: int | None) -> 
 
 def _rows(path: Path, file: pq.ParquetFile, batch_size: int, search: str) -> Iterator[tuple[int, RolloutGroup]]:
     """(step, group) of every row."""
-    is_old = not OUR_NAMES.items() <= (file.schema_arrow.metadata or {}).items()
-    names = [name for name in SCHEMA.names if name in file.schema_arrow.names]
+    is_old = _is_old(file)
     row = 0
     with file:
         try:
-            for batch in file.iter_batches(batch_size=batch_size, columns=names):
+            for batch in file.iter_batches(batch_size=batch_size, columns=_names(file)):
                 for step, group in zip(batch.column("step").to_pylist(), _groups(batch), strict=True):
                     _check_tree(group)
                     if is_old:
                         rename_search(group, search)
                     yield step, group
                     row += 1
-        except (pa.ArrowException, OSError, ValueError, TypeError, LookupError, AttributeError) as error:
-            why = f"{type(error).__name__}: {error}"[:200]
-            raise UserError(
-                f"{path}: row {row} or one behind it cannot be read as a group ({why}); write or download the file again"
-            ) from None
+        except DAMAGE as error:
+            raise _damaged(path, row, error) from None
+
+
+def _is_old(file: pq.ParquetFile) -> bool:
+    return not OUR_NAMES.items() <= (file.schema_arrow.metadata or {}).items()
+
+
+def _names(file: pq.ParquetFile) -> list[str]:
+    """The columns that the file has."""
+    return [name for name in SCHEMA.names if name in file.schema_arrow.names]
+
+
+DAMAGE = (pa.ArrowException, OSError, ValueError, TypeError, LookupError, AttributeError)
+"""What reading a damaged file raises."""
+
+
+def _damaged(path: Path, row: int, error: Exception) -> UserError:
+    why = f"{type(error).__name__}: {error}"[:200]
+    return UserError(f"{path}: row {row} or one behind it cannot be read as a group ({why}); write or download the file again")
+
+
+@contextmanager
+def _damage_named(path: Path, row: int) -> Iterator[None]:
+    try:
+        yield
+    except DAMAGE as error:
+        raise _damaged(path, row, error) from None
 
 
 def _check_tree(group: RolloutGroup) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from igpo_megatron.observability.tracker import Tracker
 from igpo_megatron.types import gain_of_turn
 
 
-def finish(config: Config, folder: RunFolder, tracker: Tracker) -> None:
-    """Write summary and report, and print the table."""
+def finish(config: Config, folder: RunFolder, tracker: Tracker, learned: Mapping[str, Any] | None = None) -> None:
+    """Write summary and report, and print the table. `learned`: more for the summary."""
     from igpo_megatron.observability.report.page import write_report
 
     rows = read_metrics(folder.metrics)
@@ -35,7 +35,10 @@ def finish(config: Config, folder: RunFolder, tracker: Tracker) -> None:
         "phases_s": {name: round(seconds, 1) for name, seconds in phases.items()},
         "max_logprob_gap": max_gap(rows) or 0.0,
         "gain_by_turn": gain_by_turn(rows),
+        **(learned or {}),
     }
+    if tracker.step < config.run.steps:
+        summary["stopped_at"] = tracker.step
     write_whole(folder.summary, json.dumps(summary, indent=2) + "\n")
     report = write_report(folder.root)
     tracker.close()
@@ -58,12 +61,25 @@ def show_finished(summary: dict[str, Any], report: Path) -> None:
     """The table at the end of a run, and where to look next."""
     console = Console()
     console.print(summary_table(summary))
+    if sentence := held_out_loss(summary):
+        console.print(sentence, soft_wrap=True)
     console.print(f"report: {report}", soft_wrap=True)
+
+
+def held_out_loss(summary: Mapping[str, Any]) -> str | None:
+    """What the held-out loss of a supervised run has come to, and whether it ended the run; None where there is none."""
+    found = summary.get("held_out")
+    if not found or found["best_step"] is None:
+        return None
+    step = found["best_step"]
+    where = "checkpoints/best" if step else "the model that it began with"
+    early = f"stopped early after step {summary['stopped_at']} of {summary['steps']}: " if "stopped_at" in summary else ""
+    return f"{early}the least held-out loss is {found['best_nll']:.4f}, after step {step} ({where})"
 
 
 def summary_table(summary: dict[str, Any]) -> Table:
     """Held-out scores before and after, gain by turn and time by phase."""
-    table = Table(title=f"{summary['steps']} steps in {summary['wall_s'] / 60:.1f} min", title_justify="left")
+    table = Table(title=f"{summary.get('stopped_at', summary['steps'])} steps in {summary['wall_s'] / 60:.1f} min", title_justify="left")
     for heading in ("held-out questions", "before", "after", "change"):
         table.add_column(heading, justify="left" if heading.startswith("held") else "right")
     scores = outcomes(summary.get("before") or {}, summary.get("after") or {})

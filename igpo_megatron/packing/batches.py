@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 
 
@@ -22,6 +23,29 @@ def first_fit(sizes: Sequence[int], budget: int) -> list[list[int]]:
             bins.append([index])
             room.append(budget - sizes[index])
     return bins
+
+
+def level_fit(sizes: Sequence[int], budget: int, multiple: int) -> list[list[int]]:
+    """Bins as `first_fit` needs them, but equally full, and a multiple of `multiple` of them: then as many ranks have the same to do.
+
+    The largest item goes first, each to the emptiest bin. A bin over the budget asks for more bins, unless its item is larger alone.
+    There are fewer bins where there are fewer items.
+    """
+    tightest = first_fit(sizes, budget)
+    if multiple == 1 or not sizes:
+        return tightest
+    largest = max(budget, *sizes)
+    count = -(-len(tightest) // multiple) * multiple
+    while True:
+        bins: list[list[int]] = [[] for _ in range(count)]
+        loads = [(0, number) for number in range(count)]
+        for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+            load, number = heapq.heappop(loads)
+            bins[number].append(index)
+            heapq.heappush(loads, (load + sizes[index], number))
+        if max(load for load, _ in loads) <= largest:
+            return [members for members in bins if members]
+        count += multiple
 
 
 def balance(costs: Sequence[float], ranks: int) -> list[list[int]]:

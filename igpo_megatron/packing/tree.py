@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from igpo_megatron.packing.batches import first_fit
+from igpo_megatron.packing.batches import level_fit
 from igpo_megatron.types import Node, RolloutGroup, StepCounts, Trajectory, UserError
 
 ProbeScorer = Literal["fold", "sequential", "batched", "engine"]
@@ -135,12 +135,14 @@ def pack_for_scoring(
     multiple: int = 1,
     scorer: ProbeScorer | None = "fold",
     experts: ExpertShape | None = None,
+    ranks: int = 1,
 ) -> list[PackedRow]:
     """Rows whose targets are all action tokens, and the scored tokens of the probes where this pass scores them.
 
     `fold`: probes are leaves of the trees they hang from. The two published schemes repeat the context of every probe:
     `sequential` in a row per probe, one forward pass each; `batched` ("vectorised") in rows filled up with such sequences.
     With `engine` (the engines have scored the probes) and with None no probe is packed. `experts`: replay those of the nodes.
+    `ranks`: how many data-parallel ranks share the rows, which are then equally long (`level_fit`).
     """
     pieces = [piece for index, group in enumerate(groups) for piece in _pieces(index, group, row_tokens, with_probes=scorer == "fold")]
     repeated = [
@@ -154,7 +156,7 @@ def pack_for_scoring(
         return node.kind == "probe" or (node.kind == "action" and bool(piece.trajectories))
 
     def rows(pieces: Sequence[Piece]) -> list[PackedRow]:
-        return _rows(groups, pieces, row_tokens, multiple, wanted, lambda trajectory, tokens: 1.0, experts)
+        return _rows(groups, pieces, row_tokens, multiple, wanted, lambda trajectory, tokens: 1.0, experts, ranks)
 
     if scorer == "sequential":
         return [*rows(pieces), *(row for piece in repeated for row in rows([piece]))]
@@ -168,10 +170,11 @@ def pack_for_training(
     multiple: int = 1,
     token_weight: Callable[[int], float],
     experts: ExpertShape | None = None,
+    ranks: int = 1,
 ) -> list[PackedRow]:
     """Rows whose targets are the action tokens of trained trajectories, with their weights and advantages.
 
-    `token_weight(n)` is the loss weight of each token of a trajectory with n trained tokens. `experts`: replay those of the nodes.
+    `token_weight(n)` is the loss weight of each token of a trajectory with n trained tokens. `experts` and `ranks` as for scoring.
     """
     pieces = [piece for index, group in enumerate(groups) for piece in _pieces(index, group, row_tokens, with_probes=False)]
     return _rows(
@@ -182,6 +185,7 @@ def pack_for_training(
         lambda piece, number, node: node.kind == "action",
         lambda trajectory, tokens: token_weight(tokens),
         experts,
+        ranks,
     )
 
 
@@ -358,9 +362,10 @@ def _rows(
     wanted: Callable[[Piece, int, Node], bool],
     token_weight: Callable[[Trajectory, int], float],
     experts: ExpertShape | None,
+    ranks: int,
 ) -> list[PackedRow]:
     rows = []
-    for members in first_fit([piece.num_tokens for piece in pieces], row_tokens):
+    for members in level_fit([piece.num_tokens for piece in pieces], row_tokens, ranks):
         builder = _RowBuilder()
         for member in members:
             builder.add_piece(groups[pieces[member].group], pieces[member], wanted, token_weight)

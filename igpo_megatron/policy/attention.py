@@ -25,6 +25,10 @@ from igpo_megatron.policy.tree_plan import PLANS, Range, plan_of
 BLOCK = 128
 """Tokens per side of a block of the block mask."""
 
+SHORT = 256
+"""Queries of a call up to which a bf16 row is attended to in fp32 where it is trained on: in bf16 torch's backward pass on CPU takes four
+times as long at 60 tokens, and no longer from about 300 on."""
+
 GRAPHS = 256
 """Most compiled forms of FlexAttention in one process: one for every bucket of queries and of keys, with and without gradients."""
 
@@ -87,6 +91,9 @@ def chain_attention(
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
     """One call: q [m, heads, d], k and v [n, kv_heads, d], mask [m, n] as in the plan -> [m, heads, d]."""
+    dtype = q.dtype
+    if dtype == torch.bfloat16 and q.requires_grad and len(q) <= SHORT:
+        q, k, v = q.float(), k.float(), v.float()
     backwards = mask is None and len(q) < len(k)
     if backwards:
         # Of the queries in reverse, number i sees the first n - i keys: one line of n zeros and then -inf, read from i on, is row i
@@ -102,7 +109,7 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tenso
         scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
     )[0].transpose(0, 1)
-    return output.flip(0) if backwards else output
+    return (output.flip(0) if backwards else output).to(dtype)
 
 
 def _rows(tokens: torch.Tensor, which: slice | torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@
         metadata.json   format and model of this folder (read by checkpoint_conversion)
         state.json      step, prompt stream, optimizer steps
         checksums.json  size and sum of every file; written last
+    <run>/checkpoints/best -> step_000010    where a best one is known
 
 A save goes to a `.partial` folder that is renamed when all ranks are done, so a killed save never hurts the last good one.
 
@@ -17,10 +18,11 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,7 @@ class Pending:
 
     final: Path
     keep: int
+    best: int | None
     run: dict[str, Any]
     own: dict[str, Any]
     request: AsyncRequest
@@ -77,9 +80,10 @@ class Pending:
     """Of the files this rank wrote, once the writer is done."""
 
 
-def save(policy: Policy, checkpoints: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+def save(policy: Policy, checkpoints: Path, step: int, state: dict[str, Any], keep: int, best: int | None = None) -> Path:
     """Write a checkpoint from all ranks and remove all but the newest `keep`. `state` is JSON-able and the same on every rank.
 
+    The checkpoint of step `best` is kept, too, as long as it is the best; the link `best` leads to it.
     With `checkpoint.in_background` it is written in the background, and complete after a `finish`, with which the next save begins.
     """
     finish(policy, wait=True)
@@ -97,12 +101,12 @@ def save(policy: Policy, checkpoints: Path, step: int, state: dict[str, Any], ke
         request = dist_checkpointing.save(sharded, str(partial / "model"), content_metadata=SHARDING, async_sharded_save=True, **WRITER)
         sums: Sums = {}
         writer = write_in_thread(request, lambda: sums.update(checkpoint_sums.of_rank(partial, policy.ranks.rank)))
-        policy.pending_save = Pending(final, keep, state, own, request, writer, sums)
+        policy.pending_save = Pending(final, keep, best, state, own, request, writer, sums)
         return final
     with _failures_named(final):
         dist_checkpointing.save(sharded, str(partial / "model"), content_metadata=SHARDING, **WRITER)
     dist.barrier()
-    _complete(policy, final, state, own, keep, checkpoint_sums.of_rank(partial, policy.ranks.rank))
+    _complete(policy, final, state, own, (keep, best), checkpoint_sums.of_rank(partial, policy.ranks.rank))
     return final
 
 
@@ -124,7 +128,7 @@ def finish(policy: Policy, *, wait: bool) -> bool:
     with _failures_named(pending.final):
         for complete_part in pending.request.finalize_fns:
             complete_part()
-    _complete(policy, pending.final, pending.run, pending.own, pending.keep, pending.sums)
+    _complete(policy, pending.final, pending.run, pending.own, (pending.keep, pending.best), pending.sums)
     return True
 
 
@@ -151,8 +155,12 @@ def _reason(final: Path, error: CheckpointException) -> str:
     return f"{final.name} could not be written by rank {rank}: {why}"
 
 
-def _complete(policy: Policy, final: Path, state: dict[str, Any], own: dict[str, Any], keep: int, sums: Sums) -> None:
-    """Add the policy's description, the run's state and the sums of all files to a folder, then rename it. Collective."""
+def _complete(policy: Policy, final: Path, state: dict[str, Any], own: dict[str, Any], kept: tuple[int, int | None], sums: Sums) -> None:
+    """Add the policy's description, the run's state and the sums of all files to a folder, then rename it. Collective.
+
+    `kept`: how many of the newest checkpoints are, and the best one's step.
+    """
+    keep, best = kept
     partial = final.with_suffix(".partial")
     everyones = parallel.gather(sums)
     if policy.ranks.is_main:
@@ -165,9 +173,25 @@ def _complete(policy: Policy, final: Path, state: dict[str, Any], own: dict[str,
         gone = [_set_aside(final)] if final.exists() else []  # the same step saved again after a resume
         partial.rename(final)
         sync_one(final.parent)
-        for folder in (*gone, *map(_set_aside, complete(final.parent)[:-keep])):
+        best_one = final.with_name(f"step_{best or 0:06d}")
+        if best_one.is_dir():
+            _link_best(best_one)
+        old = (folder for folder in complete(final.parent)[:-keep] if folder != best_one)
+        for folder in (*gone, *map(_set_aside, old)):
             shutil.rmtree(folder)
     dist.barrier()
+
+
+def _link_best(folder: Path) -> None:
+    """Let the link `best` beside a checkpoint lead to it, replacing the old one in one go."""
+    link = folder.with_name("best")
+    if link.is_symlink() and os.readlink(link) == folder.name:
+        return
+    new = folder.with_name(".best")
+    with suppress(OSError):  # a file system without links; the summary names the step
+        new.unlink(missing_ok=True)
+        new.symlink_to(folder.name)
+        new.replace(link)
 
 
 def _set_aside(folder: Path) -> Path:

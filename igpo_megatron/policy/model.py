@@ -24,6 +24,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.autograd.function import once_differentiable
 
 from checkpoint_conversion.architectures import ModelShape, check_sizes, check_total, local_name, rules_for
 from checkpoint_conversion.hf_folder import HfReader
@@ -46,6 +47,34 @@ class RMSNorm(torch.nn.RMSNorm):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) if x.is_cuda else _NormOnCpu.apply(x, self.weight, self.eps)
+
+
+class _NormOnCpu(torch.autograd.Function):
+    """x r w with r = 1 / sqrt(mean x^2 + eps), in fp32, with fewer passes over memory than torch makes, which has no kernel for it on CPU.
+
+    With n = x r and u = g w:  dL/dw = sum g n,  dL/dx = r (u - n mean(u n)).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        wide = x.float()
+        scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (wide * scale).mul_(weight.float()).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        x, weight, scale = ctx.saved_tensors
+        normed, upstream = x.float() * scale, grads[0].float()
+        products = upstream * normed
+        grad_weight = products.flatten(0, -2).sum(0).to(weight.dtype)
+        mean = torch.mv(products.flatten(0, -2), weight.float()).div_(x.shape[-1]).view(scale.shape)
+        grad = (upstream * weight.float()).addcmul_(normed, mean, value=-1).mul_(scale)
+        return grad.to(x.dtype), grad_weight, None
 
 
 @dataclass(frozen=True, slots=True)

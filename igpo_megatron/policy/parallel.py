@@ -16,8 +16,8 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from igpo_megatron.config import host
 from igpo_megatron.config.schema import Config
-from igpo_megatron.policy import host
 from igpo_megatron.supervision.leftovers import whole
 from igpo_megatron.supervision.waits import waiting
 from igpo_megatron.types import UserError
@@ -81,7 +81,8 @@ def on_this_machine(config: Config) -> Config:
     cuda = run.device == "cuda" or (run.device == "auto" and wants_cuda("auto"))
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     engines = engine.count if run.replay is None and engine.backend == "vllm" else 0
-    for_ranks, for_engines = host.thread_counts(host.cpu_cores(), ranks, engines, together=config.rollout.max_staleness > 0)
+    cores = 1 if host.is_small(model.shape()) else host.cpu_cores()
+    for_ranks, for_engines = host.thread_counts(cores, ranks, engines, together=config.rollout.max_staleness > 0)
     run = run.model_copy(update={"device": "cuda" if cuda else "cpu"})
     if run.threads == "auto":
         run = run.model_copy(update={"threads": 1 if cuda else for_ranks})

@@ -269,8 +269,9 @@ def _set_rates(optimizer: Any, rate: float, weight_decay: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_mult"]
         group["weight_decay"] = weight_decay * group["wd_mult"]
-        if "fused" in group:
-            # torch's own Adam, in one pass over the numbers instead of ten. TransformerEngine's and Apex's are fused anyway.
+        if "fused" in group and all(parameter.is_cpu for parameter in group["params"]):
+            # torch's Adam in one pass over the numbers instead of ten. On CUDA it would want its step counts on the device, where
+            # checkpoints do not put them; TransformerEngine's and Apex's are fused anyway.
             group["fused"] = True
 
 

@@ -168,7 +168,7 @@ class Checkpoint(Section):
     """Steps between checkpoints; 0 saves only at the end."""
 
     keep: PositiveInt = 2
-    """Newest checkpoints kept."""
+    """Newest checkpoints kept, beside the best one of a run with `loss.held_out`."""
 
     in_background: bool = False
     """Write a copy of the state in host memory while training goes on; incomplete folders are ignored."""

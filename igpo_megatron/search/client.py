@@ -1,6 +1,6 @@
 """Make a search client from its settings.
 
-chaos? ── cache or record? ── HttpClient(a web API or a retriever) | BM25 | dense        live, record, chaos
+chaos? ── cache or record? ── HttpClient(a web API or a retriever) | local index        live, record, chaos
 replay                                                                                   a record alone
 """
 

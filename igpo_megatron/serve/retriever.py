@@ -1,7 +1,7 @@
-"""Serve BM25 or dense search over a corpus with Search-R1's protocol.
+"""Serve BM25, dense or hybrid search over a corpus with Search-R1's protocol.
 
 igpo serve retriever --corpus FILE.jsonl --port 8000
-igpo serve retriever --corpus FILE.jsonl --port 8000 --encoder intfloat/e5-base-v2
+igpo serve retriever --corpus FILE.jsonl --port 8000 --backend hybrid
 
 POST /retrieve  {"queries": [str, ...], "topk": int or null, "return_scores": bool}
                 -> {"result": [[{"document": {"id", "contents"}, "score"}, ...], ...]}      with scores
@@ -26,6 +26,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import astuple, dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,8 +38,10 @@ from rich.progress import track
 
 from igpo_megatron.data.corpus import Passage, read_corpus
 from igpo_megatron.search.local.bm25 import Bm25Index, Hits
-from igpo_megatron.search.local.dense import DenseIndex, sentence_transformer
+from igpo_megatron.search.local.dense import DenseIndex, Embedding, open_dense
+from igpo_megatron.search.local.hybrid import HybridIndex
 from igpo_megatron.search.local.index_place import bm25_settings, digest, place
+from igpo_megatron.search.settings import Search
 from igpo_megatron.serve.http import MOST_BYTES, Metrics, base_url, document, listen, read_request, refusal, serve
 from igpo_megatron.types import UserError
 
@@ -51,31 +54,31 @@ Find = Callable[[Sequence[str], int], list[Hits]]
 """(queries, k) -> hits per query. Called in one worker thread."""
 
 
-@dataclass(frozen=True)
-class Dense:
-    """Settings of dense search."""
+class Backend(StrEnum):
+    """What answers."""
 
-    encoder: str
-    query_prefix: str
-    passage_prefix: str
+    BM25 = "bm25"
+    DENSE = "dense"
+    HYBRID = "hybrid"
 
 
-def open_index(corpus: Path, dense: Dense | None, *, progress: bool) -> tuple[int, Find]:
-    """(number of passages, search) of a corpus; its index is read from beside it, or made and stored there. Raises ValueError."""
+def open_index(corpus: Path, backend: Backend, embedding: Embedding | None = None, *, progress: bool) -> tuple[int, Find]:
+    """(number of passages, search) of a corpus; its index is read from beside it, or made and stored there. Raises ValueError.
+
+    `embedding`: of dense and hybrid search; None is that of the packaged encoder.
+    """
+    embedding = embedding or Embedding.of(None, "", "")
     passages = tuple(read_corpus(corpus) if not progress else _track(corpus))
-    if dense is None:
-        index = Bm25Index(passages, folder=place(corpus, "bm25", digest(passages, *bm25_settings())), show_progress=progress)
-        return len(passages), lambda queries, k: [index.search(query, k) for query in queries]
-    vectors = place(corpus, "dense", digest(passages, *astuple(dense)) + ".npz")
-    nearest = DenseIndex(
-        passages,
-        sentence_transformer(dense.encoder),
-        query_prefix=dense.query_prefix,
-        passage_prefix=dense.passage_prefix,
-        vectors=vectors,
-        encoder=dense.encoder,
-    )
-    return len(passages), nearest.search
+    if backend is Backend.DENSE:
+        return len(passages), _dense(corpus, passages, embedding).search
+    words = Bm25Index(passages, folder=place(corpus, "bm25", digest(passages, *bm25_settings())), show_progress=progress)
+    if backend is Backend.BM25:
+        return len(passages), lambda queries, k: [words.search(query, k) for query in queries]
+    return len(passages), HybridIndex(words, _dense(corpus, passages, embedding), Search().rrf_constant).search
+
+
+def _dense(corpus: Path, passages: Sequence[Passage], embedding: Embedding) -> DenseIndex:
+    return open_dense(passages, embedding, place(corpus, "dense", digest(passages, *astuple(embedding)) + ".npz"))
 
 
 def _track(corpus: Path) -> Iterable[Passage]:
@@ -229,20 +232,24 @@ def retriever(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")],
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every interface.")] = "127.0.0.1",
     top_k: Annotated[int, typer.Option(min=1, help="Passages per query where the request does not say.")] = 3,
-    encoder: Annotated[str | None, typer.Option(help="sentence-transformers model: dense search instead of BM25.")] = None,
-    query_prefix: Annotated[str, typer.Option(help="Dense: put before a query.")] = "query: ",
-    passage_prefix: Annotated[str, typer.Option(help="Dense: put before a passage.")] = "passage: ",
+    encoder: Annotated[str | None, typer.Option(help="sentence-transformers model of dense search, as in search.encoder.")] = None,
+    query_prefix: Annotated[str, typer.Option(help="Put before a query where --encoder is given.")] = "query: ",
+    passage_prefix: Annotated[str, typer.Option(help="Put before a passage where --encoder is given.")] = "passage: ",
+    backend: Annotated[Backend | None, typer.Option(help="What answers; bm25 unless --encoder is given, then dense.")] = None,
 ) -> None:
     """Index a corpus, or read its index, and serve it until interrupted."""
+    if backend is Backend.BM25 and encoder is not None:
+        raise UserError("--backend bm25 encodes nothing; leave out --encoder, or use --backend dense or hybrid")
     # The port is opened before the corpus is read: a large index takes minutes, and a busy port should be reported at once.
     listener = listen(host, port)
-    dense = None if encoder is None else Dense(encoder, query_prefix, passage_prefix)
+    backend = backend or (Backend.BM25 if encoder is None else Backend.DENSE)
+    embedding = Embedding.of(encoder, query_prefix, passage_prefix)
     server = Server(top_k)
 
     def announce() -> None:
         typer.echo(f"serving {server.passages} passages on {base_url(host, listener)}/retrieve")
 
     try:
-        asyncio.run(run(server, listener, lambda: open_index(corpus, dense, progress=sys.stderr.isatty()), announce))
+        asyncio.run(run(server, listener, lambda: open_index(corpus, backend, embedding, progress=sys.stderr.isatty()), announce))
     except (UserError, OSError) as error:
         raise UserError(str(error) if str(corpus) in str(error) else f"{corpus}: {error}") from None

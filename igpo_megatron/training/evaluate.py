@@ -10,6 +10,8 @@ import logging
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, wait
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
@@ -28,6 +30,7 @@ from igpo_megatron.types import (
     Metric,
     Prompt,
     RolloutGroup,
+    RunStopped,
     UserError,
     evaluated,
     over_sources,
@@ -64,28 +67,15 @@ def evaluate(
     config: Config,
     *,
     step: int,
+    version: int,
     folder: Path,
     on_progress: Callable[[float], None] | None = None,
 ) -> dict[str, Any]:
-    """Score the current weights. Writes `<folder>/step_NNNNNN.json` and its rollouts, and returns the content of the JSON file."""
+    """Score the weights `version`, which the engines serve. Writes `<folder>/step_NNNNNN.json` and its rollouts; returns the JSON file's
+    content. Raises RunStopped where too much failed, or where other weights answered."""
     report: dict[str, Any] = {"step": step}
-    runs: list[tuple[EvaluationKind, int, float | None]] = [
-        ("sampled", config.eval.samples, None),
-        ("greedy", int(config.eval.greedy), 0.0),
-    ]
-    total = sum(samples for _, samples, _ in runs)
-    done = 0
-    for name, samples, temperature in runs:
-        if not samples:
-            continue
-
-        def advance(fraction: float, done: int = done, samples: int = samples) -> None:
-            if on_progress:
-                on_progress((done + fraction * samples) / total)
-
-        work = rollouter.run(prompts, samples=samples, salt=SALTS[name], temperature=temperature, on_progress=advance)
-        groups = rollouter.start(work).result()
-        done += samples
+    for name, groups in _answers(rollouter, prompts, config, on_progress).items():
+        _require_version(groups, version, step)
         for group in groups:
             score(group, config)
         write_rollouts(folder / f"{step_name(step)}_{name}.parquet", step, groups)
@@ -93,6 +83,51 @@ def evaluate(
         report[name]["too_long"] = len(prompts) - len(groups)
     write_whole(folder / f"{step_name(step)}.json", json.dumps(report, indent=2))
     return report
+
+
+def _answers(
+    rollouter: Rollouter, prompts: Sequence[Prompt], config: Config, on_progress: Callable[[float], None] | None
+) -> dict[EvaluationKind, list[RolloutGroup]]:
+    """The groups of every kind. All kinds are asked at once: one after the other, each would end with a few long trajectories alone."""
+    temperatures: dict[EvaluationKind, float | None] = {"sampled": None, "greedy": 0.0}
+    samples: dict[EvaluationKind, int] = {"sampled": config.eval.samples, "greedy": int(config.eval.greedy)}
+    shares = {kind: 0.0 for kind, count in samples.items() if count}
+
+    def advance(fraction: float, kind: EvaluationKind) -> None:
+        shares[kind] = fraction
+        if on_progress:
+            on_progress(sum(share * samples[kind] for kind, share in shares.items()) / sum(samples.values()))
+
+    asked = {
+        kind: rollouter.start(
+            rollouter.run(
+                prompts,
+                samples=samples[kind],
+                salt=SALTS[kind],
+                temperature=temperatures[kind],
+                on_progress=partial(advance, kind=kind),
+            )
+        )
+        for kind in shares
+    }
+    try:
+        ended, _ = wait(asked.values(), return_when=FIRST_EXCEPTION)
+        for answers in ended:
+            answers.result()
+    finally:
+        for answers in asked.values():  # the others of one that failed, or all at an interrupt
+            answers.cancel()
+    return {kind: answers.result() for kind, answers in asked.items()}
+
+
+def _require_version(groups: Sequence[RolloutGroup], version: int, step: int) -> None:
+    """Raises RunStopped where a turn was not sampled by the weights `version`, whose scores the report would claim to be."""
+    found = {node.weight_version for group in groups for node in group.nodes if node.kind == "action"}
+    if not found <= {version}:
+        raise RunStopped(
+            f"the evaluation after step {step} was given turns of the weights {sorted(map(str, found))}, expected {version}: "
+            "an engine served the wrong weights"
+        )
 
 
 def summarise(groups: Sequence[RolloutGroup], config: Config) -> dict[str, Any]:
@@ -225,7 +260,12 @@ def evaluate_checkpoint(config: Config, model: Path | None, out: Path) -> dict[s
             Rollouter(engines, tools, chat, config.rollout, seed=config.run.seed, crashes=out / FAILURES / "trajectories.txt")
         )
         progress.update(task, description=f"answering {len(prompts)} questions")
-        return evaluate(rollouter, prompts, config, step=step, folder=out, on_progress=lambda share: progress.update(task, completed=share))
+
+        def show(share: float) -> None:
+            progress.update(task, completed=share)
+
+        # The engines have read the folder's weights, which are version 0.
+        return evaluate(rollouter, prompts, config, step=step, version=0, folder=out, on_progress=show)
 
 
 def saved_after(checkpoint: Path) -> int:

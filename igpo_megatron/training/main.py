@@ -48,7 +48,11 @@ def run(config: Config) -> None:
             share.policy_returns(services.engines)
             tracker.log(session.first_step - 1, sync_weights(session, version=session.first_step - 1))
             parallel.on_main(policy.ranks, partial(evaluate_if_due, session, step=session.first_step - 1))
+        if session.first_step == 1 and (measured := session.supervision.metrics(0)):
+            tracker.log(0, measured)
         for step in range(session.first_step, config.run.steps + 1):
+            if session.supervision.is_over:
+                break
             started = time.monotonic()
             metrics: dict[str, float] = {}
             with tracker.phase("rollout"):
@@ -75,16 +79,19 @@ def run(config: Config) -> None:
                 metrics |= services.queue.done(step)
             tokens = sum(len(node.token_ids) for group in groups for node in group.nodes)
             metrics[Metric.TOKENS_PER_S] = tokens / (time.monotonic() - started)
+            metrics |= session.supervision.metrics(step)
             tracker.log(step, metrics | worst_rank(parallel.gather(tracker.memory())))
-            if learns and (step == config.run.steps or is_due(config.checkpoint.every, step)):
+            is_last, is_best = step == config.run.steps or session.supervision.is_over, session.supervision.is_best(step)
+            if learns and (is_last or is_best or is_due(config.checkpoint.every, step)):
                 with tracker.phase("checkpoint"):  # before the weights leave: a policy that shares its device leaves with them
-                    state = parallel.broadcast(queue_state(services.queue))
-                    checkpoint.save(policy, services.folder.checkpoints, step, state, config.checkpoint.keep)
+                    state = parallel.broadcast(queue_state(services.queue)) | session.supervision.state()
+                    best = session.supervision.progress.best_step
+                    checkpoint.save(policy, services.folder.checkpoints, step, state, config.checkpoint.keep, best)
             if learns and serves:
                 tracker.log(step, sync_weights(session, version=step))
                 parallel.on_main(policy.ranks, partial(evaluate_if_due, session, step=step))
             if learns:
-                checkpoint.finish(policy, wait=step == config.run.steps)
+                checkpoint.finish(policy, wait=is_last)
             tracker.log(step, {})
 
 

@@ -1,13 +1,19 @@
 """What a run opens before its first step and uses in every step: policy and files on all ranks, engines and questions on the main rank.
 
 opened(config) ──> Session ──> collect ──> groups;   sync_weights ──> engines;   evaluate_if_due ──> scores
+
+While the ranks import Megatron and build the policy, the engines start in processes of their own:
+
+    main rank    files ── Ray ── policy ── checkpoint ┐
+    other ranks  policy ───────────────── checkpoint ┼── first sync
+    engines                 start, load the model ───┘
 """
 
 from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,6 +35,7 @@ from igpo_megatron.supervision.waits import ROLLOUTS, recording, waiting
 from igpo_megatron.training import evaluate
 from igpo_megatron.training.device_share import DeviceShare
 from igpo_megatron.training.queue import RolloutQueue
+from igpo_megatron.training.supervised import Demonstrations, Supervision
 from igpo_megatron.types import Prompt, RolloutGroup, UserError
 
 if TYPE_CHECKING:
@@ -36,6 +43,7 @@ if TYPE_CHECKING:
     from igpo_megatron.chat.format import ChatFormat
     from igpo_megatron.engines.api import EngineService
     from igpo_megatron.policy.policy import Policy
+    from igpo_megatron.tools.base import Tool
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +56,8 @@ class Services:
     chat: ChatFormat | None = None
     engines: EngineService | None = None
     rollouter: Rollouter | None = None
+    stream: PromptStream | None = None
+    tools: Mapping[str, Tool] = field(default_factory=dict)
     queue: RolloutQueue | None = None
     replay: Iterator[list[RolloutGroup]] | None = None
     held_out: list[Prompt] = field(default_factory=list)
@@ -63,6 +73,8 @@ class Session:
     share: DeviceShare
     first_step: int
     """The step to begin with; above 1 where the run was resumed."""
+
+    supervision: Supervision
 
 
 @contextmanager
@@ -103,6 +115,8 @@ def opened(config: Config) -> Iterator[Session]:
         with tracker.phase("startup"):
             if ranks.is_main and (chosen := parallel.choices(given, config)):
                 tracker.message(chosen)
+            # Not `on_main`: the others need not wait for it, and lose their connection to a main rank that fails here.
+            services = open_services(config, folder, stack, tracker, resumed + 1) if ranks.is_main else Services(folder)
             tracker.progress("building the model")
             policy = Policy(config, ranks)
             share = DeviceShare(config, policy)
@@ -113,23 +127,21 @@ def opened(config: Config) -> Iterator[Session]:
                 tracker.message(f"resuming from {found.folder}")
                 _, state = checkpoint.load(policy, found.folder)
             share.policy_leaves()
-            opening = partial(open_services, config, folder, stack, tracker, resumed + 1, state)
-            services = parallel.on_main(ranks, opening) or Services(folder)
+            parallel.on_main(ranks, partial(join_engines, config, services, stack, tracker, resumed + 1, state))
             policy.sampled_vocab = parallel.broadcast(services.chat.vocab_size if services.chat else None)
             if ranks.is_main:
                 set_up(folder, given)  # not before: a run that could not start leaves its name free for corrected settings
                 if config.run.stop_after == "none":
                     forget_after(folder, resumed)
-        yield Session(policy, services, tracker, share, resumed + 1)
+            supervision = Supervision(policy, tracker, services.replay, folder.checkpoints, state)
+        yield Session(policy, services, tracker, share, resumed + 1, supervision)
         if ranks.is_main:
-            finish(config, folder, tracker)
+            finish(config, folder, tracker, supervision.state())
     parallel.shutdown()
 
 
-def open_services(
-    config: Config, folder: RunFolder, stack: ExitStack, tracker: Tracker, first_step: int, state: dict[str, Any] | None
-) -> Services:
-    """Start what the main rank needs: question stream, chat format, engines, search."""
+def open_services(config: Config, folder: RunFolder, stack: ExitStack, tracker: Tracker, first_step: int) -> Services:
+    """Open what the main rank needs, before there is a policy: chat format, questions, tools; engines begin to start."""
     services = Services(folder)
     needs_chat = config.loss.learns_from_rewards
     if needs_chat:
@@ -143,14 +155,12 @@ def open_services(
     if config.run.replay is not None:
         services.replay = replayed(config.run.replay, config, first_step, services.chat.vocab_size if services.chat else None)
         return services
-    from igpo_megatron.agent.rollouter import Rollouter
-    from igpo_megatron.chat.room import too_long
     from igpo_megatron.engines.factory import open_engines
     from igpo_megatron.tools.registry import make_tools
 
     assert services.chat is not None
     # Problems of the user's files are found before an engine is started.
-    stream = PromptStream(
+    services.stream = PromptStream(
         config.data.train,
         seed=config.run.seed,
         shuffle=config.data.shuffle,
@@ -158,22 +168,48 @@ def open_services(
         layout=config.data.layout,
         outcome=config.reward.outcome,
     )
-    if state and state["prompts"]:
-        stream.load_state(state["prompts"])
     services.held_out = evaluate.questions(config)
-    tools = make_tools(config, services.chat.count_tokens, services.chat.protocol.hit)
+    services.tools = make_tools(config, services.chat.count_tokens, services.chat.protocol.hit)
+    tracker.progress("starting rollout engines")
+    services.engines = open_engines(config)
+    stack.callback(services.engines.close)
+    if config.placement.mode != "colocated":  # there they get the memory that the policy leaves
+        services.engines.begin()
+    return services
+
+
+def join_engines(
+    config: Config, services: Services, stack: ExitStack, tracker: Tracker, first_step: int, state: dict[str, Any] | None
+) -> None:
+    """On the main rank, when there is a policy: wait for the engines; questions go on where the checkpoint's `state` says."""
+    if services.engines is None:
+        return  # a replay
+    from igpo_megatron.agent.rollouter import Rollouter
+    from igpo_megatron.chat.room import too_long
+
+    assert services.chat is not None and services.stream is not None
+    if state and state["prompts"]:
+        services.stream.load_state(state["prompts"])
     tracker.progress("starting rollout engines")
     with waiting("the engines to start", on=config.rollout.engine.backend):
-        services.engines = stack.enter_context(open_engines(config))
+        stack.enter_context(services.engines)
     probes_of = partial(rendered_probes, render_probe=services.chat.render_probe, config=config.reward) if engine_scores(config) else None
     services.rollouter = stack.enter_context(
-        Rollouter(services.engines, tools, services.chat, config.rollout, seed=config.run.seed, probes_of=probes_of, crashes=folder.crashes)
+        Rollouter(
+            services.engines,
+            services.tools,
+            services.chat,
+            config.rollout,
+            seed=config.run.seed,
+            probes_of=probes_of,
+            crashes=services.folder.crashes,
+        )
     )
     # A tokenizer serves one thread at a time, and questions are drawn while rollouts use theirs.
     chat = copy.deepcopy(services.chat)
     services.queue = RolloutQueue(
         config,
-        stream,
+        services.stream,
         services.rollouter,
         first_step=first_step,
         on_progress=tracker.progress,
@@ -181,7 +217,6 @@ def open_services(
     )
     if state and state.get("successes"):  # absent from checkpoints written before successes were replayed
         services.queue.successes.load_state(state["successes"], search=config.rollout.tool_name)
-    return services
 
 
 def engine_scores(config: Config) -> bool:
@@ -191,15 +226,16 @@ def engine_scores(config: Config) -> bool:
 
 
 def replayed(path: Path, config: Config, first_step: int, vocab_size: int | None = None) -> Iterator[list[RolloutGroup]]:
-    """Groups of each step from `first_step` on, in an endless loop: recorded steps as they are, demonstrations by `prompts_per_step`.
+    """Groups of each step from `first_step` on, in an endless loop: recorded steps as they are, or `Demonstrations`.
 
     `vocab_size`: number of tokens that engines can sample. Raises UserError where a recorded token is beyond it.
     """
-    size = config.rollout.prompts_per_step if config.loss.name == "sft" else None
+    if config.loss.name == "sft":
+        return Demonstrations(path, config, first_step)
 
     def endless() -> Iterator[list[RolloutGroup]]:
         while True:
-            for _, groups in read_rollouts(path, size, search=config.rollout.tool_name):
+            for _, groups in read_rollouts(path, search=config.rollout.tool_name):
                 sampled = (token for group in groups for node in group.nodes if node.kind == "action" for token in node.token_ids)
                 if vocab_size is not None and (last := max(sampled, default=0)) >= vocab_size:
                     raise UserError(
@@ -261,7 +297,13 @@ def evaluate_if_due(session: Session, step: int) -> None:
         return
     with tracker.phase("eval"):
         report = evaluate.evaluate(
-            services.rollouter, services.held_out, config, step=step, folder=services.folder.eval, on_progress=tracker.progress
+            services.rollouter,
+            services.held_out,
+            config,
+            step=step,
+            version=step,
+            folder=services.folder.eval,
+            on_progress=tracker.progress,
         )
     tracker.log(step, evaluate.metrics(report))
 

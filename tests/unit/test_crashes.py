@@ -167,7 +167,7 @@ def test_a_crash_of_a_probe_ends_the_path_that_waits_for_it(tmp_path: Path) -> N
 def test_an_evaluation_counts_its_crashes(tmp_path: Path) -> None:
     config = Config.model_validate({"model": {"path": "."}, "eval": {"samples": 4, "greedy": False}})
     with rollouter(OneCrashes(ANSWER), tmp_path / "crashes.log") as rollouts:
-        report = evaluate(rollouts, [Prompt("q", "?", ("Rome",), "test")], config, step=0, folder=tmp_path)
+        report = evaluate(rollouts, [Prompt("q", "?", ("Rome",), "test")], config, step=0, version=7, folder=tmp_path)
     assert report["sampled"]["status"] == {"finished": 3, "crashed": 1}
 
 

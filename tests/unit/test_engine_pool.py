@@ -47,7 +47,9 @@ def turn(version: int = 0) -> Callable[..., Any]:
 
 
 def settings(count: int, **engine: Any) -> Config:
-    return build({"model": {"path": str(POLICY)}, "run": {"device": "cpu"}, "rollout": {"engine": {"count": count, **engine}}})
+    return build(
+        {"model": {"path": str(POLICY), "dtype": "fp32"}, "run": {"device": "cpu"}, "rollout": {"engine": {"count": count, **engine}}}
+    )
 
 
 def pool_of(*actors: Actor, states: tuple[EngineState, ...] | None = None, **engine: Any) -> tuple[EnginePool, list[Callable[[], None]]]:
@@ -82,6 +84,25 @@ def test_an_engine_is_started_with_what_ends_every_turn_and_asked_with_the_whole
     request = SamplingRequest([1, 2], 5, 0.5, 3, "q", top_logprobs=-1, experts_from=1)
     asyncio.run(pool.generate(request))
     assert actor.asked == [(request,)]
+
+
+def test_an_answered_request_leaves_nothing_that_waits_for_a_change() -> None:
+    """An evaluation makes thousands of requests between two changes."""
+    pool, _ = pool_of(Actor(turn()))
+    cancelled, _ = pool_of(Actor(turn()), states=(STARTING,))
+
+    async def many() -> None:
+        for number in range(5):
+            await ask(pool, str(number))
+        waits = asyncio.ensure_future(ask(cancelled))
+        await asyncio.sleep(0)
+        assert len(cancelled._fleet.changes._waiting) == 1
+        waits.cancel()
+        await asyncio.gather(waits, return_exceptions=True)
+        await asyncio.sleep(0)
+
+    asyncio.run(many())
+    assert not pool._fleet.changes._waiting and not cancelled._fleet.changes._waiting
 
 
 def test_equal_keys_go_to_the_same_engine_and_others_are_spread() -> None:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from concurrent.futures import Future
 from contextlib import ExitStack, nullcontext
 from statistics import fmean
 from unittest import mock
@@ -24,7 +25,7 @@ def group_of(*marks: float | None, source: str = "s", part: str = "em") -> Rollo
     """A sample per mark: its exact match, or None where a tool failed."""
     group = RolloutGroup(Prompt("q", "?", ("a",), source), [Node(None, "prompt", [1])])
     for mark in marks:
-        action = group.add(Node(0, "action", [2], 1))
+        action = group.add(Node(0, "action", [2], 1, weight_version=0))
         parts = {} if mark is None else {"f1": mark, "em": mark, "format_ok": 1.0, part: mark}
         group.trajectories.append(Trajectory([0, action], Status.TOOL_FAILED if mark is None else Status.FINISHED, reward_parts=parts))
     return group
@@ -130,7 +131,9 @@ def test_scores_of_a_checkpoint_carry_the_step_after_which_it_was_saved(tmp_path
         ):
             stack.enter_context(mock.patch(f"igpo_megatron.{name}", return_value=mock.MagicMock(notes=[])))
         rollouter = mock.Mock()
-        rollouter.start.return_value.result.return_value = [group_of(1.0)]
+        answered: Future[list[RolloutGroup]] = Future()
+        answered.set_result([group_of(1.0)])
+        rollouter.start.return_value = answered
         stack.enter_context(mock.patch("igpo_megatron.agent.rollouter.Rollouter", return_value=nullcontext(rollouter)))
         stack.enter_context(mock.patch("igpo_megatron.training.evaluate.score"))
         assert evaluate_checkpoint(config, checkpoint, tmp_path / "out")["step"] == 2

@@ -43,7 +43,8 @@ def test_an_engine_over_several_gpus_runs_them_by_processes_of_its_own(cuda: boo
     """Inside a Ray actor vLLM would choose Ray's executor, which refuses a bundle of several GPUs."""
     options = engine_options(settings("rollout.engine.tensor=2"), cuda=cuda, stop_strings=False)
     assert (options["tensor_parallel_size"], options["distributed_executor_backend"]) == (2, "mp")
-    assert "distributed_executor_backend" not in engine_options(settings(), cuda=cuda, stop_strings=False)
+    single = engine_options(settings(), cuda=cuda, stop_strings=False).get("distributed_executor_backend")
+    assert single == (None if cuda else "vllm.v1.executor.uniproc_executor.UniProcExecutor"), "on CPU one process less to import vLLM"
 
 
 # ---- weights to engines

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from igpo_megatron.config import host
 from igpo_megatron.config.load import ConfigError, build
 from igpo_megatron.config.schema import Config
-from igpo_megatron.policy import host, parallel, weight_sync
+from igpo_megatron.policy import parallel, weight_sync
 
+DEMO = Path(__file__).resolve().parents[2] / "examples/quickstart/policy"
 CASES = [({"amx_bf16"}, "bf16"), ({"avx512_bf16", "avx2"}, "bf16"), ({"avx2", "avx512f", "amx_tile", "amx_int8"}, "fp32"), (set(), "fp32")]
 
 
@@ -74,3 +76,12 @@ def test_the_canary_allows_bf16_more_than_fp32_and_a_set_bound_holds_for_both() 
     assert weight_sync.gap_allowed(settings("model.dtype=bf16")) == 2.0
     assert weight_sync.gap_allowed(settings("model.dtype=fp32", "rollout.engine.dtype=bf16")) == 2.0
     assert weight_sync.gap_allowed(settings("model.dtype=bf16", "sync.max_gap=0.05")) == 0.05
+
+
+def test_a_small_model_has_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "cpu_cores", lambda: 8)
+    demo = parallel.on_this_machine(settings(f"model.path={DEMO}"))
+    assert (demo.run.threads, demo.rollout.engine.threads) == (1, 1)
+    smollm2 = {"hidden_size": 576, "num_hidden_layers": 30, "vocab_size": 49152}
+    assert host.is_small({**smollm2, "num_hidden_layers": 1, "vocab_size": 1000}) and not host.is_small(smollm2)
+    assert not host.is_small({}) and not host.is_small({"hidden_size": "576"})

@@ -55,6 +55,7 @@ compiled = pytest.mark.skipif(INTERPRETED or not HAS_TRITON, reason="needs trito
 def small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks, row tiles, groups, splits and rounds of programs in every case of more than a few rows, the last ones ragged."""
     monkeypatch.setattr(torch_chunked, "CHUNK_BYTES", 4 * 123 * 7)
+    monkeypatch.setattr(torch_chunked, "CHUNK_COLUMNS", 50)
     if INTERPRETED:
         from igpo_megatron.kernels import triton_head, triton_stream
 
@@ -345,3 +346,26 @@ def test_two_dtypes_are_an_error() -> None:
     given = Case("bad", 4, 8, 20).inputs(Setup("torch"))
     with pytest.raises(ValueError, match=r"hidden is torch.bfloat16 and weight is torch.float32"):
         linear_logprob(given.hidden.bfloat16(), given.weight, given.targets)
+
+
+def test_the_head_of_a_bf16_model_has_fp32_logits_on_cpu_and_leaves_other_products_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the processor's bf16 units, if it has some, at a size for which they are taken: rounded logits would be off by 0.03."""
+    monkeypatch.setattr(torch_chunked, "CHUNK_BYTES", 2**22)
+    monkeypatch.setattr(torch_chunked, "CHUNK_COLUMNS", 4096)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(300, 576, generator=generator).bfloat16().requires_grad_()
+    weight = (torch.randn(9000, 576, generator=generator) / 4).bfloat16().requires_grad_()
+    targets = torch.randint(0, 9000, (300,), generator=generator)
+    exact_hidden, exact_weight = (tensor.detach().double().requires_grad_() for tensor in (hidden, weight))
+    expected = torch.log_softmax(exact_hidden @ exact_weight.t(), -1).gather(-1, targets[:, None])[:, 0]
+    expected.sum().backward()
+
+    before = torch.randn(512, 512, generator=generator)
+    product = before @ before
+    found, _, _ = linear_logprob(hidden, weight, targets)
+    found.sum().backward()
+    assert (found - expected).abs().max() < 5e-5
+    for tensor, exact in ((hidden, exact_hidden), (weight, exact_weight)):
+        assert tensor.grad is not None and exact.grad is not None
+        assert (tensor.grad - exact.grad).norm() < 0.005 * exact.grad.norm()
+    assert torch.equal(before @ before, product)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from igpo_megatron.packing.batches import balance, first_fit
+from igpo_megatron.packing.batches import balance, first_fit, level_fit
 from igpo_megatron.packing.tree import PackedRow, blank_row, pack_for_scoring, pack_for_training, per_node, step_counts
 from igpo_megatron.packing.wire import from_bytes, to_bytes
 from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, Trajectory
@@ -170,6 +170,25 @@ def test_a_blank_row_has_no_targets() -> None:
 
 def test_first_fit_fills_bins_and_gives_an_oversized_item_its_own() -> None:
     assert first_fit([5, 3, 9, 2, 4], 7) == [[2], [0, 3], [4, 1]]
+
+
+def test_level_fit_gives_every_rank_as_many_bins_that_are_equally_full() -> None:
+    sizes = [6, 5, 4, 3, 3, 3]
+    assert [len(bins) for bins in (first_fit(sizes, 10), level_fit(sizes, 10, 2))] == [3, 4]
+    assert sorted(sum(sizes[index] for index in members) for members in level_fit(sizes, 10, 2)) == [5, 6, 6, 7]
+    assert level_fit(sizes, 10, 1) == first_fit(sizes, 10)
+    assert level_fit([7, 20, 1], 10, 2) == [[1], [0, 2]], "an oversized item is alone"
+    assert level_fit([4], 10, 3) == [[0]] and level_fit([], 10, 3) == []
+
+
+def test_level_fit_keeps_to_the_budget_and_loses_nothing() -> None:
+    rng = random.Random(3)
+    for _ in range(50):
+        sizes = [rng.randint(1, 9) for _ in range(rng.randint(1, 30))]
+        bins = level_fit(sizes, 10, 3)
+        assert sorted(index for members in bins for index in members) == list(range(len(sizes)))
+        assert max(sum(sizes[index] for index in members) for members in bins) <= 10
+        assert len(bins) % 3 == 0 or len(bins) == len(sizes)
 
 
 def test_balance_gives_every_rank_as_many_rows_and_about_as_much_work() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from patient import PatientLoop
@@ -33,7 +34,7 @@ from igpo_megatron.search.results import SearchClient, SearchResult, SearchStatu
 from igpo_megatron.tools.base import HIT, Tool
 from igpo_megatron.tools.search_tool import SearchTool, render_results
 from igpo_megatron.training.evaluate import evaluate
-from igpo_megatron.types import Completion, ProbeScore, Prompt, RolloutGroup, SamplingRequest, Status
+from igpo_megatron.types import Completion, ProbeScore, Prompt, RolloutGroup, RunStopped, SamplingRequest, Status
 
 WORDS = tokenizer()
 ANSWER = "<think>I can answer now.</think>\n<answer>Rome</answer>"
@@ -221,10 +222,61 @@ def test_an_evaluation_counts_the_questions_that_leave_no_room_for_a_turn_and_sc
     form = ChatFormat(WORDS, config.rollout, config.reward)
     short, long = (Prompt(str(words), "What is it? " * words, ("Rome",), "test") for words in (1, 400))
     with Rollouter(ScriptedEngine(ANSWER), searching(ScriptedSearch()), form, config.rollout, seed=1) as rollouter:  # type: ignore[arg-type]
-        greedy = evaluate(rollouter, [short, long], config, step=0, folder=tmp_path)["greedy"]
+        greedy = evaluate(rollouter, [short, long], config, step=0, version=7, folder=tmp_path)["greedy"]
         assert (greedy["too_long"], greedy["questions"], greedy["em"]) == (1, 1, 1.0)
-        nothing = evaluate(rollouter, [long], config, step=1, folder=tmp_path)["greedy"]
+        nothing = evaluate(rollouter, [long], config, step=1, version=7, folder=tmp_path)["greedy"]
         assert (nothing["too_long"], nothing["questions"]) == (1, 0)
+
+
+class Evaluated(ScriptedEngine):
+    """Answers once `together` turns wait for it, with weights of version 3; the greedy turn may be refused."""
+
+    def __init__(self, together: int, refused: RunStopped | None = None) -> None:
+        super().__init__(ANSWER)
+        self.temperatures: list[float] = []
+        self.all_here, self.together, self.refused, self.cancelled = asyncio.Event(), together, refused, 0
+
+    async def generate(self, request: SamplingRequest) -> Completion:
+        self.temperatures.append(request.temperature)
+        if len(self.temperatures) == self.together:
+            self.all_here.set()
+        if self.refused is not None and request.temperature == 0:
+            raise self.refused
+        try:
+            await asyncio.wait_for(self.all_here.wait(), 60)
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        return replace(await super().generate(request), weight_version=3)
+
+
+def evaluating(engine: Evaluated, folder: Path, version: int, on_progress: Callable[[float], None] | None = None) -> dict[str, Any]:
+    """Two questions, each sampled three times and answered greedily once."""
+    config = build({"model": {"path": "m"}, "rollout": SETTINGS}, ["eval.samples=3", "eval.greedy=true"])
+    form = ChatFormat(WORDS, config.rollout, config.reward)
+    prompts = [Prompt(name, "What is it?", ("Rome",), "test") for name in "ab"]
+    with Rollouter(engine, searching(ScriptedSearch()), form, config.rollout, seed=1) as rollouter:  # type: ignore[arg-type]
+        return evaluate(rollouter, prompts, config, step=3, version=version, folder=folder, on_progress=on_progress)
+
+
+def test_an_evaluation_asks_all_kinds_at_once_and_reports_the_share_of_all(tmp_path: Path) -> None:
+    shares: list[float] = []
+    report = evaluating(Evaluated(together=8), tmp_path, 3, shares.append)
+    assert (report["sampled"]["samples"], report["greedy"]["samples"], report["sampled"]["em"]) == (3, 1, 1.0)
+    assert shares == pytest.approx([number / 8 for number in range(1, 9)])
+
+
+def test_an_evaluation_that_other_weights_answered_is_no_evaluation_of_these(tmp_path: Path) -> None:
+    with pytest.raises(RunStopped, match=r"after step 3 was given turns of the weights \['3'\], expected 2"):
+        evaluating(Evaluated(together=8), tmp_path, 2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_evaluation_whose_greedy_part_fails_ends_the_sampled_part(tmp_path: Path) -> None:
+    engine = Evaluated(together=99, refused=RunStopped("no engine is left"))
+    with pytest.raises(RunStopped, match="no engine is left"):
+        evaluating(engine, tmp_path, 3)
+    assert engine.cancelled == 6
 
 
 def test_forced_tokens_are_nodes_of_their_own_and_shared_by_the_samples() -> None:

@@ -83,6 +83,27 @@ def test_faiss_is_used_where_it_is_installed(monkeypatch):
     assert isinstance(made._nearest.__self__, IndexFlatIP) and made.search(["cat", "dog"], 2) == plain
 
 
+def test_ties_keep_the_order_of_the_corpus_with_and_without_faiss(monkeypatch):
+    twins = tuple(Passage(str(number), "Cats", "cat") for number in range(40))
+    for missing in (False, True):
+        if missing:
+            monkeypatch.setitem(sys.modules, "faiss", None)
+        (hits,) = DenseIndex(twins, Counter(), query_prefix="", passage_prefix="").search(["cat"], 40)
+        assert [passage.doc_id for passage, _ in hits] == [str(number) for number in range(40)]
+
+
+def test_a_query_is_encoded_once_and_the_oldest_vectors_are_forgotten(monkeypatch):
+    monkeypatch.setattr("igpo_megatron.search.local.dense.CACHED_QUERIES", 2)
+    encode = Counter()
+    made = index(encode)
+    encode.texts.clear()
+    assert made.search(["cat", "dog", "cat"], 1) == [*made.search(["cat", "dog"], 1), *made.search(["cat"], 1)]
+    assert encode.texts == ["cat", "dog"]
+    made.search(["cat dog"], 1)
+    made.search(["dog", "cat"], 1)
+    assert encode.texts == ["cat", "dog", "cat dog", "cat"]
+
+
 def test_rows_have_length_one_and_zeros_stay():
     np.testing.assert_allclose(unit_rows(np.array([[3, 4], [0, 0]])), [[0.6, 0.8], [0, 0]], atol=1e-6)
 
@@ -97,10 +118,10 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch):
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text('{"id": "1", "title": "t", "text": "x"}\n')
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
-    with pytest.raises(ValueError, match="needs sentence-transformers, which is not installed; install igpo-megatron"):
+    with pytest.raises(ValueError, match=r"needs sentence-transformers, which is not installed; install igpo-megatron\[dense\]"):
         make_client(Search(backend="dense", corpus=corpus, encoder="e5"))
-    with pytest.raises(ValueError, match=r"needs search\.encoder, a sentence-transformers model"):
-        make_client(Search(backend="dense", corpus=corpus))
+    with pytest.raises(ValueError, match=r"needs search\.corpus, a file of JSON lines"):
+        make_client(Search(backend="dense"))
     with pytest.raises(ValueError, match="the corpus has no passages"):
         DenseIndex((), Counter(), query_prefix="", passage_prefix="")
 

@@ -19,12 +19,16 @@ import numpy as np
 import pytest
 import requests
 from aiohttp import web
+from typer.testing import CliRunner
 
+from igpo_megatron.cli import app
 from igpo_megatron.data.corpus import Passage
 from igpo_megatron.search.client import make_client
+from igpo_megatron.search.local.dense import Embedding
 from igpo_megatron.search.results import SearchStatus
 from igpo_megatron.search.settings import Search
 from igpo_megatron.serve import http, retriever
+from igpo_megatron.serve.retriever import Backend
 
 COMMAND = [sys.executable, "-m", "igpo_megatron", "serve", "retriever"]
 LINES = [
@@ -189,26 +193,26 @@ def test_our_client_asks_a_stock_server():
 def test_an_unchanged_corpus_is_not_indexed_again_and_a_changed_one_is(tmp_path, monkeypatch):
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text("\n".join(LINES))
-    number, find = retriever.open_index(corpus, None, progress=False)
+    number, find = retriever.open_index(corpus, Backend.BM25, progress=False)
     (kept,) = (tmp_path / "corpus.jsonl.index").iterdir()
     first = find(["sol", "currency"], 2)
     with monkeypatch.context() as patch:
         patch.setattr("igpo_megatron.search.local.bm25._build", lambda *_: pytest.fail("indexed again"))
-        again, find_again = retriever.open_index(corpus, None, progress=False)
+        again, find_again = retriever.open_index(corpus, Backend.BM25, progress=False)
     assert number == again == 2 and find_again(["sol", "currency"], 2) == first and len(first[1]) == 2
     corpus.write_text(LINES[0])
-    assert retriever.open_index(corpus, None, progress=False)[0] == 1
+    assert retriever.open_index(corpus, Backend.BM25, progress=False)[0] == 1
     assert len(list(kept.parent.iterdir())) == 2
 
 
 def test_an_index_that_was_never_finished_does_not_count(tmp_path):
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text("\n".join(LINES))
-    retriever.open_index(corpus, None, progress=False)
+    retriever.open_index(corpus, Backend.BM25, progress=False)
     (kept,) = (tmp_path / "corpus.jsonl.index").iterdir()
     unfinished = kept.rename(kept.with_name(f"{kept.name}.{socket.gethostname()}-{2**22 + 1}.part"))  # no process has this number
     (unfinished / "vocab.index.json").unlink()
-    assert retriever.open_index(corpus, None, progress=False)[1](["sol"], 1)[0]
+    assert retriever.open_index(corpus, Backend.BM25, progress=False)[1](["sol"], 1)[0]
     assert list(kept.parent.iterdir()) == [kept]
 
 
@@ -222,15 +226,29 @@ def test_dense_search_keeps_its_vectors_and_gives_no_answer_to_no_question(tmp_p
 
         return encode
 
-    monkeypatch.setattr(retriever, "sentence_transformer", encoder)
+    monkeypatch.setattr("igpo_megatron.search.local.dense.sentence_transformer", encoder)
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text("\n".join(LINES))
-    dense = retriever.Dense("letters", "query: ", "passage: ")
+    letters = Embedding("letters", "query: ", "passage: ")
     for _ in range(2):
-        _, find = retriever.open_index(corpus, dense, progress=False)
+        _, find = retriever.open_index(corpus, Backend.DENSE, letters, progress=False)
         peru, blank = find(["Peru", " "], 1)
         assert [passage.doc_id for passage, _ in peru] == ["pe"] and blank == ()
     assert calls == [2, 1, 1]  # passages once, the question twice
+
+    # Both ways: the same vectors, and a score that is the sum of two reciprocal ranks.
+    _, find = retriever.open_index(corpus, Backend.HYBRID, letters, progress=False)
+    (peru, iran), blank = find(["sol Peru", " "], 2)
+    assert (peru[0].doc_id, iran[0].doc_id) == ("pe", "ir") and blank == ()
+    assert (peru[1], iran[1]) == pytest.approx((1 / 61 + 1 / 61, 1 / 62))  # only BM25's first has a word of the query
+    assert calls == [2, 1, 1, 1]
+    assert sorted(path.name.split("-")[0] for path in (tmp_path / "corpus.jsonl.index").iterdir()) == ["bm25", "dense"]
+
+
+def test_an_encoder_for_a_search_that_encodes_nothing_is_refused(corpus):
+    words = ["serve", "retriever", "--corpus", str(corpus), "--port", "0", "--backend", "bm25", "--encoder", "e5"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2 and "--backend bm25 encodes nothing" in result.output
 
 
 # ---- batches, readiness, the end

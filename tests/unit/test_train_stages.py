@@ -1,7 +1,10 @@
 """Stages of the training loop that need neither model nor engine: what is refused."""
 
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -67,5 +70,31 @@ def test_a_run_warns_of_a_probe_in_another_form_than_its_protocols(
     given = [f"model.path={policy}", f"run.replay={tmp_path}/r.parquet", f"advantage.name={advantage}", "rollout.force_think=true"]
     config = build({}, [*given, *([f"reward.probe_template={probe!r}"] if probe else [])])
     with ExitStack() as stack:
-        open_services(config, folder_for(config), stack, None, 1, None)  # type: ignore[arg-type]
+        open_services(config, folder_for(config), stack, None, 1)  # type: ignore[arg-type]
     assert sum("reward.probe_template is no answer of rollout.protocol=igpo" in record.getMessage() for record in caplog.records) == warned
+
+
+class BegunEngines:
+    """Notes what is done to it."""
+
+    def __init__(self, done: list[str]) -> None:
+        self.begin, self.close = partial(done.append, "begin"), partial(done.append, "close")
+
+
+@pytest.mark.parametrize(("mode", "begun"), [("disaggregated", ["begin"]), ("colocated", [])])
+def test_engines_start_before_the_policy_unless_they_wait_for_its_memory_and_end_if_it_fails(
+    mode: str, begun: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    monkeypatch.setattr("igpo_megatron.engines.factory.open_engines", lambda config: BegunEngines(done))
+    monkeypatch.setattr("igpo_megatron.training.services.PromptStream", lambda *_, **named: None)
+    monkeypatch.setattr("igpo_megatron.tools.registry.make_tools", lambda *_: {})
+    policy = Path(__file__).parents[2] / "examples/quickstart/policy"
+    config = build({}, [f"model.path={policy}", f"run.folder={tmp_path}", "rollout.force_think=true"])
+    config = config.model_copy(update={"placement": config.placement.model_copy(update={"mode": mode})})
+    tracker: Any = SimpleNamespace(progress=lambda state: None)
+    stack = ExitStack()
+    open_services(config, folder_for(config), stack, tracker, 1)
+    assert done == begun
+    stack.close()
+    assert done == [*begun, "close"]

@@ -15,7 +15,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from igpo_megatron.serve.http import Asked, base_url, document, listen
-from igpo_megatron.serve.retriever import open_index
+from igpo_megatron.serve.retriever import Backend, open_index
 
 
 def main(
@@ -23,7 +23,7 @@ def main(
     port: Annotated[int, typer.Option(help="0 takes a free one.")],
 ) -> None:
     """Serve until ended."""
-    passages, find = open_index(corpus, None, progress=False)
+    passages, find = open_index(corpus, Backend.BM25, progress=False)
     app = FastAPI()
 
     @app.post("/retrieve")

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, ClassVar, Literal
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 
 from igpo_megatron.settings import HOOK, Hooked, Section
 
 Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum"]
+
+
+class HeldOut(NamedTuple):
+    """A loss that is measured beside training, and when the run ends for it."""
+
+    file: Path
+    every: int
+    """Steps between measurements."""
+    patience: int
+    """Measurements in a row without a new best that end the run; 0 for none."""
 
 
 class LossSection(Section):
@@ -21,6 +32,11 @@ class LossSection(Section):
     def learns_from_rewards(self) -> bool:
         """Trajectories are scored and compared; the loss has advantages."""
         return False
+
+    @property
+    def held_out_loss(self) -> HeldOut | None:
+        """What is measured on demonstrations that are not trained on."""
+        return None
 
     @property
     def skips_old_logprobs(self) -> bool:

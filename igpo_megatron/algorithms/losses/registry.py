@@ -10,11 +10,14 @@ The scalar adds up over micro-batches and ranks to the loss of the whole step. M
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
-from igpo_megatron.algorithms.losses.base import Aggregation, ClippedLoss, HookedLoss, LossSection, PolicyLoss
+from pydantic import NonNegativeInt, PositiveInt
+
+from igpo_megatron.algorithms.losses.base import Aggregation, ClippedLoss, HeldOut, HookedLoss, LossSection, PolicyLoss
 from igpo_megatron.algorithms.losses.clipped import Bapo, Cispo, Gspo, balanced_bounds, bapo, cispo, gspo
 from igpo_megatron.algorithms.losses.entropy import Aepo, Hapo, aepo, hapo
 from igpo_megatron.algorithms.losses.tokens import Terms, Tokens, bounded_exp, clipped_surrogate, k3, sequence_mean
@@ -40,6 +43,26 @@ class Sft(LossSection):
     aggregation: ClassVar[Aggregation] = "token_mean"
 
     name: Literal["sft"] = "sft"
+
+    held_out: Path | None = None
+    """Rollout file (parquet) of demonstrations that are not trained on. Their mean loss per action token at temperature 1 is measured, and
+    the checkpoint with the least is kept as `checkpoints/best`."""
+
+    held_out_every: PositiveInt = 20
+    """Steps between these measurements. There is also one before the first and one after the last step."""
+
+    patience: NonNegativeInt = 0
+    """The run ends after so many measurements in a row without a new best; 0 trains all `run.steps`, which the schedule is made for."""
+
+    @property
+    def held_out_loss(self) -> HeldOut | None:
+        return HeldOut(self.held_out, self.held_out_every, self.patience) if self.held_out is not None else None
+
+    def problems(self) -> Iterator[str]:
+        if self.held_out is not None and not self.held_out.is_file():
+            yield f"loss.held_out={self.held_out}: no such file; expected a rollout file (parquet), as run.replay has it"
+        if self.patience and self.held_out is None:
+            yield f"loss.patience={self.patience} waits for a better held-out loss; set loss.held_out, or loss.patience=0"
 
 
 class LossEntry(NamedTuple):

@@ -107,6 +107,9 @@ class TorchEngine:
 
     # ---- life
 
+    def begin(self) -> None:
+        """Nothing: it starts in this process, when it is entered."""
+
     def __enter__(self) -> Self:
         device = self._device = _device(self._config)
         self._model = TorchModel(

@@ -92,7 +92,7 @@ CHARTS = (
         "shares; entropy in units of rollout.branching",
     ),
     Chart("Gradient norm", {Metric.GRAD_NORM: "gradient norm"}, "before clipping"),
-    Chart("Loss", {Metric.LOSS: "loss", Metric.NLL: "negative log-likelihood"}),
+    Chart("Loss", {Metric.LOSS: "loss", Metric.NLL: "negative log-likelihood", Metric.HELD_OUT_NLL: "the same, held out"}),
     Chart(
         "Distance to other policies",
         {Metric.KL_OLD: "KL to old policy", Metric.KL_REF: "KL to reference", Metric.CLIP_FRACTION: "clipped share"},

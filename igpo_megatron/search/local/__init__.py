@@ -1,1 +1,1 @@
-"""Indexes in this process: BM25 and dense vectors."""
+"""Indexes in this process: BM25, dense vectors, and both together."""
