@@ -40,7 +40,10 @@ QUESTIONS = (
         "What is the chemical symbol of the metal that is named after the planet Mercury?",
         "Hg",
         (
-            ("search: metal named after a planet", "Mercury, once called quicksilver, is the only metal that is liquid at room temperature."),
+            (
+                "search: metal named after a planet",
+                "Mercury, once called quicksilver, is the only metal that is liquid at room temperature.",
+            ),
             ("The symbol of mercury comes from hydrargyrum, so the answer is Hg.", ""),
         ),
     ),

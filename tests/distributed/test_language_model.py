@@ -6,6 +6,7 @@ do then. Every bound stands beside wrong answers that it refuses.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,7 @@ from checkpoint_conversion.gguf_file import read_gguf
 from checkpoint_conversion.hf_folder import HfReader
 from checkpoint_conversion.rules import ConversionError
 from igpo_megatron.algorithms.losses.registry import token_weight
-from igpo_megatron.packing.tree import PackedRow, ProbeScorer, pack_for_scoring, pack_for_training, per_node, step_counts
+from igpo_megatron.packing.tree import PackedRow, pack_for_scoring, pack_for_training, per_node, step_counts
 from igpo_megatron.policy.model import global_names
 from igpo_megatron.policy.policy import Policy
 from igpo_megatron.types import RolloutGroup
@@ -163,18 +164,6 @@ def test_wrong_answers_lie_far_beyond_the_bounds_of_both_dtypes(folder: Path, tr
     assert gap_between(right, expected).within(BOUNDS["fp32"])
 
 
-def by_every_scheme(policy: Policy, groups: list[RolloutGroup]) -> list[Scores]:
-    schemes: tuple[ProbeScorer, ...] = ("sequential", "batched", "fold")
-    return [scored_nodes(policy, groups, scheme, ROW_TOKENS) for scheme in schemes]
-
-
-@pytest.mark.parametrize("dtype", BOUNDS)
-def test_probes_are_scored_alike_by_every_scheme(folder: Path, trees: list[RolloutGroup], dtype: str) -> None:
-    ((sequential, *others),) = run_ranks(by_every_scheme, make_config(folder, model__dtype=dtype), trees)
-    for scored in others:
-        assert gap_between(scored, sequential).within(BOUNDS[dtype])
-
-
 # ---- gradients
 
 
@@ -212,16 +201,18 @@ def test_gradients_of_another_layer_or_of_half_the_rows_fail_the_comparison(slop
 # ---- files
 
 
-def test_the_gguf_file_comes_back_bit_equal_through_megatron(folder: Path, tmp_path: Path) -> None:
-    hf_to_megatron(folder, tmp_path / "megatron")
-    megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
-    back = HfReader(tmp_path / "back")
-    tensors = {name: back.get(name) for name in back.names()}
+def test_the_gguf_file_comes_back_bit_equal_through_megatron(folder: Path) -> None:
+    # Not in pytest's folder, which outlives the tests: these are 1.1 GB.
+    with tempfile.TemporaryDirectory(prefix="igpo-llm-") as temporary:
+        megatron, out = Path(temporary) / "megatron", Path(temporary) / "back"
+        hf_to_megatron(folder, megatron)
+        megatron_to_hf(megatron, out)
+        back = HfReader(out)
+        tensors = {name: back.get(name).clone() for name in back.names()}
     file = read_gguf(gguf_to_hf.demo_gguf())
     assert len(tensors) == len(file.tensors)
     gguf_to_hf._compare_tensors(file, tensors, torch.float32)
     name = "model.layers.7.self_attn.k_proj.weight"
-    tensors[name] = tensors[name].clone()
     tensors[name][0, 0] = torch.nextafter(tensors[name][0, 0], torch.tensor(9.0))
     with pytest.raises(ConversionError, match="other values than the package gguf"):
         gguf_to_hf._compare_tensors(file, tensors, torch.float32)
