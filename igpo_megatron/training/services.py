@@ -174,7 +174,8 @@ def open_services(config: Config, folder: RunFolder, stack: ExitStack, tracker: 
     services.engines = open_engines(config)
     stack.callback(services.engines.close)
     if config.placement.mode != "colocated":  # there they get the memory that the policy leaves
-        services.engines.begin()
+        with waiting("the engines to begin", on=config.rollout.engine.backend):
+            services.engines.begin()
     return services
 
 
