@@ -78,7 +78,8 @@ def test_auto_is_replaced_on_the_machine_where_it_is_read(monkeypatch: pytest.Mo
     assert (ahead.run.threads, ahead.rollout.engine.threads) == (2, 4)
     cut = parallel.on_this_machine(settings("rollout.engine.tensor=4"))
     assert cut.rollout.engine.threads == 2, "an engine has a process with these threads for each of its shards"
-    alone = parallel.on_this_machine(settings("rollout.engine.count=4", "rollout.max_staleness=1", "run.replay=demos.parquet"), trains=False)
+    evaluated = settings("rollout.engine.count=4", "rollout.max_staleness=1", "run.replay=demos.parquet")
+    alone = parallel.on_this_machine(evaluated, trains=False)
     assert alone.rollout.engine.threads == 2, "an evaluation has the configured engines and no ranks beside them"
 
 
