@@ -75,11 +75,11 @@ def igpo(*words: str) -> None:
 
 
 def zero_shot() -> Path:
-    """Scores of the model as the package has it."""
+    """Scores of the model as the package has it, of few questions: it writes to the limit of every turn and never an answer."""
     out = FOLDER / "zero-shot"
     scores = out / f"{step_name(0)}.json"
     if not scores.exists():
-        igpo("eval", str(SETTINGS), f"model.path={MODEL}", "--out", str(out))
+        igpo("eval", str(SETTINGS), f"model.path={MODEL}", "eval.questions=60", "eval.samples=1", "--out", str(out))
     return scores
 
 
