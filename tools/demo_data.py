@@ -79,7 +79,7 @@ def _make(out: Path, build: Callable[[], FactSet], sources_of: Callable[[FactSet
     out.mkdir(parents=True, exist_ok=True)
     with console.status("writing"):
         write(made, out)
-        (out / "SOURCES.md").write_text(sources_of(made), encoding="utf-8")
+        (out / "SOURCES.md").write_text(sources_of(made), encoding="utf-8")  # last: where it is, the set is complete (Makefile)
     counts = Counter(question.split for question in made.questions)
     console.print(
         f"{len(made.passages)} passages, {counts['train']} training and {counts['test']} held-out questions "

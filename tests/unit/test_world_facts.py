@@ -2,12 +2,15 @@
 
 import hashlib
 import random
+import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
+import demo_data
 import world_facts
-from facts import Hop, fold
+from facts import FactSet, Hop, fold
 from igpo_megatron.search.local.bm25 import Bm25Index
 
 
@@ -106,3 +109,17 @@ def test_the_world_is_that_of_every_published_figure(world):
 )
 def test_names_are_folded_whole_or_not_at_all(name, folded):
     assert fold(name) == folded
+
+
+def test_an_interrupted_set_is_not_taken_for_a_complete_one(tmp_path, monkeypatch):
+    """By `make quickstart` and `make quickstart-llm`."""
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo_data, "write_questions", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        demo_data._make(tmp_path, lambda: FactSet((), ()), lambda made: "", "")
+    makefile = Path(demo_data.__file__).parents[1].joinpath("Makefile").read_text(encoding="utf-8")
+    marks = re.findall(r"test -e runs/world-facts(\S*) \|\|", makefile)
+    assert len(marks) == 2 and not any((tmp_path / mark.removeprefix("/")).exists() for mark in marks)
