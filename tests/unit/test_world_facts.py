@@ -10,8 +10,9 @@ import pytest
 
 import demo_data
 import world_facts
-from facts import FactSet, Hop, fold
+from facts import FactSet, fold, query_of
 from igpo_megatron.search.local.bm25 import Bm25Index
+from igpo_megatron.types import Hop
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ def test_the_two_best_passages_for_a_hop_state_its_fact(world):
     found, asked = Counter(), Counter()
     for question in random.Random(0).sample(world.questions, 1500):
         for hop in question.hops:
-            texts = [passage.text for passage, _ in index.search(hop.query, 2)]
+            texts = [passage.text for passage, _ in index.search(query_of(hop), 2)]
             asked[hop.relation] += 1
             found[hop.relation] += any(hop.entity in text and hop.value in text for text in texts)
     assert set(asked) == {"country", "capital", "currency", "language", "continent", "code"}
