@@ -80,7 +80,10 @@ def flattened(groups: list[RolloutGroup]) -> list[RolloutGroup]:
 def load_hf(folder: Path) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    # transformers gives the padding token's embedding no gradient, though chat models pad with a token that ends every turn.
+    model.get_input_embeddings().padding_idx = None
+    return model
 
 
 def hf_logprobs(model: torch.nn.Module, context: list[int], tokens: list[int]) -> torch.Tensor:

@@ -63,10 +63,12 @@ BF16_BOUND = 0.15
 """Log-probs of these models by bf16 matmuls, against fp32."""
 
 
-def scored_nodes(policy: Policy, groups: list[RolloutGroup], scorer: ProbeScorer = "fold") -> list[list[float]]:
+def scored_nodes(
+    policy: Policy, groups: list[RolloutGroup], scorer: ProbeScorer = "fold", row_tokens: int = ROW_TOKENS
+) -> list[list[float]]:
     """Log-probs of every action and probe node, on the main rank."""
     groups = held(policy, groups)
-    rows = pack_for_scoring(groups, row_tokens=ROW_TOKENS, multiple=policy.row_multiple, scorer=scorer)
+    rows = pack_for_scoring(groups, row_tokens=row_tokens, multiple=policy.row_multiple, scorer=scorer)
     for node, values in per_node(rows, policy.log_probs(rows), groups):
         node.old_logprobs = values
     return [node.old_logprobs for group in groups for node in group.nodes]
