@@ -3,7 +3,8 @@
     python tools/bench/llm_seeds.py [--seeds 1,2]     about 40 minutes a seed on two cores with AMX
 
 Each seed is one run of the demo with the same cold start; finished seeds are kept below tools/bench/results/cpu/llm_seeds/ and not run
-again; those of other settings are refused. The policy before and after RL then answers the questions about elements, of which neither has seen any.
+again; those of other settings are refused. The policy before and after RL then answers the questions about elements, of which neither has
+seen any.
 """
 
 from __future__ import annotations
