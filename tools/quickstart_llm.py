@@ -12,6 +12,7 @@ settings the policy is the user's own, and nothing is cold-started.
 from __future__ import annotations
 
 import hashlib
+import signal
 import subprocess
 import sys
 import time
@@ -77,11 +78,22 @@ def main(settings: Annotated[list[str] | None, typer.Argument(help="Settings of 
 
 
 def igpo(*words: str) -> None:
-    """Print and run an `igpo` command; its failure is ours."""
+    """Print and run an `igpo` command; its failure is ours. It handles an interruption itself: it has processes to end and work to keep."""
     typer.echo(f"\n$ igpo {' '.join(words)}")
-    code = subprocess.run([sys.executable, "-m", "igpo_megatron", *words], check=False).returncode
+    process = subprocess.Popen([sys.executable, "-m", "igpo_megatron", *words])
+
+    def leave_it(number: int, _: object) -> None:
+        if number != signal.SIGINT:  # which a terminal sends to both
+            process.send_signal(number)
+
+    before = {number: signal.signal(number, leave_it) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if code:
-        raise typer.Exit(code)
+        raise typer.Exit(code if code > 0 else 128 - code)
 
 
 def demonstrated(changes: Sequence[str]) -> Path:
@@ -95,8 +107,8 @@ def demonstrated(changes: Sequence[str]) -> Path:
 
 
 def zero_shot(changes: Sequence[str]) -> Path:
-    """Scores of the model as the package has it, by the run's settings."""
-    words = [*changes, f"model.path={MODEL}"]
+    """Scores of the model as the package has it, of few questions: it writes to the limit of every turn and never an answer."""
+    words = ["eval.questions=60", "eval.samples=1", *changes, f"model.path={MODEL}"]
     settings = to_json(load(SETTINGS, [*words, "run.name=any", "run.steps=1"]))  # neither matters to an evaluation
     out = FOLDER / f"zero-shot-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
     scores = out / f"{step_name(0)}.json"

@@ -5,16 +5,19 @@ from __future__ import annotations
 import ast
 import os
 import queue
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import conftest
+import language_model
 import pytest
 import torch
 from conftest import make_config
 
+from checkpoint_conversion import gguf_to_hf
 from igpo_megatron.policy import cpu, parallel
 
 
@@ -59,3 +62,30 @@ def test_a_rank_that_dies_is_not_waited_for() -> None:
     said: queue.Queue[str] = queue.Queue()
     said.put("its last words")
     assert conftest._next(said, [SimpleNamespace(name="Rank-2", exitcode=-6)]) == "its last words"
+
+
+def test_the_language_model_is_made_once_and_again_when_the_code_that_makes_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, made = tmp_path / "model", []
+
+    def make(gguf: Path, out: Path) -> None:
+        made.append(gguf)
+        out.mkdir()
+
+    monkeypatch.setattr(language_model, "PLACE", place)
+    monkeypatch.setattr(language_model, "demo_gguf", lambda: Path("m.gguf"))
+    monkeypatch.setattr(language_model.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(language_model, "gguf_to_hf", make)
+    with ThreadPoolExecutor(2) as workers:
+        found = list(workers.map(lambda _: language_model.language_model(), range(2)))
+    assert found == [place, place] and len(made) == 1 and place.is_dir()
+    monkeypatch.setattr(language_model, "made_of", lambda: "other code")
+    assert language_model.language_model() == place and len(made) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model.lock", "model.txt"]
+
+
+def test_without_its_package_the_language_model_is_skipped_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf_to_hf, "DEMO_PACKAGE", "no-such-package")
+    with pytest.raises(pytest.skip.Exception, match="no-such-package, which is not installed; `make venv-llm`"):
+        language_model.language_model()

@@ -74,6 +74,7 @@ def scored_nodes(
     return [node.old_logprobs for group in groups for node in group.nodes]
 
 
+@torch.no_grad()
 def reference_logprobs(folder: Path, groups: list[RolloutGroup]) -> list[list[float]]:
     """The same by transformers, one sequence at a time: every token of an action, the scored ones of a probe."""
     model = load_hf(folder)

@@ -1,7 +1,11 @@
 """The second demo's stages: what runs, what is kept, and what is printed. No model is loaded."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -113,6 +117,24 @@ def test_a_run_folder_of_other_settings_is_refused_before_the_cold_start(stages)
 def test_with_a_model_of_the_users_own_nothing_is_shown(stages):
     quickstart_llm.main(["model.path=mine"])
     assert names(stages) == ["train"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_command_ends_itself(tmp_path, number):
+    """It has ranks and engines to end, and takes its time."""
+    command = tmp_path / "command"
+    command.write_text(
+        f"#!/bin/bash\ntrap 'sleep 1; touch {tmp_path}/ended; exit 130' INT TERM\ntouch {tmp_path}/ready\nwhile :; do sleep 0.1; done"
+    )
+    command.chmod(0o755)
+    begin = f"import sys; sys.path.insert(0, {str(ROOT / 'tools')!r}); import quickstart_llm as it"
+    code = f"{begin}; sys.executable = {str(command)!r}; it.igpo()"
+    demo = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "ready").exists():
+        assert demo.poll() is None
+        time.sleep(0.05)
+    os.killpg(demo.pid, number) if number == signal.SIGINT else demo.send_signal(number)
+    assert demo.wait(60) != 0 and (tmp_path / "ended").exists()
 
 
 def test_the_settings_of_all_stages_fit_each_other():
