@@ -12,7 +12,7 @@ import demo_data
 import world_facts
 from facts import FactSet, fold, query_of
 from igpo_megatron.search.local.bm25 import Bm25Index
-from igpo_megatron.types import Hop
+from igpo_megatron.types import Hop, UserError
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +110,12 @@ def test_the_world_is_that_of_every_published_figure(world):
 )
 def test_names_are_folded_whole_or_not_at_all(name, folded):
     assert fold(name) == folded
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file cannot be made \(File exists: .*choose a folder"):
+        demo_data.main(tmp_path / "file")
 
 
 def test_an_interrupted_set_is_not_taken_for_a_complete_one(tmp_path, monkeypatch):
