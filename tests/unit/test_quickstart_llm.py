@@ -114,9 +114,14 @@ def test_a_run_folder_of_other_settings_is_refused_before_the_cold_start(stages)
     assert names(stages) == ["demo-model --out", "data demonstrations"]
 
 
-def test_with_a_model_of_the_users_own_nothing_is_shown(stages):
+def test_with_a_model_of_the_users_own_nothing_is_shown_and_no_score_is_a_cold_starts(stages, capsys):
+    scores = folder_for(load(quickstart_llm.SETTINGS)).eval
+    scores.mkdir(parents=True)
+    (scores / "step_000000.json").write_text(json.dumps(SCORES))
     quickstart_llm.main(["model.path=mine"])
     assert names(stages) == ["train"]
+    shown = capsys.readouterr().out
+    assert "before" in shown and "cold start" not in shown
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
