@@ -65,7 +65,8 @@ def main(settings: Annotated[list[str] | None, typer.Argument(help="Settings of 
     igpo("train", str(SETTINGS), *changes)
     config = load(SETTINGS, changes)
     scores, steps = folder_for(config).eval, config.run.steps
-    evaluations |= {"cold start" if evaluations else "before": scores / f"{step_name(0)}.json", f"{steps} steps": scores / f"{step_name(steps)}.json"}
+    start = "cold start" if evaluations else "before"
+    evaluations |= {start: scores / f"{step_name(0)}.json", f"{steps} steps": scores / f"{step_name(steps)}.json"}
     console = Console()
     headlines = {name: headline(read_object(path, "remove it and run again")) for name, path in evaluations.items() if path.exists()}
     if headlines:
