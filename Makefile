@@ -60,11 +60,11 @@ test: check
 	@$(BIN)/python -m pytest tests/e2e tests/gpu $(addprefix --ignore=,$(LIGHT) tests/gpu/test_policy_gpu.py)
 
 quickstart: venv
-	@test -e runs/world-facts || $(BIN)/python tools/prepare_data.py world-facts --out runs/world-facts
+	@test -e runs/world-facts/SOURCES.md || $(BIN)/python tools/prepare_data.py world-facts --out runs/world-facts
 	@$(BIN)/igpo train examples/quickstart/igpo.yaml $(ARGS)
 
 quickstart-llm: venv-llm
-	@test -e runs/world-facts || $(BIN)/python tools/prepare_data.py world-facts --out runs/world-facts
+	@test -e runs/world-facts/SOURCES.md || $(BIN)/python tools/prepare_data.py world-facts --out runs/world-facts
 	@$(BIN)/python tools/quickstart_llm.py $(ARGS)
 
 warmstart: venv

@@ -25,6 +25,8 @@ _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 """Type of a metadata value -> its struct code."""
 _STRING, _ARRAY = 8, 9
 _MOST_DIMENSIONS = 4
+_SHOWN = {"general.architecture", "tokenizer.ggml.model", "tokenizer.ggml.pre"}
+"""Texts of the metadata that are shown as they are."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,12 @@ class _Cursor:
         except UnicodeDecodeError as error:
             raise ConversionError(f"{self.path} is damaged: the text at byte {start} is not UTF-8") from error
 
+    def name(self) -> str:
+        """A text that is shown to people, so it may hold nothing that moves their cursor."""
+        if not (found := self.text()).isprintable():
+            raise ConversionError(f"{self.path} is damaged: the name {found[:100]!r} has characters that cannot be printed")
+        return found
+
     def value(self, kind: int) -> Any:
         if kind in _NUMBERS:
             return self.number(_NUMBERS[kind])
@@ -147,17 +155,20 @@ def read_gguf(path: Path) -> GgufFile:
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         cursor = _Cursor(path, data)
         if data[:4] != b"GGUF":
-            raise ConversionError(f"{path} is no GGUF file: it begins with {bytes(data[:4])!r}, not b'GGUF'")
+            raise ConversionError(
+                f"{path} is no GGUF file: it begins with {bytes(data[:4])!r}, not b'GGUF'; give a .gguf file, or another model's folder"
+            )
         cursor.take(4)
         if (version := cursor.number("I")) not in _VERSIONS:
             raise ConversionError(f"{path} has version {version} of the format, or is big-endian; versions 2 and 3 are read, little-endian")
         num_tensors, num_keys = cursor.number("Q"), cursor.number("Q")
         metadata: dict[str, Any] = {}
         for _ in range(num_keys):
-            key = cursor.text()
+            key = cursor.name()
             if key in metadata:
                 raise ConversionError(f"{path} is damaged: its metadata has {key} twice")
-            metadata[key] = cursor.value(cursor.number("I"))
+            kind = cursor.number("I")
+            metadata[key] = cursor.name() if kind == _STRING and key in _SHOWN else cursor.value(kind)
         found = GgufFile(path, metadata, _tensors(cursor, num_tensors, metadata.get("general.alignment", 32)))
     if not found.text("general.architecture"):
         raise ConversionError(f"{path} does not name its architecture (general.architecture); it is no complete model")
@@ -171,7 +182,7 @@ def _tensors(cursor: _Cursor, count: int, alignment: object) -> dict[str, GgufTe
         raise ConversionError(f"{path} is damaged: general.alignment is {alignment!r}, not a power of two")
     table: dict[str, tuple[tuple[int, ...], int, int]] = {}
     for _ in range(count):
-        name, dimensions = cursor.text(), cursor.number("I")
+        name, dimensions = cursor.name(), cursor.number("I")
         if name in table or not 1 <= dimensions <= _MOST_DIMENSIONS:
             raise ConversionError(f"{path} is damaged: tensor {name} has {dimensions} dimensions, or is there twice")
         shape = tuple(reversed(struct.unpack(f"<{dimensions}Q", cursor.take(8 * dimensions))))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import io
+import math
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -122,7 +123,7 @@ def inspect_gguf(path: Path, list_tensors: bool = False) -> Iterator[str]:
     for tensor in file.tensors.values():
         kinds[type_name(tensor)] = kinds.get(type_name(tensor), 0) + 1
     size = sum(tensor.nbytes for tensor in file.tensors.values())
-    count = sum(int(np.prod(tensor.shape, dtype=np.float64)) for tensor in file.tensors.values())
+    count = sum(math.prod(tensor.shape) for tensor in file.tensors.values())
     yield f"kind: GGUF ({path.name}); igpo convert gguf-to-hf makes a Hugging Face folder of it"
     try:
         layers, hidden = (file.integer(file.of_model(key)) for key in ("block_count", "embedding_length"))

@@ -26,6 +26,7 @@ from facts import FactSet, Question
 from igpo_megatron.data.corpora import write_passages
 from igpo_megatron.data.corpus import Passage
 from igpo_megatron.data.questions import igpo_row, igpo_schema
+from igpo_megatron.types import UserError
 
 SOURCES = """# Sources of "World facts"
 
@@ -74,12 +75,15 @@ def elements(out: Out) -> None:
 
 def _make(out: Path, build: Callable[[], FactSet], sources_of: Callable[[FactSet], str], reading: str) -> None:
     console = Console()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be made ({error.strerror}: {error.filename}); choose a folder that you may write") from None
     with console.status(reading):
         made = build()
-    out.mkdir(parents=True, exist_ok=True)
     with console.status("writing"):
         write(made, out)
-        (out / "SOURCES.md").write_text(sources_of(made), encoding="utf-8")
+        (out / "SOURCES.md").write_text(sources_of(made), encoding="utf-8")  # last: where it is, the set is complete (Makefile)
     counts = Counter(question.split for question in made.questions)
     console.print(
         f"{len(made.passages)} passages, {counts['train']} training and {counts['test']} held-out questions "

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from facts import TEST_SHARE, FactSet, Hop, Name, Question, Split, digest, phrased
+from facts import TEST_SHARE, FactSet, Name, Question, Split, digest, phrased
 from igpo_megatron.data.corpus import Passage
-from igpo_megatron.types import UserError
+from igpo_megatron.types import Hop, UserError
 
 PACKAGE = "mendeleev==1.3.0"
 

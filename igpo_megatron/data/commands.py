@@ -268,15 +268,16 @@ def demonstrations(
 
     kept, other = split(chains, held_out)
     parts = [(out, kept, count, "demo")]
-    if held_out:
-        parts.append((out.with_suffix(f".held-out{out.suffix}"), other, max(1, round(held_out * count)), "held-out"))
-    try:
-        for path, of, number, part in parts:
-            skipped: Counter[str] = Counter()
-            made = demonstrate(tasks(of, part), number, tools, chat, settings.rollout, skipped)
-            _write_demonstrations(path, made, number, skipped, show if part == "demo" else 0)
-    finally:
-        asyncio.run(tools[SEARCH].close())
+    if held_out:  # written first: where `out` is, both are complete
+        parts.insert(0, (out.with_suffix(f".held-out{out.suffix}"), other, max(1, round(held_out * count)), "held-out"))
+    with asyncio.Runner() as runner:
+        try:
+            for path, of, number, part in parts:
+                skipped: Counter[str] = Counter()
+                made = demonstrate(tasks(of, part), number, tools, chat, settings.rollout, runner, skipped)
+                _write_demonstrations(path, made, number, skipped, show if part == "demo" else 0)
+        finally:
+            runner.run(tools[SEARCH].close())
 
 
 def _write_demonstrations(path: Path, made: Iterator[Demonstration], count: int, skipped: Counter[str], show: int) -> None:

@@ -237,6 +237,11 @@ KEY = struct.pack("<Q", 1) + b"k"
 HUGE = 2**62
 
 
+def text(value):
+    """A text as the format has it."""
+    return struct.pack("<Q", len(value)) + value.encode()
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -255,6 +260,9 @@ HUGE = 2**62
         (HEADER + KEY + struct.pack("<IIQ", 9, 9, 1) * 500, "type 9"),
         (HEADER + KEY + struct.pack("<IQ", 8, 1) + b"\xff", "not UTF-8"),
         (HEADER + KEY + struct.pack("<IB", 0, 1), "does not name its architecture"),
+        (HEADER + text("\x1b[2J"), "cannot be printed"),
+        (HEADER + text("general.architecture") + struct.pack("<I", 8) + text("\x1b[2J"), "cannot be printed"),
+        (struct.pack("<4sIQQ", b"GGUF", 3, 1, 0) + text("\x1b[2J"), "cannot be printed"),
     ],
 )
 def test_a_hostile_header_is_one_sentence(tmp_path, content, message):

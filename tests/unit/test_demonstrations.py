@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 from collections import Counter
@@ -26,6 +27,7 @@ from igpo_megatron.agent.demonstrator import NO_MISTAKES, USUAL, Intention, Mist
 from igpo_megatron.agent.settings import Rollout
 from igpo_megatron.algorithms.settings import Reward
 from igpo_megatron.chat.format import Answer, ChatFormat
+from igpo_megatron.data import commands
 from igpo_megatron.data.hops import ChainQuestion, endless, read_chains, split
 from igpo_megatron.data.questions import igpo_row, igpo_schema
 from igpo_megatron.observability.rollout_dump import read_rollouts
@@ -90,8 +92,9 @@ def tasks(mistakes: Mistakes, max_turns: int, of: Sequence[ChainQuestion] = CHAI
 
 def make(count: int, mistakes: Mistakes, form: tuple[ChatFormat, Rollout], **options: Any) -> list[Demonstration]:
     chat, config = form
-    found = tasks(mistakes, config.max_turns, **options)
-    return list(demonstrate(found, count, {SEARCH: SearchTool(LocalSearch(), chat.protocol.hit)}, chat, config, Counter()))
+    found, tools = tasks(mistakes, config.max_turns, **options), {SEARCH: SearchTool(LocalSearch(), chat.protocol.hit)}
+    with asyncio.Runner() as runner:
+        return list(demonstrate(found, count, tools, chat, config, runner, Counter()))
 
 
 def answer_of(one: Demonstration) -> str:
@@ -250,8 +253,9 @@ def test_a_question_that_does_not_fit_is_skipped_and_counted() -> None:
     chat, config = chat_of()
     long = replace(CHAINS[0], prompt=replace(CHAINS[0].prompt, id="long", question="capital of Iran " * 3000))
     skipped = Counter[str]()
-    found = tasks(NO_MISTAKES, 6, of=[*CHAINS, long])
-    made = list(demonstrate(found, 20, {SEARCH: SearchTool(LocalSearch(), chat.protocol.hit)}, chat, config, skipped))
+    found, tools = tasks(NO_MISTAKES, 6, of=[*CHAINS, long]), {SEARCH: SearchTool(LocalSearch(), chat.protocol.hit)}
+    with asyncio.Runner() as runner:
+        made = list(demonstrate(found, 20, tools, chat, config, runner, skipped))
     assert len(made) == 20 and skipped.total() >= 1 and "rollout.max_context=4096" in skipped.most_common(1)[0][0]
     assert all(one.group.prompt.id != "long" for one in made)
 
@@ -384,6 +388,32 @@ def test_an_interrupted_command_leaves_no_half_file(run_file: Path, tmp_path: Pa
     monkeypatch.setattr(making, "_one", interrupted)
     assert ask(run_file, tmp_path / "d.parquet", "--count", "200").exit_code != 0
     assert [path.name for path in tmp_path.iterdir() if "d.parquet" in path.name] == []
+
+
+def test_what_is_held_out_is_written_first_so_that_one_file_means_both(
+    run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+    monkeypatch.setattr(commands, "write_rollouts", lambda path, step, groups: written.append(path.name) or list(groups))
+    assert ask(run_file, tmp_path / "d.parquet", "--count", "8", "--held-out", "0.25").exit_code == 0
+    assert written == ["d.held-out.parquet", "d.parquet"]
+
+
+def test_the_connections_of_a_search_server_stay_in_one_event_loop(run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loops = []
+
+    class Connected(LocalSearch):
+        async def search(self, queries: Sequence[str]) -> list[SearchResult]:
+            loops.append(asyncio.get_running_loop())
+            return await super().search(queries)
+
+        async def close(self) -> None:
+            loops.append(asyncio.get_running_loop())
+
+    monkeypatch.setattr(commands, "make_client", lambda settings: Connected())
+    done = ask(run_file, tmp_path / "d.parquet", "--count", "8", "--held-out", "0.25")
+    assert done.exit_code == 0, done.output
+    assert len(loops) > 8 and len(set(loops)) == 1
 
 
 def test_the_commands_refusals_are_one_sentence(run_file: Path, tmp_path: Path) -> None:

@@ -12,23 +12,24 @@ BENCH = Path(__file__).resolve().parents[2] / "tools" / "bench"
 sys.path.insert(0, str(BENCH))
 
 import retrieval  # noqa: E402
-from retrieval import Asked, Fact, queries_per_s, rank, recall, recalls, states  # noqa: E402
+from retrieval import Asked, queries_per_s, rank, recall, recalls, states  # noqa: E402
 
 from igpo_megatron.data.corpus import Passage  # noqa: E402
+from igpo_megatron.types import Hop  # noqa: E402
 
 OMAN, ROMANIA, RIAL = (
     Passage("om", "Oman", "Muscat is the capital of Oman."),
     Passage("ro", "Romania", "Bucharest, not Muscat, is the capital of Romania."),
     Passage("ri", "Omani Rial", "The currency has the code OMR."),
 )
-CAPITAL = Fact("Oman", "capital", "Muscat")
-CODE = Fact("Omani Rial", "code", "OMR")
+CAPITAL = Hop("Oman", "capital", "Muscat")
+CODE = Hop("Omani Rial", "code", "OMR")
 
 
 def test_a_fact_is_stated_by_whole_words_of_title_and_text():
     assert states(OMAN, CAPITAL) and states(RIAL, CODE)
     assert not states(ROMANIA, CAPITAL), "Oman is not in Romania"
-    assert not states(OMAN, Fact("Oman", "capital", "Mus")) and states(OMAN, Fact("Oman", "is", "the capital"))
+    assert not states(OMAN, Hop("Oman", "capital", "Mus")) and states(OMAN, Hop("Oman", "is", "the capital"))
 
 
 def test_ranks_begin_at_one_and_recall_is_the_share_within_the_first_k():

@@ -2,13 +2,17 @@
 
 import hashlib
 import random
+import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
+import demo_data
 import world_facts
-from facts import Hop, fold
+from facts import FactSet, fold, query_of
 from igpo_megatron.search.local.bm25 import Bm25Index
+from igpo_megatron.types import Hop, UserError
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +75,7 @@ def test_the_two_best_passages_for_a_hop_state_its_fact(world):
     found, asked = Counter(), Counter()
     for question in random.Random(0).sample(world.questions, 1500):
         for hop in question.hops:
-            texts = [passage.text for passage, _ in index.search(hop.query, 2)]
+            texts = [passage.text for passage, _ in index.search(query_of(hop), 2)]
             asked[hop.relation] += 1
             found[hop.relation] += any(hop.entity in text and hop.value in text for text in texts)
     assert set(asked) == {"country", "capital", "currency", "language", "continent", "code"}
@@ -106,3 +110,23 @@ def test_the_world_is_that_of_every_published_figure(world):
 )
 def test_names_are_folded_whole_or_not_at_all(name, folded):
     assert fold(name) == folded
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file cannot be made \(File exists: .*choose a folder"):
+        demo_data.main(tmp_path / "file")
+
+
+def test_an_interrupted_set_is_not_taken_for_a_complete_one(tmp_path, monkeypatch):
+    """By `make quickstart` and `make quickstart-llm`."""
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo_data, "write_questions", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        demo_data._make(tmp_path, lambda: FactSet((), ()), lambda made: "", "")
+    makefile = Path(demo_data.__file__).parents[1].joinpath("Makefile").read_text(encoding="utf-8")
+    marks = re.findall(r"test -e runs/world-facts(\S*) \|\|", makefile)
+    assert len(marks) == 2 and not any((tmp_path / mark.removeprefix("/")).exists() for mark in marks)

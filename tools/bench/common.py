@@ -109,7 +109,7 @@ def kept_cell(path: Path, wanted: Mapping[str, Any], make: Callable[[], Mapping[
 def world_facts() -> Path:
     """The folder of the demo's questions and passages, made where it is not there yet."""
     folder = ROOT / "runs" / "world-facts"
-    if not folder.is_dir():
+    if not (folder / "SOURCES.md").exists():  # written last
         command = [sys.executable, "tools/prepare_data.py", "world-facts", "--out", str(folder)]
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     return folder

@@ -3,11 +3,13 @@
     python tools/bench/llm_seeds.py [--seeds 1,2]     about 40 minutes a seed on two cores with AMX
 
 Each seed is one run of the demo with the same cold start; finished seeds are kept below tools/bench/results/cpu/llm_seeds/ and not run
-again. The policy before and after RL then answers the questions about elements, of which neither has seen any.
+again; those of other settings are refused. The policy before and after RL then answers the questions about elements, of which neither has
+seen any.
 """
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
 from functools import partial
@@ -22,14 +24,17 @@ from igpo_megatron.observability.metrics import headline
 from igpo_megatron.observability.run_folder import read_object
 
 RESULT = RESULTS / "cpu" / "llm_seeds.json"
-SETTINGS = "examples/quickstart-llm/igpo.yaml"
+SETTINGS, COLD_START = "examples/quickstart-llm/igpo.yaml", "examples/quickstart-llm/coldstart.yaml"
 OTHER_FACTS = Path("runs/element-facts")
 
 
 def main(seeds: Annotated[str, typer.Option(help="Comma-separated seeds.")] = "1,2") -> None:
     """Run the seeds that are missing and print the table."""
-    folder = RESULT.with_suffix("")
-    cells = {seed: kept_cell(folder / f"{seed}.json", {"seed": int(seed)}, partial(run, seed)) for seed in seeds.split(",")}
+    made_by = hashlib.sha256(b"".join((ROOT / file).read_bytes() for file in (SETTINGS, COLD_START))).hexdigest()[:12]
+    cells = {
+        seed: kept_cell(RESULT.with_suffix("") / f"{seed}.json", {"seed": int(seed), "settings": made_by}, partial(run, seed))
+        for seed in seeds.split(",")
+    }
     rows = {f"seed {seed} {when}": shown(scores) for seed, cell in cells.items() for when, scores in cell["scores"].items()}
     Console().print(table("", rows))
     rises = {seed: cell["scores"]["after"]["f1_sampled"] - cell["scores"]["cold start"]["f1_sampled"] for seed, cell in cells.items()}
@@ -44,7 +49,7 @@ def run(seed: str) -> dict[str, Any]:
     summary = read_object(folder / "summary.json", "remove the run and start again")
     start = read_object(folder / "config.json", "remove the run and start again")["model"]["path"]
     checkpoint = sorted((folder / "checkpoints").glob("step_??????"))[-1]
-    if not (ROOT / OTHER_FACTS).exists():
+    if not (ROOT / OTHER_FACTS / "SOURCES.md").exists():  # written last
         python("tools/prepare_data.py", "element-facts", "--out", str(OTHER_FACTS))
     scores = {"cold start": summary["before"], "after": summary["after"]}
     for when, model in (("cold start", start), ("after", str(checkpoint))):

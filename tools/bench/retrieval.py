@@ -35,6 +35,7 @@ from igpo_megatron.search.local.bm25 import Bm25Index
 from igpo_megatron.search.local.dense import Embedding, open_dense
 from igpo_megatron.search.local.hybrid import HybridIndex
 from igpo_megatron.search.settings import Search
+from igpo_megatron.types import Hop
 
 CONSOLE = Console(stderr=True)
 AT = (1, 2, 5, 10)
@@ -46,24 +47,11 @@ Find = Callable[[Sequence[str], int], Sequence[Sequence[tuple[Passage, float]]]]
 
 
 @dataclass(frozen=True, slots=True)
-class Fact:
-    """The `relation` of `entity` is `value`."""
-
-    entity: str
-    relation: str
-    value: str
-
-    @property
-    def query(self) -> str:
-        return f"{self.relation} of {self.entity}"
-
-
-@dataclass(frozen=True, slots=True)
 class Asked:
     """A question and the facts behind it."""
 
     text: str
-    hops: tuple[Fact, ...]
+    hops: tuple[Hop, ...]
 
 
 def main(
@@ -85,7 +73,7 @@ def measured(folder: Path, repeats: int) -> tuple[dict[str, Any], float]:
     passages, questions = tuple(read_corpus(folder / "corpus.jsonl")), read_questions(folder / "test.parquet")
     facts = {fact for question in questions for fact in question.hops}
     finds, build_s = built(passages)
-    speeds = queries_per_s(finds, sorted({fact.query for fact in facts}), repeats)
+    speeds = queries_per_s(finds, sorted({query_of(fact) for fact in facts}), repeats)
     figures: dict[str, Any] = {"passages": len(passages), "questions": len(questions), "facts": len(facts)}
     for name, find in finds.items():
         found = recalls(find, questions)
@@ -100,7 +88,12 @@ def measured(folder: Path, repeats: int) -> tuple[dict[str, Any], float]:
 def read_questions(path: Path) -> list[Asked]:
     """All questions of a file. Raises KeyError for one without hops."""
     rows = parquet.read_table(path, columns=["prompt", "extra_info"]).to_pylist()
-    return [Asked(row["prompt"][-1]["content"], tuple(Fact(*hop) for hop in json.loads(row["extra_info"]["hops"]))) for row in rows]
+    return [Asked(row["prompt"][-1]["content"], tuple(Hop(*hop) for hop in json.loads(row["extra_info"]["hops"]))) for row in rows]
+
+
+def query_of(fact: Hop) -> str:
+    """What an honest policy asks."""
+    return f"{fact.relation} of {fact.entity}"
 
 
 def built(passages: Sequence[Passage]) -> tuple[dict[str, Find], dict[str, float]]:
@@ -135,12 +128,12 @@ def queries_per_s(finds: Mapping[str, Find], queries: Sequence[str], repeats: in
 
 def recalls(find: Find, questions: Sequence[Asked]) -> dict[str, dict[str, dict[str, float]]]:
     """way -> number of hops, or `all` -> recall at each of AT."""
-    texts = list(dict.fromkeys(text for question in questions for text in (question.text, *(fact.query for fact in question.hops))))
+    texts = list(dict.fromkeys(text for question in questions for text in (question.text, *(query_of(fact) for fact in question.hops))))
     hits = dict(zip(texts, ([passage for passage, _ in best] for best in find(texts, AT[-1])), strict=True))
     ranks: dict[str, dict[str, list[float]]] = {"query": {}, "question": {}}
     for question in questions:
         for fact in question.hops:
-            for way, text in (("query", fact.query), ("question", question.text)):
+            for way, text in (("query", query_of(fact)), ("question", question.text)):
                 for row in (str(len(question.hops)), "all"):
                     ranks[way].setdefault(row, []).append(rank(hits[text], fact))
     return {way: {row: recall(found) for row, found in sorted(rows.items())} for way, rows in ranks.items()}
@@ -151,12 +144,12 @@ def recall(ranks: Sequence[float]) -> dict[str, float]:
     return {f"recall_at_{k}": round(sum(found <= k for found in ranks) / len(ranks), 4) for k in AT}
 
 
-def rank(passages: Iterable[Passage], fact: Fact) -> float:
+def rank(passages: Iterable[Passage], fact: Hop) -> float:
     """Rank, from 1, of the first passage that states the fact; infinite if none does."""
     return next((float(place) for place, passage in enumerate(passages, start=1) if states(passage, fact)), float("inf"))
 
 
-def states(passage: Passage, fact: Fact) -> bool:
+def states(passage: Passage, fact: Hop) -> bool:
     """True if the passage holds entity and value as whole words: Oman is not in Romania."""
     text = f"{passage.title}\n{passage.text}"
     return all(name in text and whole_word(name).search(text) is not None for name in (fact.entity, fact.value))
