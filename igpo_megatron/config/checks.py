@@ -219,6 +219,9 @@ def _algorithm(config: Config) -> Iterator[str]:
             f"{setting} makes a token's loss depend on other tokens, which model.head_backward=in_forward has not seen when it forms the "
             "token's gradient; use model.head_backward=recompute"
         )
+    held_out, replay = loss.held_out_loss, config.run.replay
+    if held_out is not None and replay is not None and held_out.file.resolve() == replay.resolve():
+        yield f"loss.held_out={held_out.file} is the file of run.replay, so what it measures is trained on; split the demonstrations"
     engine_scores = reward.scorer == "engine" and reward.gain != "none" and config.advantage.needs_probes and loss.learns_from_rewards
     if engine_scores and not needs_engines(config):
         yield "reward.scorer=engine needs engines, run.replay starts none; use reward.scorer=fold"

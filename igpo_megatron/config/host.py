@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Set
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,9 +28,20 @@ def cpu_flags(path: Path = Path("/proc/cpuinfo")) -> set[str]:
     return set()
 
 
-def cpu_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def cpu_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Cores this process may use: those it may run on, or fewer where its control group (`docker run --cpus`) gives it less time."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, math.floor(cpu_quota(cgroup) or cores)))
+
+
+def cpu_quota(cgroup: Path) -> float | None:
+    """Cores' worth of time that a control group is limited to, as version 2 or 1 of cgroups writes it; None for no limit."""
+    files = (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"))
+    for names in files:
+        with suppress(OSError):
+            quota, period = " ".join((cgroup / name).read_text(encoding="ascii") for name in names).split()
+            return None if quota in ("max", "-1") else int(quota) / int(period)
+    return None
 
 
 def best_dtype(cuda: bool, flags: Set[str]) -> Literal["fp32", "bf16"]:
@@ -45,7 +58,7 @@ def is_small(shape: Mapping[str, Any]) -> bool:
 
 
 def thread_counts(cores: int, ranks: int, engines: int, together: bool) -> tuple[int, int]:
-    """`auto` threads of each of the `ranks` and `engines` of a machine.
+    """`auto` threads of each of the `ranks` and of the `engines`' processes on a machine.
 
     Where they take turns both sides have all `cores`; where they work at the same time (`together`) each has about half of them.
     """

@@ -38,7 +38,7 @@ def probes(
     from igpo_megatron.training.checks import require
 
     stay_offline()
-    settings = on_this_machine(load(config, overrides or []))
+    settings = on_this_machine(load(config, overrides or []), trains=False)
     require(settings, None)
     raise typer.Exit(probe_check.main(settings))
 

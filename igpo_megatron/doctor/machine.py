@@ -21,7 +21,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from igpo_megatron.config.host import cpu_cores, cpu_flags
+from igpo_megatron.config.host import BF16_FLAGS, cpu_cores, cpu_flags
 
 Verdict = Literal["ok", "warn", "fail"]
 
@@ -175,8 +175,8 @@ def processor() -> list[Row]:
         return [Row("processor", "fail", found, "vLLM's CPU build needs AVX2 or better")]
     if cores < 2:
         return [Row("processor", "warn", found, "ranks and engine will take turns on one core")]
-    if not has_gpu() and not {"avx512_bf16", "amx_bf16"} & flags:
-        return [Row("processor", "ok", found, "no bf16 instructions: use model.dtype=fp32, bf16 is slower here")]
+    if not has_gpu() and not BF16_FLAGS & flags:
+        return [Row("processor", "ok", found, "no bf16 instructions: model.dtype=auto is fp32 here, bf16 would be slower")]
     return [Row("processor", "ok", found)]
 
 

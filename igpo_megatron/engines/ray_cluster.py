@@ -88,7 +88,11 @@ class RayCluster:
                     _temp_dir=str(self.folder),
                     **quiet,
                 )
-        except Exception as error:  # noqa: BLE001 (Ray raises nothing narrower)
+        except BaseException as error:  # an interrupt, too: what has started so far would outlive this process
+            self._family = _of_folder(self.folder)
+            self.close()
+            if not isinstance(error, Exception):
+                raise
             raise EngineError(f"Ray did not start on this machine: {cause(error)}") from None
         # Only living ones: the servers of an earlier Ray of this process may not have been reaped yet.
         children = [child for child in psutil.Process().children() if is_alive(child)]
@@ -144,6 +148,16 @@ class RayCluster:
         files = sorted(self.folder.glob(pattern), key=lambda path: path.stat().st_mtime)
         lines = [line for path in files for line in path.read_text(errors="replace").splitlines() if line.strip()]
         return "\nlast lines of the engine's log:\n  " + "\n  ".join(lines[-_LOG_LINES:]) if lines else ""
+
+
+def _of_folder(folder: Path) -> list[psutil.Process]:
+    """Children of this process that were started with this folder in their arguments, and their descendants."""
+    found: list[psutil.Process] = []
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if any(str(folder) in argument for argument in child.cmdline()):
+                found += [child, *child.children(recursive=True)]
+    return found
 
 
 def visible_devices(gpu_ids: Sequence[int]) -> str:

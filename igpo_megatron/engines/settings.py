@@ -40,9 +40,9 @@ class Engine(Section):
     """KV-cache size of each engine, on CPU, and of backend=torch on any device: there it holds full sequences of `rollout.max_context`."""
 
     threads: Threads = "auto"
-    """CPU: OpenMP threads of each vLLM engine; backend=torch uses those of its rank (`run.threads`). `auto`: 1 for models below 20 M
-    parameters; else the machine's cores shared by the engines, which work while the ranks wait, or half of the cores where the ranks do not
-    wait (`rollout.max_staleness` above 0)."""
+    """CPU: OpenMP threads of each vLLM engine, of each of its `tensor` workers; backend=torch uses those of its rank (`run.threads`).
+    `auto`: 1 for models below 20 M parameters; else the machine's cores shared by the engines, which work while the ranks wait, or half of
+    the cores where the ranks do not wait (`rollout.max_staleness` above 0)."""
 
     gpu_ids: tuple[NonNegativeInt, ...] = ()
     """CUDA: devices the engines may use on this node, counted from 0 among those that the run sees (its CUDA_VISIBLE_DEVICES, if a

@@ -62,7 +62,7 @@ def open_folder(config: Config) -> RunFolder:
 
     A folder made with other settings is refused, naming the keys that differ; with `run.resume=never` every used folder is refused. A key
     that is missing in the folder's settings, because it is newer, counts as its default. `run.steps` may be raised where no step depends on
-    it: the run goes on like one of so many steps that was stopped.
+    it: the run goes on like one of so many steps that was stopped. `model.dtype=auto` agrees with the dtype that the run began with.
     """
     folder = folder_for(config)
     try:
@@ -79,10 +79,19 @@ def open_folder(config: Config) -> RunFolder:
         old = json.loads(to_json(build(old)))
     except ConfigError as error:
         raise ConfigError([f"{folder.config} has settings that this version does not take ({how}):", *error.problems]) from None
-    changed = [row for row in differing_keys(old, json.loads(to_json(config))) if not row.startswith((*MAY_CHANGE, "run.steps:"))]
+    may_change = (*MAY_CHANGE, "run.steps:", *(("model.dtype:",) if config.model.dtype == "auto" else ()))
+    changed = [row for row in differing_keys(old, json.loads(to_json(config))) if not row.startswith(may_change)]
     if changed := [*changed, *_steps_refused(config, old["run"]["steps"], folder)]:
         raise ConfigError([f"{folder.root} was made with other settings ({how}):", *changed])
     return folder
+
+
+def begun_dtype(folder: RunFolder) -> str | None:
+    """The `model.dtype` that the folder's run began with; None for a new run."""
+    if not folder.config.is_file():
+        return None
+    dtype: str = build(read_object(folder.config, "write it from a copy")).model.dtype
+    return None if dtype == "auto" else dtype
 
 
 def _steps_refused(config: Config, before: int, folder: RunFolder) -> Iterator[str]:

@@ -34,7 +34,6 @@ def level_fit(sizes: Sequence[int], budget: int, multiple: int) -> list[list[int
     tightest = first_fit(sizes, budget)
     if multiple == 1 or not sizes:
         return tightest
-    largest = max(budget, *sizes)
     count = -(-len(tightest) // multiple) * multiple
     while True:
         bins: list[list[int]] = [[] for _ in range(count)]
@@ -43,7 +42,7 @@ def level_fit(sizes: Sequence[int], budget: int, multiple: int) -> list[list[int
             load, number = heapq.heappop(loads)
             bins[number].append(index)
             heapq.heappush(loads, (load + sizes[index], number))
-        if max(load for load, _ in loads) <= largest:
+        if all(load <= budget or len(bins[number]) == 1 for load, number in loads):
             return [members for members in bins if members]
         count += multiple
 

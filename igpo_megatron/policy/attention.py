@@ -25,9 +25,10 @@ from igpo_megatron.policy.tree_plan import PLANS, Range, plan_of
 BLOCK = 128
 """Tokens per side of a block of the block mask."""
 
-SHORT = 256
-"""Queries of a call up to which a bf16 row is attended to in fp32 where it is trained on: in bf16 torch's backward pass on CPU takes four
-times as long at 60 tokens, and no longer from about 300 on."""
+SHORT = 128
+"""Queries of a call up to which a bf16 row is attended to in fp32: in bf16 torch's backward pass on CPU takes three times as long at 60
+tokens, and no longer from about 200 on. In every pass alike, trained on or not: otherwise the log-probs before a step would not be those
+that the step begins with (on SmolLM2 by 0.025 on average)."""
 
 GRAPHS = 256
 """Most compiled forms of FlexAttention in one process: one for every bucket of queries and of keys, with and without gradients."""
@@ -92,7 +93,7 @@ def chain_attention(
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
     """One call: q [m, heads, d], k and v [n, kv_heads, d], mask [m, n] as in the plan -> [m, heads, d]."""
     dtype = q.dtype
-    if dtype == torch.bfloat16 and q.requires_grad and len(q) <= SHORT:
+    if dtype == torch.bfloat16 and len(q) <= SHORT:
         q, k, v = q.float(), k.float(), v.float()
     backwards = mask is None and len(q) < len(k)
     if backwards:

@@ -106,7 +106,7 @@ def save(policy: Policy, checkpoints: Path, step: int, state: dict[str, Any], ke
     with _failures_named(final):
         dist_checkpointing.save(sharded, str(partial / "model"), content_metadata=SHARDING, **WRITER)
     dist.barrier()
-    _complete(policy, final, state, own, (keep, best), checkpoint_sums.of_rank(partial, policy.ranks.rank))
+    _complete(policy, final, state, own, checkpoint_sums.of_rank(partial, policy.ranks.rank), keep, best)
     return final
 
 
@@ -128,7 +128,7 @@ def finish(policy: Policy, *, wait: bool) -> bool:
     with _failures_named(pending.final):
         for complete_part in pending.request.finalize_fns:
             complete_part()
-    _complete(policy, pending.final, pending.run, pending.own, (pending.keep, pending.best), pending.sums)
+    _complete(policy, pending.final, pending.run, pending.own, pending.sums, pending.keep, pending.best)
     return True
 
 
@@ -155,12 +155,13 @@ def _reason(final: Path, error: CheckpointException) -> str:
     return f"{final.name} could not be written by rank {rank}: {why}"
 
 
-def _complete(policy: Policy, final: Path, state: dict[str, Any], own: dict[str, Any], kept: tuple[int, int | None], sums: Sums) -> None:
+def _complete(
+    policy: Policy, final: Path, state: dict[str, Any], own: dict[str, Any], sums: Sums, keep: int, best: int | None = None
+) -> None:
     """Add the policy's description, the run's state and the sums of all files to a folder, then rename it. Collective.
 
-    `kept`: how many of the newest checkpoints are, and the best one's step.
+    `keep` and `best`: as for `save`.
     """
-    keep, best = kept
     partial = final.with_suffix(".partial")
     everyones = parallel.gather(sums)
     if policy.ranks.is_main:

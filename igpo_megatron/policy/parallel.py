@@ -72,17 +72,19 @@ def wants_cuda(device: str) -> bool:
     return device == "cuda" or (device == "auto" and torch.cuda.is_available())
 
 
-def on_this_machine(config: Config) -> Config:
+def on_this_machine(config: Config, *, trains: bool = True) -> Config:
     """The configuration with `auto` replaced by what it is here: `run.device`, `model.dtype` and both sides' threads.
 
-    Ranks that torchrun started on this machine count as LOCAL_WORLD_SIZE; without it the process is alone.
+    Ranks that torchrun started on this machine count as LOCAL_WORLD_SIZE; without it the process is alone. `trains`: False for an
+    evaluation, which has engines whatever `run.replay` says, and no ranks beside them.
     """
     run, model, engine = config.run, config.model, config.rollout.engine
     cuda = run.device == "cuda" or (run.device == "auto" and wants_cuda("auto"))
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    engines = engine.count if run.replay is None and engine.backend == "vllm" else 0
+    serves = engine.backend == "vllm" and (run.replay is None or not trains)
+    workers = engine.count * engine.tensor if serves else 0
     cores = 1 if host.is_small(model.shape()) else host.cpu_cores()
-    for_ranks, for_engines = host.thread_counts(cores, ranks, engines, together=config.rollout.max_staleness > 0)
+    for_ranks, for_engines = host.thread_counts(cores, ranks, workers, together=trains and config.rollout.max_staleness > 0)
     run = run.model_copy(update={"device": "cuda" if cuda else "cpu"})
     if run.threads == "auto":
         run = run.model_copy(update={"threads": 1 if cuda else for_ranks})

@@ -21,7 +21,7 @@ class Model(Section):
 
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Parameter and activation type; master weights are fp32, and gradients are accumulated and reduced in fp32. `auto`: bf16 on CUDA, and
-    on CPU where the processor has AMX or AVX512-BF16, else fp32."""
+    on CPU where the processor has AMX or AVX512-BF16, else fp32; a run that is resumed keeps the one it began with."""
 
     backend: Literal["auto", "local", "te"] = "auto"
     """Layer implementation: Megatron's local layers, or TransformerEngine; `auto` takes te on CUDA when importable."""
@@ -165,7 +165,7 @@ class Checkpoint(Section):
     """When and how checkpoints are saved."""
 
     every: NonNegativeInt = 10
-    """Steps between checkpoints; 0 saves only at the end."""
+    """Steps between checkpoints; 0 saves only at the end. A run with `loss.held_out` also saves after each new best measurement."""
 
     keep: PositiveInt = 2
     """Newest checkpoints kept, beside the best one of a run with `loss.held_out`."""

@@ -245,7 +245,7 @@ def evaluate_checkpoint(config: Config, model: Path | None, out: Path) -> dict[s
             megatron_to_hf(folder, converted)
             folder = converted
         config = config.model_copy(update={"model": config.model.model_copy(update={"path": folder})})
-        config = on_this_machine(config)
+        config = on_this_machine(config, trains=False)
         require(config, None)
         out.mkdir(parents=True, exist_ok=True)
         chat = ChatFormat(load_tokenizer(folder), config.rollout, config.reward)

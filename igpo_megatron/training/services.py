@@ -27,7 +27,7 @@ from igpo_megatron.config.schema import Config
 from igpo_megatron.data.prompts import PromptStream
 from igpo_megatron.observability.memory_ledger import MemoryLedger
 from igpo_megatron.observability.rollout_dump import read_rollouts
-from igpo_megatron.observability.run_folder import RunFolder, forget_after, held, open_folder, set_up, step_name, step_of
+from igpo_megatron.observability.run_folder import RunFolder, begun_dtype, forget_after, held, open_folder, set_up, step_name, step_of
 from igpo_megatron.observability.summary import finish
 from igpo_megatron.observability.tracker import Tracker
 from igpo_megatron.supervision.endings import ending_of, interruptible, leave, reason_left, signals_restored
@@ -81,17 +81,17 @@ class Session:
 def opened(config: Config) -> Iterator[Session]:
     """Start or resume one rank; finish the run after the block. An early end raises `Ended` after everything is closed.
 
-    The run's folder keeps the settings as they were given; everything else sees what `auto` means here.
+    The run's folder keeps the settings as they were given, but for the dtype; everything else sees what `auto` means here.
     """
     from igpo_megatron.policy import checkpoint, checkpoint_sums, parallel
     from igpo_megatron.policy.policy import Policy
 
     given, config = config, parallel.on_this_machine(config)
     ranks = parallel.init(config)
-    # One dtype for all ranks and engines, whatever processor the other machines have.
-    dtype = parallel.broadcast(config.model.dtype)
-    config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
     folder, who = open_folder(given), f"rank {ranks.rank}"
+    # One dtype for all ranks and engines, and for the whole run, whatever processor other machines have: it decides what is computed.
+    dtype = parallel.broadcast(begun_dtype(folder) or config.model.dtype)
+    config, kept = (each.model_copy(update={"model": each.model.model_copy(update={"dtype": dtype})}) for each in (config, given))
     with signals_restored(), ExitStack() as stack, reason_left(who, folder.root), interruptible() if ranks.is_main else nullcontext():
         if ranks.is_main:
             stack.enter_context(held(folder))
@@ -130,7 +130,7 @@ def opened(config: Config) -> Iterator[Session]:
             parallel.on_main(ranks, partial(join_engines, config, services, stack, tracker, resumed + 1, state))
             policy.sampled_vocab = parallel.broadcast(services.chat.vocab_size if services.chat else None)
             if ranks.is_main:
-                set_up(folder, given)  # not before: a run that could not start leaves its name free for corrected settings
+                set_up(folder, kept)  # not before: a run that could not start leaves its name free for corrected settings
                 if config.run.stop_after == "none":
                     forget_after(folder, resumed)
             supervision = Supervision(policy, tracker, services.replay, folder.checkpoints, state)
@@ -174,7 +174,8 @@ def open_services(config: Config, folder: RunFolder, stack: ExitStack, tracker: 
     services.engines = open_engines(config)
     stack.callback(services.engines.close)
     if config.placement.mode != "colocated":  # there they get the memory that the policy leaves
-        services.engines.begin()
+        with waiting("the engines to begin", on=config.rollout.engine.backend):
+            services.engines.begin()
     return services
 
 

@@ -18,6 +18,7 @@ from checkpoint_conversion.convert import megatron_to_hf
 from checkpoint_conversion.hf_folder import HfReader
 from checkpoint_conversion.rules import ConversionError
 from igpo_megatron import cli
+from igpo_megatron.config import host
 from igpo_megatron.config.load import load
 from igpo_megatron.observability.metrics_file import read_metrics
 from igpo_megatron.observability.rollout_dump import write_rollouts
@@ -146,6 +147,21 @@ def test_a_resumed_run_is_the_uninterrupted_one(world: int, tmp_path: Path, monk
     losses = [row["held_out_nll"] for row in found if row["held_out_nll"] is not None]
     assert len(losses) == 5 and all(later < before for before, later in pairwise(losses[:3]))
     assert checkpoints(parts) == checkpoints(whole)
+
+
+def test_a_run_keeps_its_dtype_on_another_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ("model.dtype=auto", "run.steps=2", "checkpoint.every=1")
+    with monkeypatch.context() as patch:
+        patch.setattr(host, "best_dtype", lambda cuda, flags: "bf16")
+        patch.setattr(main, "update_metrics", stopping(at=2))
+        codes, printed = train(tmp_path, *given)
+        assert codes == [1] and "auto: model.dtype=bf16" in printed
+    monkeypatch.setattr(host, "best_dtype", lambda cuda, flags: "fp32")
+    codes, printed = train(tmp_path, *given)
+    assert codes == [0] and "resuming from" in printed and "auto: model.dtype=bf16" in printed, printed
+    assert json.loads((tmp_path / "run/config.json").read_text(encoding="utf-8"))["model"]["dtype"] == "bf16"
+    codes, printed = train(tmp_path, *given, "model.dtype=fp32")
+    assert codes == [2] and "model.dtype: 'bf16' -> 'fp32'" in printed
 
 
 def test_the_best_checkpoint_converts_and_a_missing_one_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

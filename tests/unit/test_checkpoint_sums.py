@@ -269,7 +269,7 @@ def test_a_checkpoint_that_is_replaced_or_not_kept_is_renamed_before_it_is_remov
         monkeypatch.setattr(f"igpo_megatron.policy.checkpoint.{name}", mock.Mock())
     for step in (1, 2, 3, 3):
         (tmp_path / f"step_{step:06d}.partial").mkdir()
-        checkpoint._complete(mock.Mock(), tmp_path / f"step_{step:06d}", {}, {}, 2, {})
+        checkpoint._complete(mock.Mock(), tmp_path / f"step_{step:06d}", {}, {}, {}, keep=2)
     monkeypatch.undo()
     assert removed == ["step_000001.old.partial", "step_000003.old.partial"]
     assert [folder.name for folder in checkpoint.complete(tmp_path)] == ["step_000002", "step_000003"]

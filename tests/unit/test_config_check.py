@@ -509,3 +509,13 @@ def test_entropies_before_the_step_need_a_pass_and_the_tool_bonus_needs_python(s
 def test_the_head_has_the_forms_and_the_workspace_that_its_settings_and_the_planner_name():
     assert get_args(Model.model_fields["head_form"].annotation) == ("auto", *FORMS)
     assert Model.model_fields["head_workspace_mib"].default * 2**20 == WORKSPACE == Settings().head_workspace
+
+
+def test_a_held_out_loss_is_not_that_of_the_demonstrations_that_are_trained_on(sound, tmp_path):
+    path = tmp_path / "demonstrations.parquet"
+    path.write_bytes(b"")
+    given = ["loss.name=sft", f"run.replay={path}", f"loss.held_out={tmp_path}/../{tmp_path.name}/demonstrations.parquet"]
+    (problem,) = problems(sound, *given)
+    assert problem.endswith("is the file of run.replay, so what it measures is trained on; split the demonstrations")
+    (tmp_path / "others.parquet").write_bytes(b"")
+    assert problems(sound, *given[:2], f"loss.held_out={tmp_path}/others.parquet") == []

@@ -29,6 +29,27 @@ def test_a_processor_without_a_list_of_flags_has_none(tmp_path: Path) -> None:
     assert host.cpu_flags(tmp_path / "absent") == set()
 
 
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"cpu.max": "max 100000\n"}, None),
+        ({"cpu.max": "250000 100000\n"}, 2.5),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+        ({"cpu/cpu.cfs_quota_us": "50000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 0.5),
+        ({}, None),
+    ],
+)
+def test_a_container_has_as_many_cores_as_its_control_group_gives_it_time_for(
+    files: dict[str, str], expected: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host.os, "sched_getaffinity", lambda process: range(8))
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="ascii")
+    assert host.cpu_quota(tmp_path) == expected
+    assert host.cpu_cores(tmp_path) == {None: 8, 2.5: 2, 0.5: 1}[expected]
+
+
 def test_ranks_and_engines_that_take_turns_have_all_cores_each() -> None:
     assert host.thread_counts(2, ranks=1, engines=1, together=False) == (2, 2)
     assert host.thread_counts(2, ranks=2, engines=1, together=False) == (1, 2)
@@ -55,6 +76,11 @@ def test_auto_is_replaced_on_the_machine_where_it_is_read(monkeypatch: pytest.Mo
     assert parallel.choices(settings(), found) == "auto: model.dtype=bf16, run.threads=4, rollout.engine.threads=2"
     ahead = parallel.on_this_machine(settings("rollout.max_staleness=1"))
     assert (ahead.run.threads, ahead.rollout.engine.threads) == (2, 4)
+    cut = parallel.on_this_machine(settings("rollout.engine.tensor=4"))
+    assert cut.rollout.engine.threads == 2, "an engine has a process with these threads for each of its shards"
+    evaluated = settings("rollout.engine.count=4", "rollout.max_staleness=1", "run.replay=demos.parquet")
+    alone = parallel.on_this_machine(evaluated, trains=False)
+    assert alone.rollout.engine.threads == 2, "an evaluation has the configured engines and no ranks beside them"
 
 
 def test_what_the_user_set_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,10 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
+from igpo_megatron.config.load import build
 from igpo_megatron.engines import ray_cluster
 from igpo_megatron.supervision import leftovers
 from igpo_megatron.types import RunStopped
@@ -74,3 +76,28 @@ def test_a_temporary_folder_too_deep_for_sockets_is_named(tmp_path: Path, monkey
     with pytest.raises(RunStopped, match="set TMPDIR to a shorter one"):
         ray_cluster._new_folder()
     assert list(deep.iterdir()) == []
+
+
+@pytest.mark.parametrize(("raised", "seen"), [(KeyboardInterrupt("SIGINT"), KeyboardInterrupt), (OSError("no port"), RunStopped)])
+def test_a_ray_that_is_interrupted_while_it_starts_leaves_nothing(
+    raised: BaseException, seen: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its servers' own children would live on without them."""
+    import ray
+
+    started: list[psutil.Process] = []
+
+    def init(_temp_dir: str, **_: object) -> None:
+        server = subprocess.Popen(["bash", "-c", "sleep 600 & echo $!; wait", _temp_dir], stdout=subprocess.PIPE, text=True)
+        assert server.stdout is not None
+        started.extend((psutil.Process(server.pid), psutil.Process(int(server.stdout.readline()))))
+        raise raised
+
+    folders: list[Path] = []
+    monkeypatch.setattr(ray_cluster, "_new_folder", lambda make=ray_cluster._new_folder: folders.append(make()) or folders[-1])
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    with pytest.raises(seen):
+        ray_cluster.RayCluster(build({"model": {"path": "m"}}), cuda=False)
+    assert len(folders) == 1 and not folders[0].exists()
+    assert len(started) == 2 and not any(map(leftovers.is_alive, started))

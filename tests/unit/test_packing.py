@@ -178,6 +178,9 @@ def test_level_fit_gives_every_rank_as_many_bins_that_are_equally_full() -> None
     assert sorted(sum(sizes[index] for index in members) for members in level_fit(sizes, 10, 2)) == [5, 6, 6, 7]
     assert level_fit(sizes, 10, 1) == first_fit(sizes, 10)
     assert level_fit([7, 20, 1], 10, 2) == [[1], [0, 2]], "an oversized item is alone"
+    # The largest first would fill a bin with 5 + 3 + 3, for which the oversized item is no excuse.
+    sizes = [20, 5, 5, 4, 4, 3, 3, 3]
+    assert max(sum(sizes[index] for index in members) for members in level_fit(sizes, 9, 2) if members != [0]) <= 9
     assert level_fit([4], 10, 3) == [[0]] and level_fit([], 10, 3) == []
 
 

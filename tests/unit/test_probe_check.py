@@ -6,7 +6,7 @@ import pytest
 
 from igpo_megatron.config.load import build
 from igpo_megatron.doctor import probes as probe_check
-from igpo_megatron.doctor.probes import TRAINER_BOUND, Result, gap, probe_logprobs, relative_gap, synthetic_group
+from igpo_megatron.doctor.probes import TRAINER_BOUND, Result, engine_bound, gap, probe_logprobs, relative_gap, synthetic_group
 
 
 def test_a_gap_is_the_largest_difference_and_missing_or_invalid_values_are_infinitely_far():
@@ -20,6 +20,11 @@ def test_a_relative_gap_shrinks_only_differences_of_log_probs_beyond_a_nat():
     assert relative_gap([-1.0], [-1.0, -2.0]) == relative_gap([math.nan], [-20.0]) == math.inf
     # A rounding of fp32 at -20 agrees, a logit rounded to bf16 there does not.
     assert relative_gap([-20.0 - 2e-5], [-20.0]) < TRAINER_BOUND["fp32"] < relative_gap([-20.0 - 0.06], [-20.0])
+
+
+def test_an_engine_in_bf16_may_differ_more_but_never_by_as_much_as_the_log_prob():
+    assert engine_bound("fp32", "fp32") == 1e-3
+    assert relative_gap([-15.5], [-15.0]) < engine_bound("fp32", "bf16") == engine_bound("bf16", "bf16") < relative_gap([-12.0], [-15.0])
 
 
 def test_a_synthetic_group_has_a_probe_before_every_turn_and_one_after_the_last():

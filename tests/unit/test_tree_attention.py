@@ -109,6 +109,16 @@ def test_short_chains_that_read_the_same_share_a_call_and_long_ones_do_not() -> 
     assert grouped([trunk, *branches]) == [[trunk], *([branch] for branch in branches)]
 
 
+@pytest.mark.parametrize("length", [60, 200])
+def test_a_row_that_is_trained_on_has_the_values_it_was_scored_with(length: int) -> None:
+    """Otherwise the policy would seem to have moved before the first update of a step."""
+    ends = torch.full((length,), length)
+    q, k, v = inputs(length, dtype=torch.bfloat16)
+    scored = chain_attention(q.detach(), k.detach(), v.detach(), ends, 0.3)
+    trained = chain_attention(q, k, v, ends, 0.3)
+    assert scored.dtype == torch.bfloat16 and torch.equal(trained, scored)
+
+
 @pytest.mark.parametrize("costs", [(0, 0), (10**9, 0), (100, 3)])
 def test_any_grouping_gives_the_same_attention(costs: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """From a call for every chain to as few calls as can be."""
