@@ -29,6 +29,7 @@ from igpo_megatron.policy.parallel import Ranks
 from igpo_megatron.policy.rows import Share, deal
 from igpo_megatron.policy.schedule import Objective
 from igpo_megatron.policy.settings import Optim
+from igpo_megatron.supervision.freed_memory import give_back_freed_memory
 from igpo_megatron.types import Metric, RunStopped
 
 
@@ -127,6 +128,7 @@ class Policy:
             device=self.ranks.device,
             with_entropy=with_entropy,
         )
+        self._give_back()
         # Copies, because sending a view sends all of its storage.
         found = {place: result.clone() for place, result in zip(places, results, strict=True) if place >= 0} if self.ranks.reports else {}
         merged = {place: result for part in parallel.gather_on_main(found) for place, result in part.items()}
@@ -190,6 +192,7 @@ class Policy:
             if self.config.optim.clip_grad > 0:
                 _clip(self.optimizer, self.config.optim.clip_grad, grad_norm)
             self.optimizer.step_with_ready_grads()
+        self._give_back()
         self.steps_taken += 1
         self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
         if self._skipped_in_a_row >= self.config.optim.max_skipped:
@@ -198,6 +201,11 @@ class Policy:
                 "lower optim.lr, or look at the last rollouts for extreme log-probs"
             )
         return StepResult(loss=value, grad_norm=grad_norm, skipped=not finite, metrics=metrics)
+
+    def _give_back(self) -> None:
+        """After a pass on CPU, where engines and other ranks use the same memory in their turn."""
+        if self.ranks.device.type == "cpu":
+            give_back_freed_memory()
 
     def _share(self, rows: Sequence[PackedRow]) -> tuple[list[PackedRow], list[int]]:
         """This rank's rows of those that the main rank gives, and their places among them, -1 for a blank row. Collective."""

@@ -128,9 +128,8 @@ def test_with_a_model_of_the_users_own_nothing_is_shown_and_no_score_is_a_cold_s
 def test_an_interrupted_command_ends_itself(tmp_path, number):
     """It has ranks and engines to end, and takes its time."""
     command = tmp_path / "command"
-    command.write_text(
-        f"#!/bin/bash\ntrap 'sleep 1; touch {tmp_path}/ended; exit 130' INT TERM\ntouch {tmp_path}/ready\nwhile :; do sleep 0.1; done"
-    )
+    waits = "for i in {1..600}; do sleep 0.1; done"
+    command.write_text(f"#!/bin/bash\ntrap 'sleep 1; touch {tmp_path}/ended; exit 130' INT TERM\ntouch {tmp_path}/ready\n{waits}")
     command.chmod(0o755)
     begin = f"import sys; sys.path.insert(0, {str(ROOT / 'tools')!r}); import quickstart_llm as it"
     code = f"{begin}; sys.executable = {str(command)!r}; it.igpo()"
