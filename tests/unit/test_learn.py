@@ -40,7 +40,7 @@ def group_of(*rewards: float, name: str = "q", empty: int = 0) -> RolloutGroup:
 class Recorder:
     """A policy that notes what it is asked to train, and at which rate."""
 
-    row_multiple, has_reference, shape = 1, False, SimpleNamespace(mixture=None)
+    row_multiple, has_reference, shape, ranks = 1, False, SimpleNamespace(mixture=None), SimpleNamespace(data_size=1)
 
     def __init__(self, *overrides: str) -> None:
         self.config = build({"model": {"path": "m"}, "loss": {"kl_coef": 0.0}}, [*overrides])

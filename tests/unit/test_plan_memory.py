@@ -107,7 +107,8 @@ def saved_by_a_layer(folder, recompute: str, dtype: str, tokens: int) -> float:
 @pytest.mark.parametrize("name", ["qwen2", "qwen3", "llama", "qwen3_moe", "mixtral"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_layer_saves_the_bytes_that_are_counted(name, dtype, tmp_path):
-    tokens, settings = 60, replace(FP32, dtype_bytes=4 if dtype == "fp32" else 2)
+    # On CPU attention calls of up to 128 queries are in fp32, which is not counted.
+    tokens, settings = 160, replace(FP32, dtype_bytes=4 if dtype == "fp32" else 2)
     real = saved_by_a_layer(tmp_path / name, "none", dtype, tokens)
     counted = layer_activations(read_shape(tmp_path / name / "1"), Layout(stages=(1,)), tokens, settings, fused_norm=False)
     assert counted == pytest.approx(real, rel=0.03 if "moe" in name or name == "mixtral" else 1e-3)
