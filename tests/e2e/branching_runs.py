@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
 from itertools import groupby
+from unittest.mock import patch
 
 from igpo_megatron.config.load import load
 from igpo_megatron.config.schema import Config
@@ -29,9 +29,10 @@ def main(arguments: list[str]) -> None:
     for config in configs:
         require(config, 1)
     with engines.EnginePool(configs[0]) as pool:
-        engines.EnginePool = lambda config: nullcontext(pool)  # type: ignore[assignment, misc]
-        for config in configs:
-            run(config)
+        stays_open = {name: lambda *_: pool for name in ("begin", "close", "__enter__")} | {"__exit__": lambda *_: None}
+        with patch.multiple(engines.EnginePool, **stays_open), patch.object(engines, "EnginePool", lambda config: pool):
+            for config in configs:
+                run(config)
 
 
 if __name__ == "__main__":
