@@ -43,6 +43,7 @@ from igpo_megatron.plan.train_time import pass_time, update_time
 from igpo_megatron.plan.types import Layout, Machine, Memory, Row, Settings
 from igpo_megatron.policy import cpu, parallel
 from igpo_megatron.policy.tree_plan import plan_of
+from igpo_megatron.supervision.freed_memory import give_back_freed_memory
 from igpo_megatron.types import Node, Prompt, RolloutGroup, Status, Trajectory
 
 CELLS = ROOT / "runs" / "bench-plan"
@@ -243,7 +244,7 @@ def rank_main(case: Case, model: Path, steps: int) -> dict[str, Any]:
     torch.ones(64, 64) @ torch.ones(64, 64)  # the matmul library's own buffers
     # What the parent had freed would be filled first, without a trace.
     gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    give_back_freed_memory(above=0)
     with anonymous_peak(0.002) as peak:
         policy = Policy(config, ranks)
         groups = synthetic_groups()

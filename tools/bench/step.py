@@ -15,7 +15,6 @@ The result is also a calibration: `igpo plan --calibration RESULT.json`. It is w
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import sys
 import time
@@ -43,6 +42,7 @@ from igpo_megatron.plan.flops import model_flops
 from igpo_megatron.plan.timed import corrected, modelled, timed_from
 from igpo_megatron.plan.types import Machine, Recompute, Row
 from igpo_megatron.policy import parallel
+from igpo_megatron.supervision.freed_memory import give_back_freed_memory
 from igpo_megatron.types import StepCounts
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ def free() -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     else:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        give_back_freed_memory(above=0)
 
 
 def packed(row_tokens: int, step_tokens: int, vocab: int) -> tuple[list[PackedRow], StepCounts]:
