@@ -218,6 +218,10 @@ def eval_command(
     overrides: Overrides = None,
 ) -> None:
     """Score a checkpoint on benchmark files: EM, F1, format, turns, searches; greedy, sampled and pass@k; per source."""
+    from rich.console import Console
+
+    from igpo_megatron.observability.run_folder import step_name
+    from igpo_megatron.observability.summary import evaluation_table
     from igpo_megatron.training.evaluate import evaluate_checkpoint
 
     changes = [*(overrides or [])]
@@ -226,7 +230,8 @@ def eval_command(
     settings = load(config, changes)
     with _one_sentence(out), libraries_logged(out / LOGS / "eval.txt"):
         report = evaluate_checkpoint(settings, model, out)
-    typer.echo(json.dumps(report, indent=2))
+    Console().print(evaluation_table(report))
+    typer.echo(f"scores: {out / step_name(report['step'])}.json")
 
 
 @app.command("score", epilog="Example: igpo score answers.jsonl")

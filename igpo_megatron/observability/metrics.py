@@ -165,7 +165,7 @@ def _share(things: Sequence[Thing], test: Callable[[Thing], bool]) -> float:
     return fmean(float(test(thing)) for thing in things) if things else 0.0
 
 
-def headline(report: dict[str, Any]) -> dict[str, Any]:
+def headline(report: Mapping[str, Any]) -> dict[str, Any]:
     """The few numbers that a run's summary quotes from an evaluation; None for what was not run."""
     sampled, greedy = report.get("sampled", {}), report.get("greedy", {})
     shown = sampled or greedy

@@ -1,4 +1,4 @@
-"""The end of a run: summary.json, the report, and the table on the console."""
+"""The end of a run or of an evaluation: summary.json, the report, and the table on the console."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from igpo_megatron.config.schema import Config
 from igpo_megatron.observability.metrics import headline, max_gap, outcomes
 from igpo_megatron.observability.metrics_file import read_metrics
 from igpo_megatron.observability.run_folder import RunFolder, read_object, step_name, write_whole
 from igpo_megatron.observability.tracker import Tracker
-from igpo_megatron.types import gain_of_turn
+from igpo_megatron.types import EVALUATION_KINDS, gain_of_turn, standard_error
 
 
 def finish(config: Config, folder: RunFolder, tracker: Tracker, learned: Mapping[str, Any] | None = None) -> None:
@@ -96,4 +97,33 @@ def summary_table(summary: dict[str, Any]) -> Table:
     for phase, seconds in summary["phases_s"].items():
         table.add_row(f"time: {phase}", "", f"{seconds:.1f} s", "")
     table.add_row("largest engine/trainer log-prob gap", "", f"{summary['max_logprob_gap']:.1e}", "")
+    return table
+
+
+EVALUATED = {
+    "f1_sampled": "F1, sampled",
+    standard_error("f1_sampled"): "±",
+    "f1_greedy": "F1, greedy",
+    "em_greedy": "EM, greedy",
+    "format_valid": "format",
+    "searches_per_question": "searches",
+}
+"""Columns of an evaluation."""
+
+
+def evaluation_table(report: Mapping[str, Any]) -> Table:
+    """The scores of one evaluation: a row for every source, and one for all `n` questions. ± is a standard error over questions."""
+    columns = [Column(label.replace(" ", "\n"), justify="right") for label in ("n", *EVALUATED.values())]
+    table = Table(Column("source", overflow="fold"), *columns, box=SIMPLE_HEAD, padding=0, pad_edge=False)
+
+    def add(name: str, report: Mapping[str, Any]) -> None:
+        scores = headline(report)
+        values = (scores.get(key) for key in EVALUATED)
+        table.add_row(name, str(scores["questions"]), *("" if value is None else f"{value:.3f}" for value in values))
+
+    kinds = {kind: report[kind] for kind in EVALUATION_KINDS if kind in report}
+    for source in sorted({source for scores in kinds.values() for source in scores["per_source"]}):
+        add(source, {kind: scores["per_source"][source] for kind, scores in kinds.items() if source in scores["per_source"]})
+    table.add_section()
+    add("all", kinds)
     return table

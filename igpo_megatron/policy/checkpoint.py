@@ -181,6 +181,7 @@ def _complete(
         for folder in (*gone, *map(_set_aside, old)):
             shutil.rmtree(folder)
     dist.barrier()
+    policy.give_back_memory()
 
 
 def _link_best(folder: Path) -> None:

@@ -128,7 +128,7 @@ class Policy:
             device=self.ranks.device,
             with_entropy=with_entropy,
         )
-        self._give_back()
+        self.give_back_memory()
         # Copies, because sending a view sends all of its storage.
         found = {place: result.clone() for place, result in zip(places, results, strict=True) if place >= 0} if self.ranks.reports else {}
         merged = {place: result for part in parallel.gather_on_main(found) for place, result in part.items()}
@@ -192,7 +192,7 @@ class Policy:
             if self.config.optim.clip_grad > 0:
                 _clip(self.optimizer, self.config.optim.clip_grad, grad_norm)
             self.optimizer.step_with_ready_grads()
-        self._give_back()
+        self.give_back_memory()
         self.steps_taken += 1
         self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
         if self._skipped_in_a_row >= self.config.optim.max_skipped:
@@ -202,8 +202,8 @@ class Policy:
             )
         return StepResult(loss=value, grad_norm=grad_norm, skipped=not finite, metrics=metrics)
 
-    def _give_back(self) -> None:
-        """After a pass on CPU, where engines and other ranks use the same memory in their turn."""
+    def give_back_memory(self) -> None:
+        """After a pass or a checkpoint on CPU, where engines and other ranks use the same memory in their turn."""
         if self.ranks.device.type == "cpu":
             give_back_freed_memory()
 

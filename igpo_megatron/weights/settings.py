@@ -20,7 +20,7 @@ class Sync(Section):
 
     max_gap: PositiveFloat | None = None
     """Largest |log-prob difference| allowed on the canary; a larger one stops the run. null: 1e-3 where policy and engine compute in fp32
-    (measured on a real model: 5e-5), 2 where one of them computes in bf16 (1.0). Fingerprints compare the weights' bytes in any case."""
+    (measured on a real model: 5e-5), 2 where one of them computes in bf16 (1.2). Fingerprints compare the weights' bytes in any case."""
 
     transport: Literal["auto", "shared_memory", "object_store", "nccl", "ipc"] = "auto"
     """How weights travel. `shared_memory`: a file that engines on this machine map. `object_store`: Ray's, over TCP, to any machine.

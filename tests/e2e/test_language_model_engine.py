@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -19,7 +19,10 @@ from igpo_megatron.config.schema import Config
 from igpo_megatron.doctor import probes
 from igpo_megatron.engines import factory
 from igpo_megatron.engines.pool import EnginePool
-from igpo_megatron.types import Node, RolloutGroup, SamplingRequest
+from igpo_megatron.policy.weight_sync import canary_group
+from igpo_megatron.types import Canary, Node, RolloutGroup, SamplingRequest, SyncError
+from igpo_megatron.weights.send import check_canary
+from igpo_megatron.weights.settings import MAX_GAP, Sync
 
 NEW_TOKENS = 64
 STORY = "<|im_start|>user\nTell me a long story about a lighthouse.<|im_end|>\n<|im_start|>assistant\n"
@@ -104,3 +107,31 @@ def test_greedy_tokens_are_those_of_transformers_and_not_those_of_another_rope(s
     assert len(done.token_ids) == NEW_TOKENS and done.token_ids == greedy(model, prompt, NEW_TOKENS)
     model.model.rotary_emb.inv_freq = (ROPE_BASE / 10) ** -(torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
     assert done.token_ids[:16] != greedy(model, prompt, 16)
+
+
+def a_matrix_lost(model: torch.nn.Module) -> None:
+    model.model.layers[15].mlp.down_proj.weight.data.zero_()
+
+
+def a_layer_in_place_of_the_next(model: torch.nn.Module) -> None:
+    model.model.layers[16].load_state_dict(model.model.layers[15].state_dict())
+
+
+@pytest.mark.parametrize("mistake", [a_matrix_lost, a_layer_in_place_of_the_next])
+def test_the_canary_passes_in_either_dtype_and_refuses_one_wrong_tensor(
+    served: tuple[str, EnginePool], folder: Path, mistake: Callable[[torch.nn.Module], None]
+) -> None:
+    dtype, pool = served
+    model = load_hf(folder)
+    tokens = canary_group(model.config.vocab_size, Sync().canary_tokens, seed=1).context(1)
+    said = asyncio.run(pool.score_probe(tokens, 1, key="canary")).logprobs
+
+    def expected() -> Canary:
+        with torch.no_grad():
+            logprobs = model(torch.tensor([tokens])).logits[0, :-1].log_softmax(-1).gather(1, torch.tensor(tokens[1:]).unsqueeze(1))
+        return Canary(tuple(tokens), tuple(logprobs.flatten().tolist()), MAX_GAP[dtype])
+
+    assert check_canary(expected(), said, version=1, engine=0) < MAX_GAP[dtype]
+    mistake(model)
+    with pytest.raises(SyncError, match=r"on the canary, more than sync\.max_gap"):
+        check_canary(expected(), said, version=1, engine=0)

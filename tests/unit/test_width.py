@@ -10,7 +10,7 @@ from rich.console import Console, RenderableType
 
 from igpo_megatron.doctor import machine, probes, tools
 from igpo_megatron.observability.metrics import SCORES
-from igpo_megatron.observability.summary import summary_table
+from igpo_megatron.observability.summary import evaluation_table, summary_table
 from igpo_megatron.plan.machines import gpu
 from igpo_megatron.plan.model_shape import find_shape
 from igpo_megatron.plan.search import Plan, search
@@ -40,6 +40,14 @@ def test_the_summary_of_a_run_fits() -> None:
     summary = {"before": scores, "after": scores, "steps": 100_000, "wall_s": 1e7, "phases_s": phases, "gain_by_turn": gains}
     text = shown(summary_table(summary | {"max_logprob_gap": 1e-4}))
     assert "F1, greedy, mean over sources" in text and "0.123 ± 0.012" in text and "1234567.8 s" in text
+
+
+def test_the_table_of_an_evaluation_fits_with_a_row_for_every_source() -> None:
+    scores = {"f1": 0.123, "f1_se": 0.045, "em": 0.067, "format_ok": 0.089, "searches": 12.345, "questions": 12_345}
+    kind = {**scores, "per_source": {"world_2hop_currency_language": scores, "q" * 60: scores}}
+    text = shown(evaluation_table({"step": 0, "sampled": kind, "greedy": kind}))
+    assert "world_2hop_currency_language" in text and "all " in text and "12345" in text and "0.045" in text
+    assert text.count("0.089") == 3, "of either source and of all questions"
 
 
 @pytest.mark.parametrize(("model", "gpus"), [("Qwen2.5-7B", 1), ("Qwen2.5-72B", 64), ("Qwen3-235B-A22B", 128)])
