@@ -3,7 +3,7 @@
 # make test        everything that CI runs; `make check` is its static part
 # make docs        build the documentation into docs/_build; a broken link fails, in `make check` too
 # make quickstart  train the demo policy and write runs/quickstart/report.html (ARGS="section.key=value ..." changes settings)
-# make quickstart-llm  the second demo: a real language model learns the tool by demonstrations, then by IGPO; about 45 minutes with AMX
+# make quickstart-llm  the second demo: a real language model learns the tool by demonstrations, then by IGPO; about 40 minutes with AMX
 # make warmstart   rebuild the shipped starting policy from scratch
 # make lock        resolve requirements.lock and requirements-llm.lock anew
 
