@@ -121,7 +121,7 @@ def evaluation_table(report: Mapping[str, Any]) -> Table:
         values = (scores.get(key) for key in EVALUATED)
         table.add_row(name, str(scores["questions"]), *("" if value is None else f"{value:.3f}" for value in values))
 
-    kinds = {kind: report[kind] for kind in EVALUATION_KINDS if kind in report}
+    kinds: dict[str, Any] = {kind: report[kind] for kind in EVALUATION_KINDS if kind in report}
     for source in sorted({source for scores in kinds.values() for source in scores["per_source"]}):
         add(source, {kind: scores["per_source"][source] for kind, scores in kinds.items() if source in scores["per_source"]})
     table.add_section()
