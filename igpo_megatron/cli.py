@@ -217,7 +217,7 @@ def eval_command(
     out: Annotated[Path, typer.Option(help="Folder for the scores (JSON) and the rollouts (parquet).")] = Path("runs/eval"),
     overrides: Overrides = None,
 ) -> None:
-    """Score a checkpoint on benchmark files: EM, F1, format, turns, searches; greedy, sampled and pass@k; per source."""
+    """Score a checkpoint on benchmark files, per source. Prints the main scores; the JSON file has all, with turns and pass@k."""
     from rich.console import Console
 
     from igpo_megatron.observability.run_folder import step_name

@@ -112,16 +112,17 @@ EVALUATED = {
 
 
 def evaluation_table(report: Mapping[str, Any]) -> Table:
-    """The scores of one evaluation: a row for every source, and one for all `n` questions. ± is a standard error over questions."""
-    columns = [Column(label.replace(" ", "\n"), justify="right") for label in ("n", *EVALUATED.values())]
+    """The main scores of one evaluation: a row for every source, and one for all `n` questions. ± is a standard error over questions."""
+    kinds: dict[str, Any] = {kind: report[kind] for kind in EVALUATION_KINDS if kind in report}
+    shown = {key: label for key, label in EVALUATED.items() if headline(kinds)[key] is not None}
+    columns = [Column(label.replace(" ", "\n"), justify="right") for label in ("n", *shown.values())]
     table = Table(Column("source", overflow="fold"), *columns, box=SIMPLE_HEAD, padding=0, pad_edge=False)
 
     def add(name: str, report: Mapping[str, Any]) -> None:
         scores = headline(report)
-        values = (scores.get(key) for key in EVALUATED)
+        values = (scores[key] for key in shown)
         table.add_row(name, str(scores["questions"]), *("" if value is None else f"{value:.3f}" for value in values))
 
-    kinds: dict[str, Any] = {kind: report[kind] for kind in EVALUATION_KINDS if kind in report}
     for source in sorted({source for scores in kinds.values() for source in scores["per_source"]}):
         add(source, {kind: scores["per_source"][source] for kind, scores in kinds.items() if source in scores["per_source"]})
     table.add_section()

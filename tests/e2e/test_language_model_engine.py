@@ -118,7 +118,7 @@ def a_layer_in_place_of_the_next(model: torch.nn.Module) -> None:
 
 
 @pytest.mark.parametrize("mistake", [a_matrix_lost, a_layer_in_place_of_the_next])
-def test_the_canary_passes_in_either_dtype_and_refuses_one_wrong_tensor(
+def test_the_canary_passes_in_either_dtype_and_refuses_a_wrong_model(
     served: tuple[str, EnginePool], folder: Path, mistake: Callable[[torch.nn.Module], None]
 ) -> None:
     dtype, pool = served

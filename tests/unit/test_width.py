@@ -48,6 +48,7 @@ def test_the_table_of_an_evaluation_fits_with_a_row_for_every_source() -> None:
     text = shown(evaluation_table({"step": 0, "sampled": kind, "greedy": kind}))
     assert "world_2hop_currency_language" in text and "all " in text and "12345" in text and "0.045" in text
     assert text.count("0.089") == 3, "of either source and of all questions"
+    assert "greedy" in text and "greedy" not in shown(evaluation_table({"step": 0, "sampled": kind})), "what was not run has no column"
 
 
 @pytest.mark.parametrize(("model", "gpus"), [("Qwen2.5-7B", 1), ("Qwen2.5-72B", 64), ("Qwen3-235B-A22B", 128)])
