@@ -77,7 +77,7 @@ def train(folder: Path, shown: Example | None, script: Script, *overrides: str, 
         *("my.yaml", "run.name=run", f"run.folder={folder}", f"model.path={ROOT / 'examples/quickstart/policy'}", "run.steps=2"),
         *("search.corpus=corpus.jsonl", "data.train=[questions.parquet]", "data.eval=[]", "eval.at_ends=false", "data.balance=none"),
         *("rollout.prompts_per_step=2", "rollout.samples_per_prompt=2", "rollout.max_tokens_per_turn=160", "packing.row_tokens=2048"),
-        *(f"parallel.tensor={world}", "checkpoint.every=0"),
+        *(f"parallel.tensor={world}", "parallel.data=1", "checkpoint.every=0"),
         *overrides,
     ]
     return run(folder, arguments, script, world)

@@ -19,7 +19,7 @@ from igpo_megatron.types import RolloutGroup, Status
 QUESTIONS, SAMPLES = 3, 6
 SMALL = (
     "run.steps=2",
-    "parallel.tensor=1",
+    "parallel.data=1",
     f"rollout.prompts_per_step={QUESTIONS}",
     f"rollout.samples_per_prompt={SAMPLES}",
     "rollout.engine.kv_cache_mib=64",

@@ -298,7 +298,7 @@ def test_requests_in_flight_outlive_a_sync_and_carry_the_weights_they_began_with
 def test_both_backends_write_the_same_greedy_rollouts_and_score_alike(pool: EnginePool, tmp_path: Path) -> None:
     """vLLM and transformers on the demo's questions: every column of the rollout file but log-probs is equal, and those nearly are."""
     demo = DemoRuns(tmp_path, tmp_path)
-    settings = ["rollout.max_context=512", "parallel.tensor=1", "rollout.engine.backend=torch", "rollout.engine.kv_cache_mib=64"]
+    settings = ["rollout.max_context=512", "parallel.data=1", "rollout.engine.backend=torch", "rollout.engine.kv_cache_mib=64"]
     config = load(demo.arguments("both")[0], [*demo.arguments("both")[1:], *settings])
     prompts = evaluate.questions(config)[:8]
     tables, scores = {}, {}

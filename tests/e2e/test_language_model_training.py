@@ -19,7 +19,6 @@ from igpo_megatron.config.host import best_dtype, cpu_flags
 SMALL = (
     "model.dtype=auto",
     "sync.max_gap=null",
-    "parallel.tensor=1",
     "parallel.data=2",
     "run.steps=2",
     "rollout.prompts_per_step=2",

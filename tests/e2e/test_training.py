@@ -143,7 +143,7 @@ def test_recorded_steps_train_on_one_rank_without_engines_to_the_same_losses(fin
     for name in ("ray", "vllm"):
         (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name} must not be imported by a replay')")
     replay = f"run.replay={finished.demo.recording('whole')}"
-    settings = [*SMALL, replay, "parallel.tensor=1", "reward.evidence=true"]
+    settings = [*SMALL, replay, "parallel.data=1", "reward.evidence=true"]
     code, output = finished.demo.train("one-rank", *settings, PYTHONPATH=str(tmp_path))
     assert code == 0, output
     rows = finished.demo.rows("one-rank")
@@ -151,12 +151,12 @@ def test_recorded_steps_train_on_one_rank_without_engines_to_the_same_losses(fin
     assert all(row["gain_evidence"] + row["gain_reasoning"] == pytest.approx(row["gain"], abs=1e-6) for row in rows)
 
 
-def test_two_torchrun_agents_train_together_to_the_same_losses(finished: Finished) -> None:
+def test_two_torchrun_agents_with_tensor_parallelism_train_to_the_same_losses(finished: Finished) -> None:
     port = free_port()
     replay = f"run.replay={finished.demo.recording('whole')}"
     launch = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "pair"]
     launch += ["--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1"]
-    script = ["-m", "igpo_megatron.training.main", *finished.demo.arguments("two-agents", *SMALL, replay)]
+    script = ["-m", "igpo_megatron.training.main", *finished.demo.arguments("two-agents", *SMALL, replay, "parallel.tensor=2", "parallel.data=1")]
     agents = [finished.demo.start([*launch, "--node-rank", str(rank), *script], GLOO_SOCKET_IFNAME="lo") for rank in (0, 1)]
     try:
         ends = [outcome(agent) for agent in agents]

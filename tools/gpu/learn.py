@@ -77,7 +77,7 @@ class Setting:
             f"run.folder={self.work}",
             f"run.device={self.device}",
             f"model.path={DEMO.parent / 'policy'}",
-            "parallel.tensor=1",
+            "parallel.data=1",
             f"data.train=[{self.data / 'train.parquet'}]",
             f"data.eval=[{self.data / 'test.parquet'}]",
             f"search.corpus={self.data / 'corpus.jsonl'}",
