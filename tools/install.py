@@ -69,7 +69,9 @@ class Uv:
     def install(self, *arguments: str) -> None:
         """`uv pip install`, or InstallError."""
         what = f"uv pip install {' '.join(arguments)}"
-        run_logged(what, self._words("install", arguments), self.python.parent.parent / LOG, self.environment)
+        # Where nothing may write bytecode later, as in many containers, every process of a run would compile all that it imports.
+        words = self._words("install", ["--compile-bytecode", *arguments])
+        run_logged(what, words, self.python.parent.parent / LOG, self.environment)
 
     def _words(self, command: str, arguments: Sequence[str]) -> list[str]:
         # Every configured index counts alike, as it does for pip; uv alone would stop at the first that knows a name.
