@@ -8,7 +8,7 @@ group has the queries of the tokens it holds, and gathers the keys and values of
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, lru_cache, wraps
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.transformer.module import MegatronModule
+from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from igpo_megatron.policy.context import gather_tokens, zigzag
@@ -85,7 +86,9 @@ def chain_attention(
     q [t, heads, d] of the tokens `held` (None: all), k and v [T, kv_heads, d], subtree_end [T] -> [t, heads, d].
     """
     plan = plan_of(subtree_end, held)
-    outputs = [_attend(_rows(q, call.queries), _rows(k, call.keys), _rows(v, call.keys), call.mask, scale) for call in plan.calls]
+    queries, keys = tuple(call.queries for call in plan.calls), tuple(call.keys for call in plan.calls)
+    taken = zip(_TakeRows.apply(q, queries), _TakeRows.apply(k, keys), _TakeRows.apply(v, keys), strict=True)
+    outputs = [_attend(*rows, call.mask, scale) for rows, call in zip(taken, plan.calls, strict=True)]
     output = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
     return output if plan.order is None else output.index_select(0, plan.order)
 
@@ -113,9 +116,25 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tenso
     return (output.flip(0) if backwards else output).to(dtype)
 
 
-def _rows(tokens: torch.Tensor, which: slice | torch.Tensor) -> torch.Tensor:
-    """Rows of [T, heads, d]; whole rows are copied at once, which indexing a transposed tensor would not do."""
-    return tokens[which] if isinstance(which, slice) else tokens.index_select(0, which)
+class _TakeRows(torch.autograd.Function):
+    """[T, heads, d] -> the rows of every call. Torch's own indexing would give each call a gradient of all T rows, zero but for its own."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: torch.Tensor, calls: Sequence[slice | torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        ctx.calls, ctx.shape = calls, tokens.shape
+        # Whole rows are copied at once, which indexing a transposed tensor would not do.
+        return tuple(tokens[rows] if isinstance(rows, slice) else tokens.index_select(0, rows) for rows in calls)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        total = grads[0].new_zeros(ctx.shape)
+        for rows, grad in zip(ctx.calls, grads, strict=True):
+            if isinstance(rows, slice):
+                total[rows] += grad
+            else:
+                total.index_add_(0, rows, grad)
+        return total, None
 
 
 def _heads_first(tokens: torch.Tensor) -> torch.Tensor:

@@ -153,10 +153,10 @@ def test_recorded_steps_train_on_one_rank_without_engines_to_the_same_losses(fin
 
 def test_two_torchrun_agents_with_tensor_parallelism_train_to_the_same_losses(finished: Finished) -> None:
     port = free_port()
-    replay = f"run.replay={finished.demo.recording('whole')}"
+    settings = [*SMALL, f"run.replay={finished.demo.recording('whole')}", "parallel.tensor=2", "parallel.data=1"]
     launch = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "pair"]
     launch += ["--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1"]
-    script = ["-m", "igpo_megatron.training.main", *finished.demo.arguments("two-agents", *SMALL, replay, "parallel.tensor=2", "parallel.data=1")]
+    script = ["-m", "igpo_megatron.training.main", *finished.demo.arguments("two-agents", *settings)]
     agents = [finished.demo.start([*launch, "--node-rank", str(rank), *script], GLOO_SOCKET_IFNAME="lo") for rank in (0, 1)]
     try:
         ends = [outcome(agent) for agent in agents]
