@@ -121,7 +121,8 @@ def world_facts() -> Path:
 def train(config: Path | str, name: str, settings: Sequence[str], runs: Path = ROOT / "runs") -> Path:
     """One `igpo train` from the repository's root; its folder below `runs`."""
     arguments = [str(config), f"run.folder={runs}", f"run.name={name}", *EVALUATION, *settings]
-    subprocess.run([sys.executable, "-m", "igpo_megatron.cli", "train", *arguments], cwd=ROOT, env={"OMP_NUM_THREADS": "1", **os.environ}, check=True)
+    command = [sys.executable, "-m", "igpo_megatron.cli", "train", *arguments]
+    subprocess.run(command, cwd=ROOT, env={"OMP_NUM_THREADS": "1", **os.environ}, check=True)
     return runs / name
 
 
