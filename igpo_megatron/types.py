@@ -42,6 +42,11 @@ class Hop:
     relation: str
     value: str
 
+    @property
+    def query(self) -> str:
+        """A search that asks for it, e.g. "currency of Iran"."""
+        return f"{self.relation} of {self.entity}"
+
 
 class Status(StrEnum):
     """How a trajectory ended."""

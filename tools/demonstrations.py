@@ -14,7 +14,7 @@ from functools import cache, partial
 from typing import Any
 
 from demo_policy import CALL_CLOSING, CALL_OPENING, FINAL_THINK
-from facts import Question, query_of
+from facts import Question
 from igpo_megatron.chat.format import ChatFormat
 from igpo_megatron.config.schema import Config
 from igpo_megatron.search.client import make_client
@@ -101,7 +101,7 @@ class Demonstrator:
             hop = hops[found]
             if rng.random() < mistakes.early:
                 return [*turns, (_answer(rng.choice([hop.entity, rng.choice(self.values[hops[-1].relation])])), None)]
-            query = query_of(hop)
+            query = hop.query
             draw = rng.random() - mistakes.vague
             if draw < 0:
                 query = rng.choice([hop.relation, f"{hop.relation} of the country"])

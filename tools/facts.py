@@ -58,11 +58,6 @@ class FactSet:
     questions: tuple[Question, ...]
 
 
-def query_of(hop: Hop) -> str:
-    """A search that finds the fact, e.g. "capital of Iran"."""
-    return f"{hop.relation} of {hop.entity}"
-
-
 def phrased(doc_id: str, phrasings: tuple[str, ...], name: str, **facts: str) -> Passage:
     """The passage about `name` in one of the phrasings, chosen by its id."""
     return Passage(doc_id, name, phrasings[int(digest(doc_id), 16) % len(phrasings)].format(name=name, **facts))

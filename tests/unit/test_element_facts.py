@@ -16,7 +16,6 @@ import demo_data
 import element_facts
 import world_facts
 from element_facts import split_of
-from facts import query_of
 from igpo_megatron.data.question_files import check_file
 from igpo_megatron.search.local.bm25 import Bm25Index
 from igpo_megatron.types import Hop, UserError
@@ -192,7 +191,7 @@ def test_the_best_passages_for_a_hop_state_its_fact(made):
     index = Bm25Index(made.passages)
     found, asked = {2: Counter(), 5: Counter()}, Counter()
     for hop in {hop for question in made.questions for hop in question.hops}:
-        best = [passage for passage, _ in index.search(query_of(hop), 5)]
+        best = [passage for passage, _ in index.search(hop.query, 5)]
         asked[hop.relation] += 1
         for top, count in found.items():
             count[hop.relation] += any(states(passage, hop) for passage in best[:top])

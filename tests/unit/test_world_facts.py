@@ -10,7 +10,7 @@ import pytest
 
 import demo_data
 import world_facts
-from facts import FactSet, fold, query_of
+from facts import FactSet, fold
 from igpo_megatron.search.local.bm25 import Bm25Index
 from igpo_megatron.types import Hop, UserError
 
@@ -75,7 +75,7 @@ def test_the_two_best_passages_for_a_hop_state_its_fact(world):
     found, asked = Counter(), Counter()
     for question in random.Random(0).sample(world.questions, 1500):
         for hop in question.hops:
-            texts = [passage.text for passage, _ in index.search(query_of(hop), 2)]
+            texts = [passage.text for passage, _ in index.search(hop.query, 2)]
             asked[hop.relation] += 1
             found[hop.relation] += any(hop.entity in text and hop.value in text for text in texts)
     assert set(asked) == {"country", "capital", "currency", "language", "continent", "code"}

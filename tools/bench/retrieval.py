@@ -73,7 +73,7 @@ def measured(folder: Path, repeats: int) -> tuple[dict[str, Any], float]:
     passages, questions = tuple(read_corpus(folder / "corpus.jsonl")), read_questions(folder / "test.parquet")
     facts = {fact for question in questions for fact in question.hops}
     finds, build_s = built(passages)
-    speeds = queries_per_s(finds, sorted({query_of(fact) for fact in facts}), repeats)
+    speeds = queries_per_s(finds, sorted({fact.query for fact in facts}), repeats)
     figures: dict[str, Any] = {"passages": len(passages), "questions": len(questions), "facts": len(facts)}
     for name, find in finds.items():
         found = recalls(find, questions)
@@ -89,11 +89,6 @@ def read_questions(path: Path) -> list[Asked]:
     """All questions of a file. Raises KeyError for one without hops."""
     rows = parquet.read_table(path, columns=["prompt", "extra_info"]).to_pylist()
     return [Asked(row["prompt"][-1]["content"], tuple(Hop(*hop) for hop in json.loads(row["extra_info"]["hops"]))) for row in rows]
-
-
-def query_of(fact: Hop) -> str:
-    """What an honest policy asks."""
-    return f"{fact.relation} of {fact.entity}"
 
 
 def built(passages: Sequence[Passage]) -> tuple[dict[str, Find], dict[str, float]]:
@@ -128,12 +123,12 @@ def queries_per_s(finds: Mapping[str, Find], queries: Sequence[str], repeats: in
 
 def recalls(find: Find, questions: Sequence[Asked]) -> dict[str, dict[str, dict[str, float]]]:
     """way -> number of hops, or `all` -> recall at each of AT."""
-    texts = list(dict.fromkeys(text for question in questions for text in (question.text, *(query_of(fact) for fact in question.hops))))
+    texts = list(dict.fromkeys(text for question in questions for text in (question.text, *(fact.query for fact in question.hops))))
     hits = dict(zip(texts, ([passage for passage, _ in best] for best in find(texts, AT[-1])), strict=True))
     ranks: dict[str, dict[str, list[float]]] = {"query": {}, "question": {}}
     for question in questions:
         for fact in question.hops:
-            for way, text in (("query", query_of(fact)), ("question", question.text)):
+            for way, text in (("query", fact.query), ("question", question.text)):
                 for row in (str(len(question.hops)), "all"):
                     ranks[way].setdefault(row, []).append(rank(hits[text], fact))
     return {way: {row: recall(found) for row, found in sorted(rows.items())} for way, rows in ranks.items()}
