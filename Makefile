@@ -53,11 +53,15 @@ docs: venv
 LIGHT := $(addprefix tests/e2e/test_,torch_training.py previous_run.py) \
   $(addprefix tests/gpu/test_,linear_logprob_gpu.py token_loss_gpu.py transformer_engine.py)
 
+# An engine alone keeps one core busy.
+ENGINES := $(addprefix tests/e2e/test_,engines.py engine_experts.py engine_families.py engine_restart.py language_model_engine.py)
+
 test: check
 	@$(VENV) --extra llm --if-available
 	@$(BIN)/python -m pytest tests/unit -n $(or $(WORKERS),2) --dist loadfile
 	@$(BIN)/python -m pytest $(LIGHT) tests/distributed -n 2 --dist loadfile
-	@$(BIN)/python -m pytest tests/e2e tests/gpu $(addprefix --ignore=,$(LIGHT) tests/gpu/test_policy_gpu.py)
+	@$(BIN)/python -m pytest $(ENGINES) -n 2 --dist loadfile
+	@$(BIN)/python -m pytest tests/e2e tests/gpu $(addprefix --ignore=,$(LIGHT) $(ENGINES) tests/gpu/test_policy_gpu.py)
 
 quickstart: venv
 	@test -e runs/world-facts/SOURCES.md || $(BIN)/python tools/prepare_data.py world-facts --out runs/world-facts
