@@ -13,7 +13,6 @@ from typing import Any
 
 from igpo_megatron.config.schema import Config
 from igpo_megatron.engines.recorded_experts import routed_experts
-from igpo_megatron.supervision.freed_memory import KEPT
 from igpo_megatron.types import Completion, ProbeScore, SamplingRequest
 from igpo_megatron.weights.store import SharedWeights
 from igpo_megatron.weights.transfer import BACKEND, POSITION_BYTES, as_plain
@@ -277,7 +276,6 @@ def engine_environment(config: Config, *, cuda: bool) -> dict[str, str]:
         "VLLM_TARGET_DEVICE": "cpu",
         # Eager models still compile a small function with g++ when the first probe is scored: 7 s.
         "TORCH_COMPILE_DISABLE": "1",
-        **KEPT,
     }
     routed = {"VLLM_USE_V2_MODEL_RUNNER": "1"} if config.rollout.routing_replay else {}
     return {**_QUIET, "IGPO_ENGINE_PROCESS": "1", "VLLM_HOST_IP": "127.0.0.1", **routed, **({} if cuda else cpu)}

@@ -18,7 +18,6 @@ import torch.distributed as dist
 
 from igpo_megatron.config import host
 from igpo_megatron.config.schema import Config
-from igpo_megatron.supervision.freed_memory import keep_freed_memory
 from igpo_megatron.supervision.leftovers import whole
 from igpo_megatron.supervision.waits import waiting
 from igpo_megatron.types import UserError
@@ -116,7 +115,6 @@ def init(config: Config) -> Ranks:
     from igpo_megatron.policy import cpu
 
     if not cuda:
-        keep_freed_memory()
         cpu.install()
     assert not cuda or not cpu.is_installed(), "megatron.core runs on CPU in this process, which cannot be undone"
     from igpo_megatron.policy import megatron_fixes

@@ -1,4 +1,4 @@
-"""What becomes of memory that a process has freed: kept for its next tensors, and given back to the system where it is much."""
+"""Give back to the system what a process has freed."""
 
 from __future__ import annotations
 
@@ -9,12 +9,6 @@ from typing import Any
 WORTH_IT = 2**30
 """Bytes of freed memory from which giving them back is worth its time: the next pass has to ask for the pages again."""
 
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
-"""Parameters of `mallopt`, from malloc.h."""
-
-KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
-"""Environment in which a new process keeps what it frees."""
-
 _FIELDS = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
 
 
@@ -22,18 +16,6 @@ class _Mallinfo(ctypes.Structure):
     """glibc's `struct mallinfo2`; `fordblks` are the free bytes of its heaps."""
 
     _fields_ = [(name, ctypes.c_size_t) for name in _FIELDS]
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep what is freed from now on for the next request; nothing with another C library.
-
-    By itself it maps every large tensor anew and unmaps it when it is freed, and the system clears each page of it at its first use: half
-    of the time of a training step of 135 M parameters on two ranks.
-    """
-    libc = _glibc()
-    if libc is not None:
-        libc.mallopt(_MMAP_MAX, 0)
-        libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def give_back_freed_memory(above: int = WORTH_IT) -> None:
