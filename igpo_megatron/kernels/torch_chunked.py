@@ -86,8 +86,8 @@ def gradients(
                 grad_rows = torch.zeros_like(rows, dtype=accumulator(rows.dtype)) if need_hidden else None
                 for block in columns:
                     z = _divided(matmul(rows, used[block].t()), shard.temperature)
-                    dz = _slopes(z, _within(shard.targets[part], block), coefficients[part])
-                    dz = _divided(dz, shard.temperature).to(rows.dtype)
+                    slopes = _slopes(z, _within(shard.targets[part], block), coefficients[part])
+                    dz = _divided(slopes, shard.temperature).to(rows.dtype)
                     if grad_rows is not None:
                         accumulate(grad_rows, dz, used[block])
                     if grad_weight is not None:
@@ -106,7 +106,7 @@ def block_dz(
     logits: torch.Tensor, local_targets: torch.Tensor, temperature: float, coefficients: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
     """dz / temperature of the same logits, which are used up: [n, valid] in `dtype`; `coefficients` as in `gradients`."""
-    return _slopes(logits.div_(temperature), local_targets, coefficients).div_(temperature).to(dtype)
+    return _divided(_slopes(_divided(logits, temperature), local_targets, coefficients), temperature).to(dtype)
 
 
 def fold(records: torch.Tensor) -> torch.Tensor:

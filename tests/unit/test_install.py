@@ -136,6 +136,9 @@ def test_the_console_shows_steps_and_times_and_the_log_what_uv_says(tmp_path, en
     assert [re.sub(r"\d+ s$", "", line) for line in out.splitlines()] == [
         line for step in steps for line in (f"{step} ...", f"{step} took ")
     ]
+    (site,) = (tmp_path / "venv").glob("lib/python3.*/site-packages")
+    compiled = {path.name.partition(".")[0] for path in site.rglob("__pycache__/*.pyc")}
+    assert {"torch_origin", "helper_origin"} <= compiled, "a process that may write no bytecode finds it"
     assert err == "" and " + helper==1.0" in (tmp_path / "venv" / install.LOG).read_text(encoding="utf-8")
 
 
