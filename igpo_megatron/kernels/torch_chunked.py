@@ -57,14 +57,17 @@ def partials(shard: Shard, need_entropy: bool) -> torch.Tensor:
     record = empty_records(hidden)
     if not valid:
         return record
-    used = widened(shard.weight[:valid])
+    parts, columns = _chunks(hidden, valid, shard.workspace)
+    rows = widened(hidden)
+    found: list[list[torch.Tensor]] = [[] for _ in parts]
     with products_of(hidden):
-        for part, columns in _chunks(hidden, valid, shard.workspace):
-            rows, records = widened(hidden[part]), []
-            for block in columns:
-                z = _divided(matmul(rows, used[block].t()), shard.temperature)
+        for block in columns:
+            used = widened(shard.weight[block])
+            for records, part in zip(found, parts, strict=True):
+                z = _divided(matmul(rows[part], used.t()), shard.temperature)
                 records.append(_records(z, _within(shard.targets[part], block), need_entropy))
-            record[part] = fold(torch.stack(records))
+    for records, part in zip(found, parts, strict=True):
+        record[part] = fold(torch.stack(records))
     return record
 
 
@@ -75,26 +78,26 @@ def gradients(
 
     `coefficients` [N, 4]: per row (lse, g, a, h) of the formula above. Both are accumulated in fp32 and returned in the inputs' dtype.
     """
-    hidden, weight, valid = shard.hidden, shard.weight, shard.valid
-    grad_hidden = torch.zeros_like(hidden) if need_hidden else None
-    grad_weight = torch.zeros_like(weight, dtype=accumulator(weight.dtype)) if need_weight else None
-    if valid and len(hidden):
-        used = widened(weight[:valid])
-        with products_of(hidden):
-            for part, columns in _chunks(hidden, valid, shard.workspace):
-                rows = widened(hidden[part])
-                grad_rows = torch.zeros_like(rows, dtype=accumulator(rows.dtype)) if need_hidden else None
-                for block in columns:
-                    z = _divided(matmul(rows, used[block].t()), shard.temperature)
-                    slopes = _slopes(z, _within(shard.targets[part], block), coefficients[part])
-                    dz = _divided(slopes, shard.temperature).to(rows.dtype)
-                    if grad_rows is not None:
-                        accumulate(grad_rows, dz, used[block])
-                    if grad_weight is not None:
-                        accumulate(grad_weight[block], dz.t(), rows)
+    hidden, weight, valid, exact = shard.hidden, shard.weight, shard.valid, accumulator(shard.hidden.dtype)
+    grad_hidden = torch.zeros_like(hidden, dtype=exact) if need_hidden else None
+    grad_weight = torch.zeros_like(weight) if need_weight else None
+    parts, columns = _chunks(hidden, valid, shard.workspace)
+    rows = widened(hidden)
+    with products_of(hidden):
+        for block in columns:
+            used = widened(weight[block])
+            grad_block = torch.zeros_like(used, dtype=exact) if need_weight else None
+            for part in parts:
+                z = _divided(matmul(rows[part], used.t()), shard.temperature)
+                slopes = _slopes(z, _within(shard.targets[part], block), coefficients[part])
+                dz = _divided(slopes, shard.temperature).to(rows.dtype)
                 if grad_hidden is not None:
-                    grad_hidden[part] = grad_rows
-    return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
+                    accumulate(grad_hidden[part], dz, used)
+                if grad_block is not None:
+                    accumulate(grad_block, dz.t(), rows[part])
+            if grad_weight is not None and grad_block is not None:
+                grad_weight[block] = grad_block
+    return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight
 
 
 def block_records(logits: torch.Tensor, local_targets: torch.Tensor, temperature: float, need_entropy: bool) -> torch.Tensor:
@@ -200,13 +203,15 @@ def products_of(hidden: torch.Tensor) -> Iterator[None]:
         matmuls.fp32_precision = before
 
 
-def _chunks(hidden: torch.Tensor, valid: int, workspace: int) -> Iterator[tuple[slice, list[slice]]]:
-    """Rows, and the columns of each of their chunks: all columns on CUDA, where `workspace` is large, and few enough for caches on CPU."""
+def _chunks(hidden: torch.Tensor, valid: int, workspace: int) -> tuple[list[slice], list[slice]]:
+    """Parts of the rows, and blocks of the columns: all columns on CUDA, where `workspace` is large, and few enough for caches on CPU.
+
+    A block of the weight is widened once for all parts; the whole weight in fp32 would be memory that the system clears first.
+    """
     wide = valid if hidden.is_cuda else min(valid, CHUNK_COLUMNS)
-    size = max(1, (workspace if hidden.is_cuda else min(workspace, CHUNK_BYTES)) // (4 * wide))
-    columns = [slice(start, min(start + wide, valid)) for start in range(0, valid, wide)]
-    for start in range(0, len(hidden), size):
-        yield slice(start, min(start + size, len(hidden))), columns
+    size = max(1, (workspace if hidden.is_cuda else min(workspace, CHUNK_BYTES)) // (4 * max(wide, 1)))
+    parts = [slice(start, min(start + size, len(hidden))) for start in range(0, len(hidden), size)]
+    return parts, [slice(start, min(start + wide, valid)) for start in range(0, valid, max(wide, 1))]
 
 
 def _within(targets: torch.Tensor, columns: slice) -> torch.Tensor:

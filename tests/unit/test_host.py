@@ -99,8 +99,8 @@ def test_threads_are_auto_or_a_number(wrong: str) -> None:
 
 def test_the_canary_allows_bf16_more_than_fp32_and_a_set_bound_holds_for_both() -> None:
     assert weight_sync.gap_allowed(settings("model.dtype=fp32")) == 1e-3
-    assert weight_sync.gap_allowed(settings("model.dtype=bf16")) == 2.0
-    assert weight_sync.gap_allowed(settings("model.dtype=fp32", "rollout.engine.dtype=bf16")) == 2.0
+    assert weight_sync.gap_allowed(settings("model.dtype=bf16")) == 0.25
+    assert weight_sync.gap_allowed(settings("model.dtype=fp32", "rollout.engine.dtype=bf16")) == 0.25
     assert weight_sync.gap_allowed(settings("model.dtype=bf16", "sync.max_gap=0.05")) == 0.05
 
 

@@ -96,7 +96,6 @@ class Setting:
         room = "256" if self.small else "4096"
         return [
             f"model.dtype={'bf16' if self.device == 'cuda' else 'fp32'}",
-            "sync.max_gap=1.0",  # bf16 of a real model
             "rollout.max_context=1024",
             "rollout.max_tokens_per_turn=64",
             f"rollout.engine.kv_cache_mib={room}",
