@@ -480,7 +480,7 @@ class Metric(StrEnum):
     LOGPROB_GAP_MAX = "logprob_gap_max"
     """The largest of them."""
     CANARY_GAP = "canary_gap"
-    """Mean |engine - trainer| over the canary's tokens after a weight transfer, nats."""
+    """Median |engine - trainer| over the canary's tokens after a weight transfer, nats."""
     STALENESS_MEAN = "staleness_mean"
     """Mean over sampled tokens of the updates between sampling and training."""
     LOSS = "loss"
@@ -577,7 +577,7 @@ class Canary:
     """[n], nats, of `token_ids[1:]` at temperature 1."""
 
     max_gap: float
-    """Largest mean |difference| allowed, nats."""
+    """Largest median |difference| allowed, nats."""
 
 
 NamedTensors = Iterable[tuple[str, Any]]

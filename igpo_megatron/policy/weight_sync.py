@@ -182,7 +182,7 @@ def checked(
 
 
 def gap_allowed(config: Config) -> float:
-    """Largest mean |log-prob difference| on the canary between policy and engine: `sync.max_gap`, or what their dtypes may differ by."""
+    """Largest median |log-prob difference| on the canary between policy and engine: `sync.max_gap`, or what their dtypes may differ by."""
     policy = config.model.dtype
     return config.sync.gap_for(policy, config.rollout.engine.dtype_for(policy))
 

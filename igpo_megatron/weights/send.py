@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from statistics import fmean
+from statistics import median
 from typing import Any, Protocol
 
 import torch
@@ -192,15 +192,15 @@ def difference(sent: Sequence[Entry], arrived: Sequence[Received], before: Mappi
 
 
 def check_canary(canary: Canary, served: Sequence[float], version: int, engine: int) -> float:
-    """Mean |log-prob difference| of engine number `engine` on the canary. Raises SyncError if it is more than the canary allows.
+    """Median |log-prob difference| of engine number `engine` on the canary. Raises SyncError if it is more than the canary allows.
 
     It finds what fingerprints cannot: weights that arrived but were not loaded, were loaded into the wrong place, or are kept twice.
-    In bf16 one token of many may be off by 2 nats by rounding, as far as by a lost matrix, so the largest difference tells nothing.
+    In bf16 rounding moves some tokens by 2 nats, as far as a lost matrix does, so neither the largest difference nor the mean tells it.
     """
-    gap = mean_gap(canary.logprobs, served)
+    gap = median_gap(canary.logprobs, served)
     if not gap <= canary.max_gap:
         raise SyncError(
-            f"engine {engine} does not serve the policy's weights: after sync {version} their log-probs differ by {gap:.3g} on average "
+            f"engine {engine} does not serve the policy's weights: after sync {version} their log-probs differ by {gap:.3g} (median) "
             f"on the canary, more than sync.max_gap={canary.max_gap:g}; a transfer was lost or the engine kept old weights"
         )
     return gap
@@ -211,9 +211,10 @@ def largest_gap(expected: Sequence[float], found: Sequence[float]) -> float:
     return max(_gaps(expected, found))
 
 
-def mean_gap(expected: Sequence[float], found: Sequence[float]) -> float:
-    """Mean absolute difference; infinite if one is not a finite number."""
-    return fmean(_gaps(expected, found))
+def median_gap(expected: Sequence[float], found: Sequence[float]) -> float:
+    """Median absolute difference; infinite if any is not a finite number."""
+    gaps = _gaps(expected, found)
+    return median(gaps) if max(gaps) < math.inf else math.inf
 
 
 def _gaps(expected: Sequence[float], found: Sequence[float]) -> list[float]:
