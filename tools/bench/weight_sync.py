@@ -3,7 +3,7 @@
     python tools/bench/weight_sync.py [--shape demo] [--repeats 7]     under 3 minutes on two cores
 
 One engine as a run starts it, random weights, updated through EnginePool.update_weights by turns with the weights and with scaled ones.
-`canary_gap` is the median difference between what the engine says of the canary after an update and what transformers says with the
+`canary_gap` is the largest difference between what the engine says of the canary after an update and what transformers says with the
 weights sent; `stale_gap` is what the canary would show had the engine kept the old ones.
 """
 
