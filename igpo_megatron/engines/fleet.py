@@ -353,7 +353,8 @@ def is_lost(error: BaseException) -> bool:
     """True if the engine is gone, rather than wrong: its requests can go to another engine."""
     import ray
 
-    return isinstance(error, (EngineLost, ray.exceptions.RayActorError))
+    # Ray's memory monitor ends an actor with an error of its own kind.
+    return isinstance(error, (EngineLost, ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError))
 
 
 def _done(future: asyncio.Future[None]) -> None:

@@ -228,6 +228,8 @@ def fingerprints(buckets: Iterable[Bucket]) -> dict[str, int]:
 
 
 def cause(error: BaseException) -> str:
-    """The last line of a Ray error, which says what happened; the rest is the traceback."""
+    """The line of a Ray error that says what happened: the last, after the traceback, or the first where memory ran out, before advice."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    return lines[0 if type(error).__name__ == "OutOfMemoryError" else -1]

@@ -129,6 +129,15 @@ def test_a_turn_whose_engine_dies_is_generated_again_elsewhere_with_the_same_see
         assert f"engine {place} died (EngineCore died); restart 1 of at most 3" in caplog.text and f"of {100 + place}" in caplog.text
 
 
+def test_an_engine_that_ray_ended_for_want_of_memory_is_restarted_and_named_as_that(caplog: pytest.LogCaptureFixture) -> None:
+    said = "1 worker(s) were killed due to the node running low on memory.\nRefer to the documentation on how to address this"
+    pool, wanted = pool_of(Actor(lambda *arguments: ray.exceptions.OutOfMemoryError(said)), Actor(turn()))
+    with caplog.at_level(logging.WARNING):
+        found = [asyncio.run(ask(pool, key)) for key in "abcd"]
+    assert all(done.token_ids == [7] for done in found) and len(wanted) == 1
+    assert "engine 0 died (1 worker(s) were killed due to the node running low on memory.); restart 1 of at most 3" in caplog.text
+
+
 def test_a_request_waits_for_the_only_engine_to_come_back() -> None:
     answers = iter([EngineLost("gone"), Completion([9], [-0.1], "stop", 0)])
     pool, wanted = pool_of(Actor(lambda *arguments: next(answers)))
