@@ -480,7 +480,7 @@ class Metric(StrEnum):
     LOGPROB_GAP_MAX = "logprob_gap_max"
     """The largest of them."""
     CANARY_GAP = "canary_gap"
-    """Median |engine - trainer| over the canary's tokens after a weight transfer, nats."""
+    """Largest |engine - trainer| over the canary's tokens after a weight transfer, nats; in bf16 the median."""
     STALENESS_MEAN = "staleness_mean"
     """Mean over sampled tokens of the updates between sampling and training."""
     LOSS = "loss"
@@ -577,7 +577,10 @@ class Canary:
     """[n], nats, of `token_ids[1:]` at temperature 1."""
 
     max_gap: float
-    """Largest median |difference| allowed, nats."""
+    """Largest |difference| allowed, nats."""
+
+    rounded: bool = False
+    """Either side computes in bf16, which moves single tokens by 2 nats, as far as a lost matrix does: `max_gap` is for the median."""
 
 
 NamedTensors = Iterable[tuple[str, Any]]

@@ -44,8 +44,9 @@ MAKE_DEMONSTRATIONS = ("--count", "1200", "--held-out", "0.05", "--seed", "0")
 MEASURED = {"bf16": (33.0, 1.33e12), "fp32": (74.0, 2.2e11)}
 """Minutes of the whole demo on two cores, and floating-point operations per second of one of them in a product as the model has them.
 
-Those of bf16 are a run with seed 1 that took 37 with eight questions a step, of which IGPO had 20 and has 16 with six. Those of fp32 are
-reckoned from it: training 2.7 times as long and sampling 1.8 times, as tools/bench/llm_step.py has measured."""
+Those of bf16 are a run with seed 1 that took 37 with eight questions a step, of which IGPO had 20, less a quarter
+of these for six questions. Those of fp32 are reckoned from it: training 2.7 times as long and sampling 1.8 times, as
+tools/bench/llm_step.py has measured."""
 
 PATIENCE_MIN = 60.0
 """Where the demo lasts longer than this, fewer steps are offered beforehand."""

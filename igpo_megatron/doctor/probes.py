@@ -30,7 +30,7 @@ TRAINER_BOUND = {"fp32": 1e-5, "bf16": 5e-2}
 """Largest relative difference of a log-prob between schemes of the same model in the trainer; in bf16 a rounding of a logit of 8."""
 
 ENGINE_BOUND = {"fp32": 1e-3, "bf16": 0.15}
-"""The same between engine and trainer, whose kernels differ. A canary's `sync.max_gap` is for the median of absolute differences."""
+"""The same between engine and trainer, whose kernels differ. A canary's `sync.max_gap` is for absolute differences."""
 
 TURNS, PROMPT_TOKENS, TURN_TOKENS, PROBE_TOKENS, SCORED_TOKENS = 4, 30, 40, 12, 6
 

@@ -318,7 +318,7 @@ class EnginePool:
             self._fleet.set_state(member, EngineState.HEALTHY)
 
     def _ask_canary(self, member: Member) -> float:
-        """Median |log-prob difference| to the policy. Raises SyncError, or EngineError if the engine does not answer."""
+        """The gap to the policy that `check_canary` returns. Raises SyncError, or EngineError if the engine does not answer."""
         assert self._synced is not None
         canary = self._synced.canary
         if canary is None:

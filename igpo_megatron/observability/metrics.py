@@ -111,8 +111,10 @@ def logprob_gap(groups: Sequence[RolloutGroup], version: int | None = None) -> d
 
 
 def max_gap(rows: Sequence[Mapping[str, Any]]) -> float | None:
-    """Largest gap between engine and trainer of a sampled token in a run's metric rows; None where none was measured."""
-    return max((gap for row in rows if (gap := row.get(Metric.LOGPROB_GAP_MAX)) is not None), default=None)
+    """Largest gap between engine and trainer in a run's metric rows, including the canary's; None where none was measured."""
+    return max(
+        (row[name] for row in rows for name in (Metric.LOGPROB_GAP_MAX, Metric.CANARY_GAP) if row.get(name) is not None), default=None
+    )
 
 
 def routed_share(groups: Sequence[RolloutGroup]) -> dict[str, float]:

@@ -182,9 +182,13 @@ def checked(
 
 
 def gap_allowed(config: Config) -> float:
-    """Largest median |log-prob difference| on the canary between policy and engine: `sync.max_gap`, or what their dtypes may differ by."""
-    policy = config.model.dtype
-    return config.sync.gap_for(policy, config.rollout.engine.dtype_for(policy))
+    """|Log-prob difference| on the canary between policy and engine: `sync.max_gap`, or what their dtypes may differ by."""
+    return config.sync.gap_for(*_dtypes(config))
+
+
+def _dtypes(config: Config) -> tuple[str, str]:
+    """Of policy and engine."""
+    return config.model.dtype, config.rollout.engine.dtype_for(config.model.dtype)
 
 
 def canary_group(vocab_size: int, num_tokens: int, seed: int) -> RolloutGroup:
@@ -199,9 +203,12 @@ def scoring_group(tokens: list[int]) -> RolloutGroup:
     return RolloutGroup(Prompt("canary", "", (), "canary"), nodes, [Trajectory([0, 1], Status.FINISHED)])
 
 
-def make_canary(policy: Policy, num_tokens: int, seed: int, max_gap: float) -> Canary | None:
+def make_canary(policy: Policy) -> Canary | None:
     """Fixed tokens, and the policy's raw log-probs (temperature 1) of them, on the main rank; None on the others. Collective."""
-    group = canary_group(policy.shape.vocab_size, num_tokens, seed)
+    config = policy.config
+    group = canary_group(policy.shape.vocab_size, config.sync.canary_tokens, config.run.seed)
     rows = pack_for_scoring([group], row_tokens=len(group.context(1)), multiple=policy.row_multiple)
     found = policy.log_probs(rows, temperature=1.0)
-    return Canary(tuple(group.context(1)), tuple(found[0].tolist()), max_gap) if found else None
+    if not found:
+        return None
+    return Canary(tuple(group.context(1)), tuple(found[0].tolist()), gap_allowed(config), rounded="bf16" in _dtypes(config))

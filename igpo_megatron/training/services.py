@@ -275,14 +275,8 @@ def sync_weights(session: Session, version: int) -> dict[str, float]:
     from igpo_megatron.policy import weight_sync
 
     policy, services, tracker = session.policy, session.services, session.tracker
-    config = policy.config
     with tracker.phase("sync"):
-        canary = weight_sync.make_canary(
-            policy,
-            config.sync.canary_tokens,
-            seed=config.run.seed,
-            max_gap=weight_sync.gap_allowed(config),
-        )
+        canary = weight_sync.make_canary(policy)
         metrics = weight_sync.push(policy, services.engines, version, canary, exported=session.share.policy_leaves)
     if services.queue is not None:
         services.queue.weights_arrived(version)

@@ -192,15 +192,16 @@ def difference(sent: Sequence[Entry], arrived: Sequence[Received], before: Mappi
 
 
 def check_canary(canary: Canary, served: Sequence[float], version: int, engine: int) -> float:
-    """Median |log-prob difference| of engine number `engine` on the canary. Raises SyncError if it is more than the canary allows.
+    """Largest |log-prob difference| of engine number `engine` on the canary, or the median where one side computes in bf16.
 
+    Raises SyncError if it is more than the canary allows.
     It finds what fingerprints cannot: weights that arrived but were not loaded, were loaded into the wrong place, or are kept twice.
-    In bf16 rounding moves some tokens by 2 nats, as far as a lost matrix does, so neither the largest difference nor the mean tells it.
     """
-    gap = median_gap(canary.logprobs, served)
+    gap = (median_gap if canary.rounded else largest_gap)(canary.logprobs, served)
     if not gap <= canary.max_gap:
+        which = "median" if canary.rounded else "largest"
         raise SyncError(
-            f"engine {engine} does not serve the policy's weights: after sync {version} their log-probs differ by {gap:.3g} (median) "
+            f"engine {engine} does not serve the policy's weights: after sync {version} their log-probs differ by {gap:.3g} ({which}) "
             f"on the canary, more than sync.max_gap={canary.max_gap:g}; a transfer was lost or the engine kept old weights"
         )
     return gap

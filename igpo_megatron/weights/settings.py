@@ -9,7 +9,8 @@ from pydantic import PositiveFloat, PositiveInt
 from igpo_megatron.settings import Section
 
 MAX_GAP = {"fp32": 1e-3, "bf16": 0.25}
-"""Largest median |log-prob difference| between engine and trainer on the canary's random tokens, whose log-probs are around -15."""
+"""|Log-prob difference| allowed between engine and trainer on the canary's random tokens, whose log-probs are around -15: of fp32 the
+largest, of bf16 the median."""
 
 
 class Sync(Section):
@@ -19,8 +20,9 @@ class Sync(Section):
     """Fixed tokens scored by policy and engine after every sync."""
 
     max_gap: PositiveFloat | None = None
-    """Largest median |log-prob difference| allowed on the canary; a larger one stops the run. null: 1e-3 where policy and engine compute in
-    fp32, 0.25 where one of them computes in bf16 (measured on a real model: 0.06). Fingerprints compare the weights' bytes in any case."""
+    """|Log-prob difference| allowed on the canary; a larger one stops the run. Where policy and engine compute in fp32 it is the largest of
+    the tokens', and null means 1e-3; where one of them computes in bf16 it is the median, and null means 0.25. Fingerprints compare the
+    weights' bytes in any case."""
 
     transport: Literal["auto", "shared_memory", "object_store", "nccl", "ipc"] = "auto"
     """How weights travel. `shared_memory`: a file that engines on this machine map. `object_store`: Ray's, over TCP, to any machine.

@@ -129,7 +129,7 @@ def test_the_canary_passes_in_either_dtype_and_refuses_a_wrong_model(
     def expected() -> Canary:
         with torch.no_grad():
             logprobs = model(torch.tensor([tokens])).logits[0, :-1].log_softmax(-1).gather(1, torch.tensor(tokens[1:]).unsqueeze(1))
-        return Canary(tuple(tokens), tuple(logprobs.flatten().tolist()), MAX_GAP[dtype])
+        return Canary(tuple(tokens), tuple(logprobs.flatten().tolist()), MAX_GAP[dtype], rounded=dtype == "bf16")
 
     assert check_canary(expected(), said, version=1, engine=0) < MAX_GAP[dtype]
     mistake(model)

@@ -96,6 +96,7 @@ class Setting:
         room = "256" if self.small else "4096"
         return [
             f"model.dtype={'bf16' if self.device == 'cuda' else 'fp32'}",
+            "sync.max_gap=null",  # by dtype
             "rollout.max_context=1024",
             "rollout.max_tokens_per_turn=64",
             f"rollout.engine.kv_cache_mib={room}",

@@ -75,7 +75,7 @@ CHARTS = (
             Metric.LOGPROB_GAP_MEAN: "mean",
             Metric.LOGPROB_GAP_MAX: "largest",
             without_replay(Metric.LOGPROB_GAP_MAX): "largest without routing replay",
-            Metric.CANARY_GAP: "canary after sync, median",
+            Metric.CANARY_GAP: "canary after sync",
         },
         "nats, log scale",
         log=True,
